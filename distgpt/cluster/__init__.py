@@ -1,0 +1,1 @@
+"""Ranks, meshes, sharding, checkpoints, failures."""

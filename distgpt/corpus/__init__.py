@@ -1,0 +1,1 @@
+"""Text in, batches out. Knows nothing of ranks beyond two integers."""

@@ -1,0 +1,68 @@
+"""What can end a command early, and the exit code of each.
+
+A user's mistake is an exception with one clear line: what is wrong, where, and the fix.
+`main_guard` turns it into that line on stderr and the exit code; anything else is our bug and keeps its traceback.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+
+EXIT_OK = 0
+EXIT_USAGE = 2
+EXIT_DATA = 65
+EXIT_BUG = 70
+EXIT_CANNOT_CREATE = 73
+EXIT_IO = 74
+EXIT_INTERRUPTED = 75
+
+
+class DistgptError(Exception):
+    """A cause that the user can act on; `code` is the exit code of the command that it ends."""
+
+    code = EXIT_BUG
+
+
+class UsageError(DistgptError):
+    """A flag, key, value or combination that cannot work."""
+
+    code = EXIT_USAGE
+
+
+class DataError(DistgptError):
+    """Input text, prepared data, checkpoint or loss that cannot be used."""
+
+    code = EXIT_DATA
+
+
+class DirectoryError(DistgptError):
+    """An output directory that is locked, not writable or in the way."""
+
+    code = EXIT_CANNOT_CREATE
+
+
+class StorageError(DistgptError):
+    """Reading or writing failed: disk full, file gone, I/O error."""
+
+    code = EXIT_IO
+
+
+class Interrupted(DistgptError):
+    """A signal asked the command to stop; run again, it goes on."""
+
+    code = EXIT_INTERRUPTED
+
+
+def main_guard(main: Callable[[], None]) -> None:
+    """Run a door's `main` and exit: 0, or the code of the DistgptError with its line on stderr from rank 0 alone."""
+    try:
+        main()
+    except DistgptError as error:
+        if os.environ.get("RANK", "0") == "0":
+            print(f"distgpt: error: {error}", file=sys.stderr, flush=True)
+        sys.exit(error.code)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except BrokenPipeError:
+        # The reader left (`| head`): point stdout at nothing so that the interpreter's last flush is quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
