@@ -7,6 +7,9 @@ A user's mistake is an exception with one clear line: what is wrong, where, and 
 import os
 import sys
 from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -53,10 +56,10 @@ class Interrupted(DistgptError):
     code = EXIT_INTERRUPTED
 
 
-def main_guard(main: Callable[[], None]) -> None:
-    """Run a door's `main` and exit: 0, or the code of the DistgptError with its line on stderr from rank 0 alone."""
+def main_guard(main: Callable[[], T]) -> T:
+    """Return `main()`, or end the process with a DistgptError's code and its line on stderr, from rank 0 alone."""
     try:
-        main()
+        return main()
     except DistgptError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"distgpt: error: {error}", file=sys.stderr, flush=True)
@@ -66,3 +69,4 @@ def main_guard(main: Callable[[], None]) -> None:
     except BrokenPipeError:
         # The reader left (`| head`): point stdout at nothing so that the interpreter's last flush is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_IO)

@@ -1,0 +1,98 @@
+"""The loader against nanoGPT's way of making a batch, in the same run: python bench/loader.py
+
+nanoGPT's get_batch opens the memory map anew, draws random offsets, and stacks one int64 copy per sequence for the
+inputs and another for the targets. Both read the same file, from the page cache, and end with int64 tensors on the CPU.
+Rounds of either take turns; printed are medians over the rounds, in microseconds a batch:
+
+  back to back   batches and nothing else: the cost of a batch with all its threads, since one waits for the other
+  waiting        what a training loop waits for a batch while 20 ms of compute lie between two of them
+"""
+
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from distgpt.corpus.loader import Loader
+from distgpt.corpus.shards import Split
+
+TOKENS = 100_000_000
+SHAPES = ((12, 1024), (32, 1024), (64, 256))
+ROUNDS, BATCHES, COMPUTED_BATCHES = 11, 200, 40
+COMPUTE_SECONDS = 0.02
+
+Batch = Callable[[], object]
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "train-00000.bin"
+        np.random.default_rng(0).integers(0, 50_257, TOKENS, dtype=np.uint16).tofile(path)
+        split = Split("train", (np.memmap(path, dtype=np.uint16, mode="r"),))
+        print(f"{'batch':>10}  {'':14}{'nanoGPT':>9}{'distgpt':>9}{'ratio':>8}")
+        for rows, block_size in SHAPES:
+            compare(path, split, rows, block_size)
+
+
+def compare(path: Path, split: Split, rows: int, block_size: int) -> None:
+    loader = Loader(
+        split,
+        block_size=block_size,
+        global_batch=rows,
+        micro_batch=rows,
+        rank=0,
+        world_size=1,
+        seed=0,
+        device=torch.device("cpu"),
+        start_step=0,
+    )
+    with loader:
+        ways: tuple[Batch, Batch] = (lambda: nanogpt_batch(path, rows, block_size), loader.next_step)
+        for name, measure in (("back to back", back_to_back), ("waiting", waiting)):
+            rounds = [[measure(way) * 1e6 for way in ways] for _ in range(ROUNDS)]
+            theirs, ours = (statistics.median(times) for times in zip(*rounds, strict=True))
+            ratio = statistics.median(them / us for them, us in rounds)
+            print(f"{rows:>4} x {block_size:<4} {name:>14}{theirs:>9.0f}{ours:>9.0f}{ratio:>7.1f}x")
+
+
+def back_to_back(batch: Batch) -> float:
+    """Seconds a batch."""
+    started = time.perf_counter()
+    for _ in range(BATCHES):
+        batch()
+    return (time.perf_counter() - started) / BATCHES
+
+
+def waiting(batch: Batch) -> float:
+    """Seconds of waiting a batch, between spells of compute that leave Python's lock free."""
+    waited = 0.0
+    for _ in range(COMPUTED_BATCHES):
+        compute()
+        started = time.perf_counter()
+        batch()
+        waited += time.perf_counter() - started
+    return waited / COMPUTED_BATCHES
+
+
+def compute() -> None:
+    matrix = torch.ones(256, 256)
+    end = time.perf_counter() + COMPUTE_SECONDS
+    while time.perf_counter() < end:
+        torch.mm(matrix, matrix)
+
+
+def nanogpt_batch(path: Path, rows: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    data = np.memmap(path, dtype=np.uint16, mode="r")
+    offsets = torch.randint(len(data) - block_size, (rows,)).tolist()
+    inputs = [torch.from_numpy(data[i : i + block_size].astype(np.int64)) for i in offsets]
+    targets = [torch.from_numpy(data[i + 1 : i + 1 + block_size].astype(np.int64)) for i in offsets]
+    return torch.stack(inputs), torch.stack(targets)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,162 @@
+"""Signals that all ranks agree on, workers that do not outlive their agent, and the report of how a run ended.
+
+Imports no torch, so that all of it is in force from the first moment of a rank.
+"""
+
+import ctypes
+import faulthandler
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import traceback
+from types import FrameType, TracebackType
+from typing import NoReturn, Self
+
+from distgpt.cluster.run_directory import RunLock, RunPaths, write_exit_report
+from distgpt.errors import (
+    EXIT_BUG,
+    EXIT_INTERRUPTED,
+    EXIT_IO,
+    EXIT_OK,
+    EXIT_USAGE,
+    DistgptError,
+)
+
+log = logging.getLogger("distgpt")
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PR_SET_PDEATHSIG = 1
+
+
+def die_with_agent() -> None:
+    """Under torchrun: have the kernel SIGKILL this rank when its agent dies, so that none trains on as an orphan."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    agent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    if os.getppid() != agent:  # it died before the call above took effect
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Run:
+    """One rank's part in a run, from its first moment to its exit code.
+
+    As a context manager it turns whatever ends the run into an exit code, exit.json and one line on stderr from the
+    rank that knew first. SIGTERM, SIGINT and SIGUSR1 ask to stop at a step that all ranks agree on. Until `training()`
+    there is nothing to save, and the main thread may be deep in a rendezvous where Python handlers do not run: a
+    thread that the C-level handler wakes ends the process. After it, a signal only sets `stop_requested`.
+    """
+
+    def __init__(self, paths: RunPaths, rank: int) -> None:
+        self.paths = paths
+        self.rank = rank
+        self.step: int | None = None
+        self.stop_requested: str | None = None
+        self._lock: RunLock | None = None
+        self._writes_report = False
+        self._starting = True
+
+    def __enter__(self) -> Self:
+        # Kept open for the life of the process.
+        self._wakeup = socket.socketpair()
+        self._wakeup[1].setblocking(False)
+        signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
+        for number in STOP_SIGNALS:
+            signal.signal(number, self._remember)
+        threading.Thread(target=self._leave_while_starting, name="stop-signals", daemon=True).start()
+        return self
+
+    def own(self) -> None:
+        """Rank 0: take the run directory. Raises DirectoryError if another job has it or it cannot be written."""
+        self._lock = RunLock(self.paths)
+        self._writes_report = True
+
+    def joined(self) -> None:
+        """All ranks are here, so rank 0 owns the directory: this rank may write its log and how it ended, too."""
+        self._writes_report = True
+        self.paths.logs.mkdir(exist_ok=True)
+        stream = (self.paths.logs / f"rank-{self.rank}.log").open("a", buffering=1)
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+        log.addHandler(handler)
+        log.setLevel(logging.INFO)
+        faulthandler.enable(stream)
+
+    def training(self) -> None:
+        """From here on signals wait for the end of a step."""
+        self._starting = False
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is None:
+            if self.rank == 0:
+                write_exit_report(self.paths, code=EXIT_OK, cause="done", rank=0, step=self.step)
+            return
+        code, cause = outcome(error)
+        log.error("%s", cause, exc_info=error if code == EXIT_BUG else None)
+        if self._report(code, cause):
+            if code == EXIT_BUG:
+                traceback.print_exception(error)
+            print(f"distgpt: {cause}" if code == EXIT_INTERRUPTED else f"distgpt: error: {cause}", file=sys.stderr)
+        _leave(code)
+
+    def _report(self, code: int, cause: str) -> bool:
+        """Whether it falls to this rank to say why the run ended."""
+        if self._writes_report:
+            return write_exit_report(self.paths, code=code, cause=cause, rank=self.rank, step=self.step)
+        if self.rank:
+            # What stops this one stops its neighbours too, and most likely rank 0: one line a host.
+            return os.environ.get("LOCAL_RANK") == "0"
+        try:
+            lock = RunLock(self.paths) if self.paths.root.is_dir() else None
+        except DistgptError:
+            lock = None
+        return write_exit_report(self.paths if lock else None, code=code, cause=cause, rank=0, step=None)
+
+    def _remember(self, number: int, frame: FrameType | None) -> None:
+        self.stop_requested = signal.Signals(number).name
+
+    def _leave_while_starting(self) -> None:
+        while received := self._wakeup[0].recv(1):
+            if received[0] in STOP_SIGNALS and self._starting:
+                cause = (
+                    f"interrupted by {signal.Signals(received[0]).name} before the first step: run it again to go on"
+                )
+                if self._report(EXIT_INTERRUPTED, cause):
+                    print(f"distgpt: {cause}", file=sys.stderr)
+                _leave(EXIT_INTERRUPTED)
+
+
+def outcome(error: BaseException) -> tuple[int, str]:
+    """The exit code and the line for whatever ended a run."""
+    if isinstance(error, DistgptError):
+        return error.code, str(error)
+    text = str(error)
+    first_line = next(iter(text.splitlines()), type(error).__name__)
+    if _is_lost_peer(error):
+        return EXIT_INTERRUPTED, f"lost contact with the other ranks ({first_line}): run it again to go on"
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+        return EXIT_USAGE, f"out of memory ({first_line}): lower train.micro_batch or shard with parallel.strategy=fsdp"
+    if isinstance(error, OSError):
+        return EXIT_IO, f"{error.strerror or first_line}{f': {error.filename}' if error.filename else ''}"
+    return EXIT_BUG, f"{type(error).__name__}: {first_line}"
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """Whether a collective failed because another rank is gone; gloo says so in a plain RuntimeError."""
+    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
+        return True
+    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+
+
+def _leave(code: int) -> NoReturn:
+    """End now: an orderly exit would wait for threads that wait for ranks that are gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    logging.shutdown()
+    os._exit(code)

@@ -1,0 +1,175 @@
+"""From a config to a model spread over the ranks: activation checkpointing -> compile -> FSDP2, HSDP or DDP."""
+
+import os
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
+
+from distgpt.cluster.mesh import build_mesh, shard_group_size
+from distgpt.cluster.runtime import Runtime
+from distgpt.config import Config
+from distgpt.errors import UsageError
+from distgpt.model.gpt import GPT, count_parameters
+
+# float32 weights, gradients and AdamW's two moments
+BYTES_PER_PARAMETER = 16
+# What replicas may take of a device; the rest is for activations.
+REPLICA_SHARE = 0.6
+# Tokens per forward when train.micro_batch is 0: more fills no CPU cache and most GPUs no better.
+AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+
+
+def micro_batch_size(config: Config, runtime: Runtime) -> int:
+    """Sequences per forward on one rank, so that ranks x micro_batch x accumulation steps = global_batch.
+
+    Raises UsageError, saying which values would divide.
+    """
+    ranks, global_batch = runtime.world_size, config.train.global_batch
+    if global_batch % ranks:
+        below, above = global_batch // ranks * ranks, (global_batch // ranks + 1) * ranks
+        near = f"{below} or {above}" if below else str(above)
+        divisors = [r for r in range(1, global_batch + 1) if global_batch % r == 0]
+        raise UsageError(
+            f"train.global_batch {global_batch} does not divide over {ranks} ranks: take a global_batch of {near}, "
+            f"or {_some(divisors, near=ranks)} ranks"
+        )
+    per_rank = global_batch // ranks
+    divisors = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
+    asked = config.train.micro_batch
+    if not asked:
+        limit = AUTO_MICRO_BATCH_TOKENS[runtime.device.type] // config.model.block_size
+        return max(m for m in divisors if m <= max(1, limit))
+    if per_rank % asked:
+        raise UsageError(
+            f"train.micro_batch {asked} does not divide the {per_rank} sequences of each rank "
+            f"(train.global_batch {global_batch} over {ranks} ranks): take {_some(divisors, near=asked)}"
+        )
+    return asked
+
+
+def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tuple[str, str]:
+    """The strategy and, in words, why. "single" is one process, which shares with nobody."""
+    asked = config.parallel.strategy
+    if not runtime.distributed:
+        return "single", "one process"
+    if asked == "hsdp":
+        size = shard_group_size(
+            shard=config.parallel.shard, world_size=runtime.world_size, local_world_size=runtime.local_world_size
+        )
+        return "hsdp", f"as asked, {runtime.world_size // size} replicas of {size} shards"
+    if asked != "auto":
+        return asked, "as asked"
+    need = BYTES_PER_PARAMETER * count_parameters(config.model, vocab_size)
+    room = REPLICA_SHARE * _device_memory(runtime)
+    sizes = f"weights, gradients and moments take {need / 2**30:.1f} GiB of {room / 2**30:.1f} GiB a rank"
+    if need <= room:
+        return "ddp", f"{sizes}: every rank holds a whole replica"
+    nodes = runtime.world_size // runtime.local_world_size
+    if nodes > 1 and need / runtime.local_world_size <= room and not runtime.world_size % runtime.local_world_size:
+        return "hsdp", f"{sizes}: sharded within a node, replicated across {nodes}"
+    return "fsdp", f"{sizes}: sharded over all ranks"
+
+
+def build_model(
+    config: Config, runtime: Runtime, *, strategy: str, vocab_size: int, eot_id: int | None, dtype: torch.dtype
+) -> nn.Module:
+    """The GPT with its initial weights, spread over the ranks; the same weights for every strategy and world size."""
+    sharded = strategy in ("fsdp", "hsdp")
+    with torch.device("meta" if sharded else "cpu"):
+        model = GPT(config.model, vocab_size, eot_id)
+    for block in model.blocks:
+        if config.parallel.activation_checkpoint:
+            # The bound forward is replaced, not the module: parameter names stay as they are.
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+        if config.train.compile:
+            block.compile()
+    if sharded:
+        return _shard(model, config, runtime, strategy=strategy, dtype=dtype)
+    model.init_weights(config.run.seed)
+    model.to(runtime.device)
+    if strategy == "single":
+        return model
+    device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+
+
+@contextmanager
+def inference(model: nn.Module) -> Iterator[GPT]:
+    """The GPT itself, in eval mode and without gradients. A sharded one needs every rank in each forward."""
+    gpt = bare(model)
+    gpt.eval()
+    with torch.no_grad():
+        yield gpt
+    gpt.train()
+    if isinstance(gpt, FSDPModule):
+        gpt.reshard()  # the root waits for a backward pass to do so, and here none came
+
+
+def bare(model: nn.Module) -> GPT:
+    """The GPT inside of what spreads it over the ranks."""
+    module = model.module if isinstance(model, DistributedDataParallel) else model
+    if not isinstance(module, GPT):
+        raise TypeError(f"expected a GPT, got {type(module).__name__}")
+    return module
+
+
+@contextmanager
+def gradient_sync(model: nn.Module, *, last: bool) -> Iterator[None]:
+    """Around forward and backward of a micro-batch: gradients cross the network on the last one alone."""
+    context: AbstractContextManager[None] = nullcontext()
+    if isinstance(model, DistributedDataParallel) and not last:
+        context = model.no_sync()
+    if isinstance(model, FSDPModule):
+        model.set_is_last_backward(last)
+        model.set_requires_gradient_sync(last)
+    with context:
+        yield
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Mixed precision: matrix products in `dtype`, weights and reductions in float32."""
+    return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
+
+
+def _shard(model: GPT, config: Config, runtime: Runtime, *, strategy: str, dtype: torch.dtype) -> nn.Module:
+    shard = runtime.world_size
+    if strategy == "hsdp":
+        shard = shard_group_size(
+            shard=config.parallel.shard, world_size=runtime.world_size, local_world_size=runtime.local_world_size
+        )
+    mesh = build_mesh(strategy, device_type=runtime.device.type, world_size=runtime.world_size, shard=shard)
+    # Blocks gather in the compute dtype; the residual stream, embeddings and head stay float32 as autocast has it
+    # under DDP, so that the strategy does not change what is learned.
+    in_blocks = MixedPrecisionPolicy(
+        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh, mp_policy=in_blocks)
+    fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    model.to_empty(device=runtime.device)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor)
+            full = model.initial_value(name, seed=config.run.seed).to(runtime.device)
+            # src_data_rank=None: every rank has the full value and cuts its own part, nothing is sent.
+            parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
+    return model
+
+
+def _device_memory(runtime: Runtime) -> float:
+    """Bytes that this rank may call its own."""
+    if runtime.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(runtime.device).total_memory)
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / runtime.local_world_size
+
+
+def _some(values: list[int], *, near: int) -> str:
+    """Up to six of `values`, the nearest ones, in order."""
+    return " or ".join(map(str, sorted(sorted(values, key=lambda v: abs(v - near))[:6])))

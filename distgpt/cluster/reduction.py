@@ -1,0 +1,31 @@
+"""What ranks tell each other every step, besides gradients."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from distgpt.cluster.runtime import Runtime
+
+
+def mean_loss_and_any(loss: Tensor, flag: bool, runtime: Runtime) -> tuple[float, bool]:
+    """The mean of a scalar over ranks, and whether any rank raised `flag`: one message, so all ranks agree."""
+    pair = torch.stack((loss.float(), torch.tensor(float(flag), device=loss.device)))
+    if runtime.distributed:
+        dist.all_reduce(pair)
+    total, flags = pair.tolist()
+    return total / runtime.world_size, flags > 0
+
+
+def grad_norm_of(model: nn.Module) -> Tensor:
+    """The L2 norm of all gradients, over all shards; the same value on every rank."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def sum_over_ranks(values: Tensor, runtime: Runtime) -> Tensor:
+    """The elementwise sum, in place. Exact where at most one rank has a value that is not zero."""
+    if runtime.distributed:
+        dist.all_reduce(values)
+    return values

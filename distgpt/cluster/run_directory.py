@@ -1,0 +1,126 @@
+"""The run directory: where its files are, who owns it, and how the run ended.
+
+Imports no torch: a locked or read-only directory is found before anything heavy is loaded.
+"""
+
+import errno
+import fcntl
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distgpt.errors import DirectoryError, StorageError
+
+EXIT_FILE_VARIABLE = "DISTGPT_EXIT_FILE"
+
+
+@dataclass(frozen=True)
+class RunPaths:
+    """The names of everything in a run directory."""
+
+    root: Path
+
+    @property
+    def config(self) -> Path:
+        return self.root / "config.toml"
+
+    @property
+    def metrics(self) -> Path:
+        return self.root / "metrics.jsonl"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.root / "checkpoints"
+
+    @property
+    def logs(self) -> Path:
+        return self.root / "logs"
+
+    @property
+    def plot(self) -> Path:
+        return self.root / "plots" / "loss.png"
+
+    @property
+    def exit_report(self) -> Path:
+        return self.root / "exit.json"
+
+    @property
+    def lock(self) -> Path:
+        return self.root / "LOCK"
+
+
+class RunLock:
+    """An exclusive flock on LOCK, held by rank 0 for as long as its process lives; the kernel drops it at any death.
+
+    The file stays: removing it would let two jobs lock two files of one name.
+    """
+
+    def __init__(self, paths: RunPaths) -> None:
+        """Create the directory and take the lock.
+
+        Raises DirectoryError when another process holds it or the directory cannot be written, StorageError when
+        the file system has no locks.
+        """
+        try:
+            paths.root.mkdir(parents=True, exist_ok=True)
+            self._fd = os.open(paths.lock, os.O_RDWR | os.O_CREAT, 0o644)
+        except OSError as error:
+            raise DirectoryError(
+                f"cannot write to the run directory {paths.root}: {error.strerror}; choose another with --run.dir=DIR"
+            ) from None
+        try:
+            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            owner = _owner(self._fd)
+            os.close(self._fd)
+            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+                raise DirectoryError(
+                    f"the run directory {paths.root} is in use by {owner}; wait for it or choose another --run.dir"
+                ) from None
+            raise StorageError(f"cannot lock {paths.lock}: {error.strerror}; choose a --run.dir with locks") from None
+        paths.exit_report.unlink(missing_ok=True)  # how the last run ended says nothing of this one
+        now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+        os.ftruncate(self._fd, 0)
+        os.pwrite(self._fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": now}).encode(), 0)
+
+
+def write_exit_report(paths: RunPaths | None, *, code: int, cause: str, rank: int, step: int | None) -> bool:
+    """Write exit.json, and a copy to $DISTGPT_EXIT_FILE where a launcher names one. The first cause stands.
+
+    Returns whether this was the first report of the run directory (or, with no directory, of the launcher's file).
+    """
+    report = {"code": code, "cause": cause, "rank": rank, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    first = True
+    targets = [paths.exit_report] if paths else []
+    if launcher_file := os.environ.get(EXIT_FILE_VARIABLE):
+        targets.append(Path(launcher_file))
+    for target in reversed(targets):
+        first = _write_once(target, report)
+    return first
+
+
+def _write_once(target: Path, report: dict[str, Any]) -> bool:
+    """Whether `target` is now this report; False where one stood already. A link is atomic and never replaces."""
+    staged = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        staged.write_text(json.dumps(report) + "\n")
+        os.link(staged, target)
+    except FileExistsError:
+        return False
+    except OSError:
+        return True  # a full or read-only disk must not hide the cause: the caller still prints it
+    finally:
+        staged.unlink(missing_ok=True)
+    return True
+
+
+def _owner(fd: int) -> str:
+    try:
+        owner = json.loads(os.pread(fd, 4096, 0))
+        return f"pid {owner['pid']} on {owner['host']} since {owner['started']}"
+    except (ValueError, KeyError, OSError):
+        return "another job"

@@ -1,0 +1,103 @@
+"""Device, process group, threads and the facts about this rank."""
+
+import ctypes
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from distgpt.errors import UsageError
+
+# glibc's mallopt, malloc.h
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """Who this rank is and what it computes on."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    local_world_size: int
+    device: torch.device
+
+    @property
+    def distributed(self) -> bool:
+        return self.world_size > 1
+
+
+def this_rank() -> Runtime:
+    """The facts from torchrun's environment, one process without it. Raises UsageError if it has no device."""
+    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        if local_world_size > torch.cuda.device_count():
+            raise UsageError(
+                f"{local_world_size} ranks on this host but {torch.cuda.device_count()} GPUs: "
+                f"use --nproc_per_node={torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", local_rank)
+    return Runtime(rank, local_rank, world_size, local_world_size, device)
+
+
+@contextmanager
+def joined(runtime: Runtime, *, timeout: float) -> Iterator[None]:
+    """Set this process up for its device and, with several ranks, be in their process group; `timeout` in seconds."""
+    if runtime.device.type == "cuda":
+        torch.cuda.set_device(runtime.device)
+    else:
+        torch.set_num_threads(threads_per_rank(runtime.local_world_size))
+        _keep_freed_memory()
+    if not runtime.distributed:
+        yield
+        return
+    on_gpu = runtime.device.type == "cuda"
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        timeout=timedelta(seconds=timeout),
+        device_id=runtime.device if on_gpu else None,
+    )
+    yield
+    # Not in a finally: after a failure of a peer this would wait for it.
+    dist.destroy_process_group()
+
+
+def threads_per_rank(local_world_size: int) -> int:
+    """An even share of the cores this process may use; OMP_NUM_THREADS above 1 is the user's word (1 is torchrun's)."""
+    asked = os.environ.get("OMP_NUM_THREADS", "1")
+    if asked.isdigit() and int(asked) > 1:
+        return int(asked)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, cores // local_world_size)
+
+
+def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
+    """`train.dtype` on this device: auto is bfloat16 on GPUs that have it and on CPUs with AMX, else float32."""
+    if asked != "auto":
+        return torch.bfloat16 if asked == "bfloat16" else torch.float32
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_amx()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _cpu_has_amx() -> bool:
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            return "amx_bf16" in cpuinfo.read()
+    except OSError:
+        return False
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep large freed blocks: returning them to the kernel costs a page fault per page, every step."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(M_MMAP_MAX, 0)
+        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        libc.mallopt(M_TOP_PAD, 256 * 2**20)

@@ -1,0 +1,247 @@
+"""This rank's batches: gathered ahead by a thread, uint16 on the way to the device, widened there.
+
+Shapes: T = block_size, N sequences of this rank in a step, B of them in a micro-batch. Rank r of R takes the contiguous
+slice [r G/R, (r+1) G/R) of each global batch of G sequences, cut into micro-batches in order: the j-th micro-batch of a
+step is the same for any R.
+"""
+
+import mmap
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import NDArray
+from torch import Tensor
+
+from distgpt.corpus.order import Ints, Order, evaluation_windows
+from distgpt.corpus.shards import Split
+from distgpt.errors import StorageError
+
+MicroBatch = tuple[Tensor, Tensor]
+TokenMap = np.memmap[Any, np.dtype[np.uint16]]
+
+# The thread prepares whole steps in chunks of about this size: numpy's and the lock's overhead is paid once a chunk,
+# and the disk sees all its reads at once.
+CHUNK_TOKENS = 2**19
+CHUNKS_AHEAD = 2
+
+# A split of at most this size is read into memory as a whole at the start, a larger one window by window.
+READ_WHOLE_BYTES = 2**28
+
+
+class Loader:
+    """The training batches of one rank from `start_step` on. Close it, or use it as a context manager.
+
+    The order is a pure function of (seed, step): a loader that starts at a step gives what one that ran up to it
+    would have given. Raises DataError if the split holds no window of block_size + 1 tokens.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        block_size: int,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        device: torch.device,
+        start_step: int,
+    ) -> None:
+        assert global_batch % (micro_batch * world_size) == 0, (global_batch, micro_batch, world_size)
+        lengths = [len(shard) for shard in split.shards]
+        self.order = Order(lengths, block_size=block_size, seed=seed, split=split.name)
+        self._windows = _Windows(split, block_size + 1)
+        self._global_batch, self._micro_batch, self._rank = global_batch, micro_batch, rank
+        self._rows = global_batch // world_size
+        self._device = device
+        self._steps_per_chunk = max(1, CHUNK_TOKENS // (self._rows * (block_size + 1)))
+        self._wait = 0.0
+        self._step_to_fetch = start_step
+        self._steps: deque[Tensor] = deque()
+        self._chunks: deque[Future[Tensor]] = deque()
+        self._thread = ThreadPoolExecutor(1, "loader", initializer=_use_device, initargs=(device,))
+        for _ in range(CHUNKS_AHEAD):
+            self._fetch_next_chunk()
+
+    def next_step(self) -> list[MicroBatch]:
+        """The accumulation micro-batches (x_BT, y_BT) of the next step, int64 on the device.
+
+        Raises StorageError if the data cannot be read any more.
+        """
+        if not self._steps:
+            started = time.perf_counter()
+            chunk = self._chunks.popleft().result()
+            self._wait += time.perf_counter() - started
+            self._fetch_next_chunk()
+            self._steps.extend(chunk.to(self._device, non_blocking=True))
+        x_NT, y_NT = _inputs_and_targets(self._steps.popleft())
+        return list(zip(torch.split(x_NT, self._micro_batch), torch.split(y_NT, self._micro_batch), strict=True))
+
+    def take_data_wait(self) -> float:
+        """Seconds that next_step waited for the thread since this was last asked."""
+        wait, self._wait = self._wait, 0.0
+        return wait
+
+    def sample_numbers(self, step: int) -> Ints:
+        """The numbers, counted over the whole run, of this rank's sequences in `step`, in the order of its batches."""
+        return self._numbers_of(step, 1)
+
+    def places(self, step: int) -> tuple[Ints, Ints]:
+        """The shards and the offsets in tokens of the windows that sample_numbers(step) stands for."""
+        return self.order.starts(self.sample_numbers(step))
+
+    def close(self) -> None:
+        """End the thread; what it prepared is dropped."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _numbers_of(self, step: int, steps: int) -> Ints:
+        first = np.arange(step, step + steps, dtype=np.int64) * self._global_batch + self._rank * self._rows
+        return (first[:, None] + np.arange(self._rows)).ravel()
+
+    def _fetch_next_chunk(self) -> None:
+        self._chunks.append(self._thread.submit(self._chunk, self._step_to_fetch))
+        self._step_to_fetch += self._steps_per_chunk
+
+    def _chunk(self, step: int) -> Tensor:
+        """The tokens of `_steps_per_chunk` steps, uint16 [steps, rows, T + 1]; runs in the thread.
+
+        numpy only: a torch operation here would start a second pool of OpenMP threads beside the one that trains.
+        """
+        rows = self._steps_per_chunk * self._rows
+        tokens = torch.empty((rows, self._windows.length), dtype=torch.uint16, pin_memory=self._device.type == "cuda")
+        self._windows.read(*self.order.starts(self._numbers_of(step, self._steps_per_chunk)), tokens.numpy())
+        return tokens.view(self._steps_per_chunk, self._rows, -1)
+
+
+class EvaluationBatches:
+    """The fixed validation windows, in micro-batches dealt out to the ranks in turn: the same ones for any world size.
+
+    Iterates, as often as asked, over (indices, x_BT, y_BT): `indices` number the windows, int64 [B]. A sharded model
+    needs every rank in each forward, so all ranks get the same number of batches; where they run out, the last batch
+    comes again with all its indices -1, to be computed and not counted. The last batch may be smaller than the others.
+    Raises DataError if the split holds no window of block_size + 1 tokens.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        *,
+        block_size: int,
+        sequences: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        device: torch.device,
+    ) -> None:
+        lengths = [len(shard) for shard in split.shards]
+        self._shards, self._offsets = evaluation_windows(lengths, block_size, sequences, split.name)
+        self._reader = _Windows(split, block_size + 1)
+        self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
+        self._device = device
+
+    @property
+    def windows(self) -> int:
+        """The number of windows, over all ranks."""
+        return len(self._offsets)
+
+    def __len__(self) -> int:
+        """The number of batches that each rank gets."""
+        return -(-self._batches // self._world_size)
+
+    def __iter__(self) -> Iterator[tuple[Ints, Tensor, Tensor]]:
+        for turn in range(len(self)):
+            batch = turn * self._world_size + self._rank
+            first = min(batch, self._batches - 1) * self._micro_batch
+            indices = np.arange(first, min(first + self._micro_batch, self.windows), dtype=np.int64)
+            tokens = np.empty((len(indices), self._reader.length), dtype=np.uint16)
+            self._reader.read(self._shards[indices], self._offsets[indices], tokens)
+            x_BT, y_BT = _inputs_and_targets(torch.from_numpy(tokens).to(self._device))
+            yield (indices if batch < self._batches else np.full_like(indices, -1)), x_BT, y_BT
+
+    @property
+    def _batches(self) -> int:
+        return -(-self.windows // self._micro_batch)
+
+
+class _Windows:
+    """Reads windows of `length` tokens from the memory-mapped shards of a split."""
+
+    def __init__(self, split: Split, length: int) -> None:
+        self.length = length
+        self._shards = split.shards
+        self._views = [sliding_window_view(np.asarray(s), length) if len(s) >= length else None for s in split.shards]
+        self._small = sum(shard.nbytes for shard in split.shards) <= READ_WHOLE_BYTES
+        if self._small:
+            for shard in split.shards:
+                _mapping(shard).madvise(mmap.MADV_WILLNEED)
+
+    def read(self, shards: Ints, offsets: Ints, tokens: NDArray[np.uint16]) -> None:
+        """Copy the windows at these places into `tokens` [windows, length]. Raises StorageError."""
+        parts = [(int(shard), np.flatnonzero(shards == shard)) for shard in np.unique(shards)]
+        for shard, rows in parts:
+            _check_length(self._shards[shard])
+            if not self._small:
+                self._announce(shard, offsets[rows])
+        for shard, rows in parts:
+            view = self._views[shard]
+            assert view is not None, "the order draws no window from a shard that is shorter"
+            # One fancy-indexed copy: it gives up the interpreter's lock once, not once for each window.
+            tokens[rows if len(parts) > 1 else slice(None)] = view[offsets[rows]]
+
+    def _announce(self, shard: int, offsets: Ints) -> None:
+        """Let the kernel read these windows ahead, all at once: on a cold file this is worth a factor of 16."""
+        itemsize = self._shards[shard].itemsize
+        pages = offsets * itemsize // mmap.PAGESIZE * mmap.PAGESIZE
+        ends = (offsets + self.length) * itemsize
+        mapping = _mapping(self._shards[shard])
+        for page, end in zip(pages.tolist(), ends.tolist(), strict=True):
+            mapping.madvise(mmap.MADV_WILLNEED, page, end - page)
+
+
+def _mapping(shard: TokenMap) -> mmap.mmap:
+    assert isinstance(shard.base, mmap.mmap)
+    return shard.base
+
+
+def _check_length(shard: TokenMap) -> None:
+    """Raise StorageError if the file was cut short since it was mapped: touching its end would kill the process."""
+    assert shard.filename is not None
+    path = Path(shard.filename)
+    try:
+        # A file that was removed stays readable through its mapping.
+        with suppress(FileNotFoundError):
+            size = os.stat(path).st_size
+            if size < shard.nbytes:
+                raise StorageError(f"{path} was cut short while in use: {size:,} of {shard.nbytes:,} bytes are left")
+    except OSError as error:
+        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _inputs_and_targets(tokens: Tensor) -> MicroBatch:
+    """Two contiguous int64 tensors [rows, T] of uint16 tokens [rows, T + 1], on the same device."""
+    return tokens[:, :-1].long(), tokens[:, 1:].long()
+
+
+def _use_device(device: torch.device) -> None:
+    # A new thread is on device 0: pinning memory there would open a context on it for every rank of the host.
+    if device.type == "cuda":
+        torch.cuda.set_device(device)

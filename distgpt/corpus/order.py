@@ -1,0 +1,145 @@
+"""Sample number -> place in the corpus: a pure function of (seed, epoch, index), in O(1) state and memory.
+
+A window is block_size + 1 tokens of one shard: the inputs and, one token later, the targets. An epoch visits every
+window once, in the order of a keyed permutation. Its windows are shifted by a random amount per shard, so that the
+boundaries fall elsewhere in the next epoch. Nothing here knows of ranks, and to resume is to ask for another number.
+"""
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distgpt.errors import DataError
+
+Ints = NDArray[np.int64]
+Words = NDArray[np.uint64]
+
+# splitmix64 (Steele, Lea and Flood, 2014)
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
+MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
+
+# Three rounds leave visible structure for small n, six do not (FACTS: order).
+ROUNDS = 6
+
+# The purposes of a hash, so that no two of them share random bits.
+PERMUTATION, SHIFT = 1, 2
+
+
+class Permutation:
+    """A keyed permutation of [0, n): a Feistel network over Z_a x Z_b, walked until the result is below n.
+
+    n is at most 2^62. `key` holds one word for all indices, or one per index.
+    """
+
+    def __init__(self, n: int, key: Words) -> None:
+        self.n = n
+        self.key = key
+        # a * b >= n exceeds n by less than a, about sqrt(n): a second walk is rare.
+        self._a = math.isqrt(n - 1) + 1
+        self._b = -(-n // self._a)
+
+    def __call__(self, indices: Ints) -> Ints:
+        """The images of `indices`, one-dimensional, each in [0, n)."""
+        keys = np.broadcast_to(self.key, indices.shape)
+        images = self._network(indices.astype(np.uint64), keys)
+        while (outside := np.flatnonzero(images >= np.uint64(self.n))).size:
+            images[outside] = self._network(images[outside], keys[outside])
+        return images.astype(np.int64)
+
+    def _network(self, indices: Words, keys: Words) -> Words:
+        left, right = np.divmod(indices, np.uint64(self._b))
+        for pair in range(ROUNDS // 2):
+            left = _added(left, _mixed(right + keys + _word(2 * pair) * GOLDEN), self._a)
+            right = _added(right, _mixed(left + keys + _word(2 * pair + 1) * GOLDEN), self._b)
+        return left * np.uint64(self._b) + right
+
+
+class Order:
+    """Where each of the sequences that training ever draws starts, for shards of these lengths in tokens.
+
+    `windows` is the number of windows in an epoch. Sample k, counted over all steps and ranks, belongs to epoch
+    k // windows. Raises DataError if no shard holds a window.
+    """
+
+    def __init__(self, shard_lengths: Sequence[int], *, block_size: int, seed: int, split: str = "train") -> None:
+        usable = np.array(shard_lengths, dtype=np.int64) - 1
+        per_shard = np.where(usable >= block_size, np.maximum(1, usable // block_size - 1), 0)
+        self.windows = int(per_shard.sum())
+        if not self.windows:
+            raise no_window(shard_lengths, block_size, split)
+        self.block_size = block_size
+        self.seed = seed
+        self._ends = np.cumsum(per_shard)
+        self._begins = self._ends - per_shard
+        self._shifts = np.maximum(0, usable - per_shard * block_size) + 1
+
+    def starts(self, sample_numbers: Ints) -> tuple[Ints, Ints]:
+        """The shard and the offset in tokens of each sample's window, for a one-dimensional array of numbers."""
+        epochs, indices = np.divmod(sample_numbers, self.windows)
+        windows = Permutation(self.windows, _hash(self.seed, PERMUTATION, epochs))(indices)
+        shards = np.searchsorted(self._ends, windows, side="right")
+        random = _hash(self.seed, SHIFT, epochs, shards)
+        shifts = (random % self._shifts[shards].astype(np.uint64)).astype(np.int64)
+        return shards, shifts + (windows - self._begins[shards]) * self.block_size
+
+
+def evaluation_windows(
+    shard_lengths: Sequence[int], block_size: int, sequences: int, split: str = "val"
+) -> tuple[Ints, Ints]:
+    """The shards and offsets of at most `sequences` windows that do not overlap, spread evenly over the split.
+
+    Always the same ones: nothing random. Raises DataError if no shard holds a window.
+    """
+    per_shard = np.maximum(0, np.array(shard_lengths, dtype=np.int64) - 1) // block_size
+    available = int(per_shard.sum())
+    if not available:
+        raise no_window(shard_lengths, block_size, split)
+    count = min(sequences, available)
+    windows = np.arange(count, dtype=np.int64) * available // count
+    ends = np.cumsum(per_shard)
+    shards = np.searchsorted(ends, windows, side="right")
+    return shards, (windows - (ends - per_shard)[shards]) * block_size
+
+
+def no_window(shard_lengths: Sequence[int], block_size: int, split: str) -> DataError:
+    """The error that says how long the split is and what would fit it."""
+    longest = max(shard_lengths, default=0)
+    has = f"the {split} split has {sum(shard_lengths):,} tokens"
+    if len(shard_lengths) > 1:
+        has += f" in {len(shard_lengths)} shards of at most {longest:,}"
+    if longest < 2:
+        return DataError(f"{has}: there is nothing to predict, give prepare more text")
+    return DataError(
+        f"{has}, and one window of model.block_size = {block_size} takes {block_size + 1:,}: "
+        f"use a model.block_size of at most {longest - 1}, or more text"
+    )
+
+
+def _mixed(words: Words) -> Words:
+    """splitmix64's output function: a bijection of 64-bit words in which every input bit moves every output bit."""
+    words = words + GOLDEN
+    words = (words ^ (words >> np.uint64(30))) * MULTIPLIER_1
+    words = (words ^ (words >> np.uint64(27))) * MULTIPLIER_2
+    return words ^ (words >> np.uint64(31))
+
+
+def _word(number: int) -> Words:
+    # An array, since a numpy scalar warns where these sums and products wrap around.
+    return np.array([number % 2**64], dtype=np.uint64)
+
+
+def _hash(*parts: int | Ints) -> Words:
+    """One random word per element of the parts, which broadcast."""
+    state = _word(0)
+    for part in parts:
+        state = _mixed(state ^ (_word(part) if isinstance(part, int) else part.astype(np.uint64)))
+    return state
+
+
+def _added(half: Words, random: Words, modulus: int) -> Words:
+    # The upper 32 random bits, scaled to [0, modulus) by a multiplication: a third of the time of a remainder.
+    half = half + (((random >> np.uint64(32)) * np.uint64(modulus)) >> np.uint64(32))
+    return np.where(half >= np.uint64(modulus), half - np.uint64(modulus), half)

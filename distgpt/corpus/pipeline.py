@@ -1,0 +1,412 @@
+"""What prepare does with its sources: read them once, encode them into part files, merge the parts in order.
+
+What a part holds depends on the input and the options alone, never on the number of workers, and a part is whole and on
+disk before it has its name: a run that was killed goes on with the parts it left.
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from distgpt.corpus import sources
+from distgpt.corpus.shards import Documents, SplitName
+from distgpt.corpus.sources import Content, Piece, Source
+from distgpt.corpus.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer, describe, load_tokenizer, train_bpe
+from distgpt.corpus.workers import Workers
+from distgpt.errors import DataError
+
+BPE_SAMPLE_BYTES = 256 * 2**20
+CHECKED_BYTES = 2**18
+
+Advance = Callable[[int], None]
+
+
+class Scanned(NamedTuple):
+    """What a piece turned out to hold. `characters`: those of its text, sorted, where they were asked for."""
+
+    piece: Piece
+    documents: int
+    bytes: int
+    digest: bytes
+    characters: str
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The whole input, read once. `documents` and `bytes` leave out empty documents; `fingerprint` is a SHA-256."""
+
+    pieces: list[Scanned]
+    documents: int
+    bytes: int
+    characters: str
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What becomes one part: consecutive pieces, together about UNIT_BYTES."""
+
+    index: int
+    pieces: list[Scanned]
+
+    @property
+    def bytes(self) -> int:
+        return sum(scanned.bytes for scanned in self.pieces)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """How a worker encodes. `hashes`: the text hash of documents that are longer than a piece, by path."""
+
+    tokenizer: Path
+    huggingface: bool
+    eot_id: int | None
+    hashes: Mapping[str, int]
+
+
+class Part(NamedTuple):
+    """A part file. One row for each document or piece of one: `sizes` in tokens, whether it `ends`, its text hash."""
+
+    tokens: npt.NDArray[np.uint16]
+    sizes: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.bool_]
+    hashes: npt.NDArray[np.uint64]
+
+
+def scan(inputs: Sequence[Source], *, characters: bool, workers: Workers, advance: Advance) -> Scan:
+    """Read the whole input: check it, cut it, count and hash it. `advance` is told how many bytes of files were read.
+
+    Raises DataError for input that is not text or holds none, OSError for what cannot be read.
+    """
+    tasks = list(_scan_tasks(inputs, characters))
+    found: list[list[Scanned]] = [[] for _ in tasks]
+    for index, (scanned, consumed) in workers.run(_scan, tasks):
+        found[index].append(scanned)
+        advance(consumed)
+    pieces = [scanned for task in found for scanned in task]
+    documents = sum(scanned.documents for scanned in pieces)
+    if documents == 0:
+        raise DataError(f"no text in the input: {', '.join(source.name for source in inputs[:3])} hold nothing else")
+    digest = hashlib.sha256()
+    for scanned in pieces:
+        digest.update(scanned.digest + bytes([scanned.piece.last]))
+    return Scan(
+        pieces=pieces,
+        documents=documents,
+        bytes=sum(scanned.bytes for scanned in pieces),
+        characters="".join(sorted(set().union(*{scanned.characters for scanned in pieces}))),
+        fingerprint=digest.hexdigest(),
+    )
+
+
+def check_characters(found: Scan, tokenizer: Tokenizer) -> None:
+    """Raise DataError naming the file where a saved char tokenizer lacks a character of the input."""
+    lacking = tokenizer.lacks(found.characters) if isinstance(tokenizer, CharTokenizer) else ""
+    for scanned in found.pieces if lacking else []:
+        if character := next((c for c in lacking if c in scanned.characters), ""):
+            raise DataError(
+                f"{scanned.piece.source.name} holds the character {describe(character)}, which the saved vocabulary "
+                f"lacks (with it, {len(lacking)} of the input's characters)"
+            )
+
+
+def trained_bpe(found: Scan, *, vocab_size: int, workers: Workers) -> BpeTokenizer:
+    """BPE of at most `vocab_size` ids, learned from the corpus, or from pieces spread evenly over a huge one."""
+    budget = found.bytes
+    chosen = []
+    for scanned in found.pieces:
+        # Takes a piece whenever the share of BPE_SAMPLE_BYTES that is due by now reaches into it.
+        due = min(BPE_SAMPLE_BYTES, found.bytes)
+        before, budget = budget, budget - scanned.bytes
+        if found.bytes <= due or before * due // found.bytes // sources.UNIT_BYTES != (
+            budget * due // found.bytes // sources.UNIT_BYTES
+        ):
+            chosen.append(scanned)
+    [(_, text)] = workers.run(_train, [(chosen, vocab_size)])
+    return BpeTokenizer(text)
+
+
+def agrees_with_huggingface(found: Scan, tokenizer: BpeTokenizer) -> bool:
+    """Whether the fast encoder gives Hugging Face's ids for the first documents of the corpus."""
+    for _, content in _contents(found.pieces[:1]):
+        left = CHECKED_BYTES
+        for text in content.texts:
+            if not tokenizer.agrees_with_huggingface([text[:left]]):
+                return False
+            if (left := left - len(text)) <= 0:
+                break
+    return True
+
+
+def units(found: Scan) -> list[Unit]:
+    """The pieces put together to what becomes one part each."""
+    groups: list[list[Scanned]] = []
+    size = sources.UNIT_BYTES
+    for scanned in found.pieces:
+        if size >= sources.UNIT_BYTES:
+            groups.append([])
+            size = 0
+        groups[-1].append(scanned)
+        size += scanned.bytes
+    return [Unit(index, pieces) for index, pieces in enumerate(groups)]
+
+
+def long_document_hashes(found: Scan, workers: Workers) -> dict[str, int]:
+    """The text hashes of the documents that are longer than a piece, by path. Raises DataError and OSError."""
+    long = [s.piece.source for s in found.pieces if s.piece.source.format == "text" and not (s.piece.start or s.piece.last)]
+    return {long[index].path: value for index, value in workers.run(_hash, long)}
+
+
+def encode(todo: Sequence[Unit], parts: Path, *, encoder: Encoder, workers: Workers, advance: Advance) -> None:
+    """Write the parts of these units. `advance` is told the bytes of text encoded.
+
+    Raises DataError where a source changed since it was scanned, OSError for what cannot be read or written.
+    """
+    runs = [list(group) for _, group in groupby(todo, key=_read_together)]
+    # Every worker that starts within a compressed file reads it from the beginning: only where some would be idle.
+    share = max(workers.count // len(runs), 1) if runs else 1
+    tasks = [(part, parts, encoder) for run in runs for part in _split(run, share)]
+    for _, size in workers.run(_encode, tasks):
+        advance(size)
+
+
+def is_done(unit: Unit, parts: Path) -> bool:
+    """Whether the part of this unit is there and whole."""
+    path = _part_path(parts, unit.index)
+    try:
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            rows = int.from_bytes(file.read(8), "little")
+            table = np.fromfile(file, dtype="<u8", count=3 * rows)
+    except OSError:
+        return False
+    return table.size == 3 * rows and size == 8 + 24 * rows + 2 * int(table[:rows].sum())
+
+
+def merged(parts: Path, count: int, *, documents: int, val_fraction: float) -> Iterator[Documents]:
+    """All tokens in order, divided into the splits.
+
+    One document: the last `val_fraction` of its tokens validate. Several: those whose text hash is below that share of
+    2^64, and at least one, but never all. Raises DataError where that is impossible.
+    """
+    if documents == 1:
+        return _merged_tail(parts, count, val_fraction)
+    return _merged_by_hash(parts, count, _threshold(parts, count, val_fraction))
+
+
+def _merged_tail(parts: Path, count: int, val_fraction: float) -> Iterator[Documents]:
+    total = sum(int(_read_part(parts, index).sizes.sum()) for index in range(count))
+    if total < 2:
+        raise DataError("the input is a single token: too short to train on one part and validate on another")
+    left = min(max(int((1 - val_fraction) * total), 1), total - 1)
+    split: SplitName
+    for index in range(count):
+        tokens = _read_part(parts, index).tokens
+        for split, piece in (("train", tokens[:left]), ("val", tokens[left:])):
+            is_end = piece.size == left if split == "train" else index == count - 1
+            if piece.size:
+                yield Documents(split, piece, np.array([piece.size] if is_end else [], dtype=np.int64))
+        left = max(left - tokens.size, 0)
+
+
+def _threshold(parts: Path, count: int, val_fraction: float) -> int:
+    threshold = int(val_fraction * 2**64)
+    lowest, highest = 2**64, -1
+    for index in range(count):
+        hashes = _read_part(parts, index).hashes
+        if hashes.size:
+            lowest, highest = min(lowest, int(hashes.min())), max(highest, int(hashes.max()))
+    if lowest == highest:
+        raise DataError("all documents of the input hold the same text: there is nothing to validate on")
+    return min(max(threshold, lowest + 1), highest)
+
+
+def _merged_by_hash(parts: Path, count: int, threshold: int) -> Iterator[Documents]:
+    for index in range(count):
+        part = _read_part(parts, index)
+        validates = part.hashes < threshold
+        split: SplitName
+        for split, rows in (("train", ~validates), ("val", validates)):
+            tokens = part.tokens[np.repeat(rows, part.sizes)]
+            if tokens.size:
+                yield Documents(split, tokens, np.cumsum(part.sizes[rows])[part.ends[rows]])
+
+
+@dataclass(frozen=True)
+class _ScanTask:
+    """Pieces of sources that can be read at any place, or one source that has to be read through."""
+
+    pieces: list[Piece]
+    source: Source | None
+    characters: bool
+
+
+def _scan_tasks(inputs: Sequence[Source], characters: bool) -> Iterator[_ScanTask]:
+    batch: list[Piece] = []
+    size = 0
+    for source in inputs:
+        if not source.seekable:
+            yield _ScanTask([], source, characters)
+            continue
+        with sources.opened(source) as reader:
+            for piece in reader.pieces():
+                batch.append(piece)
+                size += piece.stop - piece.start
+                if size >= sources.UNIT_BYTES:
+                    yield _ScanTask(batch, None, characters)
+                    batch, size = [], 0
+    if batch:
+        yield _ScanTask(batch, None, characters)
+
+
+def _scan(task: _ScanTask) -> Iterator[tuple[Scanned, int]]:
+    for piece in task.pieces:
+        with sources.opened(piece.source) as reader:
+            yield _scanned(reader.content(piece), piece, task.characters), piece.stop - piece.start
+    if task.source is not None:
+        with sources.opened(task.source) as reader:
+            before = 0
+            for piece in reader.pieces():
+                yield _scanned(reader.content(piece), piece, task.characters), reader.consumed - before
+                before = reader.consumed
+
+
+def _scanned(content: Content, piece: Piece, characters: bool) -> Scanned:
+    is_text = piece.source.format == "text"
+    return Scanned(
+        piece=piece,
+        documents=int(piece.start == 0) if is_text else sum(text != "" for text in content.texts),
+        bytes=piece.stop - piece.start if is_text else sum(map(_utf8_size, content.texts)),
+        digest=content.digest,
+        characters=characters_of("".join(content.texts)) if characters else "",
+    )
+
+
+def _utf8_size(text: str) -> int:
+    return len(text) if text.isascii() else len(text.encode())
+
+
+def characters_of(text: str) -> str:
+    """`"".join(sorted(set(text)))` at memory speed."""
+    if text.isascii():
+        raw = text.encode()
+        common = bytes(set(raw[:4096]))
+        return "".join(map(chr, sorted({*common, *raw.translate(None, common)})))
+    present = np.zeros(0x110000, dtype=np.bool_)
+    present[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
+    return "".join(map(chr, np.flatnonzero(present).tolist()))
+
+
+def _train(task: tuple[Sequence[Scanned], int]) -> Iterator[str]:
+    pieces, vocab_size = task
+    yield train_bpe((text for _, content in _contents(pieces) for text in content.texts), vocab_size).to_json()
+
+
+def _hash(source: Source) -> Iterator[int]:
+    yield sources.document_hash(source)
+
+
+def _read_together(unit: Unit) -> tuple[str, int]:
+    """Equal for units that come from one compressed file."""
+    source = unit.pieces[0].piece.source
+    return ("", unit.index) if source.seekable else (source.path, 0)
+
+
+def _split(run: Sequence[Unit], count: int) -> list[Sequence[Unit]]:
+    size = -(-len(run) // count)
+    return [run[start : start + size] for start in range(0, len(run), size)]
+
+
+def _encode(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
+    run, parts, encoder = task
+    tokenizer = _loaded(encoder.tokenizer, encoder.huggingface)
+    contents = _contents([scanned for unit in run for scanned in unit.pieces])
+    for unit in run:
+        rows: list[tuple[int, bool, int]] = []
+        tokens: list[npt.NDArray[np.uint16]] = []
+        for _ in unit.pieces:
+            scanned, content = next(contents)
+            _encode_piece(scanned.piece, content.texts, tokenizer, encoder, rows, tokens)
+        _write_part(_part_path(parts, unit.index), rows, tokens)
+        yield unit.bytes
+
+
+@lru_cache(maxsize=1)
+def _loaded(path: Path, huggingface: bool) -> Tokenizer:
+    tokenizer = load_tokenizer(path)
+    if huggingface and isinstance(tokenizer, BpeTokenizer):
+        tokenizer.use_huggingface()
+    return tokenizer
+
+
+def _encode_piece(
+    piece: Piece,
+    texts: Sequence[str],
+    tokenizer: Tokenizer,
+    encoder: Encoder,
+    rows: list[tuple[int, bool, int]],
+    tokens: list[npt.NDArray[np.uint16]],
+) -> None:
+    end_of_text = np.array([] if encoder.eot_id is None else [encoder.eot_id], dtype=np.uint16)
+    for text in texts:
+        if not text:
+            continue
+        ends = piece.source.format != "text" or piece.last
+        known = encoder.hashes.get(piece.source.path) if piece.source.format == "text" else None
+        ids = tokenizer.encode(text)
+        tokens += [ids, end_of_text] if ends else [ids]
+        size = ids.size + (end_of_text.size if ends else 0)
+        rows.append((size, ends, sources.text_hash(text.encode()) if known is None else known))
+
+
+def _contents(pieces: Sequence[Scanned]) -> Iterator[tuple[Scanned, Content]]:
+    """The pieces with what they hold; each file is opened once. Raises DataError where it is not what was scanned."""
+    for _, group in groupby(pieces, key=lambda scanned: scanned.piece.source):
+        with ExitStack() as stack:
+            reader: sources.Reader | None = None
+            for scanned in group:
+                reader = reader or stack.enter_context(sources.opened(scanned.piece.source))
+                content = reader.content(scanned.piece)
+                if content.digest != scanned.digest:
+                    raise DataError(f"{scanned.piece.source.name} changed while it was prepared: start again")
+                yield scanned, content
+
+
+def _part_path(parts: Path, index: int) -> Path:
+    return parts / f"{index:06d}.part"
+
+
+def _write_part(
+    path: Path, rows: Sequence[tuple[int, bool, int]], tokens: Sequence[npt.NDArray[np.uint16]]
+) -> None:
+    """The number of rows, their three columns as uint64, the tokens. Raises OSError."""
+    table = np.array(rows, dtype=np.uint64).reshape(len(rows), 3).T
+    staged = path.with_suffix(f".{os.getpid()}.tmp")
+    try:
+        with open(staged, "wb") as file:
+            file.write(len(rows).to_bytes(8, "little"))
+            file.write(np.ascontiguousarray(table, dtype="<u8").data)
+            for ids in tokens:
+                file.write(np.ascontiguousarray(ids, dtype="<u2").data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+
+
+def _read_part(parts: Path, index: int) -> Part:
+    raw = np.fromfile(_part_path(parts, index), dtype=np.uint8)
+    rows = int(raw[:8].view("<u8")[0])
+    sizes, ends, hashes = raw[8 : 8 + 24 * rows].view("<u8").reshape(3, rows)
+    return Part(raw[8 + 24 * rows :].view("<u2"), sizes.astype(np.int64), ends.astype(np.bool_), hashes)

@@ -1,0 +1,111 @@
+"""The directory beside an output in which it is prepared: locked, kept for going on, committed by one rename.
+
+    <output>.partial/job.json      what is being prepared; parts of anything else are stale
+    <output>.partial/parts/        finished parts
+    <output>.partial/dataset/      the dataset, until it gets the output's name
+"""
+
+import ctypes
+import fcntl
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from distgpt.corpus.shards import sync, write_file
+from distgpt.errors import DirectoryError
+
+STDIN_NAME = "stdin"
+
+
+def directory_of(output: Path) -> Path:
+    """Where `output` is prepared."""
+    return output.with_name(f"{output.name}.partial")
+
+
+@contextmanager
+def staging(output: Path) -> Iterator[Path]:
+    """The staging directory of `output`, held by this process alone.
+
+    Removed at the end unless it holds what another start can go on from. Raises DirectoryError where another process
+    has it or it cannot be made.
+    """
+    directory = directory_of(output)
+    lock = _lock(directory, output)
+    try:
+        yield directory
+    finally:
+        (directory / STDIN_NAME).unlink(missing_ok=True)
+        if directory.exists() and not any(directory.iterdir()):
+            directory.rmdir()
+        os.close(lock)
+
+
+def begin(directory: Path, job: Mapping[str, Any]) -> None:
+    """Make the staging directory that of this job; what an interrupted run of the same job left stays. Raises OSError."""
+    path = directory / "job.json"
+    content = json.dumps(job, sort_keys=True).encode()
+    same = path.exists() and path.read_bytes() == content
+    path.unlink(missing_ok=True)
+    for entry in directory.iterdir():
+        if entry.is_dir() and not (same and entry.name == "parts"):
+            shutil.rmtree(entry)
+        elif not entry.is_dir() and not same and entry.name != STDIN_NAME:
+            entry.unlink()
+    for name in ("parts", "dataset"):
+        (directory / name).mkdir(exist_ok=True)
+    write_file(path, content)
+
+
+def commit(directory: Path, output: Path) -> None:
+    """Give the dataset its name, in place of an older one where there is one, and clean up. Raises OSError."""
+    staged = directory / "dataset"
+    if not output.exists():
+        os.rename(staged, output)
+    elif not _exchanged(staged, output):
+        # Where two names cannot be exchanged, a kill between these two lines leaves the old one to `recover`.
+        os.rename(output, directory / "replaced")
+        os.rename(staged, output)
+    sync(output.parent)
+    clear(directory)
+
+
+def clear(directory: Path) -> None:
+    """Remove everything from a staging directory."""
+    for entry in directory.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+
+
+def recover(output: Path) -> None:
+    """Undo a replacement that a kill cut in two. Raises OSError."""
+    replaced = directory_of(output) / "replaced"
+    if replaced.exists() and not output.exists():
+        os.rename(replaced, output)
+
+
+def _lock(directory: Path, output: Path) -> int:
+    while True:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(directory, os.O_RDONLY)
+        except OSError as error:
+            raise DirectoryError(f"cannot write {output}: {error.strerror}: {error.filename}") from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise DirectoryError(f"another process is preparing {output}: wait for it, or stop it") from None
+        # Its last owner may have removed it between our open and our lock.
+        if directory.exists() and directory.stat().st_ino == os.fstat(descriptor).st_ino:
+            return descriptor
+        os.close(descriptor)
+
+
+def _exchanged(first: Path, second: Path) -> bool:
+    """Swap two names in one step (Linux); False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_cwd, exchange = -100, 2
+    return renameat2 is not None and renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange) == 0

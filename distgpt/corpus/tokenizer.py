@@ -1,0 +1,432 @@
+"""Text to token ids and back: characters, bytes and byte-level BPE, saved as JSON, never as pickle.
+
+Every tokenizer is lossless: the UTF-8 bytes of its ids, put together, are the bytes of the text. The end-of-text id is
+never produced by `encode`: a literal "<|endoftext|>" in a text is ordinary text.
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+
+from distgpt.errors import DataError, StorageError, UsageError
+
+END_OF_TEXT = "<|endoftext|>"
+MAX_VOCAB_SIZE = 65_536
+FILE_NAME = "tokenizer.json"
+FORMAT = "distgpt-tokenizer"
+VERSION = 1
+
+GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
+GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+
+Tokens = npt.NDArray[np.uint16]
+
+
+class Tokenizer(ABC):
+    """Encodes text as ids below `vocab_size`. `table` holds the bytes of each id, end-of-text included."""
+
+    kind: str
+
+    def __init__(self, table: Sequence[bytes], eot_id: int | None) -> None:
+        if len(table) > MAX_VOCAB_SIZE:
+            raise DataError(
+                f"the vocabulary of {len(table):,} ids does not fit the 65,536 of a uint16 token: "
+                f"take --tokenizer bytes, or bpe with a --vocab-size of at most 65536"
+            )
+        self.vocab_size = len(table)
+        self.eot_id = eot_id
+        self._table = list(table)
+
+    @abstractmethod
+    def encode(self, text: str) -> Tokens:
+        """The ids of `text`, uint16 (n,). Raises DataError for a character that the vocabulary lacks."""
+
+    @abstractmethod
+    def to_json(self) -> str:
+        """What tokenizer.json holds; `load_tokenizer` reads it back."""
+
+    @abstractmethod
+    def with_end_of_text(self) -> Self:
+        """This tokenizer where it has an end-of-text id; otherwise the same with one more id for it, the last."""
+
+    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+        """The bytes of these ids: for streaming, where a character may come in several tokens. Raises DataError."""
+        array = np.asarray(ids, dtype=np.int64)
+        if array.size and (array.min() < 0 or array.max() >= self.vocab_size):
+            bad = array[(array < 0) | (array >= self.vocab_size)][0]
+            raise DataError(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
+        return b"".join(map(self._table.__getitem__, array.tolist()))
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids; bytes that are not UTF-8 become U+FFFD. Raises DataError."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_bytes(self) -> npt.NDArray[np.int64]:
+        """How many UTF-8 bytes of text each token stands for, int64 (vocab_size,); 0 for end-of-text."""
+        sizes = np.array([len(token) for token in self._table], dtype=np.int64)
+        if self.eot_id is not None:
+            sizes[self.eot_id] = 0
+        return sizes
+
+
+class CharTokenizer(Tokenizer):
+    """One id per character, in order of code point, as the seed's `sorted(set(text))`."""
+
+    kind = "char"
+
+    def __init__(self, characters: Iterable[str], *, end_of_text: bool) -> None:
+        self.characters = "".join(sorted(set(characters)))
+        size = len(self.characters)
+        table = [character.encode("utf-8", "surrogatepass") for character in self.characters]
+        super().__init__([*table, END_OF_TEXT.encode()] if end_of_text else table, size if end_of_text else None)
+
+    def encode(self, text: str) -> Tokens:
+        if text.isascii():
+            # Characters are sorted, so an ASCII character's id is at most 127 and 255 is free to mean "unknown".
+            narrow = text.encode("ascii").translate(self._ascii_ids)
+            if b"\xff" in narrow:
+                raise self._unknown(text[narrow.index(b"\xff")])
+            return np.frombuffer(narrow, dtype=np.uint8).astype(np.uint16)
+        codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
+        ids = self._ids[codes]
+        if ids.min() < 0:
+            raise self._unknown(text[int(np.argmax(ids < 0))])
+        tokens: Tokens = ids.astype(np.uint16)
+        return tokens
+
+    def to_json(self) -> str:
+        content = {"kind": self.kind, "characters": self.characters, "end_of_text": self.eot_id is not None}
+        return _own_json(content)
+
+    def with_end_of_text(self) -> Self:
+        return self if self.eot_id is not None else type(self)(self.characters, end_of_text=True)
+
+    def lacks(self, characters: str) -> str:
+        """Those of `characters` that the vocabulary does not hold."""
+        return "".join(sorted(set(characters) - set(self.characters)))
+
+    @cached_property
+    def _ids(self) -> npt.NDArray[np.int32]:
+        ids = np.full(0x110000, -1, dtype=np.int32)
+        ids[[ord(character) for character in self.characters]] = np.arange(len(self.characters))
+        return ids
+
+    @cached_property
+    def _ascii_ids(self) -> bytes:
+        return self._ids[:256].astype(np.uint8).tobytes()
+
+    @staticmethod
+    def _unknown(character: str) -> DataError:
+        return DataError(f"the character {describe(character)} is not in the vocabulary")
+
+
+class ByteTokenizer(Tokenizer):
+    """One id per byte of UTF-8."""
+
+    kind = "bytes"
+
+    def __init__(self, *, end_of_text: bool) -> None:
+        table = [bytes([value]) for value in range(256)]
+        super().__init__([*table, END_OF_TEXT.encode()] if end_of_text else table, 256 if end_of_text else None)
+
+    def encode(self, text: str) -> Tokens:
+        return np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8).astype(np.uint16)
+
+    def to_json(self) -> str:
+        return _own_json({"kind": self.kind, "end_of_text": self.eot_id is not None})
+
+    def with_end_of_text(self) -> Self:
+        return self if self.eot_id is not None else type(self)(end_of_text=True)
+
+
+class BpeTokenizer(Tokenizer):
+    """Byte-level BPE with GPT-2's pattern, from the text of a Hugging Face tokenizer.json.
+
+    Encodes with tiktoken, several times faster than Hugging Face's own encoder. Where the merges do not let tiktoken
+    give the same ids, and after `use_huggingface`, the slow path takes over.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, text: str) -> None:
+        self._json = text
+        content = json.loads(text)
+        model = _checked_bpe_model(content)
+        vocab: dict[str, int] = model["vocab"]
+        added: dict[int, str] = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
+        table = [b""] * (max([*vocab.values(), *added]) + 1)
+        for token, id_ in vocab.items():
+            if id_ not in added:
+                table[id_] = _to_bytes(token)
+        for id_, token in added.items():
+            table[id_] = token.encode()
+        eot_ids = [id_ for id_, token in added.items() if token == END_OF_TEXT]
+        super().__init__(table, eot_ids[0] if eot_ids else None)
+        # Older files write a merge as "a b", newer ones as ["a", "b"].
+        self._merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        self._vocab = vocab
+        self._slow = not self._ranks_are_enough or bool(model.get("ignore_merges"))
+
+    def encode(self, text: str) -> Tokens:
+        if self._slow:
+            return self._encode_slowly(text)
+        try:
+            ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            # A run of a million spaces is more than the regular expression engine can backtrack over.
+            return self._encode_slowly(text)
+        tokens: Tokens = self._ids_of_ranks[ranks]
+        return tokens
+
+    def agrees_with_huggingface(self, texts: Iterable[str]) -> bool:
+        """Whether the fast path gives Hugging Face's ids for these texts."""
+        return all(np.array_equal(self.encode(text), self._encode_slowly(text)) for text in texts)
+
+    def use_huggingface(self) -> None:
+        """From now on encode with Hugging Face's encoder."""
+        self._slow = True
+
+    def to_json(self) -> str:
+        return self._json
+
+    def with_end_of_text(self) -> Self:
+        if self.eot_id is not None:
+            return self
+        content = json.loads(self._json)
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        token = {"id": self.vocab_size, "content": END_OF_TEXT, **flags, "special": True}
+        content["added_tokens"] = [*(content.get("added_tokens") or []), token]
+        return type(self)(_compact_json(content))
+
+    @cached_property
+    def _ranks(self) -> dict[bytes, int]:
+        """Token bytes to the priority of the merge that makes them; the 256 single bytes come first."""
+        singles = [token for token in self._vocab if token in _UNICODE_TO_BYTE]
+        ranks = {_to_bytes(token): rank for rank, token in enumerate(sorted(singles, key=self._vocab.__getitem__))}
+        for left, right in self._merges:
+            ranks.setdefault(_to_bytes(left + right), len(ranks))
+        return ranks
+
+    @property
+    def _ranks_are_enough(self) -> bool:
+        """tiktoken knows a merge by its result: two merges with one result are beyond it."""
+        return len(self._ranks) == 256 + len(self._merges)
+
+    @cached_property
+    def _ids_of_ranks(self) -> Tokens:
+        id_of = {_to_bytes(token): id_ for token, id_ in self._vocab.items() if _is_byte_level(token)}
+        return np.array([id_of[token] for token in self._ranks], dtype=np.uint16)
+
+    @cached_property
+    def _encoding(self) -> Any:
+        import tiktoken
+
+        return tiktoken.Encoding("distgpt", pat_str=GPT2_PATTERN, mergeable_ranks=self._ranks, special_tokens={})
+
+    @cached_property
+    def _huggingface(self) -> Any:
+        import tokenizers
+
+        # Without its added tokens, so that a literal "<|endoftext|>" stays ordinary text.
+        return tokenizers.Tokenizer.from_str(_compact_json({**json.loads(self._json), "added_tokens": []}))
+
+    def _encode_slowly(self, text: str) -> Tokens:
+        return np.array(self._huggingface.encode(text, add_special_tokens=False).ids, dtype=np.uint16)
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer in this file, or in the tokenizer.json of this directory.
+
+    Reads distgpt's own JSON, Hugging Face's tokenizer.json (byte-level BPE with GPT-2's pattern) and .tiktoken files.
+    Raises DataError for anything else.
+    """
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+    try:
+        return bpe_from_ranks(_parse_ranks(raw)) if path.suffix == ".tiktoken" else tokenizer_from_json(raw.decode())
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise DataError(f"{path} is not a tokenizer that distgpt reads: {type(error).__name__}: {error}") from None
+
+
+def tokenizer_from_json(text: str) -> Tokenizer:
+    """The inverse of `to_json`. Raises DataError, or ValueError, KeyError or TypeError for broken JSON."""
+    content = json.loads(text)
+    if content.get("format") != FORMAT:
+        return BpeTokenizer(text)
+    if content["version"] != VERSION:
+        raise DataError(f"tokenizer format version {content['version']}, this distgpt reads {VERSION}")
+    end_of_text = bool(content["end_of_text"])
+    if content["kind"] == "char":
+        return CharTokenizer(content["characters"], end_of_text=end_of_text)
+    if content["kind"] == "bytes":
+        return ByteTokenizer(end_of_text=end_of_text)
+    raise DataError(f"unknown tokenizer kind {content['kind']!r}")
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
+    """Byte-level BPE of at most `vocab_size` ids learned from these texts, without an end-of-text id."""
+    from tokenizers import Tokenizer as HuggingFace
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    tokenizer = HuggingFace(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return BpeTokenizer(tokenizer.to_str())
+
+
+def gpt2() -> BpeTokenizer:
+    """GPT-2's vocabulary of 50,257, from tiktoken's cache or download. Raises StorageError where neither works."""
+    import tiktoken
+
+    try:
+        ranks = tiktoken.get_encoding("r50k_base")._mergeable_ranks
+    except (OSError, ValueError) as error:
+        name = hashlib.sha1(GPT2_URL.encode()).hexdigest()
+        cache = os.environ.get("TIKTOKEN_CACHE_DIR")
+        raise StorageError(
+            f"cannot get GPT-2's vocabulary ({type(error).__name__}): fetch {GPT2_URL} where there is a network and "
+            f"store it as {name} in the directory that TIKTOKEN_CACHE_DIR names ({cache or 'not set'}), "
+            f"or pass the file itself: --tokenizer r50k_base.tiktoken"
+        ) from None
+    return bpe_from_ranks(ranks)
+
+
+def bpe_from_ranks(ranks: Mapping[bytes, int]) -> BpeTokenizer:
+    """Byte-level BPE of a tiktoken vocabulary, with end-of-text as the id after its last. Raises DataError."""
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([value]) in ranks for value in range(256)):
+        raise DataError("the ranks of a .tiktoken file must be 0, 1, 2, ... and cover all 256 bytes")
+    if len(ranks) >= MAX_VOCAB_SIZE:
+        raise DataError(f"its {len(ranks):,} tokens and end-of-text do not fit the 65,536 ids of a uint16 token")
+    merges = [_parents(ranks, token) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    content: dict[str, Any] = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", **byte_level},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", **byte_level},
+        "model": {
+            "type": "BPE",
+            "vocab": {_to_unicode(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])},
+            "merges": [[_to_unicode(left), _to_unicode(right)] for left, right in merges],
+        },
+    }
+    return BpeTokenizer(_compact_json(content)).with_end_of_text()
+
+
+def from_name(name: str) -> Tokenizer | None:
+    """The tokenizer that `--tokenizer name` means, or None where it depends on the corpus (char, bytes, bpe).
+
+    Raises UsageError for a name that is neither a tokenizer nor a file, DataError and StorageError as the loaders do.
+    """
+    if name in ("char", "bytes", "bpe"):
+        return None
+    if name == "gpt2":
+        return gpt2()
+    if not Path(name).exists():
+        raise UsageError(f"--tokenizer {name} is neither char, bytes, bpe or gpt2 nor a file that exists")
+    return load_tokenizer(Path(name))
+
+
+def describe(character: str) -> str:
+    """A character so that a person can find it: repr and code point."""
+    return f"{character!r} (U+{ord(character):04X})"
+
+
+def _byte_to_unicode() -> dict[int, str]:
+    """GPT-2's printable stand-in for each byte."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [value for value in range(256) if value not in printable]
+    return {value: chr(value) for value in printable} | {value: chr(256 + i) for i, value in enumerate(others)}
+
+
+_BYTE_TO_UNICODE = _byte_to_unicode()
+_UNICODE_TO_BYTE = {character: value for value, character in _BYTE_TO_UNICODE.items()}
+
+
+def _to_unicode(token: bytes) -> str:
+    return "".join(map(_BYTE_TO_UNICODE.__getitem__, token))
+
+
+def _to_bytes(token: str) -> bytes:
+    if not _is_byte_level(token):
+        raise DataError(f"token {token!r} is not made of GPT-2's byte characters: only byte-level BPE can be read")
+    return bytes(map(_UNICODE_TO_BYTE.__getitem__, token))
+
+
+def _is_byte_level(token: str) -> bool:
+    return all(character in _UNICODE_TO_BYTE for character in token)
+
+
+def _checked_bpe_model(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The BPE model of a Hugging Face tokenizer.json that encodes as GPT-2 does. Raises DataError."""
+    model: dict[str, Any] = content.get("model") or {}
+    pre = content.get("pre_tokenizer") or {}
+    plain = not any(
+        (content.get("normalizer"), model.get("dropout"), *(model.get(f"{end}") for end in _AFFIXES)),
+    )
+    byte_level = pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space") and pre.get("use_regex", True)
+    if model.get("type") != "BPE" or not byte_level or not plain:
+        raise DataError(
+            "only byte-level BPE with GPT-2's pattern can be read from a Hugging Face tokenizer.json (a ByteLevel "
+            "pre-tokenizer without prefix space, no normalizer, dropout, prefix or suffix)"
+        )
+    if not set(_UNICODE_TO_BYTE) <= set(model["vocab"]):
+        raise DataError("the vocabulary lacks some of the 256 single bytes")
+    return model
+
+
+_AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+
+
+def _parse_ranks(raw: bytes) -> dict[bytes, int]:
+    """Lines of `base64 rank`."""
+    try:
+        pairs = (line.split() for line in raw.splitlines() if line)
+        return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (ValueError, binascii.Error):
+        raise DataError("a .tiktoken file has lines of a base64 token and its rank") from None
+
+
+def _parents(ranks: Mapping[bytes, int], token: bytes) -> tuple[bytes, bytes]:
+    """The two tokens whose merge makes this one: what is left when only earlier merges are done. Raises DataError."""
+    parts = [bytes([value]) for value in token]
+    while len(parts) > 2:
+        pairs = [(ranks.get(left + right, len(ranks)), i) for i, (left, right) in enumerate(pairwise(parts))]
+        rank, i = min(pairs)
+        if rank >= ranks[token]:
+            raise DataError(f"token {ranks[token]} cannot be made by merging two earlier ones")
+        parts[i : i + 2] = [parts[i] + parts[i + 1]]
+    return parts[0], parts[1]
+
+
+def _own_json(content: Mapping[str, Any]) -> str:
+    return json.dumps({"format": FORMAT, "version": VERSION, **content}, indent=1) + "\n"
+
+
+def _compact_json(content: Mapping[str, Any]) -> str:
+    return json.dumps(content, ensure_ascii=False, separators=(",", ":"))

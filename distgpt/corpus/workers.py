@@ -1,0 +1,114 @@
+"""A pool of worker processes that leaves no orphan, no hang and no zombie behind, whoever is killed."""
+
+import os
+import signal
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import connection, get_context, parent_process, resource_tracker
+from multiprocessing.process import BaseProcess
+from types import TracebackType
+from typing import Any, Self
+
+from distgpt.errors import DistgptError, StorageError
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Workers:
+    """Up to `count` processes, started when there is work, ended at once with the `with` block or with their parent.
+
+    `preload` names a module that they all need.
+    """
+
+    def __init__(self, count: int, *, preload: str) -> None:
+        self.count = count
+        self._context = get_context("forkserver")
+        self._context.set_forkserver_preload([preload])
+        self._workers: list[tuple[BaseProcess, connection.Connection[Any, Any]]] = []
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for process, pipe in self._workers:
+            process.kill()
+            pipe.close()
+        for process, _ in self._workers:
+            process.join()
+        self._workers.clear()
+
+    def run(self, function: Callable[[Any], Iterator[Any]], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+        """What the module-level generator function yields for each task, with the task's number, as it comes.
+
+        A worker has one task at a time. Raises what the function raises, StorageError where a worker dies.
+        """
+        self._start(min(self.count, len(tasks)))
+        waiting = iter(enumerate(tasks))
+        idle = [pipe for _, pipe in self._workers]
+        working: dict[Any, int] = {}
+        while True:
+            while idle and (following := next(waiting, None)) is not None:
+                pipe = idle.pop()
+                working[pipe] = following[0]
+                pipe.send((function, following[1]))
+            if not working:
+                return
+            for ready in connection.wait(list(working)):
+                done, value = _receive(ready)
+                if not done:
+                    yield working[ready], value
+                else:
+                    del working[ready]
+                    idle.append(ready)
+
+    def _start(self, count: int) -> None:
+        # Ctrl-C and a batch system's SIGTERM reach the whole process group, but only the parent is to answer: it ends
+        # the others. What is blocked here stays blocked in the processes started. The resource tracker comes first,
+        # since its start unblocks both.
+        resource_tracker.ensure_running()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        try:
+            while len(self._workers) < count:
+                ours, theirs = self._context.Pipe()
+                process = self._context.Process(target=_work, args=(theirs,), daemon=True)
+                process.start()
+                theirs.close()
+                self._workers.append((process, ours))
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _receive(pipe: Any) -> tuple[bool, Any]:
+    """(False, a result), or (True, None) at the end of a task. Raises what ended it early."""
+    try:
+        kind, value = pipe.recv()
+    except (EOFError, ConnectionError):
+        raise StorageError("a worker process was killed, perhaps for want of memory: try fewer --workers") from None
+    if kind == "error":
+        raise value
+    return kind == "done", value
+
+
+def _work(pipe: Any) -> None:
+    """A worker's life: tasks in, results out."""
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    while True:
+        function, task = pipe.recv()
+        try:
+            for result in function(task):
+                pipe.send(("result", result))
+            pipe.send(("done", None))
+        except (DistgptError, OSError) as error:
+            pipe.send(("error", error))
+        except BaseException:
+            pipe.send(("error", RuntimeError(f"in a worker process:\n{traceback.format_exc()}")))
+
+
+def _end_with_parent() -> None:
+    parent = parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)

@@ -1,0 +1,69 @@
+"""The validation loss of a trained model: `python -m distgpt.evaluate RUN`."""
+
+import argparse
+
+from distgpt.errors import main_guard
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line. Ends the process with 2 for one that cannot be."""
+    parser = argparse.ArgumentParser(
+        prog="python -m distgpt.evaluate", description="The validation loss of a run's newest good checkpoint."
+    )
+    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("--data", metavar="DIR", help="prepared data (default: the run's own)")
+    parser.add_argument("--sequences", type=int, metavar="N", help="validation windows (default: all)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    # Before torch, which takes seconds to import: --help and a mistyped flag answer at once.
+    ARGUMENTS = parse_arguments()
+
+import dataclasses
+import sys
+from pathlib import Path
+
+import torch
+
+from distgpt.cluster.checkpoint import load_for_inference
+from distgpt.cluster.evaluation import evaluate
+from distgpt.cluster.parallel import micro_batch_size
+from distgpt.cluster.runtime import compute_dtype, joined, this_rank
+from distgpt.config import from_dict
+from distgpt.corpus.loader import EvaluationBatches
+from distgpt.corpus.shards import open_dataset, verify_dataset
+from distgpt.errors import DataError, UsageError
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Load, evaluate in one process, print one line."""
+    if arguments.sequences is not None and arguments.sequences < 1:
+        raise UsageError(f"--sequences is {arguments.sequences}: it must be positive")
+    runtime = this_rank()
+    with joined(runtime, timeout=0):
+        model, tokenizer, state = load_for_inference(Path(arguments.run), runtime.device)
+        config = from_dict(state.config, source=arguments.run)
+        dataset = open_dataset(Path(arguments.data or config.data.path))
+        verify_dataset(dataset)
+        if dataset.meta["tokenizer"]["sha256"] != state.tokenizer_sha256:
+            raise DataError(f"{dataset.path} was prepared with another tokenizer than {arguments.run} was trained on")
+        batches = EvaluationBatches(
+            dataset.val,
+            block_size=config.model.block_size,
+            sequences=arguments.sequences or sys.maxsize,
+            micro_batch=micro_batch_size(config, runtime),
+            rank=0,
+            world_size=1,
+            device=runtime.device,
+        )
+        dtype = compute_dtype(config.train.dtype, runtime.device)
+        found = evaluate(model, batches, tokenizer=tokenizer, runtime=runtime, dtype=dtype)
+    print(
+        f"step {state.step} | val loss {found.val_loss:.4f} | {found.val_bits_per_byte:.3f} bits/byte | "
+        f"{batches.windows} windows of {config.model.block_size} tokens from {dataset.path}"
+    )
+
+
+if __name__ == "__main__":
+    main_guard(lambda: main(ARGUMENTS))

@@ -1,0 +1,358 @@
+"""The network: the seed, GPT-2 and a modern GPT, told apart by ModelConfig alone.
+
+Shape suffixes:
+    B batch      T time (tokens of this call)    S time with the cached tokens before them
+    C n_embd     H heads    K key/value heads    D head size    F feed-forward width
+    V vocabulary, padded to vocab_multiple in the parameters, cut to its real size in everything that leaves
+    N tokens of a batch in one row (B*T)
+
+GPT-2: Radford et al. 2019. RoPE: Su et al. 2021, arXiv:2104.09864. RMSNorm: Zhang & Sennrich 2019, arXiv:1910.07467.
+SwiGLU: Shazeer 2020, arXiv:2002.05202. Squared ReLU: So et al. 2021, arXiv:2109.08668. GQA: Ainslie et al. 2023,
+arXiv:2305.13245. QK-norm: Henry et al. 2020, arXiv:2010.04245.
+"""
+
+import dataclasses
+import hashlib
+import math
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from distgpt.config import ModelConfig
+from distgpt.errors import UsageError
+
+INIT_STD = 0.02
+LAYERNORM_EPS = 1e-5
+RMSNORM_EPS = 1e-6
+# Projections that write to the residual stream, whose variance grows with their number (GPT-2, section 2.3).
+RESIDUAL_PROJECTIONS = ("attention.output.weight", "mlp.down.weight")
+
+
+class LayerNorm(nn.LayerNorm):
+    """Layer normalization, Ba et al. 2016, arXiv:1607.06450."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        # In float32 whatever autocast or the sharding made of the input or of the parameters: no kernel mixes them.
+        bias = None if self.bias is None else self.bias.float()
+        return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Layer normalization without the mean, and float32 as there."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps)
+
+
+class LayerCache:
+    """Keys and values of one layer, in room for `capacity` tokens, allocated at the first write."""
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.length = 0
+
+    def append(self, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
+        """Store these keys and values; all of them so far, (B, K, S, D) each."""
+        if self.length == 0:
+            B, K, _, D = k_BKTD.shape
+            self.k_BKSD = k_BKTD.new_empty(B, K, self.capacity, D)
+            self.v_BKSD = v_BKTD.new_empty(B, K, self.capacity, D)
+        start, self.length = self.length, self.length + k_BKTD.shape[2]
+        self.k_BKSD[:, :, start : self.length] = k_BKTD
+        self.v_BKSD[:, :, start : self.length] = v_BKTD
+        return self.k_BKSD[:, :, : self.length], self.v_BKSD[:, :, : self.length]
+
+
+class KVCache:
+    """What a model remembers of one batch of sequences: pass it to every forward of these, and only new tokens.
+
+    Holds at most `block_size` tokens. Written in place: for use under torch.no_grad.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        self.layers = [LayerCache(config.block_size) for _ in range(config.n_layer)]
+        self.tokens_BS: Tensor | None = None
+
+    @property
+    def length(self) -> int:
+        """Tokens stored."""
+        return self.layers[0].length
+
+    def append_tokens(self, tokens_BT: Tensor) -> Tensor:
+        """Store the ids, which the document mask needs; all of them so far, (B, S)."""
+        seen = tokens_BT if self.tokens_BS is None else torch.cat((self.tokens_BS, tokens_BT), dim=1)
+        self.tokens_BS = seen
+        return seen
+
+
+class Attention(nn.Module):
+    """Causal self-attention; groups of H / K query heads share a key and value head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.n_head = config.n_head
+        self.n_kv_head = config.n_kv_head or config.n_head
+        self.head_size = config.n_embd // config.n_head
+        self.dropout = config.dropout
+        rows = (self.n_head + 2 * self.n_kv_head) * self.head_size
+        self.qkv = nn.Linear(config.n_embd, rows, bias=config.qkv_bias)
+        self.q_norm = RMSNorm(self.head_size, eps=RMSNORM_EPS) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, eps=RMSNORM_EPS) if config.qk_norm else None
+        self.output = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        self.output_dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: LayerCache | None
+    ) -> Tensor:
+        B, T, C = x_BTC.shape
+        H, K = self.n_head, self.n_kv_head
+        qkv = self.qkv(x_BTC).view(B, T, H + 2 * K, self.head_size).transpose(1, 2)
+        q_BHTD, k_BKTD, v_BKTD = qkv.split((H, K, K), dim=1)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_BHTD, k_BKTD = self.q_norm(q_BHTD), self.k_norm(k_BKTD)
+        if rope is not None:
+            q_BHTD, k_BKTD = rotate(q_BHTD, *rope), rotate(k_BKTD, *rope)
+        q_BHTD, k_BKTD = q_BHTD.to(v_BKTD.dtype), k_BKTD.to(v_BKTD.dtype)
+        if cache is not None:
+            k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD)
+        if mask is not None and K != H:
+            # On CUDA the kernel for masks knows no groups: with enable_gqa SDPA would form all (T, S) weights.
+            k_BKTD, v_BKTD = (x.repeat_interleave(H // K, dim=1) for x in (k_BKTD, v_BKTD))
+        y_BHTD = F.scaled_dot_product_attention(
+            q_BHTD,
+            k_BKTD,
+            v_BKTD,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=mask is None and k_BKTD.shape[2] == T,
+            enable_gqa=k_BKTD.shape[1] != H,
+        )
+        y_BTC = y_BHTD.transpose(1, 2).reshape(B, T, C)
+        out: Tensor = self.output_dropout(self.output(y_BTC))
+        return out
+
+
+class MLP(nn.Module):
+    """The feed-forward branch."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden = mlp_width(config)
+        self.kind = config.mlp
+        self.up = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.gate = nn.Linear(config.n_embd, hidden, bias=config.bias) if config.mlp == "swiglu" else None
+        self.down = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x_BTC: Tensor) -> Tensor:
+        h_BTF = self.up(x_BTC)
+        if self.gate is not None:
+            h_BTF = F.silu(self.gate(x_BTC)) * h_BTF
+        elif self.kind == "gelu":
+            h_BTF = F.gelu(h_BTF, approximate="tanh")
+        else:
+            h_BTF = F.relu(h_BTF)
+            h_BTF = h_BTF.square() if self.kind == "relu2" else h_BTF
+        out: Tensor = self.dropout(self.down(h_BTF))
+        return out
+
+
+class Block(nn.Module):
+    """One layer: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attention_norm = make_norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = make_norm(config)
+        self.mlp = MLP(config)
+
+    def forward(
+        self,
+        x_BTC: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        mask: Tensor | None = None,
+        cache: LayerCache | None = None,
+    ) -> Tensor:
+        """`rope`: rope_tables of these tokens. `mask`: True where a query may see a key, broadcast to (B, H, T, S);
+        None is causal. `cache`: this layer's, of the tokens before these.
+        """
+        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), rope, mask, cache)
+        out: Tensor = x_BTC + self.mlp(self.mlp_norm(x_BTC))
+        return out
+
+
+class GPT(nn.Module):
+    """A decoder-only transformer. Allocates its parameters and leaves their values to init_weights or a checkpoint.
+
+    Works under torch.device("meta"): there are no buffers, so nothing but parameters has to be materialized (the
+    rotary tables are computed from the positions in each forward, which costs less than a thousandth of a block).
+
+    Raises UsageError for a document mask without an end-of-text id.
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int, eot_id: int | None = None) -> None:
+        super().__init__()
+        if config.document_mask and eot_id is None:
+            raise UsageError("model.document_mask is set, but this data has no end-of-text token: it is one document")
+        self.config = config
+        self.vocab_size = vocab_size
+        self.eot_id = eot_id
+        padded = math.ceil(vocab_size / config.vocab_multiple) * config.vocab_multiple
+        self.token_embedding = nn.Embedding(padded, config.n_embd)
+        learned = config.position == "learned"
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd) if learned else None
+        self.embedding_dropout = nn.Dropout(config.dropout if config.embedding_dropout else 0.0)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = make_norm(config)
+        self.head = None if config.tied_head else nn.Linear(config.n_embd, padded, bias=config.head_bias)
+
+    def initial_value(self, name: str, *, seed: int) -> Tensor:
+        """The whole float32 CPU tensor that the parameter `name` starts from.
+
+        Depends on (seed, name, real shape) alone: not on the sharding, the order of calls, the padding of the
+        vocabulary, nor on wrappers around a block, whose names start with an underscore.
+        Weights N(0, 0.02), biases 0, norms 1; with init "scaled" residual projections N(0, 0.02 / sqrt(2 n_layer))
+        (GPT-2, section 2.3). Rows that pad the vocabulary are 0: nothing reads them. Raises AttributeError.
+        """
+        shape = self.get_parameter(name).shape
+        plain = ".".join(part for part in name.split(".") if not part.startswith("_"))
+        if plain.endswith(".bias"):
+            return torch.zeros(shape, device="cpu")
+        if len(shape) == 1:
+            return torch.ones(shape, device="cpu")
+        digest = hashlib.sha256(f"{seed} {plain}".encode()).digest()
+        generator = torch.Generator("cpu").manual_seed(int.from_bytes(digest[:4], "little"))
+        scaled = self.config.init == "scaled" and plain.endswith(RESIDUAL_PROJECTIONS)
+        std = INIT_STD / math.sqrt(2 * self.config.n_layer) if scaled else INIT_STD
+        rows = self.vocab_size if plain in ("token_embedding.weight", "head.weight") else shape[0]
+        value = torch.zeros(shape, device="cpu")
+        value[:rows] = torch.empty(rows, shape[1], device="cpu").normal_(0.0, std, generator=generator)
+        return value
+
+    @torch.no_grad()
+    def init_weights(self, seed: int) -> None:
+        """Fill every parameter, none of them sharded, from initial_value."""
+        for name, parameter in self.named_parameters():
+            parameter.copy_(self.initial_value(name, seed=seed))
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
+        """Logits (B, T, V) without targets; with them the mean cross-entropy of each sequence in nats, float32, (B,).
+
+        `cache` holds the tokens before these. Raises ValueError where they do not fit in block_size together.
+        """
+        start = 0 if cache is None else cache.length
+        end = start + tokens_BT.shape[1]
+        if end > self.config.block_size:
+            raise ValueError(f"{end} tokens do not fit in block_size = {self.config.block_size}")
+        positions_T = torch.arange(start, end, device=tokens_BT.device)
+        x_BTC = self.token_embedding(tokens_BT)
+        if self.position_embedding is not None:
+            x_BTC = x_BTC + self.position_embedding(positions_T)
+        x_BTC = self.embedding_dropout(x_BTC)
+        rope = rope_tables(positions_T, self.config) if self.config.position == "rope" else None
+        mask = self._attention_mask(tokens_BT, positions_T, cache)
+        for layer, block in enumerate(self.blocks):
+            x_BTC = block(x_BTC, rope, mask, None if cache is None else cache.layers[layer])
+        x_BTC = self.norm(x_BTC)
+        if targets_BT is None:
+            return self._project(x_BTC, *self._head_parameters())
+        return self._loss(x_BTC, targets_BT)
+
+    def flops_per_token(self) -> float:
+        """Floating-point operations per token of a forward and backward pass over block_size tokens.
+
+        A weight of a matrix product costs a multiplication and an addition forward and twice that backward: 6 N.
+        Attention does Q K^T and its product with V, each 2 T C operations forward per token and layer with T keys and
+        H D = C: 4 L C T, times 3 with the backward pass: 12 L C T (PaLM, arXiv:2204.02311, appendix B, which does not
+        deduct what the causal mask skips). The embedding is a look-up; the head counts, tied or not, without padding.
+        """
+        c = self.config
+        outside = ("token_embedding.weight", "position_embedding.weight", "head.weight")
+        matrices = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and name not in outside)
+        head = self.vocab_size * c.n_embd
+        return 6.0 * (matrices + head) + 12.0 * c.n_layer * c.n_embd * c.block_size
+
+    def _attention_mask(self, tokens_BT: Tensor, positions_T: Tensor, cache: KVCache | None) -> Tensor | None:
+        """True where a query may see a key, (T, S) or (B, 1, T, S); None where SDPA's own causality says it all.
+
+        A document ends with its end-of-text token, which belongs to it.
+        """
+        T = tokens_BT.shape[1]
+        start = 0 if cache is None else cache.length
+        S = start + T
+        causal_TS = positions_T[:, None] >= torch.arange(S, device=tokens_BT.device)
+        if not self.config.document_mask:
+            return None if start == 0 or T == 1 else causal_TS
+        tokens_BS = tokens_BT if cache is None else cache.append_tokens(tokens_BT)
+        assert self.eot_id is not None
+        ends_BS = tokens_BS == self.eot_id
+        document_BS = ends_BS.cumsum(dim=1) - ends_BS.long()
+        same_BTS = document_BS[:, start:, None] == document_BS[:, None, :]
+        return (same_BTS & causal_TS).unsqueeze(1)
+
+    def _head_parameters(self) -> tuple[Tensor, Tensor | None]:
+        if self.head is None:
+            return self.token_embedding.weight, None
+        return self.head.weight, self.head.bias
+
+    def _project(self, x: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
+        return F.linear(x, weight_VC, bias_V)[..., : self.vocab_size]
+
+    def _loss(self, x_BTC: Tensor, targets_BT: Tensor) -> Tensor:
+        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
+        parameters = self._head_parameters()
+        chunk = self.config.loss_chunk
+        if chunk == 0:
+            return self._token_losses(x_NC, targets_N, *parameters).view_as(targets_BT).mean(dim=1)
+        # The logits are the largest activation by far (V / C times the residual stream): forget each chunk's and
+        # compute them again in the backward pass, for a second head product.
+        losses = [
+            checkpoint(self._token_losses, x, targets, *parameters, use_reentrant=False, preserve_rng_state=False)
+            for x, targets in zip(torch.split(x_NC, chunk), torch.split(targets_N, chunk), strict=True)
+        ]
+        return torch.cat(losses).view_as(targets_BT).mean(dim=1)
+
+    def _token_losses(self, x_NC: Tensor, targets_N: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
+        logits_NV = self._project(x_NC, weight_VC, bias_V)
+        return F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
+
+
+def count_parameters(config: ModelConfig, vocab_size: int) -> int:
+    """Parameters at this vocabulary, a tied embedding once, padding of the vocabulary included. Allocates nothing."""
+    with torch.device("meta"):
+        model = GPT(dataclasses.replace(config, document_mask=False), vocab_size)
+    return sum(p.numel() for p in model.parameters())
+
+
+def mlp_width(config: ModelConfig) -> int:
+    """F. SwiGLU has three matrices in place of two, so 8/3 in place of 4 keeps their parameters (Shazeer 2020)."""
+    if config.mlp_hidden:
+        return config.mlp_hidden
+    if config.mlp == "swiglu":
+        return math.ceil(config.n_embd * 8 / (3 * 64)) * 64
+    return 4 * config.n_embd
+
+
+def make_norm(config: ModelConfig) -> nn.Module:
+    """A normalization over C."""
+    if config.norm == "rmsnorm":
+        return RMSNorm(config.n_embd, eps=RMSNORM_EPS)
+    return LayerNorm(config.n_embd, eps=LAYERNORM_EPS, bias=config.bias)
+
+
+def rope_tables(positions_T: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary angles, (T, D/2) each, float32: position * theta^(-2i/D) for pair i."""
+    D = config.n_embd // config.n_head
+    pair = torch.arange(0, D, 2, dtype=torch.float32, device=positions_T.device)
+    angle = positions_T.float()[:, None] * config.rope_theta ** (-pair / D)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turn each pair (x[i], x[i + D/2]) of (..., T, D) by its angle: the half-split layout of Llama in transformers."""
+    a, b = x.float().chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -1,0 +1,72 @@
+"""How the network learns: parameter groups, AdamW, and learning rates as pure functions of the step.
+
+AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import nn
+
+from distgpt.config import OptimConfig
+
+# Where one fused kernel updates all parameters, sharded ones (DTensor) included, in float32.
+FUSED_DEVICES = ("cuda", "cpu")
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Two groups: matrices, embeddings among them, which decay, and biases and norms, which do not (GPT-3, nanoGPT).
+
+    A sharded parameter counts by its whole shape, which is what a DTensor's ndim is.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    return [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig, device_type: str) -> torch.optim.AdamW:
+    """AdamW over the model's parameters, fused on the devices that have it. Build it after sharding the model.
+
+    The learning rate is the peak one until the caller writes lr_at of the step into the groups.
+    """
+    return torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay),
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        eps=config.eps,
+        fused=True if device_type in FUSED_DEVICES else None,
+    )
+
+
+def lr_at(step: int, config: OptimConfig, steps: int) -> float:
+    """The learning rate of the update after `step` completed ones, in a run of `steps`.
+
+    Linear warm-up in equal increments, from lr / (warmup_steps + 1) at step 0 to lr at step warmup_steps. Then
+    constant: lr;
+    cosine: half a period from lr to min_lr at the last step (SGDR without restarts, Loshchilov & Hutter 2016,
+    arXiv:1608.03983);
+    wsd: lr, and over the last decay_fraction of the steps linearly to min_lr at the last one (warm-up, stable, decay:
+    MiniCPM, Hu et al. 2024, arXiv:2404.06395).
+    Steps past the end stay at the last step's rate.
+    """
+    if step < config.warmup_steps:
+        return config.lr * (step + 1) / (config.warmup_steps + 1)
+    if config.schedule == "cosine":
+        remaining = 0.5 * (1.0 + math.cos(math.pi * _progress(step, config.warmup_steps, steps - 1)))
+    elif config.schedule == "wsd":
+        decay_steps = max(1, round(config.decay_fraction * steps))
+        last_stable = max(steps - 1 - decay_steps, config.warmup_steps)
+        remaining = 1.0 - _progress(step, last_stable, steps - 1)
+    else:
+        remaining = 1.0
+    return config.min_lr + (config.lr - config.min_lr) * remaining
+
+
+def _progress(step: int, start: int, end: int) -> float:
+    """0 up to `start`, 1 from `end` on, linear between them."""
+    if step >= end:
+        return 1.0
+    return max(0, step - start) / (end - start)

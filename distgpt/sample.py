@@ -1,0 +1,71 @@
+"""Write text with a trained model: `python -m distgpt.sample RUN --prompt TEXT`."""
+
+import argparse
+import sys
+
+from distgpt.errors import main_guard
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line. Ends the process with 2 for one that cannot be."""
+    parser = argparse.ArgumentParser(prog="python -m distgpt.sample", description="Write text with a trained model.")
+    parser.add_argument("run", metavar="RUN", help="run directory; its newest good checkpoint is used")
+    parser.add_argument("--prompt", default="", help="text to go on from (default: none)")
+    parser.add_argument("--tokens", type=int, default=500, metavar="N", help="tokens to write (default: 500)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts to write (default: 1)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: 0.8)")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0: all (default: 0)")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that reach P")
+    parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed writes the same text (default: 0)")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    # Before torch, which takes seconds to import: --help and a mistyped flag answer at once.
+    ARGUMENTS = parse_arguments()
+
+import codecs
+from pathlib import Path
+
+import torch
+
+from distgpt.cluster.checkpoint import load_for_inference
+from distgpt.errors import DataError, UsageError
+from distgpt.model.generate import generate
+
+
+def main(arguments: argparse.Namespace) -> None:
+    """Load, then write each sample to stdout as its tokens come."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model, tokenizer, _ = load_for_inference(Path(arguments.run), device)
+    try:
+        prompt_ids = tokenizer.encode(arguments.prompt).tolist()
+    except DataError as error:
+        raise UsageError(f"--prompt: {error}") from None
+    generator = torch.Generator().manual_seed(arguments.seed)
+    for number in range(1, arguments.samples + 1):
+        if arguments.samples > 1:
+            print(f"--- sample {number} of {arguments.samples} ---")
+        print(arguments.prompt, end="", flush=True)
+        # A token may end inside a character: what is not whole yet waits for the next one.
+        text = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        try:
+            drawn = generate(
+                model,
+                prompt_ids,
+                max_tokens=arguments.tokens,
+                temperature=arguments.temperature,
+                top_k=arguments.top_k,
+                top_p=arguments.top_p,
+                generator=generator,
+                stop_at_eot=True,
+            )
+        except ValueError as error:
+            raise UsageError(str(error)) from None
+        for ids in drawn:
+            print(text.decode(tokenizer.decode_bytes(ids)), end="", flush=True)
+        print(text.decode(b"", final=True))
+
+
+if __name__ == "__main__":
+    main_guard(lambda: main(ARGUMENTS))

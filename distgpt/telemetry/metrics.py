@@ -1,0 +1,199 @@
+"""What a run measured: metrics.jsonl and TensorBoard, written by rank 0.
+
+A full disk costs figures, never the run: what cannot be written is dropped, counted in `dropped` and reported once.
+"""
+
+import json
+import math
+import os
+import resource
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from distgpt.errors import StorageError
+from distgpt.telemetry.events import EventFile, append_whole
+
+METRICS_FILE = "metrics.jsonl"
+GIB = 2**30
+
+
+class Metrics:
+    """metrics.jsonl, one JSON object a line, and the TensorBoard directory tb/ of a run.
+
+    On resume, what was logged after `resume_step` is removed, so that no step is logged twice. Raises StorageError if
+    metrics.jsonl cannot be opened.
+    """
+
+    def __init__(self, run_dir: Path, *, resume_step: int) -> None:
+        self.dropped = 0
+        path = run_dir / METRICS_FILE
+        try:
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+            _cut_after(self._file, resume_step)
+        except OSError as error:
+            raise StorageError(f"cannot write {path}: {error.strerror}") from error
+        self._events = EventFile(run_dir / "tb", first_step=resume_step + 1 if resume_step else 0)
+
+    def train(
+        self,
+        *,
+        step: int,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        tokens: int,
+        tokens_per_second: float,
+        mfu: float | None,
+        seconds: float,
+        memory_bytes: int,
+        data_wait: float,
+        checkpoint_stall: float,
+    ) -> None:
+        """Log training up to `step`: the loss is the global batch's mean, `tokens` counts the whole run.
+
+        `seconds` is the time of one step; `data_wait` and `checkpoint_stall` are seconds since the last line.
+        """
+        self._line(
+            {
+                "step": step,
+                "loss": loss,
+                "lr": lr,
+                "grad_norm": grad_norm,
+                "tokens": tokens,
+                "tokens_per_second": tokens_per_second,
+                "mfu": mfu,
+                "seconds": seconds,
+                "memory_bytes": memory_bytes,
+                "data_wait": data_wait,
+                "checkpoint_stall": checkpoint_stall,
+            }
+        )
+        self._scalars(
+            step,
+            {
+                "train/loss": loss,
+                "train/lr": lr,
+                "train/grad_norm": grad_norm,
+                "perf/tokens_per_second": tokens_per_second,
+                "perf/mfu": mfu,
+                "perf/step_s": seconds,
+                "perf/memory_gib": memory_bytes / GIB,
+                "perf/data_wait_s": data_wait,
+                "perf/checkpoint_stall_s": checkpoint_stall,
+            },
+        )
+
+    def evaluation(self, *, step: int, val_loss: float, val_bits_per_byte: float | None) -> None:
+        """Log an evaluation after `step`; bits per byte are None where the tokenizer knows no bytes."""
+        values = {"val_loss": val_loss, "val_perplexity": perplexity(val_loss)}
+        if val_bits_per_byte is not None:
+            values["val_bits_per_byte"] = val_bits_per_byte
+        self._line({"step": step, **values})
+        self._scalars(step, {name.replace("val_", "eval/"): value for name, value in values.items()})
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """Show `text` verbatim in TensorBoard."""
+        with self._counting_drops():
+            self._events.text(tag, text, step)
+
+    def close(self) -> None:
+        """Close the files; everything is already written."""
+        self._events.close()
+        os.close(self._file)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _line(self, values: Mapping[str, float | None]) -> None:
+        line = json.dumps({name: _finite(value) for name, value in values.items()})
+        with self._counting_drops():
+            append_whole(self._file, line.encode() + b"\n")
+
+    def _scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        with self._counting_drops():
+            self._events.scalars(step, {tag: value for tag, value in values.items() if value is not None})
+
+    @contextmanager
+    def _counting_drops(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            if not self.dropped:
+                print(f"distgpt: metrics are being lost, training goes on: {error}", file=sys.stderr, flush=True)
+            self.dropped += 1
+
+
+def perplexity(loss: float) -> float:
+    """e^loss, of a loss in nats per token; infinity where that is too large for a float."""
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics.jsonl, up to one that a kill tore. Raises StorageError."""
+    try:
+        return [values for values, _ in _whole_lines(file.read_bytes())]
+    except OSError as error:
+        raise StorageError(f"cannot read {file}: {error.strerror}") from error
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most that was ever allocated on a GPU; for a CPU, what this process holds in memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        # No /proc on a Mac, which counts its peak in bytes.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return resident_pages * resource.getpagesize()
+
+
+def _cut_after(file: int, step: int) -> None:
+    """Cut an open metrics.jsonl before the first line of a later step, or a torn one; to nothing if `step` is 0.
+
+    Steps only ever grow from line to line, so this is all that a run from `step` will write again. To cut is atomic and
+    needs no space, where to write a new file might fail on a full disk.
+    """
+    end = 0
+    if step:
+        with open(os.dup(file), "rb") as lines:
+            for values, line_end in _whole_lines(lines.read()):
+                if values["step"] > step:
+                    break
+                end = line_end
+    os.ftruncate(file, end)
+    os.fsync(file)
+
+
+def _whole_lines(content: bytes) -> list[tuple[dict[str, Any], int]]:
+    """The objects of the lines up to the first that is torn, each with the offset in bytes where its line ends."""
+    found: list[tuple[dict[str, Any], int]] = []
+    end = 0
+    for line in content.splitlines(keepends=True):
+        end += len(line)
+        try:
+            values = json.loads(line)
+        except ValueError:
+            break
+        if not line.endswith(b"\n") or not isinstance(values, dict) or not isinstance(values.get("step"), int):
+            break
+        found.append((values, end))
+    return found
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None

@@ -1,0 +1,96 @@
+"""How fast a device could multiply matrices, and which share of that a run reaches."""
+
+import re
+import time
+
+import torch
+
+TERA = 1e12
+
+# Dense peaks in TFLOP/s from NVIDIA's data sheets and whitepapers, without sparsity, accumulating in float32:
+# bfloat16, float32 on the tensor cores (TF32), float32. None: the device has none. The whole name must match, so that
+# a MIG slice, a laptop's part or a variant that is not listed gives no figure rather than a wrong one.
+PEAKS: tuple[tuple[str, float | None, float | None, float], ...] = (
+    (r"GB200", 2500, 1250, 80),
+    (r"B200", 2250, 1125, 75),
+    (r"H200|GH200 .*|H100 80GB HBM3|H800", 989.4, 494.7, 66.9),
+    (r"H200 NVL|H100 NVL", 835.5, 417.7, 60),
+    (r"H100 PCIe", 756, 378, 51.2),
+    (r"H20", 148, 74, 44),
+    (r"A(100|800)-(SXM4|SXM|PCIE)-(40|80)GB|A(100|800) 80GB PCIe", 312, 156, 19.5),
+    (r"A30", 165, 82, 10.3),
+    (r"A40", 149.7, 74.8, 37.4),
+    (r"A10", 125, 62.5, 31.2),
+    (r"A10G", 70, 35, 31.5),
+    (r"L40S", 362, 183, 91.6),
+    (r"L40", 181, 90.5, 90.5),
+    (r"L4", 121, 60, 30.3),
+    (r"V100-SXM[23]-\d+GB.*", None, None, 15.7),
+    (r"V100-PCIE-\d+GB", None, None, 14),
+    (r"T4", None, None, 8.1),
+    (r"RTX A6000", 154.8, 77.4, 38.7),
+    (r"RTX 3090", 71, 35.6, 35.6),
+    (r"RTX 3090 Ti", 80, 40, 40),
+    (r"RTX 4080", 97.5, 48.7, 48.7),
+    (r"RTX 4090", 165.2, 82.6, 82.6),
+    (r"RTX 5090", 209.5, 104.8, 104.8),
+)
+
+# A CPU's matrix product is timed at growing sizes while the next one fits into this many seconds.
+MEASURE_SECONDS = 0.2
+REPEATS = 4
+
+
+def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of matrix products in `dtype` (bfloat16 or float32) on this device; None where it is unknown.
+
+    A GPU's peak comes from the table; a CPU's is measured, in at most 0.3 s, with the threads that torch now uses.
+    """
+    if device.type == "cpu":
+        return _measured_peak(dtype)
+    if device.type != "cuda":
+        return None
+    tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
+    return named_peak_flops(torch.cuda.get_device_name(device), dtype, tf32=tf32)
+
+
+def named_peak_flops(name: str, dtype: torch.dtype, *, tf32: bool) -> float | None:
+    """Peak FLOP/s of the GPU of this name; `tf32` says whether float32 products may run on the tensor cores."""
+    model = re.sub(r"^(NVIDIA |Tesla |GeForce )*", "", name)
+    for pattern, bfloat16, tensor_float32, float32 in PEAKS:
+        if re.fullmatch(pattern, model):
+            peak = bfloat16 if dtype == torch.bfloat16 else (tf32 and tensor_float32) or float32
+            return None if peak is None else peak * TERA
+    return None
+
+
+def mfu(*, tokens_per_second: float, flops_per_token: float, peak_flops: float | None, devices: int) -> float | None:
+    """Model FLOPs utilization, 0 to 1: tokens_per_second * flops_per_token / (peak_flops * devices).
+
+    The rate counts all devices, the peak is that of one. Work that the model does not need, such as recomputed
+    activations, does not count. None where the peak is unknown.
+    """
+    return None if peak_flops is None else tokens_per_second * flops_per_token / (peak_flops * devices)
+
+
+def _measured_peak(dtype: torch.dtype) -> float:
+    """The best FLOP/s of square matrix products, over sizes and repeats."""
+    deadline = time.perf_counter() + MEASURE_SECONDS
+    best, size = 0.0, 256
+    while True:
+        fastest = _product_seconds(size, dtype)
+        best = max(best, 2 * size**3 / fastest)
+        if time.perf_counter() + 8 * fastest * (REPEATS + 1) > deadline:
+            return best
+        size *= 2
+
+
+def _product_seconds(size: int, dtype: torch.dtype) -> float:
+    """The shortest time of a product of two [size, size] matrices."""
+    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
+    times = []
+    for _ in range(REPEATS):
+        started = time.perf_counter()
+        torch.mm(left, right)
+        times.append(time.perf_counter() - started)
+    return min(times)

@@ -1,0 +1,95 @@
+"""The loss curves of a run as a picture."""
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from distgpt.errors import StorageError
+from distgpt.telemetry.metrics import read_metrics
+
+Floats = NDArray[np.float64]
+
+BLUE, ORANGE, GREY = "#3b6fb6", "#d9662b", "#6b7280"
+
+# The smoothed curve averages over this share of the run on either side.
+SMOOTHING = 1 / 50
+
+
+def plot_losses(metrics_file: Path, picture: Path) -> None:
+    """Draw training and validation loss over the steps as a PNG, replaced atomically. Raises StorageError."""
+    # Slow to import, and only needed for a picture. The Figure is used without pyplot, which keeps state of its own.
+    from matplotlib.figure import Figure
+
+    lines = read_metrics(metrics_file)
+    figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
+    axes = figure.add_subplot()
+    _draw_training(axes, *_series(lines, "loss"))
+    _draw_validation(axes, *_series(lines, "val_loss"))
+    _decorate(axes, title=metrics_file.resolve().parent.name)
+    _save(figure, picture)
+
+
+def smoothed(values: Sequence[float] | Floats) -> Floats:
+    """The mean over a window centred on each value, narrower towards the ends so that it stays centred."""
+    count = len(values)
+    index = np.arange(count)
+    reach = np.minimum(round(count * SMOOTHING), np.minimum(index, count - 1 - index))
+    sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
+    means: Floats = (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+    return means
+
+
+def _series(lines: Sequence[dict[str, Any]], name: str) -> tuple[Floats, Floats]:
+    """Steps and values of the lines that hold this figure; null stands for one that was not finite."""
+    found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    steps, values = np.array(found, dtype=np.float64).reshape(-1, 2).T
+    return steps, values
+
+
+def _draw_training(axes: Any, steps: Floats, losses: Floats) -> None:
+    if len(steps):
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1)
+        axes.plot(steps, smoothed(losses), color=BLUE, linewidth=1.8, marker=marker, label="training (smoothed)")
+
+
+def _draw_validation(axes: Any, steps: Floats, losses: Floats) -> None:
+    if not len(steps):
+        return
+    axes.plot(steps, losses, color=ORANGE, linewidth=1.2, marker="o", markersize=4.5, label="validation", zorder=3)
+    axes.annotate(
+        f"{losses[-1]:.4f}",
+        (steps[-1], losses[-1]),
+        xytext=(0, 9),
+        textcoords="offset points",
+        horizontalalignment="right",
+        color=ORANGE,
+        fontweight="bold",
+    )
+
+
+def _decorate(axes: Any, *, title: str) -> None:
+    axes.set_title(title, loc="left", fontweight="bold")
+    axes.set_xlabel("optimizer step")
+    axes.set_ylabel("loss (nats per token)")
+    axes.grid(color=GREY, alpha=0.2, linewidth=0.6)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.lines:
+        axes.legend(frameon=False)
+    else:
+        axes.text(0.5, 0.5, "no losses logged yet", transform=axes.transAxes, ha="center", color=GREY)
+
+
+def _save(figure: Any, picture: Path) -> None:
+    temporary = picture.with_name(f".{picture.name}.{os.getpid()}.tmp")
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(temporary, format="png")
+        os.replace(temporary, picture)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StorageError(f"cannot write {picture}: {error.strerror}") from error

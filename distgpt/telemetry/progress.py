@@ -1,0 +1,145 @@
+"""One run as rank 0 shows it: times the steps and hands what was measured to the console and to Metrics."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from distgpt.cluster.evaluation import Evaluation
+from distgpt.cluster.reduction import sum_over_ranks
+from distgpt.cluster.run_directory import RunPaths
+from distgpt.cluster.runtime import Runtime
+from distgpt.config import Config, to_toml
+from distgpt.errors import StorageError
+from distgpt.telemetry.console import Console
+from distgpt.telemetry.metrics import Metrics, memory_bytes, perplexity
+from distgpt.telemetry.peaks import device_peak_flops, mfu
+from distgpt.telemetry.plots import plot_losses
+
+
+class Progress:
+    """All ranks make one, since the peak is summed over them; only rank 0's writes and prints."""
+
+    def __init__(
+        self,
+        paths: RunPaths,
+        *,
+        config: Config,
+        runtime: Runtime,
+        dtype: torch.dtype,
+        flops_per_token: float,
+        start_step: int,
+        best_val_loss: float | None,
+    ) -> None:
+        self._paths, self._config, self._runtime = paths, config, runtime
+        self._flops_per_token = flops_per_token
+        self._peak_flops = _peak_of_all(runtime, dtype)
+        self._best = math.inf if best_val_loss is None else best_val_loss
+        enabled = runtime.rank == 0
+        self._metrics = Metrics(paths.root, resume_step=start_step) if enabled else None
+        self._console = Console(config.train.steps, start_step, enabled)
+        self._start_step = self._logged_step = start_step
+        self._since = time.perf_counter()
+        self._paused = self._checkpoint_stall = self._data_wait = 0.0
+        if self._metrics is not None:
+            self._metrics.text("config", to_toml(config), start_step)
+
+    def step(self, step: int, *, loss: float, lr: float, grad_norm: float, data_wait: float) -> None:
+        """Count a finished optimizer step; log where log.every says, the first one, which warms up, and the last."""
+        self._console.advance()
+        self._data_wait += data_wait
+        if step not in (self._start_step + 1, self._config.train.steps) and step % self._config.log.every:
+            return
+        now = time.perf_counter()
+        seconds = (now - self._since - self._paused) / (step - self._logged_step)
+        tokens_per_step = self._config.train.global_batch * self._config.model.block_size
+        rate = tokens_per_step / seconds
+        utilization = mfu(
+            tokens_per_second=rate, flops_per_token=self._flops_per_token, peak_flops=self._peak_flops, devices=1
+        )
+        self._console.train(
+            step=step, loss=loss, lr=lr, grad_norm=grad_norm, seconds=seconds, tokens_per_second=rate, mfu=utilization
+        )
+        if self._metrics is not None:
+            self._metrics.train(
+                step=step,
+                loss=loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                tokens=step * tokens_per_step,
+                tokens_per_second=rate,
+                mfu=utilization,
+                seconds=seconds,
+                memory_bytes=memory_bytes(self._runtime.device),
+                data_wait=self._data_wait,
+                checkpoint_stall=self._checkpoint_stall,
+            )
+        self._logged_step, self._since = step, now
+        self._paused = self._checkpoint_stall = self._data_wait = 0.0
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Around what is not training: its time does not count in the steps'."""
+        started = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - started
+
+    @contextmanager
+    def checkpointing(self) -> Iterator[None]:
+        """The same around a checkpoint, whose stall of training is logged."""
+        started = time.perf_counter()
+        yield
+        self._checkpoint_stall += time.perf_counter() - started
+        self._paused += time.perf_counter() - started
+
+    def evaluation(self, step: int, found: Evaluation) -> None:
+        """Log an evaluation and redraw the loss curve."""
+        best = found.val_loss < self._best
+        self._best = min(self._best, found.val_loss)
+        self._console.evaluation(
+            step=step,
+            val_loss=found.val_loss,
+            val_perplexity=perplexity(found.val_loss),
+            val_bits_per_byte=found.val_bits_per_byte,
+            best=best,
+        )
+        if self._metrics is not None:
+            self._metrics.evaluation(step=step, val_loss=found.val_loss, val_bits_per_byte=found.val_bits_per_byte)
+            self._plot()
+
+    def sample(self, step: int, text: str) -> None:
+        """Log a text that the model wrote."""
+        if self._metrics is not None:
+            self._metrics.text("sample", text, step)
+
+    def close(self) -> None:
+        """Take the bar away and write out what is pending."""
+        self._console.close()
+        if self._metrics is not None:
+            self._metrics.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _plot(self) -> None:
+        try:
+            plot_losses(self._paths.metrics, self._paths.plot)
+        except StorageError as error:
+            self._console.message(f"no new loss curve: {error}")
+
+
+def _peak_of_all(runtime: Runtime, dtype: torch.dtype) -> float | None:
+    """Peak FLOP/s of all ranks together; None if any rank's device is unknown."""
+    peak = device_peak_flops(runtime.device, dtype)
+    peaks = torch.tensor([peak or 0.0, float(peak is None)], dtype=torch.float64, device=runtime.device)
+    total, unknown = sum_over_ranks(peaks, runtime).tolist()
+    return None if unknown else float(total)

@@ -1,0 +1,252 @@
+"""Train a GPT: `torchrun --nproc_per_node=8 -m distgpt.train [PRESET] [--section.key=value ...]`.
+
+Config -> checks -> cluster -> data, model, optimizer -> resume -> loop -> leave.
+
+Step s of a run always sees the same sequences and draws the same dropout masks: both are functions of (seed, s,
+position in the global batch), whatever the number of ranks and however often the run was restarted.
+"""
+
+import sys
+
+from distgpt.config import Config, config_from_command_line, to_toml
+from distgpt.errors import main_guard
+
+ABOUT = "Train a GPT on a prepared corpus, or go on with the run in its run directory."
+
+if __name__ == "__main__":
+    # Before torch, which takes seconds to import: --help and a mistyped key answer at once.
+    CONFIG = main_guard(lambda: config_from_command_line(sys.argv[1:], prog="distgpt.train", about=ABOUT))
+
+import hashlib
+import logging
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from distgpt.cluster.checkpoint import Checkpointer, committed, require_same_run
+from distgpt.cluster.evaluation import evaluate
+from distgpt.cluster.health import Run, die_with_agent
+from distgpt.cluster.parallel import (
+    autocast,
+    bare,
+    build_model,
+    choose_strategy,
+    gradient_sync,
+    inference,
+    micro_batch_size,
+)
+from distgpt.cluster.reduction import grad_norm_of, mean_loss_and_any
+from distgpt.cluster.run_directory import RunPaths
+from distgpt.cluster.runtime import Runtime, compute_dtype, joined, this_rank
+from distgpt.corpus.loader import EvaluationBatches, Loader, MicroBatch
+from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
+from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
+from distgpt.errors import DataError, DirectoryError, Interrupted
+from distgpt.model.generate import generate
+from distgpt.model.optim import build_optimizer, lr_at
+from distgpt.telemetry.progress import Progress
+
+log = logging.getLogger("distgpt")
+
+
+def main(config: Config) -> None:
+    """Check, join the other ranks, train, leave. Whatever ends the run early ends this process."""
+    die_with_agent()
+    runtime = this_rank()
+    with Run(RunPaths(config.run_dir), runtime.rank) as run:
+        dataset = open_dataset(Path(config.data.path))
+        micro_batch = micro_batch_size(config, runtime)
+        require_same_run(run.paths.checkpoints, config, dataset)
+        if runtime.rank == 0:
+            run.own()
+            if config.run.fresh and committed(run.paths.checkpoints):
+                raise DirectoryError(f"{run.paths.root} holds checkpoints: --run.fresh wants an empty run directory")
+            verify_dataset(dataset)
+        with joined(runtime, timeout=config.health.timeout):
+            run.joined()
+            train(config, run, runtime, dataset, micro_batch)
+
+
+def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_batch: int) -> None:
+    """From the newest checkpoint, or from the initial weights, to the last step."""
+
+    def say(text: str) -> None:
+        log.info(text)
+        if runtime.rank == 0:
+            tqdm.write(text)
+
+    dtype = compute_dtype(config.train.dtype, runtime.device)
+    strategy, reason = choose_strategy(config, runtime, vocab_size=dataset.vocab_size)
+    model = build_model(
+        config, runtime, strategy=strategy, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id, dtype=dtype
+    )
+    optimizer = build_optimizer(model, config.optim, runtime.device.type)
+    checkpointer = Checkpointer(
+        run.paths.checkpoints,
+        config=config,
+        dataset=dataset,
+        model=model,
+        optimizer=optimizer,
+        runtime=runtime,
+        say=say,
+    )
+    validation = EvaluationBatches(
+        dataset.val,
+        block_size=config.model.block_size,
+        sequences=config.eval.sequences,
+        micro_batch=micro_batch,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        device=runtime.device,
+    )
+    tokenizer = load_tokenizer(dataset.path)
+
+    say(f"{describe(config, dataset, model, runtime, dtype, micro_batch)} | {strategy} ({reason})")
+    start, last = checkpointer.restore(), config.train.steps
+    run.step = start
+    if start >= last:
+        say(f"nothing to do: {run.paths.root} is at step {start} of {last}, --train.steps=N goes further")
+        return
+    say(f"going on from step {start} in {run.paths.root}" if start else f"starting in {run.paths.root}")
+    if runtime.rank == 0:
+        run.paths.config.write_text(to_toml(config))
+
+    with (
+        Loader(
+            dataset.train,
+            block_size=config.model.block_size,
+            global_batch=config.train.global_batch,
+            micro_batch=micro_batch,
+            rank=runtime.rank,
+            world_size=runtime.world_size,
+            seed=config.run.seed,
+            device=runtime.device,
+            start_step=start,
+        ) as loader,
+        Progress(
+            run.paths,
+            config=config,
+            runtime=runtime,
+            dtype=dtype,
+            flops_per_token=bare(model).flops_per_token(),
+            start_step=start,
+            best_val_loss=checkpointer.best_val_loss(),
+        ) as progress,
+    ):
+        run.training()
+        for step in range(start + 1, last + 1):
+            lr = set_lr(optimizer, lr_at(step - 1, config.optim, last))
+            loss = accumulate_gradients(model, loader.next_step(), step, config, runtime, dtype)
+            grad_norm = grad_norm_of(model)
+            mean_loss, stop = mean_loss_and_any(loss, run.stop_requested is not None, runtime)
+            require_finite(mean_loss, grad_norm.item(), step, config, loader)
+            if config.optim.grad_clip:
+                nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.grad_clip, grad_norm)
+            optimizer.step()
+            optimizer.zero_grad()
+
+            run.step = step
+            wait = loader.take_data_wait()
+            progress.step(step, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), data_wait=wait)
+            val_loss = None
+            if is_due(step, config.eval.every, last):
+                with progress.evaluating():
+                    found = evaluate(model, validation, tokenizer=tokenizer, runtime=runtime, dtype=dtype)
+                    progress.evaluation(step, found)
+                    progress.sample(step, sample_text(model, tokenizer, step, config, runtime, dtype))
+                val_loss = found.val_loss
+            if is_due(step, config.checkpoint.every, last) or stop:
+                with progress.checkpointing():
+                    checkpointer.save(step, val_loss=val_loss)
+            if stop and step < last:
+                checkpointer.require_saved(step)
+                signal = run.stop_requested or "a signal to another rank"
+                raise Interrupted(f"interrupted by {signal}: step {step} of {last} is saved, run it again to go on")
+        checkpointer.require_saved(last)
+    say(f"done: step {last} in {run.paths.root}, loss curve in {run.paths.plot}")
+
+
+def accumulate_gradients(
+    model: nn.Module,
+    micro_batches: Sequence[MicroBatch],
+    step: int,
+    config: Config,
+    runtime: Runtime,
+    dtype: torch.dtype,
+) -> Tensor:
+    """Forward and backward over this rank's micro-batches; their mean loss. Gradients: means over the global batch."""
+    loss_sum = torch.zeros((), device=runtime.device)
+    for index, (x_BT, y_BT) in enumerate(micro_batches):
+        torch.manual_seed(dropout_seed(config.run.seed, step, runtime.rank * len(micro_batches) + index))
+        with gradient_sync(model, last=index == len(micro_batches) - 1):
+            with autocast(runtime.device, dtype):
+                loss = model(x_BT, y_BT).mean() / len(micro_batches)
+            loss.backward()
+        loss_sum += loss.detach()
+    return loss_sum
+
+
+def dropout_seed(seed: int, step: int, micro_batch_index: int) -> int:
+    """What dropout draws from in one micro-batch of the global batch, whichever rank computes it."""
+    digest = hashlib.blake2b(f"{seed} {step} {micro_batch_index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def require_finite(loss: float, grad_norm: float, step: int, config: Config, loader: Loader) -> None:
+    """Raise DataError on all ranks, before the update, if the loss or any gradient is NaN or infinite."""
+    if math.isfinite(loss) and math.isfinite(grad_norm):
+        return
+    shards, offsets = loader.places(step)
+    log.error(
+        "step %d, windows of this rank as (shard, token offset): %s", step, list(zip(shards, offsets, strict=True))
+    )
+    first = (step - 1) * config.train.global_batch
+    raise DataError(
+        f"loss {loss} and gradient norm {grad_norm} at step {step}: stopped before the update; samples {first} to "
+        f"{first + config.train.global_batch - 1} (their places are in logs/); lower optim.lr or set optim.grad_clip"
+    )
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Give every parameter group this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
+def is_due(step: int, every: int, last: int) -> bool:
+    """Every so many steps (0: never) and after the last one."""
+    return step == last or (every > 0 and step % every == 0)
+
+
+def sample_text(
+    model: nn.Module, tokenizer: Tokenizer, step: int, config: Config, runtime: Runtime, dtype: torch.dtype
+) -> str:
+    """What the model writes unprompted. All ranks call it, and draw the same tokens."""
+    generator = torch.Generator().manual_seed(config.run.seed + step)
+    with inference(model) as gpt, autocast(runtime.device, dtype), torch.compiler.set_stance("force_eager"):
+        drawn = list(generate(gpt, [], max_tokens=config.eval.sample_tokens, generator=generator))
+    return tokenizer.decode([ids[0] for ids in drawn])
+
+
+def describe(
+    config: Config, dataset: Dataset, model: nn.Module, runtime: Runtime, dtype: torch.dtype, micro_batch: int
+) -> str:
+    """The run in one line."""
+    parameters = sum(p.numel() for p in model.parameters())
+    accumulation = config.train.global_batch // (micro_batch * runtime.world_size)
+    threads = f" of {torch.get_num_threads()} threads" if runtime.device.type == "cpu" else ""
+    return (
+        f"{dataset.path}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,} | "
+        f"{parameters:,} parameters | {runtime.world_size} x {runtime.device.type}{threads}, "
+        f"{str(dtype).removeprefix('torch.')} | global batch {config.train.global_batch} = {runtime.world_size} ranks "
+        f"x {micro_batch} sequences x {accumulation} accumulation steps"
+    )
+
+
+if __name__ == "__main__":
+    main(CONFIG)

@@ -1,0 +1,31 @@
+# Sourced by the scripts beside it: enter the project, and make sure of a .venv with distgpt and its pinned packages.
+# shellcheck shell=bash
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+
+# environment [EXTRA,...]: install once, and again only when the requirements change, so that a later start needs no network.
+environment() {
+    local extras=${1:-} python candidate
+    if [[ ! -x .venv/bin/python ]]; then
+        for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+            python=$(command -v "$candidate" || true)
+            if [[ -n $python ]] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then break; fi
+            python=
+        done
+        if [[ -z $python ]]; then
+            echo "distgpt: error: no Python 3.11 or newer was found: install one" >&2
+            exit 2
+        fi
+        echo "making .venv with $("$python" --version)"
+        "$python" -m venv .venv
+    fi
+    local wanted installed=.venv/distgpt-installed
+    wanted="$extras $(cat pyproject.toml requirements.lock | cksum)"
+    if ! grep -qxF "$wanted" "$installed" 2>/dev/null; then
+        echo "installing the pinned packages into .venv (PyTorch is large: this can take minutes)"
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check \
+            --constraint requirements.lock --editable ".[parquet,zstd${extras:+,$extras}]"
+        echo "$wanted" >>"$installed"
+    fi
+    PATH=$PWD/.venv/bin:$PATH
+}

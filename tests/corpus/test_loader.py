@@ -1,0 +1,222 @@
+"""Batches: the same ones for any number of ranks and from any step on, equal to the tokens on the disk."""
+
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import wait
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import distgpt.corpus.loader as loader_module
+from distgpt.corpus.loader import EvaluationBatches, Loader
+from distgpt.corpus.shards import Split
+from distgpt.errors import DataError, StorageError
+
+CPU = torch.device("cpu")
+T = 16
+
+
+@pytest.fixture
+def split(tmp_path: Path) -> Split:
+    """Two shards and one that is too short for a window, with tokens above 2^15."""
+    generator = np.random.default_rng(0)
+    shards = []
+    for number, length in enumerate((2000, 10, 700)):
+        path = tmp_path / f"train-{number:05d}.bin"
+        generator.integers(0, 2**16, length, dtype=np.uint16).tofile(path)
+        shards.append(np.memmap(path, dtype=np.uint16, mode="r"))
+    return Split("train", tuple(shards))
+
+
+def loader(split: Split, *, micro_batch: int = 2, rank: int = 0, world_size: int = 1, start_step: int = 0) -> Loader:
+    return Loader(
+        split,
+        block_size=T,
+        global_batch=16,
+        micro_batch=micro_batch,
+        rank=rank,
+        world_size=world_size,
+        seed=7,
+        device=CPU,
+        start_step=start_step,
+    )
+
+
+def steps(split: Split, count: int, **options: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
+    with loader(split, **options) as batches:
+        return [batches.next_step() for _ in range(count)]
+
+
+def test_batches_hold_the_tokens_of_their_windows(split: Split) -> None:
+    with loader(split, micro_batch=4) as batches:
+        for step in range(30):
+            micro_batches = batches.next_step()
+            assert [x.shape for x, _ in micro_batches] == [(4, T)] * 4
+            x, y = (torch.cat(part) for part in zip(*micro_batches, strict=True))
+            assert x.dtype == y.dtype == torch.int64
+            for row, (shard, offset) in enumerate(zip(*batches.places(step), strict=True)):
+                window = split.shards[shard][offset : offset + T + 1].astype(np.int64)
+                assert np.array_equal(x[row], window[:-1])
+                assert np.array_equal(y[row], window[1:])
+    assert all(part.is_contiguous() for part in micro_batches[-1])
+
+
+@pytest.mark.parametrize("world_size", [2, 4, 8])
+def test_the_micro_batches_of_a_step_are_the_same_for_any_number_of_ranks(split: Split, world_size: int) -> None:
+    alone = steps(split, 5)
+    ranks = [steps(split, 5, rank=rank, world_size=world_size) for rank in range(world_size)]
+    for step in range(5):
+        together = [micro_batch for rank in ranks for micro_batch in rank[step]]
+        assert len(together) == len(alone[step]) == 8
+        assert all(
+            torch.equal(a[0], b[0]) and torch.equal(a[1], b[1]) for a, b in zip(together, alone[step], strict=True)
+        )
+
+
+def test_starting_at_a_step_gives_what_running_up_to_it_gives(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    straight = steps(split, 40)
+    # Other chunks of prefetching must not matter either.
+    monkeypatch.setattr(loader_module, "CHUNK_TOKENS", 3 * 16 * (T + 1))
+    for start in (1, 13, 39):
+        for resumed, original in zip(steps(split, 40 - start, start_step=start), straight[start:], strict=True):
+            assert all(torch.equal(a[0], b[0]) for a, b in zip(resumed, original, strict=True))
+
+
+def test_an_epoch_holds_every_window_once(split: Split) -> None:
+    with loader(split) as batches:
+        windows = batches.order.windows
+        places = [place for step in range(-(-windows // 16)) for place in zip(*batches.places(step), strict=True)]
+    assert len(set(places[:windows])) == windows
+
+
+def test_sample_numbers_of_the_ranks_make_up_the_step(split: Split) -> None:
+    numbers = []
+    for rank in range(4):
+        with loader(split, rank=rank, world_size=4) as batches:
+            numbers += batches.sample_numbers(10).tolist()
+    assert numbers == list(range(160, 176))
+
+
+def test_waiting_is_counted_once(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = loader_module._Windows.read
+
+    def slow_read(*arguments: object) -> None:
+        time.sleep(0.1)
+        read(*arguments)
+
+    monkeypatch.setattr(loader_module._Windows, "read", slow_read)
+    with loader(split) as batches:
+        batches.next_step()
+        assert 0.05 < batches.take_data_wait() < 5
+        assert batches.take_data_wait() == 0
+
+
+def test_the_thread_stops_reading_when_enough_is_ready(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "CHUNK_TOKENS", 1)
+    reads = []
+    monkeypatch.setattr(loader_module._Windows, "read", lambda *arguments: reads.append(1))
+    with loader(split) as batches:
+        time.sleep(0.2)
+        assert len(reads) == loader_module.CHUNKS_AHEAD
+        batches.next_step()
+        time.sleep(0.2)
+        assert len(reads) == loader_module.CHUNKS_AHEAD + 1
+
+
+def test_a_file_cut_short_while_training_is_a_storage_error(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader_module, "CHUNK_TOKENS", 1)
+    with loader(split) as batches:
+        batches.next_step()
+        wait(batches._chunks)
+        Path(split.shards[0].filename).write_bytes(b"")
+        for _ in range(loader_module.CHUNKS_AHEAD):
+            batches.next_step()
+        with pytest.raises(StorageError, match=r"train-00000\.bin was cut short"):
+            batches.next_step()
+
+
+def test_a_file_removed_while_training_does_no_harm(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = steps(split, 8)
+    monkeypatch.setattr(loader_module, "CHUNK_TOKENS", 1)
+    with loader(split) as batches:
+        for shard in split.shards:
+            Path(shard.filename).unlink()
+        for step in expected:
+            assert torch.equal(batches.next_step()[0][0], step[0][0])
+
+
+def test_a_corpus_shorter_than_a_window_is_a_data_error(split: Split) -> None:
+    with pytest.raises(DataError, match="train split has 10 tokens"):
+        loader(Split("train", split.shards[1:2]))
+
+
+def test_close_ends_the_thread(split: Split) -> None:
+    before = threading.active_count()
+    for _ in range(5):
+        with loader(split) as batches:
+            batches.next_step()
+    assert threading.active_count() == before
+
+
+def test_an_interpreter_ends_that_never_closed_its_loader(tmp_path: Path) -> None:
+    np.zeros(1000, dtype=np.uint16).tofile(tmp_path / "train-00000.bin")
+    program = """
+import sys, numpy as np, torch
+from distgpt.corpus.loader import Loader
+from distgpt.corpus.shards import Split
+split = Split("train", (np.memmap(sys.argv[1], dtype=np.uint16, mode="r"),))
+batches = Loader(split, block_size=16, global_batch=4, micro_batch=4, rank=0, world_size=1, seed=0,
+                 device=torch.device("cpu"), start_step=0)
+batches.next_step()
+print("done")
+"""
+    result = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "train-00000.bin")], capture_output=True, text=True, timeout=120
+    )
+    assert (result.returncode, result.stdout, result.stderr) == (0, "done\n", "")
+
+
+def evaluation(split: Split, rank: int, world_size: int, sequences: int = 50) -> EvaluationBatches:
+    return EvaluationBatches(
+        split,
+        block_size=T,
+        sequences=sequences,
+        micro_batch=4,
+        rank=rank,
+        world_size=world_size,
+        device=CPU,
+    )
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8, 20])
+def test_evaluation_computes_the_same_batches_for_any_number_of_ranks(split: Split, world_size: int) -> None:
+    alone = evaluation(split, 0, 1)
+    assert alone.windows == 50
+    expected = {indices[0]: (indices, x, y) for indices, x, y in alone}
+    assert sorted(i for indices, _, _ in expected.values() for i in indices) == list(range(50))
+    found = {}
+    for rank in range(world_size):
+        batches = evaluation(split, rank, world_size)
+        given = list(batches)
+        assert len(given) == len(batches) == -(-13 // world_size)
+        for indices, x, y in given:
+            assert x.shape == y.shape == (len(indices), T)
+            if indices[0] >= 0:
+                assert indices[0] not in found
+                found[indices[0]] = (indices, x, y)
+    assert found.keys() == expected.keys()
+    for first, (indices, x, y) in expected.items():
+        assert np.array_equal(found[first][0], indices)
+        assert torch.equal(found[first][1], x)
+        assert torch.equal(found[first][2], y)
+
+
+def test_evaluation_can_be_repeated_and_takes_what_there_is(split: Split) -> None:
+    batches = evaluation(split, 0, 1, sequences=10**6)
+    assert batches.windows == 1999 // T + 699 // T
+    first, second = ([x for _, x, _ in batches] for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

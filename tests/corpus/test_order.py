@@ -1,0 +1,133 @@
+"""The data order is a permutation that is a pure function of (seed, epoch, index)."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from distgpt.corpus.order import Order, Permutation, evaluation_windows
+from distgpt.errors import DataError
+
+
+def key(number: int) -> np.ndarray:
+    return np.array([number * 0x2545F4914F6CDD1D % 2**64], dtype=np.uint64)
+
+
+@pytest.mark.parametrize("n", [*range(1, 70), 101, 127, 128, 1009, 4096, 65_537, 100_003])
+def test_permutation_is_a_bijection(n: int) -> None:
+    for k in range(3):
+        assert np.array_equal(np.sort(Permutation(n, key(k))(np.arange(n))), np.arange(n))
+
+
+def test_small_permutations_all_occur() -> None:
+    for n, permutations in ((2, 2), (3, 6), (4, 24)):
+        found = Counter(tuple(Permutation(n, key(k))(np.arange(n)).tolist()) for k in range(1, 1201))
+        assert len(found) == permutations
+        assert max(found.values()) < 2 * 1200 / permutations
+
+
+def test_a_key_for_each_index_equals_one_key_at_a_time() -> None:
+    indices, keys = np.arange(50), np.arange(50, dtype=np.uint64) // np.uint64(10)
+    together = Permutation(50, keys)(indices)
+    apart = [Permutation(50, keys[i : i + 1])(indices[i : i + 1])[0] for i in range(50)]
+    assert together.tolist() == apart
+
+
+def test_permutation_of_a_huge_range_stays_in_it_and_has_no_duplicates() -> None:
+    n = 10**13 + 7
+    images = Permutation(n, key(5))(np.arange(n - 20_000, n))
+    assert len(np.unique(images)) == 20_000
+    assert images.min() >= 0
+    assert images.max() < n
+
+
+def test_order_looks_random() -> None:
+    n = 20_000
+    image = Permutation(n, key(1))(np.arange(n))
+    differences = Counter(np.diff(image).tolist())
+    assert max(differences.values()) < 12, "an arithmetic progression repeats its difference"
+    neighbours = np.corrcoef(image[:-1], image[1:])[0, 1]
+    assert abs(neighbours) < 0.03
+    cells = np.histogram2d(np.arange(n), image, bins=20)[0]
+    chi_square = ((cells - n / 400) ** 2 / (n / 400)).sum()
+    # 361 degrees of freedom: mean 361, standard deviation 27
+    assert 220 < chi_square < 520
+    other = Permutation(n, key(2))(np.arange(n))
+    assert (image == other).sum() < 10
+
+
+LENGTHS = (1000, 3, 257, 17, 16, 5000)
+
+
+@pytest.mark.parametrize("block_size", [1, 7, 16, 100])
+def test_each_epoch_visits_every_window_once(block_size: int) -> None:
+    order = Order(LENGTHS, block_size=block_size, seed=3)
+    boundaries = []
+    for epoch in range(3):
+        shards, offsets = order.starts(np.arange(order.windows) + epoch * order.windows)
+        inputs = Counter()
+        for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
+            assert offset >= 0
+            assert offset + block_size < LENGTHS[shard], "a window reaches beyond its shard"
+            inputs.update((shard, position) for position in range(offset, offset + block_size))
+        assert len(inputs) == order.windows * block_size, "two windows overlap"
+        for shard, length in enumerate(LENGTHS):
+            own = np.sort(offsets[shards == shard])
+            usable = length - 1
+            assert len(own) == (max(1, usable // block_size - 1) if usable >= block_size else 0)
+            assert np.all(np.diff(own) == block_size)
+        boundaries.append(sorted(zip(shards.tolist(), offsets.tolist(), strict=True)))
+    if block_size > 1:
+        assert boundaries[0] != boundaries[1] != boundaries[2], "the boundaries must move from epoch to epoch"
+
+
+def test_every_token_comes_at_every_place_of_a_window_over_the_epochs() -> None:
+    order = Order([41], block_size=10, seed=0)
+    first_starts = {int(order.starts(np.arange(order.windows) + e * order.windows)[1].min()) for e in range(300)}
+    assert order.windows == 3
+    assert first_starts == set(range(11))
+
+
+def test_order_is_a_function_of_the_number_alone() -> None:
+    order = Order(LENGTHS, block_size=16, seed=1337)
+    numbers = np.arange(7 * order.windows)
+    shards, offsets = order.starts(numbers)
+    picked = np.array([5, 3 * order.windows + 1, 6, 0])
+    again = Order(LENGTHS, block_size=16, seed=1337).starts(picked)
+    assert np.array_equal(again[0], shards[picked])
+    assert np.array_equal(again[1], offsets[picked])
+    other = Order(LENGTHS, block_size=16, seed=1338).starts(numbers)
+    assert not np.array_equal(other[1], offsets)
+
+
+def test_order_never_changes() -> None:
+    """A release that moved these would break the exact resume of every run in progress."""
+    shards, offsets = Order((1000, 500), block_size=10, seed=1337).starts(np.array([0, 1, 2, 145, 146, 10**12]))
+    assert shards.tolist() == [0, 0, 0, 0, 0, 0]
+    assert offsets.tolist() == [782, 372, 582, 472, 855, 560]
+
+
+def test_evaluation_windows_are_fixed_spread_and_apart() -> None:
+    shards, offsets = evaluation_windows((1000, 3, 500), 10, 20)
+    assert len(offsets) == 20
+    positions = offsets + np.array([0, 1000, 1003])[shards]
+    gaps = np.diff(positions)
+    assert gaps.min() >= 10
+    assert positions[0] == 0
+    assert gaps.max() <= 90
+    assert positions[-1] > 1350
+    everything = evaluation_windows((1000, 3, 500), 10, 10**9)
+    assert len(everything[0]) == 99 + 49
+    assert len(set(zip(*map(np.ndarray.tolist, everything), strict=True))) == 148
+    assert (everything[1] + 10 < np.array([1000, 3, 500])[everything[0]]).all()
+
+
+def test_a_split_without_a_window_says_what_would_fit() -> None:
+    with pytest.raises(DataError, match=r"train split has 100 tokens.*takes 257.*at most 99") as caught:
+        Order((100,), block_size=256, seed=0)
+    assert caught.value.code == 65
+    with pytest.raises(DataError, match=r"val split has 150 tokens in 2 shards of at most 100.*at most 99"):
+        evaluation_windows((100, 50), 256, 8)
+    with pytest.raises(DataError, match="nothing to predict"):
+        Order((), block_size=4, seed=0)
+    assert Order((100,), block_size=99, seed=0).windows == 1

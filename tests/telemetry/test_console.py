@@ -1,0 +1,77 @@
+"""The console: plain lines in a log file, lines above a bar on a terminal, silence on other ranks."""
+
+import fcntl
+import os
+import pty
+import re
+import struct
+import subprocess
+import sys
+import termios
+
+import pytest
+
+from distgpt.telemetry.console import Console, duration
+
+TRAIN = {"loss": 2.3456, "lr": 3e-4, "grad_norm": 0.81, "seconds": 0.123, "tokens_per_second": 12345.0}
+
+
+def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console(5000, 0, True) as console:
+        console.advance()
+        console.train(step=100, mfu=0.412, **TRAIN)
+        console.train(step=5000, mfu=None, **TRAIN)
+        console.evaluation(step=500, val_loss=1.6543, val_perplexity=5.229, val_bits_per_byte=2.387, best=True)
+        console.evaluation(step=500, val_loss=1.6543, val_perplexity=5.229, val_bits_per_byte=None, best=False)
+        console.message("hello")
+    output = capsys.readouterr()
+    assert output.out.splitlines() == [
+        "step  100/5000 | loss 2.3456 | lr 3.00e-04 | norm 0.81 | 123 ms | 12.3k tok/s | mfu 41.2% | eta 10m03s",
+        "step 5000/5000 | loss 2.3456 | lr 3.00e-04 | norm 0.81 | 123 ms | 12.3k tok/s | eta 0s",
+        "step  500/5000 | val loss 1.6543 | ppl 5.23 | 2.39 bits/byte | best",
+        "step  500/5000 | val loss 1.6543 | ppl 5.23",
+        "hello",
+    ]
+    assert output.err == "", "no bar without a terminal"
+
+
+def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
+    with Console(10, 0, False) as console:
+        console.advance()
+        console.train(step=1, mfu=None, **TRAIN)
+        console.message("hello")
+    assert capsys.readouterr() == ("", "")
+
+
+def test_a_loss_that_is_not_a_number_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    values = TRAIN | {"loss": float("nan"), "seconds": float("inf"), "tokens_per_second": 0.0}
+    Console(10, 0, True).train(step=1, mfu=None, **values)
+    assert capsys.readouterr().out == "step  1/10 | loss nan | lr 3.00e-04 | norm 0.81 | inf s | 0 tok/s | eta ?\n"
+
+
+def test_a_terminal_gets_a_bar_below_the_lines() -> None:
+    program = """
+from distgpt.telemetry.console import Console
+with Console(20, 5, True) as console:
+    for step in range(6, 8):
+        console.advance()
+        console.train(step=step, loss=2.5, lr=3e-4, grad_norm=0.8, seconds=1.0, tokens_per_second=999.5e3, mfu=None)
+"""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    subprocess.run([sys.executable, "-c", program], stdout=theirs, stderr=theirs, check=True, timeout=60)
+    os.close(theirs)
+    screen = os.read(ours, 100_000).decode()
+    os.close(ours)
+    written = [part for part in re.split(r"[\r\n]+", screen) if part.strip()]
+    assert sum(part.startswith("step ") for part in written) == 2
+    assert any(re.search(r"35% \|.*\| 7/20, loss 2\.5000 \| 999\.5k tok/s \| eta 13s", part) for part in written)
+    assert screen.rstrip(" ").endswith("\r"), "the bar is gone at the end"
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0.4, "0s"), (59.4, "59s"), (59.6, "1m00s"), (192, "3m12s"), (7500, "2h05m"), (273_600, "3d04h")],
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

@@ -1,0 +1,183 @@
+"""metrics.jsonl and TensorBoard: each step once, whatever was killed, and no full disk ends a run."""
+
+import json
+import math
+import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distgpt.errors import StorageError
+from distgpt.telemetry.metrics import Metrics, memory_bytes, perplexity, read_metrics
+
+
+def log_step(metrics: Metrics, step: int, *, loss: float = 2.0, mfu: float | None = None) -> None:
+    metrics.train(
+        step=step,
+        loss=loss,
+        lr=3e-4,
+        grad_norm=0.5,
+        tokens=step * 100,
+        tokens_per_second=1000.0,
+        mfu=mfu,
+        seconds=0.1,
+        memory_bytes=2**30,
+        data_wait=0.0,
+        checkpoint_stall=0.25,
+    )
+
+
+def lines(run_dir: Path) -> list[dict[str, Any]]:
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+def tensorboard(run_dir: Path) -> EventAccumulator:
+    accumulator = EventAccumulator(str(run_dir / "tb"), purge_orphaned_data=True)
+    accumulator.Reload()
+    return accumulator
+
+
+@contextmanager
+def full_disk(path: Path, *, room: int) -> Iterator[None]:
+    """No file may grow beyond the size of `path` and `room` bytes: the next write is cut short, the one after fails."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_lines_hold_the_contract_fields(tmp_path: Path) -> None:
+    with Metrics(tmp_path, resume_step=0) as metrics:
+        log_step(metrics, 1, mfu=0.4)
+        assert len(lines(tmp_path)) == 1, "a line must be on the disk at once"
+        metrics.evaluation(step=1, val_loss=1.5, val_bits_per_byte=2.2)
+        metrics.evaluation(step=2, val_loss=1.5, val_bits_per_byte=None)
+    training, evaluation, without_bytes = lines(tmp_path)
+    contract = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds"}
+    assert contract <= training.keys()
+    assert training["mfu"] == 0.4
+    assert evaluation == {"step": 1, "val_loss": 1.5, "val_perplexity": math.exp(1.5), "val_bits_per_byte": 2.2}
+    assert without_bytes.keys() == {"step", "val_loss", "val_perplexity"}
+    assert metrics.dropped == 0
+
+
+def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+    with Metrics(tmp_path, resume_step=0) as metrics:
+        log_step(metrics, 1, loss=math.nan)
+        metrics.evaluation(step=1, val_loss=5000.0, val_bits_per_byte=math.inf)
+    training, evaluation = lines(tmp_path)
+    assert training["loss"] is None
+    assert training["mfu"] is None
+    assert evaluation["val_perplexity"] is None
+    assert evaluation["val_bits_per_byte"] is None
+
+
+def test_no_step_is_logged_twice_after_a_kill(tmp_path: Path) -> None:
+    # Not closed, as after a kill; the last line is torn.
+    killed = Metrics(tmp_path, resume_step=0)
+    for step in range(1, 9):
+        log_step(killed, step, loss=9.0)
+    killed.evaluation(step=8, val_loss=9.0, val_bits_per_byte=None)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 9, "loss": 1.')
+    with Metrics(tmp_path, resume_step=5) as metrics:
+        for step in range(6, 11):
+            log_step(metrics, step, loss=1.0)
+    assert [line["step"] for line in lines(tmp_path)] == list(range(1, 11))
+    assert [line["loss"] for line in lines(tmp_path)] == [9.0] * 5 + [1.0] * 5
+    points = tensorboard(tmp_path).Scalars("train/loss")
+    assert [(p.step, p.value) for p in points] == [(s, 9.0 if s < 6 else 1.0) for s in range(1, 11)]
+
+
+@pytest.mark.parametrize("torn", [b'{"step": 6', b'{"step": 6}', b"\0\0\0\0\n", b'[6]\n{"step": 6}\n'])
+def test_a_torn_end_is_cut_off(tmp_path: Path, torn: bytes) -> None:
+    good = b'{"step": 4}\n{"step": 5}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(good + torn)
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 5]
+    Metrics(tmp_path, resume_step=6).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == good
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_with_an_empty_file(tmp_path: Path) -> None:
+    for _ in range(2):
+        metrics = Metrics(tmp_path, resume_step=0)
+        metrics.evaluation(step=0, val_loss=4.0, val_bits_per_byte=None)
+        log_step(metrics, 1)
+    assert [line["step"] for line in lines(tmp_path)] == [0, 1]
+    assert len(tensorboard(tmp_path).Scalars("eval/loss")) == 1
+
+
+def test_tensorboard_has_curves_and_verbatim_text(tmp_path: Path) -> None:
+    with Metrics(tmp_path, resume_step=0) as metrics:
+        log_step(metrics, 3, mfu=0.25)
+        metrics.evaluation(step=3, val_loss=1.5, val_bits_per_byte=2.0)
+        metrics.text("sample", "# no heading\n```\n*no* emphasis \udcff", 3)
+    found = tensorboard(tmp_path)
+    tags = found.Tags()
+    assert {"train/loss", "train/lr", "eval/loss", "eval/perplexity", "eval/bits_per_byte"} <= set(tags["scalars"])
+    assert {"perf/mfu", "perf/memory_gib", "perf/checkpoint_stall_s"} <= set(tags["scalars"])
+    assert found.Scalars("perf/memory_gib")[0].value == 1.0
+    assert tags["tensors"] == ["sample/text_summary"]
+    text = found.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert text == "````\n# no heading\n```\n*no* emphasis ?\n````"
+
+
+def test_a_full_disk_costs_figures_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(tmp_path, resume_step=0) as metrics:
+        log_step(metrics, 1)
+        [events] = (tmp_path / "tb").iterdir()
+        with full_disk(tmp_path / "metrics.jsonl", room=30):
+            log_step(metrics, 2)
+            metrics.text("sample", "x" * 10_000, 2)
+            log_step(metrics, 3)
+        lost = metrics.dropped
+        assert lost >= 3
+        log_step(metrics, 4)
+        assert metrics.dropped == lost
+    assert [line["step"] for line in lines(tmp_path)] == [1, 4], "half a line must not stay behind"
+    steps = [point.step for point in tensorboard(tmp_path).Scalars("train/loss")]
+    assert steps[0] == 1
+    assert steps[-1] == 4, "half a record would hide all that come later"
+    assert events.stat().st_size > 0
+    assert capsys.readouterr().err.count("metrics are being lost") == 1
+
+
+def test_tensorboard_comes_back_when_its_directory_could_not_be_made(tmp_path: Path) -> None:
+    (tmp_path / "tb").write_text("in the way")
+    with Metrics(tmp_path, resume_step=0) as metrics:
+        log_step(metrics, 1)
+        assert metrics.dropped == 1
+        (tmp_path / "tb").unlink()
+        log_step(metrics, 2)
+        assert metrics.dropped == 1
+    assert [point.step for point in tensorboard(tmp_path).Scalars("train/loss")] == [2]
+
+
+def test_a_run_directory_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match=r"cannot write .*metrics\.jsonl"):
+        Metrics(tmp_path / "missing", resume_step=0)
+    with pytest.raises(StorageError, match="cannot read"):
+        read_metrics(tmp_path / "missing")
+
+
+def test_memory_grows_with_what_is_held() -> None:
+    before = memory_bytes(torch.device("cpu"))
+    held = torch.ones(64 * 2**20 // 4)
+    assert memory_bytes(torch.device("cpu")) - before > 48 * 2**20
+    del held
+
+
+def test_perplexity() -> None:
+    assert perplexity(0.0) == 1.0
+    assert perplexity(1e6) == math.inf
+    assert math.isnan(perplexity(math.nan))

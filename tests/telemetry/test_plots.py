@@ -1,0 +1,66 @@
+"""The picture of the losses: whatever metrics.jsonl holds, a PNG comes out whole or not at all."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distgpt.errors import StorageError
+from distgpt.telemetry.plots import plot_losses, smoothed
+
+SIGNATURE = b"\x89PNG\r\n\x1a\n"
+
+
+def write(file: Path, *lines: dict[str, float | None]) -> Path:
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return file
+
+
+def blue_pixels(picture: Path) -> int:
+    from matplotlib.image import imread
+
+    red, _, blue = np.moveaxis(imread(picture)[..., :3], -1, 0)
+    return int((blue - red > 0.3).sum())
+
+
+def test_the_curves_are_drawn(tmp_path: Path) -> None:
+    training = [{"step": s, "loss": 4.0 / s if s != 7 else None} for s in range(1, 100)]
+    validation = [{"step": s, "val_loss": 5.0 / s} for s in (50, 99)]
+    metrics = write(tmp_path / "metrics.jsonl", *training, *validation)
+    plot_losses(metrics, tmp_path / "plots" / "loss.png")
+    [picture] = (tmp_path / "plots").iterdir()
+    assert picture.read_bytes().startswith(SIGNATURE)
+    assert blue_pixels(picture) > 1000
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        [],
+        [{"step": 1, "loss": 2.0}],
+        [{"step": 1, "loss": None}],
+        [{"step": 1, "val_loss": 2.0}],
+        [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 2.0}, {"step": 2, "val_loss": None}],
+    ],
+)
+def test_few_points(tmp_path: Path, lines: list[dict[str, float | None]], recwarn: pytest.WarningsRecorder) -> None:
+    plot_losses(write(tmp_path / "metrics.jsonl", *lines), tmp_path / "loss.png")
+    assert (tmp_path / "loss.png").read_bytes().startswith(SIGNATURE)
+    assert not recwarn.list
+
+
+def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+    metrics = write(tmp_path / "metrics.jsonl", {"step": 1, "loss": 2.0})
+    (tmp_path / "loss.png").mkdir()
+    with pytest.raises(StorageError, match=r"cannot write .*loss\.png"):
+        plot_losses(metrics, tmp_path / "loss.png")
+    assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
+
+
+def test_smoothing_keeps_lines_and_calms_noise() -> None:
+    line = np.arange(500) * 0.5
+    assert np.allclose(smoothed(line), line)
+    noise = np.random.default_rng(0).normal(size=500)
+    assert smoothed(noise)[20:-20].std() < 0.3
+    assert smoothed([3.0]).tolist() == [3.0]

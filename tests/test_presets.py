@@ -1,0 +1,58 @@
+"""Every preset resolves, passes the check and has the size that its comment states."""
+
+import re
+from importlib import resources
+
+import pytest
+
+from distgpt.config import preset_names, resolve
+from distgpt.model.gpt import count_parameters
+
+# Parameters at vocabulary 50,257 without padding: GPT-2's as published (Radford et al. 2019, and the released weights).
+GPT2_PARAMETERS = {
+    "gpt2-124m": 124_439_808,
+    "gpt2-350m": 354_823_168,
+    "gpt2-774m": 774_030_080,
+    "gpt2-1558m": 1_557_611_200,
+}
+NOMINAL = {"modern-125m": 125e6, "modern-1b": 1e9, "modern-7b": 7e9}
+
+
+def text_of(name: str) -> str:
+    return (resources.files("distgpt") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+
+
+def number(text: str) -> int:
+    return int(text.replace(",", ""))
+
+
+def test_all_presets_are_packaged() -> None:
+    assert {"seed", *GPT2_PARAMETERS, *NOMINAL} <= set(preset_names())
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_preset_resolves(name: str) -> None:
+    resolve([name], {})
+
+
+@pytest.mark.parametrize("name", ["seed", *GPT2_PARAMETERS, *NOMINAL])
+def test_preset_states_its_size(name: str) -> None:
+    model = resolve([name], {}).model
+    stated = re.search(r"([\d,]+) parameters at vocabulary ([\d,]+)(?:, ([\d,]+) of them padding)?\.", text_of(name))
+    assert stated is not None
+    vocab_size = number(stated[2])
+    assert count_parameters(model, vocab_size) == number(stated[1])
+    tables = 1 if model.tied_head else 2
+    padding = -vocab_size % model.vocab_multiple * model.n_embd * tables
+    assert padding == number(stated[3] or "0")
+
+
+@pytest.mark.parametrize(("name", "parameters"), GPT2_PARAMETERS.items())
+def test_gpt2_sizes_are_the_published_ones(name: str, parameters: int) -> None:
+    model = resolve([name, "--model.vocab_multiple=1"], {}).model
+    assert count_parameters(model, 50_257) == parameters
+
+
+@pytest.mark.parametrize(("name", "nominal"), NOMINAL.items())
+def test_modern_sizes_are_near_their_names(name: str, nominal: float) -> None:
+    assert count_parameters(resolve([name], {}).model, 50_257) == pytest.approx(nominal, rel=0.02)
