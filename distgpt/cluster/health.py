@@ -26,6 +26,8 @@ from distgpt.errors import (
 )
 
 log = logging.getLogger("distgpt")
+log.addHandler(logging.NullHandler())
+log.propagate = False  # what a person should read is printed; the log is for logs/
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1

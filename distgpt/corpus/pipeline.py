@@ -95,7 +95,8 @@ def scan(inputs: Sequence[Source], *, characters: bool, workers: Workers, advanc
     pieces = [scanned for task in found for scanned in task]
     documents = sum(scanned.documents for scanned in pieces)
     if documents == 0:
-        raise DataError(f"no text in the input: {', '.join(source.name for source in inputs[:3])} hold nothing else")
+        names = ", ".join(source.name for source in inputs[:3]) + (", ..." if len(inputs) > 3 else "")
+        raise DataError(f"the input holds no text: {names} {'is' if len(inputs) == 1 else 'are'} empty")
     digest = hashlib.sha256()
     for scanned in pieces:
         digest.update(scanned.digest + bytes([scanned.piece.last]))
@@ -121,16 +122,13 @@ def check_characters(found: Scan, tokenizer: Tokenizer) -> None:
 
 def trained_bpe(found: Scan, *, vocab_size: int, workers: Workers) -> BpeTokenizer:
     """BPE of at most `vocab_size` ids, learned from the corpus, or from pieces spread evenly over a huge one."""
-    budget = found.bytes
     chosen = []
+    passed = taken = 0
     for scanned in found.pieces:
-        # Takes a piece whenever the share of BPE_SAMPLE_BYTES that is due by now reaches into it.
-        due = min(BPE_SAMPLE_BYTES, found.bytes)
-        before, budget = budget, budget - scanned.bytes
-        if found.bytes <= due or before * due // found.bytes // sources.UNIT_BYTES != (
-            budget * due // found.bytes // sources.UNIT_BYTES
-        ):
+        if taken * found.bytes <= passed * BPE_SAMPLE_BYTES:
             chosen.append(scanned)
+            taken += scanned.bytes
+        passed += scanned.bytes
     [(_, text)] = workers.run(_train, [(chosen, vocab_size)])
     return BpeTokenizer(text)
 
@@ -162,7 +160,8 @@ def units(found: Scan) -> list[Unit]:
 
 def long_document_hashes(found: Scan, workers: Workers) -> dict[str, int]:
     """The text hashes of the documents that are longer than a piece, by path. Raises DataError and OSError."""
-    long = [s.piece.source for s in found.pieces if s.piece.source.format == "text" and not (s.piece.start or s.piece.last)]
+    firsts = [scanned.piece for scanned in found.pieces if scanned.piece.start == 0]
+    long = [piece.source for piece in firsts if piece.source.format == "text" and not piece.last]
     return {long[index].path: value for index, value in workers.run(_hash, long)}
 
 
@@ -255,6 +254,9 @@ def _scan_tasks(inputs: Sequence[Source], characters: bool) -> Iterator[_ScanTas
     size = 0
     for source in inputs:
         if not source.seekable:
+            if batch:
+                yield _ScanTask(batch, None, characters)
+                batch, size = [], 0
             yield _ScanTask([], source, characters)
             continue
         with sources.opened(source) as reader:
@@ -385,9 +387,7 @@ def _part_path(parts: Path, index: int) -> Path:
     return parts / f"{index:06d}.part"
 
 
-def _write_part(
-    path: Path, rows: Sequence[tuple[int, bool, int]], tokens: Sequence[npt.NDArray[np.uint16]]
-) -> None:
+def _write_part(path: Path, rows: Sequence[tuple[int, bool, int]], tokens: Sequence[npt.NDArray[np.uint16]]) -> None:
     """The number of rows, their three columns as uint64, the tokens. Raises OSError."""
     table = np.array(rows, dtype=np.uint64).reshape(len(rows), 3).T
     staged = path.with_suffix(f".{os.getpid()}.tmp")

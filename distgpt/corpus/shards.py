@@ -10,6 +10,7 @@ import hashlib
 import json
 import mmap
 import os
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -138,6 +139,13 @@ def shards_of(meta: Mapping[str, Any], names: Sequence[SplitName] = SPLITS) -> l
 def file_names(meta: Mapping[str, Any]) -> list[str]:
     """Every file of the dataset."""
     return [TOKENIZER, META, *(name for shard in shards_of(meta) for name in (shard.file, shard.index))]
+
+
+def is_dataset_file(name: str) -> bool:
+    """Whether a file of this name may lie in a dataset's directory, whole or not."""
+    return (
+        re.fullmatch(r"(train|val)-\d{5,}\.(bin|idx)|(tokenizer|meta|\.verified)\.json(\.\d+\.tmp)?", name) is not None
+    )
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """The directory beside an output in which it is prepared: locked, kept for going on, committed by one rename.
 
-    <output>.partial/job.json      what is being prepared; parts of anything else are stale
-    <output>.partial/parts/        finished parts
-    <output>.partial/dataset/      the dataset, until it gets the output's name
+<output>.partial/job.json      what is being prepared; parts of anything else are stale
+<output>.partial/parts/        finished parts
+<output>.partial/dataset/      the dataset, until it gets the output's name
 """
 
 import ctypes

@@ -228,6 +228,15 @@ def test_initial_values_do_not_depend_on_a_wrapper() -> None:
     assert torch.equal(model.initial_value("blocks.1._wrapped.mlp.up.weight", seed=0), plain)
 
 
+def test_initial_values_do_not_depend_on_padding() -> None:
+    plain, padded = GPT(ModelConfig(**SHAPE), VOCAB), GPT(ModelConfig(**SHAPE, vocab_multiple=64), VOCAB)
+    for name in ("token_embedding.weight", "head.weight"):
+        value = padded.initial_value(name, seed=0)
+        assert torch.equal(value[:VOCAB], plain.initial_value(name, seed=0))
+        assert value.shape == (64, 32)
+        assert (value[VOCAB:] == 0).all()
+
+
 @pytest.mark.parametrize("options", [{}, MODERN, GPT2])
 def test_meta_device_then_initial_values(options: dict[str, Any]) -> None:
     config = ModelConfig(**{**SHAPE, **options})
@@ -288,6 +297,14 @@ def test_bfloat16_autocast_gives_a_close_float32_loss(variant: str) -> None:
         loss = model(tokens, targets)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, model(tokens, targets), rtol=0.02, atol=0.02)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_model_in_bfloat16_computes_its_loss_in_float32(variant: str) -> None:
+    model = make(**VARIANTS[variant]).bfloat16()
+    tokens, targets = some_tokens(3, 16), some_tokens(3, 16, seed=1)
+    expected = F.cross_entropy(model(tokens).float().transpose(1, 2), targets, reduction="none").mean(dim=1)
+    torch.testing.assert_close(model(tokens, targets), expected)
 
 
 @pytest.mark.parametrize("variant", ["modern", "documents"])
@@ -403,7 +420,6 @@ def test_rms_norm_by_hand() -> None:
         norm.weight.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
     x = torch.tensor([1.0, -1.0, 3.0, 5.0])
     torch.testing.assert_close(norm(x), x / 3.0 * norm.weight)
-    assert norm(x.bfloat16()).dtype == torch.float32
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])

@@ -1,0 +1,390 @@
+"""Text in, a dataset out: `python -m distgpt.prepare --input PATH... --output DIR`."""
+
+import argparse
+import errno
+import hashlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any, NoReturn, Self
+
+from tqdm import tqdm
+
+from distgpt.corpus import pipeline, shards, sources, staging
+from distgpt.corpus.pipeline import Encoder, Scan
+from distgpt.corpus.sources import STDIN, Source
+from distgpt.corpus.tokenizer import (
+    MAX_VOCAB_SIZE,
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    from_name,
+    gpt2,
+)
+from distgpt.corpus.workers import Workers
+from distgpt.errors import DataError, DirectoryError, Interrupted, StorageError, UsageError, main_guard
+
+DEFAULT_OUTPUT = Path("data/stdlib")
+DEFAULT_VOCAB_SIZE = 8192
+LINE_SECONDS = 10.0
+NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+HELP = f"""\
+Prepare text for training: a directory of uint16 tokens that distgpt.train reads. Without arguments: Python's own
+standard library, one character a token, to {DEFAULT_OUTPUT}.
+
+A text file is one document; a line of .jsonl and a row of .parquet is one document each. Text and .jsonl may be
+compressed (.gz, .zst). Files that are named, or matched by a pattern, are read whatever their name ends in; of a folder,
+searched to the bottom, these count: {" ".join(sources.folder_suffixes())}
+Hidden files, empty documents and second mentions of a file are left out. A single document is split at the end of its
+training part; several are split by a hash of their text, with an end-of-text token after each.
+"""
+EPILOG = """\
+Run again after an interruption, it goes on where it stopped. Exit codes: 0 done, or done before; 2 usage; 65 bad
+input; 73 the output exists, is in use or cannot be made; 74 disk full or I/O; 75 interrupted.
+"""
+
+
+def main() -> None:
+    """Parse, check, prepare. Raises DistgptError."""
+    options = _parse(sys.argv[1:])
+    if options.verify is not None:
+        _verify(options.verify)
+        return
+    output = Path(os.path.realpath(options.output))
+    try:
+        with _interruptible():
+            _prepare(options, output)
+    except OSError as error:
+        raise _storage_error(error, output) from None
+
+
+def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The checked command line. Raises UsageError."""
+    parser = _Parser(
+        prog="python -m distgpt.prepare",
+        description=HELP,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--input", nargs="+", metavar="PATH", help="files, folders, patterns, or - for standard input (one text)")
+    add("--output", type=Path, metavar="DIR", help=f"directory to make (default with no input: {DEFAULT_OUTPUT})")
+    add(
+        "--tokenizer",
+        default="char",
+        metavar="char|bytes|bpe|gpt2|FILE",
+        help="characters; bytes; BPE learned from this text; GPT-2's; a tokenizer.json or .tiktoken (default: char)",
+    )
+    add("--vocab-size", type=int, metavar="N", help=f"ids of bpe, end-of-text included (default: {DEFAULT_VOCAB_SIZE})")
+    add("--val-fraction", type=float, default=0.1, metavar="F", help="share kept for validation (default: 0.1)")
+    add("--workers", type=int, default=_cpus(), metavar="N", help="processes (default: one per CPU; same result)")
+    add("--shard-tokens", type=int, metavar="N", help="start a new file after the document that fills N tokens")
+    add(
+        "--text-key",
+        metavar="KEY",
+        help="what holds the text in .jsonl and .parquet (default: text); with -, JSON lines",
+    )
+    add("--overwrite", action="store_true", help="prepare again and replace the output, in one step")
+    add("--verify", type=Path, metavar="DIR", help="check every file of a prepared directory instead")
+    options = parser.parse_args(arguments)
+    _check(options)
+    return options
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (--help shows the options)")
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.input and options.output is None:
+        raise UsageError("--input needs --output DIR, the directory to make")
+    options.output = options.output or DEFAULT_OUTPUT
+    if not 0 < options.val_fraction < 1:
+        raise UsageError(f"--val-fraction is {options.val_fraction}: it must be above 0 and below 1")
+    for name in ("workers", "shard_tokens"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    if options.vocab_size is not None and options.tokenizer != "bpe":
+        raise UsageError(f"--vocab-size belongs to --tokenizer bpe, not to {options.tokenizer}")
+    if options.tokenizer == "bpe":
+        options.vocab_size = options.vocab_size or DEFAULT_VOCAB_SIZE
+        if options.vocab_size > MAX_VOCAB_SIZE:
+            raise UsageError(
+                f"--vocab-size is {options.vocab_size}: tokens are stored as uint16, so at most {MAX_VOCAB_SIZE}"
+            )
+        if options.vocab_size < 257:
+            raise UsageError(f"--vocab-size is {options.vocab_size}: 256 bytes and end-of-text need at least 257")
+
+
+def _prepare(options: argparse.Namespace, output: Path) -> None:
+    given = None if options.tokenizer == "gpt2" else from_name(options.tokenizer)
+    inputs = _inputs(options, output)
+    settings = _settings(options, given)
+    staging.recover(output)
+    exists = _check_output(output, settings, overwrite=options.overwrite)
+    with Workers(options.workers, preload=pipeline.__name__) as workers:
+        if exists and not options.overwrite and STDIN not in (options.input or []):
+            _end_with_existing(options, output, _scan(inputs, given, options, workers))
+            return
+        if options.tokenizer == "gpt2":
+            given = gpt2()
+        with staging.staging(output) as directory:
+            _spool(inputs, directory)
+            found = _scan(inputs, given, options, workers)
+            if exists and not options.overwrite:
+                _end_with_existing(options, output, found)
+                return
+            started = time.monotonic()
+            meta = _build(found, given, options, settings, directory, workers)
+            staging.commit(directory, output)
+    _summary(options, meta, found, time.monotonic() - started)
+
+
+def _inputs(options: argparse.Namespace, output: Path) -> list[Source]:
+    if not options.input:
+        return sources.standard_library()
+    spool = str(staging.directory_of(output) / staging.STDIN_NAME)
+    if options.text_key is None:
+        stdin = Source(spool, "standard input", "text")
+    else:
+        stdin = Source(spool, "standard input", "jsonl", "", options.text_key)
+    return sources.expand(options.input, text_key=options.text_key or "text", stdin=stdin)
+
+
+def _settings(options: argparse.Namespace, given: Tokenizer | None) -> dict[str, Any]:
+    """The options that decide what the output holds; meta.json keeps them."""
+    return {
+        "tokenizer": "file" if given else options.tokenizer,
+        "tokenizer_sha256": hashlib.sha256(given.to_json().encode()).hexdigest() if given else None,
+        "vocab_size": options.vocab_size,
+        "val_fraction": options.val_fraction,
+        "shard_tokens": options.shard_tokens,
+    }
+
+
+def _check_output(output: Path, settings: dict[str, Any], *, overwrite: bool) -> bool:
+    """Whether the output exists, and may then turn out to be this very dataset. Raises DirectoryError."""
+    if not os.path.lexists(output):
+        return False
+    if overwrite:
+        if not output.is_dir() or not all(map(shards.is_dataset_file, os.listdir(output))):
+            raise DirectoryError(
+                f"{output} holds more than a dataset: --overwrite would destroy that, remove it yourself"
+            )
+        return True
+    try:
+        meta = shards.read_meta(output)
+    except DataError:
+        raise DirectoryError(
+            f"{output} exists and is not a whole dataset: take another --output, or --overwrite"
+        ) from None
+    if meta.get("options") != settings:
+        raise DirectoryError(f"{output} was prepared with other options: take another --output, or --overwrite")
+    return True
+
+
+def _end_with_existing(options: argparse.Namespace, output: Path, found: Scan) -> None:
+    """Say that the output is this dataset already. Raises DirectoryError where it is not, DataError if damaged."""
+    dataset = shards.open_dataset(output)
+    if dataset.meta["input"]["fingerprint"] != found.fingerprint:
+        raise DirectoryError(f"{output} was prepared from another input: take another --output, or --overwrite")
+    shards.verify_dataset(dataset)
+    tokens = dataset.train.tokens + dataset.val.tokens
+    print(f"{options.output} is already prepared from this input: {tokens:,} tokens, vocabulary {dataset.vocab_size:,}")
+
+
+def _spool(inputs: Sequence[Source], directory: Path) -> None:
+    """Keep standard input where every worker can read it. Raises OSError."""
+    for source in inputs:
+        if Path(source.path) == directory / staging.STDIN_NAME:
+            with open(source.path, "wb") as file, _Progress("keeping standard input", None) as advance:
+                while chunk := sys.stdin.buffer.read(2**20):
+                    file.write(chunk)
+                    advance(len(chunk))
+
+
+def _scan(inputs: Sequence[Source], given: Tokenizer | None, options: argparse.Namespace, workers: Workers) -> Scan:
+    characters = options.tokenizer == "char" or isinstance(given, CharTokenizer)
+    with _Progress("reading", sum(os.path.getsize(source.path) for source in inputs)) as advance:
+        found = pipeline.scan(inputs, characters=characters, workers=workers, advance=advance)
+    if given is not None:
+        pipeline.check_characters(found, given)
+    return found
+
+
+def _build(
+    found: Scan,
+    given: Tokenizer | None,
+    options: argparse.Namespace,
+    settings: dict[str, Any],
+    directory: Path,
+    workers: Workers,
+) -> dict[str, Any]:
+    """Make the dataset in the staging directory; gives its meta.json."""
+    job = {"input": found.fingerprint, "options": settings, "unit_bytes": sources.UNIT_BYTES}
+    staging.begin(directory, job)
+    tokenizer = _tokenizer(found, given, options, directory, workers)
+    eot_id = tokenizer.eot_id if found.documents > 1 else None
+    encoder = Encoder(
+        tokenizer=directory / "tokenizer.json",
+        huggingface=_needs_huggingface(found, tokenizer),
+        eot_id=eot_id,
+        hashes=pipeline.long_document_hashes(found, workers) if found.documents > 1 else {},
+    )
+    parts, units = directory / "parts", pipeline.units(found)
+    todo = [unit for unit in units if not pipeline.is_done(unit, parts)]
+    if len(todo) < len(units):
+        _say(f"going on: {len(units) - len(todo)} of {len(units)} parts are done")
+    with _Progress("encoding", sum(unit.bytes for unit in todo)) as advance:
+        pipeline.encode(todo, parts, encoder=encoder, workers=workers, advance=advance)
+    with _Progress("writing", sum(os.path.getsize(part) for part in parts.iterdir())) as advance:
+        return shards.write_dataset(
+            directory / "dataset",
+            pipeline.merged(parts, len(units), documents=found.documents, val_fraction=options.val_fraction),
+            tokenizer=tokenizer,
+            eot_id=eot_id,
+            shard_tokens=options.shard_tokens,
+            about={
+                "options": settings,
+                "input": {"fingerprint": found.fingerprint, "documents": found.documents, "bytes": found.bytes},
+            },
+            advance=advance,
+        )
+
+
+def _tokenizer(
+    found: Scan, given: Tokenizer | None, options: argparse.Namespace, directory: Path, workers: Workers
+) -> Tokenizer:
+    """The tokenizer that was asked for, saved in the staging directory; a trained one is trained once."""
+    several = found.documents > 1
+    path = directory / "tokenizer.json"
+    if given is not None:
+        tokenizer = given.with_end_of_text() if several else given
+    elif options.tokenizer == "char":
+        tokenizer = CharTokenizer(found.characters, end_of_text=several)
+    elif options.tokenizer == "bytes":
+        tokenizer = ByteTokenizer(end_of_text=several)
+    elif path.exists():
+        return pipeline.load_tokenizer(path)
+    else:
+        _say(f"learning a vocabulary of {options.vocab_size:,}")
+        trained = pipeline.trained_bpe(found, vocab_size=options.vocab_size - several, workers=workers)
+        tokenizer = trained.with_end_of_text() if several else trained
+    shards.write_file(path, tokenizer.to_json().encode())
+    return tokenizer
+
+
+def _needs_huggingface(found: Scan, tokenizer: Tokenizer) -> bool:
+    if not isinstance(tokenizer, BpeTokenizer) or pipeline.agrees_with_huggingface(found, tokenizer):
+        return False
+    _say("the fast encoder gives other ids than Hugging Face's for this vocabulary: taking the slow one")
+    return True
+
+
+def _verify(path: Path) -> None:
+    dataset = shards.open_dataset(path)
+    shards.verify_dataset(dataset, always=True)
+    tokens = dataset.train.tokens + dataset.val.tokens
+    print(f"{path}: OK, {tokens:,} tokens below {dataset.vocab_size:,}, every file as it was written")
+
+
+def _summary(options: argparse.Namespace, meta: dict[str, Any], found: Scan, seconds: float) -> None:
+    train, val = [shards.shards_of(meta, [name]) for name in shards.SPLITS]
+    tokens = [sum(shard.tokens for shard in split) for split in (train, val)]
+    documents = [sum(shard.documents for shard in split) for split in (train, val)]
+    eot = "no end-of-text" if meta["eot_id"] is None else f"end-of-text {meta['eot_id']}"
+    if found.documents == 1:
+        print("documents   1, its end for validation")
+    else:
+        print(f"documents   {found.documents:,}: {documents[0]:,} for training, {documents[1]:,} for validation")
+    print(f"tokens      {sum(tokens):,}: {tokens[0]:,} for training, {tokens[1]:,} for validation")
+    print(f"vocabulary  {meta['vocab_size']:,} ({meta['options']['tokenizer']}, {eot})")
+    print(f"validation  {tokens[1] / sum(tokens):.2%} of the tokens, asked for {options.val_fraction:.2%}")
+    print(f"text        {found.bytes / 1e6:,.1f} MB in {seconds:.1f} s, {found.bytes / 1e6 / seconds:,.1f} MB/s")
+    print(f"prepared    {options.output}")
+    print(f"next        torchrun --standalone --nproc_per_node=auto -m distgpt.train --data.path={options.output}")
+
+
+class _Progress:
+    """A phase's progress on stderr: a bar on a terminal, otherwise a line every LINE_SECONDS."""
+
+    def __init__(self, name: str, total: int | None) -> None:
+        self._name, self._total = name, total
+        self._done = 0
+        self._started = self._printed = time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> Self:
+        if sys.stderr.isatty():
+            self._bar = tqdm(
+                desc=self._name, total=self._total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True
+            )
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+    def __call__(self, count: int) -> None:
+        self._done += count
+        if self._bar is not None:
+            self._bar.update(count)
+        elif time.monotonic() - self._printed > LINE_SECONDS:
+            self._printed = time.monotonic()
+            _say(self._line(self._done / (self._printed - self._started)))
+
+    def _line(self, rate: float) -> str:
+        line = f"{self._name}: {self._done / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s"
+        if not self._total:
+            return line
+        left = max(self._total - self._done, 0) / max(rate, 1)
+        return f"{line}, {self._done / self._total:.0%}, {left:,.0f} s left"
+
+
+def _say(line: str) -> None:
+    print(f"distgpt: {line}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Make SIGINT and SIGTERM raise Interrupted."""
+
+    def interrupt(number: int, _: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}: run the same command again to go on")
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _storage_error(error: OSError, output: Path) -> StorageError:
+    if error.errno in NO_SPACE:
+        kept = staging.directory_of(output)
+        return StorageError(
+            f"no space left for {output} ({error.strerror}): make room and run the same command again, "
+            f"it goes on with what {kept} holds"
+        )
+    return StorageError(f"{error.filename or output}: {error.strerror or error}")
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+if __name__ == "__main__":
+    main_guard(main)
