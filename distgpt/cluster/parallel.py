@@ -97,7 +97,7 @@ def build_model(
     if strategy == "single":
         return model
     device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True, broadcast_buffers=False)
+    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
 @contextmanager

@@ -1,9 +1,7 @@
 import math
-from collections.abc import Iterator
 
 import pytest
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -13,13 +11,6 @@ from distgpt.model.gpt import GPT
 from distgpt.model.optim import build_optimizer, lr_at, parameter_groups
 
 SMALL = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=4)
-
-
-@pytest.fixture
-def one_process_group() -> Iterator[None]:
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    yield
-    dist.destroy_process_group()
 
 
 def small_model(seed: int = 0) -> GPT:
