@@ -26,6 +26,7 @@ from distgpt.corpus.tokenizer import (
     Tokenizer,
     from_name,
     gpt2,
+    load_tokenizer,
 )
 from distgpt.corpus.workers import Workers
 from distgpt.errors import DataError, DirectoryError, Interrupted, StorageError, UsageError, main_guard
@@ -40,8 +41,9 @@ Prepare text for training: a directory of uint16 tokens that distgpt.train reads
 standard library, one character a token, to {DEFAULT_OUTPUT}.
 
 A text file is one document; a line of .jsonl and a row of .parquet is one document each. Text and .jsonl may be
-compressed (.gz, .zst). Files that are named, or matched by a pattern, are read whatever their name ends in; of a folder,
-searched to the bottom, these count: {" ".join(sources.folder_suffixes())}
+compressed (.gz, .zst). Files that are named, or matched by a pattern, are read whatever their name ends in; of a
+folder, searched to the bottom, these count:
+{" ".join(sources.folder_suffixes())}
 Hidden files, empty documents and second mentions of a file are left out. A single document is split at the end of its
 training part; several are split by a hash of their text, with an end-of-text token after each.
 """
@@ -105,9 +107,13 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _check(options: argparse.Namespace) -> None:
+    if options.verify and (options.input or options.output):
+        raise UsageError("--verify DIR goes without --input and --output")
     if options.input and options.output is None:
         raise UsageError("--input needs --output DIR, the directory to make")
     options.output = options.output or DEFAULT_OUTPUT
+    if not Path(os.path.realpath(options.output)).name:
+        raise UsageError(f"--output {options.output} cannot become a dataset")
     if not 0 < options.val_fraction < 1:
         raise UsageError(f"--val-fraction is {options.val_fraction}: it must be above 0 and below 1")
     for name in ("workers", "shard_tokens"):
@@ -134,7 +140,9 @@ def _prepare(options: argparse.Namespace, output: Path) -> None:
     exists = _check_output(output, settings, overwrite=options.overwrite)
     with Workers(options.workers, preload=pipeline.__name__) as workers:
         if exists and not options.overwrite and STDIN not in (options.input or []):
-            _end_with_existing(options, output, _scan(inputs, given, options, workers))
+            found = _scan(inputs, given, options, workers)
+            _end_with_existing(options, output, found)
+            staging.clear_leftovers(output, _job(found, settings))
             return
         if options.tokenizer == "gpt2":
             given = gpt2()
@@ -222,6 +230,11 @@ def _scan(inputs: Sequence[Source], given: Tokenizer | None, options: argparse.N
     return found
 
 
+def _job(found: Scan, settings: dict[str, Any]) -> dict[str, Any]:
+    """What parts are good for."""
+    return {"input": found.fingerprint, "options": settings, "unit_bytes": sources.UNIT_BYTES}
+
+
 def _build(
     found: Scan,
     given: Tokenizer | None,
@@ -231,8 +244,7 @@ def _build(
     workers: Workers,
 ) -> dict[str, Any]:
     """Make the dataset in the staging directory; gives its meta.json."""
-    job = {"input": found.fingerprint, "options": settings, "unit_bytes": sources.UNIT_BYTES}
-    staging.begin(directory, job)
+    staging.begin(directory, _job(found, settings))
     tokenizer = _tokenizer(found, given, options, directory, workers)
     eot_id = tokenizer.eot_id if found.documents > 1 else None
     encoder = Encoder(
@@ -245,7 +257,7 @@ def _build(
     todo = [unit for unit in units if not pipeline.is_done(unit, parts)]
     if len(todo) < len(units):
         _say(f"going on: {len(units) - len(todo)} of {len(units)} parts are done")
-    with _Progress("encoding", sum(unit.bytes for unit in todo)) as advance:
+    with _Progress("encoding", sum(unit.text_bytes for unit in todo)) as advance:
         pipeline.encode(todo, parts, encoder=encoder, workers=workers, advance=advance)
     with _Progress("writing", sum(os.path.getsize(part) for part in parts.iterdir())) as advance:
         return shards.write_dataset(
@@ -256,7 +268,7 @@ def _build(
             shard_tokens=options.shard_tokens,
             about={
                 "options": settings,
-                "input": {"fingerprint": found.fingerprint, "documents": found.documents, "bytes": found.bytes},
+                "input": {"fingerprint": found.fingerprint, "documents": found.documents, "bytes": found.text_bytes},
             },
             advance=advance,
         )
@@ -275,7 +287,7 @@ def _tokenizer(
     elif options.tokenizer == "bytes":
         tokenizer = ByteTokenizer(end_of_text=several)
     elif path.exists():
-        return pipeline.load_tokenizer(path)
+        return load_tokenizer(path)
     else:
         _say(f"learning a vocabulary of {options.vocab_size:,}")
         trained = pipeline.trained_bpe(found, vocab_size=options.vocab_size - several, workers=workers)
@@ -299,9 +311,9 @@ def _verify(path: Path) -> None:
 
 
 def _summary(options: argparse.Namespace, meta: dict[str, Any], found: Scan, seconds: float) -> None:
-    train, val = [shards.shards_of(meta, [name]) for name in shards.SPLITS]
-    tokens = [sum(shard.tokens for shard in split) for split in (train, val)]
-    documents = [sum(shard.documents for shard in split) for split in (train, val)]
+    splits = [shards.shards_of(meta, [name]) for name in shards.SPLITS]
+    tokens = [sum(shard.tokens for shard in split) for split in splits]
+    documents = [sum(shard.documents for shard in split) for split in splits]
     eot = "no end-of-text" if meta["eot_id"] is None else f"end-of-text {meta['eot_id']}"
     if found.documents == 1:
         print("documents   1, its end for validation")
@@ -310,7 +322,9 @@ def _summary(options: argparse.Namespace, meta: dict[str, Any], found: Scan, sec
     print(f"tokens      {sum(tokens):,}: {tokens[0]:,} for training, {tokens[1]:,} for validation")
     print(f"vocabulary  {meta['vocab_size']:,} ({meta['options']['tokenizer']}, {eot})")
     print(f"validation  {tokens[1] / sum(tokens):.2%} of the tokens, asked for {options.val_fraction:.2%}")
-    print(f"text        {found.bytes / 1e6:,.1f} MB in {seconds:.1f} s, {found.bytes / 1e6 / seconds:,.1f} MB/s")
+    print(
+        f"text        {found.text_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {found.text_bytes / 1e6 / seconds:,.1f} MB/s"
+    )
     print(f"prepared    {options.output}")
     print(f"next        torchrun --standalone --nproc_per_node=auto -m distgpt.train --data.path={options.output}")
 

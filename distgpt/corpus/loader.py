@@ -1,6 +1,6 @@
 """This rank's batches: gathered ahead by a thread, uint16 on the way to the device, widened there.
 
-Shapes: T = block_size, N sequences of this rank in a step, B of them in a micro-batch. Rank r of R takes the contiguous
+Shapes: T = block_size, B sequences of a micro-batch. Rank r of R takes the contiguous
 slice [r G/R, (r+1) G/R) of each global batch of G sequences, cut into micro-batches in order: the j-th micro-batch of a
 step is the same for any R.
 """
@@ -68,7 +68,7 @@ class Loader:
         self._steps_per_chunk = max(1, CHUNK_TOKENS // (self._rows * (block_size + 1)))
         self._wait = 0.0
         self._step_to_fetch = start_step
-        self._steps: deque[Tensor] = deque()
+        self._ready: deque[MicroBatch] = deque()
         self._chunks: deque[Future[Tensor]] = deque()
         self._thread = ThreadPoolExecutor(1, "loader", initializer=_use_device, initargs=(device,))
         for _ in range(CHUNKS_AHEAD):
@@ -79,14 +79,9 @@ class Loader:
 
         Raises StorageError if the data cannot be read any more.
         """
-        if not self._steps:
-            started = time.perf_counter()
-            chunk = self._chunks.popleft().result()
-            self._wait += time.perf_counter() - started
-            self._fetch_next_chunk()
-            self._steps.extend(chunk.to(self._device, non_blocking=True))
-        x_NT, y_NT = _inputs_and_targets(self._steps.popleft())
-        return list(zip(torch.split(x_NT, self._micro_batch), torch.split(y_NT, self._micro_batch), strict=True))
+        if not self._ready:
+            self._ready.extend(self._widened(self._next_chunk()))
+        return [self._ready.popleft() for _ in range(self._rows // self._micro_batch)]
 
     def take_data_wait(self) -> float:
         """Seconds that next_step waited for the thread since this was last asked."""
@@ -117,19 +112,31 @@ class Loader:
         first = np.arange(step, step + steps, dtype=np.int64) * self._global_batch + self._rank * self._rows
         return (first[:, None] + np.arange(self._rows)).ravel()
 
+    def _next_chunk(self) -> Tensor:
+        started = time.perf_counter()
+        chunk = self._chunks.popleft().result()
+        self._wait += time.perf_counter() - started
+        self._fetch_next_chunk()
+        return chunk
+
+    def _widened(self, chunk: Tensor) -> Iterator[MicroBatch]:
+        x, y = (part.view(-1, self._micro_batch, part.shape[-1]) for part in _inputs_and_targets(chunk, self._device))
+        return zip(x.unbind(), y.unbind(), strict=True)
+
     def _fetch_next_chunk(self) -> None:
         self._chunks.append(self._thread.submit(self._chunk, self._step_to_fetch))
         self._step_to_fetch += self._steps_per_chunk
 
     def _chunk(self, step: int) -> Tensor:
-        """The tokens of `_steps_per_chunk` steps, uint16 [steps, rows, T + 1]; runs in the thread.
+        """The tokens of `_steps_per_chunk` steps, uint16 [sequences, T + 1]; runs in the thread.
 
         numpy only: a torch operation here would start a second pool of OpenMP threads beside the one that trains.
         """
-        rows = self._steps_per_chunk * self._rows
-        tokens = torch.empty((rows, self._windows.length), dtype=torch.uint16, pin_memory=self._device.type == "cuda")
-        self._windows.read(*self.order.starts(self._numbers_of(step, self._steps_per_chunk)), tokens.numpy())
-        return tokens.view(self._steps_per_chunk, self._rows, -1)
+        shards, offsets = self.order.starts(self._numbers_of(step, self._steps_per_chunk))
+        shape, pinned = (len(offsets), self._windows.length), self._device.type == "cuda"
+        tokens = torch.empty(shape, dtype=torch.uint16, pin_memory=pinned)
+        self._windows.read(shards, offsets, tokens.numpy())
+        return tokens
 
 
 class EvaluationBatches:
@@ -174,7 +181,7 @@ class EvaluationBatches:
             indices = np.arange(first, min(first + self._micro_batch, self.windows), dtype=np.int64)
             tokens = np.empty((len(indices), self._reader.length), dtype=np.uint16)
             self._reader.read(self._shards[indices], self._offsets[indices], tokens)
-            x_BT, y_BT = _inputs_and_targets(torch.from_numpy(tokens).to(self._device))
+            x_BT, y_BT = _inputs_and_targets(torch.from_numpy(tokens), self._device)
             yield (indices if batch < self._batches else np.full_like(indices, -1)), x_BT, y_BT
 
     @property
@@ -236,8 +243,13 @@ def _check_length(shard: TokenMap) -> None:
         raise StorageError(f"cannot read {path}: {error.strerror}") from error
 
 
-def _inputs_and_targets(tokens: Tensor) -> MicroBatch:
-    """Two contiguous int64 tensors [rows, T] of uint16 tokens [rows, T + 1], on the same device."""
+def _inputs_and_targets(tokens: Tensor, device: torch.device) -> MicroBatch:
+    """Two contiguous int64 tensors [sequences, T] on the device, of uint16 tokens [sequences, T + 1] in memory."""
+    if device.type == "cpu":
+        # torch would spread this over its threads, and wait for one that a busy machine keeps off its core.
+        array = tokens.numpy()
+        return torch.from_numpy(array[:, :-1].astype(np.int64)), torch.from_numpy(array[:, 1:].astype(np.int64))
+    tokens = tokens.to(device, non_blocking=True)
     return tokens[:, :-1].long(), tokens[:, 1:].long()
 
 

@@ -35,18 +35,18 @@ class Scanned(NamedTuple):
 
     piece: Piece
     documents: int
-    bytes: int
+    text_bytes: int
     digest: bytes
     characters: str
 
 
 @dataclass(frozen=True)
 class Scan:
-    """The whole input, read once. `documents` and `bytes` leave out empty documents; `fingerprint` is a SHA-256."""
+    """The whole input, read once: `documents` that are not empty, a SHA-256 as `fingerprint`."""
 
     pieces: list[Scanned]
     documents: int
-    bytes: int
+    text_bytes: int
     characters: str
     fingerprint: str
 
@@ -59,8 +59,8 @@ class Unit:
     pieces: list[Scanned]
 
     @property
-    def bytes(self) -> int:
-        return sum(scanned.bytes for scanned in self.pieces)
+    def text_bytes(self) -> int:
+        return sum(scanned.text_bytes for scanned in self.pieces)
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def scan(inputs: Sequence[Source], *, characters: bool, workers: Workers, advanc
     return Scan(
         pieces=pieces,
         documents=documents,
-        bytes=sum(scanned.bytes for scanned in pieces),
+        text_bytes=sum(scanned.text_bytes for scanned in pieces),
         characters="".join(sorted(set().union(*{scanned.characters for scanned in pieces}))),
         fingerprint=digest.hexdigest(),
     )
@@ -125,10 +125,10 @@ def trained_bpe(found: Scan, *, vocab_size: int, workers: Workers) -> BpeTokeniz
     chosen = []
     passed = taken = 0
     for scanned in found.pieces:
-        if taken * found.bytes <= passed * BPE_SAMPLE_BYTES:
+        if taken * found.text_bytes <= passed * BPE_SAMPLE_BYTES:
             chosen.append(scanned)
-            taken += scanned.bytes
-        passed += scanned.bytes
+            taken += scanned.text_bytes
+        passed += scanned.text_bytes
     [(_, text)] = workers.run(_train, [(chosen, vocab_size)])
     return BpeTokenizer(text)
 
@@ -154,7 +154,7 @@ def units(found: Scan) -> list[Unit]:
             groups.append([])
             size = 0
         groups[-1].append(scanned)
-        size += scanned.bytes
+        size += scanned.text_bytes
     return [Unit(index, pieces) for index, pieces in enumerate(groups)]
 
 
@@ -287,7 +287,7 @@ def _scanned(content: Content, piece: Piece, characters: bool) -> Scanned:
     return Scanned(
         piece=piece,
         documents=int(piece.start == 0) if is_text else sum(text != "" for text in content.texts),
-        bytes=piece.stop - piece.start if is_text else sum(map(_utf8_size, content.texts)),
+        text_bytes=piece.stop - piece.start if is_text else sum(map(_utf8_size, content.texts)),
         digest=content.digest,
         characters=characters_of("".join(content.texts)) if characters else "",
     )
@@ -339,7 +339,7 @@ def _encode(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
             scanned, content = next(contents)
             _encode_piece(scanned.piece, content.texts, tokenizer, encoder, rows, tokens)
         _write_part(_part_path(parts, unit.index), rows, tokens)
-        yield unit.bytes
+        yield unit.text_bytes
 
 
 @lru_cache(maxsize=1)

@@ -100,12 +100,13 @@ def expand(inputs: Sequence[str], *, text_key: str, stdin: Source) -> list[Sourc
 def standard_library() -> list[Source]:
     """Python's own standard library without its tests. Raises DataError where it is not a folder of files."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = [
-        path.relative_to(root) for path in root.rglob("*.py") if not NOT_LIBRARY & set(path.relative_to(root).parts)
-    ]
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if name not in NOT_LIBRARY]
+        files += [Path(folder, name) for name in names if name.endswith(".py")]
     if not files:
         raise DataError(f"Python's standard library is not in {root}: give texts of your own with --input")
-    return [Source(str(root / file), str(root / file), "text") for file in sorted(files, key=lambda file: file.parts)]
+    return [Source(str(file), str(file), "text") for file in sorted(files, key=lambda file: file.parts)]
 
 
 def source_of(path: Path, *, text_key: str) -> Source:

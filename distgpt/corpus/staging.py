@@ -11,14 +11,16 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from distgpt.corpus.shards import sync, write_file
-from distgpt.errors import DirectoryError
+from distgpt.errors import DataError, DirectoryError
 
 STDIN_NAME = "stdin"
+LOCK_NAME = "lock"
+JOB_NAME = "job.json"
 
 
 def directory_of(output: Path) -> Path:
@@ -30,34 +32,40 @@ def directory_of(output: Path) -> Path:
 def staging(output: Path) -> Iterator[Path]:
     """The staging directory of `output`, held by this process alone.
 
-    Removed at the end unless it holds what another start can go on from. Raises DirectoryError where another process
-    has it or it cannot be made.
+    Removed at the end unless it holds what another start can go on from, which nothing is once the data proved bad.
+    Raises DirectoryError where another process has it or it cannot be made.
     """
     directory = directory_of(output)
     lock = _lock(directory, output)
     try:
         yield directory
+    except DataError:
+        clear(directory)
+        raise
     finally:
         (directory / STDIN_NAME).unlink(missing_ok=True)
-        if directory.exists() and not any(directory.iterdir()):
-            directory.rmdir()
+        if os.listdir(directory) == [LOCK_NAME]:
+            (directory / LOCK_NAME).unlink()
+            with suppress(OSError):  # another process came in between
+                directory.rmdir()
         os.close(lock)
 
 
 def begin(directory: Path, job: Mapping[str, Any]) -> None:
-    """Make the staging directory that of this job; what an interrupted run of the same job left stays. Raises OSError."""
-    path = directory / "job.json"
-    content = json.dumps(job, sort_keys=True).encode()
-    same = path.exists() and path.read_bytes() == content
-    path.unlink(missing_ok=True)
+    """Make the staging directory that of this job; what an interrupted run of the same job left stays.
+
+    Raises OSError.
+    """
+    same = _job_of(directory) == job
+    (directory / JOB_NAME).unlink(missing_ok=True)
     for entry in directory.iterdir():
         if entry.is_dir() and not (same and entry.name == "parts"):
             shutil.rmtree(entry)
-        elif not entry.is_dir() and not same and entry.name != STDIN_NAME:
+        elif not entry.is_dir() and not same and entry.name not in (STDIN_NAME, LOCK_NAME):
             entry.unlink()
     for name in ("parts", "dataset"):
         (directory / name).mkdir(exist_ok=True)
-    write_file(path, content)
+    write_file(directory / JOB_NAME, json.dumps(job).encode())
 
 
 def commit(directory: Path, output: Path) -> None:
@@ -74,9 +82,19 @@ def commit(directory: Path, output: Path) -> None:
 
 
 def clear(directory: Path) -> None:
-    """Remove everything from a staging directory."""
+    """Remove everything but the lock from a staging directory. Raises OSError."""
     for entry in directory.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() else entry.unlink()
+        if entry.is_dir():
+            shutil.rmtree(entry)
+        elif entry.name != LOCK_NAME:
+            entry.unlink()
+
+
+def clear_leftovers(output: Path, job: Mapping[str, Any]) -> None:
+    """Remove the staging directory of a job whose dataset is committed. Raises DirectoryError and OSError."""
+    if _job_of(directory_of(output)) == job:
+        with staging(output) as directory:
+            clear(directory)
 
 
 def recover(output: Path) -> None:
@@ -86,22 +104,39 @@ def recover(output: Path) -> None:
         os.rename(replaced, output)
 
 
+def _job_of(directory: Path) -> object:
+    try:
+        return json.loads((directory / JOB_NAME).read_bytes())
+    except (OSError, ValueError):
+        return None
+
+
 def _lock(directory: Path, output: Path) -> int:
+    """The descriptor that holds the lock, until it is closed."""
+    path = directory / LOCK_NAME
     while True:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(directory, os.O_RDONLY)
         except OSError as error:
-            raise DirectoryError(f"cannot write {output}: {error.strerror}: {error.filename}") from None
+            raise _cannot_write(output, error) from None
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        except FileNotFoundError:
+            continue  # its last owner just removed the directory
+        except OSError as error:
+            raise _cannot_write(output, error) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise DirectoryError(f"another process is preparing {output}: wait for it, or stop it") from None
-        # Its last owner may have removed it between our open and our lock.
-        if directory.exists() and directory.stat().st_ino == os.fstat(descriptor).st_ino:
+        if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
             return descriptor
-        os.close(descriptor)
+        os.close(descriptor)  # its last owner removed it between our open and our lock
+
+
+def _cannot_write(output: Path, error: OSError) -> DirectoryError:
+    return DirectoryError(f"cannot write {output}: {error.strerror}: {error.filename}")
 
 
 def _exchanged(first: Path, second: Path) -> bool:

@@ -25,7 +25,7 @@ class Workers:
         self.count = count
         self._context = get_context("forkserver")
         self._context.set_forkserver_preload([preload])
-        self._workers: list[tuple[BaseProcess, connection.Connection[Any, Any]]] = []
+        self._workers: list[tuple[BaseProcess, Any]] = []
 
     def __enter__(self) -> Self:
         return self

@@ -1,0 +1,175 @@
+"""The prepared directory: readable by anyone, refused when damaged, verified once."""
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from distgpt.corpus.shards import Dataset, Documents, open_dataset, verify_dataset, write_dataset
+from distgpt.corpus.tokenizer import ByteTokenizer
+from distgpt.errors import DataError
+
+DOCUMENTS = [f"document {index}, {'long ' * (index % 7)}" for index in range(40)]
+
+
+def write(path: Path, *, shard_tokens: int | None = None) -> Dataset:
+    tokenizer = ByteTokenizer(end_of_text=True)
+
+    def documents() -> list[Documents]:
+        batches = []
+        for index, text in enumerate(DOCUMENTS):
+            tokens = np.append(tokenizer.encode(text), np.uint16(256))
+            split = "val" if index % 5 == 0 else "train"
+            # Every third document comes in two batches.
+            cut = 4 if index % 3 == 0 else 0
+            batches.append(Documents(split, tokens[:cut], np.array([], dtype=np.int64)))
+            batches.append(Documents(split, tokens[cut:], np.array([tokens.size - cut], dtype=np.int64)))
+        return batches
+
+    path.mkdir()
+    write_dataset(
+        path,
+        documents(),
+        tokenizer=tokenizer,
+        eot_id=256,
+        shard_tokens=shard_tokens,
+        about={"options": {}, "input": {}},
+        advance=lambda count: None,
+    )
+    return open_dataset(path)
+
+
+def train_texts() -> list[str]:
+    return [text for index, text in enumerate(DOCUMENTS) if index % 5]
+
+
+def test_tokens_and_offsets_are_plain_files(tmp_path: Path) -> None:
+    dataset = write(tmp_path / "data")
+    tokens = np.memmap(tmp_path / "data" / "train-00000.bin", dtype=np.uint16, mode="r")
+    offsets = np.fromfile(tmp_path / "data" / "train-00000.idx", dtype=np.uint64)
+    texts = train_texts()
+    assert offsets.size == len(texts) + 1
+    assert offsets[0] == 0
+    assert offsets[-1] == tokens.size == dataset.train.tokens
+    for text, start, stop in zip(texts, offsets, offsets[1:], strict=False):
+        assert bytes(tokens[int(start) : int(stop) - 1].astype(np.uint8)).decode() == text
+        assert tokens[int(stop) - 1] == dataset.eot_id == 256
+    assert dataset.vocab_size == 257
+    assert dataset.train.shards[0].dtype == np.uint16
+    [shard] = dataset.meta["splits"]["train"]
+    assert shard["bytes"] == sum(map(len, texts))
+    assert shard["documents"] == len(texts)
+
+
+def test_shards_end_with_the_document_that_fills_them(tmp_path: Path) -> None:
+    whole, cut = write(tmp_path / "whole"), write(tmp_path / "cut", shard_tokens=100)
+    assert len(cut.train.shards) > 3
+    assert np.array_equal(np.concatenate(cut.train.shards), whole.train.shards[0])
+    assert np.array_equal(np.concatenate(cut.val.shards), whole.val.shards[0])
+    for tokens, shard in zip(cut.train.shards, cut.meta["splits"]["train"], strict=True):
+        offsets = np.fromfile(cut.path / shard["index"], dtype=np.uint64)
+        assert offsets[0] == 0
+        assert offsets[-1] == tokens.size
+        assert np.array_equal(np.flatnonzero(tokens == 256) + 1, offsets[1:])
+        assert offsets[-2] < 100
+    assert all(tokens.size >= 100 for tokens in cut.train.shards[:-1])
+    assert whole.fingerprint != cut.fingerprint
+
+
+def test_the_fingerprint_does_not_depend_on_the_place(tmp_path: Path) -> None:
+    dataset = write(tmp_path / "here")
+    shutil.copytree(tmp_path / "here", tmp_path / "there")
+    assert open_dataset(tmp_path / "there").fingerprint == dataset.fingerprint
+
+
+def cut_short(path: Path) -> None:
+    with open(path, "rb+") as file:
+        file.truncate(path.stat().st_size - 2)
+
+
+def edit_meta(path: Path, change: Callable[[dict[str, object]], object]) -> None:
+    meta = json.loads((path / "meta.json").read_text())
+    change(meta)
+    (path / "meta.json").write_text(json.dumps(meta))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (lambda path: shutil.rmtree(path), r"no prepared data in .*: run python -m distgpt\.prepare"),
+        (lambda path: (path / "meta.json").unlink(), r"not a dataset, it has no meta\.json: run python -m"),
+        (lambda path: (path / "meta.json").write_text("{"), r"meta\.json is damaged"),
+        (lambda path: (path / "meta.json").write_text("{}"), r"not written by distgpt\.prepare"),
+        (lambda path: edit_meta(path, lambda meta: meta.update(version=9)), r"version 9, this distgpt reads 1"),
+        (lambda path: edit_meta(path, lambda meta: meta.pop("splits")), r"meta\.json is damaged .*'splits'"),
+        (lambda path: edit_meta(path, lambda meta: meta.update(vocab_size="x")), r"meta\.json is damaged"),
+        (
+            lambda path: cut_short(path / "train-00000.bin"),
+            r"train-00000\.bin is cut short: 1,818 bytes instead of 1,820",
+        ),
+        (lambda path: cut_short(path / "val-00000.idx"), r"val-00000\.idx is cut short: 70 bytes instead of 72"),
+        (lambda path: (path / "val-00000.bin").unlink(), r"cannot read .*val-00000\.bin: No such file"),
+        (lambda path: (path / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
+    ],
+)
+def test_what_is_not_whole_is_not_opened(damage: Callable[[Path], object], reason: str, tmp_path: Path) -> None:
+    write(tmp_path / "data")
+    damage(tmp_path / "data")
+    with pytest.raises(DataError, match=reason):
+        open_dataset(tmp_path / "data")
+
+
+def flip(path: Path, position: int, mask: int = 1) -> None:
+    with open(path, "rb+") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ mask]))
+
+
+@pytest.mark.parametrize(
+    "name", ["train-00000.bin", "val-00000.bin", "train-00000.idx", "val-00000.idx", "tokenizer.json"]
+)
+def test_one_flipped_bit_is_found_in_every_file(name: str, tmp_path: Path) -> None:
+    dataset = write(tmp_path / "data")
+    verify_dataset(dataset)
+    flip(tmp_path / "data" / name, 40)
+    with pytest.raises(DataError, match=rf"{name} is damaged: its SHA-256"):
+        verify_dataset(open_dataset(tmp_path / "data"))
+
+
+def test_a_token_outside_the_vocabulary_is_named_with_its_place(tmp_path: Path) -> None:
+    write(tmp_path / "data")
+    flip(tmp_path / "data" / "train-00000.bin", 2 * 321 + 1, mask=0x80)
+    with pytest.raises(
+        DataError, match=r"train-00000\.bin is damaged: token 321 is \d+, outside the vocabulary of 257"
+    ):
+        verify_dataset(open_dataset(tmp_path / "data"))
+
+
+def test_only_the_first_use_pays_and_a_change_pays_again(tmp_path: Path) -> None:
+    dataset = write(tmp_path / "data")
+    path = tmp_path / "data" / "train-00000.bin"
+    before = path.stat()
+    verify_dataset(dataset)
+    flip(path, 40)
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+    verify_dataset(dataset)
+    with pytest.raises(DataError, match="SHA-256"):
+        verify_dataset(dataset, always=True)
+    os.utime(path)
+    with pytest.raises(DataError, match="SHA-256"):
+        verify_dataset(dataset)
+
+
+def test_a_directory_that_cannot_remember_is_checked_every_time(tmp_path: Path) -> None:
+    dataset = write(tmp_path / "data")
+    (tmp_path / "data" / ".verified.json").mkdir()
+    verify_dataset(dataset)
+    flip(tmp_path / "data" / "train-00000.bin", 40)
+    with pytest.raises(DataError, match="SHA-256"):
+        verify_dataset(dataset)

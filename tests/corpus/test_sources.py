@@ -1,0 +1,211 @@
+"""Sources: what counts as input, where it may be cut, and what damaged input says."""
+
+import gzip
+import json
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from distgpt.corpus import sources
+from distgpt.corpus.sources import Piece, Source
+from distgpt.corpus.tokenizer import train_bpe
+from distgpt.errors import DataError, UsageError
+
+STDIN = Source("/nowhere", "standard input", "text")
+
+
+@pytest.fixture
+def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "UNIT_BYTES", 5_000)
+    monkeypatch.setattr(sources, "WINDOW_BYTES", 512)
+
+
+def expand(*inputs: Path | str, text_key: str = "text") -> list[Source]:
+    return sources.expand([str(value) for value in inputs], text_key=text_key, stdin=STDIN)
+
+
+def read(source: Source) -> list[tuple[Piece, list[str]]]:
+    with sources.opened(source) as reader:
+        return [(piece, reader.content(piece).texts) for piece in reader.pieces()]
+
+
+def prose(seed: int, words: int) -> str:
+    source = random.Random(seed)
+    pool = ["the", "don't", "naïve", "日本語", "x=1;", "\n", "\n\n", "   ", "\r\n", "\u3000", "a\xa0b"]
+    return " ".join(source.choice(pool) for _ in range(words))
+
+
+def test_a_folder_gives_its_texts_sorted_and_nothing_hidden(tmp_path: Path) -> None:
+    for name in ("b.txt", "a/z.md", "a/b.jsonl.gz", "a/p.parquet", "a/.hidden.txt", ".git/x.txt", "c.bin", "d.gz"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    found = expand(tmp_path)
+    assert [Path(source.path).relative_to(tmp_path).as_posix() for source in found] == [
+        *("a/b.jsonl.gz", "a/p.parquet", "a/z.md", "b.txt"),
+    ]
+    assert [(source.format, source.compression) for source in found] == [
+        *(("jsonl", ".gz"), ("parquet", ""), ("text", ""), ("text", "")),
+    ]
+
+
+def test_a_file_named_twice_is_read_once_and_a_pattern_takes_any_ending(tmp_path: Path) -> None:
+    for name in ("one.txt", "two.txt", "three.log"):
+        (tmp_path / name).write_text(name)
+    found = expand(tmp_path / "two.txt", tmp_path / "t*", "-", tmp_path)
+    assert [Path(source.path).name for source in found] == ["two.txt", "three.log", "nowhere", "one.txt"]
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "reason"),
+    [
+        (lambda path: None, DataError, "no such input"),
+        (lambda path: path.mkdir(), DataError, r"holds no text.*\.txt"),
+        (lambda path: path.with_suffix(".tar.gz").touch(), UsageError, "unpack it first"),
+    ],
+)
+def test_input_that_is_not_there_or_not_text(
+    make: Callable[[Path], None], error: type[Exception], reason: str, tmp_path: Path
+) -> None:
+    make(tmp_path / "input")
+    with pytest.raises(error, match=reason):
+        expand(tmp_path / ("input.tar.gz" if (tmp_path / "input.tar.gz").exists() else "input"))
+
+
+@pytest.mark.usefixtures("small_units")
+def test_pieces_are_the_same_compressed_or_not_and_encode_as_the_whole_does(tmp_path: Path) -> None:
+    text = prose(1, 20_000)
+    raw = text.encode()
+    (tmp_path / "t.txt").write_bytes(raw)
+    (tmp_path / "t.txt.gz").write_bytes(gzip.compress(raw[:30_000]) + gzip.compress(raw[30_000:]))
+    (tmp_path / "t.txt.zst").write_bytes(zstandard.compress(raw[:30_000]) + zstandard.compress(raw[30_000:]))
+    read_all = [read(source) for source in expand(tmp_path / "t.txt", tmp_path / "t.txt.gz", tmp_path / "t.txt.zst")]
+    pieces = read_all[0]
+    assert len(pieces) > 15
+    assert "".join(texts[0] for _, texts in pieces) == text
+    assert max(piece.stop - piece.start for piece, _ in pieces) < 6_000
+    assert [piece.last for piece, _ in pieces] == [False] * (len(pieces) - 1) + [True]
+    for other in read_all[1:]:
+        assert [(piece.start, piece.stop, texts) for piece, texts in other] == [
+            (piece.start, piece.stop, texts) for piece, texts in pieces
+        ]
+    tokenizer = train_bpe([text], 500)
+    whole = np.concatenate([tokenizer.encode(texts[0]) for _, texts in pieces])
+    assert np.array_equal(whole, tokenizer.encode(text))
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_text_without_a_space_is_cut_between_characters(suffix: str, tmp_path: Path) -> None:
+    text = "語" * 30_000
+    path = tmp_path / f"long.txt{suffix}"
+    path.write_bytes(gzip.compress(text.encode()) if suffix else text.encode())
+    pieces = read(expand(path)[0])
+    assert "".join(texts[0] for _, texts in pieces) == text
+    assert len(pieces) > 3
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_json_lines_are_cut_at_line_ends_and_can_be_read_from_any_piece(suffix: str, tmp_path: Path) -> None:
+    texts = [f"{index} ünïcode " * (index % 40) for index in range(500)]
+    raw = "\n".join(json.dumps({"text": text, "other": 1}) for text in texts).encode()
+    path = tmp_path / f"lines.jsonl{suffix}"
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    path.write_bytes(pack(raw))
+    pieces = read(expand(path)[0])
+    assert len(pieces) > 10
+    assert [text for _, found in pieces for text in found] == texts
+    with sources.opened(expand(path)[0]) as reader:
+        for piece, found in pieces[5::3]:
+            assert reader.content(piece).texts == found
+
+
+@pytest.mark.usefixtures("small_units")
+def test_parquet_is_read_in_pieces_across_row_groups_and_from_any_of_them(tmp_path: Path) -> None:
+    texts = [f"row {index} " * (index % 30) for index in range(700)]
+    table = pyarrow.table({"id": range(700), "body": texts})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet", row_group_size=150, use_dictionary=False)
+    source = expand(tmp_path / "t.parquet", text_key="body")[0]
+    pieces = read(source)
+    assert len(pieces) > 8
+    assert [text for _, found in pieces for text in found] == texts
+    assert [piece.last for piece, _ in pieces] == [False] * (len(pieces) - 1) + [True]
+    for first in (1, 4, len(pieces) - 1):
+        with sources.opened(source) as reader:
+            assert [reader.content(piece).texts for piece, _ in pieces[first:]] == [
+                found for _, found in pieces[first:]
+            ]
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+def test_a_byte_that_is_not_utf8_is_found_where_it_is(suffix: str, tmp_path: Path) -> None:
+    raw = b"words and words\n" * 2_000
+    raw = raw[:20_123] + b"\xff" + raw[20_123:]
+    path = tmp_path / f"bad.txt{suffix}"
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    path.write_bytes(pack(raw))
+    with pytest.raises(DataError, match=r"bad\.txt.* is not UTF-8: byte 20,123"):
+        read(expand(path)[0])
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"text": "caf\xe9"}', r"line 412: not UTF-8, byte 13 of the line"),
+        (b'{"text": "open', r"line 412: not JSON"),
+        (b'["text"]', r"line 412: not a JSON object but list"),
+        (b'{"body": "x", "id": 1}', r"line 412: no key 'text' \(there are: body, id\); --text-key"),
+        (b'{"text": 7}', r"line 412: 'text' is not a text but int"),
+    ],
+)
+def test_a_bad_line_is_named_by_file_and_number(suffix: str, line: bytes, reason: str, tmp_path: Path) -> None:
+    lines = [b'{"text": "fine and dandy"}'] * 411 + [line] + [b"", b'{"text": "fine"}'] * 50
+    raw = b"\n".join(lines)
+    path = tmp_path / f"bad.jsonl{suffix}"
+    path.write_bytes(gzip.compress(raw) if suffix else raw)
+    with pytest.raises(DataError, match=rf"bad\.jsonl.*{reason}"):
+        read(expand(path)[0])
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+@pytest.mark.parametrize("keep", [-5, 40])
+def test_a_compressed_file_cut_short_is_noticed(pack: Callable[[bytes], bytes], keep: int, tmp_path: Path) -> None:
+    packed = pack(random.Random(1).randbytes(3_000).hex().encode())
+    path = tmp_path / ("t.txt.gz" if pack is gzip.compress else "t.txt.zst")
+    path.write_bytes(packed[:keep])
+    with pytest.raises(DataError, match=r"t\.txt\.\w+: damaged or cut short"):
+        read(expand(path)[0])
+
+
+@pytest.mark.parametrize("name", ["t.txt.gz", "t.txt.zst", "t.parquet"])
+def test_a_file_that_is_not_what_its_name_says(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("plain words")
+    with pytest.raises(DataError, match=rf"{name}: damaged"):
+        read(expand(tmp_path / name)[0])
+
+
+def test_parquet_without_the_column_or_the_text(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    pyarrow.parquet.write_table(pyarrow.table({"body": ["a", None]}), path)
+    with pytest.raises(DataError, match=r"no column 'text' \(there are: body\)"):
+        read(expand(path)[0])
+    with pytest.raises(DataError, match=r"row 2: 'body' is not a text but NoneType"):
+        read(expand(path, text_key="body")[0])
+
+
+def test_the_standard_library_comes_without_its_tests() -> None:
+    found = sources.standard_library()
+    names = [Path(source.path).name for source in found]
+    assert "argparse.py" in names
+    assert len(found) > 400
+    assert not any({"test", "tests", "site-packages"} & set(Path(source.path).parts) for source in found)
+    assert found == sorted(found, key=lambda source: Path(source.path).parts)

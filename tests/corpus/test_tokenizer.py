@@ -1,0 +1,266 @@
+"""Tokenizers: lossless, equal to Hugging Face's ids, saved without pickle, clear about what they cannot read."""
+
+import base64
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tokenizers
+
+from distgpt.corpus.tokenizer import (
+    BpeTokenizer,
+    ByteTokenizer,
+    CharTokenizer,
+    Tokenizer,
+    load_tokenizer,
+    tokenizer_from_json,
+    train_bpe,
+)
+from distgpt.errors import DataError
+
+WORDS = [
+    "the",
+    "The",
+    "don't",
+    "we'll",
+    "naïve",
+    "日本語",
+    "🙂",
+    "12345",
+    "...",
+    "\n",
+    "\n\n",
+    "\t",
+    "  ",
+    "\r\n",
+    "\u3000",
+    "\x85",
+]
+LITERAL = "before<|endoftext|>after"
+
+
+def nonsense(seed: int, words: int) -> str:
+    source = random.Random(seed)
+    return "".join(source.choice(WORDS) + source.choice(["", " ", " ", ", "]) for _ in range(words))
+
+
+@pytest.fixture(scope="module")
+def trained() -> BpeTokenizer:
+    return train_bpe([nonsense(seed, 300) for seed in range(20)], 400)
+
+
+def huggingface_ids(text: str, tokenizer: Tokenizer) -> list[int]:
+    loaded = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    loaded.encode_special_tokens = True
+    ids: list[int] = loaded.encode(text).ids
+    return ids
+
+
+def test_characters_have_the_seed_s_ids_on_both_paths() -> None:
+    for text in ("hello world", "grüße, 日本語 🙂"):
+        characters = sorted(set(text))
+        tokenizer = CharTokenizer(text, end_of_text=False)
+        assert tokenizer.vocab_size == len(characters)
+        assert tokenizer.eot_id is None
+        ids = tokenizer.encode(text)
+        assert ids.dtype == np.uint16
+        assert ids.tolist() == [characters.index(character) for character in text]
+        assert tokenizer.decode(ids) == text
+
+
+def test_an_ascii_text_under_a_vocabulary_beyond_ascii_takes_the_same_ids() -> None:
+    tokenizer = CharTokenizer("abcé日", end_of_text=True)
+    assert tokenizer.encode("cab").tolist() == [2, 0, 1]
+    assert tokenizer.eot_id == 5
+    assert tokenizer.vocab_size == 6
+
+
+@pytest.mark.parametrize(
+    ("text", "named"), [("hex", "'x' (U+0078)"), ("heé", "'é' (U+00E9)"), ("h\n", r"'\n' (U+000A)")]
+)
+def test_an_unknown_character_is_named(text: str, named: str) -> None:
+    with pytest.raises(DataError, match="not in the vocabulary") as caught:
+        CharTokenizer("he", end_of_text=True).encode(text)
+    assert named in str(caught.value)
+
+
+def test_more_characters_than_uint16_holds_are_refused() -> None:
+    characters = [chr(0x10000 + index) for index in range(65_536)]
+    assert CharTokenizer(characters, end_of_text=False).encode(characters[-1]).tolist() == [65_535]
+    with pytest.raises(DataError, match=r"65,537 ids does not fit the 65,536"):
+        CharTokenizer(characters, end_of_text=True)
+
+
+def every_kind(trained: BpeTokenizer) -> list[Tokenizer]:
+    text = nonsense(0, 100) + LITERAL
+    kinds: list[Tokenizer] = [CharTokenizer(text, end_of_text=False), ByteTokenizer(end_of_text=False), trained]
+    return kinds + [tokenizer.with_end_of_text() for tokenizer in kinds]
+
+
+def test_every_kind_is_lossless_and_survives_saving(trained: BpeTokenizer, tmp_path: Path) -> None:
+    text = nonsense(0, 100) + LITERAL
+    for tokenizer in every_kind(trained):
+        (tmp_path / "tokenizer.json").write_text(tokenizer.to_json())
+        for loaded in (tokenizer, load_tokenizer(tmp_path), load_tokenizer(tmp_path / "tokenizer.json")):
+            ids = loaded.encode(text)
+            assert ids.dtype == np.uint16
+            assert np.array_equal(ids, tokenizer.encode(text))
+            assert loaded.decode(ids) == text
+            assert loaded.decode_bytes(ids) == text.encode()
+            assert (loaded.kind, loaded.vocab_size, loaded.eot_id) == (
+                *(tokenizer.kind, tokenizer.vocab_size, tokenizer.eot_id),
+            )
+            assert loaded.token_bytes()[ids].sum() == len(text.encode())
+            assert loaded.eot_id not in ids
+
+
+def test_end_of_text_is_one_more_id_that_counts_no_bytes(trained: BpeTokenizer) -> None:
+    for tokenizer in every_kind(trained)[:3]:
+        with_end = tokenizer.with_end_of_text()
+        assert with_end.eot_id == tokenizer.vocab_size == with_end.vocab_size - 1
+        assert with_end.token_bytes().shape == (with_end.vocab_size,)
+        assert with_end.token_bytes()[with_end.eot_id] == 0
+        assert with_end.decode([with_end.eot_id]) == "<|endoftext|>"
+        assert with_end.with_end_of_text() is with_end
+
+
+def test_ids_outside_the_vocabulary_are_refused() -> None:
+    for ids in ([256], [-1]):
+        with pytest.raises(DataError, match="outside the vocabulary of 256"):
+            ByteTokenizer(end_of_text=False).decode_bytes(ids)
+
+
+def test_half_a_character_decodes_to_a_replacement() -> None:
+    tokenizer = ByteTokenizer(end_of_text=False)
+    assert tokenizer.decode_bytes(tokenizer.encode("é")[:1]) == b"\xc3"
+    assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"
+
+
+def test_bpe_ids_are_hugging_face_s(trained: BpeTokenizer) -> None:
+    assert trained.vocab_size == 400
+    tokenizer = trained.with_end_of_text()
+    loaded = tokenizers.Tokenizer.from_str(tokenizer.to_json())
+    assert loaded.token_to_id("<|endoftext|>") == tokenizer.eot_id
+    assert loaded.get_vocab_size() == tokenizer.vocab_size
+    for seed in range(200):
+        text = nonsense(seed, 60) + LITERAL
+        assert tokenizer.encode(text).tolist() == huggingface_ids(text, tokenizer)
+    assert tokenizer.agrees_with_huggingface([nonsense(1, 60)])
+
+
+def test_training_gives_the_same_vocabulary_for_any_number_of_threads(trained: BpeTokenizer) -> None:
+    program = (
+        "import sys; from distgpt.corpus.tokenizer import train_bpe;"
+        "print(train_bpe(sys.stdin.read().split(chr(0)), 400).to_json())"
+    )
+    texts = "\0".join(nonsense(seed, 300).replace("\r", "") for seed in range(20))
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", program],
+            input=texts.encode(),
+            env={"RAYON_NUM_THREADS": threads, "PYTHONUTF8": "1"},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for threads in ("1", "3")
+    }
+    assert len(outputs) == 1
+
+
+def crafted(merges: list[list[str]], products: list[str]) -> BpeTokenizer:
+    """A tokenizer.json of the 256 bytes and these merges, ids in the order of `products`."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    return BpeTokenizer(
+        json.dumps(
+            {
+                "pre_tokenizer": {
+                    "type": "ByteLevel",
+                    "add_prefix_space": False,
+                    "use_regex": True,
+                    "trim_offsets": True,
+                },
+                "added_tokens": [],
+                "model": {
+                    "type": "BPE",
+                    "vocab": {token: id_ for id_, token in enumerate([*alphabet, *products])},
+                    "merges": merges,
+                },
+            }
+        )
+    )
+
+
+def test_ids_that_do_not_follow_the_merges_are_still_right() -> None:
+    tokenizer = crafted([["a", "b"], ["b", "c"]], ["bc", "ab"])
+    assert tokenizer.encode("abc bc").tolist() == huggingface_ids("abc bc", tokenizer)
+
+
+def test_merges_that_the_fast_encoder_gets_wrong_are_noticed() -> None:
+    # "abc" has a merge of its own, but "bc" comes first and leaves nothing to merge "ab" with.
+    tokenizer = crafted([["b", "c"], ["a", "b"], ["ab", "c"]], ["bc", "ab", "abc"])
+    assert not tokenizer.agrees_with_huggingface(["abc"])
+    tokenizer.use_huggingface()
+    assert tokenizer.encode("abc").tolist() == huggingface_ids("abc", tokenizer)
+
+
+def test_two_merges_with_one_result_take_the_slow_encoder() -> None:
+    tokenizer = crafted([["a", "b"], ["b", "c"], ["ab", "c"], ["a", "bc"]], ["ab", "bc", "abc"])
+    assert tokenizer.encode("abc").tolist() == huggingface_ids("abc", tokenizer)
+
+
+def test_a_run_of_spaces_too_long_for_the_fast_encoder(trained: BpeTokenizer) -> None:
+    text = " " * 1_050_000 + "the"
+    assert trained.decode(trained.encode(text)) == text
+
+
+def test_a_tiktoken_file_gives_the_same_ids(trained: BpeTokenizer, tmp_path: Path) -> None:
+    path = tmp_path / "own.tiktoken"
+    tokens = [trained.decode_bytes([id_]) for id_ in range(trained.vocab_size)]
+    path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+    loaded = load_tokenizer(path)
+    assert loaded.eot_id == 400
+    text = nonsense(7, 500) + LITERAL
+    assert np.array_equal(loaded.encode(text), trained.encode(text))
+    assert loaded.encode(text).tolist() == huggingface_ids(text, loaded)
+
+
+GPT2_LIKE = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "reason"),
+    [
+        ("broken.json", "{", "not a tokenizer that distgpt reads"),
+        ("list.json", "[]", "not a tokenizer that distgpt reads"),
+        ("latin.json", b"\xff\xfe", "not a tokenizer that distgpt reads"),
+        ("newer.json", '{"format": "distgpt-tokenizer", "version": 2}', "version 2"),
+        ("kind.json", '{"format": "distgpt-tokenizer", "version": 1, "kind": "x", "end_of_text": true}', "kind 'x'"),
+        ("unigram.json", '{"model": {"type": "Unigram"}}', "only byte-level BPE"),
+        ("few.json", json.dumps({"pre_tokenizer": GPT2_LIKE, "model": {"type": "BPE", "vocab": {"a": 0}}}), "256"),
+        ("text.tiktoken", "hello\n", "lines of a base64 token"),
+        ("few.tiktoken", "YQ== 0\n", "all 256 bytes"),
+    ],
+)
+def test_a_file_that_is_no_tokenizer_is_one_clear_error(
+    name: str, content: str | bytes, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    with pytest.raises(DataError, match=reason) as caught:
+        load_tokenizer(tmp_path / name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_tokenizer_is_a_data_error(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"cannot read the tokenizer .*tokenizer\.json"):
+        load_tokenizer(tmp_path)
+
+
+def test_json_round_trip_keeps_control_characters() -> None:
+    text = 'a\x00\x7f\u2028\n"\\'
+    tokenizer = CharTokenizer(text, end_of_text=False)
+    assert tokenizer_from_json(tokenizer.to_json()).encode(text).tolist() == tokenizer.encode(text).tolist()

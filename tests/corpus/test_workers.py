@@ -1,0 +1,85 @@
+"""The pool: results as they come, errors as they were, no orphans and no hangs."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distgpt.corpus.workers import Workers
+from distgpt.errors import DataError, StorageError
+
+
+def count_to(number: int) -> Iterator[tuple[int, int]]:
+    for value in range(number):
+        yield value, os.getpid()
+
+
+def fail(kind: str) -> Iterator[int]:
+    yield 1
+    if kind == "data":
+        raise DataError("no good")
+    if kind == "disk":
+        raise OSError(28, "No space left on device", "/some/file")
+    if kind == "bug":
+        raise ZeroDivisionError("ours")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_results_come_in_order_within_a_task_from_no_more_processes_than_asked_for() -> None:
+    tasks = [3, 0, 5, 1, 4, 2]
+    found: list[list[int]] = [[] for _ in tasks]
+    pids = set()
+    with Workers(2, preload="distgpt.corpus.workers") as workers:
+        for index, (value, pid) in workers.run(count_to, tasks):
+            found[index].append(value)
+            pids.add(pid)
+        assert list(workers.run(count_to, [])) == []
+    assert found == [list(range(number)) for number in tasks]
+    assert 1 <= len(pids) <= 2
+    assert os.getpid() not in pids
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_what_ends_a_task_early_reaches_the_parent() -> None:
+    for kind, error, message in (
+        ("data", DataError, "no good"),
+        ("disk", OSError, "/some/file"),
+        ("bug", RuntimeError, "ZeroDivisionError: ours"),
+        ("kill", StorageError, "worker process was killed"),
+    ):
+        with Workers(1, preload="distgpt.corpus.workers") as workers, pytest.raises(error, match=message):
+            list(workers.run(fail, [kind]))
+
+
+PROGRAM = """
+import os, time
+from distgpt.corpus.workers import Workers
+
+def sleep(seconds):
+    yield os.getpid()
+    time.sleep(seconds)
+
+if __name__ == "__main__":
+    with Workers(2, preload="distgpt.corpus.workers") as workers:
+        for _, pid in workers.run(sleep, [100, 100]):
+            print(pid, flush=True)
+"""
+
+
+def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM)
+    with subprocess.Popen([sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        pids = [int(process.stdout.readline()) for _ in range(2)]
+        process.kill()
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and any(Path(f"/proc/{pid}").exists() for pid in pids):
+        time.sleep(0.02)
+    assert not [pid for pid in pids if Path(f"/proc/{pid}").exists()]

@@ -1,0 +1,420 @@
+"""`python -m distgpt.prepare`, as real processes: what it writes, what it refuses, what it survives."""
+
+import gzip
+import hashlib
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import zstandard
+
+from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
+from distgpt.corpus.tokenizer import load_tokenizer
+
+SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
+
+# The same command with units of 64 KiB, so that a small corpus has many; workers import this file too.
+SMALL_UNITS = """
+from distgpt.corpus import sources
+from distgpt.errors import main_guard
+from distgpt.prepare import main
+
+sources.UNIT_BYTES = 2**16
+if __name__ == "__main__":
+    main_guard(main)
+"""
+
+Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
+
+
+@pytest.fixture
+def prepare(tmp_path: Path) -> Run:
+    def run(
+        *arguments: object, code: int = 0, small_units: bool = False, **options: object
+    ) -> "subprocess.CompletedProcess[bytes]":
+        command = [*command_of(tmp_path, small_units), *map(str, arguments)]
+        done = subprocess.run(command, capture_output=True, cwd=tmp_path, timeout=120, **options)  # type: ignore[call-overload]
+        assert done.returncode == code, done.stderr.decode()
+        return done  # type: ignore[no-any-return]
+
+    return run
+
+
+def command_of(tmp_path: Path, small_units: bool) -> list[str]:
+    if not small_units:
+        return [sys.executable, "-m", "distgpt.prepare"]
+    program = tmp_path / "small_units.py"
+    program.write_text(SMALL_UNITS)
+    return [sys.executable, str(program)]
+
+
+def error_line(done: "subprocess.CompletedProcess[bytes]") -> str:
+    lines = done.stderr.decode().splitlines()
+    assert len(lines) == 1, lines
+    assert lines[0].startswith("distgpt: error: ")
+    return lines[0]
+
+
+def words(seed: int, count: int) -> str:
+    source = random.Random(seed)
+    pool = [source.randbytes(source.randrange(1, 5)).hex() for _ in range(400)] + ["naïve", "日本語", "\n", "don't"]
+    return " ".join(source.choice(pool) for _ in range(count))
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Name to hash of every file of a dataset."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
+
+
+def texts_of(dataset: Dataset) -> tuple[list[str], list[str]]:
+    """The documents of both splits, decoded."""
+    tokenizer = load_tokenizer(dataset.path)
+    found: tuple[list[str], list[str]] = ([], [])
+    for texts, split in zip(found, (dataset.train, dataset.val), strict=True):
+        for tokens, shard in zip(split.shards, dataset.meta["splits"][split.name], strict=True):
+            offsets = np.fromfile(dataset.path / shard["index"], dtype=np.uint64).astype(int)
+            for start, stop in pairwise(offsets):
+                document = tokens[start:stop]
+                if dataset.eot_id is not None:
+                    assert document[-1] == dataset.eot_id
+                    document = document[:-1]
+                texts.append(tokenizer.decode(document))
+    return found
+
+
+def all_texts(dataset: Dataset) -> list[str]:
+    train, val = texts_of(dataset)
+    return train + val
+
+
+@pytest.mark.skipif(not SHAKESPEARE.exists(), reason="tinyshakespeare is not here")
+def test_tinyshakespeare_has_the_seed_s_numbers(prepare: Run, tmp_path: Path) -> None:
+    done = prepare("--input", SHAKESPEARE, "--output", "data")
+    dataset = open_dataset(tmp_path / "data")
+    verify_dataset(dataset)
+    text = SHAKESPEARE.read_text()
+    characters = sorted(set(text))
+    ids = [characters.index(character) for character in text[:1000]]
+    assert (dataset.vocab_size, dataset.eot_id) == (65, None)
+    assert (dataset.train.tokens, dataset.val.tokens) == (1_003_854, 111_540)
+    assert dataset.train.shards[0][:1000].tolist() == ids
+    assert "".join(all_texts(dataset)) == text
+    assert "torchrun" in done.stdout.decode()
+    assert "-m distgpt.train --data.path=data" in done.stdout.decode()
+
+
+def test_without_arguments_the_standard_library_once(prepare: Run, tmp_path: Path) -> None:
+    prepare()
+    dataset = open_dataset(tmp_path / "data" / "stdlib")
+    train, val = texts_of(dataset)
+    assert Path(os.__file__).read_text() in train + val
+    assert len(train) > len(val) > 0
+    assert dataset.vocab_size == len(set("".join(train + val))) + 1
+    assert dataset.eot_id == dataset.vocab_size - 1
+    before = contents(tmp_path / "data" / "stdlib")
+    done = prepare()
+    assert done.stdout.decode().startswith("data/stdlib is already prepared")
+    assert len(done.stdout.decode().splitlines()) == 1
+    assert done.stderr == b""
+    assert {name: contents(tmp_path / "data" / "stdlib")[name] for name in before} == before
+
+
+def make_corpus(folder: Path) -> list[str]:
+    """Documents in every format, one far longer than a unit; gives their texts in order."""
+    folder.mkdir()
+    texts = [words(seed, 1 + seed * 7) for seed in range(120)]
+    lines = [json.dumps({"text": text, "id": 1}) for text in texts]
+    (folder / "a.jsonl").write_text("\n".join(lines[:40]))
+    (folder / "b.jsonl.gz").write_bytes(gzip.compress("\n".join(lines[40:60]).encode()))
+    (folder / "c.jsonl.zst").write_bytes(zstandard.compress("\n".join(lines[60:80]).encode()))
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts[80:100]}), folder / "d.parquet", row_group_size=7)
+    for index, text in enumerate(texts[100:]):
+        (folder / f"e{index:03d}.txt").write_bytes(text.encode())
+    (folder / "f.txt").write_text("")
+    long = [words(seed, 60_000) for seed in (1, 2)]
+    (folder / "g.txt").write_bytes(long[0].encode())
+    (folder / "h.txt.gz").write_bytes(gzip.compress(long[1].encode()))
+    return texts + long
+
+
+@pytest.mark.parametrize("tokenizer", ["char", "bpe"])
+def test_every_format_whole_and_the_same_for_any_number_of_workers(
+    tokenizer: str, prepare: Run, tmp_path: Path
+) -> None:
+    texts = make_corpus(tmp_path / "in")
+    more = ["--vocab-size", 600] if tokenizer == "bpe" else []
+    arguments = ["--input", "in", "--tokenizer", tokenizer, *more, "--val-fraction", 0.2, "--shard-tokens", 150_000]
+    prepare(*arguments, "--output", "one", "--workers", 1, small_units=True)
+    prepare(*arguments, "--output", "three", "--workers", 3, small_units=True)
+    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    dataset = open_dataset(tmp_path / "one")
+    verify_dataset(dataset)
+    threshold = int(0.2 * 2**64)
+    validates = [
+        int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "big") < threshold for text in texts
+    ]
+    assert texts_of(dataset) == (
+        [text for text, held in zip(texts, validates, strict=True) if not held],
+        [text for text, held in zip(texts, validates, strict=True) if held],
+    )
+    assert len(dataset.train.shards) > 1
+    assert dataset.meta["input"]["documents"] == len(texts)
+    size = sum(shard["bytes"] for split in dataset.meta["splits"].values() for shard in split)
+    assert size == dataset.meta["input"]["bytes"] == len("".join(texts).encode())
+
+
+def test_a_single_text_is_split_at_its_end_whatever_its_units(prepare: Run, tmp_path: Path) -> None:
+    text = words(5, 40_000)
+    (tmp_path / "one.txt").write_bytes(text.encode())
+    for options in (["char"], ["bpe", "--vocab-size", 500]):
+        prepare("--input", "one.txt", "--output", "small", "--tokenizer", *options, small_units=True)
+        prepare("--input", "one.txt", "--output", "whole", "--tokenizer", *options)
+        small, whole = open_dataset(tmp_path / "small"), open_dataset(tmp_path / "whole")
+        assert small.fingerprint == whole.fingerprint
+        total = whole.train.tokens + whole.val.tokens
+        assert (whole.train.tokens, whole.eot_id) == (int(0.9 * total), None)
+        assert [len(texts) for texts in texts_of(whole)] == [1, 1]
+        tokenizer = load_tokenizer(tmp_path / "whole")
+        assert np.array_equal(np.concatenate([*whole.train.shards, *whole.val.shards]), tokenizer.encode(text))
+        for name in ("small", "whole"):
+            for path in (tmp_path / name).iterdir():
+                path.unlink()
+            (tmp_path / name).rmdir()
+
+
+def test_standard_input_and_a_saved_tokenizer(prepare: Run, tmp_path: Path) -> None:
+    text = "to be or not to be"
+    prepare("--input", "-", "--output", "one", input=text.encode())
+    dataset = open_dataset(tmp_path / "one")
+    assert "".join(all_texts(dataset)) == text
+    lines = b'{"body": "be"}\n{"body": ""}\n{"body": "or not"}\n'
+    arguments = ["--input", "-", "--text-key", "body", "--tokenizer", "one/tokenizer.json", "--output", "two"]
+    prepare(*arguments, input=lines)
+    dataset = open_dataset(tmp_path / "two")
+    assert sorted(all_texts(dataset)) == ["be", "or not"]
+    assert dataset.eot_id == len(set(text))
+    assert min(dataset.train.tokens, dataset.val.tokens) > 0
+    assert "already prepared" in prepare(*arguments, input=lines).stdout.decode()
+    done = prepare(*arguments[:-1], "three", input=b'{"body": "or"}\n{"body": "nut"}\n', code=65)
+    assert "standard input holds the character 'u' (U+0075)" in error_line(done)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_an_end_of_text_in_the_text_is_text(prepare: Run, tmp_path: Path) -> None:
+    text = "a<|endoftext|>b"
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text + str(index)}) for index in range(5)))
+    prepare("--input", "in.jsonl", "--output", "out", "--tokenizer", "bpe", "--vocab-size", 257)
+    dataset = open_dataset(tmp_path / "out")
+    assert sum((tokens == dataset.eot_id).sum() for tokens in (*dataset.train.shards, *dataset.val.shards)) == 5
+    assert sorted(all_texts(dataset)) == [text + str(index) for index in range(5)]
+
+
+def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert process.poll() is None, "it ended before it could be stopped"
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def parts(tmp_path: Path) -> list[Path]:
+    return sorted((tmp_path / "out.partial" / "parts").glob("*.part"))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 75)])
+def test_stopped_in_the_middle_it_goes_on_and_ends_the_same(
+    number: signal.Signals, code: int, prepare: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
+    arguments = ["--input", "in.txt", "--tokenizer", "char", "--output"]
+    command = [*command_of(tmp_path, True), *arguments, "out"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True) as process:
+        wait_for(lambda: len(parts(tmp_path)) >= 3, process)
+        # As a terminal or a batch system does it: to every process. A kill only hits the one.
+        (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
+        _, stderr = process.communicate(timeout=60)
+    assert process.returncode == code
+    assert not (tmp_path / "out").exists()
+    if code == 75:
+        [line] = stderr.decode().splitlines()
+        assert line == f"distgpt: error: stopped by {number.name}: run the same command again to go on"
+    done = prepare(*arguments, "out", small_units=True)
+    assert "going on: " in done.stderr.decode()
+    assert not (tmp_path / "out.partial").exists()
+    prepare(*arguments, "whole", small_units=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+def test_parts_of_another_input_are_not_believed(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
+    command = [*command_of(tmp_path, True), "--input", "in.txt", "--output", "out"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: len(parts(tmp_path)) >= 2, process)
+        process.kill()
+    (tmp_path / "in.txt").write_bytes(words(10, 400_000).encode())
+    done = prepare("--input", "in.txt", "--output", "out", small_units=True)
+    assert "going on" not in done.stderr.decode()
+    assert "".join(all_texts(open_dataset(tmp_path / "out"))) == words(10, 400_000)
+
+
+def test_an_output_that_exists(prepare: Run, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.txt").write_text(f"text {name} " * 50)
+    prepare("--input", "one.txt", "--output", "out")
+    before = contents(tmp_path / "out")
+    assert "already prepared" in prepare("--input", "one.txt", "--output", "out").stdout.decode()
+    assert "another input" in error_line(prepare("--input", "two.txt", "--output", "out", code=73))
+    done = prepare("--input", "one.txt", "--output", "out", "--val-fraction", 0.3, code=73)
+    assert "other options: take another --output, or --overwrite" in error_line(done)
+    assert {name: contents(tmp_path / "out")[name] for name in before} == before
+    (tmp_path / "out" / "meta.json").unlink()
+    assert "not a whole dataset" in error_line(prepare("--input", "one.txt", "--output", "out", code=73))
+    prepare("--input", "two.txt", "--output", "out", "--overwrite")
+    assert "".join(all_texts(open_dataset(tmp_path / "out"))) == "text two " * 50
+    (tmp_path / "out" / "thesis.tex").touch()
+    done = prepare("--input", "two.txt", "--output", "out", "--overwrite", code=73)
+    assert "holds more than a dataset" in error_line(done)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.txt", "out", "two.txt"]
+
+
+def test_a_damaged_dataset_is_not_called_prepared_and_verify_finds_it(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("words " * 100)
+    prepare("--input", "in.txt", "--output", "out")
+    assert "OK" in prepare("--verify", "out").stdout.decode()
+    raw = bytearray((tmp_path / "out" / "train-00000.bin").read_bytes())
+    raw[100] ^= 1
+    (tmp_path / "out" / "train-00000.bin").write_bytes(raw)
+    for arguments in (["--verify", "out"], ["--input", "in.txt", "--output", "out"]):
+        assert "train-00000.bin is damaged" in error_line(prepare(*arguments, code=65))
+    prepare("--input", "in.txt", "--output", "out", "--overwrite")
+    prepare("--verify", "out")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reason"),
+    [
+        (["--input", "good.txt"], 2, "--input needs --output"),
+        (["--inptu", "good.txt"], 2, "--inptu"),
+        (["--input", "good.txt", "--output", "out", "--val-fraction", "1"], 2, "--val-fraction is 1.0"),
+        (["--input", "good.txt", "--output", "out", "--workers", "0"], 2, "--workers is 0"),
+        (["--input", "good.txt", "--output", "out", "--vocab-size", "500"], 2, "belongs to --tokenizer bpe"),
+        (["--input", "good.txt", "--output", "out", "--tokenizer", "bpe", "--vocab-size", "70000"], 2, "at most 65536"),
+        (["--input", "good.txt", "--output", "out", "--tokenizer", "bqe"], 2, "bqe is neither char, bytes, bpe"),
+        (["--input", "good.txt", "--output", "out", "--tokenizer", "good.txt"], 65, "good.txt is not a tokenizer"),
+        (["--input", "nowhere.txt", "--output", "out"], 65, "no such input: nowhere.txt"),
+        (["--input", "no*.txt", "--output", "out"], 65, "no such input: no*.txt"),
+        (["--input", "empty.txt", "--output", "out"], 65, "no text: empty.txt is empty"),
+        (["--input", "folder", "--output", "out"], 65, "folder holds no text"),
+        (["--input", "latin.txt", "--output", "out"], 65, "latin.txt is not UTF-8: byte 3"),
+        (["--input", "latin.txt.gz", "--output", "out"], 65, "latin.txt.gz is not UTF-8: byte 3"),
+        (["--input", "bad.jsonl", "--output", "out"], 65, "bad.jsonl, line 2: not JSON"),
+        (["--input", "key.jsonl", "--output", "out"], 65, "key.jsonl, line 1: no key 'text'"),
+        (["--input", "letter.txt", "--output", "out"], 65, "single token"),
+        (["--input", "same.jsonl", "--output", "out"], 65, "the same text"),
+        (["--input", "many.txt", "--output", "out"], 65, "65,600 ids does not fit"),
+        (["--input", "good.txt", "--output", "good.txt"], 73, "good.txt exists and is not a whole dataset"),
+        (["--input", "good.txt", "--output", "good.txt/out"], 73, "cannot write"),
+        (["--input", "good.txt", "--output", "/proc/out"], 73, "cannot write"),
+        (["--verify", "folder"], 65, "not a dataset, it has no meta.json"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    arguments: list[str], code: int, reason: str, prepare: Run, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for name, content in {
+        "good.txt": b"good text",
+        "empty.txt": b"",
+        "latin.txt": b"caf\xe9",
+        "latin.txt.gz": gzip.compress(b"caf\xe9"),
+        "bad.jsonl": b'{"text": "a"}\n{"text": \n',
+        "key.jsonl": b'{"body": "a"}\n',
+        "letter.txt": b"a",
+        "same.jsonl": b'{"text": "a"}\n' * 3,
+        "many.txt": "".join(map(chr, range(0x10000, 0x10000 + 65_600))).encode(),
+    }.items():
+        (tmp_path / name).write_bytes(content)
+    before = sorted(tmp_path.rglob("*"))
+    done = prepare(*arguments, code=code)
+    assert reason in error_line(done)
+    assert done.stdout == b""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_no_room_on_the_disk_keeps_what_is_done(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes(words(3, 60_000).encode())
+
+    def small_files() -> None:
+        # Parts of 64 KiB of text fit, the whole does not. Python ignores SIGXFSZ, so writing fails as on a full disk.
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+
+    arguments = ["--input", "in.txt", "--output", "out", "--tokenizer", "bytes"]
+    done = prepare(*arguments, small_units=True, preexec_fn=small_files, code=74)
+    assert "no space left for" in error_line(done)
+    assert "out.partial" in error_line(done)
+    assert not (tmp_path / "out").exists()
+    assert "going on: " in prepare(*arguments, small_units=True).stderr.decode()
+    verify_dataset(open_dataset(tmp_path / "out"))
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
+def test_a_full_disk(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes(words(3, 200_000).encode())
+    (tmp_path / "disk").mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path / "disk"], check=False)
+    if mounted.returncode:
+        pytest.skip("no disk can be mounted here")
+    try:
+        arguments = ["--input", "in.txt", "--output", "disk/out", "--tokenizer", "bytes"]
+        done = prepare(*arguments, small_units=True, code=74)
+        assert "No space left on device" in error_line(done)
+        assert list((tmp_path / "disk" / "out.partial" / "parts").glob("*.part"))
+        subprocess.run(["mount", "-o", "remount,size=64m", tmp_path / "disk"], check=True)
+        assert "going on: " in prepare(*arguments, small_units=True).stderr.decode()
+        verify_dataset(open_dataset(tmp_path / "disk" / "out"))
+    finally:
+        subprocess.run(["umount", tmp_path / "disk"], check=True)
+
+
+def test_gpt2_offline_names_the_file_and_the_variable(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("words " * 10)
+    proxies = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
+    environment = {**os.environ, **proxies, "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache")}
+    done = prepare("--input", "in.txt", "--output", "out", "--tokenizer", "gpt2", code=74, env=environment)
+    line = error_line(done)
+    for part in ("r50k_base.tiktoken", "0ea1e91bbb3a60f729a8dc8f777fd2fc07cd8df4", "TIKTOKEN_CACHE_DIR", "cache"):
+        assert part in line
+
+
+@pytest.mark.parametrize(("module", "name"), [("pyarrow", "t.parquet"), ("zstandard", "t.txt.zst")])
+def test_a_missing_optional_package_is_one_line(module: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).touch()
+    program = (
+        f"import sys; sys.modules[{module!r}] = None; sys.argv[1:] = ['--input', {name!r}, '--output', 'out'];"
+        "from distgpt.errors import main_guard; from distgpt.prepare import main; main_guard(main)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=False)
+    assert done.returncode == 2
+    assert f"needs the package {module}: pip install 'distgpt[" in error_line(done)
+
+
+def test_help_answers_without_torch(tmp_path: Path) -> None:
+    program = (
+        "import sys, distgpt.prepare; sys.argv[1:] = ['--help']\n"
+        "try: distgpt.prepare.main()\n"
+        "finally: assert not {'torch', 'tokenizers', 'tiktoken', 'pyarrow'} & set(sys.modules), 'too much imported'"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert ".jsonl" in done.stdout
