@@ -2,7 +2,7 @@
 
 nanoGPT's get_batch opens the memory map anew, draws random offsets, and stacks one int64 copy per sequence for the
 inputs and another for the targets. Both read the same file, from the page cache, and end with int64 tensors on the CPU.
-Rounds of either take turns; the figures are medians, in microseconds a batch:
+Rounds of either take turns; the figures are medians over the rounds, in microseconds a batch:
 
   waiting   what a training loop waits for a batch while 10 ms of compute lie between two of them
   CPU time  of all threads, batches back to back: what preparing them takes away from training on a CPU
@@ -17,6 +17,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from distgpt.cluster.runtime import joined, this_rank
 from distgpt.corpus.loader import Loader
 from distgpt.corpus.shards import Split
 
@@ -29,8 +30,8 @@ Batch = Callable[[], object]
 
 
 def main() -> None:
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as directory:
+    # Threads and allocator as in training, for both.
+    with joined(this_rank(), timeout=60), tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "train-00000.bin"
         np.random.default_rng(0).integers(0, 50_257, TOKENS, dtype=np.uint16).tofile(path)
         split = Split("train", (np.memmap(path, dtype=np.uint16, mode="r"),))
@@ -62,13 +63,13 @@ def compare(path: Path, split: Split, rows: int, block_size: int) -> None:
 
 def waiting(batch: Batch) -> float:
     """Seconds from asking for a batch to having it, between spells of compute that leave Python's lock free."""
-    waits = []
+    waited = 0.0
     for _ in range(BATCHES):
         compute()
         started = time.perf_counter()
         batch()
-        waits.append(time.perf_counter() - started)
-    return statistics.median(waits)
+        waited += time.perf_counter() - started
+    return waited / BATCHES
 
 
 def cpu_time(batch: Batch) -> float:
@@ -88,7 +89,7 @@ def compute() -> None:
 
 def nanogpt_batch(path: Path, rows: int, block_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     data = np.memmap(path, dtype=np.uint16, mode="r")
-    offsets = torch.randint(len(data) - block_size, (rows,)).tolist()
+    offsets = torch.randint(len(data) - block_size, (rows,))
     inputs = [torch.from_numpy(data[i : i + block_size].astype(np.int64)) for i in offsets]
     targets = [torch.from_numpy(data[i + 1 : i + 1 + block_size].astype(np.int64)) for i in offsets]
     return torch.stack(inputs), torch.stack(targets)
