@@ -11,6 +11,7 @@ import os
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -244,6 +245,8 @@ def check(config: Config) -> None:
         _require(value_at(config, key) > 0, f"{key} is {value_at(config, key)}: it must be positive")
     for key in NOT_NEGATIVE:
         _require(value_at(config, key) >= 0, f"{key} is {value_at(config, key)}: it cannot be negative")
+    seed = config.run.seed
+    _require(abs(seed) < 2**62, f"run.seed is {seed}: it must lie between -2^62 and 2^62")
     if model.n_embd % model.n_head:
         divisors = [h for h in range(1, model.n_embd + 1) if model.n_embd % h == 0]
         near = sorted(divisors, key=lambda h: abs(h - model.n_head))[:4]
@@ -358,9 +361,12 @@ def _parsed(value: Any, kind: Any, key: str, source: str) -> Any:
     if kind is str and text is not None:
         return text
     if kind in (int, float) and not isinstance(value, bool):
+        with suppress(TypeError, ValueError):
+            if kind is int and not isinstance(value, float):
+                return int(value)  # a float would round a large seed
         try:
             number = float(value)
-        except ValueError:
+        except (TypeError, ValueError, OverflowError):
             number = math.nan
         if math.isfinite(number) and kind is float:
             return number

@@ -20,11 +20,8 @@ if __name__ == "__main__":
     # Before torch, which takes seconds to import: --help and a mistyped flag answer at once.
     ARGUMENTS = parse_arguments()
 
-import dataclasses
 import sys
 from pathlib import Path
-
-import torch
 
 from distgpt.cluster.checkpoint import load_for_inference
 from distgpt.cluster.evaluation import evaluate

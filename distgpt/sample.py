@@ -1,7 +1,6 @@
 """Write text with a trained model: `python -m distgpt.sample RUN --prompt TEXT`."""
 
 import argparse
-import sys
 
 from distgpt.errors import main_guard
 
@@ -14,9 +13,13 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=500, metavar="N", help="tokens to write (default: 500)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts to write (default: 1)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: 0.8)")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0: all (default: 0)")
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0: all (default: 0)"
+    )
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that reach P")
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="the same seed writes the same text (default: 0)")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="the same seed writes the same text (default: 0)"
+    )
     return parser.parse_args()
 
 

@@ -82,7 +82,13 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
     dtype = compute_dtype(config.train.dtype, runtime.device)
     strategy, reason = choose_strategy(config, runtime, vocab_size=dataset.vocab_size)
     model = build_model(
-        config, runtime, strategy=strategy, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id, dtype=dtype
+        config,
+        runtime,
+        strategy=strategy,
+        vocab_size=dataset.vocab_size,
+        eot_id=dataset.eot_id,
+        micro_batch=micro_batch,
+        dtype=dtype,
     )
     optimizer = build_optimizer(model, config.optim, runtime.device.type)
     checkpointer = Checkpointer(
@@ -157,7 +163,8 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
                 with progress.evaluating():
                     found = evaluate(model, validation, tokenizer=tokenizer, runtime=runtime, dtype=dtype)
                     progress.evaluation(step, found)
-                    progress.sample(step, sample_text(model, tokenizer, step, config, runtime, dtype))
+                    if config.eval.sample_tokens:
+                        progress.sample(step, sample_text(model, tokenizer, step, config, runtime, dtype))
                 val_loss = found.val_loss
             if is_due(step, config.checkpoint.every, last) or stop:
                 with progress.checkpointing():

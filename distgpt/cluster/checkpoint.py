@@ -256,7 +256,7 @@ class Checkpointer:
         mine: T | _Failure
         try:
             mine = action()
-        except Exception as error:  # whatever it is, the other ranks wait to hear of it
+        except (Exception, dcp.CheckpointException) as error:  # whatever it is, the other ranks wait to hear of it
             log.exception("checkpoint")
             mine = _Failure(_one_line(error))
         results: list[Any] = [mine]
@@ -429,7 +429,9 @@ class _Reader(dcp.FileSystemReader):
 
 def _read_tensors(tensors: dict[str, Any], checkpoint: Path, group: dist.ProcessGroup | None) -> None:
     """Fill `tensors` in place, whatever their sharding now and then."""
-    dcp.load(tensors, storage_reader=_Reader(checkpoint), process_group=group, no_dist=group is None)
+    reader = _Reader(checkpoint)
+    reader.read_metadata()  # here a DataError is one; dcp.load would wrap it in its own
+    dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
 
 
 def _differences(state: RunState, config: Config, dataset: Dataset) -> list[str]:

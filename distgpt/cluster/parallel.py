@@ -78,7 +78,14 @@ def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tup
 
 
 def build_model(
-    config: Config, runtime: Runtime, *, strategy: str, vocab_size: int, eot_id: int | None, dtype: torch.dtype
+    config: Config,
+    runtime: Runtime,
+    *,
+    strategy: str,
+    vocab_size: int,
+    eot_id: int | None,
+    micro_batch: int,
+    dtype: torch.dtype,
 ) -> nn.Module:
     """The GPT with its initial weights, spread over the ranks; the same weights for every strategy and world size."""
     sharded = strategy in ("fsdp", "hsdp")
@@ -97,7 +104,9 @@ def build_model(
     if strategy == "single":
         return model
     device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    replicated = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
+    _settle_buckets(replicated, config, runtime, micro_batch=micro_batch, dtype=dtype)
+    return replicated
 
 
 @contextmanager
@@ -161,6 +170,21 @@ def _shard(model: GPT, config: Config, runtime: Runtime, *, strategy: str, dtype
             # src_data_rank=None: every rank has the full value and cuts its own part, nothing is sent.
             parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
     return model
+
+
+def _settle_buckets(
+    model: DistributedDataParallel, config: Config, runtime: Runtime, *, micro_batch: int, dtype: torch.dtype
+) -> None:
+    """One backward pass whose gradients are dropped: DDP packs its buckets anew after the first one.
+
+    From three ranks on, the order in which an all-reduce adds up a value depends on its place in a bucket, so a
+    resumed run's first step would round differently from the same step in a run that was never interrupted.
+    """
+    tokens_BT = torch.zeros(micro_batch, config.model.block_size, dtype=torch.int64, device=runtime.device)
+    with autocast(runtime.device, dtype):
+        loss = model(tokens_BT, tokens_BT).mean()
+    loss.backward()
+    model.zero_grad()
 
 
 def _device_memory(runtime: Runtime) -> float:

@@ -29,9 +29,10 @@ from distgpt.errors import StorageError
 MicroBatch = tuple[Tensor, Tensor]
 TokenMap = np.memmap[Any, np.dtype[np.uint16]]
 
-# The thread prepares whole steps in chunks of about this size: numpy's and the lock's overhead is paid once a chunk,
-# and the disk sees all its reads at once.
+# The thread prepares whole steps in chunks of at most about this size: numpy's and the lock's overhead is paid once a
+# chunk, and the disk sees all its reads at once.
 CHUNK_TOKENS = 2**19
+CHUNK_STEPS = 64
 CHUNKS_AHEAD = 2
 
 # A split of at most this size is read into memory as a whole at the start, a larger one window by window.
@@ -65,7 +66,7 @@ class Loader:
         self._global_batch, self._micro_batch, self._rank = global_batch, micro_batch, rank
         self._rows = global_batch // world_size
         self._device = device
-        self._steps_per_chunk = max(1, CHUNK_TOKENS // (self._rows * (block_size + 1)))
+        self._steps_per_chunk = min(CHUNK_STEPS, max(1, CHUNK_TOKENS // (self._rows * (block_size + 1))))
         self._wait = 0.0
         self._step_to_fetch = start_step
         self._ready: deque[MicroBatch] = deque()

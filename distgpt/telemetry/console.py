@@ -7,6 +7,8 @@ from typing import Self
 
 from tqdm import tqdm
 
+from distgpt.telemetry.metrics import StepFigures
+
 BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
@@ -30,24 +32,19 @@ class Console:
         if self._bar is not None:
             self._bar.update()
 
-    def train(
-        self,
-        *,
-        step: int,
-        loss: float,
-        lr: float,
-        grad_norm: float,
-        seconds: float,
-        tokens_per_second: float,
-        mfu: float | None,
-    ) -> None:
-        """Say how training goes after `step`; `seconds` is the time of one step, `mfu` is 0 to 1."""
-        rate, eta = f"{_short(tokens_per_second)} tok/s", f"eta {duration((self._total - step) * seconds)}"
-        parts = [self._step(step), f"loss {loss:.4f}", f"lr {lr:.2e}", f"norm {grad_norm:.2f}", _step_time(seconds)]
-        parts += [rate, *([] if mfu is None else [f"mfu {mfu:.1%}"]), eta]
+    def train(self, figures: StepFigures) -> None:
+        """Say how training goes."""
+        rate = f"{_short(figures.tokens_per_second)} tok/s"
+        eta = f"eta {duration((self._total - figures.step) * figures.seconds)}"
+        parts = [
+            *(self._step(figures.step), f"loss {figures.loss:.4f}", f"lr {figures.lr:.2e}"),
+            *(f"norm {figures.grad_norm:.2f}", _step_time(figures.seconds), rate),
+            *([] if figures.mfu is None else [f"mfu {figures.mfu:.1%}"]),
+            eta,
+        ]
         self.message(" | ".join(parts))
         if self._bar is not None:
-            self._bar.set_postfix_str(f"loss {loss:.4f} | {rate} | {eta}")
+            self._bar.set_postfix_str(f"loss {figures.loss:.4f} | {rate} | {eta}")
 
     def evaluation(
         self, *, step: int, val_loss: float, val_perplexity: float, val_bits_per_byte: float | None, best: bool

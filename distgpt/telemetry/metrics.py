@@ -10,6 +10,7 @@ import resource
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -21,6 +22,23 @@ from distgpt.telemetry.events import EventFile, append_whole
 
 METRICS_FILE = "metrics.jsonl"
 GIB = 2**30
+
+
+@dataclass(frozen=True)
+class StepFigures:
+    """A training line of metrics.jsonl."""
+
+    step: int
+    loss: float  # the global batch's mean, in nats per token
+    lr: float
+    grad_norm: float
+    tokens: int  # of the whole run
+    tokens_per_second: float
+    mfu: float | None  # 0 to 1
+    seconds: float  # of one step
+    memory_bytes: int
+    data_wait: float  # seconds since the last line, as is the stall
+    checkpoint_stall: float
 
 
 class Metrics:
@@ -40,52 +58,21 @@ class Metrics:
             raise StorageError(f"cannot write {path}: {error.strerror}") from error
         self._events = EventFile(run_dir / "tb", first_step=resume_step + 1 if resume_step else 0)
 
-    def train(
-        self,
-        *,
-        step: int,
-        loss: float,
-        lr: float,
-        grad_norm: float,
-        tokens: int,
-        tokens_per_second: float,
-        mfu: float | None,
-        seconds: float,
-        memory_bytes: int,
-        data_wait: float,
-        checkpoint_stall: float,
-    ) -> None:
-        """Log training up to `step`: the loss is the global batch's mean, `tokens` counts the whole run.
-
-        `seconds` is the time of one step; `data_wait` and `checkpoint_stall` are seconds since the last line.
-        """
-        self._line(
-            {
-                "step": step,
-                "loss": loss,
-                "lr": lr,
-                "grad_norm": grad_norm,
-                "tokens": tokens,
-                "tokens_per_second": tokens_per_second,
-                "mfu": mfu,
-                "seconds": seconds,
-                "memory_bytes": memory_bytes,
-                "data_wait": data_wait,
-                "checkpoint_stall": checkpoint_stall,
-            }
-        )
+    def train(self, figures: StepFigures) -> None:
+        """Log training up to a step."""
+        self._line(asdict(figures))
         self._scalars(
-            step,
+            figures.step,
             {
-                "train/loss": loss,
-                "train/lr": lr,
-                "train/grad_norm": grad_norm,
-                "perf/tokens_per_second": tokens_per_second,
-                "perf/mfu": mfu,
-                "perf/step_s": seconds,
-                "perf/memory_gib": memory_bytes / GIB,
-                "perf/data_wait_s": data_wait,
-                "perf/checkpoint_stall_s": checkpoint_stall,
+                "train/loss": figures.loss,
+                "train/lr": figures.lr,
+                "train/grad_norm": figures.grad_norm,
+                "perf/tokens_per_second": figures.tokens_per_second,
+                "perf/mfu": figures.mfu,
+                "perf/step_s": figures.seconds,
+                "perf/memory_gib": figures.memory_bytes / GIB,
+                "perf/data_wait_s": figures.data_wait,
+                "perf/checkpoint_stall_s": figures.checkpoint_stall,
             },
         )
 

@@ -16,7 +16,7 @@ from distgpt.cluster.runtime import Runtime
 from distgpt.config import Config, to_toml
 from distgpt.errors import StorageError
 from distgpt.telemetry.console import Console
-from distgpt.telemetry.metrics import Metrics, memory_bytes, perplexity
+from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity
 from distgpt.telemetry.peaks import device_peak_flops, mfu
 from distgpt.telemetry.plots import plot_losses
 
@@ -61,23 +61,22 @@ class Progress:
         utilization = mfu(
             tokens_per_second=rate, flops_per_token=self._flops_per_token, peak_flops=self._peak_flops, devices=1
         )
-        self._console.train(
-            step=step, loss=loss, lr=lr, grad_norm=grad_norm, seconds=seconds, tokens_per_second=rate, mfu=utilization
+        figures = StepFigures(
+            step=step,
+            loss=loss,
+            lr=lr,
+            grad_norm=grad_norm,
+            tokens=step * tokens_per_step,
+            tokens_per_second=rate,
+            mfu=utilization,
+            seconds=seconds,
+            memory_bytes=memory_bytes(self._runtime.device),
+            data_wait=self._data_wait,
+            checkpoint_stall=self._checkpoint_stall,
         )
+        self._console.train(figures)
         if self._metrics is not None:
-            self._metrics.train(
-                step=step,
-                loss=loss,
-                lr=lr,
-                grad_norm=grad_norm,
-                tokens=step * tokens_per_step,
-                tokens_per_second=rate,
-                mfu=utilization,
-                seconds=seconds,
-                memory_bytes=memory_bytes(self._runtime.device),
-                data_wait=self._data_wait,
-                checkpoint_stall=self._checkpoint_stall,
-            )
+            self._metrics.train(figures)
         self._logged_step, self._since = step, now
         self._paused = self._checkpoint_stall = self._data_wait = 0.0
 
