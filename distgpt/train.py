@@ -27,7 +27,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distgpt.cluster.checkpoint import Checkpointer, committed, require_same_run
+from distgpt.cluster.checkpoint import CHECKPOINT_BYTES, Checkpointer, committed, require_same_run, require_space
 from distgpt.cluster.evaluation import evaluate
 from distgpt.cluster.health import Run, die_with_agent
 from distgpt.cluster.parallel import (
@@ -45,8 +45,9 @@ from distgpt.cluster.runtime import Runtime, compute_dtype, joined, this_rank
 from distgpt.corpus.loader import EvaluationBatches, Loader, MicroBatch
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
-from distgpt.errors import DataError, DirectoryError, Interrupted
+from distgpt.errors import DataError, DirectoryError, Interrupted, StorageError
 from distgpt.model.generate import generate
+from distgpt.model.gpt import count_parameters
 from distgpt.model.optim import build_optimizer, lr_at
 from distgpt.telemetry.progress import Progress
 
@@ -66,6 +67,7 @@ def main(config: Config) -> None:
             if config.run.fresh and committed(run.paths.checkpoints):
                 raise DirectoryError(f"{run.paths.root} holds checkpoints: --run.fresh wants an empty run directory")
             verify_dataset(dataset)
+            warn_if_full(run, config, dataset)
         with joined(runtime, timeout=config.health.timeout):
             run.joined()
             train(config, run, runtime, dataset, micro_batch)
@@ -111,7 +113,7 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
     )
     tokenizer = load_tokenizer(dataset.path)
 
-    say(f"{describe(config, dataset, model, runtime, dtype, micro_batch)} | {strategy} ({reason})")
+    say(f"{describe(config, dataset, model, runtime, dtype, micro_batch)}\nstrategy  {strategy}, {reason}")
     start, last = checkpointer.restore(), config.train.steps
     run.step = start
     if start >= last:
@@ -218,6 +220,14 @@ def require_finite(loss: float, grad_norm: float, step: int, config: Config, loa
     )
 
 
+def warn_if_full(run: Run, config: Config, dataset: Dataset) -> None:
+    """Say before anything starts that no checkpoint will fit on the disk as it is."""
+    try:
+        require_space(run.paths.root, CHECKPOINT_BYTES * count_parameters(config.model, dataset.vocab_size))
+    except StorageError as error:
+        print(f"distgpt: warning: {error}", file=sys.stderr, flush=True)
+
+
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
     """Give every parameter group this learning rate."""
     for group in optimizer.param_groups:
@@ -243,15 +253,17 @@ def sample_text(
 def describe(
     config: Config, dataset: Dataset, model: nn.Module, runtime: Runtime, dtype: torch.dtype, micro_batch: int
 ) -> str:
-    """The run in one line."""
+    """The run in a few lines."""
     parameters = sum(p.numel() for p in model.parameters())
     accumulation = config.train.global_batch // (micro_batch * runtime.world_size)
-    threads = f" of {torch.get_num_threads()} threads" if runtime.device.type == "cpu" else ""
+    device = runtime.device.type
+    each = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(runtime.device)
     return (
-        f"{dataset.path}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,} | "
-        f"{parameters:,} parameters | {runtime.world_size} x {runtime.device.type}{threads}, "
-        f"{str(dtype).removeprefix('torch.')} | global batch {config.train.global_batch} = {runtime.world_size} ranks "
-        f"x {micro_batch} sequences x {accumulation} accumulation steps"
+        f"data      {dataset.path}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,}\n"
+        f"model     {parameters:,} parameters, computes in {str(dtype).removeprefix('torch.')}\n"
+        f"devices   {runtime.world_size} x {device} ({each})\n"
+        f"batch     {config.train.global_batch} sequences of {config.model.block_size} tokens = "
+        f"{runtime.world_size} ranks x {micro_batch} x {accumulation} accumulation steps"
     )
 
 

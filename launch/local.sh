@@ -3,12 +3,13 @@
 #   launch/local.sh [PRESET] [--section.key=value ...]
 # Exits with the code of the run (0 done, 2 usage, 75 interrupted: run it again, ...), which torchrun would flatten to 1.
 . "$(dirname "$0")/environment.sh"
-environment
+environment ""
 
+case " $* " in *" --help "* | *" -h "*) exec python -m distgpt.train --help ;; esac
 # A mistyped key is one clear line here; under torchrun it would drown in the agent's report.
 python -m distgpt.train "$@" --print-config >/dev/null
 
-gpus=$(nvidia-smi --list-gpus 2>/dev/null | wc -l)
+gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
 cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
 ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : cores > 1 ? 2 : 1))}
 DISTGPT_EXIT_FILE=$(mktemp -d)/exit.json

@@ -2,7 +2,7 @@
 # From nothing to a trained GPT, its loss curve and a text it wrote: Python's own standard library as the corpus.
 #   launch/quickstart.sh [--section.key=value ...]
 . "$(dirname "$0")/environment.sh"
-environment
+environment ""
 run=$(python -m distgpt.train quickstart "$@" --print-config | sed -n 's/^dir = "\(.*\)"$/\1/p')
 
 python -m distgpt.prepare

@@ -48,6 +48,7 @@ from distgpt.errors import DataError, StorageError, UsageError
 from distgpt.model.gpt import GPT
 
 FORMAT_VERSION = 1
+CHECKPOINT_BYTES = 12  # a parameter: a float32 weight and AdamW's two moments
 MANIFEST, STATE, TOKENIZER = "manifest.json", "train.json", "tokenizer.json"
 STAGING_PREFIX, BROKEN_PREFIX = ".staging-", "broken-"
 # Keys outside of model.* that are part of what a run learns.

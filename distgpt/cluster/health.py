@@ -28,6 +28,7 @@ from distgpt.errors import (
 log = logging.getLogger("distgpt")
 log.addHandler(logging.NullHandler())
 log.propagate = False  # what a person should read is printed; the log is for logs/
+logging.raiseExceptions = False  # a line of it that a full disk has no room for is lost, without a traceback on stderr
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
@@ -111,8 +112,10 @@ class Run:
         if self._writes_report:
             return write_exit_report(self.paths, code=code, cause=cause, rank=self.rank, step=self.step)
         if self.rank:
-            # What stops this one stops its neighbours too, and most likely rank 0: one line a host.
-            return os.environ.get("LOCAL_RANK") == "0"
+            # What stops this one stops its neighbours too, and most likely rank 0: one line a host, for its launcher.
+            if os.environ.get("LOCAL_RANK") != "0":
+                return False
+            return write_exit_report(None, code=code, cause=cause, rank=self.rank, step=None)
         try:
             lock = RunLock(self.paths) if self.paths.root.is_dir() else None
         except DistgptError:

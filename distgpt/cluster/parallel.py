@@ -68,7 +68,7 @@ def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tup
         return asked, "as asked"
     need = BYTES_PER_PARAMETER * count_parameters(config.model, vocab_size)
     room = REPLICA_SHARE * _device_memory(runtime)
-    sizes = f"weights, gradients and moments take {need / 2**30:.1f} GiB of {room / 2**30:.1f} GiB a rank"
+    sizes = f"weights, gradients and moments take {need / 2**30:.1f} of {room / 2**30:.1f} GiB a rank"
     if need <= room:
         return "ddp", f"{sizes}: every rank holds a whole replica"
     nodes = runtime.world_size // runtime.local_world_size

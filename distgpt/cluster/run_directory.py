@@ -9,6 +9,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -88,23 +89,40 @@ class RunLock:
         os.pwrite(self._fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": now}).encode(), 0)
 
 
+def lock_holder(paths: RunPaths) -> str | None:
+    """Who holds the lock of this run directory, None if nobody does. Changes nothing."""
+    try:
+        fd = os.open(paths.lock, os.O_RDWR)
+    except OSError:
+        return None  # there is none, or it cannot be opened: for RunLock to complain about
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return _owner(fd)
+    finally:
+        os.close(fd)
+    return None
+
+
 def write_exit_report(paths: RunPaths | None, *, code: int, cause: str, rank: int, step: int | None) -> bool:
     """Write exit.json, and a copy to $DISTGPT_EXIT_FILE where a launcher names one. The first cause stands.
 
     Returns whether this was the first report of the run directory (or, with no directory, of the launcher's file).
     """
     report = {"code": code, "cause": cause, "rank": rank, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-    first = True
     targets = [paths.exit_report] if paths else []
     if launcher_file := os.environ.get(EXIT_FILE_VARIABLE):
         targets.append(Path(launcher_file))
-    for target in reversed(targets):
-        first = _write_once(target, report)
-    return first
+    answers = [_write_once(target, report) for target in reversed(targets)]
+    # The run directory's counts most, but its disk may be full. A cause that no file can hold must still be told.
+    return next((first for first in reversed(answers) if first is not None), True)
 
 
-def _write_once(target: Path, report: dict[str, Any]) -> bool:
-    """Whether `target` is now this report; False where one stood already. A link is atomic and never replaces."""
+def _write_once(target: Path, report: dict[str, Any]) -> bool | None:
+    """Whether `target` is now this report; False where one stood already, None where none can be written.
+
+    A link is atomic and never replaces.
+    """
     staged = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         staged.write_text(json.dumps(report) + "\n")
@@ -112,9 +130,10 @@ def _write_once(target: Path, report: dict[str, Any]) -> bool:
     except FileExistsError:
         return False
     except OSError:
-        return True  # a full or read-only disk must not hide the cause: the caller still prints it
+        return None
     finally:
-        staged.unlink(missing_ok=True)
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
     return True
 
 
