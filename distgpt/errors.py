@@ -6,6 +6,7 @@ A user's mistake is an exception with one clear line: what is wrong, where, and 
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -18,6 +19,9 @@ EXIT_BUG = 70
 EXIT_CANNOT_CREATE = 73
 EXIT_IO = 74
 EXIT_INTERRUPTED = 75
+
+# Seconds that a rank leaves rank 0 to find the same mistake and say it: the first rank to end has torchrun end all.
+PATIENCE = 30.0
 
 
 class DistgptError(Exception):
@@ -63,6 +67,8 @@ def main_guard(main: Callable[[], T]) -> T:
     except DistgptError as error:
         if os.environ.get("RANK", "0") == "0":
             print(f"distgpt: error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(PATIENCE)
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -257,7 +257,8 @@ def describe(
     parameters = sum(p.numel() for p in model.parameters())
     accumulation = config.train.global_batch // (micro_batch * runtime.world_size)
     device = runtime.device.type
-    each = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name(runtime.device)
+    threads = torch.get_num_threads()
+    each = f"threads: {threads} each" if device == "cpu" else torch.cuda.get_device_name(runtime.device)
     return (
         f"data      {dataset.path}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,}\n"
         f"model     {parameters:,} parameters, computes in {str(dtype).removeprefix('torch.')}\n"

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import traceback
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
@@ -22,6 +23,7 @@ from distgpt.errors import (
     EXIT_IO,
     EXIT_OK,
     EXIT_USAGE,
+    PATIENCE,
     DistgptError,
 )
 
@@ -105,6 +107,8 @@ class Run:
             if code == EXIT_BUG:
                 traceback.print_exception(error)
             print(f"distgpt: {cause}" if code == EXIT_INTERRUPTED else f"distgpt: error: {cause}", file=sys.stderr)
+        if self.rank and not self._writes_report:
+            time.sleep(PATIENCE)  # until torchrun's SIGTERM, as soon as rank 0 has left
         _leave(code)
 
     def _report(self, code: int, cause: str) -> bool:

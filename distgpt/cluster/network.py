@@ -1,7 +1,7 @@
 """How this host reaches the others, told without torch: launchers ask before they start anything.
 
-    python -m distgpt.cluster.network route HOST            is it this host (1 or 0), own address, own interface
-    python -m distgpt.cluster.network wait HOST SECONDS PORT...     the first of these ports that answers
+python -m distgpt.cluster.network route HOST            is it this host (1 or 0), own address, own interface
+python -m distgpt.cluster.network wait HOST SECONDS PORT...     the first of these ports that answers
 """
 
 import fcntl
@@ -78,7 +78,7 @@ def wait_for_port(host: str, ports: list[int], *, seconds: float) -> int:
             if can_connect(host, port, timeout=2) is None:
                 return port
         if time.monotonic() > deadline:
-            raise Interrupted(f"{host}:{ports[0]} did not answer for {seconds:.0f} s: is the same command running there?")
+            raise Interrupted(f"{host}:{ports[0]} did not answer for {seconds:.0f} s: start the same command there")
         time.sleep(0.2)
 
 

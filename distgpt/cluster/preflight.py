@@ -18,7 +18,7 @@ from typing import Literal
 import torch
 import torch.distributed as dist
 
-from distgpt.cluster.checkpoint import committed, require_same_run, require_space
+from distgpt.cluster.checkpoint import CHECKPOINT_BYTES, committed, require_same_run, require_space
 from distgpt.cluster.mesh import shard_group_size
 from distgpt.cluster.parallel import BYTES_PER_PARAMETER, choose_strategy, micro_batch_size
 from distgpt.cluster.run_directory import RunPaths, lock_holder
@@ -30,8 +30,6 @@ from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.errors import EXIT_IO, EXIT_OK, DirectoryError, DistgptError, UsageError
 from distgpt.model.gpt import count_parameters
 
-# float32 weights and AdamW's two moments
-CHECKPOINT_BYTES_PER_PARAMETER = 12
 # Of a device's memory that weights, gradients and moments may take before activations have too little.
 COMFORTABLE_SHARE = 0.7
 GIB = 2**30
@@ -139,7 +137,9 @@ def batch(config: Config, runtime: Runtime) -> Finding:
     """That the global batch divides over the ranks. Raises UsageError."""
     size, ranks = micro_batch_size(config, runtime), runtime.world_size
     steps = config.train.global_batch // (size * ranks)
-    return found("batch", f"{config.train.global_batch} = {ranks} ranks x {size} sequences x {steps} accumulation steps")
+    return found(
+        "batch", f"{config.train.global_batch} = {ranks} ranks x {size} sequences x {steps} accumulation steps"
+    )
 
 
 def shared_memory(runtime: Runtime) -> Finding:
@@ -190,7 +190,7 @@ def run_directory(config: Config, dataset: Dataset) -> Finding:
             fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise DirectoryError(
-            f"cannot write to the run directory {paths.root} ({nearest}: {error.strerror}); choose another --run.dir=DIR"
+            f"cannot write to the run directory {paths.root} ({nearest}: {error.strerror}); choose another --run.dir"
         ) from None
     checkpoints = committed(paths.checkpoints)
     if not checkpoints:
@@ -205,7 +205,7 @@ def disk(config: Config, dataset: Dataset) -> Finding:
     """Room for the checkpoints. Raises StorageError if there is none for a single one."""
     paths = RunPaths(config.run_dir)
     nearest = existing(paths.root)
-    one = CHECKPOINT_BYTES_PER_PARAMETER * count_parameters(config.model, dataset.vocab_size)
+    one = CHECKPOINT_BYTES * count_parameters(config.model, dataset.vocab_size)
     # The newest ones, the best one, and the one that is being written.
     wanted = config.checkpoint.keep + 2
     missing = max(1, wanted - len(committed(paths.checkpoints)))
@@ -230,7 +230,7 @@ def memory(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     parameters = count_parameters(config.model, dataset.vocab_size)
     on_gpu = runtime.device.type == "cuda"
     # On a CPU the copy that a checkpoint is written from lies in the same memory.
-    each = BYTES_PER_PARAMETER + (0 if on_gpu else CHECKPOINT_BYTES_PER_PARAMETER)
+    each = BYTES_PER_PARAMETER + (0 if on_gpu else CHECKPOINT_BYTES)
     need = parameters * each / shards
     room = torch.cuda.mem_get_info(runtime.device)[0] if on_gpu else _free_memory() / runtime.local_world_size
     text = f"{parameters:,} parameters, {strategy}: {_size(need)} of {_size(room)} free a rank"
@@ -268,5 +268,3 @@ def _size(number: float) -> str:
         if number >= size:
             return f"{number / size:.1f} {unit}"
     return f"{number / 1024:.0f} KiB"
-
-

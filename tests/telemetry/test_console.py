@@ -8,19 +8,33 @@ import struct
 import subprocess
 import sys
 import termios
+from dataclasses import replace
 
 import pytest
 
 from distgpt.telemetry.console import Console, duration
+from distgpt.telemetry.metrics import StepFigures
 
-TRAIN = {"loss": 2.3456, "lr": 3e-4, "grad_norm": 0.81, "seconds": 0.123, "tokens_per_second": 12345.0}
+FIGURES = StepFigures(
+    step=1,
+    loss=2.3456,
+    lr=3e-4,
+    grad_norm=0.81,
+    tokens=100,
+    tokens_per_second=12345.0,
+    mfu=None,
+    seconds=0.123,
+    memory_bytes=2**30,
+    data_wait=0.0,
+    checkpoint_stall=0.0,
+)
 
 
 def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
     with Console(5000, 0, True) as console:
         console.advance()
-        console.train(step=100, mfu=0.412, **TRAIN)
-        console.train(step=5000, mfu=None, **TRAIN)
+        console.train(replace(FIGURES, step=100, mfu=0.412))
+        console.train(replace(FIGURES, step=5000))
         console.evaluation(step=500, val_loss=1.6543, val_perplexity=5.229, val_bits_per_byte=2.387, best=True)
         console.evaluation(step=500, val_loss=1.6543, val_perplexity=5.229, val_bits_per_byte=None, best=False)
         console.message("hello")
@@ -38,24 +52,25 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     with Console(10, 0, False) as console:
         console.advance()
-        console.train(step=1, mfu=None, **TRAIN)
+        console.train(FIGURES)
         console.message("hello")
     assert capsys.readouterr() == ("", "")
 
 
 def test_a_loss_that_is_not_a_number_prints(capsys: pytest.CaptureFixture[str]) -> None:
-    values = TRAIN | {"loss": float("nan"), "seconds": float("inf"), "tokens_per_second": 0.0}
-    Console(10, 0, True).train(step=1, mfu=None, **values)
+    figures = replace(FIGURES, loss=float("nan"), seconds=float("inf"), tokens_per_second=0.0)
+    Console(10, 0, True).train(figures)
     assert capsys.readouterr().out == "step  1/10 | loss nan | lr 3.00e-04 | norm 0.81 | inf s | 0 tok/s | eta ?\n"
 
 
 def test_a_terminal_gets_a_bar_below_the_lines() -> None:
     program = """
 from distgpt.telemetry.console import Console
+from distgpt.telemetry.metrics import StepFigures
 with Console(20, 5, True) as console:
     for step in range(6, 8):
         console.advance()
-        console.train(step=step, loss=2.5, lr=3e-4, grad_norm=0.8, seconds=1.0, tokens_per_second=999.5e3, mfu=None)
+        console.train(StepFigures(step, 2.5, 3e-4, 0.8, 100, 999.5e3, None, 1.0, 2**30, 0.0, 0.0))
 """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))

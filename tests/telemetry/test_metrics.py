@@ -13,22 +13,24 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distgpt.errors import StorageError
-from distgpt.telemetry.metrics import Metrics, memory_bytes, perplexity, read_metrics
+from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity, read_metrics
 
 
 def log_step(metrics: Metrics, step: int, *, loss: float = 2.0, mfu: float | None = None) -> None:
     metrics.train(
-        step=step,
-        loss=loss,
-        lr=3e-4,
-        grad_norm=0.5,
-        tokens=step * 100,
-        tokens_per_second=1000.0,
-        mfu=mfu,
-        seconds=0.1,
-        memory_bytes=2**30,
-        data_wait=0.0,
-        checkpoint_stall=0.25,
+        StepFigures(
+            step=step,
+            loss=loss,
+            lr=3e-4,
+            grad_norm=0.5,
+            tokens=step * 100,
+            tokens_per_second=1000.0,
+            mfu=mfu,
+            seconds=0.1,
+            memory_bytes=2**30,
+            data_wait=0.0,
+            checkpoint_stall=0.25,
+        )
     )
 
 
