@@ -1,0 +1,453 @@
+"""Checkpoints of one process: what was saved comes back, what is broken is found, and nothing whole is lost.
+
+Saving and resuming over several ranks, and across strategies, is in tests/end_to_end/test_resume.py.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+import random
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distgpt.cluster import checkpoint
+from distgpt.cluster.checkpoint import (
+    Checkpointer,
+    best_of,
+    committed,
+    damage,
+    load_for_inference,
+    prune,
+    read_state,
+    require_same_run,
+)
+from distgpt.cluster.parallel import build_model
+from distgpt.cluster.runtime import Runtime
+from distgpt.config import resolve
+from distgpt.corpus.shards import Dataset
+from distgpt.errors import DataError, StorageError, UsageError
+from distgpt.model.gpt import GPT
+from distgpt.model.optim import build_optimizer
+from tests import jobs
+
+SMALL = ("--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=8", "--checkpoint.keep=2")
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+FILES = ["__0_0.distcp", ".metadata", "train.json", "tokenizer.json", "manifest.json"]
+
+
+@dataclass
+class Trainee:
+    """A model that can take steps, and the Checkpointer of its run."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    checkpointer: Checkpointer
+    said: list[str] = field(default_factory=list)
+
+    def learn(self) -> None:
+        """A step, so that weights and moments are none that a new model has."""
+        tokens_BT = torch.randint(0, 20, (4, 9), generator=torch.Generator().manual_seed(3))
+        self.model(tokens_BT[:, :-1], tokens_BT[:, 1:]).mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def trainee(run: Path, dataset: Dataset, *arguments: str) -> Trainee:
+    config = resolve([*SMALL, *arguments], {})
+    runtime = Runtime(0, 0, 1, 1, CPU)
+    model = build_model(
+        config,
+        runtime,
+        strategy="single",
+        vocab_size=dataset.vocab_size,
+        eot_id=None,
+        micro_batch=1,
+        dtype=torch.float32,
+    )
+    assert isinstance(model, GPT)
+    optimizer = build_optimizer(model, config.optim, "cpu")
+    said: list[str] = []
+    checkpointer = Checkpointer(
+        run / "checkpoints",
+        config=config,
+        dataset=dataset,
+        model=model,
+        optimizer=optimizer,
+        runtime=runtime,
+        say=said.append,
+    )
+    return Trainee(model, optimizer, checkpointer, said)
+
+
+@pytest.fixture(scope="session")
+def saved(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with steps 1 and 2. Copy it before changing it."""
+    run = tmp_path_factory.mktemp("saved")
+    subject = trainee(run, dataset)
+    for step in (1, 2):
+        subject.learn()
+        subject.checkpointer.save(step, val_loss=3.0 + step)
+    subject.checkpointer.require_saved(2)
+    assert subject.said == []
+    return run
+
+
+@pytest.fixture
+def run(saved: Path, tmp_path: Path) -> Path:
+    """A copy of `saved` to break."""
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def newest(run: Path) -> Path:
+    return committed(run / "checkpoints")[0]
+
+
+def names(run: Path) -> list[str]:
+    return jobs.checkpoints(run)
+
+
+def flip_bit(file: Path, draw: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
+
+
+def sign_again(directory: Path) -> None:
+    """Make the manifest agree with the files as they are now, as someone who means harm would."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        content = (directory / name).read_bytes()
+        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    del manifest["sha256"]
+    own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    signed = {**manifest, "sha256": own}
+    (directory / "manifest.json").write_text(json.dumps(signed, sort_keys=True, indent=1))
+    assert damage(directory) == []
+
+
+# What was saved comes back
+
+
+def test_model_and_optimizer_come_back_bit_for_bit(saved: Path, dataset: Dataset) -> None:
+    original, restored = trainee(saved, dataset), trainee(saved, dataset)
+    for _ in range(2):
+        original.learn()
+    assert restored.checkpointer.restore() == 2
+    assert restored.said == []
+    # The next step shows the moments and the step counts of AdamW too.
+    for subject in (original, restored):
+        subject.learn()
+    for (name, a), b in zip(original.model.named_parameters(), restored.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+    for a, b in zip(original.model.parameters(), restored.model.parameters(), strict=True):
+        states = original.optimizer.state[a], restored.optimizer.state[b]
+        assert states[0].keys() == states[1].keys() == {"step", "exp_avg", "exp_avg_sq"}
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
+def test_hyper_parameters_come_from_the_config_and_not_from_the_checkpoint(saved: Path, dataset: Dataset) -> None:
+    subject = trainee(saved, dataset, "--optim.lr=0.5", "--optim.weight_decay=0.25")
+    subject.checkpointer.restore()
+    assert {group["lr"] for group in subject.optimizer.param_groups} == {0.5}
+    assert {group["weight_decay"] for group in subject.optimizer.param_groups} == {0.25, 0.0}
+
+
+def test_a_checkpoint_holds_all_that_it_takes_to_go_on(saved: Path, dataset: Dataset) -> None:
+    assert names(saved) == ["step-00000001", "step-00000002"]
+    assert sorted(file.name for file in newest(saved).iterdir()) == sorted(FILES)
+    state = read_state(newest(saved))
+    assert (state.step, state.val_loss, state.vocab_size) == (2, 5.0, dataset.vocab_size)
+    assert state.data_fingerprint == dataset.fingerprint
+    assert state.config["model"]["n_embd"] == 16
+    assert trainee(saved, dataset).checkpointer.best_val_loss() == 4.0
+
+
+def test_sampling_loads_the_newest_in_eval_mode(saved: Path, dataset: Dataset) -> None:
+    model, tokenizer, state = load_for_inference(saved, CPU)
+    subject = trainee(saved, dataset)
+    subject.checkpointer.restore()
+    assert state.step == 2
+    assert not model.training
+    assert tokenizer.decode([3, 4]) == "ab"[:2] or tokenizer.vocab_size == dataset.vocab_size
+    for (name, a), b in zip(model.named_parameters(), subject.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_nothing_saved_is_step_0(tmp_path: Path, dataset: Dataset) -> None:
+    subject = trainee(tmp_path, dataset)
+    assert subject.checkpointer.restore() == 0
+    assert subject.checkpointer.best_val_loss() is None
+    with pytest.raises(DataError, match=f"{tmp_path} holds no checkpoint: train one"):
+        load_for_inference(tmp_path, CPU)
+
+
+@pytest.mark.parametrize("later", ["learn", "nothing"])
+def test_saves_in_the_background_and_at_once_are_equal(tmp_path: Path, dataset: Dataset, later: str) -> None:
+    for kind in ("true", "false"):
+        subject = trainee(tmp_path / kind, dataset, f"--checkpoint.async_save={kind}")
+        subject.learn()
+        subject.checkpointer.save(1, val_loss=None)
+        if later == "learn":  # what training does meanwhile must not show in what is written
+            for _ in range(20):
+                subject.learn()
+        subject.checkpointer.require_saved(1)
+        assert subject.said == []
+    jobs.assert_same_tensors(newest(tmp_path / "true"), newest(tmp_path / "false"))
+
+
+# What is broken is found
+
+
+def test_a_whole_checkpoint_has_no_damage(saved: Path) -> None:
+    assert damage(newest(saved)) == []
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", ["shortened", "emptied", "lengthened", "deleted", "directory"])
+def test_a_file_that_is_not_whole_is_found(run: Path, name: str, harm: str) -> None:
+    file = newest(run) / name
+    match harm:
+        case "shortened":
+            os.truncate(file, file.stat().st_size - 1)
+        case "emptied":
+            os.truncate(file, 0)
+        case "lengthened":
+            with file.open("ab") as stream:
+                stream.write(b"\n")
+        case _:
+            file.unlink()
+            if harm == "directory":
+                file.mkdir()
+    problems = damage(newest(run))
+    assert len(problems) == 1
+    assert name in problems[0]
+    assert "\n" not in problems[0]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_one_flipped_bit_is_found_wherever_it_is(run: Path, name: str) -> None:
+    draw = random.Random(name)
+    file = newest(run) / name
+    whole = file.read_bytes()
+    for _ in range(50):
+        flip_bit(file, draw)
+        assert damage(newest(run)), f"a flipped bit in {name} was not found"
+        file.write_bytes(whole)
+    assert damage(newest(run)) == []
+
+
+def test_ranks_share_the_work_of_looking(run: Path) -> None:
+    for name in FILES[:-1]:
+        with (newest(run) / name).open("ab") as stream:
+            stream.write(b"\n")
+    found = [damage(newest(run), rank, 3) for rank in range(3)]
+    assert sorted(problem.split()[0] for share in found for problem in share) == sorted(FILES[:-1])
+    assert max(map(len, found)) < 4
+
+
+# What is broken is skipped
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_restore_falls_back_to_the_newest_good_one(run: Path, dataset: Dataset, name: str) -> None:
+    flip_bit(newest(run) / name, random.Random(0))
+    assert load_for_inference(run, CPU)[2].step == 1
+    subject = trainee(run, dataset)
+    assert subject.checkpointer.restore() == 1
+    assert len(subject.said) == 1
+    assert subject.said[0].startswith(f"going on from step-00000001; skipped step-00000002: {name} ")
+    kept, broken = sorted(names(run), reverse=True)
+    assert kept == "step-00000001"
+    assert broken.startswith("broken-step-00000002-")
+    # The step can be saved again, and the broken one is neither read nor pruned.
+    subject.learn()
+    for step in (2, 3, 4):
+        subject.checkpointer.save(step, val_loss=None)
+    subject.checkpointer.require_saved(4)
+    assert trainee(run, dataset).checkpointer.restore() == 4
+    assert broken in names(run)
+
+
+def test_all_broken_is_the_end(run: Path, dataset: Dataset) -> None:
+    before = names(run)
+    for directory in committed(run / "checkpoints"):
+        flip_bit(directory / "__0_0.distcp", random.Random(0))
+    for load in (lambda: trainee(run, dataset).checkpointer.restore(), lambda: load_for_inference(run, CPU)):
+        with pytest.raises(DataError) as caught:
+            load()
+        assert "holds no whole checkpoint (step-00000002: __0_0.distcp does not match its hash" in str(caught.value)
+        assert "step-00000001: __0_0.distcp does not match" in str(caught.value)
+    assert names(run) == before  # for the user to look at
+
+
+class Payload:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_crafted_index_runs_no_code(run: Path, dataset: Dataset, tmp_path: Path, protocol: int) -> None:
+    marker = tmp_path / "ran"
+    payload = pickle.dumps(Payload(f"touch {marker}"), protocol=protocol)
+    pickle.loads(payload)
+    assert marker.exists()  # the payload works
+    marker.unlink()
+    for directory in committed(run / "checkpoints"):
+        (directory / ".metadata").write_bytes(payload)
+        sign_again(directory)
+    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours: it asks for posix.system"):
+        load_for_inference(run, CPU)
+    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours"):
+        trainee(run, dataset).checkpointer.restore()
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"junk", pickle.dumps({"a": 1}), pickle.dumps(3)])
+def test_an_index_that_is_none_is_refused(run: Path, content: bytes) -> None:
+    (newest(run) / ".metadata").write_bytes(content)
+    sign_again(newest(run))
+    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours"):
+        load_for_inference(run, CPU)
+
+
+# What is whole is not lost
+
+
+def make(directory: Path, *, step: int, val_loss: float | None) -> Path:
+    """A checkpoint without tensors, enough to prune."""
+    made = directory / f"step-{step:08d}"
+    made.mkdir(parents=True)
+    state = {"step": step, "val_loss": val_loss, "config": {}, "data_fingerprint": "", "tokenizer_sha256": ""}
+    (made / "train.json").write_text(json.dumps({**state, "vocab_size": 1, "eot_id": None}))
+    (made / "manifest.json").write_text(json.dumps({"files": {"train.json": {}}}))
+    return made
+
+
+def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+    for step, val_loss in [(1, 3.0), (2, 1.5), (3, None), (4, 2.0), (5, 1.6), (6, None)]:
+        make(tmp_path, step=step, val_loss=val_loss)
+    prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000005", "step-00000006"]
+    prune(tmp_path, keep=2)
+    assert len(list(tmp_path.iterdir())) == 3
+    make(tmp_path, step=7, val_loss=1.0)
+    prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000007"]
+    assert best_of(tmp_path) == tmp_path / "step-00000007"
+
+
+def test_prune_leaves_what_it_did_not_write(tmp_path: Path) -> None:
+    for step in range(1, 6):
+        make(tmp_path, step=step, val_loss=None)
+    (tmp_path / "step-00000001" / "notes.txt").write_text("mine")
+    (tmp_path / "step-00000002" / "manifest.json").write_text("{")
+    (tmp_path / "step-00000003" / "more").mkdir()
+    (tmp_path / "backup").mkdir()
+    before = sorted(path.name for path in tmp_path.rglob("*"))
+    prune(tmp_path, keep=2)
+    assert sorted(path.name for path in tmp_path.rglob("*")) == before
+    prune(tmp_path, keep=1)
+    assert not (tmp_path / "step-00000004").exists()
+    assert (tmp_path / "step-00000001" / "notes.txt").read_text() == "mine"
+
+
+def test_saving_prunes_and_keeps_the_best(tmp_path: Path, dataset: Dataset) -> None:
+    subject = trainee(tmp_path, dataset)
+    for step, val_loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, 2.0), (5, None)]:
+        subject.learn()
+        subject.checkpointer.save(step, val_loss=val_loss)
+    subject.checkpointer.require_saved(5)
+    assert names(tmp_path) == ["step-00000002", "step-00000004", "step-00000005"]
+
+
+def test_left_overs_of_a_kill_are_cleaned_and_never_read(run: Path, dataset: Dataset) -> None:
+    checkpoints = run / "checkpoints"
+    newest(run).rename(checkpoints / ".staging-step-00000002")
+    (checkpoints / ".staging-step-00000009").mkdir()
+    (checkpoints / ".staging-step-00000009" / "__0_0.distcp").write_bytes(b"half")
+    subject = trainee(run, dataset)
+    assert subject.checkpointer.restore() == 1
+    assert subject.said == []
+    subject.checkpointer.save(2, val_loss=None)
+    subject.checkpointer.require_saved(2)
+    assert names(run) == ["step-00000001", "step-00000002"]
+
+
+# A disk that is full
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with jobs.disk(tmp_path / "disk", "size=4m") as disk:
+        yield disk
+
+
+@pytest.mark.parametrize("noticed", ["before", "while writing"])
+def test_a_full_disk_costs_a_checkpoint_and_no_more(
+    small_disk: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, noticed: str
+) -> None:
+    if noticed == "while writing":  # someone else fills the disk after the check
+        monkeypatch.setattr(checkpoint, "require_space", lambda directory, needed: None)
+    subject = trainee(small_disk, dataset)
+    subject.checkpointer.save(1, val_loss=None)
+    assert subject.checkpointer.wait()
+    jobs.fill(small_disk / "filler")
+    subject.learn()
+    subject.checkpointer.save(2, val_loss=None)
+    assert not subject.checkpointer.wait()
+    (line,) = subject.said
+    assert line.startswith("CHECKPOINT NOT SAVED, training goes on: ")
+    assert ("MiB free and a checkpoint takes" if noticed == "before" else "No space left on device") in line
+    assert names(small_disk) == ["step-00000001"]
+    with pytest.raises(StorageError, match=r"step 2 could not be saved in .*: the newest checkpoint is step-00000001"):
+        subject.checkpointer.require_saved(2)
+    (small_disk / "filler").unlink()
+    subject.checkpointer.save(3, val_loss=None)
+    subject.checkpointer.require_saved(3)
+    assert names(small_disk) == ["step-00000001", "step-00000003"]
+    assert trainee(small_disk, dataset).checkpointer.restore() == 3
+
+
+# Another run's checkpoint
+
+
+def test_the_same_run_may_go_on_with_other_speed_and_length(saved: Path, dataset: Dataset) -> None:
+    free = ("--train.steps=9", "--train.micro_batch=1", "--model.loss_chunk=4", "--parallel.strategy=fsdp")
+    require_same_run(saved / "checkpoints", resolve([*SMALL, *free, "--optim.lr=1"], {}), dataset)
+    require_same_run(saved / "none", resolve([], {}), dataset)
+
+
+def test_another_run_is_refused_with_a_diff(saved: Path, other_dataset: Dataset) -> None:
+    other = ("--model.n_layer=3", "--model.mlp=gelu", "--run.seed=7", "--train.global_batch=8")
+    with pytest.raises(UsageError) as caught:
+        require_same_run(saved / "checkpoints", resolve([*SMALL, *other], {}), other_dataset)
+    message = str(caught.value)
+    assert message.startswith(f"{saved / 'checkpoints' / 'step-00000002'} was made by another run: ")
+    for difference in (
+        *("model.n_layer 1 -> 3", "model.mlp relu -> gelu", "run.seed 1337 -> 7", "train.global_batch 64 -> 8"),
+        f"-> {other_dataset.fingerprint[:12]} ({other_dataset.path})",
+    ):
+        assert difference in message
+    assert "n_embd" not in message
+    assert "vocabulary" not in message
+    assert "\n" not in message
+
+
+def test_a_broken_newest_one_does_not_hide_the_diff(run: Path, dataset: Dataset) -> None:
+    (newest(run) / "train.json").write_text("{")
+    with pytest.raises(UsageError, match=r"step-00000001 was made by another run: model.n_layer 1 -> 3;"):
+        require_same_run(run / "checkpoints", resolve([*SMALL, "--model.n_layer=3"], {}), dataset)

@@ -1,0 +1,164 @@
+"""Whatever ends a run becomes an exit code, exit.json and one line; no rank outlives its agent."""
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distgpt import errors
+from distgpt.cluster.health import outcome
+from tests import jobs
+
+# A rank as train.py is one, without torch. RANK and BODY are replaced.
+PROGRAM = """
+import signal, sys, time
+from pathlib import Path
+from distgpt.errors import *
+from distgpt.cluster.health import Run
+from distgpt.cluster.run_directory import RunPaths
+with Run(RunPaths(Path(sys.argv[1])), int(sys.argv[2])) as run:
+    {body}
+"""
+
+
+def rank(directory: Path, body: str, *, number: int = 0, **variables: str) -> jobs.Ended:
+    """One rank to its end."""
+    program = PROGRAM.format(body=body.replace("\n", "\n    "))
+    return jobs.run([sys.executable, "-c", program, str(directory), str(number)], **variables)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "cause"),
+    [
+        (errors.UsageError("do this"), 2, "do this"),
+        (errors.DataError("bad"), 65, "bad"),
+        (errors.Interrupted("later"), 75, "later"),
+        (
+            RuntimeError("[...gloo/transport/tcp/pair.cc:534] Connection closed by peer [::1]:1\nmore"),
+            75,
+            "lost contact",
+        ),
+        (RuntimeError("Timed out waiting 60000ms for recv operation"), 75, "lost contact"),
+        (MemoryError(), 2, "out of memory (MemoryError): lower train.micro_batch"),
+        (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 74, "No space left on device: /x/y"),
+        (OSError("odd"), 74, "odd"),
+        (KeyError("x"), 70, "KeyError: 'x'"),
+        (RuntimeError("shape mismatch\nat line 2"), 70, "RuntimeError: shape mismatch"),
+        (ZeroDivisionError(), 70, "ZeroDivisionError"),
+    ],
+)
+def test_outcome(error: BaseException, code: int, cause: str) -> None:
+    found_code, found_cause = outcome(error)
+    assert found_code == code
+    assert found_cause.startswith(cause)
+    assert "\n" not in found_cause
+
+
+def test_gpu_out_of_memory_and_a_lost_nccl_peer_are_told_by_name() -> None:
+    import torch
+    import torch.distributed as dist
+
+    assert outcome(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))[0] == 2
+    assert outcome(dist.DistBackendError("NCCL error"))[0] == 75
+
+
+def test_done_is_reported_by_rank_0_alone(tmp_path: Path) -> None:
+    assert rank(tmp_path, "run.own(); run.step = 7", number=0).code == 0
+    assert jobs.exit_report(tmp_path) | {"time": ""} == {"code": 0, "cause": "done", "rank": 0, "step": 7, "time": ""}
+    (tmp_path / "exit.json").unlink()
+    assert rank(tmp_path, "run.joined()", number=1).code == 0
+    assert not (tmp_path / "exit.json").exists()
+
+
+def test_an_error_is_one_line_and_a_report(tmp_path: Path) -> None:
+    done = rank(tmp_path, "run.own(); run.joined(); run.step = 3; raise DataError('the loss')")
+    assert (done.code, done.stderr) == (65, "distgpt: error: the loss\n")
+    assert jobs.exit_report(tmp_path)["cause"] == "the loss"
+    assert jobs.exit_report(tmp_path)["step"] == 3
+    assert "the loss" in (tmp_path / "logs" / "rank-0.log").read_text()
+
+
+def test_the_second_rank_to_fail_says_nothing(tmp_path: Path) -> None:
+    first = rank(tmp_path, "run.joined(); raise DataError('the cause')", number=1)
+    assert first.stderr == "distgpt: error: the cause\n"
+    second = rank(tmp_path, "run.joined(); raise RuntimeError('gloo: Connection closed by peer')", number=0)
+    assert (second.code, second.stderr) == (75, "")
+    assert jobs.exit_report(tmp_path) | {"time": ""} == {
+        "code": 65,
+        "cause": "the cause",
+        "rank": 1,
+        "step": None,
+        "time": "",
+    }
+
+
+def test_our_bug_keeps_its_traceback_on_stderr_and_in_the_log(tmp_path: Path) -> None:
+    done = rank(tmp_path, "run.own(); run.joined(); {}['x']")
+    assert done.code == 70
+    assert "Traceback" in done.stderr
+    assert done.error_lines == ["distgpt: error: KeyError: 'x'"]
+    assert "Traceback" in (tmp_path / "logs" / "rank-0.log").read_text()
+
+
+def test_a_rank_that_owns_nothing_writes_into_no_directory(tmp_path: Path) -> None:
+    directory = tmp_path / "new"
+    copy = tmp_path / "copy.json"
+    done = rank(directory, "raise UsageError('do this')", DISTGPT_EXIT_FILE=str(copy))
+    assert (done.code, done.stderr) == (2, "distgpt: error: do this\n")
+    assert not directory.exists()
+    assert json.loads(copy.read_text())["code"] == 2
+
+
+def test_a_rank_leaves_rank_0_time_to_find_the_same(tmp_path: Path) -> None:
+    """Under torchrun the first rank to end has the others ended, before they said anything."""
+    program = PROGRAM.format(body="print('found', file=sys.stderr, flush=True); raise UsageError('do this')")
+    command = [sys.executable, "-c", program, tmp_path / "run", "1"]
+    environment = jobs.environment(RANK="1", LOCAL_RANK="1")
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "found\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        process.terminate()
+        assert process.stderr.read() == ""
+        process.wait()
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_in_training_only_sets_a_flag(tmp_path: Path, name: str) -> None:
+    body = f"run.own(); run.training(); signal.raise_signal(signal.{name}); print(run.stop_requested)"
+    done = rank(tmp_path, body)
+    assert (done.code, done.stdout) == (0, f"{name}\n")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
+def test_a_signal_while_starting_ends_the_rank(tmp_path: Path, name: str) -> None:
+    done = rank(tmp_path, f"run.own(); signal.raise_signal(signal.{name}); time.sleep(60)")
+    assert done.code == 75
+    assert done.stderr == f"distgpt: interrupted by {name} before the first step: run it again to go on\n"
+    assert jobs.exit_report(tmp_path)["code"] == 75
+
+
+AGENT = """
+import os, subprocess, sys, time
+worker = "import time; from distgpt.cluster.health import *; die_with_agent(); print('up', flush=True); time.sleep(600)"
+child = subprocess.Popen([sys.executable, "-c", worker], env={**os.environ, "TORCHELASTIC_RUN_ID": "x"})
+print(child.pid, flush=True)
+child.wait()
+"""
+
+
+@jobs.linux_only
+def test_no_rank_outlives_its_agent() -> None:
+    with subprocess.Popen([sys.executable, "-c", AGENT], stdout=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout is not None
+        worker = int(agent.stdout.readline())
+        assert agent.stdout.readline() == "up\n"
+        assert jobs.alive(worker)
+        os.kill(agent.pid, signal.SIGKILL)
+        jobs.poll(lambda: not jobs.alive(worker), seconds=30)

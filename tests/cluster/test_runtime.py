@@ -1,0 +1,46 @@
+"""The facts about a rank: its share of the cores, what it computes in."""
+
+import os
+
+import pytest
+import torch
+
+from distgpt.cluster.runtime import compute_dtype, this_rank, threads_per_rank
+
+CPU = torch.device("cpu")
+
+
+def test_one_process_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    runtime = this_rank()
+    assert (runtime.rank, runtime.local_rank, runtime.world_size, runtime.local_world_size) == (0, 0, 1, 1)
+    assert not runtime.distributed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants more ranks than GPUs")
+def test_torchrun_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+        monkeypatch.setenv(name, value)
+    runtime = this_rank()
+    assert (runtime.rank, runtime.local_rank, runtime.world_size, runtime.local_world_size) == (5, 1, 8, 4)
+    assert runtime.distributed
+
+
+def test_local_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [threads_per_rank(n) for n in (1, 2, 3, 8, 100)] == [8, 4, 2, 1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun's own default, not a wish
+    assert threads_per_rank(2) == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads_per_rank(8) == 3
+
+
+def test_dtype_as_asked_or_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compute_dtype("float32", CPU) == torch.float32
+    assert compute_dtype("bfloat16", CPU) == torch.bfloat16
+    monkeypatch.setattr("distgpt.cluster.runtime._cpu_has_amx", lambda: True)
+    assert compute_dtype("auto", CPU) == torch.bfloat16
+    monkeypatch.setattr("distgpt.cluster.runtime._cpu_has_amx", lambda: False)
+    assert compute_dtype("auto", CPU) == torch.float32

@@ -1,0 +1,88 @@
+"""How jobs end that are not done: exit codes, one line, and nothing broken behind them."""
+
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import jobs
+from tests.end_to_end.conftest import Trained, tiny
+
+
+@jobs.linux_only
+def test_a_signal_while_the_ranks_find_each_other(prepared: Path, tmp_path: Path) -> None:
+    """Rank 0 waits in the rendezvous for rank 1, which is stopped before it gets there."""
+    arguments = tiny(prepared, tmp_path / "run")
+    job = jobs.Job(jobs.torchrun_command(2, *arguments))
+    late = job.rank(1)
+    os.kill(late, signal.SIGSTOP)
+    jobs.poll(lambda: has_content(tmp_path / "run" / "LOCK"))
+    job.signal(signal.SIGTERM)
+    jobs.poll((tmp_path / "run" / "exit.json").exists)
+    os.kill(late, signal.SIGCONT)
+    ended = job.finish()
+    assert ended.code != 0
+    report = jobs.exit_report(tmp_path / "run")
+    assert (report["code"], report["step"]) == (75, None)
+    cause = "interrupted by SIGTERM before the first step: run it again to go on"
+    assert report["cause"] == cause
+    assert [line for line in ended.stderr.splitlines() if line.startswith("distgpt:")] == [f"distgpt: {cause}"]
+    # Nothing is broken: a run of its own kind goes on from here.
+    again = jobs.train(1, *arguments, "--train.steps=1")
+    assert again.code == 0, again
+
+
+@jobs.linux_only
+def test_a_plain_process_stops_at_a_step_as_well(prepared: Path, tmp_path: Path) -> None:
+    job = jobs.Job([sys.executable, "-m", "distgpt.train", *tiny(prepared, tmp_path)])
+    job.read_until("step  2/60 ")
+    job.signal(signal.SIGINT)
+    ended = job.finish()
+    step = jobs.exit_report(tmp_path)["step"]
+    assert ended.code == 75
+    assert ended.stderr == f"distgpt: interrupted by SIGINT: step {step} of 60 is saved, run it again to go on\n"
+    assert jobs.checkpoints(tmp_path)[-1] == f"step-{step:08d}"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with jobs.disk(tmp_path / "disk", "size=8m") as disk:
+        yield disk
+
+
+def test_a_disk_that_fills_up_in_mid_run(
+    whole: Callable[[str], Trained], prepared: Path, small_disk: Path, tmp_path: Path
+) -> None:
+    run, copy = small_disk / "run", tmp_path / "exit.json"
+    arguments = [*tiny(prepared, run), "--parallel.strategy=fsdp", "--checkpoint.keep=100"]
+    job = jobs.Job(jobs.torchrun_command(2, *arguments), DISTGPT_EXIT_FILE=str(copy))
+    job.read_until("step  5/60 ")
+    jobs.poll((run / "checkpoints" / "step-00000004").is_dir)
+    jobs.fill(small_disk / "filler")
+    ended = job.finish()
+    assert ended.code != 0
+    # Training went on to the end, and said what was lost.
+    assert "step 60/60 | val loss " in ended.stdout
+    lost = [line for line in ended.stdout.splitlines() if line.startswith("CHECKPOINT NOT SAVED, training goes on: ")]
+    assert lost
+    newest = jobs.checkpoints(run)[-1]
+    cause = f"step 60 could not be saved in {run / 'checkpoints'}: the newest checkpoint is {newest}"
+    assert ended.error_lines == [f"distgpt: error: {cause}"]
+    assert ended.traceback == []
+    report = json.loads(copy.read_text())
+    assert (report["code"], report["cause"]) == (74, cause)
+    assert not [name for name in jobs.checkpoints(run) if not name.startswith("step-")]
+    # With space again it goes on from what was saved before, here on one process.
+    (small_disk / "filler").unlink()
+    again = jobs.train(1, *arguments)
+    assert again.code == 0, again
+    assert f"going on from step {int(newest.removeprefix('step-'))} in {run}" in again.stdout
+    assert jobs.losses(run)[60] == pytest.approx(jobs.losses(whole("fsdp").run)[60], abs=1e-4)
+
+
+def has_content(file: Path) -> bool:
+    return file.exists() and file.stat().st_size > 0

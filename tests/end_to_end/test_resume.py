@@ -1,0 +1,126 @@
+"""Runs that were cut, killed, or went on elsewhere end where an uninterrupted one ends."""
+
+import os
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import jobs
+from tests.end_to_end.conftest import ARGUMENTS, RANKS, Trained, tiny
+
+
+def assert_is_the_whole(run: Path, reference: Trained) -> None:
+    """The same weights and moments bit for bit, and each line of metrics.jsonl once."""
+    jobs.assert_same_tensors(run / "checkpoints" / reference.last.name, reference.last)
+    assert jobs.losses(run) == jobs.losses(reference.run)
+    assert jobs.val_losses(run) == jobs.val_losses(reference.run)
+
+
+@jobs.linux_only
+@pytest.mark.parametrize(("strategy", "name"), [("ddp4", "SIGTERM"), ("fsdp", "SIGINT")])
+def test_an_interrupted_run_goes_on_exactly(
+    whole: Callable[[str], Trained], prepared: Path, tmp_path: Path, strategy: str, name: str
+) -> None:
+    arguments = [*tiny(prepared, tmp_path), *ARGUMENTS[strategy]]
+    step = interrupt(tmp_path, RANKS[strategy], arguments, signal.Signals[name])
+    ended = jobs.torchrun(RANKS[strategy], *arguments)
+    assert ended.code == 0, ended
+    assert f"going on from step {step} in {tmp_path}" in ended.stdout
+    assert jobs.exit_report(tmp_path)["code"] == 0
+    assert_is_the_whole(tmp_path, whole(strategy))
+
+
+@jobs.linux_only
+def test_a_run_goes_on_in_any_other_topology(whole: Callable[[str], Trained], prepared: Path, tmp_path: Path) -> None:
+    start = interrupt(tmp_path, 2, [*tiny(prepared, tmp_path), "--parallel.strategy=ddp"], signal.SIGUSR1)
+    for part, strategy in enumerate(["fsdp", "single", "hsdp"], 1):
+        last = start + (60 - start) * part // 3
+        arguments = [*tiny(prepared, tmp_path), *ARGUMENTS[strategy], f"--train.steps={last}"]
+        ended = jobs.train(RANKS[strategy], *arguments)
+        assert ended.code == 0, ended
+        assert f"done: step {last} in " in ended.stdout
+    assert jobs.losses(tmp_path) == pytest.approx(jobs.losses(whole("single").run), abs=1e-4)
+    final = jobs.val_losses(tmp_path)[60]
+    assert final == pytest.approx(jobs.val_losses(whole("single").run)[60], abs=1e-4)
+
+
+@jobs.linux_only
+def test_killed_ranks_and_a_killed_agent_cost_nothing(
+    whole: Callable[[str], Trained], prepared: Path, tmp_path: Path
+) -> None:
+    arguments = [*tiny(prepared, tmp_path), "--parallel.strategy=ddp"]
+    command = jobs.torchrun_command(2, *arguments)
+
+    job = jobs.Job(command)
+    job.read_until("step  5/60 ")
+    jobs.poll((tmp_path / "checkpoints" / "step-00000004").is_dir)
+    os.kill(job.rank(1), signal.SIGKILL)
+    assert job.finish().code != 0
+    report = jobs.exit_report(tmp_path)
+    assert (report["code"], report["rank"]) == (75, 0)
+    assert report["cause"].endswith("run it again to go on")
+
+    job = jobs.Job(command)
+    job.read_until("going on from step ")
+    ranks = [job.rank(0), job.rank(1)]
+    job.signal(signal.SIGKILL)
+    for pid in ranks:
+        jobs.poll(lambda pid=pid: not jobs.alive(pid), seconds=30)
+    assert job.finish().code == -signal.SIGKILL
+
+    ended = jobs.torchrun(2, *arguments)
+    assert ended.code == 0, ended
+    assert_is_the_whole(tmp_path, whole("ddp"))
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.fixture(scope="module")
+def started_again(whole: Callable[[str], Trained], prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of a run that is done."""
+    copy = tmp_path_factory.mktemp("again") / "run"
+    shutil.copytree(whole("single").run, copy)
+    return copy
+
+
+def test_a_run_that_is_done_says_so(started_again: Path, prepared: Path) -> None:
+    before = (started_again / "metrics.jsonl").read_bytes()
+    ended = jobs.train(1, *tiny(prepared, started_again))
+    assert (ended.code, ended.stderr) == (0, "")
+    assert f"nothing to do: {started_again} is at step 60 of 60, --train.steps=N goes further" in ended.stdout
+    assert (started_again / "metrics.jsonl").read_bytes() == before
+    assert jobs.exit_report(started_again)["code"] == 0
+
+
+def test_fresh_refuses_a_directory_with_checkpoints(started_again: Path, prepared: Path) -> None:
+    before = jobs.checkpoints(started_again)
+    ended = jobs.train(1, *tiny(prepared, started_again), "--run.fresh")
+    assert ended.code == 73
+    assert ended.stderr == (
+        f"distgpt: error: {started_again} holds checkpoints: --run.fresh wants an empty run directory\n"
+    )
+    assert jobs.exit_report(started_again)["code"] == 73
+    assert jobs.checkpoints(started_again) == before
+
+
+def interrupt(run: Path, ranks: int, arguments: list[str], number: signal.Signals) -> int:
+    """Send a job a signal in mid-run; the step that it stopped and was saved at."""
+    job = jobs.Job(jobs.torchrun_command(ranks, *arguments))
+    job.read_until("step  2/60 ")
+    job.signal(number)
+    ended = job.finish()
+    assert ended.code != 0
+    report = jobs.exit_report(run)
+    assert report["code"] == 75, ended
+    step = int(report["step"])
+    assert 2 <= step < 60
+    assert report["cause"].startswith("interrupted by ")
+    assert report["cause"].endswith(f"step {step} of 60 is saved, run it again to go on")
+    assert f"distgpt: {report['cause']}" in ended.stderr.splitlines()
+    assert ended.error_lines == []
+    assert ended.stderr.count("distgpt: interrupted") == 1
+    assert list(jobs.losses(run)) == list(range(1, step + 1))
+    assert jobs.checkpoints(run)[-1] == f"step-{step:08d}"
+    return step

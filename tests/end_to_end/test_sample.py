@@ -1,0 +1,111 @@
+"""What is done with a trained run: sample from it and evaluate it."""
+
+import re
+from collections.abc import Callable
+
+import pytest
+
+from tests import jobs
+from tests.end_to_end.conftest import Trained
+
+PROMPT = "a golden rose"
+SAMPLE = {
+    "seed 1": ["--seed=1"],
+    "seed 1 again": ["--seed=1"],
+    "seed 2": ["--seed=2"],
+    "several": ["--samples=3", f"--prompt={PROMPT}"],
+    "greedy": ["--temperature=0", "--tokens=30"],
+    "top k 1": ["--top-k=1", "--tokens=30"],
+    "unknown character": ["--prompt=ärger ☃"],
+    "bad temperature": ["--temperature=-1"],
+}
+
+
+@pytest.fixture(scope="module")
+def sampled(whole: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFactory) -> dict[str, jobs.Ended]:
+    """`python -m distgpt.sample` with each of these arguments."""
+    run = str(whole("fsdp").run)  # one process reads what two wrote
+    doors = {
+        name: lambda arguments=arguments: jobs.door("sample", run, "--tokens=100", *arguments)
+        for name, arguments in SAMPLE.items()
+    }
+    nowhere = tmp_path_factory.mktemp("nowhere")
+    doors["no run"] = lambda: jobs.door("sample", nowhere)
+    return jobs.all_at_once(doors)
+
+
+def test_the_same_seed_writes_the_same_text(sampled: dict[str, jobs.Ended]) -> None:
+    assert sampled["seed 1"].code == 0, sampled["seed 1"]
+    assert sampled["seed 1"].stdout == sampled["seed 1 again"].stdout
+    assert sampled["seed 1"].stdout != sampled["seed 2"].stdout
+    assert len(sampled["seed 1"].stdout) == 101  # characters and a newline
+    assert sampled["seed 1"].stderr == ""
+
+
+def test_several_samples_go_on_from_the_prompt(sampled: dict[str, jobs.Ended]) -> None:
+    parts = re.split(r"--- sample \d of 3 ---\n", sampled["several"].stdout)
+    assert parts[0] == ""
+    assert len(parts) == 4
+    assert all(text.startswith(PROMPT) and len(text) == len(PROMPT) + 101 for text in parts[1:])
+    assert len(set(parts[1:])) == 3
+
+
+def test_greedy_is_the_likeliest(sampled: dict[str, jobs.Ended]) -> None:
+    assert sampled["greedy"].code == 0
+    assert sampled["greedy"].stdout == sampled["top k 1"].stdout
+
+
+def test_an_unknown_character_is_one_clear_line(sampled: dict[str, jobs.Ended]) -> None:
+    ended = sampled["unknown character"]
+    assert (ended.code, ended.stdout) == (2, "")
+    assert ended.stderr.startswith("distgpt: error: --prompt: ")
+    assert "ä" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_temperature_that_cannot_be_is_one_clear_line(sampled: dict[str, jobs.Ended]) -> None:
+    ended = sampled["bad temperature"]
+    assert ended.code == 2
+    assert ended.stderr.startswith("distgpt: error: ")
+    assert "temperature -1" in ended.stderr
+    assert ended.stderr.count("\n") == 1
+
+
+def test_a_directory_that_is_no_run_is_one_clear_line(sampled: dict[str, jobs.Ended]) -> None:
+    ended = sampled["no run"]
+    assert (ended.code, ended.stdout) == (65, "")
+    assert re.fullmatch(r"distgpt: error: .* holds no checkpoint: train one with .*\n", ended.stderr)
+
+
+@pytest.fixture(scope="module")
+def evaluated(whole: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFactory) -> dict[str, jobs.Ended]:
+    """`python -m distgpt.evaluate`, on the run's windows and on data with another tokenizer."""
+    run = whole("fsdp").run
+    root = tmp_path_factory.mktemp("evaluate")
+    (root / "text.txt").write_text("0123456789" * 1000)
+    made = jobs.door("prepare", "--input", root / "text.txt", "--output", root / "other", "--tokenizer", "char")
+    assert made.code == 0, made
+    return jobs.all_at_once(
+        {
+            "same windows": lambda: jobs.door("evaluate", run, "--sequences=30"),
+            "other tokenizer": lambda: jobs.door("evaluate", run, f"--data={root / 'other'}"),
+        }
+    )
+
+
+def test_evaluate_finds_the_loss_that_the_run_logged(
+    evaluated: dict[str, jobs.Ended], whole: Callable[[str], Trained]
+) -> None:
+    line = evaluated["same windows"].stdout
+    assert evaluated["same windows"].stderr == ""
+    found = re.fullmatch(
+        r"step 60 \| val loss (\d\.\d{4}) \| \d\.\d{3} bits/byte \| 30 windows of 16 tokens .*\n", line
+    )
+    assert found, evaluated["same windows"]
+    assert float(found[1]) == pytest.approx(jobs.val_losses(whole("fsdp").run)[60], abs=1e-4)
+
+
+def test_evaluate_refuses_another_tokenizer(evaluated: dict[str, jobs.Ended]) -> None:
+    ended = evaluated["other tokenizer"]
+    assert (ended.code, ended.stdout) == (65, "")
+    assert re.fullmatch(r"distgpt: error: .* was prepared with another tokenizer than .*\n", ended.stderr)

@@ -1,0 +1,127 @@
+"""Real jobs on tinyshakespeare: they learn, and what they learn does not depend on the topology."""
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distgpt.config import resolve
+from distgpt.corpus.shards import open_dataset
+from tests import jobs
+from tests.end_to_end.conftest import ARGUMENTS, RANKS, Trained
+
+# The ancestor's shape, smaller, without dropout.
+SEED_SHAPED = (
+    *("seed", "--model.n_layer=2", "--model.n_embd=48", "--model.block_size=64", "--model.dropout=0"),
+    *("--train.global_batch=16", "--train.steps=50", "--train.dtype=float32", "--optim.lr=1e-3", "--log.every=1"),
+    *("--eval.every=25", "--eval.sequences=60", "--eval.sample_tokens=40", "--checkpoint.every=0"),
+)
+# Different micro-batches on purpose: without dropout they must not matter.
+MICRO_BATCH = {"single": 16, "ddp": 4, "fsdp": 8}
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def seed_shaped(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The run directories of 50 steps of one process, of two with DDP and of two with FSDP."""
+    root = tmp_path_factory.mktemp("seed-shaped")
+    for strategy, micro_batch in MICRO_BATCH.items():
+        arguments = [f"--data.path={prepared}", f"--run.dir={root / strategy}", f"--train.micro_batch={micro_batch}"]
+        ended = jobs.train(RANKS[strategy], *SEED_SHAPED, *arguments, *ARGUMENTS[strategy])
+        assert ended.code == 0, ended
+    return {strategy: root / strategy for strategy in MICRO_BATCH}
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_two_processes_give_the_losses_of_one(seed_shaped: dict[str, Path], strategy: str) -> None:
+    one, two = (jobs.losses(seed_shaped[name]) for name in ("single", strategy))
+    assert list(one) == list(range(1, 51))
+    assert two == pytest.approx(one, abs=TOLERANCE)
+    one, two = (jobs.val_losses(seed_shaped[name]) for name in ("single", strategy))
+    assert list(one) == [25, 50]
+    assert two == pytest.approx(one, abs=TOLERANCE)
+
+
+def test_it_learns(seed_shaped: dict[str, Path], prepared: Path) -> None:
+    knows_nothing = math.log(open_dataset(prepared).vocab_size)
+    losses, val_losses = jobs.losses(seed_shaped["single"]), jobs.val_losses(seed_shaped["single"])
+    assert losses[1] == pytest.approx(knows_nothing, abs=0.1)
+    assert val_losses[50] < val_losses[25] < 0.9 * knows_nothing
+    assert val_losses[50] < 0.8 * knows_nothing
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp"])
+def test_dropout_does_not_depend_on_the_topology_either(whole: Callable[[str], Trained], strategy: str) -> None:
+    one, several = (whole(name).run for name in ("single", strategy))
+    assert list(jobs.losses(one)) == list(range(1, 61))
+    assert jobs.losses(several) == pytest.approx(jobs.losses(one), abs=TOLERANCE)
+    assert jobs.val_losses(several) == pytest.approx(jobs.val_losses(one), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "hsdp"])
+def test_the_console_says_what_goes_on_and_nothing_on_stderr(whole: Callable[[str], Trained], strategy: str) -> None:
+    ended = whole(strategy).ended
+    assert ended.stderr == ""
+    lines = ended.stdout.splitlines()
+    accumulation = 4 // RANKS[strategy]
+    for fact in (
+        *(" tokens, vocabulary ", " parameters, computes in float32", f"devices   {RANKS[strategy]} x cpu ("),
+        f"batch     8 sequences of 16 tokens = {RANKS[strategy]} ranks x 2 x {accumulation} accumulation steps",
+        *(f"strategy  {strategy}, ", f"starting in {whole(strategy).run}"),
+    ):
+        assert fact in ended.stdout
+    assert len([line for line in lines if " | loss " in line]) == 60
+    assert len([line for line in lines if " | val loss " in line]) == 3
+    assert lines[-1].startswith("done: step 60 in ")
+    assert len(lines) == 6 + 60 + 3 + 1
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_run_directory_holds_what_the_contract_says(
+    whole: Callable[[str], Trained], prepared: Path, strategy: str
+) -> None:
+    run = whole(strategy).run
+    names = {*("LOCK", "checkpoints", "config.toml", "exit.json", "logs", "metrics.jsonl", "plots", "tb")}
+    assert {path.name for path in run.iterdir()} == names
+    assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
+    assert (run / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
+    report = jobs.exit_report(run)
+    assert (report["code"], report["cause"], report["rank"], report["step"]) == (0, "done", 0, 60)
+    arguments = [*jobs.TINY, f"--data.path={prepared}", f"--run.dir={run}", *ARGUMENTS[strategy]]
+    assert resolve([str(run / "config.toml")], {}) == resolve(arguments, {})
+
+
+def test_metrics_have_the_fields_of_the_contract(whole: Callable[[str], Trained]) -> None:
+    lines = jobs.metrics(whole("ddp").run)
+    for line in lines:
+        fields = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds"}
+        if "val_loss" in line:
+            fields = {"step", "val_loss", "val_perplexity", "val_bits_per_byte"}
+            assert line["val_perplexity"] == pytest.approx(math.exp(line["val_loss"]))
+        assert fields <= line.keys()
+    trained = [line for line in lines if "loss" in line]
+    assert [line["tokens"] for line in trained] == [step * 8 * 16 for step in range(1, 61)]
+    assert {line["lr"] for line in trained} == {1e-3}
+    assert all(line["seconds"] > 0 and line["grad_norm"] > 0 for line in trained)
+
+
+@pytest.mark.parametrize(("strategy", "kept"), [("ddp", [60]), ("fsdp", [52, 56, 60])])
+def test_the_newest_checkpoints_are_kept(whole: Callable[[str], Trained], strategy: str, kept: list[int]) -> None:
+    # The last one is the best as well.
+    assert jobs.checkpoints(whole(strategy).run) == [f"step-{step:08d}" for step in kept]
+
+
+def test_tensorboard_shows_the_curves_the_config_and_samples(seed_shaped: dict[str, Path]) -> None:
+    run = seed_shaped["fsdp"]
+    accumulator = EventAccumulator(str(run / "tb"))
+    accumulator.Reload()
+    for tag, values in {"train/loss": jobs.losses(run), "eval/loss": jobs.val_losses(run)}.items():
+        shown = {event.step: event.value for event in accumulator.Scalars(tag)}
+        assert shown == pytest.approx(values, abs=1e-5)
+    assert {"train/lr", "train/grad_norm", "perf/tokens_per_second"} <= set(accumulator.Tags()["scalars"])
+    samples = accumulator.Tensors("sample/text_summary")
+    assert [event.step for event in samples] == [25, 50]
+    config = accumulator.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "n_embd = 48" in config
