@@ -4,11 +4,13 @@ A user's mistake is an exception with one clear line: what is wrong, where, and 
 `main_guard` turns it into that line on stderr and the exit code; anything else is our bug and keeps its traceback.
 """
 
+import argparse
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
 
@@ -76,3 +78,13 @@ def main_guard(main: Callable[[], T]) -> T:
         # The reader left (`| head`): point stdout at nothing so that the interpreter's last flush is quiet.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_IO)
+    except Exception:
+        traceback.print_exc()
+        sys.exit(EXIT_BUG)
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose complaint is a UsageError, one line like all others."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (--help shows the options)")

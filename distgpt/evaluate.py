@@ -2,12 +2,12 @@
 
 import argparse
 
-from distgpt.errors import main_guard
+from distgpt.errors import Parser, main_guard
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line. Ends the process with 2 for one that cannot be."""
-    parser = argparse.ArgumentParser(
+    """The command line. Raises UsageError."""
+    parser = Parser(
         prog="python -m distgpt.evaluate", description="The validation loss of a run's newest good checkpoint."
     )
     parser.add_argument("run", metavar="RUN", help="run directory")
@@ -18,7 +18,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     # Before torch, which takes seconds to import: --help and a mistyped flag answer at once.
-    ARGUMENTS = parse_arguments()
+    ARGUMENTS = main_guard(parse_arguments)
 
 import sys
 from pathlib import Path
@@ -38,6 +38,8 @@ def main(arguments: argparse.Namespace) -> None:
     if arguments.sequences is not None and arguments.sequences < 1:
         raise UsageError(f"--sequences is {arguments.sequences}: it must be positive")
     runtime = this_rank()
+    if runtime.distributed:
+        raise UsageError("evaluate is one process: start it without torchrun")
     with joined(runtime, timeout=0):
         model, tokenizer, state = load_for_inference(Path(arguments.run), runtime.device)
         config = from_dict(state.config, source=arguments.run)

@@ -8,15 +8,15 @@ import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 from tqdm import tqdm
 
 from distgpt.corpus import pipeline, shards, sources, staging
-from distgpt.corpus.pipeline import Encoder, Scan
+from distgpt.corpus.pipeline import Encoder, Scan, Unit
 from distgpt.corpus.sources import STDIN, Source
 from distgpt.corpus.tokenizer import (
     MAX_VOCAB_SIZE,
@@ -29,7 +29,7 @@ from distgpt.corpus.tokenizer import (
     load_tokenizer,
 )
 from distgpt.corpus.workers import Workers
-from distgpt.errors import DataError, DirectoryError, Interrupted, StorageError, UsageError, main_guard
+from distgpt.errors import DataError, DirectoryError, Interrupted, Parser, StorageError, UsageError, main_guard
 
 DEFAULT_OUTPUT = Path("data/stdlib")
 DEFAULT_VOCAB_SIZE = 8192
@@ -69,7 +69,7 @@ def main() -> None:
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The checked command line. Raises UsageError."""
-    parser = _Parser(
+    parser = Parser(
         prog="python -m distgpt.prepare",
         description=HELP,
         epilog=EPILOG,
@@ -94,6 +94,12 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         metavar="KEY",
         help="what holds the text in .jsonl and .parquet (default: text); with -, JSON lines",
     )
+    add(
+        "--task",
+        type=_task,
+        metavar="I/N",
+        help="do share I (from 0) of N; start all N, at once or not: the last to end writes the output",
+    )
     add("--overwrite", action="store_true", help="prepare again and replace the output, in one step")
     add("--verify", type=Path, metavar="DIR", help="check every file of a prepared directory instead")
     options = parser.parse_args(arguments)
@@ -101,9 +107,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     return options
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help shows the options)")
+def _task(text: str) -> tuple[int, int]:
+    index, _, count = text.partition("/")
+    if not (index.isdecimal() and count.isdecimal() and int(index) < int(count)):
+        raise argparse.ArgumentTypeError(f"{text} is not I/N with I from 0 to N - 1")
+    return int(index), int(count)
 
 
 def _check(options: argparse.Namespace) -> None:
@@ -114,6 +122,8 @@ def _check(options: argparse.Namespace) -> None:
     options.output = options.output or DEFAULT_OUTPUT
     if not Path(os.path.realpath(options.output)).name:
         raise UsageError(f"--output {options.output} cannot become a dataset")
+    if options.task and (options.overwrite or STDIN in (options.input or [])):
+        raise UsageError("--task goes without --overwrite and without standard input")
     if not 0 < options.val_fraction < 1:
         raise UsageError(f"--val-fraction is {options.val_fraction}: it must be above 0 and below 1")
     for name in ("workers", "shard_tokens"):
@@ -146,16 +156,42 @@ def _prepare(options: argparse.Namespace, output: Path) -> None:
             return
         if options.tokenizer == "gpt2":
             given = gpt2()
+        if options.task:
+            _prepare_share(inputs, given, options, settings, output, workers)
+            return
         with staging.staging(output) as directory:
             _spool(inputs, directory)
             found = _scan(inputs, given, options, workers)
             if exists and not options.overwrite:
                 _end_with_existing(options, output, found)
                 return
-            started = time.monotonic()
-            meta = _build(found, given, options, settings, directory, workers)
-            staging.commit(directory, output)
-    _summary(options, meta, found, time.monotonic() - started)
+            _build(found, given, options, settings, directory, output, workers)
+
+
+def _prepare_share(
+    inputs: Sequence[Source],
+    given: Tokenizer | None,
+    options: argparse.Namespace,
+    settings: dict[str, Any],
+    output: Path,
+    workers: Workers,
+) -> None:
+    """Encode this task's share beside the others, which may run on other hosts; build if no part is missing then."""
+    found = _scan(inputs, given, options, workers)
+    units, (index, count) = pipeline.units(found), options.task
+    share = units[len(units) * index // count : len(units) * (index + 1) // count]
+
+    def set_up(directory: Path) -> None:
+        _tokenizer(found, given, options, directory, workers)
+
+    with staging.shared(output, _job(found, settings), set_up) as directory:
+        _encode(share, found, load_tokenizer(directory / "tokenizer.json"), directory, workers)
+    # Of the tasks that let go of the directory, the last gets it for itself and finds every part there.
+    with suppress(DirectoryError), staging.staging(output) as directory:
+        if all(pipeline.is_done(unit, directory / "parts") for unit in units):
+            _build(found, given, options, settings, directory, output, workers)
+            return
+    print(f"task {index} of {count} is done; the last of the others writes {options.output}")
 
 
 def _inputs(options: argparse.Namespace, output: Path) -> list[Source]:
@@ -241,30 +277,23 @@ def _build(
     options: argparse.Namespace,
     settings: dict[str, Any],
     directory: Path,
+    output: Path,
     workers: Workers,
-) -> dict[str, Any]:
-    """Make the dataset in the staging directory; gives its meta.json."""
+) -> None:
+    """Make the dataset in the staging directory, give it its name, and say what it is."""
+    started = time.monotonic()
     staging.begin(directory, _job(found, settings))
     tokenizer = _tokenizer(found, given, options, directory, workers)
-    eot_id = tokenizer.eot_id if found.documents > 1 else None
-    encoder = Encoder(
-        tokenizer=directory / "tokenizer.json",
-        huggingface=_needs_huggingface(found, tokenizer),
-        eot_id=eot_id,
-        hashes=pipeline.long_document_hashes(found, workers) if found.documents > 1 else {},
-    )
-    parts, units = directory / "parts", pipeline.units(found)
-    todo = [unit for unit in units if not pipeline.is_done(unit, parts)]
-    if len(todo) < len(units):
-        _say(f"going on: {len(units) - len(todo)} of {len(units)} parts are done")
-    with _Progress("encoding", sum(unit.text_bytes for unit in todo)) as advance:
-        pipeline.encode(todo, parts, encoder=encoder, workers=workers, advance=advance)
+    _encode(pipeline.units(found), found, tokenizer, directory, workers)
+    parts = directory / "parts"
     with _Progress("writing", sum(os.path.getsize(part) for part in parts.iterdir())) as advance:
-        return shards.write_dataset(
+        meta = shards.write_dataset(
             directory / "dataset",
-            pipeline.merged(parts, len(units), documents=found.documents, val_fraction=options.val_fraction),
+            pipeline.merged(
+                parts, len(pipeline.units(found)), documents=found.documents, val_fraction=options.val_fraction
+            ),
             tokenizer=tokenizer,
-            eot_id=eot_id,
+            eot_id=_eot_id(found, tokenizer),
             shard_tokens=options.shard_tokens,
             about={
                 "options": settings,
@@ -272,6 +301,30 @@ def _build(
             },
             advance=advance,
         )
+    staging.commit(directory, output)
+    _summary(options, meta, found, time.monotonic() - started)
+
+
+def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory: Path, workers: Workers) -> None:
+    """Write the parts of these units that are not there yet."""
+    parts = directory / "parts"
+    todo = [unit for unit in units if not pipeline.is_done(unit, parts)]
+    if len(todo) < len(units):
+        _say(f"going on: {len(units) - len(todo)} of {len(units)} parts are done")
+    if not todo:
+        return
+    encoder = Encoder(
+        tokenizer=directory / "tokenizer.json",
+        huggingface=_needs_huggingface(found, tokenizer),
+        eot_id=_eot_id(found, tokenizer),
+        hashes=pipeline.long_document_hashes(found, workers) if found.documents > 1 else {},
+    )
+    with _Progress("encoding", sum(unit.text_bytes for unit in todo)) as advance:
+        pipeline.encode(todo, parts, encoder=encoder, workers=workers, advance=advance)
+
+
+def _eot_id(found: Scan, tokenizer: Tokenizer) -> int | None:
+    return tokenizer.eot_id if found.documents > 1 else None
 
 
 def _tokenizer(

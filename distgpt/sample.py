@@ -2,12 +2,12 @@
 
 import argparse
 
-from distgpt.errors import main_guard
+from distgpt.errors import Parser, main_guard
 
 
 def parse_arguments() -> argparse.Namespace:
-    """The command line. Ends the process with 2 for one that cannot be."""
-    parser = argparse.ArgumentParser(prog="python -m distgpt.sample", description="Write text with a trained model.")
+    """The command line. Raises UsageError."""
+    parser = Parser(prog="python -m distgpt.sample", description="Write text with a trained model.")
     parser.add_argument("run", metavar="RUN", help="run directory; its newest good checkpoint is used")
     parser.add_argument("--prompt", default="", help="text to go on from (default: none)")
     parser.add_argument("--tokens", type=int, default=500, metavar="N", help="tokens to write (default: 500)")
@@ -25,7 +25,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     # Before torch, which takes seconds to import: --help and a mistyped flag answer at once.
-    ARGUMENTS = parse_arguments()
+    ARGUMENTS = main_guard(parse_arguments)
 
 import codecs
 from pathlib import Path
@@ -66,6 +66,8 @@ def main(arguments: argparse.Namespace) -> None:
         except ValueError as error:
             raise UsageError(str(error)) from None
         for ids in drawn:
+            if ids[0] == model.eot_id:
+                break
             print(text.decode(tokenizer.decode_bytes(ids)), end="", flush=True)
         print(text.decode(b"", final=True))
 

@@ -8,7 +8,7 @@ position in the global batch), whatever the number of ranks and however often th
 
 import sys
 
-from distgpt.config import Config, config_from_command_line, to_toml
+from distgpt.config import Config, config_from_command_line, to_dict, to_toml
 from distgpt.errors import main_guard
 
 ABOUT = "Train a GPT on a prepared corpus, or go on with the run in its run directory."
@@ -20,8 +20,10 @@ if __name__ == "__main__":
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -39,7 +41,7 @@ from distgpt.cluster.parallel import (
     inference,
     micro_batch_size,
 )
-from distgpt.cluster.reduction import grad_norm_of, mean_loss_and_any
+from distgpt.cluster.reduction import grad_norm_of, mean_loss_and_any, require_agreement, weight_norm_of
 from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.runtime import Runtime, compute_dtype, joined, this_rank
 from distgpt.corpus.loader import EvaluationBatches, Loader, MicroBatch
@@ -57,8 +59,8 @@ log = logging.getLogger("distgpt")
 def main(config: Config) -> None:
     """Check, join the other ranks, train, leave. Whatever ends the run early ends this process."""
     die_with_agent()
-    runtime = this_rank()
-    with Run(RunPaths(config.run_dir), runtime.rank) as run:
+    with Run(RunPaths(config.run_dir), int(os.environ.get("RANK", "0"))) as run:
+        runtime = this_rank()
         dataset = open_dataset(Path(config.data.path))
         micro_batch = micro_batch_size(config, runtime)
         require_same_run(run.paths.checkpoints, config, dataset)
@@ -70,6 +72,7 @@ def main(config: Config) -> None:
             warn_if_full(run, config, dataset)
         with joined(runtime, timeout=config.health.timeout):
             run.joined()
+            require_agreement({**to_dict(config), "data": dataset.fingerprint}, runtime)
             train(config, run, runtime, dataset, micro_batch)
 
 
@@ -151,7 +154,9 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
             loss = accumulate_gradients(model, loader.next_step(), step, config, runtime, dtype)
             grad_norm = grad_norm_of(model)
             mean_loss, stop = mean_loss_and_any(loss, run.stop_requested is not None, runtime)
-            require_finite(mean_loss, grad_norm.item(), step, config, loader)
+            if not math.isfinite(mean_loss) or not math.isfinite(grad_norm.item()):
+                checkpointer.wait()
+                stop_before_update(mean_loss, grad_norm.item(), step, config, loader)
             if config.optim.grad_clip:
                 nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.grad_clip, grad_norm)
             optimizer.step()
@@ -159,9 +164,11 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
 
             run.step = step
             wait = loader.take_data_wait()
+            checkpointer.poll()
             progress.step(step, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), data_wait=wait)
             val_loss = None
             if is_due(step, config.eval.every, last):
+                require_finite_weights(model, step)
                 with progress.evaluating():
                     found = evaluate(model, validation, tokenizer=tokenizer, runtime=runtime, dtype=dtype)
                     progress.evaluation(step, found)
@@ -169,6 +176,7 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
                         progress.sample(step, sample_text(model, tokenizer, step, config, runtime, dtype))
                 val_loss = found.val_loss
             if is_due(step, config.checkpoint.every, last) or stop:
+                require_finite_weights(model, step)
                 with progress.checkpointing():
                     checkpointer.save(step, val_loss=val_loss)
             if stop and step < last:
@@ -205,19 +213,22 @@ def dropout_seed(seed: int, step: int, micro_batch_index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def require_finite(loss: float, grad_norm: float, step: int, config: Config, loader: Loader) -> None:
-    """Raise DataError on all ranks, before the update, if the loss or any gradient is NaN or infinite."""
-    if math.isfinite(loss) and math.isfinite(grad_norm):
-        return
-    shards, offsets = loader.places(step)
-    log.error(
-        "step %d, windows of this rank as (shard, token offset): %s", step, list(zip(shards, offsets, strict=True))
-    )
-    first = (step - 1) * config.train.global_batch
+def stop_before_update(loss: float, grad_norm: float, step: int, config: Config, loader: Loader) -> NoReturn:
+    """Log where the sequences of a step came from whose loss or gradients are NaN or infinite. Raises DataError."""
+    completed = step - 1
+    places = [(int(shard), int(offset)) for shard, offset in zip(*loader.places(completed), strict=True)]
+    log.error("step %d, windows of this rank as (shard, token offset): %s", step, places)
+    first = completed * config.train.global_batch
     raise DataError(
         f"loss {loss} and gradient norm {grad_norm} at step {step}: stopped before the update; samples {first} to "
         f"{first + config.train.global_batch - 1} (their places are in logs/); lower optim.lr or set optim.grad_clip"
     )
+
+
+def require_finite_weights(model: nn.Module, step: int) -> None:
+    """Raise DataError on all ranks rather than keep or try weights that an update made NaN or infinite."""
+    if not math.isfinite(weight_norm_of(model).item()):
+        raise DataError(f"the update of step {step} left weights that are not finite: nothing is saved; lower optim.lr")
 
 
 def warn_if_full(run: Run, config: Config, dataset: Dataset) -> None:
@@ -269,4 +280,4 @@ def describe(
 
 
 if __name__ == "__main__":
-    main(CONFIG)
+    main_guard(lambda: main(CONFIG))

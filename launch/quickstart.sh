@@ -3,6 +3,7 @@
 #   launch/quickstart.sh [--section.key=value ...]
 . "$(dirname "$0")/environment.sh"
 environment ""
+case " $* " in *" --help "* | *" -h "*) exec python -m distgpt.train --help ;; esac
 run=$(python -m distgpt.train quickstart "$@" --print-config | sed -n 's/^dir = "\(.*\)"$/\1/p')
 
 python -m distgpt.prepare

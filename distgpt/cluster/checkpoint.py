@@ -16,6 +16,7 @@ import logging
 import os
 import pickle
 import shutil
+import socket
 import time
 import warnings
 from collections.abc import Callable, Sequence
@@ -119,7 +120,10 @@ class Checkpointer:
         Says in one line what it skipped and why, and moves that aside. Raises DataError if every one is broken.
         """
         broken: dict[str, str] = {}
-        for checkpoint in committed(self._directory):
+        # Rank 0's list: on a network file system another rank's may be stale, and each would take another checkpoint.
+        for name in self._together(lambda: [checkpoint.name for checkpoint in committed(self._directory)])[0]:
+            checkpoint = self._directory / name
+            self._together(partial(_require_visible, checkpoint))
             shares = self._together(partial(damage, checkpoint, self._runtime.rank, self._runtime.world_size))
             problems = [problem for share in shares for problem in share]
             if not problems:
@@ -172,6 +176,11 @@ class Checkpointer:
             self._say(f"CHECKPOINT NOT SAVED, training goes on: {error}")
             return False
         return True
+
+    def poll(self) -> None:
+        """Tell of a save in the background that failed, once it has."""
+        if self._pending is not None and self._pending.done():
+            self.wait()
 
     def require_saved(self, step: int) -> None:
         """Wait for the save under way, the last one. Raises StorageError if `step` is not on the disk after it."""
@@ -268,6 +277,12 @@ class Checkpointer:
             if isinstance(result, _Failure):
                 raise StorageError(str(result))
         return results
+
+
+def _require_visible(checkpoint: Path) -> None:
+    """Raise StorageError if this rank does not see what rank 0 sees; that says nothing against the checkpoint."""
+    if not checkpoint.is_dir():
+        raise StorageError(f"{socket.gethostname()} does not see {checkpoint}: is the run directory on a shared disk?")
 
 
 def _path(directory: Path, step: int) -> Path:
@@ -410,6 +425,7 @@ class _MetadataUnpickler(pickle.Unpickler):
     )
 
     def find_class(self, module: str, name: str) -> Any:
+        module = "pathlib" if module == "pathlib._local" else module  # where Python 3.13 pickles it from
         if (module, name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)

@@ -32,7 +32,7 @@ log.addHandler(logging.NullHandler())
 log.propagate = False  # what a person should read is printed; the log is for logs/
 logging.raiseExceptions = False  # a line of it that a full disk has no room for is lost, without a traceback on stderr
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 PR_SET_PDEATHSIG = 1
 
 
@@ -50,9 +50,9 @@ class Run:
     """One rank's part in a run, from its first moment to its exit code.
 
     As a context manager it turns whatever ends the run into an exit code, exit.json and one line on stderr from the
-    rank that knew first. SIGTERM, SIGINT and SIGUSR1 ask to stop at a step that all ranks agree on. Until `training()`
-    there is nothing to save, and the main thread may be deep in a rendezvous where Python handlers do not run: a
-    thread that the C-level handler wakes ends the process. After it, a signal only sets `stop_requested`.
+    rank that knew first. SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask to stop at a step that all ranks agree on. Until
+    `training()` there is nothing to save, and the main thread may be deep in a rendezvous where Python handlers do not
+    run: a thread that the C-level handler wakes ends the process. After it, a signal only sets `stop_requested`.
     """
 
     def __init__(self, paths: RunPaths, rank: int) -> None:
@@ -101,7 +101,7 @@ class Run:
             if self.rank == 0:
                 write_exit_report(self.paths, code=EXIT_OK, cause="done", rank=0, step=self.step)
             return
-        code, cause = outcome(error)
+        code, cause = outcome(error, training=not self._starting)
         log.error("%s", cause, exc_info=error if code == EXIT_BUG else None)
         if self._report(code, cause):
             if code == EXIT_BUG:
@@ -140,26 +140,37 @@ class Run:
                 _leave(EXIT_INTERRUPTED)
 
 
-def outcome(error: BaseException) -> tuple[int, str]:
-    """The exit code and the line for whatever ended a run."""
+def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:
+    """The exit code and the line for whatever ended a run, `training` or still starting."""
     if isinstance(error, DistgptError):
         return error.code, str(error)
     text = str(error)
     first_line = next(iter(text.splitlines()), type(error).__name__)
-    if _is_lost_peer(error):
+    if _is_lost_peer(error, training):
         return EXIT_INTERRUPTED, f"lost contact with the other ranks ({first_line}): run it again to go on"
-    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError):
+    out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    if out_of_memory or "DefaultCPUAllocator" in text:
         return EXIT_USAGE, f"out of memory ({first_line}): lower train.micro_batch or shard with parallel.strategy=fsdp"
     if isinstance(error, OSError):
         return EXIT_IO, f"{error.strerror or first_line}{f': {error.filename}' if error.filename else ''}"
     return EXIT_BUG, f"{type(error).__name__}: {first_line}"
 
 
-def _is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed because another rank is gone; gloo says so in a plain RuntimeError."""
+def _is_lost_peer(error: BaseException, training: bool) -> bool:
+    """Whether a collective failed because another rank is gone; gloo says so in a plain RuntimeError.
+
+    In training, all that gloo complains of is that; before, it may be an interface or a host name that is wrong.
+    """
     if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
         return True
-    signs = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "gloo")
+    signs: tuple[str, ...] = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Timed out waiting",
+    )
+    if training:
+        signs = (*signs, "gloo")
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
 
 

@@ -22,8 +22,8 @@ from distgpt.model.gpt import GPT, count_parameters
 BYTES_PER_PARAMETER = 16
 # What replicas may take of a device; the rest is for activations.
 REPLICA_SHARE = 0.6
-# Tokens per forward when train.micro_batch is 0: more fills no CPU cache and most GPUs no better.
-AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 32768}
+# Tokens per forward when train.micro_batch is 0: a CPU's caches hold no more, and a GPU is busy with these.
+AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
 def micro_batch_size(config: Config, runtime: Runtime) -> int:

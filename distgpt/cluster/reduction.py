@@ -1,11 +1,15 @@
 """What ranks tell each other every step, besides gradients."""
 
+import socket
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from distgpt.cluster.runtime import Runtime
+from distgpt.errors import UsageError
 
 
 def mean_loss_and_any(loss: Tensor, flag: bool, runtime: Runtime) -> tuple[float, bool]:
@@ -22,6 +26,25 @@ def grad_norm_of(model: nn.Module) -> Tensor:
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def weight_norm_of(model: nn.Module) -> Tensor:
+    """The L2 norm of all weights, over all shards."""
+    norm = nn.utils.get_total_norm([p.detach() for p in model.parameters()])
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def require_agreement(facts: dict[str, Any], runtime: Runtime) -> None:
+    """Raise UsageError on all ranks, naming the first that differs from rank 0 and in what."""
+    if not runtime.distributed:
+        return
+    everyone: list[Any] = [None] * runtime.world_size
+    dist.all_gather_object(everyone, (socket.gethostname(), facts))
+    _, expected = everyone[0]
+    for rank, (host, theirs) in enumerate(everyone):
+        different = [key for key in expected if theirs[key] != expected[key]]
+        if different:
+            raise UsageError(f"rank {rank} on {host} was started with another {', '.join(different)} than rank 0")
 
 
 def sum_over_ranks(values: Tensor, runtime: Runtime) -> Tensor:

@@ -76,17 +76,20 @@ class RunLock:
         try:
             fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            owner = _owner(self._fd)
+            holder = _owner(self._fd)
             os.close(self._fd)
             if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
                 raise DirectoryError(
-                    f"the run directory {paths.root} is in use by {owner}; wait for it or choose another --run.dir"
+                    f"the run directory {paths.root} is in use by {holder}; wait for it or choose another --run.dir"
                 ) from None
             raise StorageError(f"cannot lock {paths.lock}: {error.strerror}; choose a --run.dir with locks") from None
-        paths.exit_report.unlink(missing_ok=True)  # how the last run ended says nothing of this one
-        now = time.strftime("%Y-%m-%d %H:%M:%S %z")
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "started": now}).encode(), 0)
+        owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
+        try:
+            paths.exit_report.unlink(missing_ok=True)  # how the last run ended says nothing of this one
+            os.ftruncate(self._fd, 0)
+            os.pwrite(self._fd, json.dumps(owner).encode(), 0)
+        except OSError as error:
+            raise StorageError(f"cannot write {paths.lock}: {error.strerror}") from None
 
 
 def lock_holder(paths: RunPaths) -> str | None:

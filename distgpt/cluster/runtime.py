@@ -14,6 +14,8 @@ from distgpt.errors import UsageError
 
 # glibc's mallopt, malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+# Hashing a corpus for the first time runs at the speed of its disk.
+CHECKS_TIMEOUT = timedelta(days=1)
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ def joined(runtime: Runtime, *, timeout: float) -> Iterator[None]:
     if not runtime.distributed:
         yield
         return
+    _await_rank_zero(runtime)
     on_gpu = runtime.device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -69,11 +72,23 @@ def joined(runtime: Runtime, *, timeout: float) -> Iterator[None]:
     dist.destroy_process_group()
 
 
+def _await_rank_zero(runtime: Runtime) -> None:
+    """Rank 0 comes here after it has checked the data, which may take longer than any rank should wait later on.
+
+    If it finds something wrong it ends, and torchrun ends the ranks that wait here.
+    """
+    store, _, _ = next(dist.rendezvous("env://", timeout=CHECKS_TIMEOUT))
+    if runtime.rank == 0:
+        store.set("distgpt/checked", "yes")
+    else:
+        store.wait(["distgpt/checked"], CHECKS_TIMEOUT)
+
+
 def threads_per_rank(local_world_size: int) -> int:
-    """An even share of the cores this process may use; OMP_NUM_THREADS above 1 is the user's word (1 is torchrun's)."""
-    asked = os.environ.get("OMP_NUM_THREADS", "1")
-    if asked.isdigit() and int(asked) > 1:
-        return int(asked)
+    """OMP_NUM_THREADS, or an even share of the cores this process may use: 1 under torchrun is torchrun's default."""
+    asked = os.environ.get("OMP_NUM_THREADS", "")
+    if asked.isdigit() and (int(asked) > 1 or "TORCHELASTIC_RUN_ID" not in os.environ):
+        return max(1, int(asked))
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     return max(1, cores // local_world_size)
 

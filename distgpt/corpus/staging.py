@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,26 @@ def staging(output: Path) -> Iterator[Path]:
             (directory / LOCK_NAME).unlink()
             with suppress(OSError):  # another process came in between
                 directory.rmdir()
+        os.close(lock)
+
+
+@contextmanager
+def shared(output: Path, job: Mapping[str, Any], set_up: Callable[[Path], None]) -> Iterator[Path]:
+    """The staging directory of `output`, held together with other processes that do a part of the same job each.
+
+    Whoever has it alone sets it up, which does no harm a second time; then all may write parts, and none commit.
+    Raises DirectoryError where something else is prepared in it or it cannot be made.
+    """
+    with suppress(DirectoryError), staging(output) as directory:
+        begin(directory, job)
+        set_up(directory)
+    directory = directory_of(output)
+    lock = _lock(directory, output, fcntl.LOCK_SH)
+    try:
+        if _job_of(directory) != job:
+            raise DirectoryError(f"another process is preparing {output}, or has just done so: start again")
+        yield directory
+    finally:
         os.close(lock)
 
 
@@ -111,7 +131,7 @@ def _job_of(directory: Path) -> object:
         return None
 
 
-def _lock(directory: Path, output: Path) -> int:
+def _lock(directory: Path, output: Path, kind: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> int:
     """The descriptor that holds the lock, until it is closed."""
     path = directory / LOCK_NAME
     while True:
@@ -126,7 +146,7 @@ def _lock(directory: Path, output: Path) -> int:
         except OSError as error:
             raise _cannot_write(output, error) from None
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(descriptor, kind)
         except BlockingIOError:
             os.close(descriptor)
             raise DirectoryError(f"another process is preparing {output}: wait for it, or stop it") from None

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from distgpt.cluster.runtime import compute_dtype, this_rank, threads_per_rank
+from distgpt.errors import UsageError
 
 CPU = torch.device("cpu")
 
@@ -27,11 +28,22 @@ def test_torchrun_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
     assert runtime.distributed
 
 
+def test_more_ranks_than_gpus_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match=r"4 ranks on this host but 2 GPUs: use --nproc_per_node=2"):
+        this_rank()
+
+
 def test_local_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     assert [threads_per_rank(n) for n in (1, 2, 3, 8, 100)] == [8, 4, 2, 1, 1]
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")  # torchrun's own default, not a wish
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert threads_per_rank(1) == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun's own default, not a wish
     assert threads_per_rank(2) == 4
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert threads_per_rank(8) == 3

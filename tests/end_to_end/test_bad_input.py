@@ -6,6 +6,7 @@ import os
 import re
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,6 +24,7 @@ EXPECTED = {
     "foreign token": (65, r"\S+/train-00000.bin is damaged: token 1,000 is 999, outside the vocabulary of [\d,]+; .*"),
     "short corpus": (65, r".*val.*"),
     "batch over ranks": (2, r"train.global_batch 8 does not divide over 3 ranks: take a global_batch of 6 or 9, or .*"),
+    "ranks over GPUs": (2, r"2 ranks on this host but 1 GPUs: use --nproc_per_node=1"),
     "micro batch": (2, r"train.micro_batch is 3, which does not divide train.global_batch = 8: take 1 or 2 or 4 or 8"),
     "head count": (2, r"model.n_head is 3, which does not divide model.n_embd = 16: take 1 or 2 or 4 or 8 heads"),
     "unknown key": (2, r"unknown key train.step: did you mean train.steps\?"),
@@ -36,6 +38,14 @@ EXPECTED = {
     "run dir under a file": (73, r"cannot write to the run directory \S+/file/run: Not a directory; choose another .*"),
     "NaN": (65, r"loss \S+ and gradient norm \S+ at step \d: stopped before the update; samples \d+ to \d+ .*"),
 }
+
+
+# distgpt.train on a machine that has a GPU, as far as it gets here.
+ONE_GPU = """
+import runpy, torch
+torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
+runpy.run_module("distgpt.train", run_name="__main__")
+"""
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +87,9 @@ def cases(
             "foreign token": case(data=root / "foreign", run=root / "run-foreign"),
             "short corpus": case(data=root / "few", run=root / "run-short"),
             "batch over ranks": lambda: jobs.door("train", *tiny(prepared, fresh), WORLD_SIZE="3"),
+            "ranks over GPUs": lambda: jobs.run(
+                [sys.executable, "-c", ONE_GPU, *tiny(prepared, fresh)], LOCAL_WORLD_SIZE="2"
+            ),
             "micro batch": case("--train.micro_batch=3"),
             "head count": case("--model.n_head=3"),
             "unknown key": case("--train.step=3"),
