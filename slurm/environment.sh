@@ -1,0 +1,103 @@
+# Sourced by the scripts beside it, inside of a job and with $home set: the environment, and how a job goes on.
+# shellcheck shell=bash disable=SC2034
+#
+# DISTGPT_ENV=FILE is the one hook: a bash file that every node sources before it runs anything of ours. It loads modules,
+# activates a virtual environment, exports variables, and for a container sets what stands before each command:
+#   module load cuda/12.8
+#   . ~/venvs/gpt/bin/activate
+#   DISTGPT_RUN="apptainer exec --nv --bind $PWD /images/pytorch.sif"
+# Without it the project's .venv is taken where there is one, else the python of your PATH.
+
+say() {
+    echo "distgpt: $*" >&2
+}
+
+# fail CODE CAUSE: end the job, and do not start it again.
+fail() {
+    say "error: $2"
+    exit "$1"
+}
+
+if [[ -n ${DISTGPT_ENV:-} ]]; then
+    [[ -r $DISTGPT_ENV ]] || fail 2 "DISTGPT_ENV names $DISTGPT_ENV, which cannot be read"
+    # Modules and conda are not written for `set -eu`.
+    set +eu
+    # shellcheck source=/dev/null
+    . "$DISTGPT_ENV"
+    set -eu
+elif [[ -x ${home:?}/.venv/bin/python ]]; then
+    PATH=$home/.venv/bin:$PATH
+fi
+read -ra python <<<"${DISTGPT_RUN:-} python"
+# The code beside these scripts runs, whatever directory the job is in.
+export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
+# A log shows each line as it is written, and a rank that is killed takes none with it.
+export PYTHONUNBUFFERED=1
+
+# One task of an array has a name of its own; to requeue the bare number may mean the whole array.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+attempt=${SLURM_RESTART_COUNT:-0}
+
+# own_address: this node's address as Slurm knows it.
+own_address() {
+    local name address
+    name=$(scontrol show node "$SLURMD_NODENAME" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
+    address=$(getent ahostsv4 "$name" | awk 'NR == 1 { print $1 }')
+    # Debian's /etc/hosts gives a host's own name a loopback address, where no other node finds it.
+    if [[ -z $address || ($address == 127.* && $name != 127.*) ]]; then
+        address=$(hostname -I | awk '{ print $1 }')
+    fi
+    echo "$address"
+}
+
+# require_progress FILE WORD: end the job if WORD, which changes with every step forward, is the same in too many attempts.
+require_progress() {
+    local tries=${TRIES:-5}
+    echo "$2" >>"$1"
+    if (($(tail -n "$((tries + 1))" "$1" | grep -cxF -- "$2") > tries)); then
+        fail 75 "gave up after $tries attempts that got no further than $2, see $(dirname "$1"): submit it again to go on"
+    fi
+}
+
+# forward_as SIGNAL: from here on, pass a request to stop on to the command under supervision, as this signal.
+forward_as() {
+    stop_signal=$1 child=
+    # From --signal: the time limit is near.
+    trap 'say "SIGUSR1: asking for a save and an end"; pass_on' USR1
+    # Goes to all processes of a job that Slurm ends by itself.
+    trap 'ended_by_slurm=yes; pass_on' TERM
+}
+
+pass_on() {
+    stopped=yes
+    if [[ -n $child ]]; then kill "-$stop_signal" "$child" 2>/dev/null || true; fi
+}
+
+# supervise COMMAND ...: run it to its end; gives its exit status.
+supervise() {
+    local status=0
+    [[ -z ${stopped:-} ]] || requeue "stopped before the start"
+    "$@" &
+    child=$!
+    # A trapped signal ends one wait.
+    while kill -0 "$child" 2>/dev/null; do
+        status=0
+        wait "$child" || status=$?
+    done
+    child=
+    return "$status"
+}
+
+# requeue CAUSE: end this attempt, and have Slurm start another.
+requeue() {
+    if [[ -n ${ended_by_slurm:-} ]]; then
+        # It requeues after `scontrol requeue`, a lost node and a preemption, and not after `scancel`.
+        say "$1; ended by Slurm, which decides whether to start it again"
+    elif scontrol requeue "$job"; then
+        say "$1; requeued to go on"
+    else
+        say "$1; this job cannot be requeued: submit it again to go on"
+    fi
+    exit 75
+}

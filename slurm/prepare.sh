@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Tokenize a large corpus as a job array: each task encodes its share, the last one to end writes the output, which is that
+# of a single process byte for byte. All options go to distgpt.prepare:
+#   sbatch [--array=0-31 ...] slurm/prepare.sh --input /data/texts --output data/mine --tokenizer gpt2
+# What was interrupted goes on by itself; after a failure submit it again, and it goes on too.
+#SBATCH --job-name=distgpt-prepare
+#SBATCH --array=0-7
+#SBATCH --ntasks=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=12:00:00
+#SBATCH --signal=B:USR1@60
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#
+# Environment: DISTGPT_ENV and DISTGPT_HOME, as in slurm/train.sh.
+set -euo pipefail
+: "${SLURM_JOB_ID:?submit this with sbatch}"
+
+# sbatch runs a copy of this file; Slurm remembers where it was.
+home=${DISTGPT_HOME:-$(scontrol show job "$SLURM_JOB_ID" |
+    sed -n 's|^ *Command=\(/.*\)/slurm/prepare\.sh.*|\1|p' | sed -n 1p)}
+home=${home:-$SLURM_SUBMIT_DIR}
+if [[ ! -r $home/slurm/environment.sh ]]; then
+    echo "distgpt: error: $home is not the project: submit from its directory, or set DISTGPT_HOME to it" >&2
+    exit 2
+fi
+. "$home/slurm/environment.sh"
+forward_as TERM
+
+tasks=$((${SLURM_ARRAY_TASK_MAX:-0} + 1))
+if ((${SLURM_ARRAY_TASK_MIN:-0} != 0 || ${SLURM_ARRAY_TASK_COUNT:-1} != tasks)); then
+    fail 2 "the shares are those of --array=0-N, all of them: those that are done cost nothing"
+fi
+status=0
+supervise "${python[@]}" -m distgpt.prepare --workers "${SLURM_CPUS_PER_TASK:-1}" \
+    --task "${SLURM_ARRAY_TASK_ID:-0}/$tasks" "$@" || status=$?
+# Stopped, or killed. Each start goes on with the parts that are there, but some machine may never get through one.
+if ((status == 75 || status > 128)); then
+    ((attempt < 20)) || fail 75 "gave up after $attempt restarts: submit it again to go on"
+    requeue "exit code $status"
+fi
+exit "$status"

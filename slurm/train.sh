@@ -1,0 +1,136 @@
+#!/usr/bin/env bash
+# Train on the nodes of a Slurm job until the run is done, however many time limits, preemptions and lost nodes it takes.
+# All options go to distgpt.train:
+#   sbatch [--nodes=4 ...] slurm/train.sh gpt2-124m --data.path=data/owt
+# Only resources are to edit, here or as flags of sbatch; some clusters want --partition, --account or --gpus-per-node=8.
+#SBATCH --job-name=distgpt
+#SBATCH --nodes=1
+# Whole nodes with all their CPUs, GPUs and memory.
+#SBATCH --exclusive
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+# This long before the time limit all ranks save and leave and the job goes back into the queue, as it does after a
+# preemption, a lost node and `scancel --signal=USR1 JOB`. A plain scancel ends it for good.
+#SBATCH --signal=B:USR1@180
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#
+# Environment, to export or to give to sbatch:
+#   DISTGPT_ENV=FILE      modules, a virtual environment or a container: see slurm/environment.sh
+#   DISTGPT_SWEEP=FILE    with --array=0-N: line i, from 0, holds the flags of task i, in a run directory of its own
+#   DISTGPT_HOME=DIR      the project, where it cannot be found from the place of this file
+#   DISTGPT_PREFLIGHT=no  start without the checks of distgpt.doctor on jobs of several nodes
+#   NPROC_PER_NODE=N      ranks on each node; the default is one a GPU, or two on a node without GPUs
+#   TRIES=N               attempts in a row without a new checkpoint before the job gives up (5)
+# slurm-JOB.out tells what became of the job, RUN/logs/slurm-JOB/attempt-N/HOST.log what the ranks say, and
+# `squeue --me --format="%i %T %M %R %k"` shows step and ETA.
+set -euo pipefail
+: "${SLURM_JOB_ID:?submit this with sbatch}"
+
+# sbatch runs a copy of this file; Slurm remembers where it was.
+home=${DISTGPT_HOME:-$(scontrol show job "$SLURM_JOB_ID" |
+    sed -n 's|^ *Command=\(/.*\)/slurm/train\.sh.*|\1|p' | sed -n 1p)}
+home=${home:-$SLURM_SUBMIT_DIR}
+if [[ ! -r $home/slurm/environment.sh ]]; then
+    echo "distgpt: error: $home is not the project: submit from its directory, or set DISTGPT_HOME to it" >&2
+    exit 2
+fi
+. "$home/slurm/environment.sh"
+forward_as USR1
+
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
+    line=
+    if [[ -r ${DISTGPT_SWEEP:-} ]]; then line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$DISTGPT_SWEEP"); fi
+    read -ra flags <<<"$line"
+    ((${#flags[@]})) || fail 2 "DISTGPT_SWEEP=${DISTGPT_SWEEP:-} holds no line of flags for task $SLURM_ARRAY_TASK_ID (from 0)"
+    set -- "$@" "${flags[@]}"
+fi
+gres=$(scontrol show node "$SLURMD_NODENAME" | sed -n 's/^ *Gres=//p')
+if [[ -z ${SLURM_GPUS_ON_NODE:-}${NPROC_PER_NODE:-} && $gres == *gpu* ]]; then
+    fail 2 "$SLURMD_NODENAME has GPUs and the job asked for none: add --gpus-per-node=N, or NPROC_PER_NODE=2 for its CPUs"
+fi
+# A mistake is one line here, before any rank starts.
+plan=$("${python[@]}" -c 'import os, sys
+from pathlib import Path
+from distgpt.config import resolve
+from distgpt.corpus.shards import open_dataset
+from distgpt.errors import main_guard
+config = main_guard(lambda: resolve(sys.argv[1:], os.environ))
+main_guard(lambda: open_dataset(Path(config.data.path)))
+print(config.train.steps, config.run_dir)' "$@")
+read -r steps run_dir <<<"$plan"
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} && " ${flags[*]}" != *" --run.dir="* ]]; then
+    run_dir=$run_dir-$SLURM_ARRAY_TASK_ID
+    set -- "$@" "--run.dir=$run_dir"
+fi
+logs=$run_dir/logs/slurm-$SLURM_JOB_ID
+mine=$logs/attempt-$attempt
+mkdir -p "$mine" || fail 73 "cannot write to the run directory $run_dir; choose another with --run.dir=DIR"
+
+newest_checkpoint() {
+    local newest
+    newest=$({ find "$run_dir/checkpoints" -maxdepth 1 -name 'step-*' -printf '%f\n' 2>/dev/null || true; } | sort | tail -n 1)
+    echo "${newest:-no checkpoint}"
+}
+
+# comment: show the newest training line, where there is one, as the job's comment.
+comment() {
+    local line
+    line=$({ tail -n 5 "$run_dir/metrics.jsonl" 2>/dev/null || true; } |
+        sed -n 's/.*"step": \([0-9]*\), "loss": \([0-9.]*\).*"seconds": \([0-9.e-]*\).*/\1 \2 \3/p' | tail -n 1)
+    [[ -n $line ]] || return 0
+    line=$(awk -v steps="$steps" '{
+        left = int((steps - $1) * $3)
+        printf "step %d/%d loss %.4f ETA %d-%02d:%02d:%02d", $1, steps, $2, left / 86400, left / 3600 % 24, left / 60 % 60, left % 60
+    }' <<<"$line")
+    scontrol update "JobId=$job" "Comment=$line" 2>/dev/null || true
+}
+
+# on_all_nodes MODULE [OPTION ...]: run it under torchrun. Whatever ends it early ends this attempt, or the job.
+on_all_nodes() {
+    local status=0 code="" cause="no rank could say how it ended, see $mine" ended
+    # A port that depends on the job and the attempt, and that is free on this node, the first one.
+    while port=$((port + 1)) && (: <"/dev/tcp/$address/$port") 2>/dev/null; do :; done
+    export RENDEZVOUS_ENDPOINT=$address:$port RENDEZVOUS_ID=$SLURM_JOB_ID.$attempt.$1
+    # Of all ranks, the first to know why this ends says so here.
+    DISTGPT_EXIT_FILE=$(realpath "$mine")/exit.json
+    export DISTGPT_EXIT_FILE
+    rm -f "$DISTGPT_EXIT_FILE"
+    # --kill-on-bad-exit and --wait: what ends on one node ends on all. A step does not get the GPUs and CPUs of an exclusive
+    # job by itself: --gpus-per-node, and --cpu-bind=none, since the one task may use every CPU.
+    supervise srun --export=ALL --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
+        ${SLURM_GPUS_ON_NODE:+"--gpus-per-node=$SLURM_GPUS_ON_NODE"} --cpu-bind=none --kill-on-bad-exit=1 --wait=60 \
+        --output="$mine/%N.log" --open-mode=append bash "$home/slurm/node.sh" "$@" || status=$?
+    if [[ -s $DISTGPT_EXIT_FILE ]]; then
+        ended=$("${python[@]}" -c 'import json, sys
+report = json.load(open(sys.argv[1]))
+print(report["code"], report["cause"])' "$DISTGPT_EXIT_FILE")
+        read -r code cause <<<"$ended"
+    elif ((status == 0)); then
+        code=0
+    fi
+    case $code in
+        0) ;;
+        75 | "") requeue "$cause" ;;
+        73)
+            # What is left of the last attempt may still hold the run directory on a node that was lost.
+            ((attempt == 0)) || requeue "$cause"
+            fail 73 "$cause"
+            ;;
+        *) fail "$code" "$cause" ;;
+    esac
+}
+
+require_progress "$logs/progress" "$(newest_checkpoint)"
+address=$(own_address)
+port=$((10000 + (SLURM_JOB_ID * 101 + attempt * 7) % 20000))
+say "attempt $attempt from $(newest_checkpoint) on $SLURM_JOB_NODELIST: tail -F $mine/*.log"
+if ((SLURM_NNODES > 1)) && [[ ${DISTGPT_PREFLIGHT:-yes} != no ]]; then
+    on_all_nodes distgpt.doctor --distributed "$@"
+fi
+# Often at first, then once a minute.
+for ((pause = 2; ; pause = pause < 60 ? 2 * pause : 60)); do sleep "$pause" && comment; done &
+commenting=$!
+trap 'kill "$commenting" 2>/dev/null || true; comment' EXIT
+on_all_nodes distgpt.train "$@"
+say "done: $run_dir is at $(newest_checkpoint)"

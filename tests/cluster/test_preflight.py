@@ -1,0 +1,183 @@
+"""What the checks before a run conclude from what they find."""
+
+import dataclasses
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from distgpt import config as configuration
+from distgpt.cluster import hosts, links, network, preflight
+from distgpt.cluster.links import Link
+from distgpt.cluster.run_directory import RunLock, RunPaths, lock_holder
+from distgpt.cluster.runtime import Runtime
+from distgpt.corpus.shards import Dataset
+from distgpt.errors import DirectoryError, Interrupted, StorageError, UsageError
+
+
+def config(*arguments: str) -> configuration.Config:
+    return configuration.resolve([*arguments, "--model.block_size=16"], {})
+
+
+def room(monkeypatch: pytest.MonkeyPatch, **free: int) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free["disk"]))
+
+
+def test_too_little_disk(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = config(f"--run.dir={tmp_path / 'run'}", "--checkpoint.keep=3")
+    one = 12 * preflight.count_parameters(wanted.model, dataset.vocab_size)
+    room(monkeypatch, disk=6 * one)
+    assert preflight.disk(wanted, dataset).level == "ok"
+    room(monkeypatch, disk=4 * one)
+    finding = preflight.disk(wanted, dataset)
+    assert finding.level == "warn"
+    assert "up to 5 are kept" in finding.text
+    room(monkeypatch, disk=one // 2)
+    with pytest.raises(StorageError, match="MiB free and a checkpoint takes"):
+        preflight.disk(wanted, dataset)
+
+
+def test_checkpoints_that_are_there_need_no_more_room(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = config(f"--run.dir={tmp_path}", "--checkpoint.keep=3")
+    for step in range(4):
+        (tmp_path / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
+    room(monkeypatch, disk=2 * 12 * preflight.count_parameters(wanted.model, dataset.vocab_size))
+    assert preflight.disk(wanted, dataset).level == "ok"
+
+
+def test_too_little_memory(dataset: Dataset, one_process: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = config()
+    need = 28 * preflight.count_parameters(wanted.model, dataset.vocab_size)
+    for available, level in ((2 * need, "ok"), (1.2 * need, "warn")):
+        monkeypatch.setattr(preflight, "_free_memory", lambda available=available: available)
+        assert preflight.memory(wanted, one_process, dataset).level == level
+    monkeypatch.setattr(preflight, "_free_memory", lambda: 0.9 * need)
+    with pytest.raises(UsageError, match="before activations: shard over more ranks"):
+        preflight.memory(wanted, one_process, dataset)
+
+
+@pytest.mark.parametrize(("strategy", "shards"), [("ddp", 1), ("fsdp", 4), ("hsdp", 2)])
+def test_memory_counts_the_shards(
+    strategy: str, shards: int, dataset: Dataset, one_process: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = config(f"--parallel.strategy={strategy}")
+    runtime = dataclasses.replace(one_process, world_size=4, local_world_size=2)
+    need = 28 * preflight.count_parameters(wanted.model, dataset.vocab_size) / shards
+    monkeypatch.setattr(preflight, "_free_memory", lambda: 2 * need * 1.01)
+    assert preflight.memory(wanted, runtime, dataset).level == "warn"
+    monkeypatch.setattr(preflight, "_free_memory", lambda: 2 * need * 0.99)
+    with pytest.raises(UsageError, match=strategy):
+        preflight.memory(wanted, runtime, dataset)
+
+
+def test_too_little_shared_memory(one_process: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+    room(monkeypatch, disk=2**20)
+    finding = preflight.shared_memory(one_process)
+    assert finding.level == "warn"
+    assert "--shm-size" in finding.text
+
+
+def test_the_run_directory_is_left_as_it_was(dataset: Dataset, tmp_path: Path) -> None:
+    finding = preflight.run_directory(config(f"--run.dir={tmp_path / 'a' / 'b'}"), dataset)
+    assert (finding.level, list(tmp_path.iterdir())) == ("ok", [])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DirectoryError, match="is in the way"):
+        preflight.run_directory(config(f"--run.dir={tmp_path / 'file' / 'run'}"), dataset)
+
+
+def test_who_holds_a_lock(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path)
+    assert lock_holder(paths) is None
+    assert list(tmp_path.iterdir()) == []
+    lock = RunLock(paths)
+    assert (lock_holder(paths) or "").startswith(f"pid {os.getpid()} on ")
+    with pytest.raises(DirectoryError, match="in use by pid"):
+        preflight.run_directory(config(f"--run.dir={tmp_path}"), None)  # type: ignore[arg-type]
+    os.close(lock._fd)
+    assert lock_holder(paths) is None
+
+
+def test_agreement_names_who_differs() -> None:
+    def told(**values: str) -> str:
+        return hosts.agreement("torch", values, fix="do this").text
+
+    assert hosts.agreement("torch", {"a": "1", "b": "1"}, fix="").level == "ok"
+    assert told(a="1", b="2") == "a has 1, b has 2: do this"
+    assert told(a="1", b="2", c="1") == "b has 2, the other 2 1: do this"
+    assert told(a="1", b="2", c="1", d="3", e="1") == "b has 2, d has 3, the other 3 1: do this"
+
+
+def test_clocks() -> None:
+    assert hosts.judge_clocks({"a": 0.0, "b": 0.4, "c": -0.5}).level == "ok"
+    finding = hosts.judge_clocks({"a": 0.0, "b": 0.4, "c": -0.7})
+    assert finding.level == "warn"
+    assert finding.text.startswith("1.100 s apart on all 3 hosts: b is ahead of c")
+
+
+def test_hosts_of_one_name_are_told_apart() -> None:
+    named = [hosts.Facts(name, f"10.0.0.{i}", 1, []) for i, name in enumerate(["node", "other", "node"])]
+    assert hosts.labels(named) == ["node (10.0.0.0)", "other", "node (10.0.0.2)"]
+
+
+def test_the_hash_of_the_code_and_the_sample_of_the_data(dataset: Dataset, other_dataset: Dataset) -> None:
+    assert hosts.package_hash() == hosts.package_hash()
+    assert hosts.data_sample(dataset.train) == hosts.data_sample(dataset.train)
+    assert hosts.data_sample(dataset.train) != hosts.data_sample(other_dataset.train)
+
+
+def ring(rates: dict[tuple[int, int], float], *, delays: dict[tuple[int, int], float] | None = None) -> Iterator[Link]:
+    """Links of 4 ranks on 4 hosts in both directions, 1 GB/s and 50 us each where not told otherwise."""
+    for first in range(4):
+        for link in ((first, (first + 1) % 4), ((first + 1) % 4, first)):
+            yield Link(*link, rates.get(link, 1e9), (delays or {}).get(link, 5e-5))
+
+
+def judged(*measured: Link) -> preflight.Finding:
+    (finding,) = links.judge(measured, host_of=[0, 1, 2, 3], names=dict(enumerate("abcd")))
+    return finding
+
+
+def test_equal_links() -> None:
+    finding = judged(*ring({(2, 3): 0.9e9}))
+    assert (finding.level, finding.text) == ("ok", "median 1.0 GB/s and 50 us; slowest c -> d 900.0 MB/s 50 us")
+
+
+def test_a_slow_link_and_a_slow_host() -> None:
+    one = judged(*ring({(2, 3): 1e7}))
+    assert one.level == "warn"
+    assert one.text.startswith("slow: c -> d 10.0 MB/s 50 us (median")
+    assert judged(*ring({(2, 3): 1e7, (2, 1): 1.1e7})).text.startswith("c is slow: c -> d 10.0 MB/s")
+    assert judged(*ring({(2, 3): 1e7, (0, 1): 1.1e7})).text.startswith("slow: c -> d 10.0 MB/s")
+
+
+def test_a_late_link() -> None:
+    finding = judged(*ring({}, delays={(1, 2): 0.05}))
+    assert finding.level == "warn"
+    assert finding.text.startswith("slow: b -> c 1.0 GB/s 50.0 ms")
+
+
+def test_links_inside_of_a_host_are_judged_apart() -> None:
+    measured = [Link(0, 1, 5e9, 1e-5), Link(1, 2, 1e8, 1e-4), Link(2, 3, 5e9, 1e-5), Link(3, 0, 1e8, 1e-4)]
+    found = links.judge(measured, host_of=[0, 0, 1, 1], names={0: "a", 1: "b"})
+    assert [(f.check, f.level) for f in found] == [("links", "ok"), ("inside a host", "ok")]
+
+
+def test_the_way_to_a_host() -> None:
+    route = network.route_to("127.0.0.1")
+    assert (route.is_here, route.address, route.interface) == (True, "127.0.0.1", "lo")
+    with pytest.raises(UsageError, match="has no address here"):
+        network.route_to("no-such-host.invalid")
+
+
+def test_waiting_for_a_port() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_server(("127.0.0.1", 0)) as closed:
+        port, other = server.getsockname()[1], closed.getsockname()[1]
+        closed.close()
+        assert network.wait_for_port("127.0.0.1", [other, port], seconds=60) == port
+    with pytest.raises(Interrupted, match="did not answer for 0 s"):
+        network.wait_for_port("127.0.0.1", [port], seconds=0)

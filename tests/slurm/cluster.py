@@ -1,0 +1,230 @@
+"""A real Slurm on this machine: a controller and several nodes, as children of the test in a directory of its own."""
+
+import ctypes
+import getpass
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+
+from distgpt.cluster.health import PR_SET_PDEATHSIG
+from tests import jobs
+
+NODES = ("n1", "n2", "n3", "n4", "n5")
+RANKS_PER_NODE = 2
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED")
+DAEMONS = ("munged", "slurmctld", "slurmd")
+# Two partitions over the same nodes: a job in `urgent` takes them from one in `main`, which has a while to save.
+CONFIG = """\
+ClusterName=distgpt-test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={port}
+# Without munge whoever reaches a port could run commands as this user.
+AuthType=auth/munge
+CredType=cred/munge
+# A requeued job waits until a credential of its last attempt has expired.
+AuthInfo=socket={root}/munge.socket,cred_expire=5
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={root}/state
+SlurmdSpoolDir={root}/spool/%n
+SlurmctldPidFile={root}/slurmctld.pid
+SlurmdPidFile={root}/%n.pid
+SlurmctldLogFile={root}/slurmctld.log
+SlurmdLogFile={root}/%n.log
+ProctrackType={proctrack}
+TaskPlugin=task/none
+JobAcctGatherType=jobacct_gather/none
+AccountingStorageType=accounting_storage/none
+MpiDefault=none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1
+SlurmdParameters=config_overrides
+PreemptType=preempt/partition_prio
+PreemptMode=REQUEUE
+ReturnToService=2
+SlurmdTimeout=10
+KillWait=30
+JobRequeue=1
+FirstJobId={first_job}
+GresTypes=gpu
+PartitionName=main Nodes=ALL Default=YES State=UP PriorityTier=1 GraceTime=120
+PartitionName=urgent Nodes=ALL State=UP PriorityTier=2 PreemptMode=OFF
+"""
+NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={n} RealMemory=8000 Gres=gpu:{n}\n"
+
+
+class Cluster:
+    """The cluster, and what a person does with it from `work`, a directory of theirs."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.work = root / "work"
+        self._conf = root / "slurm.conf"
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+        for directory in (self.work, root / "state", root / "spool"):
+            directory.mkdir()
+        self._configure()
+
+    def start(self) -> None:
+        """Start every daemon and wait until all nodes are idle."""
+        files = {"socket": "socket", "pid-file": "pid", "log-file": "log", "seed-file": "seed", "key-file": "key"}
+        options = [f"--{option}={self.root}/munge.{name}" for option, name in files.items()]
+        self._daemon("munged", "munged", "--foreground", "--force", *options)
+        assert _happens((self.root / "munge.socket").exists)
+        self._daemon("slurmctld", "slurmctld", "-D", "-f", str(self._conf))
+        for node in NODES:
+            self.power_on(node)
+
+    def stop(self) -> None:
+        """Cancel all jobs, wait until their processes are gone, and end the daemons."""
+        self.command("scancel", f"--user={getpass.getuser()}")
+        assert _happens(lambda: not self.command("squeue", "--noheader"))
+        for process in self._processes.values():
+            process.terminate()
+        for process in self._processes.values():
+            process.wait(timeout=60)
+
+    def power_on(self, node: str) -> None:
+        """Start a node and wait until it has nothing to do."""
+        self._daemon(node, "slurmd", "-D", "-N", node, "-f", str(self._conf))
+        assert _happens(lambda: re.search(r"State=IDLE\b(?![+*])", self.command("scontrol", "show", "node", node)))
+
+    def power_off(self, node: str) -> None:
+        """End everything on a node, at once and without a word."""
+        daemon = self._processes.pop(node)
+        tasks = _processes_with(f"SLURMD_NODENAME={node}", f"SLURM_CONF={self._conf}")
+        # Each slurmstepd is the parent of a task; it has none of its environment.
+        keepers = {_parent(pid) for pid in tasks} - {1, daemon.pid, *tasks}
+        daemon.kill()
+        daemon.wait()
+        for pid in [*keepers, *tasks]:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def command(self, *command: str, **variables: str) -> str:
+        """What a command prints."""
+        done = subprocess.run(
+            command,
+            cwd=self.work,
+            env=self._environment(**variables),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, f"{command}: {done.stdout}"
+        return done.stdout
+
+    def sbatch(self, *arguments: str | Path, **variables: str) -> str:
+        """Submit a job; its id."""
+        return self.command("sbatch", "--parsable", *map(str, arguments), **variables).strip()
+
+    def show(self, job: str) -> dict[str, str]:
+        """`scontrol show job`."""
+        shown = self.command("scontrol", "show", "job", job)
+        comment = dict(re.findall(r"^ *(Comment)=(.*?) *$", shown, re.MULTILINE))
+        return dict(re.findall(r"(\w+)=(\S+)", shown)) | comment
+
+    def wait_for(self, job: str, what: Callable[[], object]) -> None:
+        """Wait until something about a job is so."""
+        assert _happens(what), f"it did not happen: {self.show(job)}\n{self.log(job)}"
+
+    def end_of(self, job: str) -> dict[str, str]:
+        """`scontrol show job` when it is over for good."""
+        self.wait_for(job, lambda: self.show(job)["JobState"] in ENDED)
+        return self.show(job)
+
+    def log(self, job: str) -> str:
+        """What the batch script said, in all attempts."""
+        path = self.work / f"slurm-{job}.out"
+        return path.read_text() if path.exists() else ""
+
+    def _configure(self) -> None:
+        host, ports = socket.gethostname(), _free_ports(1 + len(NODES))
+        freezer = os.access("/sys/fs/cgroup/freezer", os.W_OK)
+        config = CONFIG.format(
+            host=host,
+            port=ports[0],
+            user=getpass.getuser(),
+            root=self.root,
+            proctrack="proctrack/cgroup" if freezer else "proctrack/linuxproc",
+            # A step of an older cluster that is still dying could take a job of the same id with it.
+            first_job=random.randrange(1000, 60_000_000),
+        )
+        nodes = [
+            NODE.format(name=n, host=host, port=p, n=RANKS_PER_NODE) for n, p in zip(NODES, ports[1:], strict=True)
+        ]
+        self._conf.write_text(config + "".join(nodes))
+        # Files that stand for GPUs are enough to schedule by.
+        for gpu in range(RANKS_PER_NODE):
+            (self.root / f"gpu{gpu}").touch()
+        (self.root / "gres.conf").write_text(f"Name=gpu File={self.root}/gpu[0-{RANKS_PER_NODE - 1}]\n")
+        (self.root / "cgroup.conf").write_text(
+            "CgroupPlugin=cgroup/v1\nCgroupMountpoint=/sys/fs/cgroup\nCgroupAutomount=no\n"
+        )
+        key = self.root / "munge.key"
+        key.touch(mode=0o600)
+        key.write_bytes(os.urandom(128))
+
+    def _daemon(self, name: str, *command: str) -> None:
+        with (self.root / f"{name}.output").open("ab") as output:
+            self._processes[name] = subprocess.Popen(
+                command,
+                env=self._environment(),
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                preexec_fn=_end_with_parent,
+            )
+
+    def _environment(self, **variables: str) -> dict[str, str]:
+        kept = {name: value for name, value in jobs.environment().items() if not name.startswith(("SLURM", "SBATCH"))}
+        path = f"{kept['PATH']}:/usr/sbin:/sbin"
+        return {**kept, "PATH": path, "SLURM_CONF": str(self._conf), **variables}
+
+
+def _happens(what: Callable[[], object]) -> bool:
+    """Whether it is so in the end. Probes start a process as a rule: not as many a second as jobs.poll makes."""
+    deadline = time.monotonic() + 400
+    while not what():
+        if time.monotonic() > deadline:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def _free_ports(count: int) -> list[int]:
+    servers = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in servers]
+    for server in servers:
+        server.close()
+    return ports
+
+
+def _processes_with(*variables: str) -> list[int]:
+    """The ids of the processes that have all of these in their environment."""
+    found = []
+    for directory in Path("/proc").glob("[0-9]*"):
+        try:
+            environment = (directory / "environ").read_bytes().split(b"\0")
+        except OSError:
+            continue
+        if all(variable.encode() in environment for variable in variables):
+            found.append(int(directory.name))
+    return found
+
+
+def _parent(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])

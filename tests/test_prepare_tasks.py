@@ -1,0 +1,98 @@
+"""`python -m distgpt.prepare --task I/N`: several processes, on one host or many, write what one writes."""
+
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests import jobs
+
+# The same command with units of 64 KiB, so that a small corpus has many; workers import this file too.
+SMALL_UNITS = """
+from distgpt.corpus import sources
+from distgpt.errors import main_guard
+from distgpt.prepare import main
+
+sources.UNIT_BYTES = 2**16
+if __name__ == "__main__":
+    main_guard(main)
+"""
+
+
+@pytest.fixture
+def options(corpus: Path, tmp_path: Path) -> list[str]:
+    (tmp_path / "program.py").write_text(SMALL_UNITS)
+    text = corpus.read_text()[:600_000]
+    for index in range(3):
+        (tmp_path / "texts").mkdir(exist_ok=True)
+        (tmp_path / "texts" / f"{index}.txt").write_text(text[index * 200_000 : (index + 1) * 200_000])
+    return ["--input", str(tmp_path / "texts"), "--tokenizer", "bpe", "--vocab-size", "300", "--workers", "1"]
+
+
+def test_tasks_at_once_and_one_after_the_other_write_what_one_process_writes(
+    options: list[str], tmp_path: Path
+) -> None:
+    program = [sys.executable, str(tmp_path / "program.py")]
+    alone = jobs.run([*program, *options, "--output", str(tmp_path / "alone")])
+    assert alone.code == 0, alone
+    at_once = [
+        subprocess.Popen(
+            [*program, *options, "--output", str(tmp_path / "at-once"), "--task", f"{task}/3"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=jobs.environment(),
+        )
+        for task in range(3)
+    ]
+    said = [process.communicate()[0] for process in at_once]
+    assert [process.returncode for process in at_once] == [0, 0, 0]
+    assert sum("prepared    " in output for output in said) == 1
+    in_turn = [
+        jobs.run([*program, *options, "--output", str(tmp_path / "in-turn"), "--task", f"{task}/2"]) for task in (1, 0)
+    ]
+    assert in_turn[0].stdout == f"task 1 of 2 is done; the last of the others writes {tmp_path / 'in-turn'}\n"
+    assert "prepared    " in in_turn[1].stdout
+    for name in ("at-once", "in-turn"):
+        assert contents(tmp_path / name) == contents(tmp_path / "alone")
+        assert not (tmp_path / f"{name}.partial").exists()
+    late = jobs.run([*program, *options, "--output", str(tmp_path / "in-turn"), "--task", "0/2"])
+    assert (late.code, "already prepared" in late.stdout) == (0, True)
+
+
+def test_tasks_of_another_job_are_refused_while_one_is_at_work(options: list[str], tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    program = [sys.executable, str(tmp_path / "program.py"), *options, "--output", str(output)]
+    assert jobs.run([*program, "--task", "0/2"]).code == 0
+    with (tmp_path / "out.partial" / "lock").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_SH)
+        other = jobs.run([*program, "--task", "1/2", "--val-fraction", "0.2"])
+    assert (other.code, other.error_lines) == (
+        73,
+        [f"distgpt: error: another process is preparing {output}, or has just done so: start again"],
+    )
+
+
+@pytest.mark.parametrize("task", ["3/3", "1", "-1/2", "a/b"])
+def test_a_task_is_a_number_below_another(task: str, tmp_path: Path) -> None:
+    done = jobs.door("prepare", "--input", "x", "--output", tmp_path / "out", f"--task={task}")
+    assert (done.code, done.error_lines) == (
+        2,
+        [
+            f"distgpt: error: argument --task: {task} is not I/N with I from 0 to N - 1 (--help shows the options)",
+        ],
+    )
+
+
+def test_what_tasks_cannot_do(tmp_path: Path) -> None:
+    for flags in (["--overwrite", "--input", "x"], ["--input", "-"]):
+        done = jobs.door("prepare", *flags, "--output", tmp_path / "out", "--task", "0/2")
+        assert (done.code, done.error_lines) == (
+            2,
+            ["distgpt: error: --task goes without --overwrite and without standard input"],
+        )
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
