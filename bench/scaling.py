@@ -1,0 +1,291 @@
+"""How training scales over processes, and what it sends: python bench/scaling.py [bytes] [hosts] [timings] [--rounds N]
+
+Bytes on the wire
+    S: bytes of all parameters in float32, of which S_b lie in the blocks and S_r in the root (embeddings, last norm,
+    head). n: ranks. A: micro-batches that a rank accumulates in a step. All counts are sums over all ranks.
+
+    A ring all-gather of X bytes gives each of n ranks the n - 1 parts that it lacks, X / n each: (n - 1) X in all.
+    A ring all-reduce is a reduce-scatter and an all-gather, (n - 1) X each: 2 (n - 1) X. NCCL's reduce-scatter alone
+    takes (n - 1) X; gloo makes it of an all-reduce, so here it costs R = 2 of these, where NCCL has R = 1.
+
+    ddp    one all-reduce of the gradients a step:                            2 (n - 1) S
+    fsdp   each micro-batch gathers the blocks twice, forward and backward, and the root once, since it stays gathered
+           between the two; one reduce-scatter a step:                        (n - 1) (A (2 S_b + S_r) + R S)
+    hsdp   n / s groups of s ranks, fsdp in each; then every s-th part of the gradients is all-reduced over the n / s
+           groups:                                     (n / s) (s - 1) (A (2 S_b + S_r) + R S) + 2 (n / s - 1) S
+
+    Across the link between two hosts of n / 2 ranks each (in rank order a ring crosses it twice, once each way, and
+    each crossing carries the (n - 1) / n of X that a rank sends):
+    fsdp   2 (n - 1) / n (A (2 S_b + S_r) + R S)
+    hsdp   with a host a group: only the all-reduce between two groups, 2 S, however many ranks a host has.
+
+    The kernel's counters also see headers, acknowledgements and a step's three scalar reductions.
+
+Scaling
+    weak     every rank has the same work; ideal: the time of a step does not change
+    strong   all ranks share the same work; ideal: n ranks take 1 / n of the time
+    One core a rank. Numbers of ranks take turns within a round, and the figure is the median over rounds of the ratio
+    to one rank in the same round.
+"""
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+PROJECT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(PROJECT))
+
+from tests.hosts.network import INTERFACE, Network, network, why_not  # noqa: E402
+
+VOCABULARY, BLOCK_SIZE = 512, 64
+SHAPE = ("--model.n_layer=4", "--model.n_head=4", "--model.n_embd=128", f"--model.block_size={BLOCK_SIZE}")
+WARM_UP_STEPS = 2
+PARTS = ("bytes", "hosts", "timings")
+# gloo's reduce-scatter, in ring passes
+R = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """Some steps of training on random tokens. `shard`: ranks of an hsdp group. `interface`: whose bytes to count."""
+
+    strategy: str
+    ranks: int
+    global_batch: int
+    micro_batch: int
+    steps: int
+    shard: int = 0
+    interface: str = "lo"
+
+    @property
+    def micro_batches(self) -> int:
+        """How many a rank accumulates in a step."""
+        return self.global_batch // (self.ranks * self.micro_batch)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What a job reports: median seconds a step, bytes a step, and the sizes that the formulas take, in bytes."""
+
+    seconds: float
+    wire_bytes: float
+    blocks: int
+    root: int
+
+
+def expected_bytes(job: Job, blocks: int, root: int) -> float:
+    """Bytes that a step sends, over all ranks."""
+    n, total = job.ranks, blocks + root
+    if job.strategy == "ddp":
+        return 2 * (n - 1) * total
+    per_pass = job.micro_batches * (2 * blocks + root) + R * total
+    if job.strategy == "fsdp":
+        return (n - 1) * per_pass
+    groups = n // job.shard
+    return groups * (job.shard - 1) * per_pass + 2 * (groups - 1) * total
+
+
+def expected_between_two_hosts(job: Job, blocks: int, root: int) -> float:
+    """Bytes that a step sends over the link between two hosts, both ways; hsdp: a host is a group."""
+    n, total = job.ranks, blocks + root
+    if job.strategy == "hsdp":
+        return 2 * total
+    return 2 * (n - 1) / n * (job.micro_batches * (2 * blocks + root) + R * total)
+
+
+def run(job: Job) -> Measured:
+    """The job on this machine, a core a rank; as root with a loopback device of its own, which nobody else uses."""
+    with tempfile.TemporaryDirectory() as directory:
+        command = [*torchrun("--standalone", f"--nproc_per_node={job.ranks}"), *worker(job, Path(directory))]
+        if job.interface == "lo" and why_not() is None:
+            command = ["unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh", *command]
+        cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        if shutil.which("taskset") and len(cores) >= job.ranks:
+            command = ["taskset", "-c", ",".join(map(str, cores[: job.ranks])), *command]
+        done = subprocess.run(command, env=environment(), stderr=subprocess.PIPE, text=True)
+        assert done.returncode == 0, done.stderr
+        return read_result(Path(directory))
+
+
+def run_on(hosts: Network, job: Job) -> Measured:
+    """The job on two hosts of equally many ranks, counting at the first one's interface."""
+    with tempfile.TemporaryDirectory() as directory:
+        started = []
+        for number, host in enumerate(hosts.hosts):
+            agent = torchrun(
+                *(f"--nnodes={len(hosts.hosts)}", f"--nproc_per_node={job.ranks // len(hosts.hosts)}"),
+                *("--rdzv-backend=c10d", f"--rdzv-endpoint={hosts.address(hosts.hosts[0])}:29400", "--rdzv-id=bench"),
+                *(f"--rdzv-conf=is_host={int(number == 0)}", f"--local-addr={hosts.address(host)}"),
+            )
+            command = hosts.command(host, *agent, *worker(job, Path(directory)))
+            variables = {**environment(), "GLOO_SOCKET_IFNAME": INTERFACE}
+            started.append(subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL))
+        codes = [process.wait() for process in started]
+        assert codes == [0] * len(codes), codes
+        return read_result(Path(directory))
+
+
+def torchrun(*flags: str) -> list[str]:
+    return [sys.executable, "-m", "torch.distributed.run", *flags]
+
+
+def worker(job: Job, directory: Path) -> list[str]:
+    return [__file__, "--worker", json.dumps(asdict(job)), "--result", str(directory / "result.json")]
+
+
+def read_result(directory: Path) -> Measured:
+    return Measured(**json.loads((directory / "result.json").read_text()))
+
+
+def environment() -> dict[str, str]:
+    return {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def wire_bytes(interface: str) -> int:
+    """What an interface has carried, both ways; a loopback device, which receives what it sends, counts once."""
+    for line in Path("/proc/self/net/dev").read_text().splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == interface:
+            received, sent = (int(counters.split()[index]) for index in (0, 8))
+            return sent if interface == "lo" else received + sent
+    raise ValueError(f"no interface {interface}")
+
+
+def work(job: Job, result: Path) -> None:
+    """One rank: the steps of distgpt.train on random tokens, timed and counted."""
+    import torch
+    import torch.distributed as dist
+
+    from distgpt.cluster.parallel import bare, build_model
+    from distgpt.cluster.reduction import grad_norm_of, mean_loss_and_any
+    from distgpt.cluster.runtime import joined, this_rank
+    from distgpt.config import resolve
+    from distgpt.model.optim import build_optimizer
+    from distgpt.train import accumulate_gradients
+
+    batch = (f"--train.global_batch={job.global_batch}", f"--train.micro_batch={job.micro_batch}")
+    config = resolve([*SHAPE, *batch, f"--parallel.shard={job.shard}", "--train.dtype=float32"], {})
+    runtime = this_rank()
+    with joined(runtime, timeout=120):
+        strategy = job.strategy if runtime.distributed else "single"
+        model = build_model(
+            config,
+            runtime,
+            strategy=strategy,
+            vocab_size=VOCABULARY,
+            eot_id=None,
+            micro_batch=job.micro_batch,
+            dtype=torch.float32,
+        )
+        optimizer = build_optimizer(model, config.optim, runtime.device.type)
+        tokens = torch.randint(VOCABULARY, (job.micro_batch, BLOCK_SIZE + 1))
+        micro_batches = [(tokens[:, :-1], tokens[:, 1:])] * job.micro_batches
+        seconds, before = [], 0
+        for step in range(1, WARM_UP_STEPS + job.steps + 1):
+            if step == WARM_UP_STEPS + 1:
+                if runtime.distributed:
+                    dist.barrier()
+                before = wire_bytes(job.interface)
+            started = time.perf_counter()
+            loss = accumulate_gradients(model, micro_batches, step, config, runtime, torch.float32)
+            grad_norm_of(model)
+            mean_loss_and_any(loss, False, runtime)
+            optimizer.step()
+            optimizer.zero_grad()
+            if step > WARM_UP_STEPS:
+                seconds.append(time.perf_counter() - started)
+        if runtime.distributed:
+            dist.barrier()
+        sent = (wire_bytes(job.interface) - before) / job.steps
+        gpt = bare(model)
+        blocks = sum(p.numel() for p in gpt.blocks.parameters()) * 4
+        total = sum(p.numel() for p in gpt.parameters()) * 4
+        if runtime.rank == 0:
+            result.write_text(json.dumps(asdict(Measured(statistics.median(seconds), sent, blocks, total - blocks))))
+
+
+def show_bytes(ranks: Sequence[int]) -> None:
+    print("\nbytes on the wire a step, counted / formula")
+    for n in ranks:
+        for strategy, shard in (("ddp", 0), ("fsdp", 0), ("hsdp", 2)):
+            if shard >= n:
+                continue
+            for micro_batches in (1, 2):
+                job = Job(strategy, n, 2 * n * micro_batches, micro_batch=2, steps=10, shard=shard)
+                measured = run(job)
+                show(f"{strategy:5}{n} ranks", job, measured, expected_bytes(job, measured.blocks, measured.root))
+
+
+def show_between_hosts() -> None:
+    if reason := why_not():
+        print(f"\nbetween two hosts: not measured, {reason}")
+        return
+    print("\nbytes between two hosts of two ranks a step, counted / formula")
+    with tempfile.TemporaryDirectory() as directory, network(2, Path(directory)) as hosts:
+        for strategy, shard in (("fsdp", 0), ("hsdp", 2)):
+            for micro_batches in (1, 2):
+                job = Job(strategy, 4, 8 * micro_batches, micro_batch=2, steps=10, shard=shard, interface=INTERFACE)
+                measured = run_on(hosts, job)
+                expected = expected_between_two_hosts(job, measured.blocks, measured.root)
+                show(f"{strategy:5}2 x 2 ranks", job, measured, expected)
+
+
+def show(what: str, job: Job, measured: Measured, expected: float) -> None:
+    counted = measured.wire_bytes
+    what = f"{what}, micro-batches: {job.micro_batches}"
+    print(f"{what:36} {counted / 1e6:8.2f} MB / {expected / 1e6:8.2f} MB = {counted / expected:.3f}", flush=True)
+
+
+def show_timings(ranks: Sequence[int], rounds: int) -> None:
+    print(f"\ntime of a step against one rank, median of {rounds} rounds (lowest to highest)")
+    for strategy in ("ddp", "fsdp"):
+        for mode in ("weak", "strong"):
+            ratios: dict[int, list[float]] = {n: [] for n in ranks}
+            for _ in range(rounds):
+                times = {}
+                for n in ranks:
+                    total = 8 * n if mode == "weak" else 8 * max(ranks)
+                    times[n] = run(Job(strategy, n, total, micro_batch=4, steps=15)).seconds
+                for n in ranks:
+                    ratios[n].append(times[n] / times[1])
+            for n in ranks[1:]:
+                median, ideal = statistics.median(ratios[n]), 1.0 if mode == "weak" else 1 / n
+                spread = f"{min(ratios[n]):.2f} to {max(ratios[n]):.2f}"
+                told = f"{median:.2f} of one rank's time ({spread}), ideal {ideal:.2f}: efficiency {ideal / median:.0%}"
+                print(f"{strategy:5} {mode:6} {n} ranks: {told}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="How training scales over processes, and what it sends.")
+    parser.add_argument("parts", nargs="*", help=f"{', '.join(PARTS)} (all)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the timings (5)")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.worker:
+        work(Job(**json.loads(arguments.worker)), arguments.result)
+        return
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    quiet = "a loopback device of its own" if why_not() is None else "the machine's loopback device, others use it too"
+    print(f"{platform.system()} {platform.machine()}, {cores} cores; bytes counted on {quiet}")
+    parts = arguments.parts or PARTS
+    if "bytes" in parts:
+        show_bytes([2, 4])
+    if "hosts" in parts:
+        show_between_hosts()
+    if "timings" in parts:
+        show_timings([n for n in (1, 2, 4, 8) if n <= cores], arguments.rounds)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,193 @@
+#!/usr/bin/env bash
+# Train on several hosts without a scheduler: the same command on each of them, in any order.
+#   HEAD=host:port NODES=4 launch/multinode.sh [PRESET] [--section.key=value ...]
+#
+#   HEAD             one of the hosts, by a name or an IPv4 address that all of them know, and a free port on it (the
+#                    next port is used by the preflight)
+#   NODES            how many hosts; MIN:MAX goes on with the hosts that are there, and takes in those that come later
+#   NPROC_PER_NODE   ranks on each host; the default is one a GPU, or two on a host without GPUs
+#   JOIN_SECONDS     how long to wait for the other hosts (600)
+#   TRIES            how often to start again without a new checkpoint before giving up (10)
+#
+# First come the checks of python -m distgpt.doctor --distributed, then training. When hosts, ranks or the network fail,
+# every attempt ends on all hosts within health.timeout, and each starts again from the newest checkpoint. A mistake
+# ends it at once on all hosts. A signal to this script stops the run at a saved step; this host then leaves (75), and
+# the others wait for it to come back: to stop the run for good, stop it on each host.
+# Exits with the code of the run, which torchrun would flatten to 1.
+. "$(dirname "$0")/environment.sh"
+environment ""
+
+JOIN_SECONDS=${JOIN_SECONDS:-600}
+TRIES=${TRIES:-10}
+say() { echo "distgpt: $*" >&2; }
+usage() { say "error: $*"; exit 2; }
+
+[[ ${HEAD:-} =~ ^([^:]+):([0-9]+)$ ]] || usage "HEAD=host:port is missing: one of the hosts, and a free port on it"
+head=${BASH_REMATCH[1]} port=${BASH_REMATCH[2]}
+[[ ${NODES:-} =~ ^([0-9]+)(:([0-9]+))?$ ]] || usage "NODES=4 or NODES=3:4 is missing: how many hosts there are"
+least=${BASH_REMATCH[1]} most=${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}
+# A cut network must not leave two groups that both go on.
+((least >= 1 && least <= most && 2 * least > most)) ||
+    usage "NODES=$NODES: the smaller number must be more than half of the larger one, so that only one side goes on when the network is cut"
+
+gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 2))}
+# A mistake is one clear line here; under torchrun it would drown in the agents' reports.
+plan=$(python - "$@" <<'PYTHON'
+import os, sys
+from distgpt.config import resolve
+from distgpt.errors import main_guard
+config = main_guard(lambda: resolve(sys.argv[1:], os.environ))
+print(config.train.global_batch, min(60, round(config.health.timeout)), config.run_dir)
+PYTHON
+)
+read -r global_batch patience run_dir <<<"$plan"
+for ((nodes = least; nodes <= most; nodes++)); do
+    ((global_batch % (nodes * ranks) == 0)) ||
+        usage "train.global_batch $global_batch does not divide over $nodes hosts x $ranks ranks: take a multiple of $((nodes * ranks))"
+done
+
+# Told explicitly, since guessing from the hostname goes wrong where names are shared, missing or mean 127.0.1.1.
+route=$(python -m distgpt.cluster.network route "$head")
+read -r is_host address interface <<<"$route"
+export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
+# NCCL chooses by itself among InfiniBand ports; this is for its first contact, and for plain Ethernet.
+export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+# Each rank sets its own share of the threads; this only keeps torchrun from warning about it.
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
+# When a host joins, the agents restart their ranks; with the store of before, gloo would find stale addresses in it.
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+
+scratch=$(mktemp -d)
+trap 'rm -rf "$scratch"' EXIT
+child='' signalled=''
+for signal in TERM INT USR1 HUP; do
+    # shellcheck disable=SC2064
+    trap "signalled=$signal; kill -$signal \$child 2>/dev/null || true" "$signal"
+done
+
+# run COMMAND...: in the background, so that a signal is passed on at once; gives its exit code.
+run() {
+    local status=0
+    "$@" &
+    child=$!
+    end_if_deaf "$child" >/dev/null &
+    local watch=$!
+    # A trapped signal ends one wait; the command is over when it is gone.
+    while kill -0 "$child" 2>/dev/null; do
+        status=0
+        wait "$child" || status=$?
+    done
+    child=''
+    kill "$watch" 2>/dev/null || true
+    return "$status"
+}
+
+# end_if_deaf AGENT: a torchrun that the network cut off from the head waits for its answer for ever, deaf to signals and
+# to the end of its ranks. Once it has had ranks, and none for a while, it is killed.
+end_if_deaf() {
+    local agent=$1 had_ranks='' seconds=0
+    while kill -0 "$agent" 2>/dev/null; do
+        if has_ranks "$agent"; then
+            had_ranks=yes seconds=0
+        elif [[ $had_ranks ]] && ((++seconds > patience)); then
+            kill -KILL "$agent" 2>/dev/null || true
+        fi
+        sleep 1
+    done
+}
+
+has_ranks() {
+    local pid
+    for pid in $(cat "/proc/$1/task/$1/children" 2>/dev/null || true); do
+        # One that is dead, and not yet noticed by the agent, does not count.
+        grep -q '^State:[[:space:]]*Z' "/proc/$pid/status" 2>/dev/null || return 0
+    done
+    return 1
+}
+
+# on_all_hosts PORT ID LAST_CALL MODULE ARGUMENTS...
+# Every attempt has a store of its own, which ends with the head's torchrun, and no restart inside of it
+# (--max-restarts=0): after a network failure such a restart would wait for agents that cannot hear each other, and a
+# new attempt takes no longer. torchrun passes on only the signals it is told of, SIGUSR1 would kill it; and a large
+# model is not saved within the 30 seconds that it would wait.
+on_all_hosts() {
+    local port=$1 id=$2 last_call=$3
+    shift 3
+    DISTGPT_EXIT_FILE=$report run torchrun --nnodes="$NODES" --nproc_per_node="$ranks" \
+        --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$id" --local-addr="$address" \
+        --rdzv-conf="is_host=$is_host,join_timeout=$JOIN_SECONDS,last_call_timeout=$last_call" \
+        --max-restarts=0 --monitor-interval=0.1 --shutdown-timeout=120 \
+        --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+        -m "$@"
+}
+
+# How the attempt ended: this host's report, or the run's own if it is new and names a cause that is not a lost peer.
+ending() {
+    python - "$report" "$run_dir/exit.json" "$scratch/started" <<'PYTHON'
+import json, os, sys
+mine, run, started = sys.argv[1:]
+def read(path):
+    try:
+        with open(path) as file:
+            return json.load(file)
+    except (OSError, ValueError):
+        return None
+found = read(mine)
+if found is None or found["code"] == 75:
+    shared = read(run)
+    # Other hosts than the one with the trouble only see that it is gone.
+    if shared and shared["code"] not in (0, 75) and shared != read(started):
+        found = shared
+if found is not None:
+    print(found["code"], found["cause"])
+PYTHON
+}
+
+newest() { { find "$run_dir/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null || true; } | sort | tail -n 1; }
+
+attempts=0 tries=0 checked='' before=$(newest)
+while true; do
+    [[ ! $signalled ]] || { status=75; break; }
+    report=$scratch/exit-$((++attempts)).json
+    cp "$run_dir/exit.json" "$scratch/started" 2>/dev/null || rm -f "$scratch/started"
+    status=0 phase=train
+    if ((is_host)); then
+        [[ $checked ]] || phase=preflight
+    else
+        # The head's state decides: a host that comes late, or back, finds training under way and joins it, and a head
+        # that was restarted finds the others ready to go through the preflight with it.
+        ports=("$port")
+        [[ $checked ]] || ports+=("$((port + 1))")
+        run python -m distgpt.cluster.network wait "$head" "$JOIN_SECONDS" "${ports[@]}" >"$scratch/open" || status=75
+        ((status == 0)) || break
+        (($(<"$scratch/open") == port)) || phase=preflight
+    fi
+    if [[ $phase == preflight ]]; then
+        on_all_hosts "$((port + 1))" preflight 10 distgpt.doctor --distributed "$@" || status=$?
+        ((status == 0)) && checked=yes && continue
+    else
+        checked=yes
+        on_all_hosts "$port" train 3 distgpt.train "$@" || status=$?
+        ((status == 0)) && break
+    fi
+    told=$(ending)
+    code=${told%% *} cause=${told#* }
+    [[ $signalled ]] && say "stopped by SIG$signalled on this host${cause:+: $cause}" && status=75 && break
+    case $code in
+        75 | '') ;;
+        73) ((attempts > 2)) || { status=73; say "$cause"; break; } ;; # later, ranks of ours that are cut off hold it
+        *) status=$code; say "$cause"; break ;;
+    esac
+    [[ $(newest) == "$before" ]] || tries=0
+    before=$(newest)
+    if ((++tries > TRIES)); then
+        say "gave up after $TRIES attempts without a new checkpoint: ${cause:-no rank could say why, see above}"
+        status=75
+        break
+    fi
+    ((is_host)) || checked=''
+    say "${cause:-the attempt ended without a report}; starting again (attempt $((attempts + 1)))"
+    sleep $((tries < 5 ? tries : 5))
+done
+exit "$status"

@@ -1,0 +1,38 @@
+"""launch/multinode.sh on hosts that are network namespaces."""
+
+import time
+from collections.abc import Sequence
+
+from tests import jobs
+from tests.hosts.network import Network
+
+
+class HostJob(jobs.Job):
+    """A job whose output can be read so slowly that it does not end before something else has happened."""
+
+    def read_slowly_until(self, text: str) -> None:
+        """Read its stdout up to `text`, about a step a second."""
+        while text.encode() not in self._said:
+            assert self._read(), f"the job ended before it said {text!r}\n{self.finish()}"
+            time.sleep(0.5)
+
+
+def multinode(
+    hosts: Network,
+    arguments: Sequence[str],
+    *,
+    nodes: str = "",
+    head: str = "n1",
+    on: Sequence[str] = (),
+    **variables: str,
+) -> dict[str, HostJob]:
+    """launch/multinode.sh on every host (or those of `on`), one rank each."""
+    settings = {
+        "HEAD": f"{head}:29400",
+        "NODES": nodes or str(len(hosts.hosts)),
+        "NPROC_PER_NODE": "1",
+        "JOIN_SECONDS": "120",
+        **variables,
+    }
+    script = str(jobs.PROJECT / "launch" / "multinode.sh")
+    return {host: HostJob(hosts.command(host, script, *arguments), **settings) for host in on or hosts.hosts}

@@ -1,0 +1,175 @@
+"""launch/multinode.sh on hosts of their own: it trains what one process trains, over slow and broken links too."""
+
+import json
+import re
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+
+from tests import jobs
+from tests.hosts.conftest import MakeNetwork
+from tests.hosts.launching import multinode
+
+# Divides over 1, 2, 3, 4 and 6 ranks, in the same micro-batches.
+SHAPE = (
+    *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=16", "--model.dropout=0.1"),
+    *("--train.global_batch=24", "--train.micro_batch=2", "--train.steps=120", "--train.dtype=float32"),
+    *("--optim.lr=1e-3", "--optim.grad_clip=1.0", "--eval.every=60", "--eval.sequences=30", "--eval.sample_tokens=0"),
+    *("--checkpoint.every=10", "--log.every=1", "--health.timeout=15"),
+)
+OPEN_LOCK = """
+import sys
+from pathlib import Path
+from distgpt.cluster.run_directory import RunLock, RunPaths
+from distgpt.errors import main_guard
+main_guard(lambda: RunLock(RunPaths(Path(sys.argv[1]))))
+"""
+
+
+@pytest.fixture(scope="module")
+def one_process(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of one process."""
+    run = tmp_path_factory.mktemp("one") / "run"
+    done = jobs.door("train", *SHAPE, f"--data.path={prepared}", f"--run.dir={run}")
+    assert done.code == 0, done
+    return run
+
+
+def finish(running: Mapping[str, jobs.Job]) -> dict[str, jobs.Ended]:
+    """All of them to their end, at once: none may wait for another to be read."""
+    with ThreadPoolExecutor(len(running)) as pool:
+        endings = {host: pool.submit(job.finish) for host, job in running.items()}
+        return {host: ending.result() for host, ending in endings.items()}
+
+
+def assert_finished(endings: Mapping[str, jobs.Ended], run: Path, one_process: Path) -> None:
+    """Every host ended well, and the run is what one process makes of it."""
+    for host, ended in endings.items():
+        assert ended.code == 0, f"{host}: {ended}"
+    assert_same_run(run, one_process)
+
+
+def assert_same_run(run: Path, one_process: Path) -> None:
+    assert jobs.losses(run) == pytest.approx(jobs.losses(one_process), abs=1e-4)
+    assert jobs.val_losses(run) == pytest.approx(jobs.val_losses(one_process), abs=1e-4)
+    assert jobs.exit_report(run)["code"] == 0
+    newest = jobs.checkpoints(run)[-1]
+    assert newest == "step-00000120"
+    weights, expected = (jobs.tensors(r / "checkpoints" / newest) for r in (run, one_process))
+    for name, value in expected.items():
+        assert (weights[name] - value).abs().max() < 1e-4, name
+
+
+def test_four_hosts_train_as_one_process_and_the_slow_host_is_named(
+    make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path
+) -> None:
+    hosts = make_network(4)
+    hosts.limit("n3", "100mbit")
+    endings = finish(multinode(hosts, [*SHAPE, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}"], head="n2"))
+    assert_finished(endings, tmp_path / "run", one_process)
+    said = "".join(ended.stdout for ended in endings.values())
+    # tc's 100 Mbit/s are 12.5 MB/s. A busy machine may make other links look slow too, but none as slow.
+    assert re.search(r"^warn  links +.*?slow: n3 -> n[24] 1[0-3]\.\d MB/s", said, re.MULTILINE), said
+    assert re.search(r"^ok    same config +on all 4 hosts", said, re.MULTILINE), said
+
+
+def test_a_mistake_on_one_host_ends_it_on_all(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
+    hosts = make_network(2)
+    common = [*SHAPE, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}"]
+    endings = finish(
+        multinode(hosts, common, on=["n1"]) | multinode(hosts, [*common, "--optim.beta2=0.5"], on=["n2"], nodes="2")
+    )
+    assert [ended.code for ended in endings.values()] == [2, 2], endings
+    line = "same config: optim.beta2: n1 has 0.999, n2 has 0.5: start the same command on all hosts"
+    for ended in endings.values():
+        assert f"distgpt: {line}" in ended.stderr, ended
+    assert not (tmp_path / "run").exists()
+
+
+def test_hosts_that_cannot_reach_each_other_are_named(
+    make_network: MakeNetwork, prepared: Path, tmp_path: Path
+) -> None:
+    """All reach the head, so torchrun starts; a process group would wait for its timeout and not say for whom."""
+    hosts = make_network(3)
+    hosts.isolate("n2", "n3")
+    endings = finish(multinode(hosts, [*SHAPE, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}"]))
+    assert [ended.code for ended in endings.values()] == [74, 74, 74], endings
+    for ended in endings.values():
+        assert "n2 cannot reach n3 at 10.77.0.3 (" in ended.stderr, ended
+        assert "n3 cannot reach n2 at 10.77.0.2 (" in ended.stderr, ended
+        assert "cannot reach n1" not in ended.stderr, ended
+
+
+def test_a_loss_that_is_not_finite_ends_it_on_all(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
+    hosts = make_network(2)
+    arguments = [*SHAPE, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}"]
+    endings = finish(multinode(hosts, [*arguments, "--optim.lr=1e30", "--optim.grad_clip=0"]))
+    assert [ended.code for ended in endings.values()] == [65, 65], endings
+
+
+def test_a_host_joins_and_another_is_cut_off_for_good(
+    make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path
+) -> None:
+    """The hardest one to lose: n1 has the lowest address, so rank 0 runs there, which writes and holds the lock."""
+    hosts, run = make_network(3), tmp_path / "run"
+    arguments = [*SHAPE, f"--data.path={prepared}", f"--run.dir={run}"]
+    settings = {"head": "n2", "nodes": "2:3"}
+    running = multinode(hosts, arguments, on=["n1", "n2"], **settings)
+    running["n1"].read_until("= 2 ranks x")
+    running |= multinode(hosts, arguments, on=["n3"], **settings)
+    running["n1"].read_slowly_until("= 3 ranks x")
+    # One line at a time is written, so all that are there can be read.
+    reached = max(jobs.losses(run))
+    running["n1"].read_until(f"step {min(reached + 5, 119):>3}/120")
+    assert owner(run) == "n1"
+
+    hosts.cut("n1")
+    with ThreadPoolExecutor(1) as pool:
+        lost = running.pop("n1")
+        lost_ending = pool.submit(lost.finish)
+        jobs.poll(lambda: not hosts.ranks("n1"))
+        jobs.poll(lambda: owner(run) != "n1")
+        # The lock passes to the majority, which cannot end before it is read; whoever would write has to take it first.
+        refused = jobs.run(hosts.command("n1", sys.executable, "-c", OPEN_LOCK, str(run)))
+        endings = finish(running)
+        assert not hosts.ranks("n1")
+        lost.signal(signal.SIGTERM)
+        assert lost_ending.result().code == 75
+    assert refused.code == 73, refused
+    assert "in use by pid" in refused.stderr
+    assert_finished(endings, run, one_process)
+
+
+def test_a_link_that_heals(make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path) -> None:
+    """Three seconds are not noticed. After a longer cut each host ends its attempt in time, and they start again."""
+    hosts, run = make_network(2), tmp_path / "run"
+    running = multinode(hosts, [*SHAPE, f"--data.path={prepared}", f"--run.dir={run}"])
+    running["n1"].read_until("step  20/120")
+    first = hosts.ranks("n1")
+    hosts.cut("n2")
+    time.sleep(3)
+    hosts.heal("n2")
+    running["n1"].read_until("step  60/120")
+    assert hosts.ranks("n1") == first
+    hosts.cut("n2")
+    with ThreadPoolExecutor(1) as pool:
+        ending = pool.submit(finish, running)
+        for host in hosts.hosts:
+            jobs.poll(lambda host=host: not hosts.ranks(host))
+        hosts.heal("n2")
+        endings = ending.result()
+    assert_finished(endings, run, one_process)
+    assert "starting again" in endings["n1"].stderr
+
+
+def owner(run: Path) -> str | None:
+    """The host of the process that holds the lock, or held it last."""
+    try:
+        return str(json.loads((run / "LOCK").read_text())["host"])
+    except (OSError, ValueError):
+        return None

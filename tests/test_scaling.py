@@ -1,0 +1,58 @@
+"""bench/scaling.py: what training sends is what its formulas say."""
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+from tests import jobs
+from tests.hosts.network import INTERFACE, network, why_not
+
+
+@pytest.fixture(scope="module")
+def scaling() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("scaling", jobs.PROJECT / "bench" / "scaling.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["scaling"] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_formulas(scaling: ModuleType) -> None:
+    """The limits in which they must agree."""
+    blocks, root = 300, 100
+    whole = scaling.Job("fsdp", 4, 16, 2, 1)
+    one_group = scaling.Job("hsdp", 4, 16, 2, 1, shard=4)
+    assert scaling.expected_bytes(one_group, blocks, root) == scaling.expected_bytes(whole, blocks, root)
+    groups_of_one = scaling.Job("hsdp", 4, 16, 2, 1, shard=1)
+    replicas = scaling.expected_bytes(scaling.Job("ddp", 4, 16, 2, 1), blocks, root)
+    assert scaling.expected_bytes(groups_of_one, blocks, root) == replicas == 2 * 3 * 400
+    # Of two ranks, one on each host, all bytes cross the link.
+    pair = scaling.Job("fsdp", 2, 8, 2, 1)
+    assert scaling.expected_between_two_hosts(pair, blocks, root) == scaling.expected_bytes(pair, blocks, root)
+
+
+@pytest.mark.skipif(why_not() is not None, reason="needs a loopback device of its own, that is, root")
+@pytest.mark.parametrize(("strategy", "micro_batches"), [("ddp", 2), ("fsdp", 2)])
+def test_bytes_on_the_wire(scaling: ModuleType, strategy: str, micro_batches: int) -> None:
+    job = scaling.Job(strategy, 2, 2 * 2 * micro_batches, 2, steps=3)
+    measured = scaling.run(job)
+    assert measured.wire_bytes == pytest.approx(scaling.expected_bytes(job, measured.blocks, measured.root), rel=0.03)
+
+
+@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+def test_hsdp_keeps_wide_traffic_inside_a_host(scaling: ModuleType, tmp_path: Path) -> None:
+    """Two hosts of two ranks: what crosses the bridge between them."""
+    crossed = {}
+    with network(2, tmp_path) as hosts:
+        for strategy in ("fsdp", "hsdp"):
+            job = scaling.Job(strategy, 4, 8, 2, steps=3, interface=INTERFACE)
+            measured = scaling.run_on(hosts, job)
+            expected = scaling.expected_between_two_hosts(job, measured.blocks, measured.root)
+            assert measured.wire_bytes == pytest.approx(expected, rel=0.05)
+            crossed[strategy] = measured.wire_bytes
+    assert crossed["hsdp"] < crossed["fsdp"] / 2
