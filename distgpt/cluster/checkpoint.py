@@ -13,7 +13,6 @@ Random state is not stored: the data order and dropout are pure functions of (se
 import hashlib
 import json
 import logging
-import os
 import pickle
 import shutil
 import socket
@@ -43,7 +42,7 @@ from torch.distributed.checkpoint.state_dict import (
 
 from distgpt.cluster.runtime import Runtime
 from distgpt.config import Config, from_dict, to_dict
-from distgpt.corpus.shards import Dataset
+from distgpt.corpus.shards import Dataset, sync, write_file
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.errors import DataError, StorageError, UsageError
 from distgpt.model.gpt import GPT
@@ -243,18 +242,17 @@ class Checkpointer:
         rank = self._runtime.rank
         files = sorted(staging.glob(f"__{rank}_*"))
         if rank == 0:
-            _write_durably(staging / STATE, json.dumps(asdict(state), indent=1).encode())
-            _write_durably(staging / TOKENIZER, (self._dataset.path / TOKENIZER).read_bytes())
+            write_file(staging / STATE, json.dumps(asdict(state), indent=1).encode())
+            write_file(staging / TOKENIZER, (self._dataset.path / TOKENIZER).read_bytes())
             files += [staging / name for name in (".metadata", STATE, TOKENIZER)]
         return {file.name: {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files}
 
     def _commit(self, staging: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
         if self._runtime.rank:
             return
-        _write_durably(staging / MANIFEST, _manifest_bytes(files))
-        _sync_directory(staging)
+        write_file(staging / MANIFEST, _manifest_bytes(files))
         staging.rename(final)
-        _sync_directory(final.parent)
+        sync(final.parent)
 
     def _set_aside(self, names: Sequence[str]) -> None:
         if self._runtime.rank == 0:
@@ -477,21 +475,6 @@ def _manifest_bytes(files: dict[str, dict[str, Any]]) -> bytes:
 def _sha256(file: Path) -> str:
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _write_durably(file: Path, content: bytes) -> None:
-    with file.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-
-
-def _sync_directory(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 def _bytes_of(tensors: dict[str, Any]) -> int:
