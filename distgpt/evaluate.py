@@ -23,8 +23,8 @@ if __name__ == "__main__":
 import sys
 from pathlib import Path
 
-from distgpt.cluster.checkpoint import load_for_inference
 from distgpt.cluster.evaluation import evaluate
+from distgpt.cluster.loading import load_for_inference
 from distgpt.cluster.parallel import micro_batch_size
 from distgpt.cluster.runtime import compute_dtype, joined, this_rank
 from distgpt.config import from_dict

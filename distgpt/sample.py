@@ -32,7 +32,7 @@ from pathlib import Path
 
 import torch
 
-from distgpt.cluster.checkpoint import load_for_inference
+from distgpt.cluster.loading import load_for_inference
 from distgpt.errors import DataError, UsageError
 from distgpt.model.generate import generate
 

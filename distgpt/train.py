@@ -29,9 +29,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from distgpt.cluster.checkpoint import CHECKPOINT_BYTES, Checkpointer, committed, require_same_run, require_space
+from distgpt.cluster.checkpoint import Checkpointer, require_same_run
 from distgpt.cluster.evaluation import evaluate
 from distgpt.cluster.health import Run, die_with_agent
+from distgpt.cluster.manifest import committed
 from distgpt.cluster.parallel import (
     autocast,
     bare,
@@ -42,6 +43,7 @@ from distgpt.cluster.parallel import (
     micro_batch_size,
 )
 from distgpt.cluster.reduction import grad_norm_of, mean_loss_and_any, require_agreement, weight_norm_of
+from distgpt.cluster.retention import CHECKPOINT_BYTES, require_space
 from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.runtime import Runtime, compute_dtype, joined, this_rank
 from distgpt.corpus.loader import EvaluationBatches, Loader, MicroBatch

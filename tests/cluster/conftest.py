@@ -1,5 +1,6 @@
-"""A small dataset, and rank 0 of 1."""
+"""A small dataset, rank 0 of 1, and a run with checkpoints."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from distgpt.cluster.runtime import Runtime
 from distgpt.corpus.shards import Dataset, Documents, open_dataset, write_dataset
 from distgpt.corpus.tokenizer import CharTokenizer
+from tests.cluster.checkpoints import trainee
 
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyzäöü"
 
@@ -46,3 +48,23 @@ def make_dataset(directory: Path, *, seed: int) -> Dataset:
         advance=lambda written: None,
     )
     return open_dataset(directory)
+
+
+@pytest.fixture(scope="session")
+def saved(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with steps 1 and 2. Copy it before changing it."""
+    run = tmp_path_factory.mktemp("saved")
+    subject = trainee(run, dataset)
+    for step in (1, 2):
+        subject.learn()
+        subject.checkpointer.save(step, val_loss=3.0 + step)
+    subject.checkpointer.require_saved(2)
+    assert subject.said == []
+    return run
+
+
+@pytest.fixture
+def run(saved: Path, tmp_path: Path) -> Path:
+    """A copy of `saved` to break."""
+    shutil.copytree(saved, tmp_path / "run")
+    return tmp_path / "run"

@@ -1,138 +1,26 @@
-"""Checkpoints of one process: what was saved comes back, what is broken is found, and nothing whole is lost.
+"""Checkpoints of one process: what was saved comes back, what is broken is skipped, and a full disk costs no more.
 
 Saving and resuming over several ranks, and across strategies, is in tests/end_to_end/test_resume.py.
 """
 
-import hashlib
-import json
-import os
-import pickle
 import random
-import shutil
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from distgpt.cluster import checkpoint
-from distgpt.cluster.checkpoint import (
-    Checkpointer,
-    best_of,
-    committed,
-    damage,
-    load_for_inference,
-    prune,
-    read_state,
-    require_same_run,
-)
-from distgpt.cluster.parallel import build_model
-from distgpt.cluster.runtime import Runtime
+from distgpt.cluster.checkpoint import require_same_run
+from distgpt.cluster.loading import load_for_inference
+from distgpt.cluster.manifest import committed, read_state
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset
 from distgpt.errors import DataError, StorageError, UsageError
-from distgpt.model.gpt import GPT
-from distgpt.model.optim import build_optimizer
 from tests import jobs
+from tests.cluster.checkpoints import CPU, FILES, SMALL, flip_bit, names, newest, trainee
 
-SMALL = ("--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=8", "--checkpoint.keep=2")
-CPU = torch.device("cpu")
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-FILES = ["__0_0.distcp", ".metadata", "train.json", "tokenizer.json", "manifest.json"]
-
-
-@dataclass
-class Trainee:
-    """A model that can take steps, and the Checkpointer of its run."""
-
-    model: GPT
-    optimizer: torch.optim.Optimizer
-    checkpointer: Checkpointer
-    said: list[str] = field(default_factory=list)
-
-    def learn(self) -> None:
-        """A step, so that weights and moments are none that a new model has."""
-        tokens_BT = torch.randint(0, 20, (4, 9), generator=torch.Generator().manual_seed(3))
-        self.model(tokens_BT[:, :-1], tokens_BT[:, 1:]).mean().backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-
-
-def trainee(run: Path, dataset: Dataset, *arguments: str) -> Trainee:
-    config = resolve([*SMALL, *arguments], {})
-    runtime = Runtime(0, 0, 1, 1, CPU)
-    model = build_model(
-        config,
-        runtime,
-        strategy="single",
-        vocab_size=dataset.vocab_size,
-        eot_id=None,
-        micro_batch=1,
-        dtype=torch.float32,
-    )
-    assert isinstance(model, GPT)
-    optimizer = build_optimizer(model, config.optim, "cpu")
-    said: list[str] = []
-    checkpointer = Checkpointer(
-        run / "checkpoints",
-        config=config,
-        dataset=dataset,
-        model=model,
-        optimizer=optimizer,
-        runtime=runtime,
-        say=said.append,
-    )
-    return Trainee(model, optimizer, checkpointer, said)
-
-
-@pytest.fixture(scope="session")
-def saved(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run with steps 1 and 2. Copy it before changing it."""
-    run = tmp_path_factory.mktemp("saved")
-    subject = trainee(run, dataset)
-    for step in (1, 2):
-        subject.learn()
-        subject.checkpointer.save(step, val_loss=3.0 + step)
-    subject.checkpointer.require_saved(2)
-    assert subject.said == []
-    return run
-
-
-@pytest.fixture
-def run(saved: Path, tmp_path: Path) -> Path:
-    """A copy of `saved` to break."""
-    shutil.copytree(saved, tmp_path / "run")
-    return tmp_path / "run"
-
-
-def newest(run: Path) -> Path:
-    return committed(run / "checkpoints")[0]
-
-
-def names(run: Path) -> list[str]:
-    return jobs.checkpoints(run)
-
-
-def flip_bit(file: Path, draw: random.Random) -> None:
-    content = bytearray(file.read_bytes())
-    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
-    file.write_bytes(content)
-
-
-def sign_again(directory: Path) -> None:
-    """Make the manifest agree with the files as they are now, as someone who means harm would."""
-    manifest = json.loads((directory / "manifest.json").read_text())
-    for name, entry in manifest["files"].items():
-        content = (directory / name).read_bytes()
-        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    del manifest["sha256"]
-    own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
-    signed = {**manifest, "sha256": own}
-    (directory / "manifest.json").write_text(json.dumps(signed, sort_keys=True, indent=1))
-    assert damage(directory) == []
-
 
 # What was saved comes back
 
@@ -171,17 +59,6 @@ def test_a_checkpoint_holds_all_that_it_takes_to_go_on(saved: Path, dataset: Dat
     assert trainee(saved, dataset).checkpointer.best_val_loss() == 4.0
 
 
-def test_sampling_loads_the_newest_in_eval_mode(saved: Path, dataset: Dataset) -> None:
-    model, tokenizer, state = load_for_inference(saved, CPU)
-    subject = trainee(saved, dataset)
-    subject.checkpointer.restore()
-    assert state.step == 2
-    assert not model.training
-    assert tokenizer.decode([3, 4]) == "ab"[:2] or tokenizer.vocab_size == dataset.vocab_size
-    for (name, a), b in zip(model.named_parameters(), subject.model.parameters(), strict=True):
-        assert torch.equal(a, b), name
-
-
 def test_nothing_saved_is_step_0(tmp_path: Path, dataset: Dataset) -> None:
     subject = trainee(tmp_path, dataset)
     assert subject.checkpointer.restore() == 0
@@ -202,56 +79,6 @@ def test_saves_in_the_background_and_at_once_are_equal(tmp_path: Path, dataset: 
         subject.checkpointer.require_saved(1)
         assert subject.said == []
     jobs.assert_same_tensors(newest(tmp_path / "true"), newest(tmp_path / "false"))
-
-
-# What is broken is found
-
-
-def test_a_whole_checkpoint_has_no_damage(saved: Path) -> None:
-    assert damage(newest(saved)) == []
-
-
-@pytest.mark.parametrize("name", FILES)
-@pytest.mark.parametrize("harm", ["shortened", "emptied", "lengthened", "deleted", "directory"])
-def test_a_file_that_is_not_whole_is_found(run: Path, name: str, harm: str) -> None:
-    file = newest(run) / name
-    match harm:
-        case "shortened":
-            os.truncate(file, file.stat().st_size - 1)
-        case "emptied":
-            os.truncate(file, 0)
-        case "lengthened":
-            with file.open("ab") as stream:
-                stream.write(b"\n")
-        case _:
-            file.unlink()
-            if harm == "directory":
-                file.mkdir()
-    problems = damage(newest(run))
-    assert len(problems) == 1
-    assert name in problems[0]
-    assert "\n" not in problems[0]
-
-
-@pytest.mark.parametrize("name", FILES)
-def test_one_flipped_bit_is_found_wherever_it_is(run: Path, name: str) -> None:
-    draw = random.Random(name)
-    file = newest(run) / name
-    whole = file.read_bytes()
-    for _ in range(50):
-        flip_bit(file, draw)
-        assert damage(newest(run)), f"a flipped bit in {name} was not found"
-        file.write_bytes(whole)
-    assert damage(newest(run)) == []
-
-
-def test_ranks_share_the_work_of_looking(run: Path) -> None:
-    for name in FILES[:-1]:
-        with (newest(run) / name).open("ab") as stream:
-            stream.write(b"\n")
-    found = [damage(newest(run), rank, 3) for rank in range(3)]
-    assert sorted(problem.split()[0] for share in found for problem in share) == sorted(FILES[:-1])
-    assert max(map(len, found)) < 4
 
 
 # What is broken is skipped
@@ -287,82 +114,6 @@ def test_all_broken_is_the_end(run: Path, dataset: Dataset) -> None:
         assert "holds no whole checkpoint (step-00000002: __0_0.distcp does not match its hash" in str(caught.value)
         assert "step-00000001: __0_0.distcp does not match" in str(caught.value)
     assert names(run) == before  # for the user to look at
-
-
-class Payload:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.system, (self.command,)
-
-
-@pytest.mark.parametrize("protocol", [0, 2, 5])
-def test_a_crafted_index_runs_no_code(run: Path, dataset: Dataset, tmp_path: Path, protocol: int) -> None:
-    marker = tmp_path / "ran"
-    payload = pickle.dumps(Payload(f"touch {marker}"), protocol=protocol)
-    pickle.loads(payload)
-    assert marker.exists()  # the payload works
-    marker.unlink()
-    for directory in committed(run / "checkpoints"):
-        (directory / ".metadata").write_bytes(payload)
-        sign_again(directory)
-    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours: it asks for posix.system"):
-        load_for_inference(run, CPU)
-    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours"):
-        trainee(run, dataset).checkpointer.restore()
-    assert not marker.exists()
-
-
-@pytest.mark.parametrize("content", [b"", b"\x80", b"junk", pickle.dumps({"a": 1}), pickle.dumps(3)])
-def test_an_index_that_is_none_is_refused(run: Path, content: bytes) -> None:
-    (newest(run) / ".metadata").write_bytes(content)
-    sign_again(newest(run))
-    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours"):
-        load_for_inference(run, CPU)
-
-
-# What is whole is not lost
-
-
-def make(directory: Path, *, step: int, val_loss: float | None) -> Path:
-    """A checkpoint without tensors, enough to prune."""
-    made = directory / f"step-{step:08d}"
-    made.mkdir(parents=True)
-    state = {"step": step, "val_loss": val_loss, "config": {}, "data_fingerprint": "", "tokenizer_sha256": ""}
-    (made / "train.json").write_text(json.dumps({**state, "vocab_size": 1, "eot_id": None}))
-    (made / "manifest.json").write_text(json.dumps({"files": {"train.json": {}}}))
-    return made
-
-
-def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
-    for step, val_loss in [(1, 3.0), (2, 1.5), (3, None), (4, 2.0), (5, 1.6), (6, None)]:
-        make(tmp_path, step=step, val_loss=val_loss)
-    prune(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000005", "step-00000006"]
-    prune(tmp_path, keep=2)
-    assert len(list(tmp_path.iterdir())) == 3
-    make(tmp_path, step=7, val_loss=1.0)
-    prune(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000007"]
-    assert best_of(tmp_path) == tmp_path / "step-00000007"
-
-
-def test_prune_leaves_what_it_did_not_write(tmp_path: Path) -> None:
-    for step in range(1, 6):
-        make(tmp_path, step=step, val_loss=None)
-    (tmp_path / "step-00000001" / "notes.txt").write_text("mine")
-    (tmp_path / "step-00000002" / "manifest.json").write_text("{")
-    (tmp_path / "step-00000003" / "more").mkdir()
-    (tmp_path / "backup").mkdir()
-    before = sorted(path.name for path in tmp_path.rglob("*"))
-    prune(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == before
-    prune(tmp_path, keep=1)
-    assert not (tmp_path / "step-00000004").exists()
-    assert (tmp_path / "step-00000001" / "notes.txt").read_text() == "mine"
 
 
 def test_saving_prunes_and_keeps_the_best(tmp_path: Path, dataset: Dataset) -> None:

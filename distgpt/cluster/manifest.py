@@ -1,0 +1,107 @@
+"""What a checkpoint is on disk, and whether it is whole.
+
+checkpoints/step-00001000/     whole, or it would not have this name
+    __0_0.distcp ...           tensors, sharded (torch.distributed.checkpoint), one file a rank
+    .metadata                  DCP's index of them (a pickle, read through an allow-list: loading.py)
+    train.json                 step, validation loss, config, data fingerprint: see RunState
+    tokenizer.json             so that sampling needs nothing else
+    manifest.json              size and SHA-256 of each file above, and of itself
+"""
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distgpt.errors import DataError
+
+FORMAT_VERSION = 1
+MANIFEST, STATE, TOKENIZER = "manifest.json", "train.json", "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class RunState:
+    """What a checkpoint knows besides its tensors."""
+
+    step: int
+    val_loss: float | None
+    config: dict[str, Any]
+    data_fingerprint: str
+    tokenizer_sha256: str
+    vocab_size: int
+    eot_id: int | None
+
+
+def path_of(directory: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return directory / f"step-{step:08d}"
+
+
+def committed(directory: Path) -> list[Path]:
+    """The checkpoints of a run, newest first."""
+    found = [d for d in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", d.name) and d.is_dir()]
+    return sorted(found, key=lambda checkpoint: int(checkpoint.name.removeprefix("step-")), reverse=True)
+
+
+def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
+    """What is wrong with a checkpoint, as far as this rank's share of its files shows; empty if nothing is."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
+        files = manifest["files"]
+        if manifest_bytes(files) != (checkpoint / MANIFEST).read_bytes():
+            return [f"{MANIFEST} is damaged"]
+    except FileNotFoundError:
+        return [f"{MANIFEST} is missing"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return [f"{MANIFEST} cannot be read ({one_line(error)})"]
+    problems = []
+    for name in sorted(files)[rank::world_size]:
+        try:
+            size = (checkpoint / name).stat().st_size
+            if size != files[name]["bytes"]:
+                problems.append(f"{name} has {size} bytes, not {files[name]['bytes']}")
+            elif sha256_of(checkpoint / name) != files[name]["sha256"]:
+                problems.append(f"{name} does not match its hash")
+        except OSError as error:
+            problems.append(f"{name}: {error.strerror}")
+    return problems
+
+
+def read_state(checkpoint: Path) -> RunState:
+    """train.json of a checkpoint. Raises DataError if it is not one."""
+    try:
+        return RunState(**json.loads((checkpoint / STATE).read_bytes()))
+    except (OSError, ValueError, TypeError) as error:
+        raise DataError(f"{checkpoint / STATE} cannot be read: {one_line(error)}") from None
+
+
+def manifest_bytes(files: dict[str, dict[str, Any]]) -> bytes:
+    """manifest.json: canonical, and with a hash of itself, so that a flipped bit in it shows too."""
+    body = {"format_version": FORMAT_VERSION, "files": files}
+    own_hash = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
+    return json.dumps({**body, "sha256": own_hash}, sort_keys=True, indent=1).encode()
+
+
+def sha256_of(file: Path) -> str:
+    """Of a file's content, in hexadecimal. Raises OSError."""
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def all_broken(broken: dict[str, str]) -> str:
+    """What to say where each checkpoint, by name, has something wrong."""
+    return f"holds no whole checkpoint ({listed(broken)})"
+
+
+def listed(broken: dict[str, str]) -> str:
+    """Checkpoints and what is wrong with each, in one line."""
+    return "; ".join(f"{name}: {why}" for name, why in broken.items())
+
+
+def one_line(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
+    return next(iter(str(error).splitlines()), "") or type(error).__name__

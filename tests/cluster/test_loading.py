@@ -1,0 +1,63 @@
+"""Models from a run's checkpoints; what a checkpoint brings is never run."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from distgpt.cluster.loading import load_for_inference
+from distgpt.cluster.manifest import committed
+from distgpt.corpus.shards import Dataset
+from distgpt.errors import DataError
+from tests.cluster.checkpoints import CPU, newest, sign_again, trainee
+
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+def test_sampling_loads_the_newest_in_eval_mode(saved: Path, dataset: Dataset) -> None:
+    model, tokenizer, state = load_for_inference(saved, CPU)
+    subject = trainee(saved, dataset)
+    subject.checkpointer.restore()
+    assert state.step == 2
+    assert not model.training
+    assert tokenizer.decode([3, 4]) == "ab"[:2] or tokenizer.vocab_size == dataset.vocab_size
+    for (name, a), b in zip(model.named_parameters(), subject.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+
+
+class Payload:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (self.command,)
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 5])
+def test_a_crafted_index_runs_no_code(run: Path, dataset: Dataset, tmp_path: Path, protocol: int) -> None:
+    marker = tmp_path / "ran"
+    payload = pickle.dumps(Payload(f"touch {marker}"), protocol=protocol)
+    pickle.loads(payload)
+    assert marker.exists()  # the payload works
+    marker.unlink()
+    for directory in committed(run / "checkpoints"):
+        (directory / ".metadata").write_bytes(payload)
+        sign_again(directory)
+    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours: it asks for posix.system"):
+        load_for_inference(run, CPU)
+    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours"):
+        trainee(run, dataset).checkpointer.restore()
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80", b"junk", pickle.dumps({"a": 1}), pickle.dumps(3)])
+def test_an_index_that_is_none_is_refused(run: Path, content: bytes) -> None:
+    (newest(run) / ".metadata").write_bytes(content)
+    sign_again(newest(run))
+    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours"):
+        load_for_inference(run, CPU)
