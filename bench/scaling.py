@@ -167,11 +167,11 @@ def work(job: Job, result: Path) -> None:
     import torch.distributed as dist
 
     from distgpt.cluster.parallel import bare, build_model
-    from distgpt.cluster.reduction import grad_norm_of, mean_loss_and_any
+    from distgpt.cluster.reduction import agreed, grad_norm_of
     from distgpt.cluster.runtime import joined, this_rank
+    from distgpt.cluster.step import accumulate_gradients, update
     from distgpt.config import resolve
     from distgpt.model.optim import build_optimizer
-    from distgpt.train import accumulate_gradients
 
     batch = (f"--train.global_batch={job.global_batch}", f"--train.micro_batch={job.micro_batch}")
     config = resolve([*SHAPE, *batch, f"--parallel.shard={job.shard}", "--train.dtype=float32"], {})
@@ -198,9 +198,9 @@ def work(job: Job, result: Path) -> None:
                 before = wire_bytes(job.interface)
             started = time.perf_counter()
             loss = accumulate_gradients(model, micro_batches, step, config, runtime, torch.float32)
-            grad_norm_of(model)
-            mean_loss_and_any(loss, False, runtime)
-            optimizer.step()
+            grad_norm = grad_norm_of(model)
+            agreed(loss, grad_norm, False, runtime)
+            update(model, optimizer, grad_norm, clip=config.optim.grad_clip)
             optimizer.zero_grad()
             if step > WARM_UP_STEPS:
                 seconds.append(time.perf_counter() - started)

@@ -17,16 +17,14 @@ if __name__ == "__main__":
     # Before torch, which takes seconds to import: --help and a mistyped key answer at once.
     CONFIG = main_guard(lambda: config_from_command_line(sys.argv[1:], prog="distgpt.train", about=ABOUT))
 
-import hashlib
 import logging
 import math
 import os
-from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from tqdm import tqdm
 
 from distgpt.cluster.checkpoint import Checkpointer, require_same_run
@@ -38,21 +36,21 @@ from distgpt.cluster.parallel import (
     bare,
     build_model,
     choose_strategy,
-    gradient_sync,
     inference,
     micro_batch_size,
 )
-from distgpt.cluster.reduction import grad_norm_of, mean_loss_and_any, require_agreement, weight_norm_of
+from distgpt.cluster.reduction import agreed, grad_norm_of, require_agreement, weight_norm_of
 from distgpt.cluster.retention import CHECKPOINT_BYTES, require_space
 from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.runtime import Runtime, compute_dtype, joined, this_rank
-from distgpt.corpus.loader import EvaluationBatches, Loader, MicroBatch
+from distgpt.cluster.step import accumulate_gradients, update
+from distgpt.corpus.loader import EvaluationBatches, Loader
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.errors import DataError, DirectoryError, Interrupted, StorageError
 from distgpt.model.generate import generate
 from distgpt.model.gpt import count_parameters
-from distgpt.model.optim import build_optimizer, lr_at
+from distgpt.model.optim import build_optimizer, lr_at, set_lr
 from distgpt.telemetry.progress import Progress
 
 log = logging.getLogger("distgpt")
@@ -154,20 +152,18 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
         for step in range(start + 1, last + 1):
             lr = set_lr(optimizer, lr_at(step - 1, config.optim, last))
             loss = accumulate_gradients(model, loader.next_step(), step, config, runtime, dtype)
-            grad_norm = grad_norm_of(model)
-            mean_loss, stop = mean_loss_and_any(loss, run.stop_requested is not None, runtime)
-            if not math.isfinite(mean_loss) or not math.isfinite(grad_norm.item()):
+            norm = grad_norm_of(model)
+            mean_loss, grad_norm, stop = agreed(loss, norm, run.stop_requested is not None, runtime)
+            if not math.isfinite(mean_loss) or not math.isfinite(grad_norm):
                 checkpointer.wait()
-                stop_before_update(mean_loss, grad_norm.item(), step, config, loader)
-            if config.optim.grad_clip:
-                nn.utils.clip_grads_with_norm_(model.parameters(), config.optim.grad_clip, grad_norm)
-            optimizer.step()
+                stop_before_update(mean_loss, grad_norm, step, config, loader)
+            update(model, optimizer, norm, clip=config.optim.grad_clip)
             optimizer.zero_grad()
 
             run.step = step
             wait = loader.take_data_wait()
             checkpointer.poll()
-            progress.step(step, loss=mean_loss, lr=lr, grad_norm=grad_norm.item(), data_wait=wait)
+            progress.step(step, loss=mean_loss, lr=lr, grad_norm=grad_norm, data_wait=wait)
             val_loss = None
             if is_due(step, config.eval.every, last):
                 require_finite_weights(model, step)
@@ -187,32 +183,6 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
                 raise Interrupted(f"interrupted by {signal}: step {step} of {last} is saved, run it again to go on")
         checkpointer.require_saved(last)
     say(f"done: step {last} in {run.paths.root}, loss curve in {run.paths.plot}")
-
-
-def accumulate_gradients(
-    model: nn.Module,
-    micro_batches: Sequence[MicroBatch],
-    step: int,
-    config: Config,
-    runtime: Runtime,
-    dtype: torch.dtype,
-) -> Tensor:
-    """Forward and backward over this rank's micro-batches; their mean loss. Gradients: means over the global batch."""
-    loss_sum = torch.zeros((), device=runtime.device)
-    for index, (x_BT, y_BT) in enumerate(micro_batches):
-        torch.manual_seed(dropout_seed(config.run.seed, step, runtime.rank * len(micro_batches) + index))
-        with gradient_sync(model, last=index == len(micro_batches) - 1):
-            with autocast(runtime.device, dtype):
-                loss = model(x_BT, y_BT).mean() / len(micro_batches)
-            loss.backward()
-        loss_sum += loss.detach()
-    return loss_sum
-
-
-def dropout_seed(seed: int, step: int, micro_batch_index: int) -> int:
-    """What dropout draws from in one micro-batch of the global batch, whichever rank computes it."""
-    digest = hashlib.blake2b(f"{seed} {step} {micro_batch_index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def stop_before_update(loss: float, grad_norm: float, step: int, config: Config, loader: Loader) -> NoReturn:
@@ -239,13 +209,6 @@ def warn_if_full(run: Run, config: Config, dataset: Dataset) -> None:
         require_space(run.paths.root, CHECKPOINT_BYTES * count_parameters(config.model, dataset.vocab_size))
     except StorageError as error:
         print(f"distgpt: warning: {error}", file=sys.stderr, flush=True)
-
-
-def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Give every parameter group this learning rate."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-    return lr
 
 
 def is_due(step: int, every: int, last: int) -> bool:

@@ -12,13 +12,17 @@ from distgpt.cluster.runtime import Runtime
 from distgpt.errors import UsageError
 
 
-def mean_loss_and_any(loss: Tensor, flag: bool, runtime: Runtime) -> tuple[float, bool]:
-    """The mean of a scalar over ranks, and whether any rank raised `flag`: one message, so all ranks agree."""
-    pair = torch.stack((loss.float(), torch.tensor(float(flag), device=loss.device)))
+def agreed(loss: Tensor, grad_norm: Tensor, flag: bool, runtime: Runtime) -> tuple[float, float, bool]:
+    """The means of two scalars over ranks, and whether any rank raised `flag`.
+
+    One message, and what is decided by its values is decided alike on all ranks, also where unlike devices round a
+    norm that is the same for all differently.
+    """
+    values = torch.stack((loss.float(), grad_norm.float(), torch.tensor(float(flag), device=loss.device)))
     if runtime.distributed:
-        dist.all_reduce(pair)
-    total, flags = pair.tolist()
-    return total / runtime.world_size, flags > 0
+        dist.all_reduce(values)
+    losses, norms, flags = values.tolist()
+    return losses / runtime.world_size, norms / runtime.world_size, flags > 0
 
 
 def grad_norm_of(model: nn.Module) -> Tensor:

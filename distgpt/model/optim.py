@@ -41,6 +41,13 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device_type: str) -> 
     )
 
 
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
+    """Give every parameter group this learning rate."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    return lr
+
+
 def lr_at(step: int, config: OptimConfig, steps: int) -> float:
     """The learning rate of the update after `step` completed ones, in a run of `steps`.
 
