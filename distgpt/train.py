@@ -20,6 +20,7 @@ if __name__ == "__main__":
 import logging
 import math
 import os
+from contextlib import closing
 from pathlib import Path
 from typing import NoReturn
 
@@ -127,16 +128,18 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
         run.paths.config.write_text(to_toml(config))
 
     with (
-        Loader(
-            dataset.train,
-            block_size=config.model.block_size,
-            global_batch=config.train.global_batch,
-            micro_batch=micro_batch,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            seed=config.run.seed,
-            device=runtime.device,
-            start_step=start,
+        closing(
+            Loader(
+                dataset.train,
+                block_size=config.model.block_size,
+                global_batch=config.train.global_batch,
+                micro_batch=micro_batch,
+                rank=runtime.rank,
+                world_size=runtime.world_size,
+                seed=config.run.seed,
+                device=runtime.device,
+                start_step=start,
+            )
         ) as loader,
         Progress(
             run.paths,
@@ -177,11 +180,11 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
                 require_finite_weights(model, step)
                 with progress.checkpointing():
                     checkpointer.save(step, val_loss=val_loss)
+                    if stop or step == last:
+                        checkpointer.require_saved(step)
             if stop and step < last:
-                checkpointer.require_saved(step)
                 signal = run.stop_requested or "a signal to another rank"
                 raise Interrupted(f"interrupted by {signal}: step {step} of {last} is saved, run it again to go on")
-        checkpointer.require_saved(last)
     say(f"done: step {last} in {run.paths.root}, loss curve in {run.paths.plot}")
 
 

@@ -34,6 +34,10 @@ class RunPaths:
         return self.root / "metrics.jsonl"
 
     @property
+    def goodput(self) -> Path:
+        return self.root / "goodput.jsonl"
+
+    @property
     def checkpoints(self) -> Path:
         return self.root / "checkpoints"
 

@@ -13,8 +13,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,7 +39,7 @@ READ_WHOLE_BYTES = 2**28
 
 
 class Loader:
-    """The training batches of one rank from `start_step` on. Close it, or use it as a context manager.
+    """The training batches of one rank from `start_step` on. Close it in the end.
 
     The order is a pure function of (seed, step): a loader that starts at a step gives what one that ran up to it
     would have given. Raises DataError if the split holds no window of block_size + 1 tokens.
@@ -100,14 +99,6 @@ class Loader:
     def close(self) -> None:
         """End the thread; what it prepared is dropped."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _numbers_of(self, step: int, steps: int) -> Ints:
         first = np.arange(step, step + steps, dtype=np.int64) * self._global_batch + self._rank * self._rows

@@ -2,11 +2,10 @@
 
 import math
 import sys
-from types import TracebackType
-from typing import Self
 
 from tqdm import tqdm
 
+from distgpt.telemetry.goodput import Account
 from distgpt.telemetry.metrics import StepFigures
 
 BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}"
@@ -55,6 +54,12 @@ class Console:
         parts += ["best"] if best else []
         self.message(" | ".join(parts))
 
+    def goodput(self, account: Account) -> None:
+        """Say where the time of the run went, all its attempts together."""
+        attempts = f" in {account.attempts} attempts" if account.attempts > 1 else ""
+        parts = [f"{part.replace('_', ' ')} {_span(seconds)}" for part, seconds in account.seconds.items()]
+        self.message(f"goodput   {account.goodput:.1%} of {_span(account.total)}{attempts}: {', '.join(parts)}")
+
     def message(self, text: str) -> None:
         """A line of its own."""
         if self._bar is not None:
@@ -66,14 +71,6 @@ class Console:
         """Take the bar away; the lines stay."""
         if self._bar is not None:
             self._bar.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
 
     def _step(self, step: int) -> str:
         return f"step {step:>{len(str(self._total))}}/{self._total}"
@@ -88,6 +85,10 @@ def duration(seconds: float) -> str:
         if whole >= size:
             return f"{whole // size}{unit}{whole % size // smaller:02d}{smaller_unit}"
     return f"{whole}s"
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds:.1f}s" if seconds < 60 else duration(seconds)
 
 
 def _step_time(seconds: float) -> str:

@@ -12,8 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 
@@ -61,7 +60,7 @@ class Metrics:
     def train(self, figures: StepFigures) -> None:
         """Log training up to a step."""
         self._line(asdict(figures))
-        self._scalars(
+        self.scalars(
             figures.step,
             {
                 "train/loss": figures.loss,
@@ -82,11 +81,16 @@ class Metrics:
         if val_bits_per_byte is not None:
             values["val_bits_per_byte"] = val_bits_per_byte
         self._line({"step": step, **values})
-        self._scalars(step, {name.replace("val_", "eval/"): value for name, value in values.items()})
+        self.scalars(step, {name.replace("val_", "eval/"): value for name, value in values.items()})
+
+    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
+        """Add points to curves in TensorBoard; None is left out."""
+        with self.counting_drops():
+            self._events.scalars(step, {tag: value for tag, value in values.items() if value is not None})
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Show `text` verbatim in TensorBoard."""
-        with self._counting_drops():
+        with self.counting_drops():
             self._events.text(tag, text, step)
 
     def close(self) -> None:
@@ -94,25 +98,14 @@ class Metrics:
         self._events.close()
         os.close(self._file)
 
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
     def _line(self, values: Mapping[str, float | None]) -> None:
         line = json.dumps({name: _finite(value) for name, value in values.items()})
-        with self._counting_drops():
+        with self.counting_drops():
             append_whole(self._file, line.encode() + b"\n")
 
-    def _scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        with self._counting_drops():
-            self._events.scalars(step, {tag: value for tag, value in values.items() if value is not None})
-
     @contextmanager
-    def _counting_drops(self) -> Iterator[None]:
+    def counting_drops(self) -> Iterator[None]:
+        """Around what writes telemetry: an OSError is counted, the first one told, and goes no further."""
         try:
             yield
         except OSError as error:

@@ -64,13 +64,12 @@ def named_peak_flops(name: str, dtype: torch.dtype, *, tf32: bool) -> float | No
     return None
 
 
-def mfu(*, tokens_per_second: float, flops_per_token: float, peak_flops: float | None, devices: int) -> float | None:
-    """Model FLOPs utilization, 0 to 1: tokens_per_second * flops_per_token / (peak_flops * devices).
+def mfu(*, tokens_per_second: float, flops_per_token: float, peak_flops: float | None) -> float | None:
+    """Model FLOPs utilization, 0 to 1: tokens_per_second * flops_per_token / peak_flops, all of the same devices.
 
-    The rate counts all devices, the peak is that of one. Work that the model does not need, such as recomputed
-    activations, does not count. None where the peak is unknown.
+    Work that the model does not need, such as recomputed activations, does not count. None where the peak is unknown.
     """
-    return None if peak_flops is None else tokens_per_second * flops_per_token / (peak_flops * devices)
+    return None if peak_flops is None else tokens_per_second * flops_per_token / peak_flops
 
 
 def _measured_peak(dtype: torch.dtype) -> float:

@@ -1,4 +1,4 @@
-"""One run as rank 0 shows it: times the steps and hands what was measured to the console and to Metrics."""
+"""One run as rank 0 shows it: times the steps and hands what was measured to the console, Metrics and the Ledger."""
 
 import math
 import time
@@ -14,8 +14,9 @@ from distgpt.cluster.reduction import sum_over_ranks
 from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.runtime import Runtime
 from distgpt.config import Config, to_toml
-from distgpt.errors import StorageError
+from distgpt.errors import Interrupted, StorageError
 from distgpt.telemetry.console import Console
+from distgpt.telemetry.goodput import End, Ledger
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity
 from distgpt.telemetry.peaks import device_peak_flops, mfu
 from distgpt.telemetry.plots import plot_losses
@@ -41,16 +42,20 @@ class Progress:
         self._best = math.inf if best_val_loss is None else best_val_loss
         enabled = runtime.rank == 0
         self._metrics = Metrics(paths.root, resume_step=start_step) if enabled else None
+        self._ledger = Ledger(paths.goodput, start_step=start_step)
         self._console = Console(config.train.steps, start_step, enabled)
         self._start_step = self._logged_step = start_step
         self._since = time.perf_counter()
         self._paused = self._checkpoint_stall = self._data_wait = 0.0
         if self._metrics is not None:
             self._metrics.text("config", to_toml(config), start_step)
+        self._write_ledger()
 
     def step(self, step: int, *, loss: float, lr: float, grad_norm: float, data_wait: float) -> None:
         """Count a finished optimizer step; log where log.every says, the first one, which warms up, and the last."""
         self._console.advance()
+        self._ledger.step(step, data_wait=data_wait)
+        self._write_ledger()
         self._data_wait += data_wait
         if step not in (self._start_step + 1, self._config.train.steps) and step % self._config.log.every:
             return
@@ -58,9 +63,7 @@ class Progress:
         seconds = (now - self._since - self._paused) / (step - self._logged_step)
         tokens_per_step = self._config.train.global_batch * self._config.model.block_size
         rate = tokens_per_step / seconds
-        utilization = mfu(
-            tokens_per_second=rate, flops_per_token=self._flops_per_token, peak_flops=self._peak_flops, devices=1
-        )
+        utilization = mfu(tokens_per_second=rate, flops_per_token=self._flops_per_token, peak_flops=self._peak_flops)
         figures = StepFigures(
             step=step,
             loss=loss,
@@ -77,6 +80,9 @@ class Progress:
         self._console.train(figures)
         if self._metrics is not None:
             self._metrics.train(figures)
+            account = self._ledger.account()
+            spent = {f"goodput/{part}_s": seconds for part, seconds in account.seconds.items()}
+            self._metrics.scalars(step, {"goodput/share": account.goodput, **spent})
         self._logged_step, self._since = step, now
         self._paused = self._checkpoint_stall = self._data_wait = 0.0
 
@@ -86,6 +92,8 @@ class Progress:
         started = time.perf_counter()
         yield
         self._paused += time.perf_counter() - started
+        self._ledger.spend("evaluation")
+        self._write_ledger()
 
     @contextmanager
     def checkpointing(self) -> Iterator[None]:
@@ -94,6 +102,8 @@ class Progress:
         yield
         self._checkpoint_stall += time.perf_counter() - started
         self._paused += time.perf_counter() - started
+        self._ledger.spend("checkpoint")
+        self._write_ledger()
 
     def evaluation(self, step: int, found: Evaluation) -> None:
         """Log an evaluation and redraw the loss curve."""
@@ -115,19 +125,25 @@ class Progress:
         if self._metrics is not None:
             self._metrics.text("sample", text, step)
 
-    def close(self) -> None:
-        """Take the bar away and write out what is pending."""
-        self._console.close()
-        if self._metrics is not None:
-            self._metrics.close()
-
     def __enter__(self) -> Self:
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        """Take the bar away and say where the time went."""
+        self._console.close()
+        if self._metrics is not None:
+            self._ledger.spend("other")
+            stopped: End = "interrupted" if isinstance(error, Interrupted) else "failed"
+            self._write_ledger(end="done" if error is None else stopped)
+            self._console.goodput(self._ledger.account())
+            self._metrics.close()
+
+    def _write_ledger(self, *, end: End | None = None) -> None:
+        if self._metrics is not None:
+            with self._metrics.counting_drops():
+                self._ledger.write(end=end)
 
     def _plot(self) -> None:
         try:

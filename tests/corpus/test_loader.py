@@ -5,6 +5,7 @@ import sys
 import threading
 import time
 from concurrent.futures import wait
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -47,12 +48,12 @@ def loader(split: Split, *, micro_batch: int = 2, rank: int = 0, world_size: int
 
 
 def steps(split: Split, count: int, **options: int) -> list[list[tuple[torch.Tensor, torch.Tensor]]]:
-    with loader(split, **options) as batches:
+    with closing(loader(split, **options)) as batches:
         return [batches.next_step() for _ in range(count)]
 
 
 def test_batches_hold_the_tokens_of_their_windows(split: Split) -> None:
-    with loader(split, micro_batch=4) as batches:
+    with closing(loader(split, micro_batch=4)) as batches:
         for step in range(30):
             micro_batches = batches.next_step()
             assert [x.shape for x, _ in micro_batches] == [(4, T)] * 4
@@ -87,7 +88,7 @@ def test_starting_at_a_step_gives_what_running_up_to_it_gives(split: Split, monk
 
 
 def test_an_epoch_holds_every_window_once(split: Split) -> None:
-    with loader(split) as batches:
+    with closing(loader(split)) as batches:
         windows = batches.order.windows
         places = [place for step in range(-(-windows // 16)) for place in zip(*batches.places(step), strict=True)]
     assert len(set(places[:windows])) == windows
@@ -96,7 +97,7 @@ def test_an_epoch_holds_every_window_once(split: Split) -> None:
 def test_sample_numbers_of_the_ranks_make_up_the_step(split: Split) -> None:
     numbers = []
     for rank in range(4):
-        with loader(split, rank=rank, world_size=4) as batches:
+        with closing(loader(split, rank=rank, world_size=4)) as batches:
             numbers += batches.sample_numbers(10).tolist()
     assert numbers == list(range(160, 176))
 
@@ -109,7 +110,7 @@ def test_waiting_is_counted_once(split: Split, monkeypatch: pytest.MonkeyPatch) 
         read(*arguments)
 
     monkeypatch.setattr(loader_module._Windows, "read", slow_read)
-    with loader(split) as batches:
+    with closing(loader(split)) as batches:
         batches.next_step()
         assert 0.05 < batches.take_data_wait() < 5
         assert batches.take_data_wait() == 0
@@ -119,7 +120,7 @@ def test_the_thread_stops_reading_when_enough_is_ready(split: Split, monkeypatch
     monkeypatch.setattr(loader_module, "CHUNK_TOKENS", 1)
     reads = []
     monkeypatch.setattr(loader_module._Windows, "read", lambda *arguments: reads.append(1))
-    with loader(split) as batches:
+    with closing(loader(split)) as batches:
         time.sleep(0.2)
         assert len(reads) == loader_module.CHUNKS_AHEAD
         batches.next_step()
@@ -129,7 +130,7 @@ def test_the_thread_stops_reading_when_enough_is_ready(split: Split, monkeypatch
 
 def test_a_file_cut_short_while_training_is_a_storage_error(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "CHUNK_TOKENS", 1)
-    with loader(split) as batches:
+    with closing(loader(split)) as batches:
         batches.next_step()
         wait(batches._chunks)
         Path(split.shards[0].filename).write_bytes(b"")
@@ -142,7 +143,7 @@ def test_a_file_cut_short_while_training_is_a_storage_error(split: Split, monkey
 def test_a_file_removed_while_training_does_no_harm(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = steps(split, 8)
     monkeypatch.setattr(loader_module, "CHUNK_TOKENS", 1)
-    with loader(split) as batches:
+    with closing(loader(split)) as batches:
         for shard in split.shards:
             Path(shard.filename).unlink()
         for step in expected:
@@ -157,7 +158,7 @@ def test_a_corpus_shorter_than_a_window_is_a_data_error(split: Split) -> None:
 def test_close_ends_the_thread(split: Split) -> None:
     before = threading.active_count()
     for _ in range(5):
-        with loader(split) as batches:
+        with closing(loader(split)) as batches:
             batches.next_step()
     assert threading.active_count() == before
 

@@ -75,7 +75,8 @@ def test_the_console_says_what_goes_on_and_nothing_on_stderr(whole: Callable[[st
     assert len([line for line in lines if " | loss " in line]) == 60
     assert len([line for line in lines if " | val loss " in line]) == 3
     assert lines[-1].startswith("done: step 60 in ")
-    assert len(lines) == 6 + 60 + 3 + 1
+    assert lines[-2].startswith("goodput   ")
+    assert len(lines) == 6 + 60 + 3 + 2
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -83,7 +84,10 @@ def test_a_run_directory_holds_what_the_contract_says(
     whole: Callable[[str], Trained], prepared: Path, strategy: str
 ) -> None:
     run = whole(strategy).run
-    names = {*("LOCK", "checkpoints", "config.toml", "exit.json", "logs", "metrics.jsonl", "plots", "tb")}
+    names = {
+        *("LOCK", "checkpoints", "config.toml", "exit.json", "goodput.jsonl", "logs", "metrics.jsonl"),
+        *("plots", "tb"),
+    }
     assert {path.name for path in run.iterdir()} == names
     assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
     assert (run / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")

@@ -8,6 +8,7 @@ import struct
 import subprocess
 import sys
 import termios
+from contextlib import closing
 from dataclasses import replace
 
 import pytest
@@ -31,7 +32,7 @@ FIGURES = StepFigures(
 
 
 def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
-    with Console(5000, 0, True) as console:
+    with closing(Console(5000, 0, True)) as console:
         console.advance()
         console.train(replace(FIGURES, step=100, mfu=0.412))
         console.train(replace(FIGURES, step=5000))
@@ -50,7 +51,7 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
-    with Console(10, 0, False) as console:
+    with closing(Console(10, 0, False)) as console:
         console.advance()
         console.train(FIGURES)
         console.message("hello")
@@ -65,9 +66,10 @@ def test_a_loss_that_is_not_a_number_prints(capsys: pytest.CaptureFixture[str]) 
 
 def test_a_terminal_gets_a_bar_below_the_lines() -> None:
     program = """
+from contextlib import closing
 from distgpt.telemetry.console import Console
 from distgpt.telemetry.metrics import StepFigures
-with Console(20, 5, True) as console:
+with closing(Console(20, 5, True)) as console:
     for step in range(6, 8):
         console.advance()
         console.train(StepFigures(step, 2.5, 3e-4, 0.8, 100, 999.5e3, None, 1.0, 2**30, 0.0, 0.0))

@@ -5,7 +5,7 @@ import math
 import mmap
 import resource
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +60,7 @@ def full_disk(path: Path, *, room: int) -> Iterator[None]:
 
 
 def test_lines_hold_the_contract_fields(tmp_path: Path) -> None:
-    with Metrics(tmp_path, resume_step=0) as metrics:
+    with closing(Metrics(tmp_path, resume_step=0)) as metrics:
         log_step(metrics, 1, mfu=0.4)
         assert len(lines(tmp_path)) == 1, "a line must be on the disk at once"
         metrics.evaluation(step=1, val_loss=1.5, val_bits_per_byte=2.2)
@@ -75,7 +75,7 @@ def test_lines_hold_the_contract_fields(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
-    with Metrics(tmp_path, resume_step=0) as metrics:
+    with closing(Metrics(tmp_path, resume_step=0)) as metrics:
         log_step(metrics, 1, loss=math.nan)
         metrics.evaluation(step=1, val_loss=5000.0, val_bits_per_byte=math.inf)
     training, evaluation = lines(tmp_path)
@@ -93,7 +93,7 @@ def test_no_step_is_logged_twice_after_a_kill(tmp_path: Path) -> None:
     killed.evaluation(step=8, val_loss=9.0, val_bits_per_byte=None)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "loss": 1.')
-    with Metrics(tmp_path, resume_step=5) as metrics:
+    with closing(Metrics(tmp_path, resume_step=5)) as metrics:
         for step in range(6, 11):
             log_step(metrics, step, loss=1.0)
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 11))
@@ -121,7 +121,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_with_an_empty_file(tmp_
 
 
 def test_tensorboard_has_curves_and_verbatim_text(tmp_path: Path) -> None:
-    with Metrics(tmp_path, resume_step=0) as metrics:
+    with closing(Metrics(tmp_path, resume_step=0)) as metrics:
         log_step(metrics, 3, mfu=0.25)
         metrics.evaluation(step=3, val_loss=1.5, val_bits_per_byte=2.0)
         metrics.text("sample", "# no heading\n```\n*no* emphasis \udcff", 3)
@@ -136,7 +136,7 @@ def test_tensorboard_has_curves_and_verbatim_text(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_costs_figures_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with Metrics(tmp_path, resume_step=0) as metrics:
+    with closing(Metrics(tmp_path, resume_step=0)) as metrics:
         log_step(metrics, 1)
         [events] = (tmp_path / "tb").iterdir()
         with full_disk(tmp_path / "metrics.jsonl", room=30):
@@ -157,7 +157,7 @@ def test_a_full_disk_costs_figures_and_not_the_run(tmp_path: Path, capsys: pytes
 
 def test_tensorboard_comes_back_when_its_directory_could_not_be_made(tmp_path: Path) -> None:
     (tmp_path / "tb").write_text("in the way")
-    with Metrics(tmp_path, resume_step=0) as metrics:
+    with closing(Metrics(tmp_path, resume_step=0)) as metrics:
         log_step(metrics, 1)
         assert metrics.dropped == 1
         (tmp_path / "tb").unlink()

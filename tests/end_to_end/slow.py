@@ -1,0 +1,33 @@
+"""distgpt.train, for torchrun, with a rank slowed on purpose: $SLOW is WHAT:SECONDS:RANK, or WHAT:SECONDS: for all.
+
+WHAT is `forward` (each forward of the model sleeps) or `read` (each sequence that is read does).
+"""
+
+import os
+import runpy
+import time
+from typing import Any
+
+from distgpt.corpus import loader
+from distgpt.model.gpt import GPT
+
+what, seconds, rank = os.environ["SLOW"].split(":")
+forward, read = GPT.forward, loader._Windows.read
+
+
+def slow_forward(self: GPT, *arguments: Any, **options: Any) -> Any:
+    time.sleep(float(seconds))
+    return forward(self, *arguments, **options)
+
+
+def slow_read(self: loader._Windows, shards: Any, offsets: Any, tokens: Any) -> None:
+    time.sleep(float(seconds) * len(offsets))
+    read(self, shards, offsets, tokens)
+
+
+if rank in ("", os.environ["RANK"]):
+    if what == "forward":
+        GPT.forward = slow_forward  # type: ignore[method-assign]
+    else:
+        loader._Windows.read = slow_read  # type: ignore[method-assign]
+runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)

@@ -1,0 +1,84 @@
+"""The ledger of a real job that is killed and started again, against a clock outside of it."""
+
+import os
+import re
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from distgpt.telemetry.goodput import account_of, read_ledger
+from tests import jobs
+from tests.end_to_end.conftest import tiny
+
+# A step has two micro-batches on each of two ranks, an evaluation eight forwards.
+FORWARD_SECONDS = 0.05
+
+
+class Watched:
+    """An attempt as one sees it from outside: when rank 0 began, and when each step was told."""
+
+    def __init__(self, arguments: list[str]) -> None:
+        command = [*jobs.torchrun_command(2)[:-2], str(Path(__file__).with_name("slow.py")), *arguments]
+        self.job = jobs.Job(command, SLOW=f"forward:{FORWARD_SECONDS}:")
+        self.rank_0 = self.job.rank(0)
+        self.began = time.monotonic()
+        self.told: dict[int, float] = {}
+
+    def read_step(self, step: int) -> None:
+        self.job.read_until(f"step {step:>2}/60 | loss ")
+        self.told[step] = time.monotonic()
+
+    def between(self, first: int, last: int) -> float:
+        return self.told[last] - self.told[first]
+
+
+@jobs.linux_only
+def test_the_account_is_that_of_an_observer(prepared: Path, tmp_path: Path) -> None:
+    arguments = tiny(prepared, tmp_path)
+    killed = Watched(arguments)
+    for step in range(1, 31):
+        killed.read_step(step)
+    jobs.poll((tmp_path / "checkpoints" / "step-00000028").is_dir)
+    os.kill(killed.rank_0, signal.SIGKILL)
+    killed_at = time.monotonic()
+    lines = read_ledger(tmp_path / "goodput.jsonl")
+    killed.job.finish()
+
+    finished = Watched(arguments)
+    for step in range(29, 61):
+        finished.read_step(step)
+    finished.job.read_until("goodput   ")
+    ended_at = time.monotonic()
+    ended = finished.job.finish()
+    assert ended.code == 0, ended
+
+    account = account_of(read_ledger(tmp_path / "goodput.jsonl"))
+    total = ended_at - killed.began
+    assert account.total == pytest.approx(total, rel=0.01)
+    one_step = statistics.median(finished.between(step - 1, step) for step in range(30, 61))
+    seen = {
+        "start": killed.told[1] - killed.began + finished.told[29] - finished.began,
+        "recovery": finished.began - killed_at,
+        "repeated": killed.between(28, 30),
+        "evaluation": killed.between(20, 21) + finished.between(40, 41) - 2 * one_step + ended_at - finished.told[60],
+    }
+    seen["steps"] = killed.between(1, 20) + killed.between(21, 28) + one_step
+    seen["steps"] += finished.between(29, 40) + finished.between(41, 60) + one_step
+    assert {part: account.seconds[part] for part in seen} == pytest.approx(seen, abs=0.02 * total)
+    assert account.seconds["data_wait"] + account.seconds["checkpoint"] + account.seconds["other"] < 0.05 * total
+    assert 0 < account.goodput < 1
+    assert (account.attempts, account.failures) == (2, 1)
+
+    # What was there at the kill is there still, and it covered the attempt but for an interval.
+    assert read_ledger(tmp_path / "goodput.jsonl")[: len(lines)] == lines
+    assert lines[-1].spent == pytest.approx(killed_at - killed.began, abs=0.02 * total)
+    assert re.search(r"^goodput   \d+\.\d% of \d.* in 2 attempts: start ", ended.stdout, re.MULTILINE)
+    accumulator = EventAccumulator(str(tmp_path / "tb"))
+    accumulator.Reload()
+    shown = {event.step: event.value for event in accumulator.Scalars("goodput/recovery_s")}
+    assert shown[28] == 0.0
+    assert shown[60] == pytest.approx(account.seconds["recovery"], abs=0.01)

@@ -1,0 +1,181 @@
+"""The account of a run: every second once, over several attempts, torn lines and clocks that were set back."""
+
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import pytest
+
+from distgpt.telemetry import goodput
+from distgpt.telemetry.goodput import Ledger, Line, account_of, process_age, read_ledger
+
+
+def test_an_attempt_is_what_its_last_line_says() -> None:
+    lines = [
+        Line(1, at=1000.0, step=0),
+        Line(1, at=1010.0, step=1, start=10.0),
+        Line(1, at=1040.0, step=30, start=10.0, steps=20.0, data_wait=1.0, checkpoint=4.0, evaluation=5.0),
+        Line(1, at=1041.0, step=30, start=10.0, steps=20.0, data_wait=1.0, checkpoint=4.0, evaluation=5.0, other=1.0),
+    ]
+    account = account_of(lines)
+    assert account.seconds == {
+        "start": 10.0,
+        "steps": 20.0,
+        "data_wait": 1.0,
+        "checkpoint": 4.0,
+        "evaluation": 5.0,
+        "other": 1.0,
+        "repeated": 0.0,
+        "recovery": 0.0,
+    }
+    assert (account.total, account.attempts, account.failures) == (41.0, 1, 0)
+    assert account.goodput == pytest.approx(20 / 41)
+
+
+def test_nothing_is_no_account() -> None:
+    assert account_of([]).total == 0.0
+    assert account_of([]).goodput == 0.0
+
+
+def test_steps_after_the_checkpoint_are_repeated_and_the_pause_is_recovery() -> None:
+    lines = [
+        Line(1, at=1000.0, step=0),
+        Line(1, at=1010.0, step=1, start=10.0),
+        Line(1, at=1020.0, step=11, start=10.0, steps=10.0),
+        Line(1, at=1040.0, step=21, start=10.0, steps=30.0),  # killed
+        Line(2, at=1100.0, step=16),  # half of the last ten steps, which took 20 s
+        Line(2, at=1115.0, step=17, start=15.0),
+        Line(2, at=1145.0, step=47, start=15.0, steps=30.0, end="done"),
+    ]
+    account = account_of(lines)
+    assert account.seconds["repeated"] == pytest.approx(10.0)
+    assert account.seconds["steps"] == pytest.approx(30.0 + 30.0 - 10.0)
+    assert account.seconds["start"] == 25.0
+    assert account.seconds["recovery"] == 60.0
+    assert account.total == pytest.approx(145.0), "from the first process to the last line"
+    assert (account.attempts, account.failures) == (2, 1)
+
+
+def test_falling_back_twice_counts_what_the_first_attempt_did_after_that_too() -> None:
+    lines = [
+        *(Line(1, at=0.0, step=0), Line(1, at=50.0, step=50, steps=50.0)),
+        *(Line(2, at=50.0, step=40), Line(2, at=70.0, step=60, steps=20.0)),
+        *(Line(3, at=70.0, step=30), Line(3, at=71.0, step=31, steps=1.0)),
+    ]
+    account = account_of(lines)
+    # Steps 41 to 50 of the first attempt, then 31 to 40 of it and all 20 of the second.
+    assert account.seconds["repeated"] == pytest.approx(10.0 + 10.0 + 20.0)
+    assert account.seconds["steps"] == pytest.approx(31.0)
+    assert account.failures == 2
+
+
+def test_an_interrupted_attempt_is_no_failure_and_repeats_nothing() -> None:
+    lines = [
+        *(Line(1, at=0.0, step=0), Line(1, at=9.0, step=9, steps=9.0, end="interrupted")),
+        *(Line(2, at=19.0, step=9), Line(2, at=20.0, step=10, steps=1.0)),
+    ]
+    account = account_of(lines)
+    assert (account.failures, account.seconds["repeated"], account.seconds["recovery"]) == (0, 0.0, 10.0)
+    assert account.seconds["steps"] == 10.0
+
+
+def test_time_between_done_and_going_further_is_not_the_runs() -> None:
+    lines = [Line(1, at=5.0, step=5, steps=5.0, end="done"), Line(2, at=90000.0, step=5)]
+    assert account_of(lines).total == 5.0
+
+
+def test_a_clock_set_back_makes_no_pause_shorter_than_nothing() -> None:
+    lines = [Line(1, at=5000.0, step=5, steps=5.0), Line(2, at=1000.0, step=5), Line(2, at=1001.0, step=6, start=1.0)]
+    account = account_of(lines)
+    assert account.seconds["recovery"] == 0.0
+    assert account.total == 6.0
+
+
+def test_the_first_line_of_an_attempt_may_be_lost() -> None:
+    lines = [Line(1, at=10.0, step=5, steps=5.0), Line(2, at=30.0, step=6, start=8.0, steps=2.0)]
+    assert account_of(lines).seconds["recovery"] == pytest.approx(10.0)
+
+
+@pytest.mark.parametrize("torn", ['{"attempt": 1, "at"', '{"attempt": 1}', "\0\0\0", "[1]", '"x"', "7", "\udcff"])
+def test_lines_that_are_torn_or_not_ours_are_left_out_and_end_there(tmp_path: Path, torn: str) -> None:
+    path = tmp_path / "goodput.jsonl"
+    first = Line(1, at=5.0, step=5, steps=5.0)
+    path.write_bytes(f"{json.dumps(asdict(first))}\n{torn}".encode(errors="surrogateescape"))
+    assert read_ledger(path) == [first]
+    Ledger(path, start_step=3).write()
+    found = read_ledger(path)
+    assert [(line.attempt, line.step) for line in found] == [(1, 5), (2, 3), (2, 3)]
+    assert found[1].spent == 0.0
+
+
+def test_a_number_that_is_none_is_not_ours(tmp_path: Path) -> None:
+    path = tmp_path / "goodput.jsonl"
+    path.write_text(json.dumps(asdict(Line(1, at=5.0, step=5)) | {"steps": None}) + "\n")
+    assert read_ledger(path) == []
+
+
+def test_no_file_is_an_empty_ledger(tmp_path: Path) -> None:
+    assert read_ledger(tmp_path / "goodput.jsonl") == []
+
+
+def test_a_ledger_accounts_for_every_second_since_the_process_began(tmp_path: Path) -> None:
+    path = tmp_path / "goodput.jsonl"
+    ledger = Ledger(path, start_step=10)
+    ledger.write()
+    ledger.step(11, data_wait=0.5)
+    for step in range(12, 15):
+        time.sleep(0.02)
+        ledger.step(step, data_wait=0.005)
+    time.sleep(0.02)
+    evaluated = ledger.spend("evaluation")
+    ledger.spend("checkpoint")
+    ledger.spend("other")
+    ledger.write(end="done")
+    account = ledger.account()
+    assert account.seconds["evaluation"] == evaluated >= 0.02
+    assert account.seconds["data_wait"] == pytest.approx(0.015), "that of the first step belongs to the start"
+    assert account.seconds["steps"] >= 0.06 - 0.015
+    assert account.total == pytest.approx(process_age(), rel=0.01)
+    written = account_of(read_ledger(path))
+    assert written.seconds == pytest.approx(account.seconds, abs=1e-3)
+    assert (written.attempts, read_ledger(path)[-1].step, read_ledger(path)[-1].end) == (1, 14, "done")
+
+
+def test_lines_come_when_they_are_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "goodput.jsonl"
+    monkeypatch.setattr(goodput, "LINE_SECONDS", 3600.0)
+    monkeypatch.setattr(goodput, "LINE_SHARE", 1.0)
+    ledger = Ledger(path, start_step=0)
+    for step in range(1, 100):
+        ledger.write()
+        ledger.step(step, data_wait=0.0)
+    assert len(read_ledger(path)) == 2, "the opening and the first one, no line a step"
+    monkeypatch.setattr(goodput, "LINE_SECONDS", 0.0)
+    again = Ledger(path, start_step=99)
+    for _ in range(3):
+        again.write()
+    assert len(read_ledger(path)) == 2 + 4
+
+
+def test_a_line_that_cannot_be_written_loses_nothing_once_the_next_one_can(tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "goodput.jsonl"
+    ledger = Ledger(path, start_step=0)
+    with pytest.raises(OSError, match="No such file"):
+        ledger.write()
+    path.parent.mkdir()
+    ledger.step(1, data_wait=0.0)
+    ledger.write(end="failed")
+    assert [line.step for line in read_ledger(path)] == [0, 1]
+    assert account_of(read_ledger(path)).total == pytest.approx(ledger.account().total, abs=0.01)
+
+
+def test_the_age_of_a_process_counts_from_its_very_start() -> None:
+    if sys.platform != "linux":
+        pytest.skip("reads /proc")
+    program = "import time; time.sleep(0.5); from distgpt.telemetry.goodput import process_age; print(process_age())"
+    started = time.monotonic()
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 0.5 <= float(done.stdout) <= time.monotonic() - started + 0.02
