@@ -26,7 +26,7 @@ ENVIRONMENT_PREFIX = "DISTGPT_"
 POSITIVE = (
     *("model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.vocab_multiple"),
     *("optim.lr", "train.steps", "train.global_batch", "eval.sequences", "checkpoint.keep"),
-    *("log.every", "health.timeout"),
+    *("log.every", "health.timeout", "health.start_timeout", "health.eval_timeout", "health.checkpoint_timeout"),
 )
 NOT_NEGATIVE = (
     *("model.n_kv_head", "model.mlp_hidden", "model.loss_chunk", "optim.min_lr", "optim.warmup_steps"),
@@ -136,7 +136,15 @@ class LogConfig:
 
 @dataclass(frozen=True)
 class HealthConfig:
-    timeout: float = option(600.0, "seconds that a rank waits for the others before the run ends")
+    timeout: float = option(600.0, "seconds without progress after which the ranks are ended, all at once, in a step")
+    start_timeout: float = option(900.0, "the same for each part of the start: joining, restoring, the first step")
+    eval_timeout: float = option(1800.0, "the same for an evaluation")
+    checkpoint_timeout: float = option(1800.0, "the same for a checkpoint, with what is left of the last one")
+
+    @property
+    def collective_timeout(self) -> float:
+        """Seconds until a collective fails: later than the watchdog, which can say who is to blame."""
+        return 60.0 + max(self.timeout, self.start_timeout, self.eval_timeout, self.checkpoint_timeout)
 
 
 @dataclass(frozen=True)

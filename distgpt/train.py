@@ -8,6 +8,8 @@ position in the global batch), whatever the number of ranks and however often th
 
 import sys
 
+from distgpt.cluster.health import Run, die_with_agent, leave_if_hopeless
+from distgpt.cluster.run_directory import RunPaths
 from distgpt.config import Config, config_from_command_line, to_dict, to_toml
 from distgpt.errors import main_guard
 
@@ -16,6 +18,7 @@ ABOUT = "Train a GPT on a prepared corpus, or go on with the run in its run dire
 if __name__ == "__main__":
     # Before torch, which takes seconds to import: --help and a mistyped key answer at once.
     CONFIG = main_guard(lambda: config_from_command_line(sys.argv[1:], prog="distgpt.train", about=ABOUT))
+    leave_if_hopeless(RunPaths(CONFIG.run_dir))
 
 import logging
 import math
@@ -30,7 +33,6 @@ from tqdm import tqdm
 
 from distgpt.cluster.checkpoint import Checkpointer, require_same_run
 from distgpt.cluster.evaluation import evaluate
-from distgpt.cluster.health import Run, die_with_agent
 from distgpt.cluster.manifest import committed
 from distgpt.cluster.parallel import (
     autocast,
@@ -42,9 +44,9 @@ from distgpt.cluster.parallel import (
 )
 from distgpt.cluster.reduction import agreed, grad_norm_of, require_agreement, weight_norm_of
 from distgpt.cluster.retention import CHECKPOINT_BYTES, require_space
-from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.runtime import Runtime, compute_dtype, joined, this_rank
 from distgpt.cluster.step import accumulate_gradients, update
+from distgpt.cluster.watchdog import Watchdog
 from distgpt.corpus.loader import EvaluationBatches, Loader
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
@@ -60,7 +62,8 @@ log = logging.getLogger("distgpt")
 def main(config: Config) -> None:
     """Check, join the other ranks, train, leave. Whatever ends the run early ends this process."""
     die_with_agent()
-    with Run(RunPaths(config.run_dir), int(os.environ.get("RANK", "0"))) as run:
+    health = config.health
+    with Run(RunPaths(config.run_dir), int(os.environ.get("RANK", "0"))) as run, Watchdog(run, health) as watchdog:
         runtime = this_rank()
         dataset = open_dataset(Path(config.data.path))
         micro_batch = micro_batch_size(config, runtime)
@@ -71,13 +74,13 @@ def main(config: Config) -> None:
                 raise DirectoryError(f"{run.paths.root} holds checkpoints: --run.fresh wants an empty run directory")
             verify_dataset(dataset)
             warn_if_full(run, config, dataset)
-        with joined(runtime, timeout=config.health.timeout):
+        with joined(runtime, timeout=health.collective_timeout, met=watchdog.connect):
             run.joined()
             require_agreement({**to_dict(config), "data": dataset.fingerprint}, runtime)
-            train(config, run, runtime, dataset, micro_batch)
+            train(config, run, watchdog, runtime, dataset, micro_batch)
 
 
-def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_batch: int) -> None:
+def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, dataset: Dataset, micro_batch: int) -> None:
     """From the newest checkpoint, or from the initial weights, to the last step."""
 
     def say(text: str) -> None:
@@ -85,6 +88,8 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
         if runtime.rank == 0:
             tqdm.write(text)
 
+    health = config.health
+    watchdog.beat("building the model", health.start_timeout)
     dtype = compute_dtype(config.train.dtype, runtime.device)
     strategy, reason = choose_strategy(config, runtime, vocab_size=dataset.vocab_size)
     model = build_model(
@@ -118,6 +123,7 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
     tokenizer = load_tokenizer(dataset.path)
 
     say(f"{describe(config, dataset, model, runtime, dtype, micro_batch)}\nstrategy  {strategy}, {reason}")
+    watchdog.beat("restoring", health.start_timeout)
     start, last = checkpointer.restore(), config.train.steps
     run.step = start
     if start >= last:
@@ -152,6 +158,8 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
         ) as progress,
     ):
         run.training()
+        watchdog.follow(model)
+        watchdog.beat("waiting for data", health.start_timeout)
         for step in range(start + 1, last + 1):
             lr = set_lr(optimizer, lr_at(step - 1, config.optim, last))
             loss = accumulate_gradients(model, loader.next_step(), step, config, runtime, dtype)
@@ -164,13 +172,14 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
             optimizer.zero_grad()
 
             run.step = step
+            watchdog.beat(f"after step {step}", health.timeout)
             wait = loader.take_data_wait()
             checkpointer.poll()
             progress.step(step, loss=mean_loss, lr=lr, grad_norm=grad_norm, data_wait=wait)
             val_loss = None
             if is_due(step, config.eval.every, last):
                 require_finite_weights(model, step)
-                with progress.evaluating():
+                with progress.evaluating(), watchdog.during(f"evaluating step {step}", health.eval_timeout):
                     found = evaluate(model, validation, tokenizer=tokenizer, runtime=runtime, dtype=dtype)
                     progress.evaluation(step, found)
                     if config.eval.sample_tokens:
@@ -178,7 +187,7 @@ def train(config: Config, run: Run, runtime: Runtime, dataset: Dataset, micro_ba
                 val_loss = found.val_loss
             if is_due(step, config.checkpoint.every, last) or stop:
                 require_finite_weights(model, step)
-                with progress.checkpointing():
+                with progress.checkpointing(), watchdog.during(f"saving step {step}", health.checkpoint_timeout):
                     checkpointer.save(step, val_loss=val_loss)
                     if stop or step == last:
                         checkpointer.require_saved(step)

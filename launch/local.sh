@@ -1,13 +1,19 @@
 #!/usr/bin/env bash
 # Train on all devices of this machine: every GPU, or two ranks that share the CPU's cores.
 #   launch/local.sh [PRESET] [--section.key=value ...]
-# Exits with the code of the run (0 done, 2 usage, 75 interrupted: run it again, ...), which torchrun would flatten to 1.
+# A rank that dies or hangs costs the steps since the last checkpoint: all start again, until TRIES (3) launches in a row
+# got no further. Exits with the code of the run (0 done, 2 usage, 75 interrupted: run it again, ...), which torchrun would
+# flatten to 1.
 . "$(dirname "$0")/environment.sh"
 environment ""
 
 case " $* " in *" --help "* | *" -h "*) exec python -m distgpt.train --help ;; esac
 # A mistyped key is one clear line here; under torchrun it would drown in the agent's report.
-python -m distgpt.train "$@" --print-config >/dev/null
+run_dir=$(python -c 'import os, sys
+from distgpt.config import resolve
+from distgpt.errors import main_guard
+print(main_guard(lambda: resolve([a for a in sys.argv[1:] if a != "--print-config"], os.environ)).run_dir)' "$@")
+case " $* " in *" --print-config "*) exec python -m distgpt.train "$@" ;; esac
 
 if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
     IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
@@ -25,30 +31,51 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 
 # The seconds that ranks have to save once they are told to stop; torchrun kills them after 30 by default.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
-# torchrun passes on only the signals it is told of, and SIGUSR1 would kill it.
-torchrun --standalone --nproc_per_node="$ranks" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-    -m distgpt.train "$@" &
-agent=$!
+
+newest_checkpoint() {
+    { find "$run_dir/checkpoints" -maxdepth 1 -name 'step-*' -printf '%f\n' 2>/dev/null || true; } | sort | tail -n 1
+}
+
 stopped=
+agent=
 for signal in TERM INT HUP USR1; do
     # TERM for all: a shell starts what runs in the background deaf to INT.
-    # shellcheck disable=SC2064
-    trap "stopped=yes; kill -TERM $agent 2>/dev/null || true" "$signal"
+    trap 'stopped=yes; kill -TERM $agent 2>/dev/null || true' "$signal"
 done
-status=0
-# A trapped signal ends one wait; the run ends when torchrun is gone.
-while kill -0 "$agent" 2>/dev/null; do
-    status=0
-    wait "$agent" || status=$?
-done
-if [[ $status -ne 0 && -s $DISTGPT_EXIT_FILE ]]; then
-    # The last line says what happened, below torchrun's own report.
-    status=$(python -c 'import json, sys
+
+# launch OPTION ...: train until the end of torchrun. Leaves the exit code in `status` and, where the run said why, `cause`.
+launch() {
+    rm -f "$DISTGPT_EXIT_FILE"
+    status=0 cause=
+    # torchrun passes on only the signals it is told of, and SIGUSR1 would kill it.
+    torchrun --standalone --nproc_per_node="$ranks" --max-restarts=3 \
+        --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
+        -m distgpt.train "$@" &
+    agent=$!
+    # A trapped signal ends one wait; the run ends when torchrun is gone.
+    while kill -0 "$agent" 2>/dev/null; do
+        status=0
+        wait "$agent" || status=$?
+    done
+    if ((status == 0)); then return; fi
+    # Killed before any rank could say so.
+    status=75
+    if [[ -s $DISTGPT_EXIT_FILE ]]; then
+        read -r status cause < <(python -c 'import json, sys
 report = json.load(open(sys.argv[1]))
-print("distgpt:", report["cause"], file=sys.stderr)
-print(report["code"])' "$DISTGPT_EXIT_FILE")
-fi
-# Stopped before any rank could say so: there was nothing to save yet.
-if [[ -n $stopped && $status -ne 0 && ! -s $DISTGPT_EXIT_FILE ]]; then status=75; fi
+print(report["code"], report["cause"])' "$DISTGPT_EXIT_FILE")
+    fi
+}
+
+for ((try = 1; try <= ${TRIES:-3}; try++)); do
+    before=$(newest_checkpoint)
+    launch "$@"
+    # The last line says what happened, below torchrun's own report.
+    if [[ -n $cause ]]; then echo "distgpt: $cause" >&2; fi
+    if [[ -n $stopped || $status != 75 ]]; then exit "$status"; fi
+    newest=$(newest_checkpoint)
+    if [[ $newest != "$before" ]]; then try=0; fi
+    echo "distgpt: starting again from ${newest:-the beginning}" >&2
+done
+echo "distgpt: gave up after $((try - 1)) launches that got no further" >&2
 exit "$status"

@@ -92,7 +92,7 @@ class Checkpointer:
         self._runtime = runtime
         self._say = say
         # A group of its own: a save in the background must not mix its messages with training's.
-        timeout = timedelta(seconds=config.health.timeout)
+        timeout = timedelta(seconds=config.health.collective_timeout)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if runtime.distributed else None
         self._stager = DefaultStager(
             StagingOptions(

@@ -7,6 +7,7 @@ import ctypes
 import faulthandler
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -16,9 +17,17 @@ import traceback
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
-from distgpt.cluster.run_directory import RunLock, RunPaths, write_exit_report
+from distgpt.cluster.run_directory import (
+    RunLock,
+    RunPaths,
+    code_of_this_job,
+    forget_last_attempt,
+    write_exit_report,
+)
 from distgpt.errors import (
     EXIT_BUG,
+    EXIT_CANNOT_CREATE,
+    EXIT_DATA,
     EXIT_INTERRUPTED,
     EXIT_IO,
     EXIT_OK,
@@ -33,6 +42,8 @@ log.propagate = False  # what a person should read is printed; the log is for lo
 logging.raiseExceptions = False  # a line of it that a full disk has no room for is lost, without a traceback on stderr
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
+# Has a rank write the stacks of all its threads to its log, whatever it does.
+STACKS_SIGNAL = signal.SIGUSR2
 PR_SET_PDEATHSIG = 1
 
 
@@ -44,6 +55,14 @@ def die_with_agent() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     if os.getppid() != agent:  # it died before the call above took effect
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def leave_if_hopeless(paths: RunPaths) -> None:
+    """torchrun starts all ranks again whatever ended them: leave, without a word, if that cannot help."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        code = code_of_this_job(paths)
+        if code in (EXIT_USAGE, EXIT_DATA, EXIT_CANNOT_CREATE):
+            sys.exit(code)
 
 
 class Run:
@@ -76,6 +95,7 @@ class Run:
 
     def own(self) -> None:
         """Rank 0: take the run directory. Raises DirectoryError if another job has it or it cannot be written."""
+        forget_last_attempt()
         self._lock = RunLock(self.paths)
         self._writes_report = True
 
@@ -89,6 +109,7 @@ class Run:
         log.addHandler(handler)
         log.setLevel(logging.INFO)
         faulthandler.enable(stream)
+        faulthandler.register(STACKS_SIGNAL, stream)
 
     def training(self) -> None:
         """From here on signals wait for the end of a step."""
@@ -103,7 +124,7 @@ class Run:
             return
         code, cause = outcome(error, training=not self._starting)
         log.error("%s", cause, exc_info=error if code == EXIT_BUG else None)
-        if self._report(code, cause):
+        if self.report(code, cause):
             if code == EXIT_BUG:
                 traceback.print_exception(error)
             print(f"distgpt: {cause}" if code == EXIT_INTERRUPTED else f"distgpt: error: {cause}", file=sys.stderr)
@@ -111,7 +132,7 @@ class Run:
             time.sleep(PATIENCE)  # until torchrun's SIGTERM, as soon as rank 0 has left
         _leave(code)
 
-    def _report(self, code: int, cause: str) -> bool:
+    def report(self, code: int, cause: str) -> bool:
         """Whether it falls to this rank to say why the run ended."""
         if self._writes_report:
             return write_exit_report(self.paths, code=code, cause=cause, rank=self.rank, step=self.step)
@@ -135,7 +156,7 @@ class Run:
                 cause = (
                     f"interrupted by {signal.Signals(received[0]).name} before the first step: run it again to go on"
                 )
-                if self._report(EXIT_INTERRUPTED, cause):
+                if self.report(EXIT_INTERRUPTED, cause):
                     print(f"distgpt: {cause}", file=sys.stderr)
                 _leave(EXIT_INTERRUPTED)
 
@@ -147,7 +168,9 @@ def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:
     text = str(error)
     first_line = next(iter(text.splitlines()), type(error).__name__)
     if _is_lost_peer(error, training):
-        return EXIT_INTERRUPTED, f"lost contact with the other ranks ({first_line}): run it again to go on"
+        # Without the place in gloo's sources before it and its advice after it.
+        what = re.sub(r"^\[[^]]*\] ", "", first_line).split(". ")[0]
+        return EXIT_INTERRUPTED, f"lost contact with the other ranks ({what}): run it again to go on"
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     if out_of_memory or "DefaultCPUAllocator" in text:
         return EXIT_USAGE, f"out of memory ({first_line}): lower train.micro_batch or shard with parallel.strategy=fsdp"

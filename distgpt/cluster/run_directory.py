@@ -116,13 +116,41 @@ def write_exit_report(paths: RunPaths | None, *, code: int, cause: str, rank: in
 
     Returns whether this was the first report of the run directory (or, with no directory, of the launcher's file).
     """
-    report = {"code": code, "cause": cause, "rank": rank, "step": step, "time": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
+    report = {
+        "code": code,
+        "cause": cause,
+        "rank": rank,
+        "step": step,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "job": _this_job(),
+    }
     targets = [paths.exit_report] if paths else []
     if launcher_file := os.environ.get(EXIT_FILE_VARIABLE):
         targets.append(Path(launcher_file))
     answers = [_write_once(target, report) for target in reversed(targets)]
     # The run directory's counts most, but its disk may be full. A cause that no file can hold must still be told.
     return next((first for first in reversed(answers) if first is not None), True)
+
+
+def forget_last_attempt() -> None:
+    """Remove the launcher's copy of the report of an attempt that torchrun has started anew."""
+    launcher_file = os.environ.get(EXIT_FILE_VARIABLE)
+    if launcher_file and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        Path(launcher_file).unlink(missing_ok=True)
+
+
+def code_of_this_job(paths: RunPaths) -> int | None:
+    """The exit code that an earlier attempt of this same torchrun reported, None if it did not."""
+    for file in (Path(os.environ.get(EXIT_FILE_VARIABLE, "")), paths.exit_report):
+        with suppress(OSError, ValueError):
+            report = json.loads(file.read_text())
+            if isinstance(report, dict) and report.get("job") == _this_job():
+                return int(report["code"])
+    return None
+
+
+def _this_job() -> str | None:
+    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def _write_once(target: Path, report: dict[str, Any]) -> bool | None:

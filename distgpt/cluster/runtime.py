@@ -2,7 +2,7 @@
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +16,8 @@ from distgpt.errors import UsageError
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 # Hashing a corpus for the first time runs at the speed of its disk.
 CHECKS_TIMEOUT = timedelta(days=1)
+# The last collectives of each rank that torch remembers, for the watchdog to write down.
+FLIGHT_RECORDER_EVENTS = "2000"
 
 
 @dataclass(frozen=True)
@@ -50,8 +52,13 @@ def this_rank() -> Runtime:
 
 
 @contextmanager
-def joined(runtime: Runtime, *, timeout: float) -> Iterator[None]:
-    """Set this process up for its device and, with several ranks, be in their process group; `timeout` in seconds."""
+def joined(
+    runtime: Runtime, *, timeout: float, met: Callable[[dist.Store], None] = lambda store: None
+) -> Iterator[None]:
+    """Set this process up for its device and, with several ranks, be in their process group; `timeout` in seconds.
+
+    `met` is given the store that all ranks share as soon as there is one.
+    """
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
     else:
@@ -60,10 +67,16 @@ def joined(runtime: Runtime, *, timeout: float) -> Iterator[None]:
     if not runtime.distributed:
         yield
         return
-    _await_rank_zero(runtime)
+    os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)
+    store = _shared_store()
+    met(store)
+    _await_rank_zero(runtime, store)
     on_gpu = runtime.device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
+        store=store,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
         timeout=timedelta(seconds=timeout),
         device_id=runtime.device if on_gpu else None,
     )
@@ -72,16 +85,21 @@ def joined(runtime: Runtime, *, timeout: float) -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _await_rank_zero(runtime: Runtime) -> None:
+def _shared_store() -> dist.Store:
+    """torchrun's store, less what the ranks that it restarted left there: gloo would wait for the dead."""
+    store, _, _ = next(dist.rendezvous("env://", timeout=CHECKS_TIMEOUT))
+    return dist.PrefixStore(f"distgpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _await_rank_zero(runtime: Runtime, store: dist.Store) -> None:
     """Rank 0 comes here after it has checked the data, which may take longer than any rank should wait later on.
 
     If it finds something wrong it ends, and torchrun ends the ranks that wait here.
     """
-    store, _, _ = next(dist.rendezvous("env://", timeout=CHECKS_TIMEOUT))
     if runtime.rank == 0:
-        store.set("distgpt/checked", "yes")
+        store.set("checked", "yes")
     else:
-        store.wait(["distgpt/checked"], CHECKS_TIMEOUT)
+        store.wait(["checked"], CHECKS_TIMEOUT)
 
 
 def threads_per_rank(local_world_size: int) -> int:

@@ -85,7 +85,7 @@ def test_the_first_report_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not write_exit_report(paths, code=75, cause="lost contact", rank=0, step=7)
     found = report(tmp_path)
     assert found.pop("time")
-    assert found == {"code": 65, "cause": "the loss", "rank": 1, "step": 7}
+    assert found == {"code": 65, "cause": "the loss", "rank": 1, "step": 7, "job": None}
     assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
 
 

@@ -1,0 +1,256 @@
+"""A watchdog in each rank: who makes no progress is named, all ranks show their stacks, and everything ends at once.
+
+Ranks wait for each other in every step, so one that hangs halts all of them, each in another place. The first whose
+time is up calls the others through the store: each writes its stacks to its log and says how far it came. Whoever does
+not answer, or came less far than the others, is named. Then each rank ends all ranks of its host with SIGKILL, since
+one that is stopped would keep its launcher waiting, and leaves. What the launcher does then, restart or end, it can do
+at once.
+"""
+
+import faulthandler
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+from distgpt.cluster.health import STACKS_SIGNAL, Run
+from distgpt.config import HealthConfig
+from distgpt.errors import EXIT_INTERRUPTED
+
+if TYPE_CHECKING:
+    from torch import nn
+    from torch.distributed import Store
+
+# Seconds between two looks at the clock, for all ranks to answer, and for a rank that did not to write its stacks:
+# together the limit is exceeded by less than 5.
+TICK, ANSWER, WRITING = 0.5, 2.0, 0.5
+# A look that comes this late was not the scheduler's doing: the process was suspended, which is no hang.
+SUSPENDED = 10.0
+FOREVER = timedelta(days=3650)
+CALL = "watchdog/call"
+
+
+@dataclass(frozen=True)
+class Whereabouts:
+    """How far a rank has come, counted in beats, and what it does now."""
+
+    rank: int
+    host: str
+    pid: int
+    beats: int
+    doing: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host}, {self.doing})"
+
+
+class Watchdog:
+    """One rank's, a context manager around its whole run. Without a limit, at first, it only looks at its neighbours:
+    none of them may be stopped by a signal for `health.timeout` seconds.
+    """
+
+    def __init__(self, run: Run, health: HealthConfig) -> None:
+        self._run = run
+        self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
+        self._stopped_limit = health.timeout
+        self._beats, self._doing = 0, "starting"
+        self._limit: float | None = None
+        self._last_beat = time.monotonic()
+        self._stopped_since: dict[int, float] = {}
+        self._store: Store | None = None
+        self._called, self._ended = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._ended.set()
+
+    def connect(self, store: "Store") -> None:
+        """From here on the ranks can be called together. `store` is one that all of them share."""
+        # Clients of their own, one a thread: a call in one blocks it. The stubs of torch lack clone().
+        self._store, calls = store.clone(), store.clone()  # type: ignore[attr-defined]
+        threading.Thread(target=self._listen, args=(calls,), name="watchdog-calls", daemon=True).start()
+
+    def beat(self, doing: str, limit: float | None = None) -> None:
+        """The rank got somewhere, and goes on with what may take `limit` seconds, None: as many as what it did before.
+
+        For the main thread.
+        """
+        self._doing, self._last_beat = doing, time.monotonic()
+        self._limit = self._limit if limit is None else limit
+        self._beats += 1
+
+    @contextmanager
+    def during(self, doing: str, limit: float) -> Iterator[None]:
+        """Around what has a limit of its own, in seconds."""
+        before = self._doing, self._limit
+        self.beat(doing, limit)
+        yield
+        self.beat(*before)
+
+    def follow(self, model: "nn.Module") -> None:
+        """Beat before and after each forward pass in training: who hangs in one stands behind who waits for it."""
+        model.register_forward_pre_hook(lambda module, _: self._pass(module, "in a forward pass"))
+        model.register_forward_hook(lambda module, _, __: self._pass(module, "in a backward pass"))
+
+    def _pass(self, module: "nn.Module", doing: str) -> None:
+        if module.training:
+            self.beat(doing)
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._ended.is_set():
+            called = self._called.wait(TICK)
+            now = time.monotonic()
+            if now - looked > SUSPENDED:
+                self._last_beat = now
+            looked = now
+            limit = self._limit
+            late = limit is not None and now - self._last_beat > limit
+            stopped = [rank for rank, since in self._stopped(now).items() if now - since > self._stopped_limit]
+            if (called or late or stopped) and not self._ended.is_set():
+                self._end(stopped)
+
+    def _stopped(self, now: float) -> dict[int, float]:
+        """Since when ranks of this host are stopped, by rank."""
+        stopped = {rank for rank, pid in ranks_of_this_host().items() if _state(pid) == "T"}
+        self._stopped_since = {rank: self._stopped_since.get(rank, now) for rank in stopped}
+        return self._stopped_since
+
+    def _listen(self, store: "Store") -> None:
+        with suppress(RuntimeError):  # the store is gone, and with it the rank that keeps it
+            store.wait([CALL], FOREVER)
+            self._called.set()
+
+    def _end(self, stopped: Sequence[int]) -> None:
+        mine = Whereabouts(self._run.rank, socket.gethostname(), os.getpid(), self._beats, self._doing)
+        waited = time.monotonic() - self._last_beat
+        self._write_stacks(f"no progress for {waited:.0f} s while {mine.doing}")
+        answers = self._ask_all(mine)
+        named = culprits(answers, self._world_size, stopped)
+        cause = (
+            f"no progress for {waited:.0f} s: {named}; the stacks of all ranks are in {self._run.paths.logs}: "
+            "run it again to go on"
+        )
+        if self._run.report(EXIT_INTERRUPTED, cause):
+            os.write(sys.stderr.fileno(), f"distgpt: {cause}\n".encode())
+        silent = set(range(self._world_size)) - {answer.rank for answer in answers}
+        _end_neighbours(silent)
+        os._exit(EXIT_INTERRUPTED)
+
+    def _write_stacks(self, title: str) -> None:
+        with suppress(OSError), (self._run.paths.logs / f"rank-{self._run.rank}.log").open("a") as log:
+            log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {title}; every thread of this rank:\n")
+            log.flush()
+            faulthandler.dump_traceback(log)
+        with suppress(OSError):
+            _write_flight_recorder(self._run.paths.logs / f"flight-recorder-rank-{self._run.rank}")
+
+    def _ask_all(self, mine: Whereabouts) -> list[Whereabouts]:
+        """The answers that come in time; the store itself may be with the rank that hangs."""
+        answers = {self._run.rank: mine}
+
+        def ask() -> None:
+            if self._store is None:
+                return
+            with suppress(RuntimeError):
+                self._store.set(_key(self._run.rank), json.dumps(asdict(mine)))
+                self._store.set(CALL, "")
+                while missing := set(range(self._world_size)) - answers.keys():
+                    for rank in missing:
+                        if self._store.check([_key(rank)]):
+                            answers[rank] = Whereabouts(**json.loads(self._store.get(_key(rank))))
+                    time.sleep(0.05)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(ANSWER)
+        return list(answers.values())
+
+
+def culprits(answers: Sequence[Whereabouts], world_size: int, stopped: Sequence[int] = ()) -> str:
+    """Who halts all the others, in words."""
+    if stopped:
+        return f"{_ranks(stopped)} of {socket.gethostname()} stopped by a signal"
+    silent = sorted(set(range(world_size)) - {answer.rank for answer in answers})
+    if silent:
+        return f"{_ranks(silent)} did not answer: stopped, dead or cut off"
+    behind = min(answer.beats for answer in answers)
+    last = [str(answer) for answer in answers if answer.beats == behind]
+    if len(last) < world_size:
+        return f"{', '.join(last)} came less far than the others"
+    return f"all ranks wait in the same place ({answers[0].doing})" if world_size > 1 else last[0]
+
+
+def ranks_of_this_host() -> dict[int, int]:
+    """Process ids of the other ranks that this one's agent started, by rank; empty without an agent or /proc."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    agent = os.getppid()
+    found: dict[int, int] = {}
+    try:
+        children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split() if job is not None else []
+    except OSError:
+        return found
+    for pid in map(int, children):
+        with suppress(OSError):
+            variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+            if pid != os.getpid() and f"TORCHELASTIC_RUN_ID={job}".encode() in variables:
+                found |= {int(v.removeprefix(b"RANK=")): pid for v in variables if v.startswith(b"RANK=")}
+    return found
+
+
+def _end_neighbours(silent: set[int]) -> None:
+    """SIGKILL the other ranks of this host; those that could not write their stacks are made to, stopped or not."""
+    neighbours = ranks_of_this_host()
+    for number in (STACKS_SIGNAL, signal.SIGCONT):
+        for rank in silent & neighbours.keys():
+            _send(neighbours[rank], number)
+    if silent & neighbours.keys():
+        time.sleep(WRITING)
+    for pid in neighbours.values():
+        _send(pid, signal.SIGKILL)
+
+
+def _send(pid: int, number: signal.Signals) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, number)
+
+
+def _state(pid: int) -> str:
+    """As in /proc/PID/stat: T is stopped by a signal."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return "X"
+
+
+def _write_flight_recorder(file: Path) -> None:
+    """The last collectives of this rank, for torch's `torchfrtrace`."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        # Private, but it is what the documentation of torch's flight recorder calls; NCCL's is in builds for GPUs only.
+        c10d = torch._C._distributed_c10d
+        file.write_bytes(getattr(c10d, "_dump_nccl_trace", c10d._dump_fr_trace)())
+
+
+def _key(rank: int) -> str:
+    return f"watchdog/rank-{rank}"
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"
