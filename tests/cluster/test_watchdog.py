@@ -1,0 +1,114 @@
+"""A rank that makes no progress is named, its stacks are in its log, and nothing of it or its neighbours stays."""
+
+import os
+import pickle
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from distgpt.cluster.runtime import FLIGHT_RECORDER_EVENTS
+from distgpt.cluster.watchdog import Whereabouts, culprits
+from tests import jobs
+
+# Torn from its place in train.py, without torch.
+PROGRAM = """
+import sys, time
+from pathlib import Path
+from distgpt.cluster.health import Run
+from distgpt.cluster.run_directory import RunPaths
+from distgpt.cluster.watchdog import Watchdog
+from distgpt.config import HealthConfig
+with Run(RunPaths(Path(sys.argv[1])), 0) as run, Watchdog(run, HealthConfig(timeout=0.5)) as watchdog:
+    run.own()
+    run.joined()
+    {body}
+"""
+
+
+def here(rank: int, beats: int) -> Whereabouts:
+    return Whereabouts(rank=rank, host=f"n{rank}", pid=100 + rank, beats=beats, doing="in a forward pass")
+
+
+@pytest.mark.parametrize(
+    ("answers", "world_size", "stopped", "named"),
+    [
+        ([here(0, 7), here(1, 6), here(2, 7)], 3, [], "rank 1 (pid 101 on n1, in a forward pass) came less far"),
+        ([here(0, 7)], 3, [], "ranks 1, 2 did not answer"),
+        ([here(1, 7), here(2, 2)], 3, [], "rank 0 did not answer"),
+        ([here(0, 7), here(1, 7)], 2, [], "all ranks wait in the same place (in a forward pass)"),
+        ([here(0, 7)], 1, [], "rank 0 (pid 100 on n0, in a forward pass)"),
+        ([here(0, 7)], 2, [1], "rank 1 of "),
+    ],
+)
+def test_who_is_named(answers: list[Whereabouts], world_size: int, stopped: list[int], named: str) -> None:
+    assert culprits(answers, world_size, stopped).startswith(named)
+
+
+def watched(directory: Path, body: str) -> jobs.Ended:
+    program = PROGRAM.format(body=body.replace("\n", "\n    "))
+    return jobs.run([sys.executable, "-c", program, str(directory)])
+
+
+def test_one_that_hangs_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None:
+    body = "def hanging():\n    time.sleep(600)\nwatchdog.beat('in step 3', 0.5)\nhanging()"
+    ended = watched(tmp_path, body)
+    assert ended.code == 75
+    report = jobs.exit_report(tmp_path)
+    assert (report["code"], report["rank"]) == (75, 0)
+    assert ", in step 3); the stacks of all ranks are in " in report["cause"]
+    assert ended.stderr == f"distgpt: {report['cause']}\n"
+    assert "in hanging\n" in (tmp_path / "logs" / "rank-0.log").read_text()
+
+
+def test_beats_and_other_limits_keep_it_quiet(tmp_path: Path) -> None:
+    body = "watchdog.beat('a', 1.5)\nfor _ in range(8):\n    time.sleep(0.3)\n    watchdog.beat('b')\n"
+    body += "with watchdog.during('evaluating', 60):\n    time.sleep(3)"
+    assert watched(tmp_path, body).code == 0
+
+
+def test_without_a_limit_it_waits(tmp_path: Path) -> None:
+    assert watched(tmp_path, "time.sleep(2)").code == 0
+
+
+AGENT = """
+import os, subprocess, sys
+programs = sys.argv[1:]
+ranks = [
+    subprocess.Popen([sys.executable, "-c", program], env={**os.environ, "TORCHELASTIC_RUN_ID": "x", "RANK": str(rank)})
+    for rank, program in enumerate(programs)
+]
+print(*(rank.pid for rank in ranks), flush=True)
+print(*(rank.wait() for rank in ranks), flush=True)
+"""
+
+
+@jobs.linux_only
+def test_a_neighbour_that_is_stopped_is_ended_with_the_others(tmp_path: Path) -> None:
+    """Even by a rank that waits without a limit, as others do while rank 0 checks the data."""
+    programs = [PROGRAM.format(body="time.sleep(600)").replace("sys.argv[1]", repr(str(tmp_path)))]
+    programs += ["import time; time.sleep(600)"] * 2
+    with subprocess.Popen([sys.executable, "-c", AGENT, *programs], stdout=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout is not None
+        pids = list(map(int, agent.stdout.readline().split()))
+        os.kill(pids[1], signal.SIGSTOP)
+        assert agent.stdout.readline() == f"75 {-signal.SIGKILL} {-signal.SIGKILL}\n"
+    assert "rank 1 of " in jobs.exit_report(tmp_path)["cause"]
+    assert "stopped by a signal" in jobs.exit_report(tmp_path)["cause"]
+
+
+def test_the_last_collectives_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails where torch has another name for what is private there."""
+    monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)
+    program = (
+        "import sys; from pathlib import Path; import torch, torch.distributed as dist\n"
+        "from distgpt.cluster.watchdog import _write_flight_recorder\n"
+        "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+        "dist.all_reduce(torch.ones(2)); _write_flight_recorder(Path(sys.argv[1]))\n"
+        "dist.destroy_process_group()"
+    )
+    ended = jobs.run([sys.executable, "-c", program, str(tmp_path / "recorded")])
+    assert ended.code == 0, ended
+    assert pickle.loads((tmp_path / "recorded").read_bytes())["entries"][-1]["profiling_name"].endswith("all_reduce")
