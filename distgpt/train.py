@@ -36,7 +36,6 @@ from distgpt.cluster.evaluation import evaluate
 from distgpt.cluster.manifest import committed
 from distgpt.cluster.parallel import (
     autocast,
-    bare,
     build_model,
     choose_strategy,
     inference,
@@ -151,8 +150,8 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
             run.paths,
             config=config,
             runtime=runtime,
+            model=model,
             dtype=dtype,
-            flops_per_token=bare(model).flops_per_token(),
             start_step=start,
             best_val_loss=checkpointer.best_val_loss(),
         ) as progress,

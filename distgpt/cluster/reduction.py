@@ -1,6 +1,7 @@
 """What ranks tell each other every step, besides gradients."""
 
 import socket
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -56,3 +57,22 @@ def sum_over_ranks(values: Tensor, runtime: Runtime) -> Tensor:
     if runtime.distributed:
         dist.all_reduce(values)
     return values
+
+
+def gathered(row: Sequence[float], runtime: Runtime) -> list[list[float]]:
+    """Every rank's row, by rank; all of the same length. Between hosts' memories, so that no device waits for it."""
+    rows = torch.tensor([row], dtype=torch.float64)
+    if runtime.distributed:
+        rows = torch.empty(runtime.world_size, len(row), dtype=torch.float64)
+        dist.all_gather(list(rows), torch.tensor(row, dtype=torch.float64))
+    found: list[list[float]] = rows.tolist()
+    return found
+
+
+def hosts_of_ranks(runtime: Runtime) -> list[str]:
+    """The name of every rank's host, by rank."""
+    hosts: list[Any] = [socket.gethostname()]
+    if runtime.distributed:
+        hosts = [None] * runtime.world_size
+        dist.all_gather_object(hosts, socket.gethostname())
+    return hosts

@@ -1,6 +1,8 @@
 """One run as rank 0 shows it: times the steps and hands what was measured to the console, Metrics and the Ledger."""
 
+import logging
 import math
+import statistics
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,11 +10,14 @@ from types import TracebackType
 from typing import Self
 
 import torch
+from torch import nn
 
 from distgpt.cluster.evaluation import Evaluation
-from distgpt.cluster.reduction import sum_over_ranks
+from distgpt.cluster.parallel import bare
+from distgpt.cluster.reduction import gathered, hosts_of_ranks, sum_over_ranks
 from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.runtime import Runtime
+from distgpt.cluster.stragglers import OwnWork, Watch, Work
 from distgpt.config import Config, to_toml
 from distgpt.errors import Interrupted, StorageError
 from distgpt.telemetry.console import Console
@@ -21,9 +26,11 @@ from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perple
 from distgpt.telemetry.peaks import device_peak_flops, mfu
 from distgpt.telemetry.plots import plot_losses
 
+log = logging.getLogger("distgpt")
+
 
 class Progress:
-    """All ranks make one, since the peak is summed over them; only rank 0's writes and prints."""
+    """All ranks make one, and call it alike, since they exchange figures; only rank 0's writes and prints."""
 
     def __init__(
         self,
@@ -31,13 +38,13 @@ class Progress:
         *,
         config: Config,
         runtime: Runtime,
+        model: nn.Module,
         dtype: torch.dtype,
-        flops_per_token: float,
         start_step: int,
         best_val_loss: float | None,
     ) -> None:
         self._paths, self._config, self._runtime = paths, config, runtime
-        self._flops_per_token = flops_per_token
+        self._flops_per_token = bare(model).flops_per_token()
         self._peak_flops = _peak_of_all(runtime, dtype)
         self._best = math.inf if best_val_loss is None else best_val_loss
         enabled = runtime.rank == 0
@@ -46,19 +53,26 @@ class Progress:
         self._console = Console(config.train.steps, start_step, enabled)
         self._start_step = self._logged_step = start_step
         self._since = time.perf_counter()
-        self._paused = self._checkpoint_stall = self._data_wait = 0.0
+        self._paused = self._checkpoint_stall = self._data_wait = self._own = 0.0
+        self._own_work = OwnWork(model, runtime.device)
+        self._watch = Watch(hosts_of_ranks(runtime))
         if self._metrics is not None:
             self._metrics.text("config", to_toml(config), start_step)
         self._write_ledger()
+        self._own_work.begin()
 
     def step(self, step: int, *, loss: float, lr: float, grad_norm: float, data_wait: float) -> None:
         """Count a finished optimizer step; log where log.every says, the first one, which warms up, and the last."""
         self._console.advance()
         self._ledger.step(step, data_wait=data_wait)
         self._write_ledger()
+        self._own += self._own_work.seconds()
         self._data_wait += data_wait
-        if step not in (self._start_step + 1, self._config.train.steps) and step % self._config.log.every:
-            return
+        if step in (self._start_step + 1, self._config.train.steps) or step % self._config.log.every == 0:
+            self._log(step, loss=loss, lr=lr, grad_norm=grad_norm)
+        self._own_work.begin()
+
+    def _log(self, step: int, *, loss: float, lr: float, grad_norm: float) -> None:
         now = time.perf_counter()
         seconds = (now - self._since - self._paused) / (step - self._logged_step)
         tokens_per_step = self._config.train.global_batch * self._config.model.block_size
@@ -83,8 +97,30 @@ class Progress:
             account = self._ledger.account()
             spent = {f"goodput/{part}_s": seconds for part, seconds in account.seconds.items()}
             self._metrics.scalars(step, {"goodput/share": account.goodput, **spent})
+        if self._logged_step > self._start_step:  # the first step warms up
+            self._compare_ranks(step, seconds=now - self._since)
         self._logged_step, self._since = step, now
-        self._paused = self._checkpoint_stall = self._data_wait = 0.0
+        self._paused = self._checkpoint_stall = self._data_wait = self._own = 0.0
+
+    def _compare_ranks(self, step: int, *, seconds: float) -> None:
+        """Exchange what each rank did since the last log step; rank 0 names those that hold the others up."""
+        rows = gathered((self._own, self._data_wait, self._checkpoint_stall), self._runtime)
+        if self._metrics is None or not self._runtime.distributed:
+            return
+        steps = step - self._logged_step
+        for line in self._watch.add([Work(*row) for row in rows], steps=steps, seconds=seconds):
+            self._console.message(line)
+            log.info(line)
+        own = sorted(row[0] / steps for row in rows)
+        longest_wait = max(row[1] / steps for row in rows)
+        self._metrics.scalars(
+            step,
+            {
+                "ranks/own_work_s_median": statistics.median(own),
+                "ranks/own_work_s_longest": own[-1],
+                "ranks/data_wait_s_longest": longest_wait,
+            },
+        )
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
@@ -94,6 +130,7 @@ class Progress:
         self._paused += time.perf_counter() - started
         self._ledger.spend("evaluation")
         self._write_ledger()
+        self._own_work.begin()
 
     @contextmanager
     def checkpointing(self) -> Iterator[None]:
@@ -104,6 +141,7 @@ class Progress:
         self._paused += time.perf_counter() - started
         self._ledger.spend("checkpoint")
         self._write_ledger()
+        self._own_work.begin()
 
     def evaluation(self, step: int, found: Evaluation) -> None:
         """Log an evaluation and redraw the loss curve."""

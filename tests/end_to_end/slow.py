@@ -29,5 +29,6 @@ if rank in ("", os.environ["RANK"]):
     if what == "forward":
         GPT.forward = slow_forward  # type: ignore[method-assign]
     else:
+        loader.CHUNK_STEPS = 4  # else it would take long until training comes to wait
         loader._Windows.read = slow_read  # type: ignore[method-assign]
 runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)

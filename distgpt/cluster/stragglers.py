@@ -1,0 +1,182 @@
+"""Which rank holds the others up: each times its own work, all tell each other, rank 0 names the slow.
+
+Collectives make every rank's step as long as the slowest one's. So a rank's own work is what it does in a step before
+it waits for another rank the first time.
+"""
+
+import bisect
+import time
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.fsdp import FSDPModule
+
+from distgpt.cluster.parallel import bare
+
+# What a rank is judged by: its own work is so much longer than that of the others' median, and no less than the floor.
+SLOWER, FLOOR_SECONDS = 1.5, 0.010
+# Steps are judged together until they took this long; so many judgements in a row name a rank, or clear it.
+INTERVAL_SECONDS, IN_A_ROW = 2.0, 3
+# A rank that stays slow is named again after so many intervals.
+REMIND_INTERVALS = 100
+
+
+@dataclass(frozen=True)
+class Work:
+    """The seconds that a rank spent on these over some steps."""
+
+    own: float = 0.0
+    data_wait: float = 0.0  # part of its own work
+    checkpoint: float = 0.0
+
+    def __add__(self, more: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(more), strict=True)))
+
+
+class OwnWork:
+    """Times this rank's own work in each step.
+
+    With whole replicas (one process, DDP) it ends where backward comes to the token embedding, its last gradient, in
+    the last micro-batch: only then does DDP wait for the others. A sharded model waits for the others' shards in every
+    block, so there it ends at the first forward: a slow source of data shows, a slow device does not. On CUDA, kernels
+    are what is timed, between events in their stream; before a sharded forward, the host is.
+    """
+
+    def __init__(self, model: nn.Module, device: torch.device) -> None:
+        gpt = bare(model)
+        sharded = isinstance(gpt, FSDPModule)
+        self._stopwatch: _Stopwatch | _CudaStopwatch
+        self._stopwatch = _CudaStopwatch() if device.type == "cuda" and not sharded else _Stopwatch()
+        self._forward_came = False
+        if sharded:
+            # Before FSDP's own hook, which waits.
+            gpt.register_forward_pre_hook(self._at_forward, prepend=True)
+        else:
+            gpt.token_embedding.weight.register_post_accumulate_grad_hook(self._at_last_gradient)  # type: ignore[no-untyped-call]
+
+    def begin(self) -> None:
+        """A step's work begins here."""
+        self._forward_came = False
+        self._stopwatch.start()
+
+    def seconds(self) -> float:
+        """That of the step since begin(), once the ranks have met in it."""
+        return self._stopwatch.seconds()
+
+    def _at_last_gradient(self, _: torch.Tensor) -> None:
+        self._stopwatch.stop()
+
+    def _at_forward(self, *_: Any) -> None:
+        if not self._forward_came:
+            self._stopwatch.stop()
+        self._forward_came = True
+
+
+class Watch:
+    """Names ranks that are slow, interval after interval, and says when they no longer are."""
+
+    def __init__(self, hosts: Sequence[str]) -> None:
+        """`hosts`: of each rank."""
+        self._hosts = hosts
+        self._sums = [Work()] * len(hosts)
+        self._steps, self._seconds = 0, 0.0
+        self._histories = [_History() for _ in hosts]
+
+    def add(self, works: Sequence[Work], *, steps: int, seconds: float) -> list[str]:
+        """What each rank did in these steps, which took so long; a line for each rank that there is news of."""
+        self._sums = [total + work for total, work in zip(self._sums, works, strict=True)]
+        self._steps += steps
+        self._seconds += seconds
+        if self._seconds < INTERVAL_SECONDS:
+            return []
+        news = self._judged()
+        self._sums, self._steps, self._seconds = [Work()] * len(self._hosts), 0, 0.0
+        return news
+
+    def _judged(self) -> list[str]:
+        own = [work.own / self._steps for work in self._sums]
+        ordered = sorted(own)
+        news = []
+        for rank, (host, history) in enumerate(zip(self._hosts, self._histories, strict=True)):
+            median = _median_without(ordered, own[rank])
+            slow = own[rank] >= SLOWER * median and own[rank] - median >= FLOOR_SECONDS
+            if history.is_news(slow):
+                verdict = "is slow" if history.named else "keeps up again"
+                news.append(f"rank {rank} on {host} {verdict}: {self._figures(rank, median)}")
+        return news
+
+    def _figures(self, rank: int, median: float) -> str:
+        work = self._sums[rank]
+        return (
+            f"{_span(work.own / self._steps)} a step of its own work, the others' median {_span(median)}; "
+            f"data wait {_span(work.data_wait / self._steps)} a step, checkpoints {_span(work.checkpoint)} in all"
+        )
+
+
+@dataclass
+class _History:
+    """What was said of a rank."""
+
+    named: bool = False
+    contrary: int = 0  # intervals in a row that say otherwise
+    told: int = 0  # intervals ago
+
+    def is_news(self, slow: bool) -> bool:
+        """Whether there is something to say after another interval."""
+        self.told += 1
+        self.contrary = self.contrary + 1 if slow != self.named else 0
+        if self.contrary == IN_A_ROW:
+            self.named = slow
+        elif not (self.named and slow and self.told >= REMIND_INTERVALS):
+            return False
+        self.contrary = self.told = 0
+        return True
+
+
+class _Stopwatch:
+    """Seconds of the host's clock from start() to the last stop()."""
+
+    def __init__(self) -> None:
+        self._started = self._stopped = 0.0
+
+    def start(self) -> None:
+        self._started = self._stopped = time.perf_counter()
+
+    def stop(self) -> None:
+        self._stopped = time.perf_counter()
+
+    def seconds(self) -> float:
+        return self._stopped - self._started
+
+
+class _CudaStopwatch:
+    """The same in the current stream, where kernels run later than Python asks for them."""
+
+    def __init__(self) -> None:
+        self._started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._stopped = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+    def start(self) -> None:
+        self._started.record()
+
+    def stop(self) -> None:
+        self._stopped.record()
+
+    def seconds(self) -> float:
+        self._stopped.synchronize()
+        return float(self._started.elapsed_time(self._stopped)) / 1e3
+
+
+def _median_without(ordered: Sequence[float], value: float) -> float:
+    """The lower median of sorted numbers less one of this value; the value itself where there is no other."""
+    if len(ordered) == 1:
+        return value
+    middle = (len(ordered) - 2) // 2
+    return ordered[middle + (bisect.bisect_left(ordered, value) <= middle)]
+
+
+def _span(seconds: float) -> str:
+    return f"{seconds * 1e3:.0f} ms" if seconds < 1 else f"{seconds:.2f} s"

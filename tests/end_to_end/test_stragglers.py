@@ -1,0 +1,55 @@
+"""Jobs with a rank that is slow, or whose data is, on purpose; and one that is even."""
+
+import signal
+import socket
+from pathlib import Path
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests import jobs
+from tests.end_to_end.conftest import tiny
+
+
+def job(data: Path, run: Path, slow: str, *arguments: str) -> jobs.Job:
+    command = [*jobs.torchrun_command(2)[:-2], str(Path(__file__).with_name("slow.py")), *tiny(data, run)]
+    quiet = ("--eval.every=0", "--checkpoint.every=0", "--train.steps=10000")
+    return jobs.Job([*command, *quiet, *arguments], SLOW=slow)
+
+
+def stop(started: jobs.Job) -> None:
+    started.signal(signal.SIGTERM)
+    started.finish()
+
+
+@jobs.linux_only
+def test_a_slow_rank_is_named_with_its_host(prepared: Path, tmp_path: Path) -> None:
+    started = job(prepared, tmp_path, "forward:0.1:1")
+    started.read_until(f"rank 1 on {socket.gethostname()} is slow: 2")  # two micro-batches: 200 ms and a little
+    stop(started)
+    assert f"rank 1 on {socket.gethostname()} is slow: " in (tmp_path / "logs" / "rank-0.log").read_text()
+
+
+@jobs.linux_only
+def test_slow_data_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> None:
+    # Four sequences a step. What is found of a sharded model is found of a whole one.
+    started = job(prepared, tmp_path, "read:0.05:0", "--parallel.strategy=fsdp")
+    started.read_until(f"rank 0 on {socket.gethostname()} is slow: ")
+    started.read_until(" a step, checkpoints 0 ms in all\n")
+    stop(started)
+    accumulator = EventAccumulator(str(tmp_path / "tb"))
+    accumulator.Reload()
+    waits = [event.value for event in accumulator.Scalars("ranks/data_wait_s_longest")]
+    assert max(waits) > 0.1
+
+
+@jobs.linux_only
+def test_nobody_is_named_where_all_are_as_slow(prepared: Path, tmp_path: Path) -> None:
+    started = job(prepared, tmp_path, "forward:0.1:")
+    started.read_until("step    50/10000 ")  # ten seconds
+    started.signal(signal.SIGTERM)
+    ended = started.finish()
+    assert " is slow: " not in ended.stdout
+    accumulator = EventAccumulator(str(tmp_path / "tb"))
+    accumulator.Reload()
+    own = [event.value for event in accumulator.Scalars("ranks/own_work_s_median")]
+    assert min(own) >= 0.2
