@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -124,7 +124,10 @@ class EvalConfig:
 
 @dataclass(frozen=True)
 class CheckpointConfig:
-    every: int = option(500, "steps between checkpoints; 0: only at the end and when interrupted")
+    every: int | Literal["auto"] = option(
+        500,
+        "steps between checkpoints; 0: only at the end and when interrupted; auto: by their cost and failures seen",
+    )
     keep: int = option(3, "newest checkpoints kept, besides that of the lowest validation loss")
     async_save: bool = option(True, "write in the background while training goes on")
 
@@ -254,7 +257,8 @@ def check(config: Config) -> None:
     for key in POSITIVE:
         _require(value_at(config, key) > 0, f"{key} is {value_at(config, key)}: it must be positive")
     for key in NOT_NEGATIVE:
-        _require(value_at(config, key) >= 0, f"{key} is {value_at(config, key)}: it cannot be negative")
+        value = value_at(config, key)
+        _require(isinstance(value, str) or value >= 0, f"{key} is {value}: it cannot be negative")
     seed = config.run.seed
     _require(abs(seed) < 2**62, f"run.seed is {seed}: it must lie between -2^62 and 2^62")
     if model.n_embd % model.n_head:
@@ -357,6 +361,14 @@ def _type_of(key: str, *, source: str) -> Any:
 def _parsed(value: Any, kind: Any, key: str, source: str) -> Any:
     """`value`, from TOML or text, as `kind`. Raises UsageError."""
     where = "" if source.startswith("--") else f" (in {source})"
+    if get_origin(kind) is Union:  # a number, or a word that stands for one
+        number, words = get_args(kind)
+        if value in get_args(words):
+            return value
+        try:
+            return _parsed(value, number, key, source)
+        except UsageError as error:
+            raise UsageError(f"{error} or {' or '.join(get_args(words))}") from None
     if get_origin(kind) is Literal:
         if value in get_args(kind):
             return value

@@ -44,6 +44,7 @@ from distgpt.cluster.parallel import (
 from distgpt.cluster.reduction import agreed, grad_norm_of, require_agreement, weight_norm_of
 from distgpt.cluster.retention import CHECKPOINT_BYTES, require_space
 from distgpt.cluster.runtime import Runtime, compute_dtype, joined, this_rank
+from distgpt.cluster.save_interval import SaveInterval
 from distgpt.cluster.step import accumulate_gradients, update
 from distgpt.cluster.watchdog import Watchdog
 from distgpt.corpus.loader import EvaluationBatches, Loader
@@ -132,6 +133,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
     if runtime.rank == 0:
         run.paths.config.write_text(to_toml(config))
 
+    saves = SaveInterval(config.checkpoint.every, start_step=start)
     with (
         closing(
             Loader(
@@ -154,6 +156,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
             dtype=dtype,
             start_step=start,
             best_val_loss=checkpointer.best_val_loss(),
+            saves=saves,
         ) as progress,
     ):
         run.training()
@@ -174,7 +177,8 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
             watchdog.beat(f"after step {step}", health.timeout)
             wait = loader.take_data_wait()
             checkpointer.poll()
-            progress.step(step, loss=mean_loss, lr=lr, grad_norm=grad_norm, data_wait=wait)
+            saving = checkpointer.writing
+            progress.step(step, loss=mean_loss, lr=lr, grad_norm=grad_norm, data_wait=wait, saving=saving)
             val_loss = None
             if is_due(step, config.eval.every, last):
                 require_finite_weights(model, step)
@@ -184,9 +188,9 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
                     if config.eval.sample_tokens:
                         progress.sample(step, sample_text(model, tokenizer, step, config, runtime, dtype))
                 val_loss = found.val_loss
-            if is_due(step, config.checkpoint.every, last) or stop:
+            if saves.is_due(step) or step == last or stop:
                 require_finite_weights(model, step)
-                with progress.checkpointing(), watchdog.during(f"saving step {step}", health.checkpoint_timeout):
+                with progress.checkpointing(step), watchdog.during(f"saving step {step}", health.checkpoint_timeout):
                     checkpointer.save(step, val_loss=val_loss)
                     if stop or step == last:
                         checkpointer.require_saved(step)

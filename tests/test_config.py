@@ -52,6 +52,17 @@ def test_flags_parse_by_the_type_of_their_key() -> None:
     assert resolve(["--checkpoint.async_save=FALSE"], {}).checkpoint.async_save is False
 
 
+def test_a_number_may_have_a_word_for_it(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[checkpoint]\nevery = 'auto'\n")
+    assert resolve([str(tmp_path / "mine.toml")], {}).checkpoint.every == "auto"
+    assert resolve(["--checkpoint.every=auto"], {}).checkpoint.every == "auto"
+    found = resolve([str(tmp_path / "mine.toml"), "--checkpoint.every=1e2"], {})
+    assert found.checkpoint.every == 100
+    assert isinstance(found.checkpoint.every, int)
+    (tmp_path / "copy.toml").write_text(config.to_toml(resolve(["--checkpoint.every=auto"], {})))
+    assert resolve([str(tmp_path / "copy.toml")], {}).checkpoint.every == "auto"
+
+
 @pytest.mark.parametrize(
     ("argument", "near"),
     [
@@ -85,6 +96,8 @@ def test_an_unknown_key_says_where_it_stands(tmp_path: Path) -> None:
         ("--optim.lr=inf", "optim.lr is 'inf': it must be a number"),
         ("--train.compile=maybe", "train.compile is 'maybe': it must be true or false"),
         ("--train.dtype=float8", "train.dtype is 'float8': it must be one of auto, float32, bfloat16"),
+        ("--checkpoint.every=often", "checkpoint.every is 'often': it must be a whole number or auto"),
+        ("--checkpoint.every=1.5", "checkpoint.every is '1.5': it must be a whole number or auto"),
         ("--parallel.strategy=zero", "parallel.strategy is 'zero': it must be one of auto, ddp, fsdp, hsdp"),
         ("--train.steps", "--train.steps has no value: write --train.steps=VALUE"),
     ],
@@ -99,6 +112,7 @@ def test_a_wrong_type_or_choice_says_what_it_must_be(argument: str, expected: st
         ("[train]\nsteps = 'x'", "train.steps is 'x' (in {}): it must be a whole number"),
         ("[train]\nsteps = true", "train.steps is True (in {}): it must be a whole number"),
         ("[train]\nsteps = [1]", "train.steps is [1] (in {}): it must be a whole number"),
+        ("[checkpoint]\nevery = [1]", "checkpoint.every is [1] (in {}): it must be a whole number or auto"),
         ("[train]\ncompile = 1", "train.compile is 1 (in {}): it must be true or false"),
         ("[data]\npath = 3", "data.path is 3 (in {}): it must be a text"),
         ("steps = 3", "{}: steps must be a table of keys, like [model]"),

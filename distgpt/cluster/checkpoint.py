@@ -165,6 +165,11 @@ class Checkpointer:
             return False
         return True
 
+    @property
+    def writing(self) -> bool:
+        """Whether a save is under way, as far as the last poll() or wait() found."""
+        return self._pending is not None
+
     def poll(self) -> None:
         """Tell of a save in the background that failed, once it has."""
         if self._pending is not None and self._pending.done():

@@ -7,6 +7,7 @@ the wall clock, which may have been set back or be another host's, so a pause is
 What a killed attempt did after its last line counts as recovery, as does an attempt that never came to train.
 """
 
+import bisect
 import itertools
 import json
 import os
@@ -14,7 +15,7 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 
@@ -22,6 +23,7 @@ from distgpt.telemetry.events import append_whole
 
 Part = Literal["start", "steps", "data_wait", "checkpoint", "evaluation", "other"]
 End = Literal["done", "interrupted", "failed"]
+PARTS: tuple[Part, ...] = get_args(Part)
 
 # A line once this many seconds have passed since the last one, or this share of the attempt: a kill loses no more.
 LINE_SECONDS, LINE_SHARE = 10.0, 0.01
@@ -46,9 +48,6 @@ class Line:
     def spent(self) -> float:
         """The length of the attempt so far."""
         return float(sum(getattr(self, part) for part in PARTS))
-
-
-PARTS: tuple[Part, ...] = ("start", "steps", "data_wait", "checkpoint", "evaluation", "other")
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,11 @@ def read_ledger(path: Path) -> list[Line]:
 class Ledger:
     """The account of the attempt under way, which began with this process, on top of those before it."""
 
-    def __init__(self, path: Path, *, start_step: int) -> None:
+    def __init__(self, path: Path | None, *, start_step: int) -> None:
+        """`path` is rank 0's; without it nothing is read or written."""
         self._path = path
         age = process_age()
-        earlier = read_ledger(path)
+        earlier = read_ledger(path) if path else []
         attempt = earlier[-1].attempt + 1 if earlier else 1
         self._opening = Line(attempt, at=time.time() - age, step=start_step)
         self._before = account_of([*earlier, self._opening])
@@ -112,14 +112,15 @@ class Ledger:
         self._spent[part] += seconds
         return seconds
 
-    def step(self, step: int, *, data_wait: float) -> None:
-        """The time since the last call went into a step that is now finished, or waited that long for data."""
+    def step(self, step: int, *, data_wait: float) -> float:
+        """The time since the last call went into a step that is now finished, or into waiting for data; its seconds."""
         first, self._step = self._step == self._opening.step, step
         seconds = self.spend("start" if first else "steps")
         if not first:
             moved = min(data_wait, seconds)
             self._spent["steps"] -= moved
             self._spent["data_wait"] += moved
+        return seconds
 
     def account(self) -> Account:
         """The account of the whole run up to the last call of spend or step."""
@@ -129,7 +130,7 @@ class Ledger:
     def write(self, *, end: End | None = None) -> None:
         """Append a line if one is due, as the first and the last one are. Raises OSError and leaves the file whole."""
         now = time.monotonic()
-        if end is None and now < self._due:
+        if self._path is None or (end is None and now < self._due):
             return
         self._due = now + min(LINE_SECONDS, LINE_SHARE * (now - self._began))
         spent = {part: round(seconds, 3) for part, seconds in self._spent.items()}
@@ -154,18 +155,21 @@ def process_age() -> float:
 
 
 def _repeated(attempts: Iterable[Sequence[Line]]) -> float:
-    """Seconds of steps after the one that a later attempt went on from; between two lines, in proportion."""
+    """Seconds of steps after one that the run later went on from; between two lines, in proportion."""
     # What the steps that still count took, by the last of them.
     steps, seconds = [0], [0.0]
     repeated = 0.0
     for attempt in attempts:
-        resumed = attempt[0].step
-        kept = float(np.interp(resumed, steps, seconds))
-        repeated += seconds[-1] - kept
-        count = int(np.searchsorted(steps, resumed))
-        steps, seconds = [*steps[:count], resumed], [*seconds[:count], kept]
-        steps += [line.step for line in attempt]
-        seconds += [kept + line.steps for line in attempt]
+        before = 0.0
+        for line in attempt:
+            if line.step < steps[-1]:
+                kept = float(np.interp(line.step, steps, seconds))
+                repeated += seconds[-1] - kept
+                count = bisect.bisect_left(steps, line.step)
+                steps, seconds = [*steps[:count], line.step], [*seconds[:count], kept]
+            steps.append(line.step)
+            seconds.append(seconds[-1] + line.steps - before)
+            before = line.steps
     return repeated
 
 

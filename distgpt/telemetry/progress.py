@@ -17,10 +17,11 @@ from distgpt.cluster.parallel import bare
 from distgpt.cluster.reduction import gathered, hosts_of_ranks, sum_over_ranks
 from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.runtime import Runtime
+from distgpt.cluster.save_interval import SaveCost, SaveInterval, seconds_between_failures
 from distgpt.cluster.stragglers import OwnWork, Watch, Work
 from distgpt.config import Config, to_toml
 from distgpt.errors import Interrupted, StorageError
-from distgpt.telemetry.console import Console
+from distgpt.telemetry.console import Console, duration
 from distgpt.telemetry.goodput import End, Ledger
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity
 from distgpt.telemetry.peaks import device_peak_flops, mfu
@@ -42,6 +43,7 @@ class Progress:
         dtype: torch.dtype,
         start_step: int,
         best_val_loss: float | None,
+        saves: SaveInterval,
     ) -> None:
         self._paths, self._config, self._runtime = paths, config, runtime
         self._flops_per_token = bare(model).flops_per_token()
@@ -49,23 +51,26 @@ class Progress:
         self._best = math.inf if best_val_loss is None else best_val_loss
         enabled = runtime.rank == 0
         self._metrics = Metrics(paths.root, resume_step=start_step) if enabled else None
-        self._ledger = Ledger(paths.goodput, start_step=start_step)
+        self._ledger = Ledger(paths.goodput if enabled else None, start_step=start_step)
         self._console = Console(config.train.steps, start_step, enabled)
         self._start_step = self._logged_step = start_step
         self._since = time.perf_counter()
         self._paused = self._checkpoint_stall = self._data_wait = self._own = 0.0
         self._own_work = OwnWork(model, runtime.device)
         self._watch = Watch(hosts_of_ranks(runtime))
+        self._saves, self._save_cost = saves, SaveCost()
         if self._metrics is not None:
             self._metrics.text("config", to_toml(config), start_step)
         self._write_ledger()
         self._own_work.begin()
 
-    def step(self, step: int, *, loss: float, lr: float, grad_norm: float, data_wait: float) -> None:
+    def step(self, step: int, *, loss: float, lr: float, grad_norm: float, data_wait: float, saving: bool) -> None:
         """Count a finished optimizer step; log where log.every says, the first one, which warms up, and the last."""
         self._console.advance()
-        self._ledger.step(step, data_wait=data_wait)
+        seconds = self._ledger.step(step, data_wait=data_wait)
         self._write_ledger()
+        if step > self._start_step + 1:
+            self._save_cost.step(seconds, writing=saving)
         self._own += self._own_work.seconds()
         self._data_wait += data_wait
         if step in (self._start_step + 1, self._config.train.steps) or step % self._config.log.every == 0:
@@ -103,12 +108,19 @@ class Progress:
         self._paused = self._checkpoint_stall = self._data_wait = self._own = 0.0
 
     def _compare_ranks(self, step: int, *, seconds: float) -> None:
-        """Exchange what each rank did since the last log step; rank 0 names those that hold the others up."""
-        rows = gathered((self._own, self._data_wait, self._checkpoint_stall), self._runtime)
+        """Exchange what each rank did since the last log step; rank 0 names those that hold the others up.
+
+        It also says how often to save, where that is for it to find out.
+        """
+        proposes = self._saves.auto and self._runtime.rank == 0
+        proposal = self._save_cost.best_steps(self._between_failures()) if proposes else 0
+        rows = gathered((self._own, self._data_wait, self._checkpoint_stall, proposal), self._runtime)
+        if self._saves.adopt(int(rows[0][-1])):
+            self._say_save_interval(int(rows[0][-1]))
         if self._metrics is None or not self._runtime.distributed:
             return
         steps = step - self._logged_step
-        for line in self._watch.add([Work(*row) for row in rows], steps=steps, seconds=seconds):
+        for line in self._watch.add([Work(*row[:3]) for row in rows], steps=steps, seconds=seconds):
             self._console.message(line)
             log.info(line)
         own = sorted(row[0] / steps for row in rows)
@@ -122,6 +134,20 @@ class Progress:
             },
         )
 
+    def _between_failures(self) -> float:
+        """The seconds of training from one failure to the next that this run has to expect."""
+        account = self._ledger.account()
+        hosts = self._runtime.world_size // self._runtime.local_world_size
+        trained = account.total - account.seconds["recovery"]
+        return seconds_between_failures(seconds=trained, failures=account.failures, hosts=hosts)
+
+    def _say_save_interval(self, steps: int) -> None:
+        every = f"{steps:,} steps ({duration(steps * self._save_cost.of_a_step)})"
+        self._console.message(
+            f"checkpoints every {every}: a save costs {self._save_cost.of_a_save:.2f} s of training, "
+            f"a failure is expected every {duration(self._between_failures())}"
+        )
+
     @contextmanager
     def evaluating(self) -> Iterator[None]:
         """Around what is not training: its time does not count in the steps'."""
@@ -133,12 +159,15 @@ class Progress:
         self._own_work.begin()
 
     @contextmanager
-    def checkpointing(self) -> Iterator[None]:
-        """The same around a checkpoint, whose stall of training is logged."""
+    def checkpointing(self, step: int) -> Iterator[None]:
+        """The same around a checkpoint after `step`, whose stall of training is logged."""
         started = time.perf_counter()
         yield
-        self._checkpoint_stall += time.perf_counter() - started
-        self._paused += time.perf_counter() - started
+        stalled = time.perf_counter() - started
+        self._saves.saved(step)
+        self._save_cost.save(stalled)
+        self._checkpoint_stall += stalled
+        self._paused += stalled
         self._ledger.spend("checkpoint")
         self._write_ledger()
         self._own_work.begin()

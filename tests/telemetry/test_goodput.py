@@ -72,6 +72,20 @@ def test_falling_back_twice_counts_what_the_first_attempt_did_after_that_too() -
     assert account.failures == 2
 
 
+def test_going_back_within_an_attempt_repeats_as_well() -> None:
+    lines = [
+        *(Line(1, at=0.0, step=0), Line(1, at=50.0, step=50, steps=50.0)),
+        *(Line(1, at=50.0, step=30, steps=50.0), Line(1, at=60.0, step=40, steps=60.0)),
+    ]
+    assert account_of(lines).seconds["repeated"] == pytest.approx(20.0)
+    assert account_of(lines).seconds["steps"] == pytest.approx(40.0)
+
+
+def test_a_checkpoint_may_be_newer_than_the_last_line() -> None:
+    lines = [Line(1, at=0.0, step=0), Line(1, at=5.0, step=5, steps=5.0), Line(2, at=9.0, step=7)]
+    assert account_of(lines).seconds["repeated"] == 0.0
+
+
 def test_an_interrupted_attempt_is_no_failure_and_repeats_nothing() -> None:
     lines = [
         *(Line(1, at=0.0, step=0), Line(1, at=9.0, step=9, steps=9.0, end="interrupted")),
