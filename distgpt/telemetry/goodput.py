@@ -70,7 +70,9 @@ class Account:
 
 def account_of(lines: Sequence[Line]) -> Account:
     """What the lines of a ledger add up to. The time between "done" and an attempt to go further is not the run's."""
-    attempts = [list(group) for _, group in itertools.groupby(lines, key=lambda line: line.attempt)]
+    # Sorted: a process that was given up for dead may have written once more.
+    by_attempt = itertools.groupby(sorted(lines, key=lambda line: line.attempt), key=lambda line: line.attempt)
+    attempts = [list(group) for _, group in by_attempt]
     seconds: dict[str, float] = {part: sum(getattr(attempt[-1], part) for attempt in attempts) for part in PARTS}
     seconds["repeated"] = _repeated(attempts)
     seconds["steps"] -= seconds["repeated"]

@@ -108,6 +108,12 @@ def test_a_clock_set_back_makes_no_pause_shorter_than_nothing() -> None:
     assert account.total == 6.0
 
 
+def test_a_line_of_an_attempt_given_up_for_dead_is_that_attempts() -> None:
+    lines = [Line(1, at=0.0, step=0), Line(2, at=5.0, step=0), Line(1, at=8.0, step=0, start=8.0), Line(2, 9.0, 0, 4.0)]
+    account = account_of(lines)
+    assert (account.attempts, account.seconds["start"], account.seconds["recovery"]) == (2, 12.0, 0.0)
+
+
 def test_the_first_line_of_an_attempt_may_be_lost() -> None:
     lines = [Line(1, at=10.0, step=5, steps=5.0), Line(2, at=30.0, step=6, start=8.0, steps=2.0)]
     assert account_of(lines).seconds["recovery"] == pytest.approx(10.0)
