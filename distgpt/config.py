@@ -31,7 +31,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     *("model.n_kv_head", "model.mlp_hidden", "model.loss_chunk", "optim.min_lr", "optim.warmup_steps"),
     *("optim.weight_decay", "optim.grad_clip", "optim.eps", "train.micro_batch", "parallel.shard"),
-    *("eval.every", "eval.sample_tokens", "checkpoint.every"),
+    *("eval.every", "eval.sample_tokens", "checkpoint.every", "health.skip_z"),
 )
 
 
@@ -143,6 +143,13 @@ class HealthConfig:
     start_timeout: float = option(900.0, "the same for each part of the start: joining, restoring, the first step")
     eval_timeout: float = option(1800.0, "the same for an evaluation")
     checkpoint_timeout: float = option(1800.0, "the same for a checkpoint, with what is left of the last one")
+    on_nonfinite: Literal["stop", "skip"] = option(
+        "stop",
+        "at a loss or gradient norm that is NaN or infinite: end the run, or skip the update, at most 10 in a row",
+    )
+    skip_z: float = option(
+        0.0, "skip an update whose loss or gradient norm is this many standard deviations above the last ones; 0: never"
+    )
 
     @property
     def collective_timeout(self) -> float:

@@ -25,7 +25,6 @@ import math
 import os
 from contextlib import closing
 from pathlib import Path
-from typing import NoReturn
 
 import torch
 from torch import nn
@@ -54,6 +53,7 @@ from distgpt.errors import DataError, DirectoryError, Interrupted, StorageError
 from distgpt.model.generate import generate
 from distgpt.model.gpt import count_parameters
 from distgpt.model.optim import build_optimizer, lr_at, set_lr
+from distgpt.model.outliers import Guard, Verdict
 from distgpt.telemetry.progress import Progress
 
 log = logging.getLogger("distgpt")
@@ -102,12 +102,14 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
         dtype=dtype,
     )
     optimizer = build_optimizer(model, config.optim, runtime.device.type)
+    guard = Guard(config.health)
     checkpointer = Checkpointer(
         run.paths.checkpoints,
         config=config,
         dataset=dataset,
         model=model,
         optimizer=optimizer,
+        guard=guard,
         runtime=runtime,
         say=say,
     )
@@ -167,10 +169,11 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
             loss = accumulate_gradients(model, loader.next_step(), step, config, runtime, dtype)
             norm = grad_norm_of(model)
             mean_loss, grad_norm, stop = agreed(loss, norm, run.stop_requested is not None, runtime)
-            if not math.isfinite(mean_loss) or not math.isfinite(grad_norm):
-                checkpointer.wait()
-                stop_before_update(mean_loss, grad_norm, step, config, loader)
-            update(model, optimizer, norm, clip=config.optim.grad_clip)
+            verdict = guard.judge(loss=mean_loss, grad_norm=grad_norm)
+            if verdict.action == "update":
+                update(model, optimizer, norm, clip=config.optim.grad_clip)
+            else:
+                say(without_update(verdict, step, config, loader, checkpointer))
             optimizer.zero_grad()
 
             run.step = step
@@ -178,7 +181,9 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
             wait = loader.take_data_wait()
             checkpointer.poll()
             saving = checkpointer.writing
-            progress.step(step, loss=mean_loss, lr=lr, grad_norm=grad_norm, data_wait=wait, saving=saving)
+            progress.step(
+                step, loss=mean_loss, lr=lr, grad_norm=grad_norm, verdict=verdict, data_wait=wait, saving=saving
+            )
             val_loss = None
             if is_due(step, config.eval.every, last):
                 require_finite_weights(model, step)
@@ -200,16 +205,22 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
     say(f"done: step {last} in {run.paths.root}, loss curve in {run.paths.plot}")
 
 
-def stop_before_update(loss: float, grad_norm: float, step: int, config: Config, loader: Loader) -> NoReturn:
-    """Log where the sequences of a step came from whose loss or gradients are NaN or infinite. Raises DataError."""
+def without_update(verdict: Verdict, step: int, config: Config, loader: Loader, checkpointer: Checkpointer) -> str:
+    """Log where the sequences of a step came from whose update is left out; the line that says so.
+
+    Raises DataError where it ends the run, after the save under way.
+    """
     completed = step - 1
     places = [(int(shard), int(offset)) for shard, offset in zip(*loader.places(completed), strict=True)]
     log.error("step %d, windows of this rank as (shard, token offset): %s", step, places)
     first = completed * config.train.global_batch
-    raise DataError(
-        f"loss {loss} and gradient norm {grad_norm} at step {step}: stopped before the update; samples {first} to "
-        f"{first + config.train.global_batch - 1} (their places are in logs/); lower optim.lr or set optim.grad_clip"
-    )
+    samples = f"samples {first} to {first + config.train.global_batch - 1} (their places are in logs/)"
+    if verdict.action == "skip":
+        return f"{verdict.objection} at step {step}: update skipped; {samples}"
+    checkpointer.wait()
+    after = f", after {verdict.skips} skipped in a row" if verdict.skips else ""
+    fix = "lower optim.lr or set optim.grad_clip" + (", or raise health.skip_z" if config.health.skip_z else "")
+    raise DataError(f"{verdict.objection} at step {step}: stopped before the update{after}; {samples}; {fix}")
 
 
 def require_finite_weights(model: nn.Module, step: int) -> None:

@@ -47,11 +47,13 @@ from distgpt.cluster.manifest import (
     read_state,
     sha256_of,
 )
+from distgpt.cluster.parallel import micro_batch_size
 from distgpt.cluster.retention import BROKEN, STAGING, best_of, prune, require_space
 from distgpt.cluster.runtime import Runtime
 from distgpt.config import Config, from_dict, to_dict
 from distgpt.corpus.shards import Dataset, sync, write_file
 from distgpt.errors import DataError, StorageError, UsageError
+from distgpt.model.outliers import Guard
 
 # Keys outside of model.* that are part of what a run learns.
 FIXED_KEYS = ("run.seed", "train.global_batch")
@@ -80,6 +82,7 @@ class Checkpointer:
         dataset: Dataset,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
+        guard: Guard,
         runtime: Runtime,
         say: Callable[[str], None],
     ) -> None:
@@ -89,6 +92,7 @@ class Checkpointer:
         self._dataset = dataset
         self._model = model
         self._optimizer = optimizer
+        self._guard = guard
         self._runtime = runtime
         self._say = say
         # A group of its own: a save in the background must not mix its messages with training's.
@@ -103,7 +107,7 @@ class Checkpointer:
         self._pending: Future[None] | None = None
 
     def restore(self) -> int:
-        """Load the newest good checkpoint into the model and optimizer; its step, 0 where there is none at all.
+        """Load the newest good checkpoint into the model, optimizer and guard; its step, 0 where there is none at all.
 
         Says in one line what it skipped and why, and moves that aside. Raises DataError if every one is broken.
         """
@@ -125,7 +129,9 @@ class Checkpointer:
         if broken:
             self._together(partial(self._set_aside, list(broken)))
             self._say(f"going on from {checkpoint.name}; skipped {listed(broken)}")
-        return read_state(checkpoint).step
+        state = read_state(checkpoint)
+        self._guard.restore(state.guard)
+        return state.step
 
     def best_val_loss(self) -> float | None:
         """The lowest validation loss of any checkpoint kept."""
@@ -148,6 +154,8 @@ class Checkpointer:
             tokenizer_sha256=self._dataset.meta["tokenizer"]["sha256"],
             vocab_size=self._dataset.vocab_size,
             eot_id=self._dataset.eot_id,
+            micro_batch=micro_batch_size(self._config, self._runtime),
+            guard=self._guard.state(),
         )
         self._pending = self._thread.submit(self._write_and_commit, staged, state)
         if not self._config.checkpoint.async_save:

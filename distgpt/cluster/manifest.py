@@ -11,7 +11,7 @@ checkpoints/step-00001000/     whole, or it would not have this name
 import hashlib
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,8 @@ class RunState:
     tokenizer_sha256: str
     vocab_size: int
     eot_id: int | None
+    micro_batch: int = 0  # sequences per forward; 0 in checkpoints from before it was kept, as is what follows
+    guard: dict[str, Any] = field(default_factory=dict)  # Guard.state()
 
 
 def path_of(directory: Path, step: int) -> Path:

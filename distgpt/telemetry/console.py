@@ -8,6 +8,9 @@ from tqdm import tqdm
 from distgpt.telemetry.goodput import Account
 from distgpt.telemetry.metrics import StepFigures
 
+# z-scores are shown from here on: of plain noise it is one in 370.
+SHOWN_Z = 3.0
+
 BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}"
 
 
@@ -36,10 +39,12 @@ class Console:
         rate = f"{_short(figures.tokens_per_second)} tok/s"
         eta = f"eta {duration((self._total - figures.step) * figures.seconds)}"
         parts = [
-            *(self._step(figures.step), f"loss {figures.loss:.4f}", f"lr {figures.lr:.2e}"),
-            *(f"norm {figures.grad_norm:.2f}", _step_time(figures.seconds), rate),
+            *(self._step(figures.step), f"loss {figures.loss:.4f}{_outlier(figures.loss_z)}"),
+            *(f"lr {figures.lr:.2e}", f"norm {figures.grad_norm:.2f}{_outlier(figures.grad_norm_z)}"),
+            *(_step_time(figures.seconds), rate),
             *([] if figures.mfu is None else [f"mfu {figures.mfu:.1%}"]),
             eta,
+            *(["update skipped"] if figures.skipped else []),
         ]
         self.message(" | ".join(parts))
         if self._bar is not None:
@@ -74,6 +79,10 @@ class Console:
 
     def _step(self, step: int) -> str:
         return f"step {step:>{len(str(self._total))}}/{self._total}"
+
+
+def _outlier(z: float | None) -> str:
+    return "" if z is None or abs(z) < SHOWN_Z else f" (z {z:+.1f})"
 
 
 def duration(seconds: float) -> str:

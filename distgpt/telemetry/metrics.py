@@ -31,6 +31,9 @@ class StepFigures:
     loss: float  # the global batch's mean, in nats per token
     lr: float
     grad_norm: float
+    loss_z: float | None  # standard deviations above the mean of the last steps, see model/outliers.py
+    grad_norm_z: float | None
+    skipped: bool  # the update was left out
     tokens: int  # of the whole run
     tokens_per_second: float
     mfu: float | None  # 0 to 1
@@ -66,6 +69,9 @@ class Metrics:
                 "train/loss": figures.loss,
                 "train/lr": figures.lr,
                 "train/grad_norm": figures.grad_norm,
+                "train/loss_z": figures.loss_z,
+                "train/grad_norm_z": figures.grad_norm_z,
+                "train/skipped": float(figures.skipped),
                 "perf/tokens_per_second": figures.tokens_per_second,
                 "perf/mfu": figures.mfu,
                 "perf/step_s": figures.seconds,

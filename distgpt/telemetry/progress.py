@@ -21,6 +21,7 @@ from distgpt.cluster.save_interval import SaveCost, SaveInterval, seconds_betwee
 from distgpt.cluster.stragglers import OwnWork, Watch, Work
 from distgpt.config import Config, to_toml
 from distgpt.errors import Interrupted, StorageError
+from distgpt.model.outliers import Verdict
 from distgpt.telemetry.console import Console, duration
 from distgpt.telemetry.goodput import End, Ledger
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity
@@ -64,8 +65,13 @@ class Progress:
         self._write_ledger()
         self._own_work.begin()
 
-    def step(self, step: int, *, loss: float, lr: float, grad_norm: float, data_wait: float, saving: bool) -> None:
-        """Count a finished optimizer step; log where log.every says, the first one, which warms up, and the last."""
+    def step(
+        self, step: int, *, loss: float, lr: float, grad_norm: float, verdict: Verdict, data_wait: float, saving: bool
+    ) -> None:
+        """Count a finished optimizer step.
+
+        Logs where log.every says, the first one, which warms up, the last, and each whose update was skipped.
+        """
         self._console.advance()
         seconds = self._ledger.step(step, data_wait=data_wait)
         self._write_ledger()
@@ -73,11 +79,11 @@ class Progress:
             self._save_cost.step(seconds, writing=saving)
         self._own += self._own_work.seconds()
         self._data_wait += data_wait
-        if step in (self._start_step + 1, self._config.train.steps) or step % self._config.log.every == 0:
-            self._log(step, loss=loss, lr=lr, grad_norm=grad_norm)
+        if self._is_logged(step) or verdict.action == "skip":
+            self._log(step, loss=loss, lr=lr, grad_norm=grad_norm, verdict=verdict)
         self._own_work.begin()
 
-    def _log(self, step: int, *, loss: float, lr: float, grad_norm: float) -> None:
+    def _log(self, step: int, *, loss: float, lr: float, grad_norm: float, verdict: Verdict) -> None:
         now = time.perf_counter()
         seconds = (now - self._since - self._paused) / (step - self._logged_step)
         tokens_per_step = self._config.train.global_batch * self._config.model.block_size
@@ -88,6 +94,9 @@ class Progress:
             loss=loss,
             lr=lr,
             grad_norm=grad_norm,
+            loss_z=verdict.loss_z,
+            grad_norm_z=verdict.grad_norm_z,
+            skipped=verdict.action == "skip",
             tokens=step * tokens_per_step,
             tokens_per_second=rate,
             mfu=utilization,
@@ -211,6 +220,9 @@ class Progress:
         if self._metrics is not None:
             with self._metrics.counting_drops():
                 self._ledger.write(end=end)
+
+    def _is_logged(self, step: int) -> bool:
+        return step in (self._start_step + 1, self._config.train.steps) or step % self._config.log.every == 0
 
     def _plot(self) -> None:
         try:

@@ -16,6 +16,7 @@ from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset
 from distgpt.model.gpt import GPT
 from distgpt.model.optim import build_optimizer
+from distgpt.model.outliers import Guard
 from tests import jobs
 
 SMALL = ("--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=8", "--checkpoint.keep=2")
@@ -29,6 +30,7 @@ class Trainee:
 
     model: GPT
     optimizer: torch.optim.Optimizer
+    guard: Guard
     checkpointer: Checkpointer
     said: list[str] = field(default_factory=list)
 
@@ -54,6 +56,7 @@ def trainee(run: Path, dataset: Dataset, *arguments: str) -> Trainee:
     )
     assert isinstance(model, GPT)
     optimizer = build_optimizer(model, config.optim, "cpu")
+    guard = Guard(config.health)
     said: list[str] = []
     checkpointer = Checkpointer(
         run / "checkpoints",
@@ -61,10 +64,11 @@ def trainee(run: Path, dataset: Dataset, *arguments: str) -> Trainee:
         dataset=dataset,
         model=model,
         optimizer=optimizer,
+        guard=guard,
         runtime=runtime,
         say=said.append,
     )
-    return Trainee(model, optimizer, checkpointer, said)
+    return Trainee(model, optimizer, guard, checkpointer, said)
 
 
 def newest(run: Path) -> Path:

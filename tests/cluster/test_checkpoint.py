@@ -3,6 +3,8 @@
 Saving and resuming over several ranks, and across strategies, is in tests/end_to_end/test_resume.py.
 """
 
+import json
+import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,8 +19,9 @@ from distgpt.cluster.manifest import committed, read_state
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset
 from distgpt.errors import DataError, StorageError, UsageError
+from distgpt.model.outliers import Guard
 from tests import jobs
-from tests.cluster.checkpoints import CPU, FILES, SMALL, flip_bit, names, newest, trainee
+from tests.cluster.checkpoints import CPU, FILES, SMALL, flip_bit, names, newest, sign_again, trainee
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
@@ -202,3 +205,27 @@ def test_a_broken_newest_one_does_not_hide_the_diff(run: Path, dataset: Dataset)
     (newest(run) / "train.json").write_text("{")
     with pytest.raises(UsageError, match=r"step-00000001 was made by another run: model.n_layer 1 -> 3;"):
         require_same_run(run / "checkpoints", resolve([*SMALL, "--model.n_layer=3"], {}), dataset)
+
+
+# What it knows of past steps
+
+
+def test_the_guard_comes_back_and_may_be_missing_from_an_older_checkpoint(dataset: Dataset, tmp_path: Path) -> None:
+    subject = trainee(tmp_path, dataset)
+    for step in range(40):
+        subject.guard.judge(loss=4.0 - step / 30, grad_norm=1 / (step + 3))
+    subject.guard.judge(loss=math.nan, grad_norm=1.0)
+    subject.checkpointer.save(40, val_loss=None)
+    subject.checkpointer.require_saved(40)
+    again = trainee(tmp_path, dataset)
+    assert again.checkpointer.restore() == 40
+    assert again.guard.state() == subject.guard.state()
+    saved = newest(tmp_path)
+    assert read_state(saved).micro_batch == 64
+
+    state = json.loads((saved / "train.json").read_text())
+    del state["guard"], state["micro_batch"]
+    (saved / "train.json").write_text(json.dumps(state))
+    sign_again(saved)
+    assert again.checkpointer.restore() == 40
+    assert again.guard.state() == Guard(resolve([], {}).health).state()

@@ -37,6 +37,10 @@ EXPECTED = {
     "in use": (73, r"the run directory \S+/used is in use by pid {pid} on {host} since \d{{4}}-.*; wait for it or .*"),
     "run dir under a file": (73, r"cannot write to the run directory \S+/file/run: Not a directory; choose another .*"),
     "NaN": (65, r"loss \S+ and gradient norm \S+ at step \d: stopped before the update; samples \d+ to \d+ .*"),
+    "NaN for good": (
+        65,
+        r"loss \S+ and gradient norm \S+ at step \d\d: stopped before the update, after 10 skipped in a row; .*",
+    ),
     "infinite weights": (
         65,
         r"the update of step 1 left weights that are not finite: nothing is saved; lower optim.lr",
@@ -103,6 +107,10 @@ def cases(
             "in use": case(run=root / "used"),
             "run dir under a file": case(run=root / "file" / "run"),
             "NaN": case("--optim.lr=1e30", run=root / "nan"),
+            "NaN for good": case(
+                *("--optim.lr=1e30", "--health.on_nonfinite=skip", "--checkpoint.every=0", "--eval.every=0"),
+                run=root / "nan-for-good",
+            ),
             "infinite weights": case("--optim.lr=1e38", "--eval.every=1", run=root / "infinite"),
         }
     )
@@ -120,7 +128,7 @@ def test_one_line_and_its_exit_code(cases: dict[str, jobs.Ended], name: str) -> 
     assert ended.code == code, ended
     assert ended.stderr.count("\n") == 1, ended
     assert re.fullmatch(rf"distgpt: error: {pattern}\n", ended.stderr), ended.stderr
-    if name not in ("NaN", "infinite weights"):
+    if name not in ("NaN", "NaN for good", "infinite weights"):
         assert " | loss " not in ended.stdout
 
 

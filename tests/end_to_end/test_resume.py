@@ -17,6 +17,7 @@ def assert_is_the_whole(run: Path, reference: Trained) -> None:
     jobs.assert_same_tensors(run / "checkpoints" / reference.last.name, reference.last)
     assert jobs.losses(run) == jobs.losses(reference.run)
     assert jobs.val_losses(run) == jobs.val_losses(reference.run)
+    assert z_scores(run) == z_scores(reference.run)
 
 
 @jobs.linux_only
@@ -103,6 +104,13 @@ def test_fresh_refuses_a_directory_with_checkpoints(started_again: Path, prepare
     )
     assert jobs.exit_report(started_again)["code"] == 73
     assert jobs.checkpoints(started_again) == before
+
+
+def z_scores(run: Path) -> list[tuple[float | None, float | None]]:
+    """Of the loss and of the gradient norm, of each step; those after the window has filled are numbers."""
+    found = [(line["loss_z"], line["grad_norm_z"]) for line in jobs.metrics(run) if "loss" in line]
+    assert None not in found[-1]
+    return found
 
 
 def interrupt(run: Path, ranks: int, arguments: list[str], number: signal.Signals) -> int:

@@ -101,6 +101,7 @@ def test_metrics_have_the_fields_of_the_contract(whole: Callable[[str], Trained]
     lines = jobs.metrics(whole("ddp").run)
     for line in lines:
         fields = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds"}
+        fields |= {"loss_z", "grad_norm_z", "skipped"}
         if "val_loss" in line:
             fields = {"step", "val_loss", "val_perplexity", "val_bits_per_byte"}
             assert line["val_perplexity"] == pytest.approx(math.exp(line["val_loss"]))

@@ -21,6 +21,9 @@ FIGURES = StepFigures(
     loss=2.3456,
     lr=3e-4,
     grad_norm=0.81,
+    loss_z=None,
+    grad_norm_z=None,
+    skipped=False,
     tokens=100,
     tokens_per_second=12345.0,
     mfu=None,
@@ -36,6 +39,7 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
         console.advance()
         console.train(replace(FIGURES, step=100, mfu=0.412))
         console.train(replace(FIGURES, step=5000))
+        console.train(replace(FIGURES, step=200, loss_z=2.9, grad_norm_z=-3.21, skipped=True))
         console.evaluation(step=500, val_loss=1.6543, val_perplexity=5.229, val_bits_per_byte=2.387, best=True)
         console.evaluation(step=500, val_loss=1.6543, val_perplexity=5.229, val_bits_per_byte=None, best=False)
         console.message("hello")
@@ -43,6 +47,8 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert output.out.splitlines() == [
         "step  100/5000 | loss 2.3456 | lr 3.00e-04 | norm 0.81 | 123 ms | 12.3k tok/s | mfu 41.2% | eta 10m03s",
         "step 5000/5000 | loss 2.3456 | lr 3.00e-04 | norm 0.81 | 123 ms | 12.3k tok/s | eta 0s",
+        "step  200/5000 | loss 2.3456 | lr 3.00e-04 | norm 0.81 (z -3.2) | 123 ms | 12.3k tok/s | eta 9m50s"
+        " | update skipped",
         "step  500/5000 | val loss 1.6543 | ppl 5.23 | 2.39 bits/byte | best",
         "step  500/5000 | val loss 1.6543 | ppl 5.23",
         "hello",
@@ -72,7 +78,7 @@ from distgpt.telemetry.metrics import StepFigures
 with closing(Console(20, 5, True)) as console:
     for step in range(6, 8):
         console.advance()
-        console.train(StepFigures(step, 2.5, 3e-4, 0.8, 100, 999.5e3, None, 1.0, 2**30, 0.0, 0.0))
+        console.train(StepFigures(step, 2.5, 3e-4, 0.8, None, None, False, 100, 999.5e3, None, 1.0, 2**30, 0.0, 0.0))
 """
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))

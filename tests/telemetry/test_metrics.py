@@ -17,13 +17,18 @@ from distgpt.errors import StorageError
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity, read_metrics
 
 
-def log_step(metrics: Metrics, step: int, *, loss: float = 2.0, mfu: float | None = None) -> None:
+def log_step(
+    metrics: Metrics, step: int, *, loss: float = 2.0, mfu: float | None = None, skipped: bool = False
+) -> None:
     metrics.train(
         StepFigures(
             step=step,
             loss=loss,
             lr=3e-4,
             grad_norm=0.5,
+            loss_z=None,
+            grad_norm_z=-0.5,
+            skipped=skipped,
             tokens=step * 100,
             tokens_per_second=1000.0,
             mfu=mfu,
@@ -76,10 +81,11 @@ def test_lines_hold_the_contract_fields(tmp_path: Path) -> None:
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     with closing(Metrics(tmp_path, resume_step=0)) as metrics:
-        log_step(metrics, 1, loss=math.nan)
+        log_step(metrics, 1, loss=math.nan, skipped=True)
         metrics.evaluation(step=1, val_loss=5000.0, val_bits_per_byte=math.inf)
     training, evaluation = lines(tmp_path)
     assert training["loss"] is None
+    assert training["skipped"] is True
     assert training["mfu"] is None
     assert evaluation["val_perplexity"] is None
     assert evaluation["val_bits_per_byte"] is None
@@ -122,7 +128,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_with_an_empty_file(tmp_
 
 def test_tensorboard_has_curves_and_verbatim_text(tmp_path: Path) -> None:
     with closing(Metrics(tmp_path, resume_step=0)) as metrics:
-        log_step(metrics, 3, mfu=0.25)
+        log_step(metrics, 3, mfu=0.25, skipped=True)
         metrics.evaluation(step=3, val_loss=1.5, val_bits_per_byte=2.0)
         metrics.text("sample", "# no heading\n```\n*no* emphasis \udcff", 3)
     found = tensorboard(tmp_path)
@@ -130,6 +136,9 @@ def test_tensorboard_has_curves_and_verbatim_text(tmp_path: Path) -> None:
     assert {"train/loss", "train/lr", "eval/loss", "eval/perplexity", "eval/bits_per_byte"} <= set(tags["scalars"])
     assert {"perf/mfu", "perf/memory_gib", "perf/checkpoint_stall_s"} <= set(tags["scalars"])
     assert found.Scalars("perf/memory_gib")[0].value == 1.0
+    assert found.Scalars("train/grad_norm_z")[0].value == -0.5
+    assert found.Scalars("train/skipped")[0].value == 1.0
+    assert "train/loss_z" not in tags["scalars"], "it has no value yet"
     assert tags["tensors"] == ["sample/text_summary"]
     text = found.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text == "````\n# no heading\n```\n*no* emphasis ?\n````"

@@ -1,0 +1,100 @@
+"""Which updates to leave out: of steps whose loss or gradient norm is no number, or far above those before.
+
+A z-score is the distance of a value from the mean of the last values, in their standard deviations. (After the idea of
+llm.c's outlier detector; here a value does not belong to the window that it is measured by.)
+"""
+
+import math
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from distgpt.config import HealthConfig
+
+WINDOW = 128
+# A standard deviation of fewer values says little: of 32 it is off by an eighth.
+FULL_ENOUGH = 32
+# Updates left out in a row before the run ends: what lasts as long is no outlier, and weights that are lost stay lost.
+MOST_SKIPS = 10
+
+
+class Window:
+    """The last WINDOW values of a figure."""
+
+    def __init__(self, values: Iterable[float] = ()) -> None:
+        self._values = deque(values, maxlen=WINDOW)
+
+    def add(self, value: float) -> None:
+        """Forget the oldest value for this one."""
+        self._values.append(value)
+
+    def z_score(self, value: float) -> float | None:
+        """How far `value` lies above the mean, in standard deviations; None where there is no saying.
+
+        That is, of fewer than FULL_ENOUGH values, or equal ones, or for a value that is not finite.
+        """
+        count = len(self._values)
+        if count < FULL_ENOUGH or not math.isfinite(value):
+            return None
+        mean = math.fsum(self._values) / count
+        deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in self._values) / count)
+        return (value - mean) / deviation if deviation else None
+
+    def values(self) -> list[float]:
+        """Oldest first."""
+        return list(self._values)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What is to become of a step's update."""
+
+    loss_z: float | None = None
+    grad_norm_z: float | None = None
+    action: Literal["update", "skip", "stop"] = "update"
+    objection: str = ""  # the figures that speak against the update, in words
+    skips: int = 0  # updates skipped in a row before this one
+
+
+class Guard:
+    """Judges every step of a run by the steps before it."""
+
+    def __init__(self, config: HealthConfig) -> None:
+        self._config = config
+        self.restore({})
+
+    def judge(self, *, loss: float, grad_norm: float) -> Verdict:
+        """The verdict on the next step, by its mean loss and the norm of its gradients before clipping.
+
+        What is left out does not count in the windows. Equal figures give an equal verdict, so ranks that share the
+        figures agree.
+        """
+        loss_z, grad_norm_z = self._losses.z_score(loss), self._grad_norms.z_score(grad_norm)
+        finite = math.isfinite(loss) and math.isfinite(grad_norm)
+        if finite and not self._is_spike(loss_z) and not self._is_spike(grad_norm_z):
+            self._losses.add(loss)
+            self._grad_norms.add(grad_norm)
+            self._skips = 0
+            return Verdict(loss_z, grad_norm_z)
+        objection = f"loss {_figure(loss, loss_z)} and gradient norm {_figure(grad_norm, grad_norm_z)}"
+        skips, self._skips = self._skips, self._skips + 1
+        stop = skips == MOST_SKIPS or (not finite and self._config.on_nonfinite == "stop")
+        return Verdict(loss_z, grad_norm_z, "stop" if stop else "skip", objection, skips)
+
+    def state(self) -> dict[str, Any]:
+        """What `restore` makes an equal judge of; JSON keeps it exactly."""
+        return {"losses": self._losses.values(), "grad_norms": self._grad_norms.values(), "skips": self._skips}
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Go on from a `state()`; from an empty one as at the start."""
+        self._losses = Window(state.get("losses", ()))
+        self._grad_norms = Window(state.get("grad_norms", ()))
+        self._skips = int(state.get("skips", 0))
+
+    def _is_spike(self, z: float | None) -> bool:
+        return z is not None and 0 < self._config.skip_z < z
+
+
+def _figure(value: float, z: float | None) -> str:
+    return f"{value:.6g}" if z is None else f"{value:.6g} (z {z:.1f})"

@@ -1,0 +1,114 @@
+"""Updates that all ranks leave out, of a step that is not finite or of a spike, and what is kept of them."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests import jobs
+from tests.end_to_end.conftest import tiny
+
+# distgpt.train on a machine where one rank computes nonsense in one step; after each update every rank notes a hash of
+# the weights that it holds.
+FAULTY = """
+import hashlib, os, runpy, sys
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from distgpt.cluster import step as room
+from distgpt.cluster.parallel import bare
+
+rank, correct = os.environ["RANK"], room.accumulate_gradients
+
+def faulty(model, micro_batches, step, *others):
+    broken = bare(model).blocks[1].mlp if (rank, step) == ("1", 3) else None
+    hook = broken and broken.register_forward_hook(lambda module, given, out: out * float("nan"))
+    loss = correct(model, micro_batches, step, *others)
+    if hook:
+        hook.remove()
+    return loss
+
+def note(optimizer, *others):
+    weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
+    local = [w.to_local() if hasattr(w, "to_local") else w for w in weights]
+    digest = hashlib.sha256(b"".join(w.numpy().tobytes() for w in local)).hexdigest()
+    with open(f"{sys.argv[0]}.{rank}", "a") as file:
+        print(digest, file=file)
+
+room.accumulate_gradients = faulty
+register_optimizer_step_post_hook(note)
+runpy.run_module("distgpt.train", run_name="__main__", alter_sys=False)
+"""
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_all_ranks_leave_out_the_update_of_a_step_that_one_rank_spoiled(
+    prepared: Path, tmp_path: Path, strategy: str
+) -> None:
+    run, script = tmp_path / "run", tmp_path / "faulty.py"
+    script.write_text(FAULTY)
+    launcher = jobs.torchrun_command(2)[:-2]
+    ended = jobs.run(
+        [
+            *(*launcher, str(script), *tiny(prepared, run), f"--parallel.strategy={strategy}"),
+            *("--health.on_nonfinite=skip", "--train.steps=5", "--checkpoint.every=1", "--checkpoint.keep=9"),
+            *("--log.every=2", "--eval.every=0"),
+        ],
+        PYTHONPATH=str(jobs.PROJECT),
+    )
+    assert ended.code == 0, ended
+    said = "loss nan and gradient norm nan at step 3: update skipped; samples 16 to 23 (their places are in logs/)"
+    assert ended.stdout.splitlines().count(said) == 1
+    # Weights and moments are those of the step before, bit for bit; the next step goes on from them.
+    names = [run / "checkpoints" / f"step-{step:08d}" for step in range(1, 6)]
+    jobs.assert_same_tensors(names[2], names[1])
+    after = jobs.tensors(names[3])
+    before = jobs.tensors(names[2])
+    assert [name for name in after if not torch.isfinite(after[name]).all()] == []
+    assert not torch.equal(after["model.blocks.0.mlp.up.weight"], before["model.blocks.0.mlp.up.weight"])
+    # Four updates on each rank; under DDP both hold the same weights after each.
+    notes = [Path(f"{script}.{rank}").read_text().split() for rank in range(2)]
+    assert [len(note) for note in notes] == [4, 4]
+    assert (notes[0] == notes[1]) == (strategy == "ddp")
+    for rank in range(2):
+        assert "step 3, windows of this rank as (shard, token offset): [(" in log_of(run, rank)
+    # It has a line whatever log.every says.
+    lines = strict(run)
+    assert [(line["step"], line["skipped"]) for line in lines if "skipped" in line] == [
+        *((1, False), (2, False), (3, True), (4, False), (5, False)),
+    ]
+    assert [(line["loss"], line["grad_norm"]) for line in lines if line.get("skipped")] == [(None, None)]
+
+
+def test_spikes_are_skipped_and_a_resumed_run_skips_the_same(prepared: Path, tmp_path: Path) -> None:
+    """A limit of one standard deviation, which some steps exceed of a run that hardly learns."""
+    options = ("--optim.lr=1e-6", "--health.skip_z=1", "--checkpoint.every=1", "--checkpoint.keep=100")
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    for run, last in ((whole, 60), (parts, 45), (parts, 60)):
+        ended = jobs.train(1, *tiny(prepared, run), *options, f"--train.steps={last}")
+        assert ended.code == 0, ended
+    trained = [line for line in strict(whole) if "loss" in line]
+    spikes = [line["step"] for line in trained if max(line["loss_z"] or 0.0, line["grad_norm_z"] or 0.0) > 1.0]
+    assert spikes
+    assert [line["step"] for line in trained if line["skipped"]] == spikes
+    for step in spikes:
+        jobs.assert_same_tensors(*(whole / "checkpoints" / f"step-{s:08d}" for s in (step, step - 1)))
+    measured = ("step", "loss", "grad_norm", "loss_z", "grad_norm_z", "skipped")
+    resumed = [line for line in strict(parts) if "loss" in line]
+    assert [[line[name] for name in measured] for line in resumed] == [
+        [line[name] for name in measured] for line in trained
+    ]
+    jobs.assert_same_tensors(*(run / "checkpoints" / "step-00000060" for run in (whole, parts)))
+
+
+def strict(run: Path) -> list[dict[str, Any]]:
+    """metrics.jsonl as a reader sees it that knows no NaN."""
+
+    def refuse(constant: str) -> None:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return [json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def log_of(run: Path, rank: int) -> str:
+    return (run / "logs" / f"rank-{rank}.log").read_text()
