@@ -9,7 +9,6 @@ import logging
 import shutil
 import socket
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -23,15 +22,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
 
-from distgpt.cluster.loading import read_tensors
+from distgpt.cluster.loading import load_for_training, training_tensors
 from distgpt.cluster.manifest import (
     MANIFEST,
     STATE,
@@ -63,8 +55,6 @@ FREE_KEYS = ("model.loss_chunk",)
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-# One process saving on its own is what we ask for.
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 class _Failure(str):
@@ -125,7 +115,7 @@ class Checkpointer:
             if broken:
                 raise DataError(f"{self._directory} {all_broken(broken)}; move it away to start over")
             return 0
-        self._load(checkpoint)
+        load_for_training(checkpoint, self._model, self._optimizer, self._group)
         if broken:
             self._together(partial(self._set_aside, list(broken)))
             self._say(f"going on from {checkpoint.name}; skipped {listed(broken)}")
@@ -144,7 +134,7 @@ class Checkpointer:
         A save that fails is told loudly and training goes on.
         """
         self.wait()
-        staged = self._stager.stage(self._tensors())
+        staged = self._stager.stage(training_tensors(self._model, self._optimizer))
         assert isinstance(staged, dict), "staging is synchronous"
         state = RunState(
             step=step,
@@ -191,23 +181,6 @@ class Checkpointer:
             raise StorageError(
                 f"step {step} could not be saved in {self._directory}: the newest checkpoint is {newest}"
             )
-
-    def _tensors(self) -> dict[str, Any]:
-        """Model and optimizer state by name. Hyper-parameters stay out: the config and the step give them."""
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
-        optim = get_optimizer_state_dict(self._model, self._optimizer, options=options)
-        return {
-            "model": get_model_state_dict(self._model),
-            "optim": {name: value for name, value in optim.items() if name.startswith("state.")},
-        }
-
-    def _load(self, checkpoint: Path) -> None:
-        options = StateDictOptions(flatten_optimizer_state_dict=True)
-        optim = get_optimizer_state_dict(self._model, self._optimizer, options=options)
-        tensors = self._tensors()
-        read_tensors(tensors, checkpoint, self._group)
-        set_model_state_dict(self._model, tensors["model"])
-        set_optimizer_state_dict(self._model, self._optimizer, {**optim, **tensors["optim"]}, options=options)
 
     def _write_and_commit(self, staged: dict[str, Any], state: RunState) -> None:
         """On every rank, in the background: write, hash, fsync; rank 0 then commits. Raises StorageError on all."""

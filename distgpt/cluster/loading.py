@@ -1,19 +1,41 @@
 """Tensors back from a checkpoint, whatever their sharding then and now; no code that it might bring is run."""
 
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
 
-from distgpt.cluster.manifest import STATE, TOKENIZER, RunState, all_broken, committed, damage, one_line, read_state
+from distgpt.cluster.manifest import (
+    STATE,
+    TOKENIZER,
+    RunState,
+    all_broken,
+    committed,
+    damage,
+    one_line,
+    read_state,
+    step_of,
+)
 from distgpt.config import from_dict
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.errors import DataError
 from distgpt.model.gpt import GPT
+
+# One process saving or loading on its own is what we ask for.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def load_for_inference(run: Path, device: torch.device) -> tuple[GPT, Tokenizer, RunState]:
@@ -21,21 +43,51 @@ def load_for_inference(run: Path, device: torch.device) -> tuple[GPT, Tokenizer,
 
     Raises DataError if there is no good checkpoint.
     """
-    candidates = committed(run / "checkpoints")
-    if not candidates:
+    checkpoint, broken = newest_good(run / "checkpoints")
+    if checkpoint is None and broken:
+        raise DataError(f"{run} {all_broken(broken)}")
+    if checkpoint is None:
         raise DataError(f"{run} holds no checkpoint: train one with python -m distgpt.train --run.dir={run}")
+    state = read_state(checkpoint)
+    config = from_dict(state.config, source=str(checkpoint / STATE))
+    model = GPT(config.model, state.vocab_size, state.eot_id)
+    read_tensors({"model": model.state_dict()}, checkpoint, None)
+    return model.to(device).eval(), load_tokenizer(checkpoint / TOKENIZER), state
+
+
+def newest_good(directory: Path, *, before: int | None = None) -> tuple[Path | None, dict[str, str]]:
+    """The newest whole checkpoint, of a step below `before` where that is given, and what is wrong with newer ones."""
     broken: dict[str, str] = {}
-    for checkpoint in candidates:
-        problems = damage(checkpoint)
-        if problems:
-            broken[checkpoint.name] = problems[0]
+    for checkpoint in committed(directory):
+        if before is not None and step_of(checkpoint) >= before:
             continue
-        state = read_state(checkpoint)
-        config = from_dict(state.config, source=str(checkpoint / STATE))
-        model = GPT(config.model, state.vocab_size, state.eot_id)
-        read_tensors({"model": model.state_dict()}, checkpoint, None)
-        return model.to(device).eval(), load_tokenizer(checkpoint / TOKENIZER), state
-    raise DataError(f"{run} {all_broken(broken)}")
+        problems = damage(checkpoint)
+        if not problems:
+            return checkpoint, broken
+        broken[checkpoint.name] = problems[0]
+    return None, broken
+
+
+def load_for_training(
+    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None
+) -> None:
+    """Fill a model and its optimizer, on all ranks of the group."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    optim = get_optimizer_state_dict(model, optimizer, options=options)
+    tensors = training_tensors(model, optimizer)
+    read_tensors(tensors, checkpoint, group)
+    set_model_state_dict(model, tensors["model"])
+    set_optimizer_state_dict(model, optimizer, {**optim, **tensors["optim"]}, options=options)
+
+
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Model and optimizer state by name. Hyper-parameters stay out: the config and the step give them."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    optim = get_optimizer_state_dict(model, optimizer, options=options)
+    return {
+        "model": get_model_state_dict(model),
+        "optim": {name: value for name, value in optim.items() if name.startswith("state.")},
+    }
 
 
 def read_tensors(tensors: dict[str, Any], checkpoint: Path, group: dist.ProcessGroup | None) -> None:

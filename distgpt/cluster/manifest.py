@@ -44,7 +44,12 @@ def path_of(directory: Path, step: int) -> Path:
 def committed(directory: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
     found = [d for d in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", d.name) and d.is_dir()]
-    return sorted(found, key=lambda checkpoint: int(checkpoint.name.removeprefix("step-")), reverse=True)
+    return sorted(found, key=step_of, reverse=True)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The step that a checkpoint is named after."""
+    return int(checkpoint.name.removeprefix("step-"))
 
 
 def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:

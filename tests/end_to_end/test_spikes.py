@@ -1,6 +1,8 @@
 """Updates that all ranks leave out, of a step that is not finite or of a spike, and what is kept of them."""
 
 import json
+import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -80,15 +82,18 @@ def test_all_ranks_leave_out_the_update_of_a_step_that_one_rank_spoiled(
     assert [(line["loss"], line["grad_norm"]) for line in lines if line.get("skipped")] == [(None, None)]
 
 
-def test_spikes_are_skipped_and_a_resumed_run_skips_the_same(prepared: Path, tmp_path: Path) -> None:
-    """A limit of one standard deviation, which some steps exceed of a run that hardly learns."""
-    options = ("--optim.lr=1e-6", "--health.skip_z=1", "--checkpoint.every=1", "--checkpoint.keep=100")
+def test_spikes_are_skipped_and_a_resumed_run_and_a_replay_skip_the_same(prepared: Path, tmp_path: Path) -> None:
+    """A limit of half a standard deviation, which many steps exceed of a run that learns slowly in small batches."""
+    options = (
+        *("--optim.lr=3e-5", "--train.global_batch=2", "--train.micro_batch=1", "--health.skip_z=0.5"),
+        *("--checkpoint.every=1", "--checkpoint.keep=100"),
+    )
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     for run, last in ((whole, 60), (parts, 45), (parts, 60)):
         ended = jobs.train(1, *tiny(prepared, run), *options, f"--train.steps={last}")
         assert ended.code == 0, ended
     trained = [line for line in strict(whole) if "loss" in line]
-    spikes = [line["step"] for line in trained if max(line["loss_z"] or 0.0, line["grad_norm_z"] or 0.0) > 1.0]
+    spikes = [line["step"] for line in trained if max(line["loss_z"] or 0.0, line["grad_norm_z"] or 0.0) > 0.5]
     assert spikes
     assert [line["step"] for line in trained if line["skipped"]] == spikes
     for step in spikes:
@@ -99,6 +104,13 @@ def test_spikes_are_skipped_and_a_resumed_run_skips_the_same(prepared: Path, tmp
         [line[name] for name in measured] for line in trained
     ]
     jobs.assert_same_tensors(*(run / "checkpoints" / "step-00000060" for run in (whole, parts)))
+    # From so far back that there are spikes on the way.
+    assert [step for step in spikes if step > 32]
+    for step in range(33, 61):
+        shutil.rmtree(whole / "checkpoints" / f"step-{step:08d}")
+    replayed = jobs.door("replay", whole, "--step", "60")
+    assert "from      step-00000032, float32 on cpu\n" in replayed.stdout, replayed
+    assert replayed_figures(replayed) == pytest.approx((trained[-1]["loss"], trained[-1]["grad_norm"]), abs=1e-5)
 
 
 def strict(run: Path) -> list[dict[str, Any]]:
@@ -108,6 +120,13 @@ def strict(run: Path) -> list[dict[str, Any]]:
         raise AssertionError(f"{constant} is not JSON")
 
     return [json.loads(line, parse_constant=refuse) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def replayed_figures(ended: jobs.Ended) -> tuple[float, float]:
+    """The loss and the gradient norm that a replay computed."""
+    found = re.search(r"^replayed  loss (\S+) \| gradient norm (\S+)$", ended.stdout, re.MULTILINE)
+    assert found, ended
+    return float(found[1]), float(found[2])
 
 
 def log_of(run: Path, rank: int) -> str:

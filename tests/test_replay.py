@@ -1,0 +1,144 @@
+"""Replays of crafted checkpoints; of real runs in tests/end_to_end."""
+
+import shutil
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+
+from distgpt import replay
+from distgpt.cluster.run_directory import RunPaths
+from distgpt.cluster.runtime import Runtime
+from distgpt.config import resolve, to_toml
+from distgpt.corpus.loader import Loader
+from distgpt.corpus.shards import Dataset, open_dataset
+from distgpt.errors import DataError
+from tests import jobs
+from tests.cluster.checkpoints import SMALL, Trainee, newest, trainee
+from tests.cluster.conftest import make_dataset
+
+ONE_PROCESS = Runtime(0, 0, 1, 1, torch.device("cpu"))
+BATCH = ("--train.global_batch=4", "--train.micro_batch=2", "--train.dtype=float32", "--model.dropout=0.2")
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+
+
+@pytest.fixture(scope="module")
+def dataset(prepared: Path) -> Dataset:
+    return open_dataset(prepared)
+
+
+def arguments(dataset: Dataset) -> tuple[str, ...]:
+    return (*BATCH, f"--data.path={dataset.path}", "--train.steps=9")
+
+
+def saved_at_two(run: Path, dataset: Dataset, change: Callable[[Trainee], None]) -> None:
+    """A checkpoint of step 2 whose weights were changed before it was saved."""
+    subject = trainee(run, dataset, *arguments(dataset))
+    with torch.no_grad():
+        change(subject)
+    subject.checkpointer.save(2, val_loss=None)
+    subject.checkpointer.require_saved(2)
+
+
+def infinite(name: str, index: int = 0) -> Callable[[Trainee], None]:
+    """A weight of this parameter is infinite, in the row of this index."""
+
+    def change(subject: Trainee) -> None:
+        subject.model.get_parameter(name)[index, 0] = torch.inf
+
+    return change
+
+
+def replayed(run: Path, step: int, dataset: Dataset) -> None:
+    replay.replay(replay.start_before(RunPaths(run), step), step, ONE_PROCESS, dataset)
+
+
+def third_step(dataset: Dataset) -> Loader:
+    config = resolve([*SMALL, *BATCH], {})
+    return Loader(
+        dataset.train,
+        block_size=config.model.block_size,
+        global_batch=4,
+        micro_batch=2,
+        rank=0,
+        world_size=1,
+        seed=config.run.seed,
+        device=ONE_PROCESS.device,
+        start_step=2,
+    )
+
+
+def test_the_layer_is_named(tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
+    saved_at_two(tmp_path, dataset, infinite("blocks.0.mlp.down.weight"))
+    replayed(tmp_path, 3, dataset)
+    said = capsys.readouterr().out.splitlines()
+    assert said[:3] == [
+        "from      step-00000002, float32 on cpu",
+        "weights   not finite in blocks.0.mlp.down.weight",
+        "step 3    not finite, first in the forward pass of blocks.0.mlp.down: its output",
+    ]
+    assert said[3].startswith("samples   8 to 9, micro-batch 1 of 2, as (shard, token offset): [(0, ")
+    assert said[4].startswith("replayed  loss nan | gradient norm nan")
+
+
+def test_a_token_leads_to_its_micro_batch_and_places(
+    tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with closing(third_step(dataset)) as loader:
+        (first_BT, _), (second_BT, _) = loader.next_step()
+        shards, offsets = loader.places(2)
+    token = next(token for token in second_BT.unique().tolist() if token not in first_BT)
+    saved_at_two(tmp_path, dataset, infinite("token_embedding.weight", token))
+    replayed(tmp_path, 3, dataset)
+    said = capsys.readouterr().out.splitlines()
+    assert said[2] == "step 3    not finite, first in the forward pass of token_embedding: its output"
+    places = list(zip(shards[2:].tolist(), offsets[2:].tolist(), strict=True))
+    assert said[3] == f"samples   10 to 11, micro-batch 2 of 2, as (shard, token offset): {places}"
+    windows = [dataset.train.shards[shard][offset : offset + 8].tolist() for shard, offset in places]
+    assert windows == second_BT.tolist()
+    assert any(token in window for window in windows)
+
+
+def test_a_step_on_the_way_that_would_have_ended_the_run_ends_the_replay(tmp_path: Path, dataset: Dataset) -> None:
+    saved_at_two(tmp_path, dataset, infinite("head.weight"))
+    with pytest.raises(DataError, match=r"loss nan .* at step 3 already: replay that one with --step=3"):
+        replayed(tmp_path, 5, dataset)
+
+
+def test_it_starts_from_an_older_checkpoint_where_the_newest_is_broken_and_from_nothing_without_any(
+    tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = RunPaths(tmp_path)
+    with pytest.raises(DataError, match=r"holds no run: neither a checkpoint before step 3 nor config.toml"):
+        replay.start_before(run, 3)
+    run.config.write_text(to_toml(resolve([*SMALL, *arguments(dataset)], {})))
+    saved_at_two(tmp_path, dataset, lambda subject: None)
+    shutil.copytree(newest(tmp_path), tmp_path / "checkpoints" / "step-00000004")
+    (tmp_path / "checkpoints" / "step-00000004" / "tokenizer.json").write_text("{}")
+    start = replay.start_before(run, 5)
+    assert (start.step, start.checkpoint) == (2, tmp_path / "checkpoints" / "step-00000002")
+    assert capsys.readouterr().out.startswith("skipped step-00000004: tokenizer.json has 2 bytes, not ")
+    # Nothing was moved aside: it only looks.
+    assert jobs.checkpoints(tmp_path) == ["step-00000002", "step-00000004"]
+    assert replay.start_before(run, 4).step == 2
+    start = replay.start_before(run, 2)
+    assert (start.step, start.checkpoint) == (0, None)
+    replayed(tmp_path, 2, dataset)
+    assert "from      the initial weights, float32 on cpu\n" in capsys.readouterr().out
+
+
+def test_other_data_is_refused(tmp_path: Path, dataset: Dataset) -> None:
+    saved_at_two(tmp_path, dataset, lambda subject: None)
+    start = replay.start_before(RunPaths(tmp_path), 3)
+    assert replay.data_of(start, None).fingerprint == dataset.fingerprint
+    moved = shutil.copytree(dataset.path, tmp_path / "moved")
+    assert replay.data_of(start, str(moved)).path == moved
+    (tmp_path / "other").mkdir()
+    other = make_dataset(tmp_path / "other", seed=0)
+    with pytest.raises(DataError, match=r"/other is not the data that the run was trained on: say where .* --data=DIR"):
+        replay.data_of(start, str(other.path))
+    gone = replay.Start(resolve([f"--data.path={tmp_path / 'gone'}"], {}))
+    with pytest.raises(DataError, match=r"the run's data is not in \S+/gone any more: say where it is with --data=DIR"):
+        replay.data_of(gone, None)
