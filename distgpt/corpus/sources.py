@@ -5,6 +5,7 @@ of about UNIT_BYTES of text: what one worker holds in memory at a time. A docume
 several pieces.
 """
 
+import codecs
 import glob
 import gzip
 import hashlib
@@ -317,11 +318,13 @@ class _Bytes:
 
     def content(self, piece: Piece) -> Content:
         self._content.forget(piece.start)
-        raw = self._content.peek(piece.start, piece.stop - piece.start)
+        raw, start = self._content.peek(piece.start, piece.stop - piece.start), piece.start
+        if start == 0 and raw.startswith(codecs.BOM_UTF8):  # which marks the encoding and is no part of the text
+            raw, start = raw.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
         digest = hashlib.sha256(f"{self._source.format}\n{self._source.text_key}\n".encode() + raw).digest()
         if self._source.format == "text":
-            return Content([_decoded(self._source, raw, piece.start)], digest)
-        return Content(_json_texts(self._source, raw, piece.start), digest)
+            return Content([_decoded(self._source, raw, start)], digest)
+        return Content(_json_texts(self._source, raw, start), digest)
 
     def _cut(self, target: int) -> int:
         """The first offset from `target` on where the content can be cut, or its end."""

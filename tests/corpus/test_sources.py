@@ -145,6 +145,32 @@ def test_parquet_is_read_in_pieces_across_row_groups_and_from_any_of_them(tmp_pa
 
 @pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize("kind", ["txt", "jsonl"])
+def test_a_byte_order_mark_at_the_start_is_no_text_and_elsewhere_it_is(suffix: str, kind: str, tmp_path: Path) -> None:
+    mark, text = "\ufeff", prose(2, 3_000) + " \ufeff " + prose(3, 3_000)
+    raw = (
+        text if kind == "txt" else "\n".join(json.dumps({"text": word}, ensure_ascii=False) for word in text.split(" "))
+    )
+    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    (tmp_path / f"plain.{kind}{suffix}").write_bytes(pack(raw.encode()))
+    (tmp_path / f"marked.{kind}{suffix}").write_bytes(pack((mark + raw).encode()))
+    plain, marked = (
+        [text for _, texts in read(expand(tmp_path / f"{name}.{kind}{suffix}")[0]) for text in texts]
+        for name in ("plain", "marked")
+    )
+    assert "".join(marked) == "".join(plain)
+    assert marked[0][:1] == plain[0][:1] != mark
+    assert "".join(marked).count(mark) == 1
+
+
+def test_where_a_byte_is_not_utf8_counts_the_mark(tmp_path: Path) -> None:
+    (tmp_path / "bad.txt").write_bytes(b"\xef\xbb\xbfab\xff")
+    with pytest.raises(DataError, match=r"bad\.txt is not UTF-8: byte 5"):
+        read(expand(tmp_path / "bad.txt")[0])
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 def test_a_byte_that_is_not_utf8_is_found_where_it_is(suffix: str, tmp_path: Path) -> None:
     raw = b"words and words\n" * 2_000
     raw = raw[:20_123] + b"\xff" + raw[20_123:]
