@@ -65,10 +65,10 @@ def main(arguments: argparse.Namespace) -> None:
             )
         except ValueError as error:
             raise UsageError(str(error)) from None
-        for ids in drawn:
-            if ids[0] == model.eot_id:
+        for token in drawn:
+            if token == model.eot_id:
                 break
-            print(text.decode(tokenizer.decode_bytes(ids)), end="", flush=True)
+            print(text.decode(tokenizer.decode_bytes([token])), end="", flush=True)
         print(text.decode(b"", final=True))
 
 

@@ -249,7 +249,7 @@ def sample_text(
     generator = torch.Generator().manual_seed(config.run.seed + step)
     with inference(model) as gpt, autocast(runtime.device, dtype), torch.compiler.set_stance("force_eager"):
         drawn = list(generate(gpt, [], max_tokens=config.eval.sample_tokens, generator=generator))
-    return tokenizer.decode([ids[0] for ids in drawn])
+    return tokenizer.decode(drawn)
 
 
 def describe(

@@ -16,20 +16,19 @@ def generate(
     model: GPT,
     prompt_ids: Sequence[int],
     *,
-    samples: int = 1,
     max_tokens: int,
     temperature: float = 1.0,
     top_k: int = 0,
     top_p: float = 1.0,
     generator: torch.Generator,
     stop_at_eot: bool = False,
-) -> Iterator[list[int]]:
-    """Continue one prompt: yields the next id of each of `samples` as they are drawn, at most `max_tokens` times.
+) -> Iterator[int]:
+    """Continue a prompt: yields the next ids as they are drawn, at most `max_tokens`.
 
     `temperature` 0 is greedy. `top_k` keeps the k likeliest ids (0: all), then `top_p` the smallest set of the
     likeliest that reaches this probability (1: all; nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751).
     An empty prompt starts from the end-of-text id, or from id 0 where the vocabulary has none.
-    With `stop_at_eot` a sample ends with its end-of-text id, which is repeated while others go on.
+    With `stop_at_eot` the end-of-text id is the last.
 
     Context: at most the last block_size ids. When these are full, the last half of them becomes a new prompt at
     position 0, so that one recomputation serves block_size / 2 tokens, with learned and rotary positions alike.
@@ -38,17 +37,16 @@ def generate(
     undoes when it is exhausted or closed. A compiled model recompiles for the growing cache: take the tokens inside
     `torch.compiler.set_stance("force_eager")`. Raises ValueError for arguments that cannot work.
     """
-    if samples < 1 or max_tokens < 0:
-        raise ValueError(f"samples is {samples} and max_tokens is {max_tokens}: at least 1 and 0")
+    if max_tokens < 0:
+        raise ValueError(f"max_tokens is {max_tokens}: at least 0")
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: at least 0, at least 0, 0 < p <= 1")
     wrong = [i for i in prompt_ids if not 0 <= i < model.vocab_size]
     if wrong:
         raise ValueError(f"the prompt holds id {wrong[0]}, outside the vocabulary of {model.vocab_size}")
     prompt = list(prompt_ids) or [model.eot_id or 0]
-    context_BS = torch.tensor([prompt] * samples)
     eot_id = model.eot_id if stop_at_eot else None
-    return _generate(model, context_BS, max_tokens, temperature, top_k, top_p, generator, eot_id)
+    return _generate(model, torch.tensor([prompt]), max_tokens, temperature, top_k, top_p, generator, eot_id)
 
 
 # no_grad and not inference_mode: FSDP2 keeps what it gathers in here for the training steps that follow, which then
@@ -56,36 +54,33 @@ def generate(
 @torch.no_grad()
 def _generate(
     model: GPT,
-    context_BS: Tensor,
+    context_1S: Tensor,
     max_tokens: int,
     temperature: float,
     top_k: int,
     top_p: float,
     generator: torch.Generator,
     eot_id: int | None,
-) -> Iterator[list[int]]:
+) -> Iterator[int]:
     device = next(model.parameters()).device
     block_size = model.config.block_size
     training = model.training
     model.eval()
     try:
-        context_BS = context_BS[:, -block_size:]
-        cache, new_BT = KVCache(model.config), context_BS
-        ended_B = torch.zeros(len(context_BS), dtype=torch.bool)
+        context_1S = context_1S[:, -block_size:]
+        cache, new_1T = KVCache(model.config), context_1S
         for _ in range(max_tokens):
-            logits_BV = model(new_BT.to(device), cache=cache)[:, -1]
-            ids_B = draw(logits_BV.to(generator.device), temperature, top_k, top_p, generator).cpu()
-            if eot_id is not None:
-                ids_B[ended_B] = eot_id
-                ended_B |= ids_B == eot_id
-            yield ids_B.tolist()
-            if ended_B.all():
+            logits_1V = model(new_1T.to(device), cache=cache)[:, -1]
+            id_1 = draw(logits_1V.to(generator.device), temperature, top_k, top_p, generator).cpu()
+            token = int(id_1)
+            yield token
+            if token == eot_id:
                 return
-            new_BT = ids_B[:, None]
-            context_BS = torch.cat((context_BS, new_BT), dim=1)
+            new_1T = id_1[:, None]
+            context_1S = torch.cat((context_1S, new_1T), dim=1)
             if cache.length == block_size:
-                context_BS = context_BS[:, -max(1, block_size // 2) :]
-                cache, new_BT = KVCache(model.config), context_BS
+                context_1S = context_1S[:, -max(1, block_size // 2) :]
+                cache, new_1T = KVCache(model.config), context_1S
     finally:
         model.train(training)
 

@@ -38,7 +38,7 @@ def seeded(seed: int = 0) -> torch.Generator:
 
 
 def greedy(model: GPT, prompt: Sequence[int], tokens: int) -> list[int]:
-    return [ids[0] for ids in generate(model, prompt, max_tokens=tokens, temperature=0.0, generator=seeded())]
+    return list(generate(model, prompt, max_tokens=tokens, temperature=0.0, generator=seeded()))
 
 
 @torch.no_grad()
@@ -64,15 +64,6 @@ def test_greedy_equals_recomputation_within_and_beyond_the_block(variant: str, p
     assert len(set(expected)) > 3
 
 
-def test_every_sample_continues_the_prompt_on_its_own() -> None:
-    model = make()
-    samples = list(zip(*generate(model, [1, 2], samples=3, max_tokens=30, generator=seeded()), strict=True))
-    assert len(samples) == 3
-    assert len(set(samples)) == 3
-    batch = list(generate(model, [1, 2], samples=3, max_tokens=20, temperature=0.0, generator=seeded()))
-    assert batch == [[i] * 3 for i in greedy(model, [1, 2], 20)]
-
-
 def test_the_seed_decides() -> None:
     model = make()
     runs = [list(generate(model, [1], max_tokens=20, generator=seeded(s))) for s in (5, 5, 6)]
@@ -84,26 +75,17 @@ def test_no_padding_id_is_drawn() -> None:
     with torch.no_grad():
         assert model.head is not None
         model.head.bias[VOCAB:] = 1e4
-    ids = {
-        i for ids in generate(model, [1], samples=20, max_tokens=20, temperature=5.0, generator=seeded()) for i in ids
-    }
+    ids = set(generate(model, [1], max_tokens=400, temperature=5.0, generator=seeded()))
     assert max(ids) < VOCAB
     assert len(ids) > 20
 
 
-def test_stops_at_the_end_of_text_of_the_last_sample() -> None:
+def test_stops_at_the_end_of_text() -> None:
     model = make()
-    plain = list(generate(model, [1], samples=4, max_tokens=400, generator=seeded()))
-    stopped = list(generate(model, [1], samples=4, max_tokens=400, generator=seeded(), stop_at_eot=True))
-    firsts = [[row[b] for row in plain].index(EOT) for b in range(4)]
-    assert len(set(firsts)) > 1
-    first = min(firsts)
-    assert stopped[: first + 1] == plain[: first + 1]
-    assert stopped[-1] == [EOT] * 4
-    for b in range(4):
-        ids = [row[b] for row in stopped]
-        assert set(ids[ids.index(EOT) :]) == {EOT}
-    assert all(row != [EOT] * 4 for row in stopped[:-1])
+    plain = list(generate(model, [1], max_tokens=400, generator=seeded()))
+    stopped = list(generate(model, [1], max_tokens=400, generator=seeded(), stop_at_eot=True))
+    assert len(stopped) > 1
+    assert stopped == plain[: plain.index(EOT) + 1]
 
 
 def test_without_an_end_of_text_id_nothing_stops() -> None:
@@ -137,7 +119,7 @@ def test_dropout_is_off() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"samples": 0}, {"max_tokens": -1}, {"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}],
+    [{"max_tokens": -1}, {"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}],
 )
 def test_wrong_arguments_are_refused_at_the_call(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -197,7 +179,7 @@ def test_a_sharded_model_generates_the_same_and_trains_on() -> None:
     for block in sharded.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    arguments: dict[str, Any] = {"samples": 2, "max_tokens": 25, "top_p": 0.9}
+    arguments: dict[str, Any] = {"max_tokens": 25, "top_p": 0.9}
     expected = list(generate(whole, [1, 2], **arguments, generator=seeded()))
     assert list(generate(sharded, [1, 2], **arguments, generator=seeded())) == expected
     tokens = torch.arange(16).view(2, 8)
