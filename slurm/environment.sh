@@ -65,13 +65,24 @@ forward_as() {
     stop_signal=$1 child=
     # From --signal: the time limit is near.
     trap 'say "SIGUSR1: asking for a save and an end"; pass_on' USR1
-    # Goes to all processes of a job that Slurm ends by itself.
-    trap 'ended_by_slurm=yes; pass_on' TERM
+    trap end_with_job TERM
 }
 
 pass_on() {
     stopped=yes
     if [[ -n $child ]]; then kill "-$stop_signal" "$child" 2>/dev/null || true; fi
+}
+
+# end_with_job: Slurm ends the job by itself.
+end_with_job() {
+    ended_by_slurm=yes stopped=yes
+    # The save took longer than --signal left for it, and Slurm would not start such a job again.
+    if [[ $(scontrol show job "$job") == *Reason=TimeLimit* ]] && scontrol requeue "$job"; then
+        say "the time limit came before the end of the save; requeued to go on from the last checkpoint"
+    fi
+    # The tasks of srun get this signal from Slurm. Told again, torchrun breaks off what it does about it, and when told a
+    # third time it leaves, and takes its ranks with it before they have saved.
+    if [[ $stop_signal == TERM ]]; then pass_on; fi
 }
 
 # supervise COMMAND ...: run it to its end; gives its exit status.
@@ -92,7 +103,7 @@ supervise() {
 # requeue CAUSE: end this attempt, and have Slurm start another.
 requeue() {
     if [[ -n ${ended_by_slurm:-} ]]; then
-        # It requeues after `scontrol requeue`, a lost node and a preemption, and not after `scancel`.
+        # It does so after `scontrol requeue`, a lost node and a preemption, and not after `scancel`.
         say "$1; ended by Slurm, which decides whether to start it again"
     elif scontrol requeue "$job"; then
         say "$1; requeued to go on"

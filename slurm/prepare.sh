@@ -17,13 +17,11 @@ set -euo pipefail
 : "${SLURM_JOB_ID:?submit this with sbatch}"
 
 # sbatch runs a copy of this file; Slurm remembers where it was.
-home=${DISTGPT_HOME:-$(scontrol show job "$SLURM_JOB_ID" |
-    sed -n 's|^ *Command=\(/.*\)/slurm/prepare\.sh.*|\1|p' | sed -n 1p)}
-home=${home:-$SLURM_SUBMIT_DIR}
-if [[ ! -r $home/slurm/environment.sh ]]; then
+home=${DISTGPT_HOME:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(/.*\)/slurm/prepare\.sh.*|\1|p' | sed -n 1p)}
+[[ -r ${home:=$SLURM_SUBMIT_DIR}/slurm/environment.sh ]] || {
     echo "distgpt: error: $home is not the project: submit from its directory, or set DISTGPT_HOME to it" >&2
     exit 2
-fi
+}
 . "$home/slurm/environment.sh"
 forward_as TERM
 

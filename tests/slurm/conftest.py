@@ -14,10 +14,15 @@ from tests.slurm.cluster import DAEMONS, Cluster
 
 TRAIN = jobs.PROJECT / "slurm" / "train.sh"
 FLAGS = (*jobs.TINY, "--train.steps=24", "--train.micro_batch=1", "--eval.every=8", "--health.timeout=300")
-# What a user's file for modules or a virtual environment is; `hold` lets a test hold a run at a step.
+# What a user's file for modules or a virtual environment is; `hold` lets a test hold a run at a step. A rank that has a
+# node for itself gets one core, since with several it would round differently than the ranks that share one.
 ENVIRONMENT = f"""\
 PATH={Path(sys.executable).parent}:$PATH
 export PYTHONPATH={Path(__file__).parent / "hold"} CUDA_VISIBLE_DEVICES=
+cores=({" ".join(map(str, sorted(os.sched_getaffinity(0))))})
+if [[ ${{NPROC_PER_NODE:-}} == 1 ]]; then
+    DISTGPT_RUN="taskset --cpu-list ${{cores[${{SLURM_NODEID:-0}} % ${{#cores[@]}}]}}"
+fi
 """
 
 
@@ -35,12 +40,12 @@ class Runs:
         paths = (f"--data.path={self._data}", f"--run.dir=runs/{name}")
         return self.cluster.sbatch(*sbatch, TRAIN, *FLAGS, *paths, *flags, **known)
 
-    def submit_held(self, name: str, *steps: int, sbatch: tuple[str, ...] = ()) -> str:
+    def submit_held(self, name: str, *steps: int, sbatch: tuple[str, ...] = (), **variables: str) -> str:
         """Train in runs/NAME and hold the run at each of these steps; it is at the first of them."""
         self.directory(name).mkdir(parents=True)
         for step in steps:
             self._hold(name, step).touch()
-        job = self.submit(name, sbatch=sbatch)
+        job = self.submit(name, sbatch=sbatch, **variables)
         self.reach(job, name, steps[0])
         return job
 

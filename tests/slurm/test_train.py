@@ -2,7 +2,9 @@
 
 import json
 import re
-from collections.abc import Callable
+import signal
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,8 @@ from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import Runs
 
 LAST = "step-00000024"
+# What happens to a job that trains in the run directory of this name; the job's id when it has ended.
+Story = Callable[[Runs, str], str]
 
 
 @pytest.mark.parametrize("nodes", [2, 4])
@@ -45,7 +49,8 @@ def scancel_signal(cluster: Cluster, job: str) -> None:
 
 
 def preemption(cluster: Cluster, job: str) -> None:
-    urgent = cluster.sbatch("--partition=urgent", "--nodes=5", "--exclusive", "--output=/dev/null", "--wrap=true")
+    nodes = f"--nodelist={cluster.show(job)['NodeList']}"
+    urgent = cluster.sbatch("--partition=urgent", nodes, "--exclusive", "--output=/dev/null", "--wrap=true")
     cluster.wait_for(urgent, lambda: "main" in cluster.show(job)["Partition"])
 
 
@@ -60,49 +65,88 @@ def requeue(cluster: Cluster, job: str) -> None:
     cluster.command("scontrol", "requeue", job)
 
 
-@pytest.mark.parametrize(
-    ("first", "second"), [(scancel_signal, preemption), (time_limit, requeue)], ids=lambda f: f.__name__
-)
-def test_interrupted_twice_it_ends_the_same(
-    runs: Runs, undisturbed: dict[int, Path], first: Callable[..., None], second: Callable[..., None]
-) -> None:
-    name, run = f"after-{first.__name__}", runs.directory(f"after-{first.__name__}")
-    job = runs.submit_held(name, 8, 16, sbatch=("--nodes=2", "--time=60"))
-    for attempt, (interrupt, step) in enumerate([(first, 8), (second, 16)]):
-        runs.reach(job, name, step)
+def interrupt_twice(runs: Runs, run: str, *interruptions: Callable[[Cluster, str], None]) -> str:
+    """Each saves all that was learned, and requeues."""
+    job = runs.submit_held(run, 8, 16, sbatch=("--nodes=2", "--time=60"), NPROC_PER_NODE="1")
+    for attempt, (interrupt, step) in enumerate(zip(interruptions, (8, 16), strict=True)):
+        runs.reach(job, run, step)
         interrupt(runs.cluster, job)
-        # The ranks of both nodes are told; only then may the run go on.
-        log = runs.logs(job, name, attempt)
-        runs.cluster.wait_for(job, lambda log=log: len(re.findall("death signal", read(log))) == 2)  # type: ignore[misc]
-        runs.release(name, step)
+        logs = runs.logs(job, run, attempt)
+        # Both ranks are told, and not only the one whose node heard of it first; then the run may go on.
+        runs.cluster.wait_for(job, lambda logs=logs: len(told_to_stop(logs)) == 2)  # type: ignore[misc]
+        runs.release(run, step)
         runs.cluster.wait_for(job, lambda count=attempt + 1: runs.cluster.show(job)["Restarts"] == str(count))  # type: ignore[misc]
         # A requeue gives the ranks no more than Slurm's KillWait, the others the time that they take.
         if interrupt is not requeue:
-            report = json.loads((log / "exit.json").read_text())
+            report = json.loads((logs / "exit.json").read_text())
             assert report["code"] == 75
             assert f"step {report['step']} of 24 is saved" in report["cause"]
-    ended = runs.cluster.end_of(job)
-    assert ended["JobState"] == "COMPLETED", runs.cluster.log(job)
-    assert ended["Restarts"] == "2"
-    jobs.assert_same_tensors(run / "checkpoints" / LAST, undisturbed[2] / "checkpoints" / LAST)
-    assert jobs.losses(run) == jobs.losses(undisturbed[2])
+    assert runs.cluster.end_of(job)["Restarts"] == "2"
+    if requeue in interruptions:
+        # Slurm tells torchrun; told by the script as well, it would break off what it does about it.
+        assert f"got signal: {signal.SIGUSR1.value}" not in said(runs.logs(job, run, interruptions.index(requeue)))
+    return job
 
 
-def test_a_node_that_is_lost(runs: Runs, undisturbed: dict[int, Path]) -> None:
-    job = runs.submit_held("lost-node", 12, sbatch=("--nodes=2",))
+def signal_and_preemption(runs: Runs, run: str) -> str:
+    return interrupt_twice(runs, run, scancel_signal, preemption)
+
+
+def time_limit_and_requeue(runs: Runs, run: str) -> str:
+    return interrupt_twice(runs, run, time_limit, requeue)
+
+
+def save_beyond_the_time_limit(runs: Runs, run: str) -> str:
+    """Slurm kills the ranks and would leave it at that."""
+    job = runs.submit_held(run, 8)
+    runs.cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=1")
+    runs.cluster.wait_for(job, lambda: "attempt 1 from step-00000004" in runs.cluster.log(job))
+    runs.release(run, 8)
+    runs.cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")
+    assert runs.cluster.end_of(job)["Restarts"] == "1"
+    return job
+
+
+def lost_node(runs: Runs, run: str) -> str:
+    job = runs.submit_held(run, 12, sbatch=("--nodes=2",), NPROC_PER_NODE="1")
     [_, node] = runs.cluster.command("scontrol", "show", "hostnames", runs.cluster.show(job)["NodeList"]).split()
     runs.cluster.power_off(node)
     try:
         # Nothing but the scripts sees to it.
         runs.cluster.wait_for(job, lambda: runs.cluster.show(job)["Restarts"] != "0")
-        runs.release("lost-node", 12)
-        ended = runs.cluster.end_of(job)
+        runs.release(run, 12)
+        runs.cluster.end_of(job)
     finally:
         runs.cluster.power_on(node)
-    assert ended["JobState"] == "COMPLETED", runs.cluster.log(job)
-    run = runs.directory("lost-node")
-    jobs.assert_same_tensors(run / "checkpoints" / LAST, undisturbed[2] / "checkpoints" / LAST)
-    assert jobs.losses(run) == jobs.losses(undisturbed[2])
+    return job
+
+
+STORIES: tuple[Story, ...] = (
+    signal_and_preemption,
+    time_limit_and_requeue,
+    save_beyond_the_time_limit,
+    lost_node,
+)
+
+
+@pytest.fixture(scope="session")
+def told(request: pytest.FixtureRequest, runs: Runs, undisturbed: dict[int, Path]) -> Iterator[dict[str, Future[str]]]:
+    """The stories that tests will ask for, all at once: most of their time they wait for Slurm."""
+    wanted = {item.callspec.params["story"] for item in request.session.items if "told" in item.fixturenames}
+    with ThreadPoolExecutor() as pool:
+        yield {story.__name__: pool.submit(story, runs, story.__name__) for story in wanted}
+
+
+@pytest.mark.parametrize("story", STORIES, ids=lambda story: story.__name__)
+def test_what_interrupts_a_job_changes_nothing(
+    runs: Runs, undisturbed: dict[int, Path], told: dict[str, Future[str]], story: Story
+) -> None:
+    """Two ranks, of one node or of two, so that the sums come out the same to the last bit."""
+    job = told[story.__name__].result()
+    assert runs.cluster.show(job)["JobState"] == "COMPLETED", runs.cluster.log(job)
+    run = runs.directory(story.__name__)
+    jobs.assert_same_tensors(run / "checkpoints" / LAST, undisturbed[1] / "checkpoints" / LAST)
+    assert jobs.losses(run) == jobs.losses(undisturbed[1])
 
 
 def test_one_job_a_run_directory_until_it_is_cancelled(runs: Runs) -> None:
@@ -119,50 +163,50 @@ def test_one_job_a_run_directory_until_it_is_cancelled(runs: Runs) -> None:
     assert (ended["JobState"], ended["Restarts"]) == ("CANCELLED", "0")
 
 
-@pytest.mark.parametrize(
-    ("flag", "code", "message"),
-    [
-        ("--run.dri=x", 2, r"unknown key run\.dri: did you mean run\.dir\?"),
-        ("--data.path=nowhere", 65, r"no prepared data in nowhere: run python -m distgpt\.prepare .*"),
+def test_what_cannot_succeed_ends_with_one_line(runs: Runs) -> None:
+    # Everything is killed every time, before any rank can say why.
+    (runs.cluster.work / "killer").write_text('[[ " $* " == *torch.distributed.run* ]] && kill -KILL $$\nexec "$@"\n')
+    known = (runs.cluster.work / "environment").read_text()
+    (runs.cluster.work / "container").write_text(f'{known}DISTGPT_RUN="bash {runs.cluster.work / "killer"}"\n')
+    endings = {
+        runs.submit("hopeless", DISTGPT_ENV="container", TRIES="2"): (
+            75,
+            "2",
+            r"gave up after 2 attempts that got no further than no checkpoint.*",
+        ),
+        runs.submit("mistake", "--run.dri=x"): (2, "0", r"unknown key run\.dri: did you mean run\.dir\?"),
+        runs.submit("mistake", "--data.path=nowhere"): (
+            65,
+            "0",
+            r"no prepared data in nowhere: run python -m distgpt\.prepare .*",
+        ),
         # Only the ranks know how many they are.
-        ("--train.global_batch=7", 2, r"train\.global_batch 7 does not divide over 2 ranks: .*"),
-    ],
-)
-def test_a_mistake_is_one_line_and_not_tried_again(runs: Runs, flag: str, code: int, message: str) -> None:
-    job = runs.submit("mistake", flag)
-    ended = runs.cluster.end_of(job)
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{code}:0", "0")
-    assert re.fullmatch(message, one_error(runs.cluster.log(job)))
-
-
-def test_what_is_missing_is_said(runs: Runs) -> None:
-    wrong_home = runs.submit("mistake", DISTGPT_HOME="/nowhere")
-    no_gpus = runs.submit("mistake", sbatch=("--exclusive=user",))
-    no_environment = runs.submit("mistake", DISTGPT_ENV="nowhere")
-    no_line = runs.submit("mistake", sbatch=("--array=0-0",))
-    for job, message in {
-        wrong_home: "/nowhere is not the project: submit from its directory, or set DISTGPT_HOME to it",
-        no_gpus: "n\\d has GPUs and the job asked for none: add --gpus-per-node=N, or NPROC_PER_NODE=2 for its CPUs",
-        no_environment: "DISTGPT_ENV names nowhere, which cannot be read",
-        f"{no_line}_0": "DISTGPT_SWEEP= holds no line of flags for task 0 .from 0.",
-    }.items():
-        assert runs.cluster.end_of(job)["ExitCode"] == "2:0"
+        runs.submit("uneven", "--train.global_batch=7"): (
+            2,
+            "0",
+            r"train\.global_batch 7 does not divide over 2 ranks: .*",
+        ),
+        runs.submit("mistake", DISTGPT_HOME="/nowhere"): (
+            2,
+            "0",
+            "/nowhere is not the project: submit from its directory, or set DISTGPT_HOME to it",
+        ),
+        runs.submit("mistake", sbatch=("--exclusive=user",)): (
+            2,
+            "0",
+            r"n\d has GPUs and the job asked for none: add --gpus-per-node=N, or NPROC_PER_NODE=2 for its CPUs",
+        ),
+        runs.submit("mistake", DISTGPT_ENV="nowhere"): (2, "0", "DISTGPT_ENV names nowhere, which cannot be read"),
+        f"{runs.submit('mistake', sbatch=('--array=0-0',))}_0": (
+            2,
+            "0",
+            r"DISTGPT_SWEEP= holds no line of flags for task 0 \(from 0\)",
+        ),
+    }
+    for job, (code, restarts, message) in endings.items():
+        ended = runs.cluster.end_of(job)
+        assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{code}:0", restarts)
         assert re.fullmatch(message, one_error(runs.cluster.log(job)))
-
-
-def test_without_a_new_checkpoint_it_gives_up(runs: Runs) -> None:
-    """Everything is killed every time, before any rank can say why."""
-    killer = runs.cluster.work / "killer"
-    killer.write_text('[[ " $* " == *torch.distributed.run* ]] && kill -KILL $$\nexec "$@"\n')
-    (runs.cluster.work / "container").write_text(
-        (runs.cluster.work / "environment").read_text() + f'DISTGPT_RUN="bash {killer}"\n'
-    )
-    job = runs.submit("hopeless", DISTGPT_ENV="container", TRIES="2")
-    ended = runs.cluster.end_of(job)
-    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "75:0", "2")
-    assert one_error(runs.cluster.log(job)).startswith(
-        "gave up after 2 attempts that got no further than no checkpoint"
-    )
 
 
 def one_error(log: str) -> str:
@@ -171,5 +215,11 @@ def one_error(log: str) -> str:
     return line.removeprefix("distgpt: error: ")
 
 
-def read(logs: Path) -> str:
+def told_to_stop(logs: Path) -> set[str]:
+    """The process ids of the ranks to which torchrun has passed a signal on, once or more often."""
+    return set(re.findall(r"Sending process (\d+) closing signal", said(logs)))
+
+
+def said(logs: Path) -> str:
+    """What torchrun and the ranks said in an attempt."""
     return "".join(path.read_text(errors="replace") for path in logs.glob("*.log"))
