@@ -26,8 +26,8 @@ from distgpt.cluster.retention import CHECKPOINT_BYTES, require_space
 from distgpt.cluster.run_directory import RunPaths, lock_holder
 from distgpt.cluster.runtime import Runtime, compute_dtype, threads_per_rank
 from distgpt.config import Config
-from distgpt.corpus.order import Order
-from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
+from distgpt.corpus.order import Order, evaluation_windows
+from distgpt.corpus.shards import Dataset, Split, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.errors import EXIT_IO, EXIT_OK, DirectoryError, DistgptError, UsageError
 from distgpt.model.gpt import count_parameters
@@ -170,15 +170,18 @@ def data(dataset: Dataset, *, thorough: bool) -> Finding:
 
 
 def windows(config: Config, dataset: Dataset) -> Finding:
-    """That each split holds a window. Raises DataError."""
-    counts = {}
-    for split in (dataset.train, dataset.val):
-        lengths = [len(shard) for shard in split.shards]
-        Order(lengths, block_size=config.model.block_size, seed=config.run.seed, split=split.name)
-        counts[split.name] = sum((length - 1) // config.model.block_size for length in lengths)
-    epochs = config.train.steps * config.train.global_batch / max(1, counts["train"])
-    text = f"{counts['train']:,} + {counts['val']:,} of {config.model.block_size} tokens"
+    """How many windows each split holds. Raises DataError if one holds none."""
+    block_size, train, val = config.model.block_size, dataset.train, dataset.val
+    order = Order(lengths(train), block_size=block_size, seed=config.run.seed, split=train.name)
+    evaluated, _ = evaluation_windows(lengths(val), block_size, config.eval.sequences, val.name)
+    epochs = config.train.steps * config.train.global_batch / order.windows
+    text = f"{order.windows:,} of {block_size} tokens to train on, {len(evaluated):,} to evaluate on"
     return found("windows", f"{text}; {config.train.steps:,} steps see the training text {epochs:.3g} times")
+
+
+def lengths(split: Split) -> list[int]:
+    """Tokens of each shard."""
+    return [len(shard) for shard in split.shards]
 
 
 def run_directory(config: Config, dataset: Dataset) -> Finding:

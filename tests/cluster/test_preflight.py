@@ -14,6 +14,7 @@ from distgpt.cluster import hosts, links, network, preflight
 from distgpt.cluster.links import Link
 from distgpt.cluster.run_directory import RunLock, RunPaths, lock_holder
 from distgpt.cluster.runtime import Runtime
+from distgpt.corpus.order import Order
 from distgpt.corpus.shards import Dataset
 from distgpt.errors import DirectoryError, Interrupted, StorageError, UsageError
 
@@ -80,6 +81,14 @@ def test_too_little_shared_memory(one_process: Runtime, monkeypatch: pytest.Monk
     finding = preflight.shared_memory(one_process)
     assert finding.level == "warn"
     assert "--shm-size" in finding.text
+
+
+def test_windows_are_counted_as_training_draws_them(dataset: Dataset) -> None:
+    wanted = config("--train.steps=3", "--train.global_batch=8", "--eval.sequences=5")
+    drawn = Order([len(shard) for shard in dataset.train.shards], block_size=16, seed=0).windows
+    assert preflight.windows(wanted, dataset).text == (
+        f"{drawn:,} of 16 tokens to train on, 5 to evaluate on; 3 steps see the training text {24 / drawn:.3g} times"
+    )
 
 
 def test_the_run_directory_is_left_as_it_was(dataset: Dataset, tmp_path: Path) -> None:
