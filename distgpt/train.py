@@ -40,14 +40,14 @@ from distgpt.cluster.parallel import (
     inference,
     micro_batch_size,
 )
-from distgpt.cluster.reduction import agreed, grad_norm_of, require_agreement, weight_norm_of
+from distgpt.cluster.reduction import agreed, from_rank_zero, grad_norm_of, require_agreement, weight_norm_of
 from distgpt.cluster.retention import CHECKPOINT_BYTES, require_space
 from distgpt.cluster.runtime import Runtime, compute_dtype, joined, this_rank
 from distgpt.cluster.save_interval import SaveInterval
 from distgpt.cluster.step import accumulate_gradients, update
 from distgpt.cluster.watchdog import Watchdog
 from distgpt.corpus.loader import EvaluationBatches, Loader
-from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
+from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset, write_file
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.errors import DataError, DirectoryError, Interrupted, StorageError
 from distgpt.model.generate import generate
@@ -75,7 +75,7 @@ def main(config: Config) -> None:
             verify_dataset(dataset)
             warn_if_full(run, config, dataset)
         with joined(runtime, timeout=health.collective_timeout, met=watchdog.connect):
-            run.joined()
+            run.joined(from_rank_zero(run.owner, runtime))
             require_agreement({**to_dict(config), "data": dataset.fingerprint}, runtime)
             train(config, run, watchdog, runtime, dataset, micro_batch)
 
@@ -104,7 +104,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
     optimizer = build_optimizer(model, config.optim, runtime.device.type)
     guard = Guard(config.health)
     checkpointer = Checkpointer(
-        run.paths.checkpoints,
+        run,
         config=config,
         dataset=dataset,
         model=model,
@@ -133,7 +133,8 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
         return
     say(f"going on from step {start} in {run.paths.root}" if start else f"starting in {run.paths.root}")
     if runtime.rank == 0:
-        run.paths.config.write_text(to_toml(config))
+        run.require_owned()
+        write_file(run.paths.config, to_toml(config).encode())
 
     saves = SaveInterval(config.checkpoint.every, start_step=start)
     with (
@@ -159,6 +160,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
             start_step=start,
             best_val_loss=checkpointer.best_val_loss(),
             saves=saves,
+            require_owned=run.require_owned,
         ) as progress,
     ):
         run.training()

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from distgpt.cluster.run_directory import RunLock, RunPaths
+from distgpt.cluster.ownership import RunLock
+from distgpt.cluster.run_directory import RunPaths
 from tests import jobs
 
 
@@ -54,7 +55,7 @@ def test_a_run_directory_in_use(data: str, tmp_path: Path) -> None:
     assert done.code == 73, done
     assert "is in use by pid" in done.stdout
     assert files(tmp_path) == before
-    del lock
+    lock.release()
 
 
 def test_no_data(tmp_path: Path) -> None:

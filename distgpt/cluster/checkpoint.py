@@ -6,16 +6,14 @@ Random state is not stored: the data order and dropout are pure functions of (se
 
 import json
 import logging
-import shutil
 import socket
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,9 +21,9 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
+from distgpt.cluster.health import Run
 from distgpt.cluster.loading import load_for_training, training_tensors
 from distgpt.cluster.manifest import (
-    MANIFEST,
     STATE,
     TOKENIZER,
     RunState,
@@ -33,17 +31,17 @@ from distgpt.cluster.manifest import (
     committed,
     damage,
     listed,
-    manifest_bytes,
     one_line,
     path_of,
     read_state,
     sha256_of,
 )
 from distgpt.cluster.parallel import micro_batch_size
-from distgpt.cluster.retention import BROKEN, STAGING, best_of, prune, require_space
+from distgpt.cluster.retention import best_of, surplus
 from distgpt.cluster.runtime import Runtime
+from distgpt.cluster.store import Store
 from distgpt.config import Config, from_dict, to_dict
-from distgpt.corpus.shards import Dataset, sync, write_file
+from distgpt.corpus.shards import Dataset, write_file
 from distgpt.errors import DataError, StorageError, UsageError
 from distgpt.model.outliers import Guard
 
@@ -66,7 +64,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        directory: Path,
+        run: Run,
         *,
         config: Config,
         dataset: Dataset,
@@ -77,7 +75,10 @@ class Checkpointer:
         say: Callable[[str], None],
     ) -> None:
         """`say` shows a person one line."""
-        self._directory = directory
+        self._run = run
+        self._directory = run.paths.checkpoints
+        assert run.owner, "the run directory is owned before anything is written there"
+        self._store = Store(self._directory, run.owner)
         self._config = config
         self._dataset = dataset
         self._model = model
@@ -101,13 +102,13 @@ class Checkpointer:
 
         Says in one line what it skipped and why, and moves that aside. Raises DataError if every one is broken.
         """
+        self._on_rank_zero(self._store.remove_left_overs)
         broken: dict[str, str] = {}
         # Rank 0's list: on a network file system another rank's may be stale, and each would take another checkpoint.
-        for name in self._together(lambda: [checkpoint.name for checkpoint in committed(self._directory)])[0]:
+        for name in self._on_rank_zero(lambda: [checkpoint.name for checkpoint in committed(self._directory)]):
             checkpoint = self._directory / name
             self._together(partial(_require_visible, checkpoint))
-            shares = self._together(partial(damage, checkpoint, self._runtime.rank, self._runtime.world_size))
-            problems = [problem for share in shares for problem in share]
+            problems = self._damage(checkpoint)
             if not problems:
                 break
             broken[checkpoint.name] = problems[0]
@@ -117,7 +118,7 @@ class Checkpointer:
             return 0
         load_for_training(checkpoint, self._model, self._optimizer, self._group)
         if broken:
-            self._together(partial(self._set_aside, list(broken)))
+            self._on_rank_zero(partial(self._store.set_aside, list(reversed(broken))))
             self._say(f"going on from {checkpoint.name}; skipped {listed(broken)}")
         state = read_state(checkpoint)
         self._guard.restore(state.guard)
@@ -184,29 +185,17 @@ class Checkpointer:
 
     def _write_and_commit(self, staged: dict[str, Any], state: RunState) -> None:
         """On every rank, in the background: write, hash, fsync; rank 0 then commits. Raises StorageError on all."""
-        final = path_of(self._directory, state.step)
-        staging = self._directory / f"{STAGING}{final.name}"
+        staging = self._store.staging(state.step)
         try:
-            self._together(partial(self._open_staging, staging, _bytes_of(staged)))
+            self._on_rank_zero(partial(self._store.open, state.step, _bytes_of(staged)))
             self._together(partial(self._write_tensors, staged, staging))
             shares = self._together(partial(self._finish_files, staging, state))
             files = {name: entry for share in shares for name, entry in share.items()}
-            self._together(partial(self._commit, staging, final, files))
-        except StorageError:
+            self._on_rank_zero(partial(self._store.commit, state.step, files))
+            self._prune(path_of(self._directory, state.step))
+        finally:
             if self._runtime.rank == 0:
-                shutil.rmtree(staging, ignore_errors=True)
-            raise
-        if self._runtime.rank == 0:
-            prune(self._directory, keep=self._config.checkpoint.keep)
-
-    def _open_staging(self, staging: Path, needed: int) -> None:
-        if self._runtime.rank:
-            return
-        staging.parent.mkdir(parents=True, exist_ok=True)
-        for left_over in staging.parent.glob(f"{STAGING}*"):
-            shutil.rmtree(left_over)
-        require_space(staging.parent, needed)
-        staging.mkdir()
+                self._store.close()
 
     def _write_tensors(self, staged: dict[str, Any], staging: Path) -> None:
         writer = dcp.FileSystemWriter(staging, single_file_per_rank=True, sync_files=True)
@@ -222,22 +211,33 @@ class Checkpointer:
             files += [staging / name for name in (".metadata", STATE, TOKENIZER)]
         return {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
 
-    def _commit(self, staging: Path, final: Path, files: dict[str, dict[str, Any]]) -> None:
-        if self._runtime.rank:
+    def _prune(self, saved: Path) -> None:
+        """Remove what need not be kept, if the checkpoint just saved, read once more, can stand for it."""
+        old = self._on_rank_zero(partial(surplus, self._directory, keep=self._config.checkpoint.keep))
+        if not old:
             return
-        write_file(staging / MANIFEST, manifest_bytes(files))
-        staging.rename(final)
-        sync(final.parent)
+        if problems := self._damage(saved):
+            raise StorageError(f"{saved} is damaged already ({problems[0]}); no older checkpoint was removed")
+        try:
+            self._on_rank_zero(partial(self._store.remove, old))
+        except StorageError as error:
+            log.warning("old checkpoints stay: %s", error)
 
-    def _set_aside(self, names: Sequence[str]) -> None:
-        if self._runtime.rank == 0:
-            for name in names:
-                (self._directory / name).rename(self._directory / f"{BROKEN}{name}-{time.time_ns()}")
+    def _damage(self, checkpoint: Path) -> list[str]:
+        """What is wrong with a checkpoint; each rank reads a share of it."""
+        shares = self._together(partial(damage, checkpoint, self._runtime.rank, self._runtime.world_size))
+        return [problem for share in shares for problem in share]
+
+    def _on_rank_zero(self, action: Callable[[], T]) -> T:
+        """What `action` gives on rank 0, on every rank. Raises StorageError on all if it failed."""
+        first, *_ = self._together(action if self._runtime.rank == 0 else _nothing)
+        return cast(T, first)
 
     def _together(self, action: Callable[[], T]) -> list[T]:
         """Run `action` on every rank and give every rank all results. Raises StorageError on all if any failed."""
         mine: T | _Failure
         try:
+            self._run.require_owned()
             mine = action()
         except (Exception, dcp.CheckpointException) as error:  # whatever it is, the other ranks wait to hear of it
             log.exception("checkpoint")
@@ -289,6 +289,10 @@ def _require_visible(checkpoint: Path) -> None:
     """Raise StorageError if this rank does not see what rank 0 sees; that says nothing against the checkpoint."""
     if not checkpoint.is_dir():
         raise StorageError(f"{socket.gethostname()} does not see {checkpoint}: is the run directory on a shared disk?")
+
+
+def _nothing() -> None:
+    """What the other ranks do meanwhile."""
 
 
 def _bytes_of(tensors: dict[str, Any]) -> int:

@@ -14,11 +14,12 @@ import sys
 import threading
 import time
 import traceback
+from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
+from distgpt.cluster.ownership import Owner, RunLock, loss_of
 from distgpt.cluster.run_directory import (
-    RunLock,
     RunPaths,
     code_of_this_job,
     forget_last_attempt,
@@ -79,7 +80,10 @@ class Run:
         self.rank = rank
         self.step: int | None = None
         self.stop_requested: str | None = None
+        self.owner: Owner | None = None
         self._lock: RunLock | None = None
+        self._refused = False
+        self._ending = threading.Lock()
         self._writes_report = False
         self._starting = True
 
@@ -96,11 +100,16 @@ class Run:
     def own(self) -> None:
         """Rank 0: take the run directory. Raises DirectoryError if another job has it or it cannot be written."""
         forget_last_attempt()
+        self._refused = True
         self._lock = RunLock(self.paths)
+        self._refused = False
+        self.owner = self._lock.owner
+        self._lock.keep(self._leave_to)
         self._writes_report = True
 
-    def joined(self) -> None:
-        """All ranks are here, so rank 0 owns the directory: this rank may write its log and how it ended, too."""
+    def joined(self, owner: Owner | None) -> None:
+        """All ranks are here and rank 0 is `owner` of the directory: this rank may write its log and report, too."""
+        self.owner = owner
         self._writes_report = True
         self.paths.logs.mkdir(exist_ok=True)
         stream = (self.paths.logs / f"rank-{self.rank}.log").open("a", buffering=1)
@@ -111,6 +120,11 @@ class Run:
         faulthandler.enable(stream)
         faulthandler.register(STACKS_SIGNAL, stream)
 
+    def require_owned(self) -> None:
+        """End this process, from whichever thread, if another job has taken the run directory. Raises OSError."""
+        if self.owner and (line := loss_of(self.paths, self.owner)):
+            self._leave_to(line)
+
     def training(self) -> None:
         """From here on signals wait for the end of a step."""
         self._starting = False
@@ -120,7 +134,8 @@ class Run:
     ) -> None:
         if error is None:
             if self.rank == 0:
-                write_exit_report(self.paths, code=EXIT_OK, cause="done", rank=0, step=self.step)
+                self.report(EXIT_OK, "done")
+            self._release()
             return
         code, cause = outcome(error, training=not self._starting)
         log.error("%s", cause, exc_info=error if code == EXIT_BUG else None)
@@ -130,10 +145,13 @@ class Run:
             print(f"distgpt: {cause}" if code == EXIT_INTERRUPTED else f"distgpt: error: {cause}", file=sys.stderr)
         if self.rank and not self._writes_report:
             time.sleep(PATIENCE)  # until torchrun's SIGTERM, as soon as rank 0 has left
+        self._release()
         _leave(code)
 
     def report(self, code: int, cause: str) -> bool:
-        """Whether it falls to this rank to say why the run ended."""
+        """Whether it falls to this rank to say why the run ended; does not return if another job has it by now."""
+        with suppress(OSError):
+            self.require_owned()
         if self._writes_report:
             return write_exit_report(self.paths, code=code, cause=cause, rank=self.rank, step=self.step)
         if self.rank:
@@ -141,11 +159,23 @@ class Run:
             if os.environ.get("LOCAL_RANK") != "0":
                 return False
             return write_exit_report(None, code=code, cause=cause, rank=self.rank, step=None)
-        try:
-            lock = RunLock(self.paths) if self.paths.root.is_dir() else None
-        except DistgptError:
-            lock = None
-        return write_exit_report(self.paths if lock else None, code=code, cause=cause, rank=0, step=None)
+        with suppress(DistgptError):
+            if self.paths.root.is_dir() and not self._refused:
+                self._lock = RunLock(self.paths, wait=False)
+        return write_exit_report(self.paths if self._lock else None, code=code, cause=cause, rank=0, step=None)
+
+    def _leave_to(self, line: str) -> NoReturn:
+        """End this process, whose run directory is another job's by now; rank 0 says so in `line`."""
+        self._ending.acquire()  # for good: of two threads that find it, one says it
+        log.error(line)
+        write_exit_report(None, code=EXIT_CANNOT_CREATE, cause=line, rank=self.rank, step=self.step)
+        if self.rank == 0:
+            print(f"distgpt: error: {line}", file=sys.stderr)
+        _leave(EXIT_CANNOT_CREATE)
+
+    def _release(self) -> None:
+        if self._lock:
+            self._lock.release()
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.stop_requested = signal.Signals(number).name
@@ -158,6 +188,7 @@ class Run:
                 )
                 if self.report(EXIT_INTERRUPTED, cause):
                     print(f"distgpt: {cause}", file=sys.stderr)
+                self._release()
                 _leave(EXIT_INTERRUPTED)
 
 

@@ -52,17 +52,26 @@ def step_of(checkpoint: Path) -> int:
     return int(checkpoint.name.removeprefix("step-"))
 
 
+def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
+    """By name, bytes and SHA-256 of a checkpoint's other files. Raises DataError unless its own hash is right."""
+    try:
+        content = (checkpoint / MANIFEST).read_bytes()
+        files: dict[str, dict[str, Any]] = json.loads(content)["files"]
+        if manifest_bytes(files) != content:
+            raise DataError(f"{MANIFEST} is damaged")
+    except FileNotFoundError:
+        raise DataError(f"{MANIFEST} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{MANIFEST} cannot be read ({one_line(error)})") from None
+    return files
+
+
 def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
     """What is wrong with a checkpoint, as far as this rank's share of its files shows; empty if nothing is."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_bytes())
-        files = manifest["files"]
-        if manifest_bytes(files) != (checkpoint / MANIFEST).read_bytes():
-            return [f"{MANIFEST} is damaged"]
-    except FileNotFoundError:
-        return [f"{MANIFEST} is missing"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        return [f"{MANIFEST} cannot be read ({one_line(error)})"]
+        files = read_manifest(checkpoint)
+    except DataError as error:
+        return [str(error)]
     problems = []
     for name in sorted(files)[rank::world_size]:
         try:
@@ -74,6 +83,11 @@ def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
         except OSError as error:
             problems.append(f"{name}: {error.strerror}")
     return problems
+
+
+def is_file_of_ours(name: str) -> bool:
+    """Whether a file in a checkpoint, whole or not, has a name that we give."""
+    return re.fullmatch(r"__\d+_\d+\.distcp|\.metadata|(train|tokenizer|manifest)\.json", name) is not None
 
 
 def read_state(checkpoint: Path) -> RunState:

@@ -21,9 +21,10 @@ import torch.distributed as dist
 from distgpt.cluster.checkpoint import require_same_run
 from distgpt.cluster.manifest import committed
 from distgpt.cluster.mesh import shard_group_size
+from distgpt.cluster.ownership import lock_holder
 from distgpt.cluster.parallel import BYTES_PER_PARAMETER, choose_strategy, micro_batch_size
 from distgpt.cluster.retention import CHECKPOINT_BYTES, require_space
-from distgpt.cluster.run_directory import RunPaths, lock_holder
+from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.runtime import Runtime, compute_dtype, threads_per_rank
 from distgpt.config import Config
 from distgpt.corpus.order import Order, evaluation_windows

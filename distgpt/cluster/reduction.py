@@ -2,7 +2,7 @@
 
 import socket
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -11,6 +11,8 @@ from torch.distributed.tensor import DTensor
 
 from distgpt.cluster.runtime import Runtime
 from distgpt.errors import UsageError
+
+T = TypeVar("T")
 
 
 def agreed(loss: Tensor, grad_norm: Tensor, flag: bool, runtime: Runtime) -> tuple[float, float, bool]:
@@ -50,6 +52,14 @@ def require_agreement(facts: dict[str, Any], runtime: Runtime) -> None:
         different = [key for key in expected if theirs[key] != expected[key]]
         if different:
             raise UsageError(f"rank {rank} on {host} was started with another {', '.join(different)} than rank 0")
+
+
+def from_rank_zero(value: T, runtime: Runtime) -> T:
+    """Rank 0's value, on every rank; it is pickled."""
+    holder = [value]
+    if runtime.distributed:
+        dist.broadcast_object_list(holder)
+    return holder[0]
 
 
 def sum_over_ranks(values: Tensor, runtime: Runtime) -> Tensor:

@@ -1,15 +1,13 @@
 """Which checkpoints stay, and whether there is room for one more."""
 
-import json
 import logging
 import shutil
 from pathlib import Path
 
-from distgpt.cluster.manifest import MANIFEST, committed, one_line, read_state
+from distgpt.cluster.manifest import MANIFEST, STATE, committed, one_line, read_manifest, read_state, sha256_of
 from distgpt.errors import DataError, StorageError
 
 CHECKPOINT_BYTES = 12  # a parameter: a float32 weight and AdamW's two moments
-STAGING, BROKEN = ".staging-", "broken-"  # how the names of directories begin that are no checkpoints
 
 log = logging.getLogger(__name__)
 
@@ -24,30 +22,32 @@ def require_space(directory: Path, needed: int) -> None:
         )
 
 
-def prune(directory: Path, *, keep: int) -> None:
-    """Remove all checkpoints but the newest `keep` and the one with the lowest validation loss.
+def surplus(directory: Path, *, keep: int) -> list[Path]:
+    """The checkpoints to remove: all but the newest `keep` and the one with the lowest validation loss.
 
-    A directory that holds a file that is not in its manifest is left alone.
+    One that holds a file that is not in its manifest, or whose manifest is damaged, is left alone.
     """
     best = best_of(directory)
+    found = []
     for checkpoint in committed(directory)[keep:]:
         try:
-            ours = {MANIFEST, *json.loads((checkpoint / MANIFEST).read_bytes())["files"]}
-            if checkpoint != best and {f.name for f in checkpoint.iterdir()} == ours:
-                # Under another name first: a kill in between leaves no half of one under a whole one's name.
-                shutil.rmtree(checkpoint.rename(directory / f"{STAGING}{checkpoint.name}"))
-        except (OSError, ValueError, KeyError) as error:
+            ours = {MANIFEST, *read_manifest(checkpoint)}
+            if checkpoint != best and {file.name for file in checkpoint.iterdir()} == ours:
+                found.append(checkpoint)
+        except (OSError, DataError) as error:
             log.warning("%s stays: %s", checkpoint, one_line(error))
+    return found
 
 
 def best_of(directory: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss, None if none was evaluated."""
+    """The checkpoint with the lowest validation loss, None if none was evaluated. A damaged train.json counts not."""
     losses: dict[Path, float] = {}
     for checkpoint in committed(directory):
         try:
-            loss = read_state(checkpoint).val_loss
-        except DataError:
+            if read_manifest(checkpoint)[STATE]["sha256"] == sha256_of(checkpoint / STATE):
+                loss = read_state(checkpoint).val_loss
+                if loss is not None:
+                    losses[checkpoint] = loss
+        except (OSError, DataError, KeyError):
             continue
-        if loss is not None:
-            losses[checkpoint] = loss
     return min(losses, key=lambda checkpoint: losses[checkpoint]) if losses else None

@@ -1,10 +1,5 @@
-"""The run directory: where its files are, who owns it, and how the run ended.
+"""The run directory: where its files are, and how the run ended."""
 
-Imports no torch: a locked or read-only directory is found before anything heavy is loaded.
-"""
-
-import errno
-import fcntl
 import json
 import os
 import socket
@@ -13,8 +8,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-from distgpt.errors import DirectoryError, StorageError
 
 EXIT_FILE_VARIABLE = "DISTGPT_EXIT_FILE"
 
@@ -56,59 +49,6 @@ class RunPaths:
     @property
     def lock(self) -> Path:
         return self.root / "LOCK"
-
-
-class RunLock:
-    """An exclusive flock on LOCK, held by rank 0 for as long as its process lives; the kernel drops it at any death.
-
-    The file stays: removing it would let two jobs lock two files of one name.
-    """
-
-    def __init__(self, paths: RunPaths) -> None:
-        """Create the directory and take the lock.
-
-        Raises DirectoryError when another process holds it or the directory cannot be written, StorageError when
-        the file system has no locks.
-        """
-        try:
-            paths.root.mkdir(parents=True, exist_ok=True)
-            self._fd = os.open(paths.lock, os.O_RDWR | os.O_CREAT, 0o644)
-        except OSError as error:
-            raise DirectoryError(
-                f"cannot write to the run directory {paths.root}: {error.strerror}; choose another with --run.dir=DIR"
-            ) from None
-        try:
-            fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            holder = _owner(self._fd)
-            os.close(self._fd)
-            if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-                raise DirectoryError(
-                    f"the run directory {paths.root} is in use by {holder}; wait for it or choose another --run.dir"
-                ) from None
-            raise StorageError(f"cannot lock {paths.lock}: {error.strerror}; choose a --run.dir with locks") from None
-        owner = {"host": socket.gethostname(), "pid": os.getpid(), "started": time.strftime("%Y-%m-%d %H:%M:%S %z")}
-        try:
-            paths.exit_report.unlink(missing_ok=True)  # how the last run ended says nothing of this one
-            os.ftruncate(self._fd, 0)
-            os.pwrite(self._fd, json.dumps(owner).encode(), 0)
-        except OSError as error:
-            raise StorageError(f"cannot write {paths.lock}: {error.strerror}") from None
-
-
-def lock_holder(paths: RunPaths) -> str | None:
-    """Who holds the lock of this run directory, None if nobody does. Changes nothing."""
-    try:
-        fd = os.open(paths.lock, os.O_RDWR)
-    except OSError:
-        return None  # there is none, or it cannot be opened: for RunLock to complain about
-    try:
-        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return _owner(fd)
-    finally:
-        os.close(fd)
-    return None
 
 
 def write_exit_report(paths: RunPaths | None, *, code: int, cause: str, rank: int, step: int | None) -> bool:
@@ -170,11 +110,3 @@ def _write_once(target: Path, report: dict[str, Any]) -> bool | None:
         with suppress(OSError):
             staged.unlink(missing_ok=True)
     return True
-
-
-def _owner(fd: int) -> str:
-    try:
-        owner = json.loads(os.pread(fd, 4096, 0))
-        return f"pid {owner['pid']} on {owner['host']} since {owner['started']}"
-    except (ValueError, KeyError, OSError):
-        return "another job"

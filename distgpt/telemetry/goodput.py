@@ -12,7 +12,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal, get_args
@@ -93,9 +93,10 @@ def read_ledger(path: Path) -> list[Line]:
 class Ledger:
     """The account of the attempt under way, which began with this process, on top of those before it."""
 
-    def __init__(self, path: Path | None, *, start_step: int) -> None:
-        """`path` is rank 0's; without it nothing is read or written."""
+    def __init__(self, path: Path | None, *, start_step: int, require_owned: Callable[[], object]) -> None:
+        """`path` is rank 0's; without it nothing is read or written. `require_owned` is called before each write."""
         self._path = path
+        self._require_owned = require_owned
         age = process_age()
         earlier = read_ledger(path) if path else []
         attempt = earlier[-1].attempt + 1 if earlier else 1
@@ -139,6 +140,7 @@ class Ledger:
         line = Line(self._opening.attempt, time.time(), self._step, end=end, **spent)
         lines = [line] if self._opened else [self._opening, line]
         text = "".join(f"{json.dumps(asdict(line))}\n" for line in lines)
+        self._require_owned()
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
             append_whole(file, (_missing_newline(file) + text).encode())

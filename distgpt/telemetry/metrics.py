@@ -8,7 +8,7 @@ import math
 import os
 import resource
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -46,16 +46,17 @@ class StepFigures:
 class Metrics:
     """metrics.jsonl, one JSON object a line, and the TensorBoard directory tb/ of a run.
 
-    On resume, what was logged after `resume_step` is removed, so that no step is logged twice. Raises StorageError if
-    metrics.jsonl cannot be opened.
+    On resume, what was logged after `resume_step` is removed, so that no step is logged twice. `require_owned` is
+    called before each write. Raises StorageError if metrics.jsonl cannot be opened.
     """
 
-    def __init__(self, run_dir: Path, *, resume_step: int) -> None:
+    def __init__(self, run_dir: Path, *, resume_step: int, require_owned: Callable[[], object]) -> None:
         self.dropped = 0
+        self._require_owned = require_owned
         path = run_dir / METRICS_FILE
         try:
-            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-            _cut_after(self._file, resume_step)
+            require_owned()
+            self._file = _cut_after(path, resume_step)
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror}") from error
         self._events = EventFile(run_dir / "tb", first_step=resume_step + 1 if resume_step else 0)
@@ -92,11 +93,13 @@ class Metrics:
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Add points to curves in TensorBoard; None is left out."""
         with self.counting_drops():
+            self._require_owned()
             self._events.scalars(step, {tag: value for tag, value in values.items() if value is not None})
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Show `text` verbatim in TensorBoard."""
         with self.counting_drops():
+            self._require_owned()
             self._events.text(tag, text, step)
 
     def close(self) -> None:
@@ -107,6 +110,7 @@ class Metrics:
     def _line(self, values: Mapping[str, float | None]) -> None:
         line = json.dumps({name: _finite(value) for name, value in values.items()})
         with self.counting_drops():
+            self._require_owned()
             append_whole(self._file, line.encode() + b"\n")
 
     @contextmanager
@@ -148,21 +152,38 @@ def memory_bytes(device: torch.device) -> int:
     return resident_pages * resource.getpagesize()
 
 
-def _cut_after(file: int, step: int) -> None:
-    """Cut an open metrics.jsonl before the first line of a later step, or a torn one; to nothing if `step` is 0.
+def _cut_after(path: Path, step: int) -> int:
+    """Open metrics.jsonl without its first line of a later step, or a torn one, and all below; empty if `step` is 0.
 
-    Steps only ever grow from line to line, so this is all that a run from `step` will write again. To cut is atomic and
-    needs no space, where to write a new file might fail on a full disk.
+    Steps only ever grow from line to line, so this is all that a run from `step` will write again. It becomes a new
+    file: an earlier owner of the run directory that still has the old one open writes to what nobody reads. Where a
+    full disk has no room for a copy the file itself is cut.
     """
+    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
+    with open(os.dup(file), "rb") as lines:
+        content = lines.read()
     end = 0
-    if step:
-        with open(os.dup(file), "rb") as lines:
-            for values, line_end in _whole_lines(lines.read()):
-                if values["step"] > step:
-                    break
-                end = line_end
-    os.ftruncate(file, end)
-    os.fsync(file)
+    for values, line_end in _whole_lines(content) if step else ():
+        if values["step"] > step:
+            break
+        end = line_end
+    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        copy = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
+        try:
+            append_whole(copy, content[:end])
+            os.fsync(copy)
+            os.replace(staged, path)
+        except OSError:
+            os.close(copy)
+            raise
+    except OSError:
+        staged.unlink(missing_ok=True)
+        os.ftruncate(file, end)
+        os.fsync(file)
+        return file
+    os.close(file)
+    return copy
 
 
 def _whole_lines(content: bytes) -> list[tuple[dict[str, Any], int]]:

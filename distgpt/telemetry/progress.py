@@ -4,7 +4,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Self
@@ -45,14 +45,17 @@ class Progress:
         start_step: int,
         best_val_loss: float | None,
         saves: SaveInterval,
+        require_owned: Callable[[], object],
     ) -> None:
+        """`require_owned` is called before each write to the run directory, see `Run.require_owned`."""
         self._paths, self._config, self._runtime = paths, config, runtime
         self._flops_per_token = bare(model).flops_per_token()
         self._peak_flops = _peak_of_all(runtime, dtype)
         self._best = math.inf if best_val_loss is None else best_val_loss
         enabled = runtime.rank == 0
-        self._metrics = Metrics(paths.root, resume_step=start_step) if enabled else None
-        self._ledger = Ledger(paths.goodput if enabled else None, start_step=start_step)
+        self._metrics = Metrics(paths.root, resume_step=start_step, require_owned=require_owned) if enabled else None
+        ledger = paths.goodput if enabled else None
+        self._ledger = Ledger(ledger, start_step=start_step, require_owned=require_owned)
         self._console = Console(config.train.steps, start_step, enabled)
         self._start_step = self._logged_step = start_step
         self._since = time.perf_counter()

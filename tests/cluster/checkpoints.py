@@ -9,8 +9,11 @@ from pathlib import Path
 import torch
 
 from distgpt.cluster.checkpoint import Checkpointer
+from distgpt.cluster.health import Run
 from distgpt.cluster.manifest import committed, damage
+from distgpt.cluster.ownership import Owner
 from distgpt.cluster.parallel import build_model
+from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.runtime import Runtime
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset
@@ -22,6 +25,17 @@ from tests import jobs
 SMALL = ("--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=8", "--checkpoint.keep=2")
 CPU = torch.device("cpu")
 FILES = ["__0_0.distcp", ".metadata", "train.json", "tokenizer.json", "manifest.json"]
+
+
+class OnlyRun(Run):
+    """A run whose directory no other job can take."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(RunPaths(directory), 0)
+        self.owner = Owner(1, "here", "now", 1, "today")
+
+    def require_owned(self) -> None:
+        pass
 
 
 @dataclass
@@ -59,7 +73,7 @@ def trainee(run: Path, dataset: Dataset, *arguments: str) -> Trainee:
     guard = Guard(config.health)
     said: list[str] = []
     checkpointer = Checkpointer(
-        run / "checkpoints",
+        OnlyRun(run),
         config=config,
         dataset=dataset,
         model=model,

@@ -8,14 +8,16 @@ import math
 import random
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from distgpt.cluster import checkpoint
+from distgpt.cluster import store
 from distgpt.cluster.checkpoint import require_same_run
 from distgpt.cluster.loading import load_for_inference
 from distgpt.cluster.manifest import committed, read_state
+from distgpt.cluster.store import Store
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset
 from distgpt.errors import DataError, StorageError, UsageError
@@ -84,6 +86,28 @@ def test_saves_in_the_background_and_at_once_are_equal(tmp_path: Path, dataset: 
     jobs.assert_same_tensors(newest(tmp_path / "true"), newest(tmp_path / "false"))
 
 
+def test_every_save_is_staged_in_the_same_memory(tmp_path: Path, dataset: Dataset) -> None:
+    subject = trainee(tmp_path, dataset)
+    staged, copies = [], []
+    stage = subject.checkpointer._stager.stage
+
+    def spy(tensors: dict[str, Any]) -> dict[str, Any]:
+        copies.append(stage(tensors))
+        staged.append(tensors)
+        return copies[-1]
+
+    subject.checkpointer._stager.stage = spy
+    for step in (1, 2, 3):
+        subject.learn()
+        subject.checkpointer.save(step, val_loss=None)
+    subject.checkpointer.require_saved(3)
+    for part in ("model", "optim"):
+        for name, tensor in copies[0][part].items():
+            addresses = {copy[part][name].untyped_storage().data_ptr() for copy in copies}
+            assert addresses == {tensor.untyped_storage().data_ptr()}, name
+            assert addresses.isdisjoint({staged[0][part][name].untyped_storage().data_ptr()})
+
+
 # What is broken is skipped
 
 
@@ -130,15 +154,53 @@ def test_saving_prunes_and_keeps_the_best(tmp_path: Path, dataset: Dataset) -> N
 
 def test_left_overs_of_a_kill_are_cleaned_and_never_read(run: Path, dataset: Dataset) -> None:
     checkpoints = run / "checkpoints"
-    newest(run).rename(checkpoints / ".staging-step-00000002")
-    (checkpoints / ".staging-step-00000009").mkdir()
-    (checkpoints / ".staging-step-00000009" / "__0_0.distcp").write_bytes(b"half")
+    staging = checkpoints / ".staging-000001-there-1"
+    staging.mkdir()
+    newest(run).rename(staging / "step-00000002")
+    (staging / "step-00000009").mkdir()
+    (staging / "step-00000009" / "__0_0.distcp").write_bytes(b"half")
     subject = trainee(run, dataset)
     assert subject.checkpointer.restore() == 1
     assert subject.said == []
+    assert names(run) == ["step-00000001"]
     subject.checkpointer.save(2, val_loss=None)
     subject.checkpointer.require_saved(2)
     assert names(run) == ["step-00000001", "step-00000002"]
+
+
+def test_nothing_is_removed_for_a_checkpoint_that_is_damaged_already(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit = Store.commit
+
+    def damaging(self: Store, step: int, files: dict[str, Any]) -> None:
+        commit(self, step, files)
+        if step > 2:
+            flip_bit(newest(tmp_path) / "__0_0.distcp", random.Random(0))
+
+    monkeypatch.setattr(Store, "commit", damaging)
+    subject = trainee(tmp_path, dataset, "--checkpoint.keep=1")
+    for step in (1, 2, 3, 4):
+        subject.learn()
+        subject.checkpointer.save(step, val_loss=None)
+    subject.checkpointer.wait()
+    assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
+    assert [line.split(" is damaged")[0].split("/")[-1] for line in subject.said] == ["step-00000003", "step-00000004"]
+    assert trainee(tmp_path, dataset).checkpointer.restore() == 2
+    # Of what is set aside the newest stays for a person to look at.
+    kept, broken = sorted(names(tmp_path), reverse=True)
+    assert kept == "step-00000002"
+    assert broken.startswith("broken-step-00000004-")
+
+
+def test_what_a_person_put_into_a_broken_checkpoint_stays(run: Path, dataset: Dataset) -> None:
+    older = run / "checkpoints" / "broken-step-00000002-1"
+    older.mkdir()
+    (older / "notes.txt").write_text("mine")
+    flip_bit(newest(run) / "__0_0.distcp", random.Random(0))
+    assert trainee(run, dataset).checkpointer.restore() == 1
+    assert older.name in names(run)
+    assert len(names(run)) == 3
 
 
 # A disk that is full
@@ -155,7 +217,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(
     small_disk: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, noticed: str
 ) -> None:
     if noticed == "while writing":  # someone else fills the disk after the check
-        monkeypatch.setattr(checkpoint, "require_space", lambda directory, needed: None)
+        monkeypatch.setattr(store, "require_space", lambda directory, needed: None)
     subject = trainee(small_disk, dataset)
     subject.checkpointer.save(1, val_loss=None)
     assert subject.checkpointer.wait()

@@ -72,12 +72,12 @@ def test_done_is_reported_by_rank_0_alone(tmp_path: Path) -> None:
     told = {"code": 0, "cause": "done", "rank": 0, "step": 7, "job": None}
     assert jobs.exit_report(tmp_path) | {"time": ""} == {**told, "time": ""}
     (tmp_path / "exit.json").unlink()
-    assert rank(tmp_path, "run.joined()", number=1).code == 0
+    assert rank(tmp_path, "run.joined(None)", number=1).code == 0
     assert not (tmp_path / "exit.json").exists()
 
 
 def test_an_error_is_one_line_and_a_report(tmp_path: Path) -> None:
-    done = rank(tmp_path, "run.own(); run.joined(); run.step = 3; raise DataError('the loss')")
+    done = rank(tmp_path, "run.own(); run.joined(run.owner); run.step = 3; raise DataError('the loss')")
     assert (done.code, done.stderr) == (65, "distgpt: error: the loss\n")
     assert jobs.exit_report(tmp_path)["cause"] == "the loss"
     assert jobs.exit_report(tmp_path)["step"] == 3
@@ -85,9 +85,9 @@ def test_an_error_is_one_line_and_a_report(tmp_path: Path) -> None:
 
 
 def test_the_second_rank_to_fail_says_nothing(tmp_path: Path) -> None:
-    first = rank(tmp_path, "run.joined(); raise DataError('the cause')", number=1)
+    first = rank(tmp_path, "run.joined(None); raise DataError('the cause')", number=1)
     assert first.stderr == "distgpt: error: the cause\n"
-    second = rank(tmp_path, "run.joined(); raise RuntimeError('gloo: Connection closed by peer')", number=0)
+    second = rank(tmp_path, "run.joined(None); raise RuntimeError('gloo: Connection closed by peer')", number=0)
     assert (second.code, second.stderr) == (75, "")
     assert jobs.exit_report(tmp_path) | {"time": ""} == {
         "code": 65,
@@ -100,7 +100,7 @@ def test_the_second_rank_to_fail_says_nothing(tmp_path: Path) -> None:
 
 
 def test_our_bug_keeps_its_traceback_on_stderr_and_in_the_log(tmp_path: Path) -> None:
-    done = rank(tmp_path, "run.own(); run.joined(); {}['x']")
+    done = rank(tmp_path, "run.own(); run.joined(run.owner); {}['x']")
     assert done.code == 70
     assert "Traceback" in done.stderr
     assert done.error_lines == ["distgpt: error: KeyError: 'x'"]

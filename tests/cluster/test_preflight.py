@@ -12,7 +12,8 @@ import pytest
 from distgpt import config as configuration
 from distgpt.cluster import hosts, links, network, preflight
 from distgpt.cluster.links import Link
-from distgpt.cluster.run_directory import RunLock, RunPaths, lock_holder
+from distgpt.cluster.ownership import RunLock, lock_holder
+from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.runtime import Runtime
 from distgpt.corpus.order import Order
 from distgpt.corpus.shards import Dataset
@@ -107,7 +108,7 @@ def test_who_holds_a_lock(tmp_path: Path) -> None:
     assert (lock_holder(paths) or "").startswith(f"pid {os.getpid()} on ")
     with pytest.raises(DirectoryError, match="in use by pid"):
         preflight.run_directory(config(f"--run.dir={tmp_path}"), None)  # type: ignore[arg-type]
-    os.close(lock._fd)
+    lock.release()
     assert lock_holder(paths) is None
 
 

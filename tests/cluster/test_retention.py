@@ -1,9 +1,11 @@
 """Old checkpoints go; nothing that is still wanted, and nothing that is not ours, is lost."""
 
+import hashlib
 import json
 from pathlib import Path
 
-from distgpt.cluster.retention import best_of, prune
+from distgpt.cluster.manifest import manifest_bytes
+from distgpt.cluster.retention import best_of, surplus
 
 
 def make(directory: Path, *, step: int, val_loss: float | None) -> Path:
@@ -11,34 +13,43 @@ def make(directory: Path, *, step: int, val_loss: float | None) -> Path:
     made = directory / f"step-{step:08d}"
     made.mkdir(parents=True)
     state = {"step": step, "val_loss": val_loss, "config": {}, "data_fingerprint": "", "tokenizer_sha256": ""}
-    (made / "train.json").write_text(json.dumps({**state, "vocab_size": 1, "eot_id": None}))
-    (made / "manifest.json").write_text(json.dumps({"files": {"train.json": {}}}))
+    content = json.dumps({**state, "vocab_size": 1, "eot_id": None}).encode()
+    (made / "train.json").write_bytes(content)
+    entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (made / "manifest.json").write_bytes(manifest_bytes({"train.json": entry}))
     return made
 
 
-def test_prune_keeps_the_newest_and_the_best(tmp_path: Path) -> None:
+def steps(checkpoints: list[Path]) -> list[int]:
+    return [int(checkpoint.name.removeprefix("step-")) for checkpoint in checkpoints]
+
+
+def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     for step, val_loss in [(1, 3.0), (2, 1.5), (3, None), (4, 2.0), (5, 1.6), (6, None)]:
         make(tmp_path, step=step, val_loss=val_loss)
-    prune(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000002", "step-00000005", "step-00000006"]
-    prune(tmp_path, keep=2)
-    assert len(list(tmp_path.iterdir())) == 3
+    assert steps(surplus(tmp_path, keep=2)) == [4, 3, 1]
+    assert best_of(tmp_path) == tmp_path / "step-00000002"
     make(tmp_path, step=7, val_loss=1.0)
-    prune(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000007"]
+    assert steps(surplus(tmp_path, keep=2)) == [5, 4, 3, 2, 1]
     assert best_of(tmp_path) == tmp_path / "step-00000007"
+    assert surplus(tmp_path, keep=7) == []
 
 
-def test_prune_leaves_what_it_did_not_write(tmp_path: Path) -> None:
+def test_what_we_did_not_write_stays(tmp_path: Path) -> None:
     for step in range(1, 6):
         make(tmp_path, step=step, val_loss=None)
     (tmp_path / "step-00000001" / "notes.txt").write_text("mine")
     (tmp_path / "step-00000002" / "manifest.json").write_text("{")
     (tmp_path / "step-00000003" / "more").mkdir()
     (tmp_path / "backup").mkdir()
-    before = sorted(path.name for path in tmp_path.rglob("*"))
-    prune(tmp_path, keep=2)
-    assert sorted(path.name for path in tmp_path.rglob("*")) == before
-    prune(tmp_path, keep=1)
-    assert not (tmp_path / "step-00000004").exists()
-    assert (tmp_path / "step-00000001" / "notes.txt").read_text() == "mine"
+    assert surplus(tmp_path, keep=2) == []
+    assert steps(surplus(tmp_path, keep=1)) == [4]
+
+
+def test_a_damaged_validation_loss_is_not_the_best(tmp_path: Path) -> None:
+    for step, val_loss in [(1, 1.5), (2, 2.5), (3, None)]:
+        make(tmp_path, step=step, val_loss=val_loss)
+    state = tmp_path / "step-00000002" / "train.json"
+    state.write_text(state.read_text().replace("2.5", "0.5"))
+    assert best_of(tmp_path) == tmp_path / "step-00000001"
+    assert steps(surplus(tmp_path, keep=1)) == [2]

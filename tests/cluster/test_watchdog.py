@@ -23,7 +23,7 @@ from distgpt.cluster.watchdog import Watchdog
 from distgpt.config import HealthConfig
 with Run(RunPaths(Path(sys.argv[1])), 0) as run, Watchdog(run, HealthConfig(timeout=0.5)) as watchdog:
     run.own()
-    run.joined()
+    run.joined(None)
     {body}
 """
 

@@ -1,6 +1,5 @@
 """A user's mistake is exactly one line on stderr that says what is wrong and what would work, and its exit code."""
 
-import fcntl
 import json
 import os
 import re
@@ -12,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from distgpt.cluster.ownership import RunLock
+from distgpt.cluster.run_directory import RunPaths
 from tests import jobs
 from tests.end_to_end.conftest import Trained, tiny
 
@@ -78,7 +79,7 @@ def cases(
     for name in ("digits", "few"):
         made = jobs.door("prepare", "--input", root / f"{name}.txt", "--output", root / name, "--tokenizer", "char")
         assert made.code == 0, made
-    lock = hold_lock(root / "used")
+    lock = RunLock(RunPaths(root / "used"))
 
     run = shutil.copytree(whole("single").run, root / "done")
     fresh = root / "run"  # none of these gets as far as to write there
@@ -115,7 +116,7 @@ def cases(
         }
     )
     yield found
-    lock.close()
+    lock.release()
     assert not fresh.exists()
 
 
@@ -191,19 +192,3 @@ def overwrite(file: Path, offset: int, change: Callable[[int], int]) -> None:
         byte = stream.read(1)[0]
         stream.seek(offset)
         stream.write(bytes([change(byte)]))
-
-
-class hold_lock:
-    """Own a run directory as another job would, until closed."""
-
-    def __init__(self, run: Path) -> None:
-        run.mkdir()
-        self._file = (run / "LOCK").open("w")
-        fcntl.flock(self._file, fcntl.LOCK_EX)
-        json.dump(
-            {"host": socket.gethostname(), "pid": os.getpid(), "started": "2026-01-02 03:04:05 +0000"}, self._file
-        )
-        self._file.flush()
-
-    def close(self) -> None:
-        self._file.close()

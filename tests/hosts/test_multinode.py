@@ -25,7 +25,8 @@ SHAPE = (
 OPEN_LOCK = """
 import sys
 from pathlib import Path
-from distgpt.cluster.run_directory import RunLock, RunPaths
+from distgpt.cluster.ownership import RunLock
+from distgpt.cluster.run_directory import RunPaths
 from distgpt.errors import main_guard
 main_guard(lambda: RunLock(RunPaths(Path(sys.argv[1]))))
 """

@@ -13,6 +13,10 @@ from distgpt.telemetry import goodput
 from distgpt.telemetry.goodput import Ledger, Line, account_of, process_age, read_ledger
 
 
+def owned() -> None:
+    """No other job takes this run directory."""
+
+
 def test_an_attempt_is_what_its_last_line_says() -> None:
     lines = [
         Line(1, at=1000.0, step=0),
@@ -125,7 +129,7 @@ def test_lines_that_are_torn_or_not_ours_are_left_out_and_end_there(tmp_path: Pa
     first = Line(1, at=5.0, step=5, steps=5.0)
     path.write_bytes(f"{json.dumps(asdict(first))}\n{torn}".encode(errors="surrogateescape"))
     assert read_ledger(path) == [first]
-    Ledger(path, start_step=3).write()
+    Ledger(path, start_step=3, require_owned=owned).write()
     found = read_ledger(path)
     assert [(line.attempt, line.step) for line in found] == [(1, 5), (2, 3), (2, 3)]
     assert found[1].spent == 0.0
@@ -143,7 +147,7 @@ def test_no_file_is_an_empty_ledger(tmp_path: Path) -> None:
 
 def test_a_ledger_accounts_for_every_second_since_the_process_began(tmp_path: Path) -> None:
     path = tmp_path / "goodput.jsonl"
-    ledger = Ledger(path, start_step=10)
+    ledger = Ledger(path, start_step=10, require_owned=owned)
     ledger.write()
     ledger.step(11, data_wait=0.5)
     for step in range(12, 15):
@@ -168,13 +172,13 @@ def test_lines_come_when_they_are_due(tmp_path: Path, monkeypatch: pytest.Monkey
     path = tmp_path / "goodput.jsonl"
     monkeypatch.setattr(goodput, "LINE_SECONDS", 3600.0)
     monkeypatch.setattr(goodput, "LINE_SHARE", 1.0)
-    ledger = Ledger(path, start_step=0)
+    ledger = Ledger(path, start_step=0, require_owned=owned)
     for step in range(1, 100):
         ledger.write()
         ledger.step(step, data_wait=0.0)
     assert len(read_ledger(path)) == 2, "the opening and the first one, no line a step"
     monkeypatch.setattr(goodput, "LINE_SECONDS", 0.0)
-    again = Ledger(path, start_step=99)
+    again = Ledger(path, start_step=99, require_owned=owned)
     for _ in range(3):
         again.write()
     assert len(read_ledger(path)) == 2 + 4
@@ -182,7 +186,7 @@ def test_lines_come_when_they_are_due(tmp_path: Path, monkeypatch: pytest.Monkey
 
 def test_a_line_that_cannot_be_written_loses_nothing_once_the_next_one_can(tmp_path: Path) -> None:
     path = tmp_path / "missing" / "goodput.jsonl"
-    ledger = Ledger(path, start_step=0)
+    ledger = Ledger(path, start_step=0, require_owned=owned)
     with pytest.raises(OSError, match="No such file"):
         ledger.write()
     path.parent.mkdir()

@@ -15,6 +15,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distgpt.errors import StorageError
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity, read_metrics
+from tests import jobs
+
+
+def owned() -> None:
+    """No other job takes this run directory."""
 
 
 def log_step(
@@ -65,7 +70,7 @@ def full_disk(path: Path, *, room: int) -> Iterator[None]:
 
 
 def test_lines_hold_the_contract_fields(tmp_path: Path) -> None:
-    with closing(Metrics(tmp_path, resume_step=0)) as metrics:
+    with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
         log_step(metrics, 1, mfu=0.4)
         assert len(lines(tmp_path)) == 1, "a line must be on the disk at once"
         metrics.evaluation(step=1, val_loss=1.5, val_bits_per_byte=2.2)
@@ -80,7 +85,7 @@ def test_lines_hold_the_contract_fields(tmp_path: Path) -> None:
 
 
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
-    with closing(Metrics(tmp_path, resume_step=0)) as metrics:
+    with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
         log_step(metrics, 1, loss=math.nan, skipped=True)
         metrics.evaluation(step=1, val_loss=5000.0, val_bits_per_byte=math.inf)
     training, evaluation = lines(tmp_path)
@@ -93,13 +98,13 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
 
 def test_no_step_is_logged_twice_after_a_kill(tmp_path: Path) -> None:
     # Not closed, as after a kill; the last line is torn.
-    killed = Metrics(tmp_path, resume_step=0)
+    killed = Metrics(tmp_path, resume_step=0, require_owned=owned)
     for step in range(1, 9):
         log_step(killed, step, loss=9.0)
     killed.evaluation(step=8, val_loss=9.0, val_bits_per_byte=None)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "loss": 1.')
-    with closing(Metrics(tmp_path, resume_step=5)) as metrics:
+    with closing(Metrics(tmp_path, resume_step=5, require_owned=owned)) as metrics:
         for step in range(6, 11):
             log_step(metrics, step, loss=1.0)
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 11))
@@ -113,13 +118,13 @@ def test_a_torn_end_is_cut_off(tmp_path: Path, torn: bytes) -> None:
     good = b'{"step": 4}\n{"step": 5}\n'
     (tmp_path / "metrics.jsonl").write_bytes(good + torn)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 5]
-    Metrics(tmp_path, resume_step=6).close()
+    Metrics(tmp_path, resume_step=6, require_owned=owned).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == good
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_with_an_empty_file(tmp_path: Path) -> None:
     for _ in range(2):
-        metrics = Metrics(tmp_path, resume_step=0)
+        metrics = Metrics(tmp_path, resume_step=0, require_owned=owned)
         metrics.evaluation(step=0, val_loss=4.0, val_bits_per_byte=None)
         log_step(metrics, 1)
     assert [line["step"] for line in lines(tmp_path)] == [0, 1]
@@ -127,7 +132,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_with_an_empty_file(tmp_
 
 
 def test_tensorboard_has_curves_and_verbatim_text(tmp_path: Path) -> None:
-    with closing(Metrics(tmp_path, resume_step=0)) as metrics:
+    with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
         log_step(metrics, 3, mfu=0.25, skipped=True)
         metrics.evaluation(step=3, val_loss=1.5, val_bits_per_byte=2.0)
         metrics.text("sample", "# no heading\n```\n*no* emphasis \udcff", 3)
@@ -145,7 +150,7 @@ def test_tensorboard_has_curves_and_verbatim_text(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_costs_figures_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with closing(Metrics(tmp_path, resume_step=0)) as metrics:
+    with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
         log_step(metrics, 1)
         [events] = (tmp_path / "tb").iterdir()
         with full_disk(tmp_path / "metrics.jsonl", room=30):
@@ -166,7 +171,7 @@ def test_a_full_disk_costs_figures_and_not_the_run(tmp_path: Path, capsys: pytes
 
 def test_tensorboard_comes_back_when_its_directory_could_not_be_made(tmp_path: Path) -> None:
     (tmp_path / "tb").write_text("in the way")
-    with closing(Metrics(tmp_path, resume_step=0)) as metrics:
+    with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
         log_step(metrics, 1)
         assert metrics.dropped == 1
         (tmp_path / "tb").unlink()
@@ -177,7 +182,7 @@ def test_tensorboard_comes_back_when_its_directory_could_not_be_made(tmp_path: P
 
 def test_a_run_directory_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match=r"cannot write .*metrics\.jsonl"):
-        Metrics(tmp_path / "missing", resume_step=0)
+        Metrics(tmp_path / "missing", resume_step=0, require_owned=owned)
     with pytest.raises(StorageError, match="cannot read"):
         read_metrics(tmp_path / "missing")
 
@@ -194,3 +199,35 @@ def test_perplexity() -> None:
     assert perplexity(0.0) == 1.0
     assert perplexity(1e6) == math.inf
     assert math.isnan(perplexity(math.nan))
+
+
+def test_an_earlier_owner_writes_to_what_nobody_reads(tmp_path: Path) -> None:
+    earlier = Metrics(tmp_path, resume_step=0, require_owned=owned)
+    log_step(earlier, 1)
+    log_step(earlier, 2)
+    with closing(Metrics(tmp_path, resume_step=1, require_owned=owned)) as metrics:
+        log_step(earlier, 3)
+        log_step(metrics, 2)
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    assert not list(tmp_path.glob(".*"))
+
+
+def test_who_no_longer_owns_the_directory_writes_nothing(tmp_path: Path) -> None:
+    class Lost(Exception):
+        pass
+
+    def lost() -> None:
+        raise Lost
+
+    with pytest.raises(Lost):
+        Metrics(tmp_path, resume_step=0, require_owned=lost)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_resume_on_a_full_disk_cuts_the_file_itself(tmp_path: Path) -> None:
+    with jobs.disk(tmp_path / "disk", "size=1m") as disk:
+        (disk / "metrics.jsonl").write_bytes(b'{"step": 4}\n' * 1000 + b'{"step": 5}\n')
+        jobs.fill(disk / "filler")
+        Metrics(disk, resume_step=4, require_owned=owned).close()
+        assert (disk / "metrics.jsonl").read_bytes() == b'{"step": 4}\n' * 1000
+        assert sorted(file.name for file in disk.iterdir()) == ["filler", "metrics.jsonl"]
