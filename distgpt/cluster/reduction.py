@@ -70,12 +70,10 @@ def sum_over_ranks(values: Tensor, runtime: Runtime) -> Tensor:
 
 
 def gathered(row: Sequence[float], runtime: Runtime) -> list[list[float]]:
-    """Every rank's row, by rank; all of the same length. Between hosts' memories, so that no device waits for it."""
-    rows = torch.tensor([row], dtype=torch.float64)
-    if runtime.distributed:
-        rows = torch.empty(runtime.world_size, len(row), dtype=torch.float64)
-        dist.all_gather(list(rows), torch.tensor(row, dtype=torch.float64))
-    found: list[list[float]] = rows.tolist()
+    """Every rank's row, by rank; all of the same length."""
+    rows = torch.zeros(runtime.world_size, len(row), dtype=torch.float64, device=runtime.device)
+    rows[runtime.rank] = torch.tensor(row, dtype=torch.float64)
+    found: list[list[float]] = sum_over_ranks(rows, runtime).tolist()
     return found
 
 

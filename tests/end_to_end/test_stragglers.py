@@ -16,16 +16,17 @@ def job(data: Path, run: Path, slow: str, *arguments: str) -> jobs.Job:
     return jobs.Job([*command, *quiet, *arguments], SLOW=slow)
 
 
-def stop(started: jobs.Job) -> None:
+def stop(started: jobs.Job) -> str:
+    """Ask a job to end; all that it said."""
     started.signal(signal.SIGTERM)
-    started.finish()
+    return started.finish().stdout
 
 
 @jobs.linux_only
 def test_a_slow_rank_is_named_with_its_host(prepared: Path, tmp_path: Path) -> None:
     started = job(prepared, tmp_path, "forward:0.1:1")
     started.read_until(f"rank 1 on {socket.gethostname()} is slow: 2")  # two micro-batches: 200 ms and a little
-    stop(started)
+    assert "rank 0 on " not in stop(started)
     assert f"rank 1 on {socket.gethostname()} is slow: " in (tmp_path / "logs" / "rank-0.log").read_text()
 
 
@@ -35,7 +36,7 @@ def test_slow_data_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> Non
     started = job(prepared, tmp_path, "read:0.05:0", "--parallel.strategy=fsdp")
     started.read_until(f"rank 0 on {socket.gethostname()} is slow: ")
     started.read_until(" a step, checkpoints 0 ms in all\n")
-    stop(started)
+    assert "rank 1 on " not in stop(started)
     accumulator = EventAccumulator(str(tmp_path / "tb"))
     accumulator.Reload()
     waits = [event.value for event in accumulator.Scalars("ranks/data_wait_s_longest")]
@@ -46,9 +47,7 @@ def test_slow_data_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> Non
 def test_nobody_is_named_where_all_are_as_slow(prepared: Path, tmp_path: Path) -> None:
     started = job(prepared, tmp_path, "forward:0.1:")
     started.read_until("step    50/10000 ")  # ten seconds
-    started.signal(signal.SIGTERM)
-    ended = started.finish()
-    assert " is slow: " not in ended.stdout
+    assert " is slow: " not in stop(started)
     accumulator = EventAccumulator(str(tmp_path / "tb"))
     accumulator.Reload()
     own = [event.value for event in accumulator.Scalars("ranks/own_work_s_median")]
