@@ -18,7 +18,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
@@ -36,7 +35,6 @@ if TYPE_CHECKING:
 TICK, ANSWER, WRITING = 0.5, 2.0, 0.5
 # A look that comes this late was not the scheduler's doing: the process was suspended, which is no hang.
 SUSPENDED = 10.0
-FOREVER = timedelta(days=3650)
 CALL = "watchdog/call"
 
 
@@ -70,6 +68,7 @@ class Watchdog:
         self._store: Store | None = None
         self._called, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._listener: threading.Thread | None = None
 
     def __enter__(self) -> Self:
         self._thread.start()
@@ -79,12 +78,16 @@ class Watchdog:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._ended.set()
+        if self._listener is not None and error is None:
+            # If it is still in the store when Python ends and the store goes away, the process is aborted.
+            self._listener.join(ANSWER)
 
     def connect(self, store: "Store") -> None:
         """From here on the ranks can be called together. `store` is one that all of them share."""
         # Clients of their own, one a thread: a call in one blocks it. The stubs of torch lack clone().
         self._store, calls = store.clone(), store.clone()  # type: ignore[attr-defined]
-        threading.Thread(target=self._listen, args=(calls,), name="watchdog-calls", daemon=True).start()
+        self._listener = threading.Thread(target=self._listen, args=(calls,), name="watchdog-calls", daemon=True)
+        self._listener.start()
 
     def beat(self, doing: str, limit: float | None = None) -> None:
         """The rank got somewhere, and goes on with what may take `limit` seconds, None: as many as what it did before.
@@ -134,8 +137,10 @@ class Watchdog:
 
     def _listen(self, store: "Store") -> None:
         with suppress(RuntimeError):  # the store is gone, and with it the rank that keeps it
-            store.wait([CALL], FOREVER)
-            self._called.set()
+            while not self._ended.wait(TICK):
+                if store.check([CALL]):
+                    self._called.set()
+                    return
 
     def _end(self, stopped: Sequence[int]) -> None:
         mine = Whereabouts(self._run.rank, socket.gethostname(), os.getpid(), self._beats, self._doing)
