@@ -156,7 +156,7 @@ def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> Non
         probe = Probe()
         with probe.watching(model), torch.compiler.set_stance("force_eager"):
             loss = accumulate_gradients(model, loader.next_step(), target, config, runtime, dtype)
-        print(f"step {target:<5}{in_words(probe.finding)}")
+        print(f"step {target:<4} {in_words(probe.finding)}")
         if probe.finding is not None:
             print(f"samples   {samples_of(loader, target, probe.finding.call, micro_batch)}")
     print(f"replayed  loss {loss.item():.7g} | gradient norm {grad_norm_of(model).item():.7g}")

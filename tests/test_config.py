@@ -98,6 +98,7 @@ def test_an_unknown_key_says_where_it_stands(tmp_path: Path) -> None:
         ("--train.dtype=float8", "train.dtype is 'float8': it must be one of auto, float32, bfloat16"),
         ("--checkpoint.every=often", "checkpoint.every is 'often': it must be a whole number or auto"),
         ("--checkpoint.every=1.5", "checkpoint.every is '1.5': it must be a whole number or auto"),
+        ("--health.on_nonfinite=ignore", "health.on_nonfinite is 'ignore': it must be one of stop, skip"),
         ("--parallel.strategy=zero", "parallel.strategy is 'zero': it must be one of auto, ddp, fsdp, hsdp"),
         ("--train.steps", "--train.steps has no value: write --train.steps=VALUE"),
     ],

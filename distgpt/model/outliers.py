@@ -79,7 +79,7 @@ class Guard:
             return Verdict(loss_z, grad_norm_z)
         objection = f"loss {_figure(loss, loss_z)} and gradient norm {_figure(grad_norm, grad_norm_z)}"
         skips, self._skips = self._skips, self._skips + 1
-        stop = skips == MOST_SKIPS or (not finite and self._config.on_nonfinite == "stop")
+        stop = skips >= MOST_SKIPS or (not finite and self._config.on_nonfinite == "stop")
         return Verdict(loss_z, grad_norm_z, "stop" if stop else "skip", objection, skips)
 
     def state(self) -> dict[str, Any]:
