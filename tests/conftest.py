@@ -10,6 +10,11 @@ from tests import jobs
 SHAKESPEARE = jobs.PROJECT.parent / "shared" / "data" / "tinyshakespeare.txt"
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--storms", action="store_true", help="run the storms (tests/storms) at their full length")
+    parser.addoption("--storm-seed", type=int, default=1, help="what a storm draws its strikes from (default: 1)")
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tinyshakespeare where it is, else a text of 200,000 made-up words."""

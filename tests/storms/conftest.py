@@ -1,0 +1,59 @@
+"""How long a storm is, what it draws from, and the tables of what each came to."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import pytest
+
+from distgpt.corpus.shards import Dataset
+from tests.cluster.conftest import make_dataset
+from tests.storms.living import Lives
+
+Table = Callable[..., None]
+ROWS: pytest.StashKey[dict[str, list[dict[str, object]]]] = pytest.StashKey()
+
+
+@dataclass(frozen=True)
+class Storm:
+    """As asked for by --storms and --storm-seed."""
+
+    full: bool
+    seed: int
+
+    def size(self, *, short: int, long: int) -> int:
+        """How many strikes."""
+        return long if self.full else short
+
+
+@pytest.fixture(scope="session")
+def storm(request: pytest.FixtureRequest) -> Storm:
+    return Storm(request.config.getoption("--storms"), request.config.getoption("--storm-seed"))
+
+
+@pytest.fixture(scope="session")
+def table(request: pytest.FixtureRequest) -> Table:
+    """Add a row to a table that is printed at the end: table("Title", {"column": value, ...})."""
+    tables = request.config.stash.setdefault(ROWS, {})
+    return lambda title, row: tables.setdefault(title, []).append(row)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Print the tables as they stand in bench/RESULTS.md."""
+    for title, rows in config.stash.get(ROWS, {}).items():
+        terminalreporter.section(f"{title}, seed {config.getoption('--storm-seed')}")
+        terminalreporter.write_line(f"| {' | '.join(rows[0])} |")
+        terminalreporter.write_line(f"|{'---|' * len(rows[0])}")
+        for row in rows:
+            terminalreporter.write_line(f"| {' | '.join(map(str, row.values()))} |")
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return make_dataset(tmp_path_factory.mktemp("storm-data"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def lives(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
+    started = Lives(dataset, tmp_path_factory.mktemp("lives"))
+    yield started
+    started.close()

@@ -1,0 +1,227 @@
+"""Lives of a small run, to be killed or stopped at any system call that changes a file: `python lives.py DATASET`.
+
+A life takes the run directory, resumes, learns one step, saves it, and leaves. This program imports torch once and
+forks a process for each rank of each life. It reads requests as JSON lines and answers each with one, see living.py.
+"""
+
+import builtins
+import hashlib
+import io
+import json
+import os
+import signal
+import sys
+import tempfile
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+
+from distgpt.cluster import ownership
+from distgpt.cluster.checkpoint import Checkpointer
+from distgpt.cluster.health import Run
+from distgpt.cluster.parallel import build_model
+from distgpt.cluster.reduction import from_rank_zero
+from distgpt.cluster.run_directory import RunPaths
+from distgpt.cluster.runtime import Runtime
+from distgpt.config import resolve
+from distgpt.corpus.shards import Dataset, open_dataset
+from distgpt.model.optim import build_optimizer
+from distgpt.model.outliers import Guard
+from distgpt.telemetry.metrics import Metrics
+from tests.cluster.checkpoints import SMALL
+
+CHANGES = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "ftruncate", "truncate", "fsync")
+OPEN = open
+ENTER: dict[str, signal.Signals] = {"kill": signal.SIGKILL, "tear": signal.SIGKILL, "stop": signal.SIGSTOP}
+
+
+class Calls:
+    """Counts the calls that change a file, notes them in `log`, and ends or stops this process just before one.
+
+    "tear" lets a write do half of its work first. What the lease's thread does comes at no fixed place: not counted.
+    """
+
+    def __init__(self, log: Path, how: str, at: int) -> None:
+        self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        self._note = os.write
+        self._how, self._at, self._count = how, at, 0
+
+    def watch(self) -> None:
+        for name in CHANGES:
+            setattr(os, name, self._watched(name, getattr(os, name)))
+        for name in ("write", "pwrite"):
+            setattr(os, name, self._watched_write(name, getattr(os, name)))
+        os.open = self._watched_open(os.open)
+        builtins.open = io.open = self._opened
+
+    def before(self, name: str, tear: Callable[[], object] = lambda: None) -> None:
+        """A call is about to be made."""
+        if threading.current_thread().name == "lease":
+            return
+        self._count += 1
+        self._note(self._log, f"{name}\n".encode())
+        if self._count == self._at:
+            if self._how == "tear":
+                tear()
+            os.kill(os.getpid(), ENTER[self._how])
+
+    def _watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def watched(*arguments: Any, **named: Any) -> Any:
+            self.before(f"{name} {' '.join(str(a) for a in arguments if isinstance(a, str | Path))}")
+            return call(*arguments, **named)
+
+        return watched
+
+    def _watched_write(self, name: str, call: Callable[..., int]) -> Callable[..., int]:
+        def watched(fd: int, data: bytes, *rest: int) -> int:
+            self.before(name, lambda: call(fd, bytes(data)[: len(data) // 2], *rest))
+            return call(fd, data, *rest)
+
+        return watched
+
+    def _watched_open(self, call: Callable[..., int]) -> Callable[..., int]:
+        def watched(path: Any, flags: int, *rest: Any, **named: Any) -> int:
+            if flags & os.O_CREAT:
+                self.before(f"open {path}")
+            return call(path, flags, *rest, **named)
+
+        return watched
+
+    def _opened(self, file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **named: Any) -> Any:
+        if isinstance(file, int) or not set(mode) & set("wxa+"):
+            return OPEN(file, mode, buffering, *rest, **named)
+        self.before(f"open {file}")
+        raw = WatchedFile(file, mode.replace("b", "").replace("t", ""))
+        raw.calls = self
+        if buffering == 0:
+            return raw
+        buffered = io.BufferedRandom(raw) if "+" in mode else io.BufferedWriter(raw)
+        return buffered if "b" in mode else io.TextIOWrapper(buffered, line_buffering=buffering == 1)
+
+
+class WatchedFile(io.FileIO):
+    """A file whose real writes are counted, as they come out of the buffer."""
+
+    calls: Calls
+
+    def write(self, data: Any) -> int:
+        self.calls.before(f"write {self.name}", lambda: super(WatchedFile, self).write(bytes(data)[: len(data) // 2]))
+        return super().write(data)
+
+
+def life(directory: Path, dataset: Dataset, *, rank: int, world: int, report: Path) -> None:
+    """All of it. Writes the step that it went on from and a digest of the weights to `report`."""
+    config = resolve([*SMALL, "--train.micro_batch=1"], {})
+    runtime = Runtime(rank, rank, world, world, torch.device("cpu"))
+    with Run(RunPaths(directory), rank) as run:
+        if rank == 0:
+            run.own()
+        if world > 1:
+            store = dist.FileStore(str(report.with_suffix(".store")), world)
+            dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+        run.joined(from_rank_zero(run.owner, runtime))
+        model = build_model(
+            config,
+            runtime,
+            strategy="fsdp" if world > 1 else "single",
+            vocab_size=dataset.vocab_size,
+            eot_id=None,
+            micro_batch=1,
+            dtype=torch.float32,
+        )
+        optimizer = build_optimizer(model, config.optim, "cpu")
+        checkpointer = Checkpointer(
+            run,
+            config=config,
+            dataset=dataset,
+            model=model,
+            optimizer=optimizer,
+            guard=Guard(config.health),
+            runtime=runtime,
+            say=lambda text: None,
+        )
+        step = checkpointer.restore()
+        run.training()
+        if rank == 0:
+            with OPEN(report, "w") as file:
+                json.dump({"step": step, "digest": digest(directory, step)}, file)
+            metrics = Metrics(directory, resume_step=step, require_owned=run.require_owned)
+        tokens_BT = torch.randint(0, 20, (4, 9), generator=torch.Generator().manual_seed(3))
+        model(tokens_BT[:, :-1], tokens_BT[:, 1:]).mean().backward()
+        optimizer.step()
+        checkpointer.save(step + 1, val_loss=None)
+        if rank == 0:
+            metrics.evaluation(step=step + 1, val_loss=1.0, val_bits_per_byte=None)
+        checkpointer.require_saved(step + 1)
+        run.step = step + 1
+
+
+def digest(directory: Path, step: int) -> str:
+    """Of what is in the tensor files of a checkpoint, empty at step 0."""
+    files = sorted((directory / "checkpoints" / f"step-{step:08d}").glob("__*"))
+    return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() if files else ""
+
+
+def fork(request: dict[str, Any], dataset: Dataset, *, rank: int, report: Path, log: Path) -> int:
+    """Begin a rank's part of a life; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    with suppress(BaseException):
+        if request["boot"]:
+            ownership._boot = lambda: request["boot"]
+        ownership.RunLock.__init__.__kwdefaults__["lease"] = 0.2
+        calls = Calls(log, request["how"], request["at"] if rank == request["rank"] else 0)
+        calls.watch()
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        life(Path(request["directory"]), dataset, rank=rank, world=request["world"], report=report)
+        calls.before("end")
+        os._exit(0)
+    os._exit(99)
+
+
+def main() -> NoReturn:
+    torch.set_num_threads(1)
+    dataset = open_dataset(Path(sys.argv[1]))
+    with tempfile.TemporaryDirectory() as first:  # so that all that is imported late is there for every fork
+        life(Path(first) / "run", dataset, rank=0, world=1, report=Path(first) / "report")
+    stopped: tuple[list[int], Path, Path] | None = None
+    for line in sys.stdin:
+        request = json.loads(line)
+        if "wake" in request:
+            assert stopped is not None
+            pids, report, log = stopped
+            os.kill(pids[0], signal.SIGCONT)
+        else:
+            place = Path(tempfile.mkdtemp(dir=request["scratch"]))
+            report, log = place / "report", place / "calls"
+            pids = [fork(request, dataset, rank=r, report=report, log=log) for r in range(request["world"])]
+        first = request.get("rank", 0)
+        _, status = os.waitpid(pids[first], os.WUNTRACED)
+        answer: dict[str, Any] = {"stopped": os.WIFSTOPPED(status), "code": 0}
+        if os.WIFSTOPPED(status):
+            stopped = (pids, report, log)
+        else:
+            for pid in pids:
+                if pid != pids[first]:
+                    if status:  # as torchrun would
+                        os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
+            answer["code"] = os.waitstatus_to_exitcode(status)
+        answer |= {"calls": log.read_text().splitlines() if log.exists() else []}
+        answer |= json.loads(report.read_text()) if report.exists() else {"step": None, "digest": None}
+        print(json.dumps(answer), flush=True)
+        stopped = None if "wake" in request else stopped
+    for pid in stopped[0] if stopped else ():
+        os.kill(pid, signal.SIGKILL)
+    sys.exit(0)
+
+
+if __name__ == "__main__":
+    main()

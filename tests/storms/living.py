@@ -1,0 +1,55 @@
+"""Lives of small runs, forked by lives.py, as a test asks for them."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from distgpt.corpus.shards import Dataset
+from tests import jobs
+
+
+@dataclass(frozen=True)
+class Ended:
+    """How a life ended: where it went on from, a digest of those weights, the calls that it made; or it is stopped."""
+
+    code: int
+    stopped: bool
+    step: int | None
+    digest: str | None
+    calls: list[str]
+
+
+class Lives:
+    """A process that forks small runs, see lives.py."""
+
+    def __init__(self, dataset: Dataset, scratch: Path) -> None:
+        command = [sys.executable, "-m", "tests.storms.lives", str(dataset.path)]
+        variables = jobs.environment(PYTHONPATH=str(jobs.PROJECT))
+        self._scratch = scratch
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=jobs.PROJECT, env=variables
+        )
+
+    def live(
+        self, directory: Path, how: str = "live", at: int = 0, *, boot: str = "", world: int = 1, rank: int = 0
+    ) -> Ended:
+        """A life of `world` ranks; `rank` is killed, torn or stopped just before its call number `at`, from 1."""
+        request = {"directory": str(directory), "how": how, "at": at, "boot": boot, "world": world, "rank": rank}
+        return self._asked({**request, "scratch": str(self._scratch)})
+
+    def wake(self) -> Ended:
+        """Let the life that was stopped go on, to its end."""
+        return self._asked({"wake": True})
+
+    def close(self) -> None:
+        self._process.communicate()
+
+    def _asked(self, request: dict[str, Any]) -> Ended:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return Ended(**json.loads(self._process.stdout.readline()))

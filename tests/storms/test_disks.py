@@ -1,0 +1,82 @@
+"""Disks, files and clocks that fail: each ends, or goes on, as the contract says, with one clear line.
+
+More of them: a full disk and a signal in tests/end_to_end/test_endings.py, mistakes in test_bad_input.py.
+"""
+
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from distgpt.corpus.shards import Dataset
+from tests import jobs
+from tests.cluster.checkpoints import trainee
+from tests.end_to_end.conftest import tiny
+
+pytestmark = pytest.mark.storm
+
+# A clock that someone set back by a day, in a sitecustomize.py.
+SET_BACK = """
+import time
+now, now_ns = time.time, time.time_ns
+time.time, time.time_ns = lambda: now() - 86400, lambda: now_ns() - 86400 * 10**9
+"""
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    with jobs.disk(tmp_path / "disk", "size=4m") as disk:
+        yield disk
+
+
+def test_a_disk_that_becomes_read_only(dataset: Dataset, small_disk: Path) -> None:
+    subject = trainee(small_disk, dataset)
+    subject.checkpointer.save(1, val_loss=None)
+    subject.checkpointer.require_saved(1)
+    remount(small_disk, "ro")
+    subject.checkpointer.save(2, val_loss=None)
+    assert not subject.checkpointer.wait()
+    (line,) = subject.said
+    assert line.startswith("CHECKPOINT NOT SAVED, training goes on: Read-only file system: ")
+    remount(small_disk, "rw")
+    subject.checkpointer.save(3, val_loss=None)
+    subject.checkpointer.require_saved(3)
+    assert jobs.checkpoints(small_disk) == ["step-00000001", "step-00000003"]
+    assert trainee(small_disk, dataset).checkpointer.restore() == 3
+
+
+def test_a_full_disk_of_tensorboard_costs_curves_and_no_more(prepared: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    with jobs.disk(run / "tb", "size=64k") as disk:
+        jobs.fill(disk / "filler")
+        ended = jobs.door("train", *tiny(prepared, run), "--train.steps=8", "--eval.every=4")
+    assert ended.code == 0, ended
+    assert ended.stderr.count("metrics are being lost, training goes on: ") == 1, ended
+    assert ended.stderr.count("\n") == 1, ended
+    assert list(jobs.losses(run)) == list(range(1, 9))
+
+
+def test_a_damaged_config_and_a_clock_set_back(prepared: Path, tmp_path: Path) -> None:
+    """What a run has resolved is for people to read: its checkpoint has its own. A file that is given must be right."""
+    run = tmp_path / "run"
+    arguments = tiny(prepared, run)
+    first = jobs.door("train", *arguments, "--train.steps=4")
+    assert first.code == 0, first
+    (run / "config.toml").write_bytes(b"\x00\xff[[[")
+    given = jobs.door("train", str(run / "config.toml"), *arguments)
+    assert given.code == 2, given
+    assert given.stderr.count("\n") == 1, given
+    assert given.stderr.startswith(f"distgpt: error: cannot read {run / 'config.toml'}: ")
+    (tmp_path / "sitecustomize.py").write_text(SET_BACK)
+    again = jobs.door("train", *arguments, "--train.steps=8", PYTHONPATH=str(tmp_path))
+    assert (again.code, again.stderr) == (0, ""), again
+    assert f"going on from step 4 in {run}" in again.stdout
+    assert list(jobs.losses(run)) == list(range(1, 9))
+    assert b"\xff" not in (run / "config.toml").read_bytes()
+    assert jobs.checkpoints(run)[-1] == "step-00000008"
+
+
+def remount(disk: Path, mode: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{mode}", disk], check=True)

@@ -1,0 +1,128 @@
+"""Bits flip, files are cut short or vanish, in checkpoints and in prepared data: all is found, and told in one line.
+
+A damaged checkpoint is skipped for an older good one; where there is none, and for data, the reader refuses.
+"""
+
+import random
+import shutil
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distgpt.cluster.loading import load_for_inference
+from distgpt.cluster.manifest import committed
+from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
+from distgpt.errors import DataError
+from tests import jobs
+from tests.cluster.checkpoints import CPU, flip_bit, trainee
+from tests.storms.conftest import Storm, Table
+
+pytestmark = pytest.mark.storm
+TITLE = "Bits flipped, files cut short, files deleted"
+
+
+def cut(file: Path, draw: random.Random) -> None:
+    with file.open("r+b") as stream:
+        stream.truncate(draw.randrange(file.stat().st_size))
+
+
+def delete(file: Path, draw: random.Random) -> None:
+    file.unlink()
+
+
+HARMS: dict[str, Callable[[Path, random.Random], None]] = {"bit flipped": flip_bit, "cut short": cut, "deleted": delete}
+
+
+@pytest.fixture(scope="module")
+def saved(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with steps 1, 2 and 3."""
+    run = tmp_path_factory.mktemp("saved") / "run"
+    subject = trainee(run, dataset, "--checkpoint.keep=3")
+    for step in (1, 2, 3):
+        subject.learn()
+        subject.checkpointer.save(step, val_loss=None)
+    subject.checkpointer.require_saved(3)
+    return run
+
+
+def test_a_damaged_checkpoint_is_never_believed(saved: Path, storm: Storm, table: Table) -> None:
+    """One to three of three checkpoints are damaged, each in one file, and mended again."""
+    draw = random.Random(storm.seed)
+    checkpoints = committed(saved / "checkpoints")
+    found: Counter[tuple[str, str]] = Counter()
+    for _ in range(storm.size(short=40, long=700)):
+        harmed = draw.sample(checkpoints, draw.choice((1, 1, 2, 3)))
+        harm = draw.choice(sorted(HARMS))
+        whole = {}
+        for checkpoint in harmed:
+            file = draw.choice(sorted(checkpoint.iterdir()))
+            whole[file] = file.read_bytes()
+            HARMS[harm](file, draw)
+        good = [checkpoint for checkpoint in checkpoints if checkpoint not in harmed]
+        where = [str(file) for file in whole]
+        if good:
+            step = load_for_inference(saved, CPU)[2].step
+            assert step == int(good[0].name[5:]), where
+            found[harm, "skipped" if good[0] != checkpoints[0] else "not the newest"] += 1
+        else:
+            with pytest.raises(DataError) as caught:
+                load_for_inference(saved, CPU)
+            assert caught.value.code == 65, where
+            assert "\n" not in str(caught.value), where
+            assert all(checkpoint.name in str(caught.value) for checkpoint in harmed), where
+            found[harm, "refused"] += 1
+        for file, content in whole.items():
+            file.write_bytes(content)
+    assert load_for_inference(saved, CPU)[2].step == 3
+    for harm in HARMS:
+        kinds = {kind: found[harm, kind] for kind in ("skipped", "not the newest", "refused")}
+        table(TITLE, {"where": "checkpoints", "harm": harm, "strikes": sum(kinds.values()), **kinds, "missed": 0})
+
+
+def test_damaged_data_is_refused(dataset: Dataset, tmp_path: Path, storm: Storm, table: Table) -> None:
+    draw = random.Random(storm.seed)
+    copy = Path(shutil.copytree(dataset.path, tmp_path / "data", ignore=shutil.ignore_patterns(".verified.json")))
+    files = sorted(copy.iterdir())
+    found: Counter[str] = Counter()
+    for _ in range(storm.size(short=20, long=300)):
+        file, harm = draw.choice(files), draw.choice(sorted(HARMS))
+        whole = file.read_bytes()
+        HARMS[harm](file, draw)
+        if file.name == "meta.json" and harm == "bit flipped":
+            require_refused_or_unchanged(copy, dataset, str(file))
+        else:
+            with pytest.raises(DataError) as caught:
+                verify_dataset(open_dataset(copy))
+            assert caught.value.code == 65
+            assert "\n" not in str(caught.value)
+        found[harm] += 1
+        file.write_bytes(whole)
+        (copy / ".verified.json").unlink(missing_ok=True)
+    verify_dataset(open_dataset(copy))
+    for harm, strikes in sorted(found.items()):
+        row = {"where": "prepared data", "harm": harm, "strikes": strikes, "skipped": 0, "not the newest": 0}
+        table(TITLE, {**row, "refused": strikes, "missed": 0})
+
+
+def require_refused_or_unchanged(copy: Path, dataset: Dataset, where: str) -> None:
+    """meta.json has no hash of its own: a flipped bit in it is found, or is in what training does not use."""
+    try:
+        opened = open_dataset(copy)
+        verify_dataset(opened)
+    except DataError:
+        return
+    assert (opened.fingerprint, opened.vocab_size) == (dataset.fingerprint, dataset.vocab_size), where
+
+
+def test_the_doors_tell_it_in_one_line(saved: Path, dataset: Dataset, tmp_path: Path, storm: Storm) -> None:
+    run = Path(shutil.copytree(saved, tmp_path / "run"))
+    draw = random.Random(storm.seed)
+    for checkpoint in committed(run / "checkpoints"):
+        flip_bit(draw.choice(sorted(checkpoint.iterdir())), draw)
+    ended = jobs.door("sample", run)
+    assert ended.code == 65, ended
+    assert ended.stderr.count("\n") == 1, ended
+    assert ended.error_lines == [ended.stderr.rstrip("\n")]
+    assert "holds no whole checkpoint" in ended.stderr

@@ -1,0 +1,194 @@
+"""A life of a run is killed, or stopped while another job takes over, at every system call that changes a file.
+
+Afterwards the checkpoints are the old ones or the old ones and the new one, each whole, and the next life goes on.
+"""
+
+import random
+import re
+import shutil
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distgpt.cluster.manifest import committed, damage
+from distgpt.cluster.run_directory import RunPaths
+from tests import jobs
+from tests.cluster.checkpoints import flip_bit
+from tests.storms.conftest import Storm, Table
+from tests.storms.living import Ended, Lives
+
+pytestmark = pytest.mark.storm
+TITLE = "Killed or stopped in a save"
+
+
+@pytest.fixture(scope="module", params=["whole", "newest damaged"])
+def before(
+    request: pytest.FixtureRequest, lives: Lives, tmp_path_factory: pytest.TempPathFactory, storm: Storm
+) -> Path:
+    """A run with steps 2 and 3, or with step 3 damaged and an earlier broken one and left-overs about."""
+    return begun(
+        lives, tmp_path_factory.mktemp("before") / "run", harmed=request.param != "whole", world=1, storm=storm
+    )
+
+
+def begun(lives: Lives, run: Path, *, harmed: bool, world: int, storm: Storm) -> Path:
+    if harmed and not storm.full:
+        pytest.skip("in the long form only")
+    for step in range(3):
+        ended = lives.live(run, world=world)
+        assert (ended.code, ended.step) == (0, step)
+    if harmed:
+        flip_bit(run / "checkpoints" / "step-00000003" / "__0_0.distcp", random.Random(0))
+        (run / "checkpoints" / "broken-step-00000002-1").mkdir()
+        left = run / "checkpoints" / ".staging-000001-there-1" / "step-00000003"
+        shutil.copytree(run / "checkpoints" / "step-00000002", left)
+    return run
+
+
+@pytest.mark.parametrize("how", ["kill", "tear"])
+def test_a_kill_before_each_call(
+    lives: Lives, before: Path, how: str, tmp_path: Path, storm: Storm, table: Table
+) -> None:
+    if how == "tear" and not storm.full:
+        pytest.skip("in the long form only")
+    strike(lives, before, how, tmp_path, drawn(24, storm), table, world=1)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_kill_of_one_of_two_ranks(lives: Lives, rank: int, tmp_path: Path, storm: Storm, table: Table) -> None:
+    if not storm.full:
+        pytest.skip("in the long form only")
+    run = begun(lives, tmp_path / "before", harmed=False, world=2, storm=storm)
+    strike(lives, run, "kill", tmp_path, drawn(60, Storm(False, storm.seed)), table, world=2, rank=rank)
+
+
+def test_a_stop_before_each_call_while_another_job_takes_over(
+    lives: Lives, before: Path, tmp_path: Path, storm: Storm, table: Table
+) -> None:
+    """The one that is stopped counts as one on another host, so the other one waits for its lease alone.
+
+    No checkpoint may change once it wakes up. Of telemetry, a write that it was about to make after it had looked whose
+    the directory is may still come through: its own event file, or metrics.jsonl as it was.
+    """
+    places = drawn(8, storm)(lives.live(copied(before, tmp_path / "reference")).calls)
+    refused = stray = 0
+    for at in places:
+        run = copied(before, tmp_path / "run")
+        stopped = lives.live(run, "stop", at, boot="elsewhere")
+        assert stopped.stopped
+        owned = any(call.startswith("rename") and call.endswith("/LOCK") for call in stopped.calls[:-1])
+        # One that is about to own the directory may hold its lock already, here on the same host.
+        assert lives.live(run).code in ((0,) if owned else (0, 73)), describe(at, stopped)
+        seen = contents(run)
+        woken = lives.wake()
+        if not owned:
+            assert woken.code == 0, describe(at, stopped)  # it had not come to own the directory, and does so now
+        elif any(call.startswith("open") and "exit.json" in call for call in stopped.calls):
+            assert woken.code == 0, describe(at, stopped)  # all its work was done
+        else:
+            assert woken.code == 73, describe(at, stopped)
+            changed = {name for name, _ in contents(run).items() ^ seen.items()}
+            assert all(name.lstrip(".").startswith(("tb/", "metrics.jsonl")) for name in changed), describe(at, stopped)
+            refused += 1
+            stray += bool(changed)
+        for empty in (run / "checkpoints").glob(".staging-*/**"):  # a directory may come late, and holds nothing
+            assert not [file for file in empty.iterdir() if file.is_file()], describe(at, stopped)
+        for late in (run / "checkpoints").glob(".staging-*"):
+            shutil.rmtree(late)
+        assert_sound(run, describe(at, stopped))
+        shutil.rmtree(run)
+    name = f"stopped before a call, woken after a takeover ({before_name(before)})"
+    table(
+        "Stopped and woken", {"storm": name, "places": len(places), "ended with 73": refused, "late telemetry": stray}
+    )
+
+
+def strike(
+    lives: Lives,
+    before: Path,
+    how: str,
+    tmp_path: Path,
+    draw: Callable[[list[str]], list[int]],
+    table: Table,
+    *,
+    world: int,
+    rank: int = 0,
+) -> None:
+    """Kill a life at each place drawn of those that an undisturbed one passes, and live on."""
+    reference = lives.live(copied(before, tmp_path / "reference"), world=world)
+    assert reference.code == 0
+    after = lives.live(tmp_path / "reference", world=world)
+    digests = {reference.step: reference.digest, after.step: after.digest}
+    if rank:  # which calls it makes itself shows when it is the one that is watched to the end
+        reference = lives.live(copied(before, tmp_path / "watched"), "kill", 10**6, world=world, rank=rank)
+    places = draw(reference.calls)
+    went_on = dict.fromkeys(digests, 0)
+    for at in places:
+        run = copied(before, tmp_path / "run")
+        killed = lives.live(run, how, at, world=world, rank=rank)
+        assert killed.code == -signal.SIGKILL, describe(at, killed)
+        newest = next(path for path in committed(run / "checkpoints") if not damage(path))
+        assert int(newest.name[5:]) in digests, describe(at, killed)
+        again = lives.live(run, world=world)
+        assert again.code == 0, describe(at, killed)
+        assert again.step == int(newest.name[5:]), describe(at, killed)
+        assert again.digest == digests[again.step], describe(at, killed)
+        went_on[again.step] += 1
+        assert_sound(run, describe(at, killed))
+        shutil.rmtree(run)
+    old, new = went_on.values()
+    name = {"kill": "killed before a call", "tear": "killed in the middle of a call"}[how]
+    where = f"rank {rank} of 2" if world > 1 else before_name(before)
+    table(
+        TITLE,
+        {"storm": f"{name} ({where})", "places": len(places), "old": old, "new": new, "mixed": 0},
+    )
+
+
+def drawn(short: int, storm: Storm) -> Callable[[list[str]], list[int]]:
+    """Which of the calls, counted from 1: all in the long form, else so many, spread over those of every kind."""
+
+    def draw(calls: list[str]) -> list[int]:
+        if storm.full:
+            return list(range(1, len(calls) + 1))
+        by_kind: dict[str, list[int]] = {}
+        for at, call in enumerate(calls, 1):
+            by_kind.setdefault(re.sub(r"\d+", "", call), []).append(at)
+        random_ = random.Random(storm.seed)
+        kinds = random_.sample(sorted(by_kind), min(short, len(by_kind)))
+        return sorted(random_.choice(by_kind[kind]) for kind in kinds)
+
+    return draw
+
+
+def copied(run: Path, to: Path) -> Path:
+    return Path(shutil.copytree(run, to))
+
+
+def assert_sound(run: Path, why: str) -> None:
+    """Nothing is half there, no step is logged twice, and the last life left in order."""
+    names = jobs.checkpoints(run)
+    assert [name for name in names if not name.startswith(("step-", "broken-"))] == [], why
+    assert len([name for name in names if name.startswith("broken-")]) <= 1, why
+    assert len([name for name in names if name.startswith("step-")]) <= 3, why
+    assert all(not damage(path) for path in committed(run / "checkpoints")), why
+    jobs.val_losses(run)
+    assert jobs.exit_report(run)["code"] == 0, why
+    assert RunPaths(run).lock.exists()
+
+
+def contents(run: Path) -> dict[str, bytes]:
+    """Every file but the logs, by its path in the run directory."""
+    files = [file for file in run.rglob("*") if file.is_file() and file.parent.name != "logs"]
+    return {str(file.relative_to(run)): file.read_bytes() for file in files}
+
+
+def before_name(before: Path) -> str:
+    harmed = any(path.name.startswith("broken-") for path in (before / "checkpoints").iterdir())
+    return "the newest one damaged before" if harmed else "all whole before"
+
+
+def describe(at: int, ended: Ended) -> str:
+    return f"call {at}: {ended.calls[at - 1] if len(ended.calls) >= at else '?'}, exit code {ended.code}"
