@@ -33,19 +33,27 @@ least=${BASH_REMATCH[1]} most=${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}
 gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
 ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 2))}
 # A mistake is one clear line here; under torchrun it would drown in the agents' reports.
-plan=$(python - "$@" <<'PYTHON'
-import os, sys
-from distgpt.config import resolve
-from distgpt.errors import main_guard
-config = main_guard(lambda: resolve(sys.argv[1:], os.environ))
-print(config.train.global_batch, min(60, round(config.health.timeout)), config.run_dir)
+plan=$(python - "$least" "$most" "$ranks" "$@" <<'PYTHON'
+import math, os, sys
+from distgpt.config import Config, resolve
+from distgpt.errors import UsageError, main_guard
+least, most, ranks = map(int, sys.argv[1:4])
+def checked() -> Config:
+    config = resolve(sys.argv[4:], os.environ)
+    batch, micro_batch = config.train.global_batch, max(1, config.train.micro_batch)
+    for nodes in range(least, most + 1):
+        if batch % (nodes * ranks * micro_batch):
+            step = math.lcm(*range(least, most + 1)) * ranks * micro_batch
+            raise UsageError(
+                f"train.global_batch {batch} does not divide over {nodes} hosts x {ranks} ranks x train.micro_batch "
+                f"{micro_batch}: take a multiple of {step}, which divides for NODES={os.environ['NODES']}"
+            )
+    return config
+config = main_guard(checked)
+print(min(60, round(config.health.timeout)), config.run_dir)
 PYTHON
 )
-read -r global_batch patience run_dir <<<"$plan"
-for ((nodes = least; nodes <= most; nodes++)); do
-    ((global_batch % (nodes * ranks) == 0)) ||
-        usage "train.global_batch $global_batch does not divide over $nodes hosts x $ranks ranks: take a multiple of $((nodes * ranks))"
-done
+read -r patience run_dir <<<"$plan"
 
 # Told explicitly, since guessing from the hostname goes wrong where names are shared, missing or mean 127.0.1.1.
 route=$(python -m distgpt.cluster.network route "$head")
@@ -122,7 +130,7 @@ on_all_hosts() {
         -m "$@"
 }
 
-# How the attempt ended: this host's report, or the run's own if it is new and names a cause that is not a lost peer.
+# How the attempt ended: this host's report, or the run's own if it is new and says that it is done, or why it ended.
 ending() {
     python - "$report" "$run_dir/exit.json" "$scratch/started" <<'PYTHON'
 import json, os, sys
@@ -136,8 +144,8 @@ def read(path):
 found = read(mine)
 if found is None or found["code"] == 75:
     shared = read(run)
-    # Other hosts than the one with the trouble only see that it is gone.
-    if shared and shared["code"] not in (0, 75) and shared != read(started):
+    # Other hosts than the one with the trouble, or than the first to leave when all is done, only see that it is gone.
+    if shared and shared["code"] != 75 and shared != read(started):
         found = shared
 if found is not None:
     print(found["code"], found["cause"])

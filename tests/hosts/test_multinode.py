@@ -92,6 +92,17 @@ def test_a_mistake_on_one_host_ends_it_on_all(make_network: MakeNetwork, prepare
     assert not (tmp_path / "run").exists()
 
 
+def test_a_batch_that_some_number_of_hosts_cannot_share_starts_nothing(installed: None, tmp_path: Path) -> None:
+    script, settings = str(jobs.PROJECT / "launch" / "multinode.sh"), {"HEAD": "nowhere:1", "NPROC_PER_NODE": "1"}
+    flags = ("--train.global_batch=16", f"--run.dir={tmp_path / 'run'}")
+    for nodes, micro_batch, hosts in (("3:4", 0, 3), ("4", 8, 4)):
+        done = jobs.run([script, *flags, f"--train.micro_batch={micro_batch}"], **settings, NODES=nodes)
+        assert done.code == 2, done
+        (line,) = done.stderr.splitlines()
+        assert f"train.global_batch 16 does not divide over {hosts} hosts x 1 ranks" in line
+    assert not (tmp_path / "run").exists()
+
+
 def test_hosts_that_cannot_reach_each_other_are_named(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path
 ) -> None:
