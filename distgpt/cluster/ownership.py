@@ -81,8 +81,9 @@ class RunLock:
             found = _read(before)
             fence = found.owner.fence + 1 if found else _first_fence(before)
             self.owner = Owner(fence, socket.gethostname(), _boot(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %z"))
+            # How the last run ended says nothing of this one. Before LOCK is in place: afterwards it may be another's.
+            paths.exit_report.unlink(missing_ok=True)
             self._fd = self._put_in_place()
-            paths.exit_report.unlink(missing_ok=True)  # how the last run ended says nothing of this one
         except OSError as error:
             raise StorageError(f"cannot write {paths.lock}: {error.strerror}") from None
         finally:
