@@ -12,6 +12,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def compare(path: Path, split: Split, rows: int, block_size: int) -> None:
         device=torch.device("cpu"),
         start_step=0,
     )
-    with loader:
+    with closing(loader):
         ways: tuple[Batch, Batch] = (lambda: nanogpt_batch(path, rows, block_size), loader.next_step)
         for name, measure in (("waiting", waiting), ("CPU time", cpu_time)):
             rounds = [[measure(way) * 1e6 for way in ways] for _ in range(ROUNDS)]

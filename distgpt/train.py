@@ -16,7 +16,8 @@ from distgpt.errors import main_guard
 ABOUT = "Train a GPT on a prepared corpus, or go on with the run in its run directory."
 
 if __name__ == "__main__":
-    # Before torch, which takes seconds to import: --help and a mistyped key answer at once.
+    # Before torch, which takes seconds to import: no rank outlives its agent, --help and a mistyped key answer at once.
+    die_with_agent()
     CONFIG = main_guard(lambda: config_from_command_line(sys.argv[1:], prog="distgpt.train", about=ABOUT))
     leave_if_hopeless(RunPaths(CONFIG.run_dir))
 
@@ -61,7 +62,6 @@ log = logging.getLogger("distgpt")
 
 def main(config: Config) -> None:
     """Check, join the other ranks, train, leave. Whatever ends the run early ends this process."""
-    die_with_agent()
     health = config.health
     with Run(RunPaths(config.run_dir), int(os.environ.get("RANK", "0"))) as run, Watchdog(run, health) as watchdog:
         runtime = this_rank()

@@ -21,7 +21,8 @@ environment() {
     fi
     local wanted installed=.venv/distgpt-installed
     wanted="$extras $(cat pyproject.toml requirements.lock | cksum)"
-    if ! grep -qxF "$wanted" "$installed" 2>/dev/null; then
+    # Not from the start of the line: what was installed with extras serves without them, too.
+    if ! grep -qF "$wanted" "$installed" 2>/dev/null; then
         echo "installing the pinned packages into .venv (PyTorch is large: this can take minutes)"
         .venv/bin/python -m pip install --quiet --disable-pip-version-check \
             --constraint requirements.lock --editable ".[parquet,zstd${extras:+,$extras}]"

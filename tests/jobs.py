@@ -89,7 +89,7 @@ class Job:
 
     def rank(self, rank: int) -> int:
         """The process id of a rank, as soon as there is one."""
-        return poll(lambda: _ranks_of(self.pid).get(rank))
+        return poll(lambda: ranks_of(self.pid).get(rank))
 
     def finish(self) -> Ended:
         """Read on to the end, which comes when the last process that writes to this stdout is gone."""
@@ -246,7 +246,7 @@ def _once(pairs: Any) -> dict[int, float]:
     return dict(listed)
 
 
-def _ranks_of(agent: int) -> dict[int, int]:
+def ranks_of(agent: int) -> dict[int, int]:
     """Process ids of the ranks that an agent started, by rank."""
     found = {}
     for directory in Path("/proc").glob("[0-9]*"):

@@ -15,6 +15,7 @@ import threading
 import time
 import traceback
 from contextlib import suppress
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import NoReturn, Self
 
@@ -54,8 +55,19 @@ def die_with_agent() -> None:
         return
     agent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    if os.getppid() != agent:  # it died before the call above took effect
+    # It may have died before the call above took effect, or even before this process had got so far.
+    if os.getppid() != agent or not _runs_torch(agent):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _runs_torch(pid: int) -> bool:
+    """Whether a process can be torchrun. What takes in orphans, an init as a rule, is another's or has no torch."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid == os.getuid() and "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        return pid != 1
 
 
 def leave_if_hopeless(paths: RunPaths) -> None:

@@ -148,6 +148,7 @@ def test_a_signal_while_starting_ends_the_rank(tmp_path: Path, name: str) -> Non
 
 AGENT = """
 import os, subprocess, sys, time
+import torch
 worker = "import time; from distgpt.cluster.health import *; die_with_agent(); print('up', flush=True); time.sleep(600)"
 child = subprocess.Popen([sys.executable, "-c", worker], env={**os.environ, "TORCHELASTIC_RUN_ID": "x"})
 print(child.pid, flush=True)
@@ -164,3 +165,19 @@ def test_no_rank_outlives_its_agent() -> None:
         assert jobs.alive(worker)
         os.kill(agent.pid, signal.SIGKILL)
         jobs.poll(lambda: not jobs.alive(worker), seconds=30)
+
+
+@jobs.linux_only
+def test_a_rank_whose_agent_is_gone_before_it_looks_ends_at_once() -> None:
+    worker = f"{sys.executable} -c 'from distgpt.cluster.health import *; die_with_agent(); print(1); time.sleep(600)'"
+    # The shell that starts it is gone by the time that it begins.
+    with subprocess.Popen(
+        ["sh", "-c", f"(sleep 0.5; exec {worker}) & echo $!"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=jobs.environment(TORCHELASTIC_RUN_ID="x"),
+    ) as shell:
+        assert shell.stdout is not None
+        pid = int(shell.stdout.readline())
+        jobs.poll(lambda: not jobs.alive(pid), seconds=30)
+        assert shell.stdout.read() == ""

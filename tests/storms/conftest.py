@@ -2,11 +2,13 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
 from distgpt.corpus.shards import Dataset
 from tests.cluster.conftest import make_dataset
+from tests.storms.launched import STEPS_A_STRIKE, Launched
 from tests.storms.living import Lives
 
 Table = Callable[..., None]
@@ -23,6 +25,10 @@ class Storm:
     def size(self, *, short: int, long: int) -> int:
         """How many strikes."""
         return long if self.full else short
+
+    def steps(self, count: int) -> int:
+        """The length of a run that lasts for `count` strikes; all short storms share one."""
+        return STEPS_A_STRIKE * (count if self.full else max(count, 5))
 
 
 @pytest.fixture(scope="session")
@@ -57,3 +63,18 @@ def lives(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     started = Lives(dataset, tmp_path_factory.mktemp("lives"))
     yield started
     started.close()
+
+
+@pytest.fixture(scope="session")
+def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+    """undisturbed(steps): the directory of a run of so many steps under launch/local.sh that was left in peace."""
+    root = tmp_path_factory.mktemp("undisturbed")
+
+    def trained(steps: int) -> Path:
+        run = root / str(steps)
+        if not run.exists():
+            job = Launched(run, prepared, f"--train.steps={steps}")
+            assert job.code() == 0, job.output()
+        return run
+
+    return trained

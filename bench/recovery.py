@@ -1,0 +1,145 @@
+"""How soon a job trains again after SIGKILL of a rank: python bench/recovery.py
+
+Two ranks under torchrun --max-restarts, killed in a step, in turn: distgpt.train, and a plain DistributedDataParallel
+loop that saves with torch.save and loads what it saved, as torchrun's tutorials have it. Both train a model of a few
+thousand parameters, so that a start is what Python, torch and the rendezvous take. Seconds, medians over the kills:
+
+  start     from the launch to the first step
+  recovery  from the kill to the next step, whatever step that is
+  the rest  recovery less what the ranks themselves need to start, a start less torchrun's own import
+"""
+
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+KILLS = 7
+FLAGS = (
+    *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=16", "--train.global_batch=8"),
+    *("--train.steps=1000000", "--train.micro_batch=4", "--eval.every=0", "--checkpoint.every=20", "--log.every=1"),
+)
+PEER = """
+import os, sys, time
+import torch, torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+file = sys.argv[1]
+dist.init_process_group("gloo")
+model = DistributedDataParallel(torch.nn.Linear(64, 64))
+optimizer = torch.optim.AdamW(model.parameters())
+step = 0
+if os.path.exists(file):
+    saved = torch.load(file)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    step = saved["step"]
+while True:
+    model(torch.randn(8, 64)).square().mean().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    step += 1
+    time.sleep(0.01)
+    if dist.get_rank() == 0:
+        print(f"step {step}", flush=True)
+        if step % 20 == 0:
+            torch.save({"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}, file + ".new")
+            os.replace(file + ".new", file)
+"""
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        (directory / "text.txt").write_text("To be, or not to be, that is the question. " * 2000)
+        (directory / "peer.py").write_text(PEER)
+        prepare = [
+            "distgpt.prepare",
+            "--input",
+            directory / "text.txt",
+            "--output",
+            directory / "data",
+            "--tokenizer=char",
+        ]
+        subprocess.run([sys.executable, "-m", *prepare, "--tokenizer=char"], check=True, capture_output=True)
+        paths = (f"--data.path={directory / 'data'}", f"--run.dir={directory / 'run'}")
+        imported = median_import()
+        print(f"{'':10}{'start':>8}{'recovery':>10}{'the rest':>10}")
+        for title, program in {
+            "distgpt": ["-m", "distgpt.train", *paths, *FLAGS],
+            "plain loop": [str(directory / "peer.py"), str(directory / "saved.pt")],
+        }.items():
+            start, recovery = measure(program)
+            print(f"{title:10}{start:8.1f}{recovery:10.1f}{recovery - (start - imported):10.1f}", flush=True)
+
+
+def measure(program: list[str]) -> tuple[float, float]:
+    """Seconds from the launch to the first step, and the median from a kill to the next step."""
+    launched = time.perf_counter()
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    with subprocess.Popen(
+        [*launcher, f"--max-restarts={KILLS}", *program],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        text=True,
+    ) as job:
+        wait_for_steps(job, 1)
+        start = time.perf_counter() - launched
+        recoveries = []
+        for kill in range(KILLS):
+            wait_for_steps(job, 45)
+            killed = time.perf_counter()
+            os.kill(rank_of(job.pid, kill % 2), signal.SIGKILL)
+            wait_for_restart(job)
+            recoveries.append(time.perf_counter() - killed)
+        job.terminate()
+    return start, statistics.median(recoveries)
+
+
+def wait_for_steps(job: "subprocess.Popen[str]", count: int) -> None:
+    """Read this many lines that tell of a step."""
+    assert job.stdout is not None
+    while count:
+        line = job.stdout.readline()
+        assert line, "the job ended"
+        count -= line.startswith("step ")
+
+
+def wait_for_restart(job: "subprocess.Popen[str]") -> None:
+    """Read until a step that is not the one after the last."""
+    last = 0
+    while True:
+        assert job.stdout is not None
+        line = job.stdout.readline()
+        assert line, "the job ended"
+        if line.startswith("step "):
+            step = int(line.split()[1].split("/")[0])
+            if step <= last:
+                return
+            last = step
+
+
+def rank_of(agent: int, rank: int) -> int:
+    """The process id of a rank."""
+    for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
+            return int(child)
+    raise ProcessLookupError(f"rank {rank} of {agent}")
+
+
+def median_import() -> float:
+    """Seconds that torchrun takes before it starts ranks."""
+    times = []
+    for _ in range(3):
+        started = time.perf_counter()
+        subprocess.run([sys.executable, "-c", "import torch.distributed.run"], check=True)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,146 @@
+"""A run under launch/local.sh, and the moments of it at which a storm strikes."""
+
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from tests import jobs
+
+LOCAL = jobs.PROJECT / "launch" / "local.sh"
+EVALUATE_EVERY = 10
+# At most so many steps pass between two strikes: a run that is long enough is still under way at the last one.
+STEPS_A_STRIKE = 24
+
+
+class Launched:
+    """launch/local.sh with two ranks in `run`, started again whenever it has ended before the run was done."""
+
+    def __init__(self, run: Path, data: Path, *flags: str) -> None:
+        self.run = run
+        self._flags = [*jobs.TINY, f"--data.path={data}", f"--run.dir={run}", f"--eval.every={EVALUATE_EVERY}", *flags]
+        self._output = run.with_name(f"{run.name}.output")
+        self.start()
+
+    def start(self) -> None:
+        """Launch it."""
+        with self._output.open("a") as output:
+            self._process = subprocess.Popen(
+                [LOCAL, *self._flags],
+                stdout=output,
+                stderr=output,
+                # Restart however often the storm strikes at the start.
+                env=jobs.environment(NPROC_PER_NODE="2", TRIES="1000000"),
+            )
+
+    @property
+    def ended(self) -> bool:
+        """Whether the launcher is gone."""
+        return self._process.poll() is not None
+
+    def code(self) -> int:
+        """The launcher's exit code, when it is gone."""
+        return self._process.wait(timeout=600)
+
+    def output(self) -> str:
+        """What was printed, by all launches."""
+        return self._output.read_text(errors="replace")
+
+    def agent(self) -> int | None:
+        """The process id of torchrun, None if there is none just now."""
+        for pid in _children(self._process.pid):
+            with suppress(OSError):
+                if b"torchrun" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                    return pid
+        return None
+
+    def rank(self, rank: int) -> int | None:
+        """The process id of a rank, None if there is none just now."""
+        agent = self.agent()
+        return None if agent is None else jobs.ranks_of(agent).get(rank)
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send the launcher a signal."""
+        self._process.send_signal(number)
+
+    def begun(self) -> int:
+        """How often the run began to train, from the start or from a checkpoint."""
+        return len(re.findall("^(?:starting in|going on from step) ", self.output(), re.MULTILINE))
+
+    def step(self) -> int:
+        """The last step that was logged."""
+        with suppress(OSError, ValueError, IndexError):
+            with (self.run / "metrics.jsonl").open("rb") as metrics:
+                metrics.seek(max(0, os.fstat(metrics.fileno()).st_size - 2000))
+                lines = metrics.read().split(b"\n")
+            return int(json.loads(lines[-2])["step"])
+        return 0
+
+
+def moment(name: str, job: Launched, rng: random.Random) -> None:
+    """Wait for a moment of this kind, or for the end of the job. "start" comes before the next step."""
+    before, saved = job.step(), _listed(job, "step-*")
+    steps, over = rng.randint(1, 8), time.monotonic() + rng.uniform(0, 5)
+    waits: dict[str, Callable[[], object]] = {
+        "start": lambda: time.monotonic() > over or job.step() != before,
+        "step": lambda: job.step() >= before + steps,
+        "evaluation": lambda: job.step() > before and job.step() % EVALUATE_EVERY == 0,
+        "save": lambda: _listed(job, ".staging-*"),
+        "commit": lambda: _listed(job, "step-*") != saved,
+    }
+    while not (waits[name]() or job.ended):
+        time.sleep(0.002)
+    time.sleep(rng.uniform(0, 0.03))
+
+
+def strikes(count: int, job: Launched, victims: Sequence[str], rng: random.Random) -> Iterator[tuple[str, str, int]]:
+    """So many moments, each with a victim and its process id; launches the job again where that has ended."""
+    for strike in range(count):
+        name, victim = rng.choice(MOMENTS), rng.choice(victims)
+        find = job.agent if victim == "agent" else (lambda rank=int(victim[-1]): job.rank(rank))
+        pid = None
+        while pid is None:
+            moment(name, job, rng)
+            assert not job.ended, f"before strike {strike}, {name} {victim}: {job.output()}"
+            pid = find()
+        yield name, victim, pid
+
+
+MOMENTS = ("start", "step", "evaluation", "save", "commit")
+
+
+def assert_same_run(run: Path, other: Path) -> None:
+    """The same final weights and optimizer state bit for bit, and the same losses, each step logged once."""
+    [last, expected] = (sorted((path / "checkpoints").glob("step-*"))[-1] for path in (run, other))
+    jobs.assert_same_tensors(last, expected)
+    assert jobs.losses(run) == jobs.losses(other)
+    assert jobs.val_losses(run) == jobs.val_losses(other)
+    assert _leftovers(run) == []
+
+
+def rows(counted: Counter[tuple[str, str]], what: str) -> list[dict[str, object]]:
+    """How often what struck at which moment, a row a moment and a column for each of the others."""
+    columns = sorted({column for _, column in counted})
+    return [{what: name, **{column: counted[name, column] for column in columns}} for name in MOMENTS]
+
+
+def _listed(job: Launched, pattern: str) -> list[str]:
+    return sorted(path.name for path in (job.run / "checkpoints").glob(pattern))
+
+
+def _leftovers(run: Path) -> list[str]:
+    return [path.name for path in (run / "checkpoints").iterdir() if not path.name.startswith("step-")]
+
+
+def _children(pid: int) -> list[int]:
+    try:
+        return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+    except OSError:
+        return []

@@ -1,0 +1,42 @@
+"""SIGKILL of a random rank or of the agent at random moments: the run ends as one that was left in peace."""
+
+import os
+import random
+import signal
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import jobs
+from tests.storms import launched
+from tests.storms.conftest import Storm, Table
+
+pytestmark = [pytest.mark.storm, jobs.linux_only]
+
+
+@pytest.mark.timeout(4 * 3600)
+def test_kills_change_nothing(
+    prepared: Path, undisturbed: Callable[[int], Path], tmp_path: Path, storm: Storm, table: Table
+) -> None:
+    count = storm.size(short=5, long=200)
+    steps = storm.steps(count)
+    job = launched.Launched(tmp_path / "storm", prepared, f"--train.steps={steps}")
+    counted, recoveries = Counter[tuple[str, str]](), []
+    for name, victim, pid in launched.strikes(count, job, ("rank 0", "rank 1", "agent"), random.Random(storm.seed)):
+        begun = job.begun()
+        os.kill(pid, signal.SIGKILL)
+        counted[name, victim] += 1
+        if name == "step":
+            struck = time.monotonic()
+            jobs.poll(lambda begun=begun: job.begun() > begun)
+            recoveries.append(time.monotonic() - struck)
+    assert job.code() == 0, job.output()
+    launched.assert_same_run(job.run, undisturbed(steps))
+    took = f"{statistics.median(recoveries):.1f} s" if recoveries else "not measured"
+    note = f"{count} SIGKILLs; median from a kill in a step until the run goes on: {took}"
+    for row in launched.rows(counted, "SIGKILL in"):
+        table(note, row)

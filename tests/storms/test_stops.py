@@ -1,0 +1,45 @@
+"""SIGSTOP of a random rank at random moments: it is named and ended, and the run goes on."""
+
+import os
+import random
+import signal
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests import jobs
+from tests.storms import launched
+from tests.storms.conftest import Storm, Table
+
+pytestmark = [pytest.mark.storm, jobs.linux_only]
+LIMIT = 6.0
+
+
+@pytest.mark.timeout(4 * 3600)
+def test_ranks_that_are_stopped_are_named_and_ended(
+    prepared: Path, undisturbed: Callable[[int], Path], tmp_path: Path, storm: Storm, table: Table
+) -> None:
+    count = storm.size(short=3, long=50)
+    steps = storm.steps(count)
+    job = launched.Launched(tmp_path / "storm", prepared, f"--train.steps={steps}", f"--health.timeout={LIMIT}")
+    counted, ends = Counter[tuple[str, str]](), []
+    for name, victim, pid in launched.strikes(count, job, ("rank 0", "rank 1"), random.Random(storm.seed)):
+        named = job.output().count(f"{victim} of ")
+        os.kill(pid, signal.SIGSTOP)
+        stopped = time.monotonic()
+        jobs.poll(lambda pid=pid: not jobs.alive(pid))
+        ends.append(time.monotonic() - stopped)
+        jobs.poll(lambda victim=victim, named=named: job.output().count(f"{victim} of ") > named)
+        counted[name, victim] += 1
+    assert job.code() == 0, job.output()
+    launched.assert_same_run(job.run, undisturbed(steps))
+    in_time = sum(seconds < LIMIT + 5 for seconds in ends)
+    note = (
+        f"{count} SIGSTOPs, health.timeout {LIMIT:.0f} s; all named; ended within "
+        f"{max(ends):.1f} s, {in_time} of {count} within the timeout and 5 s"
+    )
+    for row in launched.rows(counted, "SIGSTOP in"):
+        table(note, row)
