@@ -146,7 +146,7 @@ class Watchdog:
         mine = Whereabouts(self._run.rank, socket.gethostname(), os.getpid(), self._beats, self._doing)
         waited = time.monotonic() - self._last_beat
         self._write_stacks(f"no progress for {waited:.0f} s while {mine.doing}")
-        answers = self._ask_all(mine)
+        answers = self._ask_all(mine, stopped)
         named = culprits(answers, self._world_size, stopped)
         cause = (
             f"no progress for {waited:.0f} s: {named}; the stacks of all ranks are in {self._run.paths.logs}: "
@@ -166,7 +166,7 @@ class Watchdog:
         with suppress(OSError):
             _write_flight_recorder(self._run.paths.logs / f"flight-recorder-rank-{self._run.rank}")
 
-    def _ask_all(self, mine: Whereabouts) -> list[Whereabouts]:
+    def _ask_all(self, mine: Whereabouts, stopped: Sequence[int]) -> list[Whereabouts]:
         """The answers that come in time; the store itself may be with the rank that hangs."""
         answers = {self._run.rank: mine}
 
@@ -176,7 +176,7 @@ class Watchdog:
             with suppress(RuntimeError):
                 self._store.set(_key(self._run.rank), json.dumps(asdict(mine)))
                 self._store.set(CALL, "")
-                while missing := set(range(self._world_size)) - answers.keys():
+                while missing := set(range(self._world_size)) - answers.keys() - set(stopped):
                     for rank in missing:
                         if self._store.check([_key(rank)]):
                             answers[rank] = Whereabouts(**json.loads(self._store.get(_key(rank))))
