@@ -28,7 +28,7 @@ class Storm:
 
     def steps(self, count: int) -> int:
         """The length of a run that lasts for `count` strikes; all short storms share one."""
-        return STEPS_A_STRIKE * (count if self.full else max(count, 5))
+        return STEPS_A_STRIKE * (count if self.full else max(count, 3))
 
 
 @pytest.fixture(scope="session")

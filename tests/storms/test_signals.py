@@ -20,7 +20,7 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT, signal.SIGHUP)
 def test_signals_lose_nothing(
     prepared: Path, undisturbed: Callable[[int], Path], tmp_path: Path, storm: Storm, table: Table
 ) -> None:
-    count = storm.size(short=4, long=100)
+    count = storm.size(short=2, long=100)
     steps = storm.steps(count)
     job = launched.Launched(tmp_path / "storm", prepared, f"--train.steps={steps}")
     rng, counted = random.Random(storm.seed), Counter[tuple[str, str]]()

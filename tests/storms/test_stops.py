@@ -22,7 +22,7 @@ LIMIT = 6.0
 def test_ranks_that_are_stopped_are_named_and_ended(
     prepared: Path, undisturbed: Callable[[int], Path], tmp_path: Path, storm: Storm, table: Table
 ) -> None:
-    count = storm.size(short=3, long=50)
+    count = storm.size(short=2, long=50)
     steps = storm.steps(count)
     job = launched.Launched(tmp_path / "storm", prepared, f"--train.steps={steps}", f"--health.timeout={LIMIT}")
     counted, ends = Counter[tuple[str, str]](), []
