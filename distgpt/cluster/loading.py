@@ -2,6 +2,7 @@
 
 import pickle
 import warnings
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,18 @@ class _MetadataUnpickler(pickle.Unpickler):
 
     def find_class(self, module: str, name: str) -> Any:
         module = "pathlib" if module == "pathlib._local" else module  # where Python 3.13 pickles it from
+        if (module, name) == ("builtins", "getattr"):
+            return _member  # how Python 3.11 up to 3.11.3 pickles a member of an Enum
         if (module, name) not in self.ALLOWED:
             raise pickle.UnpicklingError(f"it asks for {module}.{name}")
         return super().find_class(module, name)
+
+
+def _member(kind: Any, name: str) -> Any:
+    """The member of an Enum; getattr itself would give foreign code a hold."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"it asks for an attribute of {kind!r}")
+    return kind[name]
 
 
 class _Reader(dcp.FileSystemReader):

@@ -1,5 +1,6 @@
 """Models from a run's checkpoints; what a checkpoint brings is never run."""
 
+import io
 import os
 import pickle
 from pathlib import Path
@@ -7,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
-from distgpt.cluster.loading import load_for_inference
+from distgpt.cluster.loading import _MetadataUnpickler, load_for_inference
 from distgpt.cluster.manifest import committed
 from distgpt.corpus.shards import Dataset
 from distgpt.errors import DataError
@@ -53,6 +55,24 @@ def test_a_crafted_index_runs_no_code(run: Path, dataset: Dataset, tmp_path: Pat
     with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours"):
         trainee(run, dataset).checkpointer.restore()
     assert not marker.exists()
+
+
+class Attribute:
+    """Asks getattr for something when it is unpickled, as Python 3.11.0 to 3.11.3 do for members of an Enum."""
+
+    def __init__(self, *arguments: Any) -> None:
+        self.arguments = arguments
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return getattr, self.arguments
+
+
+def test_getattr_gives_members_of_an_enum_alone() -> None:
+    member = pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST"))
+    assert _MetadataUnpickler(io.BytesIO(member)).load() is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
+    foreign = pickle.dumps(Attribute(Metadata, "__init__"))
+    with pytest.raises(pickle.UnpicklingError, match="it asks for an attribute of"):
+        _MetadataUnpickler(io.BytesIO(foreign)).load()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"junk", pickle.dumps({"a": 1}), pickle.dumps(3)])

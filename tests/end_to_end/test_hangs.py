@@ -1,0 +1,34 @@
+"""A rank that hangs halts all: it is named, every rank shows its stacks, and nothing is left waiting."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+from tests import jobs
+from tests.end_to_end.conftest import tiny
+
+SLOW = Path(__file__).with_name("slow.py")
+
+
+def test_a_rank_whose_data_never_come_is_named(prepared: Path, tmp_path: Path) -> None:
+    """Its neighbour waits for it in a backward pass, a few beats further."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SLOW)]
+    done = subprocess.run(
+        [*launcher, *tiny(prepared, tmp_path), "--health.start_timeout=20"],
+        capture_output=True,
+        text=True,
+        env=jobs.environment(SLOW="read:600:1"),
+        timeout=300,
+    )
+    report = jobs.exit_report(tmp_path)
+    assert report["code"] == 75
+    assert "rank 1 (pid " in report["cause"]
+    assert ", waiting for data) came less far than the others; the stacks of all ranks are in " in report["cause"]
+    assert "rank 0" not in report["cause"]
+    assert f"distgpt: {report['cause']}\n" in done.stderr
+    assert "in slow_read\n" in (tmp_path / "logs" / "rank-1.log").read_text()
+    assert "in accumulate_gradients\n" in (tmp_path / "logs" / "rank-0.log").read_text()
+    assert sorted(path.name for path in (tmp_path / "logs").glob("flight-*")) == [
+        "flight-recorder-rank-0",
+        "flight-recorder-rank-1",
+    ]
