@@ -58,6 +58,12 @@ read -r patience run_dir <<<"$plan"
 # Told explicitly, since guessing from the hostname goes wrong where names are shared, missing or mean 127.0.1.1.
 route=$(python -m distgpt.cluster.network route "$head")
 read -r is_host address interface <<<"$route"
+# Two jobs at one rendezvous would wait for each other's hosts without a word.
+for taken in "$port" "$((port + 1))"; do
+    if ((is_host)) && (: <"/dev/tcp/$address/$taken") 2>/dev/null; then
+        usage "port $taken of $head is taken, by another job or one that still ends: choose another in HEAD (its port and the next one are used)"
+    fi
+done
 export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface}
 # NCCL chooses by itself among InfiniBand ports; this is for its first contact, and for plain Ethernet.
 export NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}

@@ -3,6 +3,7 @@
 import json
 import re
 import signal
+import socket
 import sys
 import time
 from collections.abc import Mapping
@@ -100,6 +101,17 @@ def test_a_batch_that_some_number_of_hosts_cannot_share_starts_nothing(installed
         assert done.code == 2, done
         (line,) = done.stderr.splitlines()
         assert f"train.global_batch 16 does not divide over {hosts} hosts x 1 ranks" in line
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken_starts_nothing(installed: None, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        script, settings = str(jobs.PROJECT / "launch" / "multinode.sh"), {"HEAD": f"127.0.0.1:{port}", "NODES": "2"}
+        done = jobs.run([script, f"--run.dir={tmp_path / 'run'}"], **settings)
+    assert done.code == 2, done
+    (line,) = done.stderr.splitlines()
+    assert f"port {port} of 127.0.0.1 is taken" in line
     assert not (tmp_path / "run").exists()
 
 
