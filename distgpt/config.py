@@ -141,8 +141,8 @@ class LogConfig:
 class HealthConfig:
     timeout: float = option(600.0, "seconds without progress after which the ranks are ended, all at once, in a step")
     start_timeout: float = option(900.0, "the same for each part of the start: joining, restoring, the first step")
-    eval_timeout: float = option(1800.0, "the same for an evaluation")
-    checkpoint_timeout: float = option(1800.0, "the same for a checkpoint, with what is left of the last one")
+    eval_timeout: float = option(600.0, "the same for a batch of an evaluation, and for what is shown of it")
+    checkpoint_timeout: float = option(900.0, "the same for a checkpoint, with what is left of the last one")
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",
         "at a loss or gradient norm that is NaN or infinite: end the run, or skip the update, at most 10 in a row",

@@ -36,6 +36,7 @@ from distgpt.cluster.evaluation import evaluate
 from distgpt.cluster.manifest import committed
 from distgpt.cluster.parallel import (
     autocast,
+    bare,
     build_model,
     choose_strategy,
     inference,
@@ -164,7 +165,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
         ) as progress,
     ):
         run.training()
-        watchdog.follow(model)
+        watchdog.follow(model, bare(model))
         watchdog.beat("waiting for data", health.start_timeout)
         for step in range(start + 1, last + 1):
             lr = set_lr(optimizer, lr_at(step - 1, config.optim, last))

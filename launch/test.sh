@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run everything that must hold: lint, types, tests. Options go to pytest.
+# Run everything that must hold: lint, types, tests. Options go to pytest; --storms runs the storms at their full length.
 #   launch/test.sh [pytest options]
 . "$(dirname "$0")/environment.sh"
 environment test
@@ -7,4 +7,5 @@ environment test
 ruff check .
 ruff format --check .
 mypy
-python -m pytest "$@"
+# Two at a time, since most of the tests wait for processes to start; those that share one stay together.
+python -m pytest --numprocesses=2 --dist=loadgroup "$@"

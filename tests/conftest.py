@@ -15,6 +15,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--storm-seed", type=int, default=1, help="what a storm draws its strikes from (default: 1)")
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The tests of a directory share trained runs or a cluster: one worker takes them all."""
+    for item in items:
+        place = item.path.relative_to(jobs.PROJECT / "tests")
+        item.add_marker(pytest.mark.xdist_group(place.parts[0]))
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """tinyshakespeare where it is, else a text of 200,000 made-up words."""

@@ -106,14 +106,17 @@ class Watchdog:
         yield
         self.beat(*before)
 
-    def follow(self, model: "nn.Module") -> None:
-        """Beat before and after each forward pass in training: who hangs in one stands behind who waits for it."""
-        model.register_forward_pre_hook(lambda module, _: self._pass(module, "in a forward pass"))
-        model.register_forward_hook(lambda module, _, __: self._pass(module, "in a backward pass"))
+    def follow(self, *models: "nn.Module") -> None:
+        """Beat before and after each forward pass: who hangs in one of training stands behind who waits for it.
+
+        `models`: what trains and what it wraps, which may be the same; an evaluation calls the latter.
+        """
+        for model in set(models):
+            model.register_forward_pre_hook(lambda module, _: self._pass(module, "in a forward pass"))
+            model.register_forward_hook(lambda module, _, __: self._pass(module, "in a backward pass"))
 
     def _pass(self, module: "nn.Module", doing: str) -> None:
-        if module.training:
-            self.beat(doing)
+        self.beat(doing if module.training else self._doing)
 
     def _watch(self) -> None:
         looked = time.monotonic()

@@ -22,6 +22,7 @@ SHAPE = (
     *("--train.global_batch=24", "--train.micro_batch=2", "--train.steps=120", "--train.dtype=float32"),
     *("--optim.lr=1e-3", "--optim.grad_clip=1.0", "--eval.every=60", "--eval.sequences=30", "--eval.sample_tokens=0"),
     *("--checkpoint.every=10", "--log.every=1", "--health.timeout=15"),
+    *("--health.eval_timeout=15", "--health.checkpoint_timeout=15"),
 )
 OPEN_LOCK = """
 import sys

@@ -12,7 +12,6 @@ from tests.storms.launched import STEPS_A_STRIKE, Launched
 from tests.storms.living import Lives
 
 Table = Callable[..., None]
-ROWS: pytest.StashKey[dict[str, list[dict[str, object]]]] = pytest.StashKey()
 
 
 @dataclass(frozen=True)
@@ -36,16 +35,21 @@ def storm(request: pytest.FixtureRequest) -> Storm:
     return Storm(request.config.getoption("--storms"), request.config.getoption("--storm-seed"))
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture
 def table(request: pytest.FixtureRequest) -> Table:
     """Add a row to a table that is printed at the end: table("Title", {"column": value, ...})."""
-    tables = request.config.stash.setdefault(ROWS, {})
-    return lambda title, row: tables.setdefault(title, []).append(row)
+    # A property of the test, since these come back from whichever process ran it.
+    return lambda title, row: request.node.user_properties.append((title, row))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the tables as they stand in bench/RESULTS.md."""
-    for title, rows in config.stash.get(ROWS, {}).items():
+    tables: dict[str, list[dict[str, object]]] = {}
+    for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
+        if report.when == "call":
+            for title, row in report.user_properties:
+                tables.setdefault(title, []).append(row)
+    for title, rows in tables.items():
         terminalreporter.section(f"{title}, seed {config.getoption('--storm-seed')}")
         terminalreporter.write_line(f"| {' | '.join(rows[0])} |")
         terminalreporter.write_line(f"|{'---|' * len(rows[0])}")
