@@ -99,7 +99,7 @@ class Ledger:
         self._require_owned = require_owned
         age = process_age()
         earlier = read_ledger(path) if path else []
-        attempt = earlier[-1].attempt + 1 if earlier else 1
+        attempt = 1 + max((line.attempt for line in earlier), default=0)
         self._opening = Line(attempt, at=time.time() - age, step=start_step)
         self._before = account_of([*earlier, self._opening])
         self._spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)

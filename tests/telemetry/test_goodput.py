@@ -118,6 +118,16 @@ def test_a_line_of_an_attempt_given_up_for_dead_is_that_attempts() -> None:
     assert (account.attempts, account.seconds["start"], account.seconds["recovery"]) == (2, 12.0, 0.0)
 
 
+def test_an_attempt_after_a_late_line_of_an_earlier_one_is_one_more(tmp_path: Path) -> None:
+    path = tmp_path / "goodput.jsonl"
+    lines = [Line(1, at=0.0, step=0), Line(2, at=60.0, step=0), Line(1, at=70.0, step=1, start=1.0)]
+    path.write_text("".join(f"{json.dumps(asdict(line))}\n" for line in lines))
+    ledger = Ledger(path, start_step=0, require_owned=owned)
+    ledger.write()
+    assert read_ledger(path)[-1].attempt == 3
+    assert ledger.account().attempts == 3
+
+
 def test_the_first_line_of_an_attempt_may_be_lost() -> None:
     lines = [Line(1, at=10.0, step=5, steps=5.0), Line(2, at=30.0, step=6, start=8.0, steps=2.0)]
     assert account_of(lines).seconds["recovery"] == pytest.approx(10.0)
