@@ -1,6 +1,7 @@
 """Which checkpoints stay, and whether there is room for one more."""
 
 import logging
+import math
 import shutil
 from pathlib import Path
 
@@ -40,13 +41,13 @@ def surplus(directory: Path, *, keep: int) -> list[Path]:
 
 
 def best_of(directory: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss, None if none was evaluated. A damaged train.json counts not."""
+    """The checkpoint with the lowest validation loss, None if there is none. A damaged train.json counts not."""
     losses: dict[Path, float] = {}
     for checkpoint in committed(directory):
         try:
             if read_manifest(checkpoint)[STATE]["sha256"] == sha256_of(checkpoint / STATE):
                 loss = read_state(checkpoint).val_loss
-                if loss is not None:
+                if loss is not None and math.isfinite(loss):
                     losses[checkpoint] = loss
         except (OSError, DataError, KeyError):
             continue

@@ -35,6 +35,12 @@ def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     assert surplus(tmp_path, keep=7) == []
 
 
+def test_a_validation_loss_that_is_no_number_is_not_the_best(tmp_path: Path) -> None:
+    for step, val_loss in [(1, 1.5), (2, 2.5), (3, float("nan"))]:
+        make(tmp_path, step=step, val_loss=val_loss)
+    assert best_of(tmp_path) == tmp_path / "step-00000001"
+
+
 def test_what_we_did_not_write_stays(tmp_path: Path) -> None:
     for step in range(1, 6):
         make(tmp_path, step=step, val_loss=None)
