@@ -89,7 +89,10 @@ def start_before(run: RunPaths, step: int) -> Start:
         print(f"skipped {listed(broken)}")
     if checkpoint is not None:
         state = read_state(checkpoint)
-        return Start(from_dict(state.config, source=str(checkpoint)), checkpoint, state)
+        config = from_dict(state.config, source=str(checkpoint))
+        if step > config.train.steps and run.config.is_file():
+            config = resolve([str(run.config)], {})  # it was resumed later, to go further
+        return Start(config, checkpoint, state)
     if not run.config.is_file():
         raise DataError(f"{run.root} holds no run: neither a checkpoint before step {step} nor {run.config.name}")
     return Start(resolve([str(run.config)], {}))

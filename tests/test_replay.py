@@ -129,6 +129,15 @@ def test_it_starts_from_an_older_checkpoint_where_the_newest_is_broken_and_from_
     assert "from      the initial weights, float32 on cpu\n" in capsys.readouterr().out
 
 
+def test_a_run_that_was_resumed_to_go_further_has_the_steps_of_then(tmp_path: Path, dataset: Dataset) -> None:
+    saved_at_two(tmp_path, dataset, lambda subject: None)
+    run = RunPaths(tmp_path)
+    run.config.write_text(to_toml(resolve([*SMALL, *arguments(dataset), "--train.steps=20", "--optim.lr=0.5"], {})))
+    assert replay.start_before(run, 9).config.optim.lr != 0.5
+    further = replay.start_before(run, 10)
+    assert (further.step, further.config.train.steps, further.config.optim.lr) == (2, 20, 0.5)
+
+
 def test_other_data_is_refused(tmp_path: Path, dataset: Dataset) -> None:
     saved_at_two(tmp_path, dataset, lambda subject: None)
     start = replay.start_before(RunPaths(tmp_path), 3)
