@@ -86,8 +86,10 @@ def joined(
 
 
 def _shared_store() -> dist.Store:
-    """torchrun's store, less what the ranks that it restarted left there: gloo would wait for the dead."""
-    store, _, _ = next(dist.rendezvous("env://", timeout=CHECKS_TIMEOUT))
+    """A store of this attempt's ranks alone: in one of torchrun's, those that it restarted left what gloo waits for."""
+    store: dist.Store = next(dist.rendezvous("env://", timeout=CHECKS_TIMEOUT))[0]
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return store  # new with each rank 0; and the agents of several hosts may have counted unlike restarts
     return dist.PrefixStore(f"distgpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 

@@ -1,11 +1,13 @@
 """The facts about a rank: its share of the cores, what it computes in."""
 
 import os
+import socket
 
 import pytest
 import torch
+import torch.distributed as dist
 
-from distgpt.cluster.runtime import compute_dtype, this_rank, threads_per_rank
+from distgpt.cluster.runtime import _shared_store, compute_dtype, this_rank, threads_per_rank
 from distgpt.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -26,6 +28,31 @@ def test_torchrun_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
     runtime = this_rank()
     assert (runtime.rank, runtime.local_rank, runtime.world_size, runtime.local_world_size) == (5, 1, 8, 4)
     assert runtime.distributed
+
+
+@pytest.mark.parametrize(("shared", "met"), [("False", True), ("True", False)])
+def test_ranks_meet_in_a_new_store_and_not_those_before_them_in_an_old_one(
+    monkeypatch: pytest.MonkeyPatch, shared: str, met: bool
+) -> None:
+    """The agent of a host that came late has counted fewer restarts than the others."""
+    agents = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = agents.port if shared == "True" else free_port()
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "1"}
+    stores = []
+    for rank, restarts in enumerate(("1", "0")):
+        variables |= {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": restarts, "TORCHELASTIC_USE_AGENT_STORE": shared}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        stores.append(_shared_store())
+    stores[0].set("here", "yes")
+    stores[0].get("here")  # set() does not wait
+    assert stores[1].check(["here"]) == met
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
 
 
 def test_more_ranks_than_gpus_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
