@@ -75,6 +75,7 @@ def main(config: Config) -> None:
                 raise DirectoryError(f"{run.paths.root} holds checkpoints: --run.fresh wants an empty run directory")
             verify_dataset(dataset)
             warn_if_full(run, config, dataset)
+            watchdog.beat("waiting for the other ranks to join", health.start_timeout)
         with joined(runtime, timeout=health.collective_timeout, met=watchdog.connect):
             run.joined(from_rank_zero(run.owner, runtime))
             require_agreement({**to_dict(config), "data": dataset.fingerprint}, runtime)
