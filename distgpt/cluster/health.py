@@ -56,8 +56,20 @@ def die_with_agent() -> None:
     agent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # It may have died before the call above took effect, or even before this process had got so far.
-    if os.getppid() != agent or not _runs_torch(agent):
+    if os.getppid() != agent or not _is_under_torch(agent):
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _is_under_torch(pid: int) -> bool:
+    """Whether a process or one above it can be torchrun: there may be a wrapper between it and its ranks."""
+    while pid:
+        if _runs_torch(pid):
+            return True
+        try:
+            pid = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        except OSError:
+            return False
+    return False
 
 
 def _runs_torch(pid: int) -> bool:

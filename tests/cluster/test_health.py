@@ -157,6 +157,16 @@ child.wait()
 
 
 @jobs.linux_only
+def test_a_wrapper_may_stand_between_a_rank_and_its_agent() -> None:
+    wrapped = AGENT.replace(
+        '[sys.executable, "-c", worker]', '["sh", "-c", \'"$0" -c "$1"; :\', sys.executable, worker]'
+    )
+    wrapped = wrapped.replace("time.sleep(600)", "time.sleep(0)").replace("child.wait()", "sys.exit(child.wait())")
+    ended = jobs.run([sys.executable, "-c", wrapped])
+    assert ended.stdout.splitlines()[1:] == ["up"], ended
+
+
+@jobs.linux_only
 def test_no_rank_outlives_its_agent() -> None:
     with subprocess.Popen([sys.executable, "-c", AGENT], stdout=subprocess.PIPE, text=True) as agent:
         assert agent.stdout is not None
