@@ -172,15 +172,18 @@ class Run:
         self._release()
         _leave(code)
 
-    def report(self, code: int, cause: str) -> bool:
-        """Whether it falls to this rank to say why the run ended; does not return if another job has it by now."""
+    def report(self, code: int, cause: str, *, for_host: bool | None = None) -> bool:
+        """Whether it falls to this rank to say why the run ended; does not return if another job has it by now.
+
+        `for_host`: whether this rank speaks for its host if not all have joined; None: if it is the first one there.
+        """
         with suppress(OSError):
             self.require_owned()
         if self._writes_report:
             return write_exit_report(self.paths, code=code, cause=cause, rank=self.rank, step=self.step)
         if self.rank:
             # What stops this one stops its neighbours too, and most likely rank 0: one line a host, for its launcher.
-            if os.environ.get("LOCAL_RANK") != "0":
+            if not (os.environ.get("LOCAL_RANK") == "0" if for_host is None else for_host):
                 return False
             return write_exit_report(None, code=code, cause=cause, rank=self.rank, step=None)
         with suppress(DistgptError):

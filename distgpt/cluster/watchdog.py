@@ -33,6 +33,8 @@ if TYPE_CHECKING:
 # Seconds between two looks at the clock, for all ranks to answer, and for a rank that did not to write its stacks:
 # together the limit is exceeded by less than 5.
 TICK, ANSWER, WRITING = 0.5, 2.0, 0.5
+# What it does at the end touches the run directory, whose disk may be what hangs: seconds until it ends regardless.
+LATEST = 4.0
 # A look that comes this late was not the scheduler's doing: the process was suspended, which is no hang.
 SUSPENDED = 10.0
 CALL = "watchdog/call"
@@ -148,6 +150,7 @@ class Watchdog:
     def _end(self, stopped: Sequence[int]) -> None:
         mine = Whereabouts(self._run.rank, socket.gethostname(), os.getpid(), self._beats, self._doing)
         waited = time.monotonic() - self._last_beat
+        threading.Thread(target=self._end_regardless, args=(mine,), daemon=True).start()
         self._write_stacks(f"no progress for {waited:.0f} s while {mine.doing}")
         answers = self._ask_all(mine, stopped)
         named = culprits(answers, self._world_size, stopped)
@@ -155,10 +158,22 @@ class Watchdog:
             f"no progress for {waited:.0f} s: {named}; the stacks of all ranks are in {self._run.paths.logs}: "
             "run it again to go on"
         )
-        if self._run.report(EXIT_INTERRUPTED, cause):
+        # The first one on this host may be the one that is stopped.
+        first = min(({self._run.rank} | ranks_of_this_host().keys()) - set(stopped)) == self._run.rank
+        if self._run.report(EXIT_INTERRUPTED, cause, for_host=first if stopped else None):
             os.write(sys.stderr.fileno(), f"distgpt: {cause}\n".encode())
         silent = set(range(self._world_size)) - {answer.rank for answer in answers}
         _end_neighbours(silent)
+        os._exit(EXIT_INTERRUPTED)
+
+    def _end_regardless(self, mine: Whereabouts) -> None:
+        time.sleep(LATEST)
+        cause = f"{mine} makes no progress, nor can say so in {self._run.paths.root}: run it again to go on"
+        # It may be stderr that nobody reads.
+        saying = threading.Thread(target=os.write, args=(2, f"distgpt: {cause}\n".encode()), daemon=True)
+        saying.start()
+        _end_neighbours(set())
+        saying.join(TICK)
         os._exit(EXIT_INTERRUPTED)
 
     def _write_stacks(self, title: str) -> None:

@@ -21,11 +21,10 @@ from distgpt.cluster.health import Run
 from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.watchdog import Watchdog
 from distgpt.config import HealthConfig
-with Run(RunPaths(Path(sys.argv[1])), 0) as run, Watchdog(run, HealthConfig(timeout=0.5)) as watchdog:
-    run.own()
-    run.joined(None)
+with Run(RunPaths(Path(sys.argv[1])), {rank}) as run, Watchdog(run, HealthConfig(timeout=0.5)) as watchdog:
     {body}
 """
+JOINED = "run.own()\nrun.joined(None)\n"
 
 
 def here(rank: int, beats: int) -> Whereabouts:
@@ -48,8 +47,11 @@ def test_who_is_named(answers: list[Whereabouts], world_size: int, stopped: list
 
 
 def watched(directory: Path, body: str) -> jobs.Ended:
-    program = PROGRAM.format(body=body.replace("\n", "\n    "))
-    return jobs.run([sys.executable, "-c", program, str(directory)])
+    return jobs.run([sys.executable, "-c", program(JOINED + body), str(directory)])
+
+
+def program(body: str, *, rank: int = 0) -> str:
+    return PROGRAM.format(rank=rank, body=body.replace("\n", "\n    "))
 
 
 def test_one_that_hangs_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None:
@@ -61,6 +63,18 @@ def test_one_that_hangs_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None
     assert ", in step 3); the stacks of all ranks are in " in report["cause"]
     assert ended.stderr == f"distgpt: {report['cause']}\n"
     assert "in hanging\n" in (tmp_path / "logs" / "rank-0.log").read_text()
+
+
+@jobs.linux_only
+def test_one_whose_disk_hangs_is_ended_all_the_same(tmp_path: Path) -> None:
+    """Whoever opens a pipe that nobody reads waits, as for a file server that is gone."""
+    body = "import os\nlog = run.paths.logs / 'rank-0.log'\nlog.unlink()\nos.mkfifo(log)\n"
+    ended = watched(tmp_path, body + "watchdog.beat('in step 3', 0.5)\ntime.sleep(600)")
+    assert ended.code == 75
+    assert ended.stderr.startswith("distgpt: rank 0 (pid ")
+    assert ended.stderr.endswith(
+        f", in step 3) makes no progress, nor can say so in {tmp_path}: run it again to go on\n"
+    )
 
 
 def test_beats_and_other_limits_keep_it_quiet(tmp_path: Path) -> None:
@@ -88,15 +102,35 @@ print(*(rank.wait() for rank in ranks), flush=True)
 @jobs.linux_only
 def test_a_neighbour_that_is_stopped_is_ended_with_the_others(tmp_path: Path) -> None:
     """Even by a rank that waits without a limit, as others do while rank 0 checks the data."""
-    programs = [PROGRAM.format(body="time.sleep(600)").replace("sys.argv[1]", repr(str(tmp_path)))]
+    programs = [program(JOINED + "time.sleep(600)").replace("sys.argv[1]", repr(str(tmp_path)))]
     programs += ["import time; time.sleep(600)"] * 2
-    with subprocess.Popen([sys.executable, "-c", AGENT, *programs], stdout=subprocess.PIPE, text=True) as agent:
-        assert agent.stdout is not None
-        pids = list(map(int, agent.stdout.readline().split()))
-        os.kill(pids[1], signal.SIGSTOP)
-        assert agent.stdout.readline() == f"75 {-signal.SIGKILL} {-signal.SIGKILL}\n"
+    codes, said = stopped(1, programs)
+    assert codes == [75, -signal.SIGKILL, -signal.SIGKILL]
     assert "rank 1 of " in jobs.exit_report(tmp_path)["cause"]
     assert "stopped by a signal" in jobs.exit_report(tmp_path)["cause"]
+    assert said == f"distgpt: {jobs.exit_report(tmp_path)['cause']}\n"
+
+
+@jobs.linux_only
+def test_rank_0_that_is_stopped_before_the_ranks_have_met_is_named_by_another(tmp_path: Path) -> None:
+    programs = ["import time; time.sleep(600)"]
+    programs += [program("time.sleep(600)", rank=1).replace("sys.argv[1]", repr(str(tmp_path)))]
+    codes, said = stopped(0, programs)
+    assert codes[0] < 0  # by a signal: the one for stacks ends what does not know it
+    assert codes[1] == 75
+    assert said.count("\n") == 1
+    assert ": rank 0 of " in said
+
+
+def stopped(rank: int, programs: list[str]) -> tuple[list[int], str]:
+    """The exit codes of ranks that run these programs, of which one is stopped, and what they said on stderr."""
+    command = [sys.executable, "-c", AGENT, *programs]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout is not None
+        pids = list(map(int, agent.stdout.readline().split()))
+        os.kill(pids[rank], signal.SIGSTOP)
+        codes, said = agent.communicate(timeout=120)
+    return list(map(int, codes.split())), said
 
 
 def test_the_last_collectives_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
