@@ -188,7 +188,7 @@ class Checkpointer:
         staging = self._store.staging(state.step)
         try:
             self._on_rank_zero(partial(self._store.open, state.step, _bytes_of(staged)))
-            self._together(partial(self._write_tensors, staged, staging))
+            self._together(partial(self._write_tensors, staged, staging), look=False)
             shares = self._together(partial(self._finish_files, staging, state))
             files = {name: entry for share in shares for name, entry in share.items()}
             self._on_rank_zero(partial(self._store.commit, state.step, files))
@@ -233,11 +233,15 @@ class Checkpointer:
         first, *_ = self._together(action if self._runtime.rank == 0 else _nothing)
         return cast(T, first)
 
-    def _together(self, action: Callable[[], T]) -> list[T]:
-        """Run `action` on every rank and give every rank all results. Raises StorageError on all if any failed."""
+    def _together(self, action: Callable[[], T], *, look: bool = True) -> list[T]:
+        """Run `action` on every rank and give every rank all results. Raises StorageError on all if any failed.
+
+        `look` first whether the directory is still ours; not before collectives, which a rank that cannot would miss.
+        """
         mine: T | _Failure
         try:
-            self._run.require_owned()
+            if look:
+                self._run.require_owned()
             mine = action()
         except (Exception, dcp.CheckpointException) as error:  # whatever it is, the other ranks wait to hear of it
             log.exception("checkpoint")

@@ -64,6 +64,22 @@ def test_a_checkpoint_holds_all_that_it_takes_to_go_on(saved: Path, dataset: Dat
     assert trainee(saved, dataset).checkpointer.best_val_loss() == 4.0
 
 
+def test_no_rank_can_fail_on_its_own_before_the_collectives_of_a_save(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would leave the others waiting in them: from the staging directory on, all go to write their tensors."""
+    subject = trainee(tmp_path, dataset)
+
+    def failing_once_there_is_a_directory() -> None:
+        for staging in (tmp_path / "checkpoints").glob(".staging-*/step-*"):
+            if not any(staging.iterdir()):
+                raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(subject.checkpointer._run, "require_owned", failing_once_there_is_a_directory)
+    subject.checkpointer.save(1, val_loss=None)
+    assert subject.checkpointer.wait(), subject.said
+
+
 def test_nothing_saved_is_step_0(tmp_path: Path, dataset: Dataset) -> None:
     subject = trainee(tmp_path, dataset)
     assert subject.checkpointer.restore() == 0
