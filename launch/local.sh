@@ -33,7 +33,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 newest_checkpoint() {
-    { find "$run_dir/checkpoints" -maxdepth 1 -name 'step-*' -printf '%f\n' 2>/dev/null || true; } | sort | tail -n 1
+    { find "$run_dir/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null || true; } | sort | tail -n 1
 }
 
 stopped=
@@ -43,7 +43,7 @@ for signal in TERM INT HUP USR1; do
     trap 'stopped=yes; kill -TERM $agent 2>/dev/null || true' "$signal"
 done
 
-# launch OPTION ...: train until the end of torchrun. Leaves the exit code in `status` and, where the run said why, `cause`.
+# launch OPTION ...: train until the end of torchrun. Leaves the exit code in `status` and, unless that is 0, `cause`.
 launch() {
     rm -f "$DISTGPT_EXIT_FILE"
     status=0 cause=
@@ -52,14 +52,15 @@ launch() {
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
         -m distgpt.train "$@" &
     agent=$!
+    # Told to stop between two launches, when there was none to pass it on to.
+    if [[ -n $stopped ]]; then kill -TERM "$agent" || true; fi
     # A trapped signal ends one wait; the run ends when torchrun is gone.
     while kill -0 "$agent" 2>/dev/null; do
         status=0
         wait "$agent" || status=$?
     done
     if ((status == 0)); then return; fi
-    # Killed before any rank could say so.
-    status=75
+    status=75 cause="killed before any rank could say why: run it again to go on"
     if [[ -s $DISTGPT_EXIT_FILE ]]; then
         read -r status cause < <(python -c 'import json, sys
 report = json.load(open(sys.argv[1]))
@@ -75,7 +76,7 @@ for ((try = 1; try <= ${TRIES:-3}; try++)); do
     if [[ -n $stopped || $status != 75 ]]; then exit "$status"; fi
     newest=$(newest_checkpoint)
     if [[ $newest != "$before" ]]; then try=0; fi
-    echo "distgpt: starting again from ${newest:-the beginning}" >&2
+    echo "distgpt: starting again from $(basename "${newest:-the beginning}")" >&2
 done
 echo "distgpt: gave up after $((try - 1)) launches that got no further" >&2
 exit "$status"
