@@ -7,5 +7,5 @@ environment test
 ruff check .
 ruff format --check .
 mypy
-# Two at a time, since most of the tests wait for processes to start; those that share one stay together.
-python -m pytest --numprocesses=2 --dist=loadgroup "$@"
+# Two at a time, since most of the tests wait for processes to start; those of a directory stay together.
+python -m pytest --numprocesses=2 --dist=loadscope --no-loadscope-reorder "$@"

@@ -4,6 +4,8 @@ import random
 from pathlib import Path
 
 import pytest
+from xdist.remote import Producer
+from xdist.scheduler import LoadScopeScheduling
 
 from tests import jobs
 
@@ -15,12 +17,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--storm-seed", type=int, default=1, help="what a storm draws its strikes from (default: 1)")
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+class ByDirectory(LoadScopeScheduling):
     """The tests of a directory share trained runs or a cluster: one worker takes them all."""
-    for item in items:
-        place = item.path.relative_to(jobs.PROJECT / "tests")
-        item.add_marker(pytest.mark.xdist_group(place.parts[0]))
+
+    def _split_scope(self, nodeid: str) -> str:
+        """The first part of its path below tests/."""
+        return nodeid.split("::")[0].split("/")[1]
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByDirectory:
+    return ByDirectory(config, log)
 
 
 @pytest.fixture(scope="session")

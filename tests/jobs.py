@@ -198,8 +198,9 @@ def fill(file: Path) -> None:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    """The lines of metrics.jsonl, none before there is one."""
+    path = run_dir / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
 def losses(run_dir: Path) -> dict[int, float]:

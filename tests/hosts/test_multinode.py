@@ -149,7 +149,7 @@ def test_a_host_joins_and_another_is_cut_off_for_good(
     running |= multinode(hosts, arguments, on=["n3"], **settings)
     running["n1"].read_slowly_until("= 3 ranks x")
     # One line at a time is written, so all that are there can be read.
-    reached = max(jobs.losses(run))
+    reached = max(jobs.losses(run), default=0)
     running["n1"].read_until(f"step {min(reached + 5, 119):>3}/120")
     assert owner(run) == "n1"
 

@@ -51,8 +51,8 @@ class Runs:
 
     def reach(self, job: str, name: str, step: int) -> None:
         """Wait until the run is held at `step`."""
-        written = self.directory(name) / "checkpoints" / f".staging-step-{step:08d}" / "manifest.json"
-        self.cluster.wait_for(job, written.exists)
+        checkpoints, written = self.directory(name) / "checkpoints", f".staging-*/step-{step:08d}/manifest.json"
+        self.cluster.wait_for(job, lambda: any(checkpoints.glob(written)))
 
     def release(self, name: str, step: int) -> None:
         self._hold(name, step).unlink()

@@ -61,10 +61,10 @@ class Launched:
                     return pid
         return None
 
-    def rank(self, rank: int) -> int | None:
-        """The process id of a rank, None if there is none just now."""
+    def ranks(self) -> dict[int, int]:
+        """The process ids of the ranks that there are just now."""
         agent = self.agent()
-        return None if agent is None else jobs.ranks_of(agent).get(rank)
+        return {} if agent is None else jobs.ranks_of(agent)
 
     def signal(self, number: signal.Signals) -> None:
         """Send the launcher a signal."""
@@ -104,7 +104,7 @@ def strikes(count: int, job: Launched, victims: Sequence[str], rng: random.Rando
     """So many moments, each with a victim and its process id; launches the job again where that has ended."""
     for strike in range(count):
         name, victim = rng.choice(MOMENTS), rng.choice(victims)
-        find = job.agent if victim == "agent" else (lambda rank=int(victim[-1]): job.rank(rank))
+        find = job.agent if victim == "agent" else (lambda rank=int(victim[-1]): job.ranks().get(rank))
         pid = None
         while pid is None:
             moment(name, job, rng)

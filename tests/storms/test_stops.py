@@ -15,7 +15,7 @@ from tests.storms import launched
 from tests.storms.conftest import Storm, Table
 
 pytestmark = [pytest.mark.storm, jobs.linux_only]
-LIMIT = 6.0
+LIMIT = 10.0
 
 
 @pytest.mark.timeout(4 * 3600)
@@ -27,10 +27,10 @@ def test_ranks_that_are_stopped_are_named_and_ended(
     job = launched.Launched(tmp_path / "storm", prepared, f"--train.steps={steps}", f"--health.timeout={LIMIT}")
     counted, ends = Counter[tuple[str, str]](), []
     for name, victim, pid in launched.strikes(count, job, ("rank 0", "rank 1"), random.Random(storm.seed)):
-        named = job.output().count(f"{victim} of ")
+        named, attempt = job.output().count(f"{victim} of "), {pid, *job.ranks().values()}
         os.kill(pid, signal.SIGSTOP)
         stopped = time.monotonic()
-        jobs.poll(lambda pid=pid: not jobs.alive(pid))
+        jobs.poll(lambda attempt=attempt: not any(map(jobs.alive, attempt)))
         ends.append(time.monotonic() - stopped)
         jobs.poll(lambda victim=victim, named=named: job.output().count(f"{victim} of ") > named)
         counted[name, victim] += 1
