@@ -24,6 +24,7 @@ if __name__ == "__main__":
 import logging
 import math
 import os
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -138,6 +139,11 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
         run.require_owned()
         write_file(run.paths.config, to_toml(config).encode())
 
+    def finish_save() -> None:
+        """What ends the run early says nothing against the weights of the save under way."""
+        with watchdog.during("waiting for a save", health.checkpoint_timeout):
+            checkpointer.wait()
+
     saves = SaveInterval(config.checkpoint.every, start_step=start)
     with (
         closing(
@@ -177,7 +183,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
             if verdict.action == "update":
                 update(model, optimizer, norm, clip=config.optim.grad_clip)
             else:
-                say(without_update(verdict, step, config, loader, checkpointer))
+                say(without_update(verdict, step, config, loader, finish_save))
             optimizer.zero_grad()
 
             run.step = step
@@ -190,7 +196,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
             )
             val_loss = None
             if is_due(step, config.eval.every, last):
-                require_finite_weights(model, step)
+                require_finite_weights(model, step, finish_save)
                 with progress.evaluating(), watchdog.during(f"evaluating step {step}", health.eval_timeout):
                     found = evaluate(model, validation, tokenizer=tokenizer, runtime=runtime, dtype=dtype)
                     progress.evaluation(step, found)
@@ -198,7 +204,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
                         progress.sample(step, sample_text(model, tokenizer, step, config, runtime, dtype))
                 val_loss = found.val_loss
             if saves.is_due(step) or step == last or stop:
-                require_finite_weights(model, step)
+                require_finite_weights(model, step, finish_save)
                 with progress.checkpointing(step), watchdog.during(f"saving step {step}", health.checkpoint_timeout):
                     checkpointer.save(step, val_loss=val_loss)
                     if stop or step == last:
@@ -209,10 +215,10 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
     say(f"done: step {last} in {run.paths.root}, loss curve in {run.paths.plot}")
 
 
-def without_update(verdict: Verdict, step: int, config: Config, loader: Loader, checkpointer: Checkpointer) -> str:
+def without_update(verdict: Verdict, step: int, config: Config, loader: Loader, finish_save: Callable[[], None]) -> str:
     """Log where the sequences of a step came from whose update is left out; the line that says so.
 
-    Raises DataError where it ends the run, after the save under way.
+    Raises DataError where it ends the run.
     """
     completed = step - 1
     places = [(int(shard), int(offset)) for shard, offset in zip(*loader.places(completed), strict=True)]
@@ -221,15 +227,16 @@ def without_update(verdict: Verdict, step: int, config: Config, loader: Loader, 
     samples = f"samples {first} to {first + config.train.global_batch - 1} (their places are in logs/)"
     if verdict.action == "skip":
         return f"{verdict.objection} at step {step}: update skipped; {samples}"
-    checkpointer.wait()
+    finish_save()
     after = f", after {verdict.skips} skipped in a row" if verdict.skips else ""
     fix = "lower optim.lr or set optim.grad_clip" + (", or raise health.skip_z" if config.health.skip_z else "")
     raise DataError(f"{verdict.objection} at step {step}: stopped before the update{after}; {samples}; {fix}")
 
 
-def require_finite_weights(model: nn.Module, step: int) -> None:
+def require_finite_weights(model: nn.Module, step: int, finish_save: Callable[[], None]) -> None:
     """Raise DataError on all ranks rather than keep or try weights that an update made NaN or infinite."""
     if not math.isfinite(weight_norm_of(model).item()):
+        finish_save()
         raise DataError(f"the update of step {step} left weights that are not finite: nothing is saved; lower optim.lr")
 
 

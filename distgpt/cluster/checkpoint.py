@@ -35,6 +35,7 @@ from distgpt.cluster.manifest import (
     path_of,
     read_state,
     sha256_of,
+    step_of,
 )
 from distgpt.cluster.parallel import micro_batch_size
 from distgpt.cluster.retention import best_of, surplus
@@ -95,7 +96,8 @@ class Checkpointer:
             )
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[None] | None = None
+        self._pending: Future[int] | None = None
+        self._saved: int | None = None  # the step of the last save, once it is known to be good
 
     def restore(self) -> int:
         """Load the newest good checkpoint into the model, optimizer and guard; its step, 0 where there is none at all.
@@ -149,20 +151,19 @@ class Checkpointer:
             guard=self._guard.state(),
         )
         self._pending = self._thread.submit(self._write_and_commit, staged, state)
+        self._saved = None
         if not self._config.checkpoint.async_save:
             self.wait()
 
-    def wait(self) -> bool:
-        """Wait for the save under way, if any. Returns whether it succeeded."""
+    def wait(self) -> None:
+        """Wait for the save under way, if any."""
         if self._pending is None:
-            return True
+            return
         pending, self._pending = self._pending, None
         try:
-            pending.result()
+            self._saved = pending.result()
         except StorageError as error:
             self._say(f"CHECKPOINT NOT SAVED, training goes on: {error}")
-            return False
-        return True
 
     @property
     def writing(self) -> bool:
@@ -175,16 +176,19 @@ class Checkpointer:
             self.wait()
 
     def require_saved(self, step: int) -> None:
-        """Wait for the save under way, the last one. Raises StorageError if `step` is not on the disk after it."""
+        """Wait for the save under way, the last one. Raises StorageError if it is not of `step`, or failed."""
         self.wait()
-        if not path_of(self._directory, step).is_dir():
-            newest = next((c.name for c in committed(self._directory)), "none")
+        if self._saved != step:
+            newest = next((c.name for c in committed(self._directory) if step_of(c) != step), "none")
             raise StorageError(
                 f"step {step} could not be saved in {self._directory}: the newest checkpoint is {newest}"
             )
 
-    def _write_and_commit(self, staged: dict[str, Any], state: RunState) -> None:
-        """On every rank, in the background: write, hash, fsync; rank 0 then commits. Raises StorageError on all."""
+    def _write_and_commit(self, staged: dict[str, Any], state: RunState) -> int:
+        """On every rank, in the background: write, hash, fsync; rank 0 then commits. Raises StorageError on all.
+
+        Returns the step.
+        """
         staging = self._store.staging(state.step)
         try:
             self._on_rank_zero(partial(self._store.open, state.step, _bytes_of(staged)))
@@ -193,6 +197,7 @@ class Checkpointer:
             files = {name: entry for share in shares for name, entry in share.items()}
             self._on_rank_zero(partial(self._store.commit, state.step, files))
             self._prune(path_of(self._directory, state.step))
+            return state.step
         finally:
             if self._runtime.rank == 0:
                 self._store.close()

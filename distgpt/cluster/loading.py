@@ -32,7 +32,7 @@ from distgpt.cluster.manifest import (
 )
 from distgpt.config import from_dict
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
-from distgpt.errors import DataError
+from distgpt.errors import DataError, StorageError
 from distgpt.model.gpt import GPT
 
 # One process saving or loading on its own is what we ask for.
@@ -92,10 +92,16 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def read_tensors(tensors: dict[str, Any], checkpoint: Path, group: dist.ProcessGroup | None) -> None:
-    """Fill `tensors` in place, whatever their sharding now and then."""
+    """Fill `tensors` in place, whatever their sharding now and then. Raises DataError, StorageError."""
     reader = _Reader(checkpoint)
     reader.read_metadata()  # here a DataError is one; dcp.load would wrap it in its own
-    dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+    try:
+        dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
+    except dcp.CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        if not isinstance(cause, OSError):
+            raise
+        raise StorageError(f"{checkpoint} cannot be read: {one_line(cause)}") from None
 
 
 class _MetadataUnpickler(pickle.Unpickler):

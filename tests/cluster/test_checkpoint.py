@@ -77,7 +77,7 @@ def test_no_rank_can_fail_on_its_own_before_the_collectives_of_a_save(
 
     monkeypatch.setattr(subject.checkpointer._run, "require_owned", failing_once_there_is_a_directory)
     subject.checkpointer.save(1, val_loss=None)
-    assert subject.checkpointer.wait(), subject.said
+    subject.checkpointer.require_saved(1)
 
 
 def test_nothing_saved_is_step_0(tmp_path: Path, dataset: Dataset) -> None:
@@ -199,7 +199,8 @@ def test_nothing_is_removed_for_a_checkpoint_that_is_damaged_already(
     for step in (1, 2, 3, 4):
         subject.learn()
         subject.checkpointer.save(step, val_loss=None)
-    subject.checkpointer.wait()
+    with pytest.raises(StorageError, match=r"step 4 could not be saved in .*: the newest checkpoint is step-00000003"):
+        subject.checkpointer.require_saved(4)
     assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
     assert [line.split(" is damaged")[0].split("/")[-1] for line in subject.said] == ["step-00000003", "step-00000004"]
     assert trainee(tmp_path, dataset).checkpointer.restore() == 2
@@ -236,11 +237,11 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(
         monkeypatch.setattr(store, "require_space", lambda directory, needed: None)
     subject = trainee(small_disk, dataset)
     subject.checkpointer.save(1, val_loss=None)
-    assert subject.checkpointer.wait()
+    subject.checkpointer.require_saved(1)
     jobs.fill(small_disk / "filler")
     subject.learn()
     subject.checkpointer.save(2, val_loss=None)
-    assert not subject.checkpointer.wait()
+    subject.checkpointer.wait()
     (line,) = subject.said
     assert line.startswith("CHECKPOINT NOT SAVED, training goes on: ")
     assert ("MiB free and a checkpoint takes" if noticed == "before" else "No space left on device") in line

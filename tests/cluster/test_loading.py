@@ -1,5 +1,6 @@
 """Models from a run's checkpoints; what a checkpoint brings is never run."""
 
+import errno
 import io
 import os
 import pickle
@@ -8,12 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from distgpt.cluster.loading import _MetadataUnpickler, load_for_inference
 from distgpt.cluster.manifest import committed
 from distgpt.corpus.shards import Dataset
-from distgpt.errors import DataError
+from distgpt.errors import DataError, StorageError
 from tests.cluster.checkpoints import CPU, newest, sign_again, trainee
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -55,6 +57,17 @@ def test_a_crafted_index_runs_no_code(run: Path, dataset: Dataset, tmp_path: Pat
     with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours"):
         trainee(run, dataset).checkpointer.restore()
     assert not marker.exists()
+
+
+def test_a_disk_that_fails_while_tensors_are_read_is_told_as_such(
+    run: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(*arguments: object) -> None:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(dcp.FileSystemReader, "read_data", failing)
+    with pytest.raises(StorageError, match=r"step-00000002 cannot be read: .*Input/output error"):
+        trainee(run, dataset).checkpointer.restore()
 
 
 class Attribute:
