@@ -42,13 +42,14 @@ CALL = "watchdog/call"
 
 @dataclass(frozen=True)
 class Whereabouts:
-    """How far a rank has come, counted in beats, and what it does now."""
+    """How far a rank has come, counted in beats, what it does now, and in which line of Python."""
 
     rank: int
     host: str
     pid: int
     beats: int
     doing: str
+    line: str
 
     def __str__(self) -> str:
         return f"rank {self.rank} (pid {self.pid} on {self.host}, {self.doing})"
@@ -148,7 +149,7 @@ class Watchdog:
                     return
 
     def _end(self, stopped: Sequence[int]) -> None:
-        mine = Whereabouts(self._run.rank, socket.gethostname(), os.getpid(), self._beats, self._doing)
+        mine = Whereabouts(self._run.rank, socket.gethostname(), os.getpid(), self._beats, self._doing, _line())
         waited = time.monotonic() - self._last_beat
         threading.Thread(target=self._end_regardless, args=(mine,), daemon=True).start()
         self._write_stacks(f"no progress for {waited:.0f} s while {mine.doing}")
@@ -156,7 +157,7 @@ class Watchdog:
         named = culprits(answers, self._world_size, stopped)
         cause = (
             f"no progress for {waited:.0f} s: {named}; the stacks of all ranks are in {self._run.paths.logs}: "
-            "run it again to go on"
+            "run it again to go on, or with a longer health.*timeout if it was only slow"
         )
         # The first one on this host may be the one that is stopped.
         first = min(({self._run.rank} | ranks_of_this_host().keys()) - set(stopped)) == self._run.rank
@@ -217,7 +218,7 @@ def culprits(answers: Sequence[Whereabouts], world_size: int, stopped: Sequence[
     last = [str(answer) for answer in answers if answer.beats == behind]
     if len(last) < world_size:
         return f"{', '.join(last)} came less far than the others"
-    return f"all ranks wait in the same place ({answers[0].doing})" if world_size > 1 else last[0]
+    return f"all ranks came equally far ({answers[0].doing}): {_lines(answers)}" if world_size > 1 else last[0]
 
 
 def ranks_of_this_host() -> dict[int, int]:
@@ -269,6 +270,21 @@ def _write_flight_recorder(file: Path) -> None:
         # Private, but it is what the documentation of torch's flight recorder calls; NCCL's is in builds for GPUs only.
         c10d = torch._C._distributed_c10d
         file.write_bytes(getattr(c10d, "_dump_nccl_trace", c10d._dump_fr_trace)())
+
+
+def _line() -> str:
+    """The innermost line of Python that the main thread is in."""
+    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _lines(answers: Sequence[Whereabouts]) -> str:
+    """Which ranks are in which line, the fewest first: in a backward pass or among shards, no beats tell them apart."""
+    ranks: dict[str, list[int]] = {}
+    for answer in answers:
+        ranks.setdefault(answer.line, []).append(answer.rank)
+    together = sorted(ranks.items(), key=lambda item: len(item[1]))
+    return "; ".join(f"{_ranks(sorted(those))} at {line}" for line, those in together)
 
 
 def _key(rank: int) -> str:

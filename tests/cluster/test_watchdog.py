@@ -27,8 +27,8 @@ with Run(RunPaths(Path(sys.argv[1])), {rank}) as run, Watchdog(run, HealthConfig
 JOINED = "run.own()\nrun.joined(None)\n"
 
 
-def here(rank: int, beats: int) -> Whereabouts:
-    return Whereabouts(rank=rank, host=f"n{rank}", pid=100 + rank, beats=beats, doing="in a forward pass")
+def here(rank: int, beats: int, line: str = "a.py:1 in f") -> Whereabouts:
+    return Whereabouts(rank=rank, host=f"n{rank}", pid=100 + rank, beats=beats, doing="in a forward pass", line=line)
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,12 @@ def here(rank: int, beats: int) -> Whereabouts:
         ([here(0, 7), here(1, 6), here(2, 7)], 3, [], "rank 1 (pid 101 on n1, in a forward pass) came less far"),
         ([here(0, 7)], 3, [], "ranks 1, 2 did not answer"),
         ([here(1, 7), here(2, 2)], 3, [], "rank 0 did not answer"),
-        ([here(0, 7), here(1, 7)], 2, [], "all ranks wait in the same place (in a forward pass)"),
+        (
+            [here(2, 7), here(1, 7, "b.py:2 in g"), here(0, 7)],
+            3,
+            [],
+            "all ranks came equally far (in a forward pass): rank 1 at b.py:2 in g; ranks 0, 2 at a.py:1 in f",
+        ),
         ([here(0, 7)], 1, [], "rank 0 (pid 100 on n0, in a forward pass)"),
         ([here(0, 7)], 2, [1], "rank 1 of "),
     ],
@@ -78,8 +83,8 @@ def test_one_whose_disk_hangs_is_ended_all_the_same(tmp_path: Path) -> None:
 
 
 def test_beats_and_other_limits_keep_it_quiet(tmp_path: Path) -> None:
-    body = "watchdog.beat('a', 1.5)\nfor _ in range(8):\n    time.sleep(0.3)\n    watchdog.beat('b')\n"
-    body += "with watchdog.during('evaluating', 60):\n    time.sleep(3)"
+    body = "watchdog.beat('a', 3)\nfor _ in range(9):\n    time.sleep(0.5)\n    watchdog.beat('b')\n"
+    body += "with watchdog.during('evaluating', 60):\n    time.sleep(4)"
     assert watched(tmp_path, body).code == 0
 
 
