@@ -76,6 +76,7 @@ class RunLock:
         self._paths = paths
         self._beat = 0
         self._released = threading.Event()
+        self._renewing = threading.Lock()
         before = _taken(paths, lease if wait else None)
         try:
             found = _read(before)
@@ -94,10 +95,13 @@ class RunLock:
 
         def renew() -> None:
             while not self._released.wait(every):
-                with suppress(OSError):  # a lease that cannot be renewed now may be the next time
-                    if line := self._renewed():
-                        lost(line)
-                        return
+                line = None
+                # A lease that cannot be renewed now may be the next time.
+                with self._renewing, suppress(OSError):
+                    line = None if self._released.is_set() else self._renewed()
+                if line:
+                    lost(line)
+                    return
 
         threading.Thread(target=renew, name="lease", daemon=True).start()
 
@@ -106,7 +110,7 @@ class RunLock:
         if self._released.is_set():
             return
         self._released.set()
-        with suppress(OSError):
+        with self._renewing, suppress(OSError):
             self._renewed(released=True)
         os.close(self._fd)
 
