@@ -112,6 +112,8 @@ class Run:
         self._starting = True
 
     def __enter__(self) -> Self:
+        if os.environ.get("LOCAL_RANK") == "0":
+            forget_last_attempt()
         # Kept open for the life of the process.
         self._wakeup = socket.socketpair()
         self._wakeup[1].setblocking(False)
@@ -123,7 +125,6 @@ class Run:
 
     def own(self) -> None:
         """Rank 0: take the run directory. Raises DirectoryError if another job has it or it cannot be written."""
-        forget_last_attempt()
         self._refused = True
         self._lock = RunLock(self.paths)
         self._refused = False

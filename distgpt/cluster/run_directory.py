@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 EXIT_FILE_VARIABLE = "DISTGPT_EXIT_FILE"
+_STARTED = time.time()
 
 
 @dataclass(frozen=True)
@@ -73,10 +74,11 @@ def write_exit_report(paths: RunPaths | None, *, code: int, cause: str, rank: in
 
 
 def forget_last_attempt() -> None:
-    """Remove the launcher's copy of the report of an attempt that torchrun has started anew."""
-    launcher_file = os.environ.get(EXIT_FILE_VARIABLE)
-    if launcher_file and os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
-        Path(launcher_file).unlink(missing_ok=True)
+    """Remove the launcher's copy of a report from before this process: torchrun started all ranks of the host anew."""
+    launcher_file = Path(os.environ.get(EXIT_FILE_VARIABLE, ""))
+    with suppress(OSError):
+        if launcher_file.is_file() and launcher_file.stat().st_mtime < _STARTED:
+            launcher_file.unlink()
 
 
 def code_of_this_job(paths: RunPaths) -> int | None:

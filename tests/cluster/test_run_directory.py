@@ -1,11 +1,12 @@
 """The first report of how a run ended."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
-from distgpt.cluster.run_directory import RunPaths, write_exit_report
+from distgpt.cluster.run_directory import RunPaths, forget_last_attempt, write_exit_report
 
 
 def report(directory: Path) -> dict[str, object]:
@@ -35,3 +36,16 @@ def test_a_launcher_gets_a_copy_even_without_a_run_directory(tmp_path: Path, mon
 
 def test_a_report_that_cannot_be_written_is_still_to_be_told(tmp_path: Path) -> None:
     assert write_exit_report(RunPaths(tmp_path / "gone"), code=74, cause="disk", rank=0, step=None)
+
+
+def test_a_report_of_an_earlier_attempt_is_forgotten_and_one_of_this_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy.json"
+    monkeypatch.setenv("DISTGPT_EXIT_FILE", str(copy))
+    assert write_exit_report(None, code=75, cause="a host joined", rank=0, step=None)
+    forget_last_attempt()
+    assert copy.exists()
+    os.utime(copy, (0, 0))  # before this process
+    forget_last_attempt()
+    assert not copy.exists()
