@@ -39,19 +39,22 @@ newest_checkpoint() {
 stopped=
 agent=
 for signal in TERM INT HUP USR1; do
-    # TERM for all: a shell starts what runs in the background deaf to INT.
-    trap 'stopped=yes; kill -TERM $agent 2>/dev/null || true' "$signal"
+    # Only the first: told twice, torchrun breaks off what it does about it, and the save with it.
+    trap '[[ $stopped ]] || kill -TERM $agent 2>/dev/null || true; stopped=yes' "$signal"
 done
 
 # launch OPTION ...: train until the end of torchrun. Leaves the exit code in `status` and, unless that is 0, `cause`.
 launch() {
     rm -f "$DISTGPT_EXIT_FILE"
     status=0 cause=
-    # torchrun passes on only the signals it is told of, and SIGUSR1 would kill it.
+    # In a process group of its own (-m): a terminal sends Ctrl-C to all of this one, and torchrun would hear it twice.
+    # It passes on only the signals it is told of, and SIGUSR1 would kill it.
+    set -m
     torchrun --standalone --nproc_per_node="$ranks" --max-restarts=3 \
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
         -m distgpt.train "$@" &
     agent=$!
+    set +m
     # Told to stop between two launches, when there was none to pass it on to.
     if [[ -n $stopped ]]; then kill -TERM "$agent" || true; fi
     # A trapped signal ends one wait; the run ends when torchrun is gone.

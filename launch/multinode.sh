@@ -76,15 +76,21 @@ scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 child='' signalled=''
 for signal in TERM INT USR1 HUP; do
+    # Only the first: told twice, torchrun breaks off what it does about it, and the save with it.
     # shellcheck disable=SC2064
-    trap "signalled=$signal; kill -$signal \$child 2>/dev/null || true" "$signal"
+    trap "[[ \$signalled ]] || kill -$signal \$child 2>/dev/null || true; signalled=$signal" "$signal"
 done
 
-# run COMMAND...: in the background, so that a signal is passed on at once; gives its exit code.
+# run COMMAND...: in the background, so that a signal is passed on at once; gives its exit code. In a process group of its
+# own (-m): a terminal sends Ctrl-C to all of this one, and torchrun would hear it twice.
 run() {
     local status=0
+    set -m
     "$@" &
     child=$!
+    set +m
+    # Told to stop when there was nothing yet to pass it on to.
+    [[ ! $signalled ]] || kill -TERM "$child" || true
     end_if_deaf "$child" >/dev/null &
     local watch=$!
     # A trapped signal ends one wait; the command is over when it is gone.

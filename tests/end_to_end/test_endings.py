@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -45,6 +46,22 @@ def test_a_plain_process_stops_at_a_step_as_well(prepared: Path, tmp_path: Path)
     step = jobs.exit_report(tmp_path)["step"]
     assert ended.code == 75
     assert ended.stderr == f"distgpt: interrupted by SIGINT: step {step} of 60 is saved, run it again to go on\n"
+    assert jobs.checkpoints(tmp_path)[-1] == f"step-{step:08d}"
+
+
+@jobs.linux_only
+def test_ctrl_c_twice_saves_all_the_same(prepared: Path, tmp_path: Path) -> None:
+    """A terminal sends it to the launcher and to all that it started, which torchrun would have heard twice."""
+    local = jobs.PROJECT / "launch" / "local.sh"
+    # setsid: the terminal of the tests is not to hear it.
+    job = jobs.Job(["setsid", str(local), *tiny(prepared, tmp_path)], NPROC_PER_NODE="2")
+    job.read_until("step  2/60 ")
+    for _ in range(2):
+        os.killpg(job.pid, signal.SIGINT)
+        time.sleep(0.1)
+    ended = job.finish()
+    step = jobs.exit_report(tmp_path)["step"]
+    assert ended.code == 75, ended
     assert jobs.checkpoints(tmp_path)[-1] == f"step-{step:08d}"
 
 
