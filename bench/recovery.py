@@ -37,6 +37,8 @@ if os.path.exists(file):
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
     step = saved["step"]
+    if dist.get_rank() == 0:
+        print("going on from step", step, flush=True)
 while True:
     model(torch.randn(8, 64)).square().mean().backward()
     optimizer.step()
@@ -64,7 +66,7 @@ def main() -> None:
             directory / "data",
             "--tokenizer=char",
         ]
-        subprocess.run([sys.executable, "-m", *prepare, "--tokenizer=char"], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", *prepare], check=True, capture_output=True)
         paths = (f"--data.path={directory / 'data'}", f"--run.dir={directory / 'run'}")
         imported = median_import()
         print(f"{'':10}{'start':>8}{'recovery':>10}{'the rest':>10}")
@@ -87,40 +89,27 @@ def measure(program: list[str]) -> tuple[float, float]:
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         text=True,
     ) as job:
-        wait_for_steps(job, 1)
+        read_lines(job, "step ")
         start = time.perf_counter() - launched
         recoveries = []
         for kill in range(KILLS):
-            wait_for_steps(job, 45)
+            read_lines(job, "step ", 45)
             killed = time.perf_counter()
             os.kill(rank_of(job.pid, kill % 2), signal.SIGKILL)
-            wait_for_restart(job)
+            read_lines(job, "going on from ")
+            read_lines(job, "step ")
             recoveries.append(time.perf_counter() - killed)
         job.terminate()
     return start, statistics.median(recoveries)
 
 
-def wait_for_steps(job: "subprocess.Popen[str]", count: int) -> None:
-    """Read this many lines that tell of a step."""
+def read_lines(job: "subprocess.Popen[str]", beginning: str, count: int = 1) -> None:
+    """Read up to and with so many lines that begin so."""
     assert job.stdout is not None
     while count:
         line = job.stdout.readline()
         assert line, "the job ended"
-        count -= line.startswith("step ")
-
-
-def wait_for_restart(job: "subprocess.Popen[str]") -> None:
-    """Read until a step that is not the one after the last."""
-    last = 0
-    while True:
-        assert job.stdout is not None
-        line = job.stdout.readline()
-        assert line, "the job ended"
-        if line.startswith("step "):
-            step = int(line.split()[1].split("/")[0])
-            if step <= last:
-                return
-            last = step
+        count -= line.startswith(beginning)
 
 
 def rank_of(agent: int, rank: int) -> int:
