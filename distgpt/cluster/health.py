@@ -112,8 +112,7 @@ class Run:
         self._starting = True
 
     def __enter__(self) -> Self:
-        if os.environ.get("LOCAL_RANK") == "0":
-            forget_last_attempt()
+        forget_last_attempt()
         # Kept open for the life of the process.
         self._wakeup = socket.socketpair()
         self._wakeup[1].setblocking(False)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 EXIT_FILE_VARIABLE = "DISTGPT_EXIT_FILE"
-_STARTED = time.time()
 
 
 @dataclass(frozen=True)
@@ -74,10 +73,13 @@ def write_exit_report(paths: RunPaths | None, *, code: int, cause: str, rank: in
 
 
 def forget_last_attempt() -> None:
-    """Remove the launcher's copy of a report from before this process: torchrun started all ranks of the host anew."""
+    """Remove the launcher's copy of a report from before this process: torchrun started all ranks of the host anew.
+
+    For every rank, as soon as it starts: any of them may come to be the one that reports.
+    """
     launcher_file = Path(os.environ.get(EXIT_FILE_VARIABLE, ""))
     with suppress(OSError):
-        if launcher_file.is_file() and launcher_file.stat().st_mtime < _STARTED:
+        if launcher_file.is_file() and launcher_file.stat().st_mtime < _start_of_this_process():
             launcher_file.unlink()
 
 
@@ -89,6 +91,15 @@ def code_of_this_job(paths: RunPaths) -> int | None:
             if isinstance(report, dict) and report.get("job") == _this_job():
                 return int(report["code"])
     return None
+
+
+def _start_of_this_process() -> float:
+    """In seconds as time.time() has them. Ranks start together: none reports before the last one has started."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    except OSError:
+        return time.time()
+    return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
 def _this_job() -> str | None:

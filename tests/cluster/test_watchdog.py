@@ -120,17 +120,23 @@ def test_a_neighbour_that_is_stopped_is_ended_with_the_others(tmp_path: Path) ->
 def test_rank_0_that_is_stopped_before_the_ranks_have_met_is_named_by_another(tmp_path: Path) -> None:
     programs = ["import time; time.sleep(600)"]
     programs += [program("time.sleep(600)", rank=1).replace("sys.argv[1]", repr(str(tmp_path)))]
-    codes, said = stopped(0, programs)
+    # What the launcher was told of an earlier attempt of its torchrun says nothing of this one.
+    copy = tmp_path / "copy.json"
+    copy.write_text("{}")
+    os.utime(copy, (0, 0))
+    codes, said = stopped(0, programs, DISTGPT_EXIT_FILE=str(copy))
     assert codes[0] < 0  # by a signal: the one for stacks ends what does not know it
     assert codes[1] == 75
     assert said.count("\n") == 1
     assert ": rank 0 of " in said
+    assert ": rank 0 of " in copy.read_text()
 
 
-def stopped(rank: int, programs: list[str]) -> tuple[list[int], str]:
+def stopped(rank: int, programs: list[str], **variables: str) -> tuple[list[int], str]:
     """The exit codes of ranks that run these programs, of which one is stopped, and what they said on stderr."""
     command = [sys.executable, "-c", AGENT, *programs]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
+    environment = {**os.environ, **variables}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as agent:
         assert agent.stdout is not None
         pids = list(map(int, agent.stdout.readline().split()))
         os.kill(pids[rank], signal.SIGSTOP)
