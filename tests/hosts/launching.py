@@ -10,9 +10,9 @@ from tests.hosts.network import Network
 class HostJob(jobs.Job):
     """A job whose output can be read so slowly that it does not end before something else has happened."""
 
-    def read_slowly_until(self, text: str) -> None:
-        """Read its stdout up to `text`, about a step a second."""
-        while text.encode() not in self._said:
+    def read_slowly_until(self, text: str, *, times: int = 1) -> None:
+        """Read its stdout until it has said `text` so often, about a step a second."""
+        while self._said.count(text.encode()) < times:
             assert self._read(), f"the job ended before it said {text!r}\n{self.finish()}"
             time.sleep(0.5)
 
