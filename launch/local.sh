@@ -6,6 +6,7 @@
 # flatten to 1.
 . "$(dirname "$0")/environment.sh"
 environment ""
+. launch/supervise.sh
 
 case " $* " in *" --help "* | *" -h "*) exec python -m distgpt.train --help ;; esac
 # A mistyped key is one clear line here; under torchrun it would drown in the agent's report.
@@ -36,32 +37,15 @@ newest_checkpoint() {
     { find "$run_dir/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null || true; } | sort | tail -n 1
 }
 
-stopped=
-agent=
-for signal in TERM INT HUP USR1; do
-    # Only the first: told twice, torchrun breaks off what it does about it, and the save with it.
-    trap '[[ $stopped ]] || kill -TERM $agent 2>/dev/null || true; stopped=yes' "$signal"
-done
-
 # launch OPTION ...: train until the end of torchrun. Leaves the exit code in `status` and, unless that is 0, `cause`.
 launch() {
     rm -f "$DISTGPT_EXIT_FILE"
     status=0 cause=
-    # In a process group of its own (-m): a terminal sends Ctrl-C to all of this one, and torchrun would hear it twice.
-    # It passes on only the signals it is told of, and SIGUSR1 would kill it.
-    set -m
-    torchrun --standalone --nproc_per_node="$ranks" --max-restarts=3 \
+    # torchrun passes on only the signals it is told of, and SIGUSR1 would kill it.
+    start torchrun --standalone --nproc_per_node="$ranks" --max-restarts=3 \
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-        -m distgpt.train "$@" &
-    agent=$!
-    set +m
-    # Told to stop between two launches, when there was none to pass it on to.
-    if [[ -n $stopped ]]; then kill -TERM "$agent" || true; fi
-    # A trapped signal ends one wait; the run ends when torchrun is gone.
-    while kill -0 "$agent" 2>/dev/null; do
-        status=0
-        wait "$agent" || status=$?
-    done
+        -m distgpt.train "$@"
+    finish || status=$?
     if ((status == 0)); then return; fi
     status=75 cause="killed before any rank could say why: run it again to go on"
     if [[ -s $DISTGPT_EXIT_FILE ]]; then
@@ -75,11 +59,11 @@ for ((try = 1; try <= ${TRIES:-3}; try++)); do
     before=$(newest_checkpoint)
     launch "$@"
     # The last line says what happened, below torchrun's own report.
-    if [[ -n $cause ]]; then echo "distgpt: $cause" >&2; fi
-    if [[ -n $stopped || $status != 75 ]]; then exit "$status"; fi
+    if [[ -n $cause ]]; then say "$cause"; fi
+    if [[ $signalled || $status != 75 ]]; then exit "$status"; fi
     newest=$(newest_checkpoint)
     if [[ $newest != "$before" ]]; then try=0; fi
-    echo "distgpt: starting again from $(basename "${newest:-the beginning}")" >&2
+    say "starting again from $(basename "${newest:-the beginning}")"
 done
-echo "distgpt: gave up after $((try - 1)) launches that got no further" >&2
+say "gave up after $((try - 1)) launches that got no further"
 exit "$status"

@@ -16,10 +16,10 @@
 # Exits with the code of the run, which torchrun would flatten to 1.
 . "$(dirname "$0")/environment.sh"
 environment ""
+. launch/supervise.sh
 
 JOIN_SECONDS=${JOIN_SECONDS:-600}
 TRIES=${TRIES:-10}
-say() { echo "distgpt: $*" >&2; }
 usage() { say "error: $*"; exit 2; }
 
 [[ ${HEAD:-} =~ ^([^:]+):([0-9]+)$ ]] || usage "HEAD=host:port is missing: one of the hosts, and a free port on it"
@@ -74,31 +74,14 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
-child='' signalled=''
-for signal in TERM INT USR1 HUP; do
-    # Only the first: told twice, torchrun breaks off what it does about it, and the save with it.
-    # shellcheck disable=SC2064
-    trap "[[ \$signalled ]] || kill -$signal \$child 2>/dev/null || true; signalled=$signal" "$signal"
-done
 
-# run COMMAND...: in the background, so that a signal is passed on at once; gives its exit code. In a process group of its
-# own (-m): a terminal sends Ctrl-C to all of this one, and torchrun would hear it twice.
+# run COMMAND...: to its end; gives its exit code.
 run() {
     local status=0
-    set -m
-    "$@" &
-    child=$!
-    set +m
-    # Told to stop when there was nothing yet to pass it on to.
-    [[ ! $signalled ]] || kill -TERM "$child" || true
+    start "$@"
     end_if_deaf "$child" >/dev/null &
     local watch=$!
-    # A trapped signal ends one wait; the command is over when it is gone.
-    while kill -0 "$child" 2>/dev/null; do
-        status=0
-        wait "$child" || status=$?
-    done
-    child=''
+    finish || status=$?
     kill "$watch" 2>/dev/null || true
     return "$status"
 }
@@ -208,6 +191,6 @@ while true; do
     fi
     ((is_host)) || checked=''
     say "${cause:-the attempt ended without a report}; starting again (attempt $((attempts + 1)))"
-    sleep $((tries < 5 ? tries : 5))
+    sleep $((tries < 5 ? tries : 5)) || true # Ctrl-C ends it as well
 done
 exit "$status"

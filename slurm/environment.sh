@@ -91,11 +91,11 @@ supervise() {
     [[ -z ${stopped:-} ]] || requeue "stopped before the start"
     "$@" &
     child=$!
+    # Told to stop when there was nothing yet to pass it on to.
+    if [[ ${stopped:-} && ! ${ended_by_slurm:-} ]]; then pass_on; fi
     # A trapped signal ends one wait.
-    while kill -0 "$child" 2>/dev/null; do
-        status=0
-        wait "$child" || status=$?
-    done
+    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
+    wait "$child" || status=$?
     child=
     return "$status"
 }

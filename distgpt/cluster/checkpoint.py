@@ -218,15 +218,16 @@ class Checkpointer:
 
     def _prune(self, saved: Path) -> None:
         """Remove what need not be kept, if the checkpoint just saved, read once more, can stand for it."""
-        old = self._on_rank_zero(partial(surplus, self._directory, keep=self._config.checkpoint.keep))
-        if not old:
-            return
-        if problems := self._damage(saved):
-            raise StorageError(f"{saved} is damaged already ({problems[0]}); no older checkpoint was removed")
+        problems: list[str] = []
         try:
-            self._on_rank_zero(partial(self._store.remove, old))
+            old = self._on_rank_zero(partial(surplus, self._directory, keep=self._config.checkpoint.keep))
+            problems = self._damage(saved) if old else []
+            if old and not problems:
+                self._on_rank_zero(partial(self._store.remove, old))
         except StorageError as error:
             log.warning("old checkpoints stay: %s", error)
+        if problems:
+            raise StorageError(f"{saved} is damaged already ({problems[0]}); no older checkpoint was removed")
 
     def _damage(self, checkpoint: Path) -> list[str]:
         """What is wrong with a checkpoint; each rank reads a share of it."""

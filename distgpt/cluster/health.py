@@ -17,7 +17,7 @@ import traceback
 from contextlib import suppress
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import NoReturn, Self
+from typing import Any, NoReturn, Self, TextIO
 
 from distgpt.cluster.ownership import Owner, RunLock, loss_of
 from distgpt.cluster.run_directory import (
@@ -90,6 +90,25 @@ def leave_if_hopeless(paths: RunPaths) -> None:
             sys.exit(code)
 
 
+class _Unheard:
+    """stdout or stderr, whose reader may go away, as a terminal that is closed: what nobody can read is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            self._stream.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            self._stream.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 class Run:
     """One rank's part in a run, from its first moment to its exit code.
 
@@ -113,6 +132,7 @@ class Run:
 
     def __enter__(self) -> Self:
         forget_last_attempt()
+        sys.stdout, sys.stderr = _Unheard(sys.stdout), _Unheard(sys.stderr)
         # Kept open for the life of the process.
         self._wakeup = socket.socketpair()
         self._wakeup[1].setblocking(False)

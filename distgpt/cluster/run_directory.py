@@ -60,6 +60,7 @@ def write_exit_report(paths: RunPaths | None, *, code: int, cause: str, rank: in
         "code": code,
         "cause": cause,
         "rank": rank,
+        "host": socket.gethostname(),
         "step": step,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "job": _this_job(),
@@ -75,11 +76,13 @@ def write_exit_report(paths: RunPaths | None, *, code: int, cause: str, rank: in
 def forget_last_attempt() -> None:
     """Remove the launcher's copy of a report from before this process: torchrun started all ranks of the host anew.
 
-    For every rank, as soon as it starts: any of them may come to be the one that reports.
+    For every rank, as soon as it starts: any may come to be the one that reports. A report of another host stays,
+    where launchers of several share a file: it has another clock, and may have started earlier.
     """
     launcher_file = Path(os.environ.get(EXIT_FILE_VARIABLE, ""))
-    with suppress(OSError):
-        if launcher_file.is_file() and launcher_file.stat().st_mtime < _start_of_this_process():
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        before = launcher_file.stat().st_mtime < _STARTED
+        if before and json.loads(launcher_file.read_text())["host"] == socket.gethostname():
             launcher_file.unlink()
 
 
@@ -100,6 +103,9 @@ def _start_of_this_process() -> float:
     except OSError:
         return time.time()
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
+
+
+_STARTED = _start_of_this_process()
 
 
 def _this_job() -> str | None:

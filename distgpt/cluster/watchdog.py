@@ -89,6 +89,8 @@ class Watchdog:
         """From here on the ranks can be called together. `store` is one that all of them share."""
         # Clients of their own, one a thread: a call in one blocks it. The stubs of torch lack clone().
         self._store, calls = store.clone(), store.clone()  # type: ignore[attr-defined]
+        # From here on all ranks do the same; rank 0 had more to do.
+        self._beats = 0
         self._listener = threading.Thread(target=self._listen, args=(calls,), name="watchdog-calls", daemon=True)
         self._listener.start()
 
@@ -131,9 +133,10 @@ class Watchdog:
             looked = now
             limit = self._limit
             late = limit is not None and now - self._last_beat > limit
-            stopped = [rank for rank, since in self._stopped(now).items() if now - since > self._stopped_limit]
-            if (called or late or stopped) and not self._ended.is_set():
-                self._end(stopped)
+            stopped = self._stopped(now)
+            too_long = any(now - since > self._stopped_limit for since in stopped.values())
+            if (called or late or too_long) and not self._ended.is_set():
+                self._end(list(stopped))
 
     def _stopped(self, now: float) -> dict[int, float]:
         """Since when ranks of this host are stopped, by rank."""
@@ -162,7 +165,8 @@ class Watchdog:
         # The first one on this host may be the one that is stopped.
         first = min(({self._run.rank} | ranks_of_this_host().keys()) - set(stopped)) == self._run.rank
         if self._run.report(EXIT_INTERRUPTED, cause, for_host=first if stopped else None):
-            os.write(sys.stderr.fileno(), f"distgpt: {cause}\n".encode())
+            with suppress(OSError):
+                os.write(sys.stderr.fileno(), f"distgpt: {cause}\n".encode())
         silent = set(range(self._world_size)) - {answer.rank for answer in answers}
         _end_neighbours(silent)
         os._exit(EXIT_INTERRUPTED)

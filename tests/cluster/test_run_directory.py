@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ def test_the_first_report_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not write_exit_report(paths, code=75, cause="lost contact", rank=0, step=7)
     found = report(tmp_path)
     assert found.pop("time")
+    assert found.pop("host") == socket.gethostname()
     assert found == {"code": 65, "cause": "the loss", "rank": 1, "step": 7, "job": None}
     assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
 
@@ -47,5 +49,10 @@ def test_a_report_of_an_earlier_attempt_is_forgotten_and_one_of_this_is_not(
     forget_last_attempt()
     assert copy.exists()
     os.utime(copy, (0, 0))  # before this process
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    forget_last_attempt()
+    assert copy.exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("DISTGPT_EXIT_FILE", str(copy))
     forget_last_attempt()
     assert not copy.exists()

@@ -1,8 +1,10 @@
 """A rank that makes no progress is named, its stacks are in its log, and nothing of it or its neighbours stays."""
 
+import json
 import os
 import pickle
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -122,7 +124,7 @@ def test_rank_0_that_is_stopped_before_the_ranks_have_met_is_named_by_another(tm
     programs += [program("time.sleep(600)", rank=1).replace("sys.argv[1]", repr(str(tmp_path)))]
     # What the launcher was told of an earlier attempt of its torchrun says nothing of this one.
     copy = tmp_path / "copy.json"
-    copy.write_text("{}")
+    copy.write_text(json.dumps({"host": socket.gethostname()}))
     os.utime(copy, (0, 0))
     codes, said = stopped(0, programs, DISTGPT_EXIT_FILE=str(copy))
     assert codes[0] < 0  # by a signal: the one for stacks ends what does not know it

@@ -1,6 +1,6 @@
 """distgpt.train, for torchrun, with a rank slowed on purpose: $SLOW is WHAT:SECONDS:RANK, or WHAT:SECONDS: for all.
 
-WHAT is `forward` (each forward of the model sleeps) or `read` (each sequence that is read does).
+WHAT is `forward` (each forward of the model sleeps), `backward` or `read` (each sequence that is read does).
 """
 
 import os
@@ -20,6 +20,16 @@ def slow_forward(self: GPT, *arguments: Any, **options: Any) -> Any:
     return forward(self, *arguments, **options)
 
 
+def slow_backward(self: GPT, *arguments: Any, **options: Any) -> Any:
+    loss = forward(self, *arguments, **options)
+    loss.register_hook(sleeping)
+    return loss
+
+
+def sleeping(grad: Any) -> None:
+    time.sleep(float(seconds))
+
+
 def slow_read(self: loader._Windows, shards: Any, offsets: Any, tokens: Any) -> None:
     time.sleep(float(seconds) * len(offsets))
     read(self, shards, offsets, tokens)
@@ -28,6 +38,8 @@ def slow_read(self: loader._Windows, shards: Any, offsets: Any, tokens: Any) -> 
 if rank in ("", os.environ["RANK"]):
     if what == "forward":
         GPT.forward = slow_forward  # type: ignore[method-assign]
+    elif what == "backward":
+        GPT.forward = slow_backward  # type: ignore[method-assign]
     else:
         loader.CHUNK_STEPS = 4  # else it would take long until training comes to wait
         loader._Windows.read = slow_read  # type: ignore[method-assign]

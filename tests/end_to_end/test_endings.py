@@ -2,6 +2,7 @@
 
 import json
 import os
+import pty
 import signal
 import sys
 import time
@@ -63,6 +64,23 @@ def test_ctrl_c_twice_saves_all_the_same(prepared: Path, tmp_path: Path) -> None
     step = jobs.exit_report(tmp_path)["step"]
     assert ended.code == 75, ended
     assert jobs.checkpoints(tmp_path)[-1] == f"step-{step:08d}"
+
+
+@jobs.linux_only
+def test_a_terminal_that_is_closed_saves_as_well(prepared: Path, tmp_path: Path) -> None:
+    """What would be said from then on cannot be."""
+    local = jobs.PROJECT / "launch" / "local.sh"
+    launcher, terminal = pty.fork()
+    if launcher == 0:
+        os.execve(local, [str(local), *tiny(prepared, tmp_path)], jobs.environment(NPROC_PER_NODE="2"))
+    said = b""
+    while b"step  2/60 " not in said:
+        said += os.read(terminal, 64)
+    os.close(terminal)
+    _, status = os.waitpid(launcher, 0)
+    report = jobs.exit_report(tmp_path)
+    assert os.waitstatus_to_exitcode(status) == report["code"] == 75
+    assert jobs.checkpoints(tmp_path)[-1] == f"step-{report['step']:08d}"
 
 
 @pytest.fixture

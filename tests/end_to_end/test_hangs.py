@@ -1,5 +1,6 @@
 """A rank that hangs halts all: it is named, every rank shows its stacks, and nothing is left waiting."""
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,16 +11,21 @@ from tests.end_to_end.conftest import tiny
 SLOW = Path(__file__).with_name("slow.py")
 
 
-def test_a_rank_whose_data_never_come_is_named(prepared: Path, tmp_path: Path) -> None:
-    """Its neighbour waits for it in a backward pass, a few beats further."""
+def hanging(slow: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Train with two ranks, one of which hangs as slow.py has it, to the end that the watchdog makes of it."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SLOW)]
-    done = subprocess.run(
-        [*launcher, *tiny(prepared, tmp_path), "--health.start_timeout=20"],
+    return subprocess.run(
+        [*launcher, *arguments, "--health.start_timeout=20"],
         capture_output=True,
         text=True,
-        env=jobs.environment(SLOW="read:600:1"),
+        env=jobs.environment(SLOW=slow),
         timeout=300,
     )
+
+
+def test_a_rank_whose_data_never_come_is_named(prepared: Path, tmp_path: Path) -> None:
+    """Its neighbour waits for it in a backward pass, a few beats further."""
+    done = hanging("read:600:1", *tiny(prepared, tmp_path))
     report = jobs.exit_report(tmp_path)
     assert report["code"] == 75
     assert "rank 1 (pid " in report["cause"]
@@ -32,3 +38,12 @@ def test_a_rank_whose_data_never_come_is_named(prepared: Path, tmp_path: Path) -
         "flight-recorder-rank-0",
         "flight-recorder-rank-1",
     ]
+
+
+def test_a_rank_that_hangs_in_a_backward_pass_is_told_by_its_line(prepared: Path, tmp_path: Path) -> None:
+    """The other one waits for it in the same pass, as far as itself; rank 0, which had more to do before."""
+    hanging("backward:600:0", *tiny(prepared, tmp_path), "--train.global_batch=4")
+    cause = jobs.exit_report(tmp_path)["cause"]
+    assert "all ranks came equally far (" in cause
+    assert re.search(r"rank 0 at slow\.py:\d+ in sleeping", cause)
+    assert re.search(r"rank 1 at graph\.py:\d+ in ", cause)
