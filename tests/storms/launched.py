@@ -47,7 +47,7 @@ class Launched:
 
     def code(self) -> int:
         """The launcher's exit code, when it is gone."""
-        return self._process.wait(timeout=600)
+        return self._process.wait(timeout=3600)
 
     def output(self) -> str:
         """What was printed, by all launches."""
