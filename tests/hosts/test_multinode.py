@@ -16,8 +16,8 @@ from tests import jobs
 from tests.hosts.conftest import MakeNetwork
 from tests.hosts.launching import multinode
 
-# Divides over 1, 2, 3, 4 and 6 ranks, in the same micro-batches. GELU: one ReLU at its kink is enough to make much of the
-# last bit, in which sums over other numbers of ranks differ.
+# Divides over 1, 2, 3, 4 and 6 ranks, in the same micro-batches. GELU: a single ReLU at its kink makes much of the last
+# bit, in which sums over other numbers of ranks differ.
 SHAPE = (
     "--model.mlp=gelu",
     *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=16", "--model.dropout=0.1"),
