@@ -198,9 +198,8 @@ def fill(file: Path) -> None:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl, none before there is one."""
-    path = run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run_dir: Path) -> dict[int, float]:
