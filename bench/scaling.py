@@ -42,6 +42,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+import torch.distributed as dist
+
+from distgpt.cluster.parallel import bare, build_model
+from distgpt.cluster.reduction import agreed, grad_norm_of
+from distgpt.cluster.runtime import Runtime, joined, this_rank
+from distgpt.cluster.step import accumulate_gradients, update
+from distgpt.config import resolve
+from distgpt.model.optim import build_optimizer
+
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
@@ -162,56 +172,52 @@ def wire_bytes(interface: str) -> int:
 
 
 def work(job: Job, result: Path) -> None:
-    """One rank: the steps of distgpt.train on random tokens, timed and counted."""
-    import torch
-    import torch.distributed as dist
-
-    from distgpt.cluster.parallel import bare, build_model
-    from distgpt.cluster.reduction import agreed, grad_norm_of
-    from distgpt.cluster.runtime import joined, this_rank
-    from distgpt.cluster.step import accumulate_gradients, update
-    from distgpt.config import resolve
-    from distgpt.model.optim import build_optimizer
-
-    batch = (f"--train.global_batch={job.global_batch}", f"--train.micro_batch={job.micro_batch}")
-    config = resolve([*SHAPE, *batch, f"--parallel.shard={job.shard}", "--train.dtype=float32"], {})
+    """One rank."""
     runtime = this_rank()
     with joined(runtime, timeout=120):
-        strategy = job.strategy if runtime.distributed else "single"
-        model = build_model(
-            config,
-            runtime,
-            strategy=strategy,
-            vocab_size=VOCABULARY,
-            eot_id=None,
-            micro_batch=job.micro_batch,
-            dtype=torch.float32,
-        )
-        optimizer = build_optimizer(model, config.optim, runtime.device.type)
-        tokens = torch.randint(VOCABULARY, (job.micro_batch, BLOCK_SIZE + 1))
-        micro_batches = [(tokens[:, :-1], tokens[:, 1:])] * job.micro_batches
-        seconds, before = [], 0
-        for step in range(1, WARM_UP_STEPS + job.steps + 1):
-            if step == WARM_UP_STEPS + 1:
-                if runtime.distributed:
-                    dist.barrier()
-                before = wire_bytes(job.interface)
-            started = time.perf_counter()
-            loss = accumulate_gradients(model, micro_batches, step, config, runtime, torch.float32)
-            grad_norm = grad_norm_of(model)
-            agreed(loss, grad_norm, False, runtime)
-            update(model, optimizer, grad_norm, clip=config.optim.grad_clip)
-            optimizer.zero_grad()
-            if step > WARM_UP_STEPS:
-                seconds.append(time.perf_counter() - started)
-        if runtime.distributed:
-            dist.barrier()
-        sent = (wire_bytes(job.interface) - before) / job.steps
-        gpt = bare(model)
-        blocks = sum(p.numel() for p in gpt.blocks.parameters()) * 4
-        total = sum(p.numel() for p in gpt.parameters()) * 4
-        if runtime.rank == 0:
-            result.write_text(json.dumps(asdict(Measured(statistics.median(seconds), sent, blocks, total - blocks))))
+        measured = measure(job, runtime)
+    if runtime.rank == 0:
+        result.write_text(json.dumps(asdict(measured)))
+
+
+def measure(job: Job, runtime: Runtime) -> Measured:
+    """The steps of distgpt.train on random tokens, timed and counted."""
+    batch = (f"--train.global_batch={job.global_batch}", f"--train.micro_batch={job.micro_batch}")
+    config = resolve([*SHAPE, *batch, f"--parallel.shard={job.shard}", "--train.dtype=float32"], {})
+    strategy = job.strategy if runtime.distributed else "single"
+    model = build_model(
+        config,
+        runtime,
+        strategy=strategy,
+        vocab_size=VOCABULARY,
+        eot_id=None,
+        micro_batch=job.micro_batch,
+        dtype=torch.float32,
+    )
+    optimizer = build_optimizer(model, config.optim, runtime.device.type)
+    tokens = torch.randint(VOCABULARY, (job.micro_batch, BLOCK_SIZE + 1))
+    micro_batches = [(tokens[:, :-1], tokens[:, 1:])] * job.micro_batches
+    seconds, before = [], 0
+    for step in range(1, WARM_UP_STEPS + job.steps + 1):
+        if step == WARM_UP_STEPS + 1:
+            if runtime.distributed:
+                dist.barrier()
+            before = wire_bytes(job.interface)
+        started = time.perf_counter()
+        loss = accumulate_gradients(model, micro_batches, step, config, runtime, torch.float32)
+        grad_norm = grad_norm_of(model)
+        agreed(loss, grad_norm, False, runtime)
+        update(model, optimizer, grad_norm, clip=config.optim.grad_clip)
+        optimizer.zero_grad()
+        if step > WARM_UP_STEPS:
+            seconds.append(time.perf_counter() - started)
+    if runtime.distributed:
+        dist.barrier()
+    sent = (wire_bytes(job.interface) - before) / job.steps
+    gpt = bare(model)
+    blocks = sum(p.numel() for p in gpt.blocks.parameters()) * 4
+    total = sum(p.numel() for p in gpt.parameters()) * 4
+    return Measured(statistics.median(seconds), sent, blocks, total - blocks)
 
 
 def show_bytes(ranks: Sequence[int]) -> None:

@@ -1,6 +1,7 @@
 """Device, process group, threads and the facts about this rank."""
 
 import ctypes
+import gc
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -57,7 +58,9 @@ def joined(
 ) -> Iterator[None]:
     """Set this process up for its device and, with several ranks, be in their process group; `timeout` in seconds.
 
-    `met` is given the store that all ranks share as soon as there is one.
+    `met` is given the store that all ranks share as soon as there is one. Models belong into a function called inside:
+    DDP's reducer, where it is the last to hold the group, ends it with Python's lock held, for which a thread of gloo
+    that frees tensors may wait, for ever.
     """
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
@@ -81,6 +84,7 @@ def joined(
         device_id=runtime.device if on_gpu else None,
     )
     yield
+    gc.collect()  # models that hooks and torch.compile tied into cycles
     # Not in a finally: after a failure of a peer this would wait for it.
     dist.destroy_process_group()
 

@@ -2,6 +2,8 @@
 
 import os
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,8 +11,29 @@ import torch.distributed as dist
 
 from distgpt.cluster.runtime import _shared_store, compute_dtype, this_rank, threads_per_rank
 from distgpt.errors import UsageError
+from tests import jobs
 
 CPU = torch.device("cpu")
+GLOO = "pt_gloo_runloop"
+TRAIN_AND_LEAVE = """
+from pathlib import Path
+from torch import nn, ones
+from distgpt.cluster.parallel import DistributedDataParallel  # all that torch imports for it before there is a group
+from distgpt.cluster.runtime import joined, this_rank
+
+def threads():
+    return {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+
+def step():
+    model = DistributedDataParallel(nn.Linear(1, 1))
+    model.cycle = [model]
+    model(ones(1)).backward()
+    return threads()
+
+with joined(this_rank(), timeout=60):
+    print(*step())
+print(*threads())
+"""
 
 
 def test_one_process_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,6 +70,20 @@ def test_ranks_meet_in_a_new_store_and_not_those_before_them_in_an_old_one(
     stores[0].set("here", "yes")
     stores[0].get("here")  # set() does not wait
     assert stores[1].check(["here"]) == met
+
+
+@jobs.linux_only
+def test_no_model_outlives_the_process_group() -> None:
+    """Else the model's end is the group's, with Python's lock held, for which a thread of the group may wait."""
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", TRAIN_AND_LEAVE]
+    ranks = [
+        subprocess.Popen(command, env=jobs.environment(RANK=rank, **variables), stdout=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    for rank in ranks:
+        inside, after = rank.communicate(timeout=120)[0].splitlines()
+        assert (GLOO in inside.split(), GLOO in after.split()) == (True, False)
 
 
 def free_port() -> int:
