@@ -1,4 +1,5 @@
-# Sourced by the scripts beside it: enter the project, and make sure of a .venv with distgpt and its pinned packages.
+# Sourced by the scripts beside it: enter the project, make sure of a .venv with distgpt and its pinned packages, and
+# find out how many ranks this host should have.
 # shellcheck shell=bash
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
@@ -29,4 +30,17 @@ environment() {
         echo "$wanted" >>"$installed"
     fi
     PATH=$PWD/.venv/bin:$PATH
+}
+
+# default_ranks: one for each GPU that CUDA would see, else two, which share the cores, or one on a single core.
+default_ranks() {
+    local gpus cores visible
+    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
+        IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
+        gpus=${#visible[@]}
+    else
+        gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
+    fi
+    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
+    echo $((gpus > 0 ? gpus : cores > 1 ? 2 : 1))
 }

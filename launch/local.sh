@@ -16,14 +16,7 @@ from distgpt.errors import main_guard
 print(main_guard(lambda: resolve([a for a in sys.argv[1:] if a != "--print-config"], os.environ)).run_dir)' "$@")
 case " $* " in *" --print-config "*) exec python -m distgpt.train "$@" ;; esac
 
-if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-    IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
-    gpus=${#visible[@]}
-else
-    gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
-fi
-cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : cores > 1 ? 2 : 1))}
+ranks=${NPROC_PER_NODE:-$(default_ranks)}
 DISTGPT_EXIT_FILE=$(mktemp -d)/exit.json
 export DISTGPT_EXIT_FILE
 trap 'rm -rf "$(dirname "$DISTGPT_EXIT_FILE")"' EXIT

@@ -5,7 +5,7 @@
 #   HEAD             one of the hosts, by a name or an IPv4 address that all of them know, and a free port on it (the
 #                    next port is used by the preflight)
 #   NODES            how many hosts; MIN:MAX goes on with the hosts that are there, and takes in those that come later
-#   NPROC_PER_NODE   ranks on each host; the default is one a GPU, or two on a host without GPUs
+#   NPROC_PER_NODE   ranks on each host; the default is one a GPU, or two that share the CPU's cores
 #   JOIN_SECONDS     how long to wait for the other hosts (600)
 #   TRIES            how often to start again without a new checkpoint before giving up (10)
 #
@@ -30,8 +30,7 @@ least=${BASH_REMATCH[1]} most=${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}
 ((least >= 1 && least <= most && 2 * least > most)) ||
     usage "NODES=$NODES: the smaller number must be more than half of the larger one, so that only one side goes on when the network is cut"
 
-gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
-ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : 2))}
+ranks=${NPROC_PER_NODE:-$(default_ranks)}
 # A mistake is one clear line here; under torchrun it would drown in the agents' reports.
 plan=$(python - "$least" "$most" "$ranks" "$@" <<'PYTHON'
 import math, os, sys
