@@ -8,6 +8,7 @@ checkpoints/step-00001000/     whole, or it would not have this name
     manifest.json              size and SHA-256 of each file above, and of itself
 """
 
+import errno
 import hashlib
 import json
 import re
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from distgpt.errors import DataError
+from distgpt.errors import DataError, StorageError
 
 FORMAT_VERSION = 1
 MANIFEST, STATE, TOKENIZER = "manifest.json", "train.json", "tokenizer.json"
@@ -53,7 +54,10 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """By name, bytes and SHA-256 of a checkpoint's other files. Raises DataError unless its own hash is right."""
+    """By name, bytes and SHA-256 of a checkpoint's other files. Raises DataError unless its own hash is right.
+
+    Raises StorageError if it cannot be read now, as damage() does.
+    """
     try:
         content = (checkpoint / MANIFEST).read_bytes()
         files: dict[str, dict[str, Any]] = json.loads(content)["files"]
@@ -61,13 +65,18 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
             raise DataError(f"{MANIFEST} is damaged")
     except FileNotFoundError:
         raise DataError(f"{MANIFEST} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
+        raise DataError(f"{MANIFEST} cannot be read ({_harm(checkpoint / MANIFEST, error)})") from None
+    except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{MANIFEST} cannot be read ({one_line(error)})") from None
     return files
 
 
 def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, as far as this rank's share of its files shows; empty if nothing is."""
+    """What is wrong with a checkpoint, as far as this rank's share of its files shows; empty if nothing is.
+
+    Raises StorageError if a file cannot be read now for a reason that says nothing of what is in it.
+    """
     try:
         files = read_manifest(checkpoint)
     except DataError as error:
@@ -81,8 +90,15 @@ def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
             elif sha256_of(checkpoint / name) != files[name]["sha256"]:
                 problems.append(f"{name} does not match its hash")
         except OSError as error:
-            problems.append(f"{name}: {error.strerror}")
+            problems.append(f"{name}: {_harm(checkpoint / name, error)}")
     return problems
+
+
+def _harm(file: Path, error: OSError) -> str:
+    """What has become of a file. Raises StorageError where it may be whole: a server is away, it is another user's."""
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or error.errno == errno.EIO:
+        return str(error.strerror)
+    raise StorageError(f"cannot read {file}: {error.strerror}") from None
 
 
 def is_file_of_ours(name: str) -> bool:
@@ -91,11 +107,17 @@ def is_file_of_ours(name: str) -> bool:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """train.json of a checkpoint. Raises DataError if it is not one."""
+    """train.json of a checkpoint. Raises DataError unless it is as the manifest has it, StorageError as damage()."""
+    file = checkpoint / STATE
     try:
-        return RunState(**json.loads((checkpoint / STATE).read_bytes()))
-    except (OSError, ValueError, TypeError) as error:
-        raise DataError(f"{checkpoint / STATE} cannot be read: {one_line(error)}") from None
+        content = file.read_bytes()
+        if hashlib.sha256(content).hexdigest() != read_manifest(checkpoint)[STATE]["sha256"]:
+            raise DataError(f"{file} does not match its hash")
+        return RunState(**json.loads(content))
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {_harm(file, error)}") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{file} cannot be read: {one_line(error)}") from None
 
 
 def manifest_bytes(files: dict[str, dict[str, Any]]) -> bytes:

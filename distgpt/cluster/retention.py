@@ -5,7 +5,7 @@ import math
 import shutil
 from pathlib import Path
 
-from distgpt.cluster.manifest import MANIFEST, STATE, committed, one_line, read_manifest, read_state, sha256_of
+from distgpt.cluster.manifest import MANIFEST, committed, one_line, read_manifest, read_state
 from distgpt.errors import DataError, StorageError
 
 CHECKPOINT_BYTES = 12  # a parameter: a float32 weight and AdamW's two moments
@@ -26,7 +26,8 @@ def require_space(directory: Path, needed: int) -> None:
 def surplus(directory: Path, *, keep: int) -> list[Path]:
     """The checkpoints to remove: all but the newest `keep` and the one with the lowest validation loss.
 
-    One that holds a file that is not in its manifest, or whose manifest is damaged, is left alone.
+    One that holds a file that is not in its manifest, or whose manifest is damaged, is left alone. Raises StorageError
+    if one cannot be read now: it may be the best.
     """
     best = best_of(directory)
     found = []
@@ -45,10 +46,9 @@ def best_of(directory: Path) -> Path | None:
     losses: dict[Path, float] = {}
     for checkpoint in committed(directory):
         try:
-            if read_manifest(checkpoint)[STATE]["sha256"] == sha256_of(checkpoint / STATE):
-                loss = read_state(checkpoint).val_loss
-                if loss is not None and math.isfinite(loss):
-                    losses[checkpoint] = loss
-        except (OSError, DataError, KeyError):
+            loss = read_state(checkpoint).val_loss
+        except DataError:
             continue
+        if loss is not None and math.isfinite(loss):
+            losses[checkpoint] = loss
     return min(losses, key=lambda checkpoint: losses[checkpoint]) if losses else None

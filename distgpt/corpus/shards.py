@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distgpt.corpus.tokenizer import FILE_NAME as TOKENIZER
-from distgpt.corpus.tokenizer import Tokenizer
+from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.errors import DataError
 
 META = "meta.json"
@@ -115,7 +115,9 @@ def read_meta(path: Path) -> dict[str, Any]:
 
 
 def verify_dataset(dataset: Dataset, *, always: bool = False) -> None:
-    """Check the SHA-256 of every file and that every token is below vocab_size. Raises DataError naming the file.
+    """Check the SHA-256 of every file, that every token is below vocab_size, and that this is the tokenizer's.
+
+    Raises DataError naming the file.
 
     Success is remembered in DIR/.verified.json by name, size and time of change, so that only the first use pays; a
     read-only directory pays every time. `always` checks again.
@@ -123,8 +125,11 @@ def verify_dataset(dataset: Dataset, *, always: bool = False) -> None:
     stamps = _stamps(dataset)
     if not always and _remembered(dataset.path) == stamps:
         return
-    tokenizer = dataset.path / TOKENIZER
-    _compare(tokenizer, _hash(tokenizer), dataset.meta["tokenizer"]["sha256"])
+    file = dataset.path / TOKENIZER
+    _compare(file, _hash(file), dataset.meta["tokenizer"]["sha256"])
+    tokenizer = load_tokenizer(file)
+    if dataset.vocab_size != tokenizer.vocab_size or dataset.eot_id not in (None, tokenizer.eot_id):
+        raise DataError(f"{dataset.path / META} is damaged (its vocabulary is not the tokenizer's): {_AGAIN}")
     for shard in shards_of(dataset.meta):
         _verify_tokens(dataset.path / shard.file, shard.sha256, dataset.vocab_size)
         _compare(dataset.path / shard.index, _hash(dataset.path / shard.index), shard.index_sha256)

@@ -1,12 +1,16 @@
 """A checkpoint that is not whole is found, whatever is wrong with it."""
 
+import errno
+import io
 import os
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from distgpt.cluster.manifest import committed, damage
+from distgpt.cluster.manifest import committed, damage, read_state
+from distgpt.errors import DataError, StorageError
 from tests.cluster.checkpoints import FILES, flip_bit, newest
 
 
@@ -46,6 +50,38 @@ def test_one_flipped_bit_is_found_wherever_it_is(run: Path, name: str) -> None:
         assert damage(newest(run)), f"a flipped bit in {name} was not found"
         file.write_bytes(whole)
     assert damage(newest(run)) == []
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize(("number", "damaged"), [(errno.EIO, True), (errno.ESTALE, False), (errno.EMFILE, False)])
+def test_a_file_that_cannot_be_read_now_is_not_a_damaged_one(
+    run: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, damaged: bool
+) -> None:
+    """A bad sector is; a server that is away, or too many open files, say nothing of the file."""
+    opened = io.open
+
+    def failing(file: Any, *rest: Any, **named: Any) -> Any:
+        if Path(file).name == name:
+            raise OSError(number, os.strerror(number), str(file))
+        return opened(file, *rest, **named)
+
+    monkeypatch.setattr(io, "open", failing)  # what Path.open calls
+    if damaged:
+        assert name in damage(newest(run))[0]
+    else:
+        with pytest.raises(StorageError, match=f"^cannot read .*/{name}: {os.strerror(number)}$"):
+            damage(newest(run))
+
+
+def test_a_state_that_is_not_as_the_manifest_has_it_is_not_read(run: Path) -> None:
+    file = newest(run) / "train.json"
+    whole, draw = file.read_bytes(), random.Random(0)
+    assert read_state(newest(run)).step == 2
+    for _ in range(100):
+        flip_bit(file, draw)
+        with pytest.raises(DataError):
+            read_state(newest(run))
+        file.write_bytes(whole)
 
 
 def test_ranks_share_the_work_of_looking(run: Path) -> None:

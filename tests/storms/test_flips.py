@@ -11,12 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from distgpt.cluster.checkpoint import require_same_run
 from distgpt.cluster.loading import load_for_inference
 from distgpt.cluster.manifest import committed
+from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.errors import DataError
 from tests import jobs
-from tests.cluster.checkpoints import CPU, flip_bit, trainee
+from tests.cluster.checkpoints import CPU, SMALL, flip_bit, trainee
 from tests.storms.conftest import Storm, Table
 
 pytestmark = pytest.mark.storm
@@ -47,8 +49,9 @@ def saved(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_a_damaged_checkpoint_is_never_believed(saved: Path, storm: Storm, table: Table) -> None:
+def test_a_damaged_checkpoint_is_never_believed(saved: Path, dataset: Dataset, storm: Storm, table: Table) -> None:
     """One to three of three checkpoints are damaged, each in one file, and mended again."""
+    config = resolve([*SMALL, "--checkpoint.keep=3"], {})
     draw = random.Random(storm.seed)
     checkpoints = committed(saved / "checkpoints")
     found: Counter[tuple[str, str]] = Counter()
@@ -61,6 +64,7 @@ def test_a_damaged_checkpoint_is_never_believed(saved: Path, storm: Storm, table
             whole[file] = file.read_bytes()
             HARMS[harm](file, draw)
         good = [checkpoint for checkpoint in checkpoints if checkpoint not in harmed]
+        require_same_run(saved / "checkpoints", config, dataset)  # as training does first of all: nothing to say
         where = [str(file) for file in whole]
         if good:
             step = load_for_inference(saved, CPU)[2].step
@@ -105,6 +109,27 @@ def test_damaged_data_is_refused(dataset: Dataset, tmp_path: Path, storm: Storm,
     for harm in HARMS:
         kinds = {"skipped": 0, "not the newest": 0, "refused": found[harm, "refused"], "unused": found[harm, "unused"]}
         table(TITLE, {"where": "prepared data", "harm": harm, "strikes": sum(kinds.values()), **kinds, "missed": 0})
+
+
+def test_no_bit_of_what_is_known_of_the_data_is_believed_flipped(
+    dataset: Dataset, tmp_path: Path, storm: Storm, table: Table
+) -> None:
+    """Every bit of meta.json in the long form, each digit of what training takes from it in the short one."""
+    ignored = shutil.ignore_patterns(".verified.json")
+    copy = Path(shutil.copytree(dataset.path, tmp_path / "data", ignore=ignored))
+    meta = copy / "meta.json"
+    whole = meta.read_bytes()
+    key = whole.index(b'"vocab_size": ')
+    start, stop = (0, len(whole)) if storm.full else (key, whole.index(b"\n", key))
+    found: Counter[str] = Counter()
+    for at in range(8 * start, 8 * stop):
+        content = bytearray(whole)
+        content[at // 8] ^= 1 << at % 8
+        meta.write_bytes(content)
+        found[refused_or_unused(copy, dataset)] += 1
+        (copy / ".verified.json").unlink(missing_ok=True)
+    assert found["refused"] > found["unused"]
+    table("Bits of meta.json", {"flipped": found.total(), **{kind: found[kind] for kind in ("refused", "unused")}})
 
 
 def refused_or_unused(copy: Path, dataset: Dataset) -> str:
