@@ -102,8 +102,8 @@ end_if_deaf() {
 has_ranks() {
     local pid
     for pid in $(cat "/proc/$1/task/$1/children" 2>/dev/null || true); do
-        # One that is dead, and not yet noticed by the agent, does not count.
-        grep -q '^State:[[:space:]]*Z' "/proc/$pid/status" 2>/dev/null || return 0
+        # One that is dead, and not yet noticed by the agent, or stopped, which the agent would wait for, does not count.
+        grep -q '^State:[[:space:]]*[ZT]' "/proc/$pid/status" 2>/dev/null || return 0
     done
     return 1
 }

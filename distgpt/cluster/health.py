@@ -123,6 +123,7 @@ class Run:
         self.rank = rank
         self.step: int | None = None
         self.stop_requested: str | None = None
+        self.told_to_stop = False
         self.owner: Owner | None = None
         self._lock: RunLock | None = None
         self._refused = False
@@ -150,6 +151,7 @@ class Run:
         self.owner = self._lock.owner
         self._lock.keep(self._leave_to)
         self._writes_report = True
+        self.paths.logs.mkdir(exist_ok=True)  # for the stacks of a start that hangs
 
     def joined(self, owner: Owner | None) -> None:
         """All ranks are here and rank 0 is `owner` of the directory: this rank may write its log and report, too."""
@@ -200,7 +202,8 @@ class Run:
         with suppress(OSError):
             self.require_owned()
         if self._writes_report:
-            return write_exit_report(self.paths, code=code, cause=cause, rank=self.rank, step=self.step)
+            fence = self.owner.fence if self.owner else 0
+            return write_exit_report(self.paths, code=code, cause=cause, rank=self.rank, step=self.step, fence=fence)
         if self.rank:
             # What stops this one stops its neighbours too, and most likely rank 0: one line a host, for its launcher.
             if not (os.environ.get("LOCAL_RANK") == "0" if for_host is None else for_host):
@@ -209,7 +212,8 @@ class Run:
         with suppress(DistgptError):
             if self.paths.root.is_dir() and not self._refused:
                 self._lock = RunLock(self.paths, wait=False)
-        return write_exit_report(self.paths if self._lock else None, code=code, cause=cause, rank=0, step=None)
+        paths, fence = (self.paths, self._lock.owner.fence) if self._lock else (None, 0)
+        return write_exit_report(paths, code=code, cause=cause, rank=0, step=None, fence=fence)
 
     def _leave_to(self, line: str) -> NoReturn:
         """End this process, whose run directory is another job's by now; rank 0 says so in `line`."""
@@ -229,6 +233,8 @@ class Run:
 
     def _leave_while_starting(self) -> None:
         while received := self._wakeup[0].recv(1):
+            # Also where the main thread is in a call of C, and does not come to set stop_requested.
+            self.told_to_stop = self.told_to_stop or received[0] in STOP_SIGNALS
             if received[0] in STOP_SIGNALS and self._starting:
                 cause = (
                     f"interrupted by {signal.Signals(received[0]).name} before the first step: run it again to go on"

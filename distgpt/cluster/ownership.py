@@ -68,7 +68,7 @@ class RunLock:
     """The ownership of a run directory, taken by rank 0. LOCK stays when it is released."""
 
     def __init__(self, paths: RunPaths, *, lease: float = LEASE, wait: bool = True) -> None:
-        """Create the directory and take it; up to `lease` seconds go by if another host's owner may still be alive.
+        """Create the directory and take it; up to `lease` seconds go by until it is clear that its owner is alive.
 
         `wait=False` takes that one to be alive. Raises DirectoryError when another process owns the directory or it
         cannot be written, StorageError when its file system has no locks or no room.
@@ -200,10 +200,23 @@ def _holder(paths: RunPaths, fd: int, lease: float | None) -> str | None:
     if free and (found.released or found.owner.boot == _boot()):
         return None
     if not free and (found.released or found.owner.boot == _boot()):
-        return str(found.owner)
+        return None if lease is not None and _dies(paths, fd, found, lease) else str(found.owner)
     if lease is None or _changes(paths, found, lease):
         return str((_in_place(paths) or found).owner)
     return None
+
+
+def _dies(paths: RunPaths, fd: int, found: _Record, lease: float) -> bool:
+    """Whether an owner of this kernel lets go within this many seconds; `fd` then holds the flock.
+
+    One that is killed while it writes to a slow disk, or has much memory to give back, is gone only when that is done.
+    """
+    deadline = time.monotonic() + lease
+    while time.monotonic() < deadline and _in_place(paths) == found:
+        time.sleep(lease / 100)
+        if _flock(paths, fd):
+            return True
+    return False
 
 
 def _changes(paths: RunPaths, found: _Record, lease: float) -> bool:

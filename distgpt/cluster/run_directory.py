@@ -51,8 +51,12 @@ class RunPaths:
         return self.root / "LOCK"
 
 
-def write_exit_report(paths: RunPaths | None, *, code: int, cause: str, rank: int, step: int | None) -> bool:
-    """Write exit.json, and a copy to $DISTGPT_EXIT_FILE where a launcher names one. The first cause stands.
+def write_exit_report(
+    paths: RunPaths | None, *, code: int, cause: str, rank: int, step: int | None, fence: int = 0
+) -> bool:
+    """Write exit.json, and a copy to $DISTGPT_EXIT_FILE where a launcher names one.
+
+    The first cause stands, but not one of an earlier owner of the run directory, with a lower `fence`, who was asleep.
 
     Returns whether this was the first report of the run directory (or, with no directory, of the launcher's file).
     """
@@ -62,13 +66,14 @@ def write_exit_report(paths: RunPaths | None, *, code: int, cause: str, rank: in
         "rank": rank,
         "host": socket.gethostname(),
         "step": step,
+        "fence": fence,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "job": _this_job(),
     }
-    targets = [paths.exit_report] if paths else []
+    targets = [(paths.exit_report, fence)] if paths else []
     if launcher_file := os.environ.get(EXIT_FILE_VARIABLE):
-        targets.append(Path(launcher_file))
-    answers = [_write_once(target, report) for target in reversed(targets)]
+        targets.append((Path(launcher_file), 0))
+    answers = [_write_once(target, report, least_fence) for target, least_fence in reversed(targets)]
     # The run directory's counts most, but its disk may be full. A cause that no file can hold must still be told.
     return next((first for first in reversed(answers) if first is not None), True)
 
@@ -112,20 +117,29 @@ def _this_job() -> str | None:
     return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
-def _write_once(target: Path, report: dict[str, Any]) -> bool | None:
+def _write_once(target: Path, report: dict[str, Any], least_fence: int) -> bool | None:
     """Whether `target` is now this report; False where one stood already, None where none can be written.
 
-    A link is atomic and never replaces.
+    One of a lower fence than the least does not stand. A link is atomic and never replaces.
     """
     staged = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         staged.write_text(json.dumps(report) + "\n")
         os.link(staged, target)
     except FileExistsError:
-        return False
+        if _fence_of(target) >= least_fence:
+            return False
+        os.replace(staged, target)
     except OSError:
         return None
     finally:
         with suppress(OSError):
             staged.unlink(missing_ok=True)
     return True
+
+
+def _fence_of(report: Path) -> int:
+    try:
+        return int(json.loads(report.read_text())["fence"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0

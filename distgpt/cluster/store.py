@@ -52,8 +52,7 @@ class Store:
         shutil.rmtree(self._own, ignore_errors=True)
 
     def remove(self, checkpoints: Sequence[Path]) -> None:
-        """Remove these checkpoints. A kill leaves no half of one under a whole one's name."""
-        self._own.mkdir(exist_ok=True)
+        """Remove these checkpoints, during a save. A kill leaves no half of one under a whole one's name."""
         for checkpoint in checkpoints:
             shutil.rmtree(checkpoint.rename(self._own / f"removed-{checkpoint.name}"))
 
@@ -62,6 +61,7 @@ class Store:
         earlier = [d for d in self.directory.glob(f"{BROKEN}*") if re.fullmatch(BROKEN + r"step-\d{8,}-\d+", d.name)]
         for name in names:
             earlier.append((self.directory / name).rename(self.directory / f"{BROKEN}{name}-{time.time_ns()}"))
+        self._own.mkdir(exist_ok=True)
         self.remove([d for d in earlier[:-1] if all(is_file_of_ours(file.name) for file in d.iterdir())])
         self.close()
 

@@ -15,7 +15,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
 # Seconds between two looks at the clock, for all ranks to answer, and for a rank that did not to write its stacks:
 # together the limit is exceeded by less than 5.
 TICK, ANSWER, WRITING = 0.5, 2.0, 0.5
+# Seconds without progress after which one that is told to stop takes a neighbour that is gone for the reason.
+LOST = 2.0
+# Seconds that the others have to read the answers in a store that ends with this process.
+LINGER = 0.2
 # What it does at the end touches the run directory, whose disk may be what hangs: seconds until it ends regardless.
 LATEST = 4.0
 # A look that comes this late was not the scheduler's doing: the process was suspended, which is no hang.
@@ -68,6 +73,7 @@ class Watchdog:
         self._limit: float | None = None
         self._last_beat = time.monotonic()
         self._stopped_since: dict[int, float] = {}
+        self._neighbours: set[int] = set()
         self._store: Store | None = None
         self._called, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -117,7 +123,8 @@ class Watchdog:
         `models`: what trains and what it wraps, which may be the same; an evaluation calls the latter.
         """
         for model in set(models):
-            model.register_forward_pre_hook(lambda module, _: self._pass(module, "in a forward pass"))
+            # Before FSDP's own hook, which waits for the others.
+            model.register_forward_pre_hook(lambda module, _: self._pass(module, "in a forward pass"), prepend=True)
             model.register_forward_hook(lambda module, _, __: self._pass(module, "in a backward pass"))
 
     def _pass(self, module: "nn.Module", doing: str) -> None:
@@ -133,14 +140,20 @@ class Watchdog:
             looked = now
             limit = self._limit
             late = limit is not None and now - self._last_beat > limit
-            stopped = self._stopped(now)
+            present = ranks_of_this_host()
+            stopped = self._stopped(present, now)
             too_long = any(now - since > self._stopped_limit for since in stopped.values())
-            if (called or late or too_long) and not self._ended.is_set():
-                self._end(list(stopped))
+            self._neighbours |= present.keys()
+            # Once this rank is told to stop, as the agent does when it lost one: NCCL would wait for that one until the
+            # agent's patience ends. In an orderly end all ranks leave within this time.
+            lost = self._run.told_to_stop and now - self._last_beat > LOST
+            gone = sorted(self._neighbours - present.keys()) if lost else []
+            if (called or late or too_long or gone) and not self._ended.is_set():
+                self._end(list(stopped), gone)
 
-    def _stopped(self, now: float) -> dict[int, float]:
+    def _stopped(self, present: Mapping[int, int], now: float) -> dict[int, float]:
         """Since when ranks of this host are stopped, by rank."""
-        stopped = {rank for rank, pid in ranks_of_this_host().items() if _state(pid) == "T"}
+        stopped = {rank for rank, pid in present.items() if _state(pid) == "T"}
         self._stopped_since = {rank: self._stopped_since.get(rank, now) for rank in stopped}
         return self._stopped_since
 
@@ -151,13 +164,15 @@ class Watchdog:
                     self._called.set()
                     return
 
-    def _end(self, stopped: Sequence[int]) -> None:
+    def _end(self, stopped: Sequence[int], gone: Sequence[int]) -> None:
         mine = Whereabouts(self._run.rank, socket.gethostname(), os.getpid(), self._beats, self._doing, _line())
         waited = time.monotonic() - self._last_beat
         threading.Thread(target=self._end_regardless, args=(mine,), daemon=True).start()
         self._write_stacks(f"no progress for {waited:.0f} s while {mine.doing}")
-        answers = self._ask_all(mine, stopped)
-        named = culprits(answers, self._world_size, stopped)
+        answers = self._ask_all(mine, {*stopped, *gone})
+        named = culprits(answers, self._world_size, stopped, gone)
+        if self._store is None and not stopped and not gone and self._world_size > 1:
+            named = f"not all of {self._world_size} ranks came to join {mine}"
         cause = (
             f"no progress for {waited:.0f} s: {named}; the stacks of all ranks are in {self._run.paths.logs}: "
             "run it again to go on, or with a longer health.*timeout if it was only slow"
@@ -168,6 +183,7 @@ class Watchdog:
             with suppress(OSError):
                 os.write(sys.stderr.fileno(), f"distgpt: {cause}\n".encode())
         silent = set(range(self._world_size)) - {answer.rank for answer in answers}
+        time.sleep(LINGER)
         _end_neighbours(silent)
         os._exit(EXIT_INTERRUPTED)
 
@@ -189,7 +205,7 @@ class Watchdog:
         with suppress(OSError):
             _write_flight_recorder(self._run.paths.logs / f"flight-recorder-rank-{self._run.rank}")
 
-    def _ask_all(self, mine: Whereabouts, stopped: Sequence[int]) -> list[Whereabouts]:
+    def _ask_all(self, mine: Whereabouts, silent: set[int]) -> list[Whereabouts]:
         """The answers that come in time; the store itself may be with the rank that hangs."""
         answers = {self._run.rank: mine}
 
@@ -199,7 +215,7 @@ class Watchdog:
             with suppress(RuntimeError):
                 self._store.set(_key(self._run.rank), json.dumps(asdict(mine)))
                 self._store.set(CALL, "")
-                while missing := set(range(self._world_size)) - answers.keys() - set(stopped):
+                while missing := set(range(self._world_size)) - answers.keys() - silent:
                     for rank in missing:
                         if self._store.check([_key(rank)]):
                             answers[rank] = Whereabouts(**json.loads(self._store.get(_key(rank))))
@@ -211,8 +227,12 @@ class Watchdog:
         return list(answers.values())
 
 
-def culprits(answers: Sequence[Whereabouts], world_size: int, stopped: Sequence[int] = ()) -> str:
+def culprits(
+    answers: Sequence[Whereabouts], world_size: int, stopped: Sequence[int] = (), gone: Sequence[int] = ()
+) -> str:
     """Who halts all the others, in words."""
+    if gone:
+        return f"{_ranks(gone)} of {socket.gethostname()} gone"
     if stopped:
         return f"{_ranks(stopped)} of {socket.gethostname()} stopped by a signal"
     silent = sorted(set(range(world_size)) - {answer.rank for answer in answers})
@@ -277,8 +297,16 @@ def _write_flight_recorder(file: Path) -> None:
 
 
 def _line() -> str:
-    """The innermost line of Python that the main thread is in."""
-    frame = sys._current_frames()[threading.main_thread().ident or 0]
+    """The innermost line of Python that the main thread is in, or that which writes the checkpoint it waits for."""
+    frames = sys._current_frames()
+    frame = frames[threading.main_thread().ident or 0]
+    files = [Path(caller.filename).name for caller in traceback.extract_stack(frame)]
+    if "checkpoint.py" in files and files[-1] == "threading.py":
+        saving = [
+            frames[t.ident] for t in threading.enumerate() if t.name.startswith("checkpoint") and t.ident in frames
+        ]
+        # An idle thread of the pool is in its own loop.
+        frame = next((busy for busy in saving if Path(busy.f_code.co_filename).name != "thread.py"), frame)
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 

@@ -70,7 +70,7 @@ def test_gpu_out_of_memory_and_a_lost_nccl_peer_are_told_by_name() -> None:
 
 def test_done_is_reported_by_rank_0_alone(tmp_path: Path) -> None:
     assert rank(tmp_path, "run.own(); run.step = 7", number=0).code == 0
-    told = {"code": 0, "cause": "done", "rank": 0, "host": socket.gethostname(), "step": 7, "job": None}
+    told = {"code": 0, "cause": "done", "rank": 0, "host": socket.gethostname(), "step": 7, "fence": 1, "job": None}
     assert jobs.exit_report(tmp_path) | {"time": ""} == {**told, "time": ""}
     (tmp_path / "exit.json").unlink()
     assert rank(tmp_path, "run.joined(None)", number=1).code == 0
@@ -96,6 +96,7 @@ def test_the_second_rank_to_fail_says_nothing(tmp_path: Path) -> None:
         "rank": 1,
         "host": socket.gethostname(),
         "step": None,
+        "fence": 0,
         "time": "",
         "job": None,
     }

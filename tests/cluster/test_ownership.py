@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -113,7 +114,7 @@ def test_a_second_owner_is_refused_and_told_of_the_first(tmp_path: Path) -> None
     lock = RunLock(paths)
     paths.exit_report.write_text("{}")
     with pytest.raises(DirectoryError) as caught:
-        RunLock(paths)
+        RunLock(paths, lease=0.1)
     owner = rf"in use by pid {os.getpid()} on {re.escape(socket.gethostname())} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
     assert re.search(owner, str(caught.value))
     assert str(paths.root) in str(caught.value)
@@ -131,6 +132,17 @@ def test_the_lock_is_free_after_the_owner_was_killed(own: Callable[..., Process]
     assert owner.ended()[0] == -signal.SIGKILL
     lock = RunLock(paths, wait=False)
     assert (lock.owner.fence, record(paths)["pid"]) == (2, os.getpid())
+    lock.release()
+
+
+def test_an_owner_that_takes_its_time_to_die_is_waited_for(paths: RunPaths) -> None:
+    """As one does that was killed in a write to a slow disk: its lock is held until that is done."""
+    dying = RunLock(paths)
+    threading.Timer(0.3, os.close, [dying._fd]).start()
+    with pytest.raises(DirectoryError, match="in use by"):
+        RunLock(paths, wait=False)
+    lock = RunLock(paths, lease=60)
+    assert lock.owner.fence == 2
     lock.release()
 
 

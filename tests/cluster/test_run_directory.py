@@ -23,8 +23,24 @@ def test_the_first_report_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     found = report(tmp_path)
     assert found.pop("time")
     assert found.pop("host") == socket.gethostname()
-    assert found == {"code": 65, "cause": "the loss", "rank": 1, "step": 7, "job": None}
+    assert found == {"code": 65, "cause": "the loss", "rank": 1, "step": 7, "fence": 0, "job": None}
     assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
+
+
+def test_a_report_of_an_owner_who_was_asleep_gives_way_to_that_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTGPT_EXIT_FILE", str(tmp_path / "copy.json"))
+    paths = RunPaths(tmp_path)
+    assert write_exit_report(paths, code=0, cause="done", rank=0, step=9, fence=3)
+    assert write_exit_report(paths, code=74, cause="disk", rank=0, step=7, fence=4)
+    assert report(tmp_path)["code"] == 74
+    assert not write_exit_report(paths, code=0, cause="done", rank=0, step=9, fence=3)
+    assert not write_exit_report(paths, code=75, cause="lost contact", rank=1, step=7, fence=4)
+    assert report(tmp_path)["code"] == 74
+    # Of a launcher's own ranks the first one is right, come what may.
+    assert json.loads((tmp_path / "copy.json").read_text())["code"] == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["copy.json", "exit.json"]
 
 
 def test_a_launcher_gets_a_copy_even_without_a_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,12 +7,16 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from distgpt.cluster.runtime import FLIGHT_RECORDER_EVENTS
-from distgpt.cluster.watchdog import Whereabouts, culprits
+from distgpt.cluster.watchdog import Whereabouts, _line, culprits
 from tests import jobs
 
 # Torn from its place in train.py, without torch.
@@ -132,6 +136,47 @@ def test_rank_0_that_is_stopped_before_the_ranks_have_met_is_named_by_another(tm
     assert said.count("\n") == 1
     assert ": rank 0 of " in said
     assert ": rank 0 of " in copy.read_text()
+
+
+@jobs.linux_only
+def test_who_is_told_to_stop_does_not_wait_for_a_neighbour_that_is_gone(tmp_path: Path) -> None:
+    """As NCCL would: torchrun, which lost a rank, tells the others, and they cannot come to the end of their step."""
+    ready = tmp_path / "ready"
+    body = JOINED + f"run.training()\nwatchdog.beat('in step 3', 600)\nPath({str(ready)!r}).touch()\ntime.sleep(600)"
+    programs = [program(body).replace("sys.argv[1]", repr(str(tmp_path / "run"))), "import time; time.sleep(600)"]
+    command = [sys.executable, "-c", AGENT, *programs]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:
+        assert agent.stdout is not None
+        survivor, lost = map(int, agent.stdout.readline().split())
+        jobs.poll(ready.exists)
+        time.sleep(2)  # the watchdog looks around twice a second
+        os.kill(lost, signal.SIGKILL)
+        os.kill(survivor, signal.SIGTERM)
+        codes, said = agent.communicate(timeout=120)
+    assert list(map(int, codes.split())) == [75, -signal.SIGKILL]
+    assert f": rank 1 of {socket.gethostname()} gone; " in said
+    assert said == f"distgpt: {jobs.exit_report(tmp_path / 'run')['cause']}\n"
+
+
+def test_the_line_is_that_of_the_save_that_the_main_thread_waits_for() -> None:
+    written, lines, names = threading.Event(), [], dict[str, Any]()
+    exec(compile("def wait(save): save.result()", "checkpoint.py", "exec"), names)
+
+    def writing() -> None:
+        while not written.is_set():
+            time.sleep(0.01)
+
+    def look() -> None:
+        try:
+            lines.append(jobs.poll(lambda: line if (line := _line()).endswith(" in writing") else None))
+        finally:
+            written.set()
+
+    with ThreadPoolExecutor(1, thread_name_prefix="checkpoint") as saver:
+        save = saver.submit(writing)
+        threading.Thread(target=look).start()
+        names["wait"](save)
+    assert lines[0].startswith("test_watchdog.py:")
 
 
 def stopped(rank: int, programs: list[str], **variables: str) -> tuple[list[int], str]:

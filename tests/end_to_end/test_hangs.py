@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests import jobs
 from tests.end_to_end.conftest import tiny
 
@@ -23,9 +25,10 @@ def hanging(slow: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_rank_whose_data_never_come_is_named(prepared: Path, tmp_path: Path) -> None:
-    """Its neighbour waits for it in a backward pass, a few beats further."""
-    done = hanging("read:600:1", *tiny(prepared, tmp_path))
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_a_rank_whose_data_never_come_is_named(prepared: Path, tmp_path: Path, strategy: str) -> None:
+    """Its neighbour waits for it a beat or more further, in a backward pass, or in a forward pass for its shards."""
+    done = hanging("read:600:1", *tiny(prepared, tmp_path), f"--parallel.strategy={strategy}")
     report = jobs.exit_report(tmp_path)
     assert report["code"] == 75
     assert "rank 1 (pid " in report["cause"]
