@@ -27,8 +27,8 @@ if __name__ == "__main__":
     # Before torch, which takes seconds to import: --help and a mistyped flag answer at once.
     ARGUMENTS = main_guard(parse_arguments)
 
-from contextlib import closing
-from dataclasses import dataclass
+from contextlib import closing, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +37,7 @@ from torch import nn
 from tqdm import tqdm
 
 from distgpt.cluster.loading import load_for_training, newest_good
-from distgpt.cluster.manifest import RunState, listed, read_state
+from distgpt.cluster.manifest import STATE, RunState, committed, listed, read_state, step_of
 from distgpt.cluster.parallel import build_model, micro_batch_size
 from distgpt.cluster.reduction import grad_norm_of
 from distgpt.cluster.run_directory import RunPaths
@@ -87,15 +87,28 @@ def start_before(run: RunPaths, step: int) -> Start:
     checkpoint, broken = newest_good(run.checkpoints, before=step)
     if broken:
         print(f"skipped {listed(broken)}")
-    if checkpoint is not None:
-        state = read_state(checkpoint)
-        config = from_dict(state.config, source=str(checkpoint))
-        if step > config.train.steps and run.config.is_file():
-            config = resolve([str(run.config)], {})  # it was resumed later, to go further
-        return Start(config, checkpoint, state)
-    if not run.config.is_file():
+    state = read_state(checkpoint) if checkpoint is not None else None
+    config = config_of(run, step)
+    if config is None and state is not None:
+        config = as_trained(state)
+    if config is None:
         raise DataError(f"{run.root} holds no run: neither a checkpoint before step {step} nor {run.config.name}")
-    return Start(resolve([str(run.config)], {}))
+    return Start(config, checkpoint, state)
+
+
+def config_of(run: RunPaths, step: int) -> Config | None:
+    """That of the attempt that took this step: it made the next checkpoint, or else it was the last one."""
+    for checkpoint in reversed(committed(run.checkpoints)):
+        if step_of(checkpoint) >= step:
+            with suppress(DataError):
+                return as_trained(read_state(checkpoint))
+    return resolve([str(run.config)], {}) if run.config.is_file() else None
+
+
+def as_trained(state: RunState) -> Config:
+    """The config of a checkpoint with the micro-batch that was in use, on which the dropout masks depend."""
+    config = from_dict(state.config, source=STATE)
+    return replace(config, train=replace(config.train, micro_batch=state.micro_batch or config.train.micro_batch))
 
 
 def data_of(start: Start, directory: str | None) -> Dataset:
@@ -113,8 +126,7 @@ def data_of(start: Start, directory: str | None) -> Dataset:
 def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> None:
     """Take the steps up to `target` as distgpt.train does, probe that one, print what there is to say."""
     config, dtype = start.config, compute_dtype(start.config.train.dtype, runtime.device)
-    micro_batch = start.state.micro_batch if start.state else 0
-    micro_batch = micro_batch or micro_batch_size(config, runtime)
+    micro_batch = micro_batch_size(config, runtime)
     model = build_model(
         config,
         runtime,

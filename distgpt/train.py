@@ -26,6 +26,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -137,7 +138,9 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
     say(f"going on from step {start} in {run.paths.root}" if start else f"starting in {run.paths.root}")
     if runtime.rank == 0:
         run.require_owned()
-        write_file(run.paths.config, to_toml(config).encode())
+        # With the micro-batch in use, on which the dropout masks depend.
+        used = replace(config, train=replace(config.train, micro_batch=micro_batch))
+        write_file(run.paths.config, to_toml(used).encode())
 
     def finish_save() -> None:
         """What ends the run early says nothing against the weights of the save under way."""

@@ -129,13 +129,16 @@ def test_it_starts_from_an_older_checkpoint_where_the_newest_is_broken_and_from_
     assert "from      the initial weights, float32 on cpu\n" in capsys.readouterr().out
 
 
-def test_a_run_that_was_resumed_to_go_further_has_the_steps_of_then(tmp_path: Path, dataset: Dataset) -> None:
+def test_a_step_has_the_config_of_the_attempt_that_took_it(tmp_path: Path, dataset: Dataset) -> None:
+    """The run was resumed from step 2 with other values."""
     saved_at_two(tmp_path, dataset, lambda subject: None)
     run = RunPaths(tmp_path)
-    run.config.write_text(to_toml(resolve([*SMALL, *arguments(dataset), "--train.steps=20", "--optim.lr=0.5"], {})))
-    assert replay.start_before(run, 9).config.optim.lr != 0.5
-    further = replay.start_before(run, 10)
-    assert (further.step, further.config.train.steps, further.config.optim.lr) == (2, 20, 0.5)
+    assert replay.start_before(run, 3).config.train.steps == 9  # config.toml was lost: the best that is known
+    later = ("--train.steps=20", "--optim.lr=0.5", "--train.micro_batch=1")
+    run.config.write_text(to_toml(resolve([*SMALL, *arguments(dataset), *later], {})))
+    before, after = (replay.start_before(run, step).config for step in (2, 3))
+    assert (before.train.steps, before.optim.lr != 0.5, before.train.micro_batch) == (9, True, 2)
+    assert (after.train.steps, after.optim.lr, after.train.micro_batch) == (20, 0.5, 1)
 
 
 def test_other_data_is_refused(tmp_path: Path, dataset: Dataset) -> None:
