@@ -107,6 +107,7 @@ class Ledger:
         self._began = self._marked = time.monotonic() - age
         self._due = self._began
         self._opened = False
+        self.spend("start")
 
     def spend(self, part: Part) -> float:
         """All time since the last call, or since the process began, went into `part`; its seconds."""

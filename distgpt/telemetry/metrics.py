@@ -102,6 +102,11 @@ class Metrics:
             self._require_owned()
             self._events.text(tag, text, step)
 
+    def sync(self) -> None:
+        """Bring metrics.jsonl to disk: a checkpoint that is about to be saved relies on the lines up to its step."""
+        with self.counting_drops():
+            os.fsync(self._file)
+
     def close(self) -> None:
         """Close the files; everything is already written."""
         self._events.close()

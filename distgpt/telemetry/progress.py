@@ -174,6 +174,8 @@ class Progress:
     def checkpointing(self, step: int) -> Iterator[None]:
         """The same around a checkpoint after `step`, whose stall of training is logged."""
         started = time.perf_counter()
+        if self._metrics is not None:
+            self._metrics.sync()
         yield
         stalled = time.perf_counter() - started
         self._saves.saved(step)

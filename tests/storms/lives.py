@@ -73,7 +73,8 @@ class Calls:
 
     def _watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*arguments: Any, **named: Any) -> Any:
-            self.before(f"{name} {' '.join(str(a) for a in arguments if isinstance(a, str | Path))}")
+            named_by = [os.readlink(f"/proc/self/fd/{arguments[0]}")] if name == "fsync" else arguments
+            self.before(f"{name} {' '.join(str(a) for a in named_by if isinstance(a, str | Path))}")
             return call(*arguments, **named)
 
         return watched

@@ -64,6 +64,27 @@ def test_a_kill_of_one_of_two_ranks(lives: Lives, rank: int, tmp_path: Path, sto
     strike(lives, run, "kill", tmp_path, drawn(60, Storm(False, storm.seed)), table, world=2, rank=rank)
 
 
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(lives: Lives, before: Path, tmp_path: Path) -> None:
+    """No kill shows it, since what a process wrote outlives it; a power cut would."""
+    run = copied(before, tmp_path / "run")
+    life = lives.live(run)
+    assert life.step is not None
+    name = f"step-{life.step + 1:08d}"
+    commit = next(at for at, call in enumerate(life.calls) if re.fullmatch(rf"rename \S+ \S+/checkpoints/{name}", call))
+    staged = rf"\S+/checkpoints/\.staging-[^/]+/{name}"
+    for file in (run / "checkpoints" / name).iterdir():
+        path = rf"{staged}/{re.escape(file.name)}(\S*\.tmp)?"
+        writes, syncs = (places(life.calls, f"{call} {path}") for call in ("write", "fsync"))
+        assert writes, file
+        assert any(writes[-1] < at < commit for at in syncs), file
+        assert any(writes[-1] < at < commit for at in places(life.calls, f"fsync {staged}")), file
+    assert any(at > commit for at in places(life.calls, r"fsync \S+/checkpoints"))
+
+
+def places(calls: list[str], pattern: str) -> list[int]:
+    return [at for at, call in enumerate(calls) if re.fullmatch(pattern, call)]
+
+
 def test_a_stop_before_each_call_while_another_job_takes_over(
     lives: Lives, before: Path, tmp_path: Path, storm: Storm, table: Table
 ) -> None:

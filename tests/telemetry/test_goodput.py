@@ -155,6 +155,14 @@ def test_no_file_is_an_empty_ledger(tmp_path: Path) -> None:
     assert read_ledger(tmp_path / "goodput.jsonl") == []
 
 
+def test_an_attempt_that_is_killed_in_its_first_step_has_spent_its_start(tmp_path: Path) -> None:
+    path = tmp_path / "goodput.jsonl"
+    Ledger(path, start_step=0, require_owned=owned).write()
+    first, again = read_ledger(path)[-1], Ledger(path, start_step=0, require_owned=owned)
+    assert first.start == pytest.approx(process_age(), abs=1.0)
+    assert again.account().seconds["start"] >= first.start
+
+
 def test_a_ledger_accounts_for_every_second_since_the_process_began(tmp_path: Path) -> None:
     path = tmp_path / "goodput.jsonl"
     ledger = Ledger(path, start_step=10, require_owned=owned)
