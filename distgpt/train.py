@@ -193,9 +193,15 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
             watchdog.beat(f"after step {step}", health.timeout)
             wait = loader.take_data_wait()
             checkpointer.poll()
-            saving = checkpointer.writing
             progress.step(
-                step, loss=mean_loss, lr=lr, grad_norm=grad_norm, verdict=verdict, data_wait=wait, saving=saving
+                step,
+                loss=mean_loss,
+                lr=lr,
+                grad_norm=grad_norm,
+                verdict=verdict,
+                data_wait=wait,
+                saving=checkpointer.writing,
+                saved=checkpointer.take_saved(),
             )
             val_loss = None
             if is_due(step, config.eval.every, last):

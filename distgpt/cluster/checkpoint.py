@@ -7,6 +7,7 @@ Random state is not stored: the data order and dropout are pure functions of (se
 import json
 import logging
 import socket
+import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
@@ -19,7 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 
 from distgpt.cluster.health import Run
 from distgpt.cluster.loading import load_for_training, training_tensors
@@ -96,7 +100,8 @@ class Checkpointer:
             )
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[int] | None = None
+        self._pending: Future[tuple[int, _TimedWriter]] | None = None
+        self._written = 0.0, 0.0
         self._saved: int | None = None  # the step of the last save, once it is known to be good
 
     def restore(self) -> int:
@@ -161,7 +166,8 @@ class Checkpointer:
             return
         pending, self._pending = self._pending, None
         try:
-            self._saved = pending.result()
+            self._saved, writer = pending.result()
+            self._written = self._written[0] + writer.seconds, self._written[1] + writer.bytes
         except StorageError as error:
             self._say(f"CHECKPOINT NOT SAVED, training goes on: {error}")
 
@@ -175,6 +181,11 @@ class Checkpointer:
         if self._pending is not None and self._pending.done():
             self.wait()
 
+    def take_saved(self) -> tuple[float, float]:
+        """Seconds and bytes of this rank's own writing in the saves that came to their end since the last call."""
+        written, self._written = self._written, (0.0, 0.0)
+        return written
+
     def require_saved(self, step: int) -> None:
         """Wait for the save under way, the last one. Raises StorageError if it is not of `step`, or failed."""
         self.wait()
@@ -184,26 +195,26 @@ class Checkpointer:
                 f"step {step} could not be saved in {self._directory}: the newest checkpoint is {newest}"
             )
 
-    def _write_and_commit(self, staged: dict[str, Any], state: RunState) -> int:
+    def _write_and_commit(self, staged: dict[str, Any], state: RunState) -> tuple[int, "_TimedWriter"]:
         """On every rank, in the background: write, hash, fsync; rank 0 then commits. Raises StorageError on all.
 
-        Returns the step.
+        Returns the step, and what wrote this rank's share.
         """
         staging = self._store.staging(state.step)
+        writer = _TimedWriter(staging, single_file_per_rank=True, sync_files=True)
         try:
             self._on_rank_zero(partial(self._store.open, state.step, _bytes_of(staged)))
-            self._together(partial(self._write_tensors, staged, staging), look=False)
+            self._together(partial(self._write_tensors, staged, writer), look=False)
             shares = self._together(partial(self._finish_files, staging, state))
             files = {name: entry for share in shares for name, entry in share.items()}
             self._on_rank_zero(partial(self._store.commit, state.step, files))
             self._prune(path_of(self._directory, state.step))
-            return state.step
+            return state.step, writer
         finally:
             if self._runtime.rank == 0:
                 self._store.close()
 
-    def _write_tensors(self, staged: dict[str, Any], staging: Path) -> None:
-        writer = dcp.FileSystemWriter(staging, single_file_per_rank=True, sync_files=True)
+    def _write_tensors(self, staged: dict[str, Any], writer: "_TimedWriter") -> None:
         dcp.save(staged, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
 
     def _finish_files(self, staging: Path, state: RunState) -> dict[str, dict[str, Any]]:
@@ -261,6 +272,19 @@ class Checkpointer:
             if isinstance(result, _Failure):
                 raise StorageError(str(result))
         return results
+
+
+class _TimedWriter(dcp.FileSystemWriter):
+    """Knows how much this rank wrote itself and how long that took, without what it waits for the others."""
+
+    seconds, bytes = 0.0, 0
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        started = time.perf_counter()
+        written = super().write_data(plan, planner)
+        self.bytes = sum(result.size_in_bytes for result in written.wait())
+        self.seconds = time.perf_counter() - started
+        return written
 
 
 def require_same_run(directory: Path, config: Config, dataset: Dataset) -> None:

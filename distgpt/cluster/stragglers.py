@@ -6,7 +6,7 @@ it waits for another rank the first time.
 
 import bisect
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -17,8 +17,9 @@ from torch.distributed.fsdp import FSDPModule
 from distgpt.cluster.parallel import bare
 
 # What a rank is judged by: its own work is so much longer than that of the others' median, and no less than the floor.
-SLOWER, FLOOR_SECONDS = 1.5, 0.010
-# Steps are judged together until they took this long; so many judgements in a row name a rank, or clear it.
+SLOWER, FLOOR_SECONDS, SAVE_FLOOR_SECONDS = 1.5, 0.010, 0.5
+# Steps are judged together until they took this long; so many judgements in a row name a rank, or clear it, for its
+# saves only those with any.
 INTERVAL_SECONDS, IN_A_ROW = 2.0, 3
 # A rank that stays slow is named again after so many intervals.
 REMIND_INTERVALS = 100
@@ -30,7 +31,8 @@ class Work:
 
     own: float = 0.0
     data_wait: float = 0.0  # part of its own work
-    checkpoint: float = 0.0
+    save: float = 0.0  # writing its share of checkpoints, which training does not wait for
+    saved_bytes: float = 0.0  # that many bytes
 
     def __add__(self, more: "Work") -> "Work":
         return Work(*(a + b for a, b in zip(astuple(self), astuple(more), strict=True)))
@@ -84,6 +86,7 @@ class Watch:
         self._sums = [Work()] * len(hosts)
         self._steps, self._seconds = 0, 0.0
         self._histories = [_History() for _ in hosts]
+        self._save_histories = [_History() for _ in hosts]
 
     def add(self, works: Sequence[Work], *, steps: int, seconds: float) -> list[str]:
         """What each rank did in these steps, which took so long; a line for each rank that there is news of."""
@@ -97,23 +100,29 @@ class Watch:
         return news
 
     def _judged(self) -> list[str]:
-        own = [work.own / self._steps for work in self._sums]
-        ordered = sorted(own)
-        news = []
-        for rank, (host, history) in enumerate(zip(self._hosts, self._histories, strict=True)):
-            median = _median_without(ordered, own[rank])
-            slow = own[rank] >= SLOWER * median and own[rank] - median >= FLOOR_SECONDS
-            if history.is_news(slow):
-                verdict = "is slow" if history.named else "keeps up again"
-                news.append(f"rank {rank} on {host} {verdict}: {self._figures(rank, median)}")
-        return news
+        return [*self._slow_at_work(), *self._slow_to_save()]
 
-    def _figures(self, rank: int, median: float) -> str:
-        work = self._sums[rank]
-        return (
-            f"{_span(work.own / self._steps)} a step of its own work, the others' median {_span(median)}; "
-            f"data wait {_span(work.data_wait / self._steps)} a step, checkpoints {_span(work.checkpoint)} in all"
-        )
+    def _slow_at_work(self) -> Iterator[str]:
+        own = {rank: work.own / self._steps for rank, work in enumerate(self._sums)}
+        for rank, median, slow in _news(own, dict.fromkeys(own, FLOOR_SECONDS), self._histories):
+            verdict = "is slow" if slow else "keeps up again"
+            waited = _span(self._sums[rank].data_wait / self._steps)
+            yield (
+                f"rank {rank} on {self._hosts[rank]} {verdict}: {_span(own[rank])} a step of its own work, "
+                f"the others' median {_span(median)}; data wait {waited} a step"
+            )
+
+    def _slow_to_save(self) -> Iterator[str]:
+        """By the byte: the ranks' shares of a checkpoint differ, and some have none."""
+        shares = {rank: work for rank, work in enumerate(self._sums) if work.saved_bytes}
+        seconds = {rank: work.save / work.saved_bytes for rank, work in shares.items()}
+        floors = {rank: SAVE_FLOOR_SECONDS / work.saved_bytes for rank, work in shares.items()}
+        for rank, median, slow in _news(seconds, floors, self._save_histories):
+            verdict = "is slow to save" if slow else "saves as fast again"
+            yield (
+                f"rank {rank} on {self._hosts[rank]} {verdict}: its share of checkpoints at {1e-6 / seconds[rank]:.3g} "
+                f"MB/s, the others' median {1e-6 / median:.3g} MB/s"
+            )
 
 
 @dataclass
@@ -134,6 +143,18 @@ class _History:
             return False
         self.contrary = self.told = 0
         return True
+
+
+def _news(
+    figures: Mapping[int, float], floors: Mapping[int, float], histories: Sequence[_History]
+) -> Iterator[tuple[int, float, bool]]:
+    """Of each rank that there is something to say of: rank, the others' median, whether it is slow."""
+    ordered = sorted(figures.values())
+    for rank, figure in figures.items():
+        median = _median_without(ordered, figure)
+        slow = figure >= SLOWER * median and figure - median >= floors[rank]
+        if histories[rank].is_news(slow):
+            yield rank, median, histories[rank].named
 
 
 class _Stopwatch:

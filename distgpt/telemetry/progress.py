@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from types import TracebackType
 from typing import Self
 
@@ -59,7 +60,8 @@ class Progress:
         self._console = Console(config.train.steps, start_step, enabled)
         self._start_step = self._logged_step = start_step
         self._since = time.perf_counter()
-        self._paused = self._checkpoint_stall = self._data_wait = self._own = 0.0
+        self._paused = self._checkpoint_stall = 0.0
+        self._work = Work()
         self._own_work = OwnWork(model, runtime.device)
         self._watch = Watch(hosts_of_ranks(runtime))
         self._saves, self._save_cost = saves, SaveCost()
@@ -69,9 +71,20 @@ class Progress:
         self._own_work.begin()
 
     def step(
-        self, step: int, *, loss: float, lr: float, grad_norm: float, verdict: Verdict, data_wait: float, saving: bool
+        self,
+        step: int,
+        *,
+        loss: float,
+        lr: float,
+        grad_norm: float,
+        verdict: Verdict,
+        data_wait: float,
+        saving: bool,
+        saved: tuple[float, float],
     ) -> None:
         """Count a finished optimizer step.
+
+        `saving`: with a save under way; `saved`: seconds and bytes of this rank's share of those that came to an end.
 
         Logs where log.every says, the first one, which warms up, the last, and each whose update was skipped.
         """
@@ -80,8 +93,7 @@ class Progress:
         self._write_ledger()
         if step > self._start_step + 1:
             self._save_cost.step(seconds, writing=saving)
-        self._own += self._own_work.seconds()
-        self._data_wait += data_wait
+        self._work += Work(self._own_work.seconds(), data_wait, *saved)
         if self._is_logged(step) or verdict.action == "skip":
             self._log(step, loss=loss, lr=lr, grad_norm=grad_norm, verdict=verdict)
         self._own_work.begin()
@@ -105,7 +117,7 @@ class Progress:
             mfu=utilization,
             seconds=seconds,
             memory_bytes=memory_bytes(self._runtime.device),
-            data_wait=self._data_wait,
+            data_wait=self._work.data_wait,
             checkpoint_stall=self._checkpoint_stall,
         )
         self._console.train(figures)
@@ -117,7 +129,8 @@ class Progress:
         if self._logged_step > self._start_step:  # the first step warms up
             self._compare_ranks(step, seconds=now - self._since)
         self._logged_step, self._since = step, now
-        self._paused = self._checkpoint_stall = self._data_wait = self._own = 0.0
+        self._paused = self._checkpoint_stall = 0.0
+        self._work = Work()
 
     def _compare_ranks(self, step: int, *, seconds: float) -> None:
         """Exchange what each rank did since the last log step; rank 0 names those that hold the others up.
@@ -126,13 +139,13 @@ class Progress:
         """
         proposes = self._saves.auto and self._runtime.rank == 0
         proposal = self._save_cost.best_steps(self._between_failures()) if proposes else 0
-        rows = gathered((self._own, self._data_wait, self._checkpoint_stall, proposal), self._runtime)
+        rows = gathered((*astuple(self._work), proposal), self._runtime)
         if self._saves.adopt(int(rows[0][-1])):
             self._say_save_interval(int(rows[0][-1]))
         if self._metrics is None or not self._runtime.distributed:
             return
         steps = step - self._logged_step
-        for line in self._watch.add([Work(*row[:3]) for row in rows], steps=steps, seconds=seconds):
+        for line in self._watch.add([Work(*row[:-1]) for row in rows], steps=steps, seconds=seconds):
             self._console.message(line)
             log.info(line)
         own = sorted(row[0] / steps for row in rows)

@@ -31,10 +31,7 @@ def test_a_slow_rank_is_named_after_three_intervals_with_its_host() -> None:
     said = watch([[0.2, 0.22, 0.25, 0.41]] * 5)
     assert said == [
         *([], []),
-        [
-            "rank 3 on node7 is slow: 410 ms a step of its own work, the others' median 220 ms; "
-            "data wait 0 ms a step, checkpoints 0 ms in all"
-        ],
+        ["rank 3 on node7 is slow: 410 ms a step of its own work, the others' median 220 ms; data wait 0 ms a step"],
         *([], []),
     ]
 
@@ -43,11 +40,36 @@ def test_what_it_waited_for_is_told() -> None:
     watched = Watch(["a", "b"])
     said = []
     for _ in range(3):
-        said = watched.add([Work(30.0, 25.0, 4.5), Work(1.0, 0.0, 0.5)], steps=10, seconds=60.0)
+        said = watched.add([Work(30.0, 25.0), Work(1.0, 0.0)], steps=10, seconds=60.0)
     assert said == [
-        "rank 0 on a is slow: 3.00 s a step of its own work, the others' median 100 ms; "
-        "data wait 2.50 s a step, checkpoints 4.50 s in all"
+        "rank 0 on a is slow: 3.00 s a step of its own work, the others' median 100 ms; data wait 2.50 s a step"
     ]
+
+
+def test_a_rank_that_is_slow_to_save_is_named_after_three_intervals_with_saves() -> None:
+    watched, even = Watch(HOSTS), [Work(own=1.0)] * 4
+    saves = [Work(own=1.0, save=seconds, saved_bytes=100e6) for seconds in (2.0, 2.1, 6.0, 1.9)]
+    said = [
+        watched.add(works, steps=10, seconds=INTERVAL_SECONDS)
+        for works in (saves, even, saves, even, saves, even, saves, *[[Work(save=2.0, saved_bytes=1e8)] * 4] * 3)
+    ]
+    told = [(at, line) for at, lines in enumerate(said) for line in lines]
+    assert told == [
+        (4, "rank 2 on node7 is slow to save: its share of checkpoints at 16.7 MB/s, the others' median 50 MB/s"),
+        (9, "rank 2 on node7 saves as fast again: its share of checkpoints at 50 MB/s, the others' median 50 MB/s"),
+    ]
+
+
+def test_a_larger_share_takes_longer_and_one_without_a_share_is_no_measure() -> None:
+    watched = Watch(HOSTS)
+    works = [Work(save=1.0, saved_bytes=1e8), Work(save=6.0, saved_bytes=6e8), Work(), Work()]
+    assert [watched.add(works, steps=1, seconds=INTERVAL_SECONDS) for _ in range(5)] == [[]] * 5
+
+
+def test_a_save_that_is_over_in_half_a_second_is_not_slow() -> None:
+    watched = Watch(["a", "b"])
+    works = [Work(save=0.1, saved_bytes=1e6), Work(save=0.5, saved_bytes=1e6)]
+    assert [watched.add(works, steps=1, seconds=INTERVAL_SECONDS) for _ in range(5)] == [[]] * 5
 
 
 @pytest.mark.parametrize("fast", [0, 1])

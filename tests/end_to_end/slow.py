@@ -1,6 +1,6 @@
 """distgpt.train, for torchrun, with a rank slowed on purpose: $SLOW is WHAT:SECONDS:RANK, or WHAT:SECONDS: for all.
 
-WHAT is `forward` (each forward of the model sleeps), `backward` or `read` (each sequence that is read does).
+WHAT is `forward` (each forward of the model sleeps), `backward`, `read` (each sequence that is read does) or `save`.
 """
 
 import os
@@ -8,11 +8,13 @@ import runpy
 import time
 from typing import Any
 
+import torch.distributed.checkpoint as dcp
+
 from distgpt.corpus import loader
 from distgpt.model.gpt import GPT
 
 what, seconds, rank = os.environ["SLOW"].split(":")
-forward, read = GPT.forward, loader._Windows.read
+forward, read, write = GPT.forward, loader._Windows.read, dcp.FileSystemWriter.write_data
 
 
 def slow_forward(self: GPT, *arguments: Any, **options: Any) -> Any:
@@ -35,11 +37,18 @@ def slow_read(self: loader._Windows, shards: Any, offsets: Any, tokens: Any) -> 
     read(self, shards, offsets, tokens)
 
 
+def slow_write(self: dcp.FileSystemWriter, *arguments: Any) -> Any:
+    time.sleep(float(seconds))
+    return write(self, *arguments)
+
+
 if rank in ("", os.environ["RANK"]):
     if what == "forward":
         GPT.forward = slow_forward  # type: ignore[method-assign]
     elif what == "backward":
         GPT.forward = slow_backward  # type: ignore[method-assign]
+    elif what == "save":
+        dcp.FileSystemWriter.write_data = slow_write  # type: ignore[method-assign]
     else:
         loader.CHUNK_STEPS = 4  # else it would take long until training comes to wait
         loader._Windows.read = slow_read  # type: ignore[method-assign]

@@ -35,12 +35,20 @@ def test_slow_data_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> Non
     # Four sequences a step. What is found of a sharded model is found of a whole one.
     started = job(prepared, tmp_path, "read:0.05:0", "--parallel.strategy=fsdp")
     started.read_until(f"rank 0 on {socket.gethostname()} is slow: ")
-    started.read_until(" a step, checkpoints 0 ms in all\n")
+    started.read_until("; data wait ")
     assert "rank 1 on " not in stop(started)
     accumulator = EventAccumulator(str(tmp_path / "tb"))
     accumulator.Reload()
     waits = [event.value for event in accumulator.Scalars("ranks/data_wait_s_longest")]
     assert max(waits) > 0.1
+
+
+@jobs.linux_only
+def test_a_slow_disk_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> None:
+    """Training itself waits for saves on all ranks alike."""
+    started = job(prepared, tmp_path, "save:1:1", "--checkpoint.every=1")
+    started.read_until(f"rank 1 on {socket.gethostname()} is slow to save: ")
+    assert "rank 0 on " not in stop(started)
 
 
 @jobs.linux_only

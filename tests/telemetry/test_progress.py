@@ -49,7 +49,9 @@ def train(directory: Path, *, steps: int = 6, error: Exception | None = None) ->
         for step in range(1, steps + 1):
             model(tokens, tokens).mean().backward()
             verdict = guard.judge(loss=2.0, grad_norm=1.0)
-            progress.step(step, loss=2.0, lr=1e-3, grad_norm=1.0, verdict=verdict, data_wait=0.0, saving=False)
+            progress.step(
+                step, loss=2.0, lr=1e-3, grad_norm=1.0, verdict=verdict, data_wait=0.0, saving=False, saved=(0, 0)
+            )
             if saves.is_due(step):
                 with progress.checkpointing(step):
                     pass
