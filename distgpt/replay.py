@@ -88,21 +88,28 @@ def start_before(run: RunPaths, step: int) -> Start:
     if broken:
         print(f"skipped {listed(broken)}")
     state = read_state(checkpoint) if checkpoint is not None else None
-    config = config_of(run, step)
-    if config is None and state is not None:
-        config = as_trained(state)
-    if config is None:
-        raise DataError(f"{run.root} holds no run: neither a checkpoint before step {step} nor {run.config.name}")
-    return Start(config, checkpoint, state)
+    return Start(config_of(run, step, state), checkpoint, state)
 
 
-def config_of(run: RunPaths, step: int) -> Config | None:
-    """That of the attempt that took this step: it made the next checkpoint, or else it was the last one."""
+def config_of(run: RunPaths, step: int, before: RunState | None) -> Config:
+    """That of the attempt that took this step, as far as is known: it made the next checkpoint, or it was the last.
+
+    `before`: what the checkpoint to set out from knows. Raises DataError if there is no run.
+    """
     for checkpoint in reversed(committed(run.checkpoints)):
         if step_of(checkpoint) >= step:
             with suppress(DataError):
                 return as_trained(read_state(checkpoint))
-    return resolve([str(run.config)], {}) if run.config.is_file() else None
+    if run.config.is_file():
+        try:
+            return resolve([str(run.config)], {})
+        except UsageError as error:
+            if before is None:
+                raise
+            print(f"skipped {error}")
+    if before is None:
+        raise DataError(f"{run.root} holds no run: neither a checkpoint before step {step} nor {run.config.name}")
+    return as_trained(before)
 
 
 def as_trained(state: RunState) -> Config:
@@ -126,7 +133,8 @@ def data_of(start: Start, directory: str | None) -> Dataset:
 def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> None:
     """Take the steps up to `target` as distgpt.train does, probe that one, print what there is to say."""
     config, dtype = start.config, compute_dtype(start.config.train.dtype, runtime.device)
-    micro_batch = micro_batch_size(config, runtime)
+    micro_batch = config.train.micro_batch or (start.state.micro_batch if start.state else 0)
+    micro_batch = micro_batch or micro_batch_size(config, runtime)
     model = build_model(
         config,
         runtime,

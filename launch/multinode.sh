@@ -49,10 +49,10 @@ def checked() -> Config:
             )
     return config
 config = main_guard(checked)
-print(min(60, round(config.health.timeout)), config.run_dir)
+print(min(60, round(config.health.timeout)), round(config.health.timeout), config.run_dir)
 PYTHON
 )
-read -r patience run_dir <<<"$plan"
+read -r patience timeout run_dir <<<"$plan"
 
 # Told explicitly, since guessing from the hostname goes wrong where names are shared, missing or mean 127.0.1.1.
 route=$(python -m distgpt.cluster.network route "$head")
@@ -86,24 +86,27 @@ run() {
 }
 
 # end_if_deaf AGENT: a torchrun that the network cut off from the head waits for its answer for ever, deaf to signals and
-# to the end of its ranks. Once it has had ranks, and none for a while, it is killed.
+# to the end of its ranks. Once it has had ranks, and none for a while, it is killed; and so it is where all of them are
+# stopped for health.timeout, which would not end when it tells them to.
 end_if_deaf() {
-    local agent=$1 had_ranks='' seconds=0
+    local agent=$1 had_ranks='' seconds=0 limit
     while kill -0 "$agent" 2>/dev/null; do
-        if has_ranks "$agent"; then
+        if has_ranks "$agent" ZT; then
             had_ranks=yes seconds=0
-        elif [[ $had_ranks ]] && ((++seconds > patience)); then
-            kill -KILL "$agent" 2>/dev/null || true
+        elif [[ $had_ranks ]]; then
+            if has_ranks "$agent" Z; then limit=$timeout; else limit=$patience; fi
+            ((++seconds <= limit)) || kill -KILL "$agent" 2>/dev/null || true
         fi
         sleep 1
     done
 }
 
+# has_ranks AGENT STATES: whether it has any that is in none of these states of /proc: Z, dead and not yet noticed by
+# the agent, T, stopped.
 has_ranks() {
     local pid
     for pid in $(cat "/proc/$1/task/$1/children" 2>/dev/null || true); do
-        # One that is dead, and not yet noticed by the agent, or stopped, which the agent would wait for, does not count.
-        grep -q '^State:[[:space:]]*[ZT]' "/proc/$pid/status" 2>/dev/null || return 0
+        grep -q "^State:[[:space:]]*[$2]" "/proc/$pid/status" 2>/dev/null || return 0
     done
     return 1
 }

@@ -134,6 +134,8 @@ def test_a_step_has_the_config_of_the_attempt_that_took_it(tmp_path: Path, datas
     saved_at_two(tmp_path, dataset, lambda subject: None)
     run = RunPaths(tmp_path)
     assert replay.start_before(run, 3).config.train.steps == 9  # config.toml was lost: the best that is known
+    run.config.write_bytes(b"\xff")
+    assert replay.start_before(run, 3).config.train.steps == 9
     later = ("--train.steps=20", "--optim.lr=0.5", "--train.micro_batch=1")
     run.config.write_text(to_toml(resolve([*SMALL, *arguments(dataset), *later], {})))
     before, after = (replay.start_before(run, step).config for step in (2, 3))

@@ -19,6 +19,8 @@ from typing import Any
 from distgpt.errors import DataError, StorageError
 
 FORMAT_VERSION = 1
+# What file systems say of a bad sector, a checksum that is wrong and an inode that makes no sense.
+BAD_DISK = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 MANIFEST, STATE, TOKENIZER = "manifest.json", "train.json", "tokenizer.json"
 
 
@@ -96,7 +98,7 @@ def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
 
 def _harm(file: Path, error: OSError) -> str:
     """What has become of a file. Raises StorageError where it may be whole: a server is away, it is another user's."""
-    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or error.errno == errno.EIO:
+    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or error.errno in BAD_DISK:
         return str(error.strerror)
     raise StorageError(f"cannot read {file}: {error.strerror}") from None
 

@@ -200,10 +200,10 @@ def _holder(paths: RunPaths, fd: int, lease: float | None) -> str | None:
     if free and (found.released or found.owner.boot == _boot()):
         return None
     if not free and (found.released or found.owner.boot == _boot()):
-        return None if lease is not None and _dies(paths, fd, found, lease) else str(found.owner)
-    if lease is None or _changes(paths, found, lease):
-        return str((_in_place(paths) or found).owner)
-    return None
+        gone = lease is not None and _dies(paths, fd, found, lease)
+    else:
+        gone = lease is not None and not _changes(paths, found, lease)
+    return None if gone else str((_in_place(paths) or found).owner)
 
 
 def _dies(paths: RunPaths, fd: int, found: _Record, lease: float) -> bool:

@@ -26,29 +26,42 @@ def require_space(directory: Path, needed: int) -> None:
 def surplus(directory: Path, *, keep: int) -> list[Path]:
     """The checkpoints to remove: all but the newest `keep` and the one with the lowest validation loss.
 
-    One that holds a file that is not in its manifest, or whose manifest is damaged, is left alone. Raises StorageError
-    if one cannot be read now: it may be the best.
+    One that holds a file that is not in its manifest, whose manifest is damaged, or that cannot be read now, is left
+    alone.
     """
-    best = best_of(directory)
+    losses = _losses(directory)
+    best = _best(losses)
     found = []
     for checkpoint in committed(directory)[keep:]:
         try:
             ours = {MANIFEST, *read_manifest(checkpoint)}
-            if checkpoint != best and {file.name for file in checkpoint.iterdir()} == ours:
+            if checkpoint in losses and checkpoint != best and {file.name for file in checkpoint.iterdir()} == ours:
                 found.append(checkpoint)
-        except (OSError, DataError) as error:
+        except (OSError, DataError, StorageError) as error:
             log.warning("%s stays: %s", checkpoint, one_line(error))
     return found
 
 
 def best_of(directory: Path) -> Path | None:
     """The checkpoint with the lowest validation loss, None if there is none. A damaged train.json counts not."""
-    losses: dict[Path, float] = {}
+    return _best(_losses(directory))
+
+
+def _losses(directory: Path) -> dict[Path, float]:
+    """The validation losses of the checkpoints that can be read now, NaN where there is none or it is damaged."""
+    losses = {}
     for checkpoint in committed(directory):
         try:
             loss = read_state(checkpoint).val_loss
         except DataError:
+            loss = None
+        except StorageError as error:
+            log.warning("%s", error)
             continue
-        if loss is not None and math.isfinite(loss):
-            losses[checkpoint] = loss
-    return min(losses, key=lambda checkpoint: losses[checkpoint]) if losses else None
+        losses[checkpoint] = math.nan if loss is None else loss
+    return losses
+
+
+def _best(losses: dict[Path, float]) -> Path | None:
+    finite = {checkpoint: loss for checkpoint, loss in losses.items() if math.isfinite(loss)}
+    return min(finite, key=lambda checkpoint: finite[checkpoint]) if finite else None

@@ -125,11 +125,12 @@ def _write_once(target: Path, report: dict[str, Any], least_fence: int) -> bool 
     staged = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         staged.write_text(json.dumps(report) + "\n")
-        os.link(staged, target)
-    except FileExistsError:
-        if _fence_of(target) >= least_fence:
-            return False
-        os.replace(staged, target)
+        try:
+            os.link(staged, target)
+        except FileExistsError:
+            if _fence_of(target) >= least_fence:
+                return False
+            os.replace(staged, target)
     except OSError:
         return None
     finally:

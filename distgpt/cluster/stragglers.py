@@ -6,7 +6,7 @@ it waits for another rank the first time.
 
 import bisect
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
 from typing import Any
 
@@ -18,8 +18,8 @@ from distgpt.cluster.parallel import bare
 
 # What a rank is judged by: its own work is so much longer than that of the others' median, and no less than the floor.
 SLOWER, FLOOR_SECONDS, SAVE_FLOOR_SECONDS = 1.5, 0.010, 0.5
-# Steps are judged together until they took this long; so many judgements in a row name a rank, or clear it, for its
-# saves only those with any.
+# Steps are judged together until they took this long; so many judgements in a row name a rank, or clear it. Of saves
+# only those intervals count that have some.
 INTERVAL_SECONDS, IN_A_ROW = 2.0, 3
 # A rank that stays slow is named again after so many intervals.
 REMIND_INTERVALS = 100
@@ -103,26 +103,35 @@ class Watch:
         return [*self._slow_at_work(), *self._slow_to_save()]
 
     def _slow_at_work(self) -> Iterator[str]:
-        own = {rank: work.own / self._steps for rank, work in enumerate(self._sums)}
-        for rank, median, slow in _news(own, dict.fromkeys(own, FLOOR_SECONDS), self._histories):
-            verdict = "is slow" if slow else "keeps up again"
-            waited = _span(self._sums[rank].data_wait / self._steps)
-            yield (
-                f"rank {rank} on {self._hosts[rank]} {verdict}: {_span(own[rank])} a step of its own work, "
-                f"the others' median {_span(median)}; data wait {waited} a step"
-            )
+        own = [work.own / self._steps for work in self._sums]
+        ordered = sorted(own)
+        for rank, (host, history) in enumerate(zip(self._hosts, self._histories, strict=True)):
+            median = _median_without(ordered, own[rank])
+            if history.is_news(own[rank] >= SLOWER * median and own[rank] - median >= FLOOR_SECONDS):
+                verdict = "is slow" if history.named else "keeps up again"
+                waited = _span(self._sums[rank].data_wait / self._steps)
+                yield (
+                    f"rank {rank} on {host} {verdict}: {_span(own[rank])} a step of its own work, "
+                    f"the others' median {_span(median)}; data wait {waited} a step"
+                )
 
     def _slow_to_save(self) -> Iterator[str]:
-        """By the byte: the ranks' shares of a checkpoint differ, and some have none."""
+        """Against the others' seconds, and theirs by the byte: shares differ, and some ranks have none."""
         shares = {rank: work for rank, work in enumerate(self._sums) if work.saved_bytes}
-        seconds = {rank: work.save / work.saved_bytes for rank, work in shares.items()}
-        floors = {rank: SAVE_FLOOR_SECONDS / work.saved_bytes for rank, work in shares.items()}
-        for rank, median, slow in _news(seconds, floors, self._save_histories):
-            verdict = "is slow to save" if slow else "saves as fast again"
-            yield (
-                f"rank {rank} on {self._hosts[rank]} {verdict}: its share of checkpoints at {1e-6 / seconds[rank]:.3g} "
-                f"MB/s, the others' median {1e-6 / median:.3g} MB/s"
-            )
+        if len(shares) < 2:
+            return
+        seconds = sorted(work.save for work in shares.values())
+        by_byte = sorted(work.save / work.saved_bytes for work in shares.values())
+        for rank, work in shares.items():
+            like_others = _median_without(by_byte, work.save / work.saved_bytes) * work.saved_bytes
+            usual = max(_median_without(seconds, work.save), like_others)
+            history = self._save_histories[rank]
+            if history.is_news(work.save >= SLOWER * usual and work.save - usual >= SAVE_FLOOR_SECONDS):
+                verdict = "is slow to save" if history.named else "saves as fast again"
+                yield (
+                    f"rank {rank} on {self._hosts[rank]} {verdict}: {_span(work.save)} for its share of checkpoints, "
+                    f"{_span(usual)} as the others write"
+                )
 
 
 @dataclass
@@ -143,18 +152,6 @@ class _History:
             return False
         self.contrary = self.told = 0
         return True
-
-
-def _news(
-    figures: Mapping[int, float], floors: Mapping[int, float], histories: Sequence[_History]
-) -> Iterator[tuple[int, float, bool]]:
-    """Of each rank that there is something to say of: rank, the others' median, whether it is slow."""
-    ordered = sorted(figures.values())
-    for rank, figure in figures.items():
-        median = _median_without(ordered, figure)
-        slow = figure >= SLOWER * median and figure - median >= floors[rank]
-        if histories[rank].is_news(slow):
-            yield rank, median, histories[rank].named
 
 
 class _Stopwatch:

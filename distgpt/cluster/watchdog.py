@@ -15,7 +15,6 @@ import socket
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -34,8 +33,8 @@ if TYPE_CHECKING:
 # Seconds between two looks at the clock, for all ranks to answer, and for a rank that did not to write its stacks:
 # together the limit is exceeded by less than 5.
 TICK, ANSWER, WRITING = 0.5, 2.0, 0.5
-# Seconds without progress after which one that is told to stop takes a neighbour that is gone for the reason.
-LOST = 2.0
+# Seconds without progress and without a neighbour after which one that is told to stop waits for it no longer.
+LOST = 5.0
 # Seconds that the others have to read the answers in a store that ends with this process.
 LINGER = 0.2
 # What it does at the end touches the run directory, whose disk may be what hangs: seconds until it ends regardless.
@@ -74,6 +73,7 @@ class Watchdog:
         self._last_beat = time.monotonic()
         self._stopped_since: dict[int, float] = {}
         self._neighbours: set[int] = set()
+        self._gone_since: dict[int, float] = {}
         self._store: Store | None = None
         self._called, self._ended = threading.Event(), threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -143,11 +143,7 @@ class Watchdog:
             present = ranks_of_this_host()
             stopped = self._stopped(present, now)
             too_long = any(now - since > self._stopped_limit for since in stopped.values())
-            self._neighbours |= present.keys()
-            # Once this rank is told to stop, as the agent does when it lost one: NCCL would wait for that one until the
-            # agent's patience ends. In an orderly end all ranks leave within this time.
-            lost = self._run.told_to_stop and now - self._last_beat > LOST
-            gone = sorted(self._neighbours - present.keys()) if lost else []
+            gone = self._gone(present, now)
             if (called or late or too_long or gone) and not self._ended.is_set():
                 self._end(list(stopped), gone)
 
@@ -156,6 +152,18 @@ class Watchdog:
         stopped = {rank for rank, pid in present.items() if _state(pid) == "T"}
         self._stopped_since = {rank: self._stopped_since.get(rank, now) for rank in stopped}
         return self._stopped_since
+
+    def _gone(self, present: Mapping[int, int], now: float) -> list[int]:
+        """Ranks of this host that ended, while this one is told to stop and cannot, as torchrun does when it lost one.
+
+        NCCL would wait for it until torchrun's patience ends. In an orderly end all leave sooner after each other.
+        """
+        self._neighbours |= present.keys()
+        absent = sorted(self._neighbours - present.keys())
+        self._gone_since = {rank: self._gone_since.get(rank, now) for rank in absent}
+        if not self._run.told_to_stop or now - self._last_beat <= LOST:
+            return []
+        return [rank for rank, since in self._gone_since.items() if now - since > LOST]
 
     def _listen(self, store: "Store") -> None:
         with suppress(RuntimeError):  # the store is gone, and with it the rank that keeps it
@@ -300,8 +308,12 @@ def _line() -> str:
     """The innermost line of Python that the main thread is in, or that which writes the checkpoint it waits for."""
     frames = sys._current_frames()
     frame = frames[threading.main_thread().ident or 0]
-    files = [Path(caller.filename).name for caller in traceback.extract_stack(frame)]
-    if "checkpoint.py" in files and files[-1] == "threading.py":
+    # Not traceback's, which opens the source files: their disk may be what hangs.
+    files, caller = [], frame.f_back
+    while caller is not None:
+        files.append(Path(caller.f_code.co_filename).name)
+        caller = caller.f_back
+    if "checkpoint.py" in files and Path(frame.f_code.co_filename).name == "threading.py":
         saving = [
             frames[t.ident] for t in threading.enumerate() if t.name.startswith("checkpoint") and t.ident in frames
         ]

@@ -138,9 +138,9 @@ def test_the_lock_is_free_after_the_owner_was_killed(own: Callable[..., Process]
 def test_an_owner_that_takes_its_time_to_die_is_waited_for(paths: RunPaths) -> None:
     """As one does that was killed in a write to a slow disk: its lock is held until that is done."""
     dying = RunLock(paths)
-    threading.Timer(0.3, os.close, [dying._fd]).start()
     with pytest.raises(DirectoryError, match="in use by"):
         RunLock(paths, wait=False)
+    threading.Timer(0.3, os.close, [dying._fd]).start()
     lock = RunLock(paths, lease=60)
     assert lock.owner.fence == 2
     lock.release()

@@ -16,13 +16,19 @@ from tests import jobs
 CPU = torch.device("cpu")
 GLOO = "pt_gloo_runloop"
 TRAIN_AND_LEAVE = """
+import time
+from contextlib import suppress
 from pathlib import Path
 from torch import nn, ones
 from distgpt.cluster.parallel import DistributedDataParallel  # all that torch imports for it before there is a group
 from distgpt.cluster.runtime import joined, this_rank
 
 def threads():
-    return {path.read_text().strip() for path in Path("/proc/self/task").glob("*/comm")}
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it may have ended since
+            found.add((task / "comm").read_text().strip())
+    return found
 
 def step():
     model = DistributedDataParallel(nn.Linear(1, 1))
@@ -32,6 +38,9 @@ def step():
 
 with joined(this_rank(), timeout=60):
     print(*step())
+for _ in range(100):  # a thread that was joined is listed for a moment more
+    if "pt_gloo_runloop" in threads():
+        time.sleep(0.05)
 print(*threads())
 """
 
