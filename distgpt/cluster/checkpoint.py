@@ -125,6 +125,7 @@ class Checkpointer:
             return 0
         load_for_training(checkpoint, self._model, self._optimizer, self._group)
         if broken:
+            self._on_rank_zero(self._store.begin)
             self._on_rank_zero(partial(self._store.set_aside, list(reversed(broken))))
             self._say(f"going on from {checkpoint.name}; skipped {listed(broken)}")
         state = read_state(checkpoint)

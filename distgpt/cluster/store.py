@@ -56,21 +56,36 @@ class Store:
         for checkpoint in checkpoints:
             shutil.rmtree(checkpoint.rename(self._own / f"removed-{checkpoint.name}"))
 
-    def set_aside(self, names: Sequence[str]) -> None:
-        """Rename broken checkpoints, the newest last, for a person to look at; that one stays and earlier ones go."""
-        earlier = [d for d in self.directory.glob(f"{BROKEN}*") if re.fullmatch(BROKEN + r"step-\d{8,}-\d+", d.name)]
-        for name in names:
-            earlier.append((self.directory / name).rename(self.directory / f"{BROKEN}{name}-{time.time_ns()}"))
+    def begin(self) -> None:
+        """Make this owner's directory. Before what follows, look whether it still is the owner."""
         self._own.mkdir(exist_ok=True)
-        self.remove([d for d in earlier[:-1] if all(is_file_of_ours(file.name) for file in d.iterdir())])
+
+    def set_aside(self, names: Sequence[str]) -> None:
+        """Rename broken checkpoints, the newest last, for a person to look at; that one stays and earlier ones go.
+
+        After begin().
+        """
+        for name in names:
+            # Through a directory that the next owner takes away first: it may have made another of this name since.
+            held = (self.directory / name).rename(self._own / name)
+            held.rename(self.directory / f"{BROKEN}{name}-{time.time_ns()}")
+        self._remove_all_but_newest_broken()
         self.close()
+
+    def _remove_all_but_newest_broken(self) -> None:
+        broken = [d for d in self.directory.glob(f"{BROKEN}*") if re.fullmatch(BROKEN + r"step-\d{8,}-\d+", d.name)]
+        earlier = sorted(broken, key=lambda d: int(d.name.rpartition("-")[2]))[:-1]
+        if earlier:
+            self.begin()
+            self.remove([d for d in earlier if all(is_file_of_ours(file.name) for file in d.iterdir())])
 
     def remove_left_overs(self) -> None:
         """Take from earlier owners what they did not finish, dead or asleep. Not from a later one."""
         for left_over in self.directory.glob(f"{STAGING}*"):
             fence = re.match(r"(\d+)-", left_over.name.removeprefix(STAGING))
             if left_over != self._own and (fence is None or int(fence[1]) <= self._fence):
-                self._own.mkdir(exist_ok=True)
+                self.begin()
                 # By one rename, so that from here on nothing can be written or renamed under the old name.
                 left_over.rename(self._own / left_over.name)
+        self._remove_all_but_newest_broken()
         self.close()

@@ -51,6 +51,7 @@ class Calls:
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         self._note = os.write
         self._how, self._at, self._count = how, at, 0
+        self._counting = threading.Lock()
 
     def watch(self) -> None:
         for name in CHANGES:
@@ -64,9 +65,11 @@ class Calls:
         """A call is about to be made."""
         if threading.current_thread().name == "lease":
             return
-        self._count += 1
-        self._note(self._log, f"{name}\n".encode())
-        if self._count == self._at:
+        with self._counting:
+            self._count += 1
+            struck = self._count == self._at
+            self._note(self._log, f"{name}\n".encode())
+        if struck:
             if self._how == "tear":
                 tear()
             os.kill(os.getpid(), ENTER[self._how])
@@ -201,8 +204,10 @@ def main() -> NoReturn:
             os.kill(pids[0], signal.SIGCONT)
         else:
             place = Path(tempfile.mkdtemp(dir=request["scratch"]))
-            report, log = place / "report", place / "calls"
-            pids = [fork(request, dataset, rank=r, report=report, log=log) for r in range(request["world"])]
+            report, log = place / "report", place / f"calls-{request['rank']}"
+            pids = [
+                fork(request, dataset, rank=r, report=report, log=place / f"calls-{r}") for r in range(request["world"])
+            ]
         first = request.get("rank", 0)
         _, status = os.waitpid(pids[first], os.WUNTRACED)
         answer: dict[str, Any] = {"stopped": os.WIFSTOPPED(status), "code": 0}

@@ -137,12 +137,10 @@ def strike(
     rank: int = 0,
 ) -> None:
     """Kill a life at each place drawn of those that an undisturbed one passes, and live on."""
-    reference = lives.live(copied(before, tmp_path / "reference"), world=world)
+    reference = lives.live(copied(before, tmp_path / "reference"), world=world, rank=rank)
     assert reference.code == 0
     after = lives.live(tmp_path / "reference", world=world)
     digests = {reference.step: reference.digest, after.step: after.digest}
-    if rank:  # which calls it makes itself shows when it is the one that is watched to the end
-        reference = lives.live(copied(before, tmp_path / "watched"), "kill", 10**6, world=world, rank=rank)
     places = draw(reference.calls)
     went_on = dict.fromkeys(digests, 0)
     for at in places:
