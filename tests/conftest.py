@@ -1,6 +1,7 @@
 """What several tests share: a corpus and its prepared directory. For processes see jobs.py."""
 
 import random
+import signal
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,12 @@ SHAKESPEARE = jobs.PROJECT.parent / "shared" / "data" / "tinyshakespeare.txt"
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--storms", action="store_true", help="run the storms (tests/storms) at their full length")
     parser.addoption("--storm-seed", type=int, default=1, help="what a storm draws its strikes from (default: 1)")
+
+
+def pytest_configure() -> None:
+    """What a script starts in the background ignores SIGINT, and so would every job of the tests, whatever it does."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 class ByDirectory(LoadScopeScheduling):

@@ -38,8 +38,6 @@ class Launched:
                 stderr=output,
                 # Restart however often the storm strikes at the start.
                 env=jobs.environment(NPROC_PER_NODE="2", TRIES="1000000"),
-                # What a script starts in the background ignores SIGINT, and a shell cannot trap what it never heard.
-                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
 
     @property
