@@ -24,13 +24,14 @@ from distgpt.errors import UsageError
 ENVIRONMENT_PREFIX = "DISTGPT_"
 
 POSITIVE = (
-    *("model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.vocab_multiple"),
-    *("optim.lr", "train.steps", "train.global_batch", "eval.sequences", "checkpoint.keep"),
-    *("log.every", "health.timeout", "health.start_timeout", "health.eval_timeout", "health.checkpoint_timeout"),
+    *("model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.vocab_multiple", "model.rope_theta"),
+    *("optim.lr", "optim.eps", "train.steps", "train.global_batch", "parallel.outer_every", "parallel.outer_lr"),
+    *("eval.sequences", "checkpoint.keep", "log.every"),
+    *("health.timeout", "health.start_timeout", "health.eval_timeout", "health.checkpoint_timeout"),
 )
 NOT_NEGATIVE = (
     *("model.n_kv_head", "model.mlp_hidden", "model.loss_chunk", "optim.min_lr", "optim.warmup_steps"),
-    *("optim.weight_decay", "optim.grad_clip", "optim.eps", "train.micro_batch", "parallel.shard"),
+    *("optim.weight_decay", "optim.grad_clip", "train.micro_batch", "parallel.shard"),
     *("eval.every", "eval.sample_tokens", "checkpoint.every", "health.skip_z"),
 )
 
@@ -108,10 +109,14 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    strategy: Literal["auto", "ddp", "fsdp", "hsdp"] = option(
-        "auto", "replicate (ddp), shard (fsdp), shard within groups and replicate across (hsdp)"
+    strategy: Literal["auto", "ddp", "fsdp", "hsdp", "diloco"] = option(
+        "auto",
+        "replicate (ddp), shard (fsdp), shard in groups (hsdp), which learn apart (diloco)",
     )
-    shard: int = option(0, "ranks per shard group for hsdp; 0: the ranks of one node")
+    shard: int = option(0, "ranks per shard group for hsdp and diloco; 0: the ranks of one node")
+    outer_every: int = option(50, "diloco: steps that each group takes by itself between outer steps")
+    outer_lr: float = option(0.7, "diloco: learning rate of the outer step, SGD with Nesterov momentum")
+    outer_momentum: float = option(0.9, "diloco: momentum of the outer step")
     activation_checkpoint: bool = option(False, "recompute each block in the backward pass, saves memory")
 
 
@@ -194,19 +199,21 @@ def config_from_command_line(arguments: Sequence[str], *, prog: str, about: str)
 def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
     """The Config of these presets, files and flags over this environment. Raises UsageError."""
     config = Config()
+    flags = [argument for argument in arguments if argument.startswith("-")]
+    for flag in flags:
+        key, equals, _ = flag.removeprefix("--").partition("=")
+        if not equals and _type_of(key, source=flag) is not bool:
+            raise UsageError(f"{flag} has no value: write --{key}=VALUE")
     for argument in arguments:
-        if not argument.startswith("-"):
+        if argument not in flags:
             config = _updated(config, _read_toml(argument), source=argument)
     for name, text in sorted(environment.items()):
         if name.startswith(ENVIRONMENT_PREFIX) and "__" in name:
             key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1)
             config = _with_value(config, key, text, source=name)
-    for argument in arguments:
-        if argument.startswith("-"):
-            key, equals, text = argument.removeprefix("--").partition("=")
-            if not equals and _type_of(key, source=argument) is not bool:
-                raise UsageError(f"{argument} has no value: write --{key}=VALUE")
-            config = _with_value(config, key, text if equals else "true", source=argument)
+    for flag in flags:
+        key, equals, text = flag.removeprefix("--").partition("=")
+        config = _with_value(config, key, text if equals else "true", source=flag)
     check(config)
     return config
 
@@ -287,8 +294,17 @@ def check(config: Config) -> None:
     _require(0.0 <= model.dropout < 1.0, f"model.dropout is {model.dropout}: it must be at least 0 and below 1")
     _require(0.0 < optim.decay_fraction <= 1.0, f"optim.decay_fraction is {optim.decay_fraction}: 0 < it <= 1")
     _require(optim.min_lr <= optim.lr, f"optim.min_lr is {optim.min_lr}, above optim.lr = {optim.lr}")
-    for key in ("optim.beta1", "optim.beta2"):
+    for key in ("optim.beta1", "optim.beta2", "parallel.outer_momentum"):
         _require(0.0 <= value_at(config, key) < 1.0, f"{key} is {value_at(config, key)}: 0 <= it < 1")
+    if config.parallel.strategy == "diloco":
+        # Only then have the groups one model: what is evaluated, or handed on when all is done.
+        for key in ("train.steps", "eval.every"):
+            steps, every = value_at(config, key), config.parallel.outer_every
+            multiples = [n for n in (steps // every * every, (steps // every + 1) * every) if n]
+            _require(
+                steps % every == 0,
+                f"{key} is {steps}, which is no multiple of parallel.outer_every = {every}: take {_either(multiples)}",
+            )
     if train.micro_batch and train.global_batch % train.micro_batch:
         divisors = [m for m in range(1, train.global_batch + 1) if train.global_batch % m == 0]
         near = sorted(divisors, key=lambda m: abs(m - train.micro_batch))[:4]

@@ -74,6 +74,8 @@ def main(arguments: argparse.Namespace) -> None:
     if runtime.distributed:
         raise UsageError("replay is one process: start it without torchrun")
     start = start_before(run, step)
+    if start.config.parallel.strategy == "diloco":
+        raise UsageError("the replicas of diloco learn apart, which one process cannot replay")
     if not 1 <= step <= start.config.train.steps:
         raise UsageError(f"--step is {step}: the run has steps 1 to {start.config.train.steps}")
     dataset = data_of(start, arguments.data)

@@ -22,7 +22,6 @@ if __name__ == "__main__":
     leave_if_hopeless(RunPaths(CONFIG.run_dir))
 
 import logging
-import math
 import os
 from collections.abc import Callable
 from contextlib import closing
@@ -34,8 +33,10 @@ from torch import nn
 from tqdm import tqdm
 
 from distgpt.cluster.checkpoint import Checkpointer, require_same_run
+from distgpt.cluster.diloco import OuterOptimizer
 from distgpt.cluster.evaluation import evaluate
 from distgpt.cluster.manifest import committed
+from distgpt.cluster.mesh import replicas_apart
 from distgpt.cluster.parallel import (
     autocast,
     bare,
@@ -44,8 +45,8 @@ from distgpt.cluster.parallel import (
     inference,
     micro_batch_size,
 )
-from distgpt.cluster.reduction import agreed, from_rank_zero, grad_norm_of, require_agreement, weight_norm_of
-from distgpt.cluster.retention import CHECKPOINT_BYTES, require_space
+from distgpt.cluster.reduction import agreed, from_rank_zero, grad_norm_of, require_agreement, weights_are_finite
+from distgpt.cluster.retention import checkpoint_bytes, require_space
 from distgpt.cluster.runtime import Runtime, compute_dtype, joined, this_rank
 from distgpt.cluster.save_interval import SaveInterval
 from distgpt.cluster.step import accumulate_gradients, update
@@ -70,13 +71,13 @@ def main(config: Config) -> None:
         runtime = this_rank()
         dataset = open_dataset(Path(config.data.path))
         micro_batch = micro_batch_size(config, runtime)
-        require_same_run(run.paths.checkpoints, config, dataset)
+        require_same_run(run.paths.checkpoints, config, dataset, runtime)
         if runtime.rank == 0:
             run.own()
             if config.run.fresh and committed(run.paths.checkpoints):
                 raise DirectoryError(f"{run.paths.root} holds checkpoints: --run.fresh wants an empty run directory")
             verify_dataset(dataset)
-            warn_if_full(run, config, dataset)
+            warn_if_full(run, config, dataset, runtime)
             watchdog.beat("waiting for the other ranks to join", health.start_timeout)
         with joined(runtime, timeout=health.collective_timeout, met=watchdog.connect):
             run.joined(from_rank_zero(run.owner, runtime))
@@ -106,6 +107,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
         dtype=dtype,
     )
     optimizer = build_optimizer(model, config.optim, runtime.device.type)
+    outer = OuterOptimizer(bare(model), config, runtime) if strategy == "diloco" else None
     guard = Guard(config.health)
     checkpointer = Checkpointer(
         run,
@@ -116,6 +118,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
         guard=guard,
         runtime=runtime,
         say=say,
+        outer=outer,
     )
     validation = EvaluationBatches(
         dataset.val,
@@ -188,6 +191,8 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
             else:
                 say(without_update(verdict, step, config, loader, finish_save))
             optimizer.zero_grad()
+            if outer is not None and step % config.parallel.outer_every == 0:
+                outer.step()
 
             run.step = step
             watchdog.beat(f"after step {step}", health.timeout)
@@ -205,7 +210,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
             )
             val_loss = None
             if is_due(step, config.eval.every, last):
-                require_finite_weights(model, step, finish_save)
+                require_finite_weights(model, step, runtime, finish_save)
                 with progress.evaluating(), watchdog.during(f"evaluating step {step}", health.eval_timeout):
                     found = evaluate(model, validation, tokenizer=tokenizer, runtime=runtime, dtype=dtype)
                     progress.evaluation(step, found)
@@ -213,7 +218,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
                         progress.sample(step, sample_text(model, tokenizer, step, config, runtime, dtype))
                 val_loss = found.val_loss
             if saves.is_due(step) or step == last or stop:
-                require_finite_weights(model, step, finish_save)
+                require_finite_weights(model, step, runtime, finish_save)
                 with progress.checkpointing(step), watchdog.during(f"saving step {step}", health.checkpoint_timeout):
                     checkpointer.save(step, val_loss=val_loss)
                     if stop or step == last:
@@ -242,17 +247,18 @@ def without_update(verdict: Verdict, step: int, config: Config, loader: Loader, 
     raise DataError(f"{verdict.objection} at step {step}: stopped before the update{after}; {samples}; {fix}")
 
 
-def require_finite_weights(model: nn.Module, step: int, finish_save: Callable[[], None]) -> None:
+def require_finite_weights(model: nn.Module, step: int, runtime: Runtime, finish_save: Callable[[], None]) -> None:
     """Raise DataError on all ranks rather than keep or try weights that an update made NaN or infinite."""
-    if not math.isfinite(weight_norm_of(model).item()):
+    if not weights_are_finite(model, runtime):
         finish_save()
         raise DataError(f"the update of step {step} left weights that are not finite: nothing is saved; lower optim.lr")
 
 
-def warn_if_full(run: Run, config: Config, dataset: Dataset) -> None:
+def warn_if_full(run: Run, config: Config, dataset: Dataset, runtime: Runtime) -> None:
     """Say before anything starts that no checkpoint will fit on the disk as it is."""
+    needed = checkpoint_bytes(count_parameters(config.model, dataset.vocab_size), replicas_apart(config, runtime))
     try:
-        require_space(run.paths.root, CHECKPOINT_BYTES * count_parameters(config.model, dataset.vocab_size))
+        require_space(run.paths.root, needed)
     except StorageError as error:
         print(f"distgpt: warning: {error}", file=sys.stderr, flush=True)
 

@@ -39,6 +39,8 @@ from distgpt.errors import UsageError, main_guard
 least, most, ranks = map(int, sys.argv[1:4])
 def checked() -> Config:
     config = resolve(sys.argv[4:], os.environ)
+    if config.parallel.strategy == "diloco" and least < most:
+        raise UsageError(f"NODES={os.environ['NODES']}: diloco keeps the number of its replicas, write NODES={most}")
     batch, micro_batch = config.train.global_batch, max(1, config.train.micro_batch)
     for nodes in range(least, most + 1):
         if batch % (nodes * ranks * micro_batch):

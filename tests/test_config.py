@@ -99,12 +99,16 @@ def test_an_unknown_key_says_where_it_stands(tmp_path: Path) -> None:
         ("--checkpoint.every=often", "checkpoint.every is 'often': it must be a whole number or auto"),
         ("--checkpoint.every=1.5", "checkpoint.every is '1.5': it must be a whole number or auto"),
         ("--health.on_nonfinite=ignore", "health.on_nonfinite is 'ignore': it must be one of stop, skip"),
-        ("--parallel.strategy=zero", "parallel.strategy is 'zero': it must be one of auto, ddp, fsdp, hsdp"),
+        ("--parallel.strategy=zero", "parallel.strategy is 'zero': it must be one of auto, ddp, fsdp, hsdp, diloco"),
         ("--train.steps", "--train.steps has no value: write --train.steps=VALUE"),
     ],
 )
 def test_a_wrong_type_or_choice_says_what_it_must_be(argument: str, expected: str) -> None:
     assert refusal(argument) == expected
+
+
+def test_a_value_after_a_space_is_no_preset() -> None:
+    assert refusal("--train.steps", "200") == "--train.steps has no value: write --train.steps=VALUE"
 
 
 @pytest.mark.parametrize(
@@ -150,6 +154,14 @@ def test_what_may_be_zero_is_not_negative(key: str) -> None:
         (
             ["--model.n_head=5"],
             "model.n_head is 5, which does not divide model.n_embd = 384: take 2 or 3 or 4 or 6 heads",
+        ),
+        (
+            ["--parallel.strategy=diloco", "--train.steps=100", "--eval.every=120"],
+            "eval.every is 120, which is no multiple of parallel.outer_every = 50: take 100 or 150",
+        ),
+        (
+            ["--parallel.strategy=diloco", "--train.steps=30", "--eval.every=0"],
+            "train.steps is 30, which is no multiple of parallel.outer_every = 50: take 50",
         ),
         (
             ["--model.n_kv_head=4"],

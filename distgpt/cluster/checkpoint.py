@@ -25,6 +25,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
+from distgpt.cluster.diloco import OuterOptimizer
 from distgpt.cluster.health import Run
 from distgpt.cluster.loading import load_for_training, training_tensors
 from distgpt.cluster.manifest import (
@@ -41,6 +42,7 @@ from distgpt.cluster.manifest import (
     sha256_of,
     step_of,
 )
+from distgpt.cluster.mesh import replicas_apart
 from distgpt.cluster.parallel import micro_batch_size
 from distgpt.cluster.retention import best_of, surplus
 from distgpt.cluster.runtime import Runtime
@@ -78,8 +80,9 @@ class Checkpointer:
         guard: Guard,
         runtime: Runtime,
         say: Callable[[str], None],
+        outer: OuterOptimizer | None = None,
     ) -> None:
-        """`say` shows a person one line."""
+        """`say` shows a person one line. `outer`: that of diloco."""
         self._run = run
         self._directory = run.paths.checkpoints
         assert run.owner, "the run directory is owned before anything is written there"
@@ -87,7 +90,8 @@ class Checkpointer:
         self._config = config
         self._dataset = dataset
         self._model = model
-        self._optimizer = optimizer
+        self._optimizer, self._outer = optimizer, outer
+        self._replicas = replicas_apart(config, runtime)
         self._guard = guard
         self._runtime = runtime
         self._say = say
@@ -123,7 +127,7 @@ class Checkpointer:
             if broken:
                 raise DataError(f"{self._directory} {all_broken(broken)}; move it away to start over")
             return 0
-        load_for_training(checkpoint, self._model, self._optimizer, self._group)
+        load_for_training(checkpoint, self._model, self._optimizer, self._group, self._outer)
         if broken:
             self._on_rank_zero(self._store.begin)
             self._on_rank_zero(partial(self._store.set_aside, list(reversed(broken))))
@@ -143,7 +147,8 @@ class Checkpointer:
         A save that fails is told loudly and training goes on.
         """
         self.wait()
-        staged = self._stager.stage(training_tensors(self._model, self._optimizer))
+        tensors = training_tensors(self._model, self._optimizer)
+        staged = self._stager.stage(self._outer.in_checkpoint(tensors) if self._outer else tensors)
         assert isinstance(staged, dict), "staging is synchronous"
         state = RunState(
             step=step,
@@ -155,6 +160,7 @@ class Checkpointer:
             eot_id=self._dataset.eot_id,
             micro_batch=micro_batch_size(self._config, self._runtime),
             guard=self._guard.state(),
+            replicas=self._replicas,
         )
         self._pending = self._thread.submit(self._write_and_commit, staged, state)
         self._saved = None
@@ -204,7 +210,7 @@ class Checkpointer:
         staging = self._store.staging(state.step)
         writer = _TimedWriter(staging, single_file_per_rank=True, sync_files=True)
         try:
-            self._on_rank_zero(partial(self._store.open, state.step, _bytes_of(staged)))
+            self._on_rank_zero(partial(self._store.open, state.step, self._replicas * _bytes_of(staged)))
             self._together(partial(self._write_tensors, staged, writer), look=False)
             shares = self._together(partial(self._finish_files, staging, state))
             files = {name: entry for share in shares for name, entry in share.items()}
@@ -288,14 +294,20 @@ class _TimedWriter(dcp.FileSystemWriter):
         return written
 
 
-def require_same_run(directory: Path, config: Config, dataset: Dataset) -> None:
-    """Raise UsageError with a diff if the newest checkpoint is of another model, data, seed or global batch."""
+def require_same_run(directory: Path, config: Config, dataset: Dataset, runtime: Runtime) -> None:
+    """Raise UsageError with a diff if the newest checkpoint is of another model, data, seed or global batch.
+
+    Or of another number of replicas that learn apart: each has an optimizer of its own.
+    """
+    replicas = replicas_apart(config, runtime)
     for checkpoint in committed(directory):
         try:
             state = read_state(checkpoint)
         except DataError:
             continue  # restore() says what is wrong with it
         differences = _differences(state, config, dataset)
+        if state.replicas not in (1, replicas):
+            differences.append(f"replicas of diloco {state.replicas} -> {replicas}")
         if differences:
             raise UsageError(
                 f"{checkpoint} was made by another run: {'; '.join(differences)}; "

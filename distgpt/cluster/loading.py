@@ -1,6 +1,7 @@
 """Tensors back from a checkpoint, whatever their sharding then and now; no code that it might bring is run."""
 
 import pickle
+import sys
 import warnings
 from enum import Enum
 from pathlib import Path
@@ -19,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_optimizer_state_dict,
 )
 
+from distgpt.cluster.diloco import OuterOptimizer
 from distgpt.cluster.manifest import (
     STATE,
     TOKENIZER,
@@ -26,6 +28,7 @@ from distgpt.cluster.manifest import (
     all_broken,
     committed,
     damage,
+    listed,
     one_line,
     read_state,
     step_of,
@@ -42,13 +45,15 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 def load_for_inference(run: Path, device: torch.device) -> tuple[GPT, Tokenizer, RunState]:
     """The model of a run directory's newest good checkpoint, in eval mode, with its tokenizer. One process.
 
-    Raises DataError if there is no good checkpoint.
+    Says on stderr in one line what it skipped and why. Raises DataError if there is no good checkpoint.
     """
     checkpoint, broken = newest_good(run / "checkpoints")
     if checkpoint is None and broken:
         raise DataError(f"{run} {all_broken(broken)}")
     if checkpoint is None:
         raise DataError(f"{run} holds no checkpoint: train one with python -m distgpt.train --run.dir={run}")
+    if broken:
+        print(f"distgpt: reading {checkpoint}; skipped {listed(broken)}", file=sys.stderr)
     state = read_state(checkpoint)
     config = from_dict(state.config, source=str(checkpoint / STATE))
     model = GPT(config.model, state.vocab_size, state.eot_id)
@@ -70,15 +75,22 @@ def newest_good(directory: Path, *, before: int | None = None) -> tuple[Path | N
 
 
 def load_for_training(
-    checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer, group: dist.ProcessGroup | None
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    group: dist.ProcessGroup | None,
+    outer: OuterOptimizer | None = None,
 ) -> None:
-    """Fill a model and its optimizer, on all ranks of the group."""
+    """Fill a model and its optimizers, on all ranks of the group."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     optim = get_optimizer_state_dict(model, optimizer, options=options)
     tensors = training_tensors(model, optimizer)
-    read_tensors(tensors, checkpoint, group)
+    apart = read_state(checkpoint).replicas > 1
+    read_tensors(outer.in_checkpoint(tensors) if outer and apart else tensors, checkpoint, group)
     set_model_state_dict(model, tensors["model"])
     set_optimizer_state_dict(model, optimizer, {**optim, **tensors["optim"]}, options=options)
+    if outer and not apart:
+        outer.start_from_here()
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

@@ -37,6 +37,7 @@ class RunState:
     eot_id: int | None
     micro_batch: int = 0  # sequences per forward; 0 in checkpoints from before it was kept, as is what follows
     guard: dict[str, Any] = field(default_factory=dict)  # Guard.state()
+    replicas: int = 1  # replicas_apart()
 
 
 def path_of(directory: Path, step: int) -> Path:

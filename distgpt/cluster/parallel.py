@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
-from distgpt.cluster.mesh import build_mesh, shard_group_size
+from distgpt.cluster.mesh import build_mesh, ranks_per_replica
 from distgpt.cluster.runtime import Runtime
 from distgpt.config import Config
 from distgpt.errors import UsageError
@@ -59,11 +59,10 @@ def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tup
     asked = config.parallel.strategy
     if not runtime.distributed:
         return "single", "one process"
-    if asked == "hsdp":
-        size = shard_group_size(
-            shard=config.parallel.shard, world_size=runtime.world_size, local_world_size=runtime.local_world_size
-        )
-        return "hsdp", f"as asked, {runtime.world_size // size} replicas of {size} shards"
+    if asked in ("hsdp", "diloco"):
+        size = ranks_per_replica(asked, config, runtime)
+        why = f"as asked, {runtime.world_size // size} replicas of {size} shards"
+        return asked, f"{why} that meet every {config.parallel.outer_every} steps" if asked == "diloco" else why
     if asked != "auto":
         return asked, "as asked"
     need = BYTES_PER_PARAMETER * count_parameters(config.model, vocab_size)
@@ -88,7 +87,7 @@ def build_model(
     dtype: torch.dtype,
 ) -> nn.Module:
     """The GPT with its initial weights, spread over the ranks; the same weights for every strategy and world size."""
-    sharded = strategy in ("fsdp", "hsdp")
+    sharded = strategy in ("fsdp", "hsdp", "diloco")
     with torch.device("meta" if sharded else "cpu"):
         model = GPT(config.model, vocab_size, eot_id)
     for block in model.blocks:
@@ -148,12 +147,7 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 
 def _shard(model: GPT, config: Config, runtime: Runtime, *, strategy: str, dtype: torch.dtype) -> nn.Module:
-    shard = runtime.world_size
-    if strategy == "hsdp":
-        shard = shard_group_size(
-            shard=config.parallel.shard, world_size=runtime.world_size, local_world_size=runtime.local_world_size
-        )
-    mesh = build_mesh(strategy, device_type=runtime.device.type, world_size=runtime.world_size, shard=shard)
+    mesh = build_mesh(strategy, config, runtime)
     # Blocks gather in the compute dtype; the residual stream, embeddings and head stay float32 as autocast has it
     # under DDP, so that the strategy does not change what is learned.
     in_blocks = MixedPrecisionPolicy(

@@ -20,10 +20,10 @@ import torch.distributed as dist
 
 from distgpt.cluster.checkpoint import require_same_run
 from distgpt.cluster.manifest import committed
-from distgpt.cluster.mesh import shard_group_size
+from distgpt.cluster.mesh import ranks_per_replica, replicas_apart
 from distgpt.cluster.ownership import lock_holder
 from distgpt.cluster.parallel import BYTES_PER_PARAMETER, choose_strategy, micro_batch_size
-from distgpt.cluster.retention import CHECKPOINT_BYTES, require_space
+from distgpt.cluster.retention import CHECKPOINT_BYTES, OUTER_BYTES, checkpoint_bytes, require_space
 from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.runtime import Runtime, compute_dtype, threads_per_rank
 from distgpt.config import Config
@@ -98,8 +98,8 @@ def check_machine(config: Config, runtime: Runtime, *, thorough: bool) -> Iterat
     yield attempt("data", lambda: data(dataset, thorough=thorough))
     yield attempt("windows", lambda: windows(config, dataset))
     if runtime.rank == 0:
-        yield attempt("run directory", lambda: run_directory(config, dataset))
-    yield attempt("disk", lambda: disk(config, dataset))
+        yield attempt("run directory", lambda: run_directory(config, runtime, dataset))
+    yield attempt("disk", lambda: disk(config, runtime, dataset))
     yield attempt("memory", lambda: memory(config, runtime, dataset))
 
 
@@ -185,7 +185,7 @@ def lengths(split: Split) -> list[int]:
     return [len(shard) for shard in split.shards]
 
 
-def run_directory(config: Config, dataset: Dataset) -> Finding:
+def run_directory(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     """That a run can be started or resumed in it. Leaves no trace. Raises DirectoryError, StorageError, UsageError."""
     paths = RunPaths(config.run_dir)
     if owner := lock_holder(paths):
@@ -203,15 +203,15 @@ def run_directory(config: Config, dataset: Dataset) -> Finding:
         return found("run directory", f"{paths.root}, a new run")
     if config.run.fresh:
         raise DirectoryError(f"{paths.root} holds checkpoints: --run.fresh wants an empty run directory")
-    require_same_run(paths.checkpoints, config, dataset)
+    require_same_run(paths.checkpoints, config, dataset, runtime)
     return found("run directory", f"{paths.root}, to be resumed from {checkpoints[0].name}")
 
 
-def disk(config: Config, dataset: Dataset) -> Finding:
+def disk(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     """Room for the checkpoints. Raises StorageError if there is none for a single one."""
     paths = RunPaths(config.run_dir)
     nearest = existing(paths.root)
-    one = CHECKPOINT_BYTES * count_parameters(config.model, dataset.vocab_size)
+    one = checkpoint_bytes(count_parameters(config.model, dataset.vocab_size), replicas_apart(config, runtime))
     # The newest ones, the best one, and the one that is being written.
     wanted = config.checkpoint.keep + 2
     missing = max(1, wanted - len(committed(paths.checkpoints)))
@@ -226,17 +226,12 @@ def disk(config: Config, dataset: Dataset) -> Finding:
 def memory(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     """What a rank holds before the first activation, against its device. Raises UsageError if it cannot fit."""
     strategy, _ = choose_strategy(config, runtime, vocab_size=dataset.vocab_size)
-    shards = 1
-    if strategy == "fsdp":
-        shards = runtime.world_size
-    elif strategy == "hsdp":
-        shards = shard_group_size(
-            shard=config.parallel.shard, world_size=runtime.world_size, local_world_size=runtime.local_world_size
-        )
+    shards = ranks_per_replica(strategy, config, runtime)
     parameters = count_parameters(config.model, dataset.vocab_size)
     on_gpu = runtime.device.type == "cuda"
     # On a CPU the copy that a checkpoint is written from lies in the same memory.
-    each = BYTES_PER_PARAMETER + (0 if on_gpu else CHECKPOINT_BYTES)
+    outer = OUTER_BYTES if strategy == "diloco" else 0
+    each = BYTES_PER_PARAMETER + outer + (0 if on_gpu else CHECKPOINT_BYTES + outer)
     need = parameters * each / shards
     room = torch.cuda.mem_get_info(runtime.device)[0] if on_gpu else _free_memory() / runtime.local_world_size
     text = f"{parameters:,} parameters, {strategy}: {_size(need)} of {_size(room)} free a rank"

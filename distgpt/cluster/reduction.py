@@ -1,5 +1,6 @@
 """What ranks tell each other every step, besides gradients."""
 
+import math
 import socket
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -35,10 +36,11 @@ def grad_norm_of(model: nn.Module) -> Tensor:
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def weight_norm_of(model: nn.Module) -> Tensor:
-    """The L2 norm of all weights, over all shards."""
+def weights_are_finite(model: nn.Module, runtime: Runtime) -> bool:
+    """Whether all weights are, on all ranks; the same answer on every rank."""
     norm = nn.utils.get_total_norm([p.detach() for p in model.parameters()])
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return math.isfinite(sum_over_ranks(whole.clone(), runtime).item())
 
 
 def require_agreement(facts: dict[str, Any], runtime: Runtime) -> None:

@@ -9,6 +9,7 @@ from distgpt.cluster.manifest import MANIFEST, committed, one_line, read_manifes
 from distgpt.errors import DataError, StorageError
 
 CHECKPOINT_BYTES = 12  # a parameter: a float32 weight and AdamW's two moments
+OUTER_BYTES = 8  # a parameter, where replicas learn apart: the weight that they share and its momentum
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,11 @@ def require_space(directory: Path, needed: int) -> None:
             f"{directory} has {free / 2**20:.0f} MiB free and a checkpoint takes {needed / 2**20:.0f} MiB: "
             "free some space or lower checkpoint.keep"
         )
+
+
+def checkpoint_bytes(parameters: int, replicas: int) -> int:
+    """The size of a checkpoint of so many replicas that learn apart."""
+    return parameters * (CHECKPOINT_BYTES * replicas + (OUTER_BYTES if replicas > 1 else 0))
 
 
 def surplus(directory: Path, *, keep: int) -> list[Path]:

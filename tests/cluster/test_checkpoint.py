@@ -17,6 +17,7 @@ from distgpt.cluster import store
 from distgpt.cluster.checkpoint import require_same_run
 from distgpt.cluster.loading import load_for_inference
 from distgpt.cluster.manifest import committed, read_state
+from distgpt.cluster.runtime import Runtime
 from distgpt.cluster.store import Store
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset
@@ -25,6 +26,7 @@ from distgpt.model.outliers import Guard
 from tests import jobs
 from tests.cluster.checkpoints import CPU, FILES, SMALL, flip_bit, names, newest, sign_again, trainee
 
+ONE_PROCESS = Runtime(0, 0, 1, 1, CPU)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 # What was saved comes back
@@ -260,14 +262,14 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(
 
 def test_the_same_run_may_go_on_with_other_speed_and_length(saved: Path, dataset: Dataset) -> None:
     free = ("--train.steps=9", "--train.micro_batch=1", "--model.loss_chunk=4", "--parallel.strategy=fsdp")
-    require_same_run(saved / "checkpoints", resolve([*SMALL, *free, "--optim.lr=1"], {}), dataset)
-    require_same_run(saved / "none", resolve([], {}), dataset)
+    require_same_run(saved / "checkpoints", resolve([*SMALL, *free, "--optim.lr=1"], {}), dataset, ONE_PROCESS)
+    require_same_run(saved / "none", resolve([], {}), dataset, ONE_PROCESS)
 
 
 def test_another_run_is_refused_with_a_diff(saved: Path, other_dataset: Dataset) -> None:
     other = ("--model.n_layer=3", "--model.mlp=gelu", "--run.seed=7", "--train.global_batch=8")
     with pytest.raises(UsageError) as caught:
-        require_same_run(saved / "checkpoints", resolve([*SMALL, *other], {}), other_dataset)
+        require_same_run(saved / "checkpoints", resolve([*SMALL, *other], {}), other_dataset, ONE_PROCESS)
     message = str(caught.value)
     assert message.startswith(f"{saved / 'checkpoints' / 'step-00000002'} was made by another run: ")
     for difference in (
@@ -283,7 +285,7 @@ def test_another_run_is_refused_with_a_diff(saved: Path, other_dataset: Dataset)
 def test_a_broken_newest_one_does_not_hide_the_diff(run: Path, dataset: Dataset) -> None:
     (newest(run) / "train.json").write_text("{")
     with pytest.raises(UsageError, match=r"step-00000001 was made by another run: model.n_layer 1 -> 3;"):
-        require_same_run(run / "checkpoints", resolve([*SMALL, "--model.n_layer=3"], {}), dataset)
+        require_same_run(run / "checkpoints", resolve([*SMALL, "--model.n_layer=3"], {}), dataset, ONE_PROCESS)
 
 
 # What it knows of past steps

@@ -32,6 +32,15 @@ def test_sampling_loads_the_newest_in_eval_mode(saved: Path, dataset: Dataset) -
         assert torch.equal(a, b), name
 
 
+def test_what_is_skipped_for_an_older_one_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (newest(run) / "__0_0.distcp").unlink()
+    _, _, state = load_for_inference(run, CPU)
+    assert state.step == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    older = run / "checkpoints" / "step-00000001"
+    assert line.startswith(f"distgpt: reading {older}; skipped step-00000002: __0_0.distcp: ")
+
+
 class Payload:
     """Runs a command when it is unpickled."""
 

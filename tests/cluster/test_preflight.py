@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from distgpt import config as configuration
 from distgpt.cluster import hosts, links, network, preflight
@@ -18,6 +19,9 @@ from distgpt.cluster.runtime import Runtime
 from distgpt.corpus.order import Order
 from distgpt.corpus.shards import Dataset
 from distgpt.errors import DirectoryError, Interrupted, StorageError, UsageError
+
+
+ONE_PROCESS = Runtime(0, 0, 1, 1, torch.device("cpu"))
 
 
 def config(*arguments: str) -> configuration.Config:
@@ -32,14 +36,14 @@ def test_too_little_disk(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.M
     wanted = config(f"--run.dir={tmp_path / 'run'}", "--checkpoint.keep=3")
     one = 12 * preflight.count_parameters(wanted.model, dataset.vocab_size)
     room(monkeypatch, disk=6 * one)
-    assert preflight.disk(wanted, dataset).level == "ok"
+    assert preflight.disk(wanted, ONE_PROCESS, dataset).level == "ok"
     room(monkeypatch, disk=4 * one)
-    finding = preflight.disk(wanted, dataset)
+    finding = preflight.disk(wanted, ONE_PROCESS, dataset)
     assert finding.level == "warn"
     assert "up to 5 are kept" in finding.text
     room(monkeypatch, disk=one // 2)
     with pytest.raises(StorageError, match="MiB free and a checkpoint takes"):
-        preflight.disk(wanted, dataset)
+        preflight.disk(wanted, ONE_PROCESS, dataset)
 
 
 def test_checkpoints_that_are_there_need_no_more_room(
@@ -49,7 +53,7 @@ def test_checkpoints_that_are_there_need_no_more_room(
     for step in range(4):
         (tmp_path / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
     room(monkeypatch, disk=2 * 12 * preflight.count_parameters(wanted.model, dataset.vocab_size))
-    assert preflight.disk(wanted, dataset).level == "ok"
+    assert preflight.disk(wanted, ONE_PROCESS, dataset).level == "ok"
 
 
 def test_too_little_memory(dataset: Dataset, one_process: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,11 +97,11 @@ def test_windows_are_counted_as_training_draws_them(dataset: Dataset) -> None:
 
 
 def test_the_run_directory_is_left_as_it_was(dataset: Dataset, tmp_path: Path) -> None:
-    finding = preflight.run_directory(config(f"--run.dir={tmp_path / 'a' / 'b'}"), dataset)
+    finding = preflight.run_directory(config(f"--run.dir={tmp_path / 'a' / 'b'}"), ONE_PROCESS, dataset)
     assert (finding.level, list(tmp_path.iterdir())) == ("ok", [])
     (tmp_path / "file").write_text("")
     with pytest.raises(DirectoryError, match="is in the way"):
-        preflight.run_directory(config(f"--run.dir={tmp_path / 'file' / 'run'}"), dataset)
+        preflight.run_directory(config(f"--run.dir={tmp_path / 'file' / 'run'}"), ONE_PROCESS, dataset)
 
 
 def test_who_holds_a_lock(tmp_path: Path) -> None:
@@ -107,7 +111,7 @@ def test_who_holds_a_lock(tmp_path: Path) -> None:
     lock = RunLock(paths)
     assert (lock_holder(paths) or "").startswith(f"pid {os.getpid()} on ")
     with pytest.raises(DirectoryError, match="in use by pid"):
-        preflight.run_directory(config(f"--run.dir={tmp_path}"), None)  # type: ignore[arg-type]
+        preflight.run_directory(config(f"--run.dir={tmp_path}"), ONE_PROCESS, None)  # type: ignore[arg-type]
     lock.release()
     assert lock_holder(paths) is None
 

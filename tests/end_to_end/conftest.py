@@ -8,7 +8,7 @@ import pytest
 
 from tests import jobs
 
-RANKS = {"single": 1, "ddp": 2, "ddp4": 4, "fsdp": 2, "hsdp": 4}
+RANKS = {"single": 1, "ddp": 2, "ddp4": 4, "fsdp": 2, "hsdp": 4, "diloco": 4}
 # "single" is one process, whatever it is asked for. Two ways to save, so that each is compared with the other.
 ARGUMENTS = {
     "single": (),
@@ -16,6 +16,7 @@ ARGUMENTS = {
     "ddp4": ("--parallel.strategy=ddp",),
     "fsdp": ("--parallel.strategy=fsdp",),
     "hsdp": ("--parallel.strategy=hsdp", "--parallel.shard=2"),
+    "diloco": ("--parallel.strategy=diloco", "--parallel.shard=2", "--parallel.outer_every=10"),
 }
 
 

@@ -14,6 +14,7 @@ import pytest
 from distgpt.cluster.checkpoint import require_same_run
 from distgpt.cluster.loading import load_for_inference
 from distgpt.cluster.manifest import committed
+from distgpt.cluster.runtime import Runtime
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.errors import DataError
@@ -64,7 +65,9 @@ def test_a_damaged_checkpoint_is_never_believed(saved: Path, dataset: Dataset, s
             whole[file] = file.read_bytes()
             HARMS[harm](file, draw)
         good = [checkpoint for checkpoint in checkpoints if checkpoint not in harmed]
-        require_same_run(saved / "checkpoints", config, dataset)  # as training does first of all: nothing to say
+        require_same_run(
+            saved / "checkpoints", config, dataset, Runtime(0, 0, 1, 1, CPU)
+        )  # as training does first of all: nothing to say
         where = [str(file) for file in whole]
         if good:
             step = load_for_inference(saved, CPU)[2].step

@@ -1,0 +1,126 @@
+"""Replicas that learn apart: what they learn is what the paper's algorithm, written out naively, learns."""
+
+from collections.abc import Callable, Iterator
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from distgpt.cluster.reduction import grad_norm_of
+from distgpt.cluster.runtime import Runtime
+from distgpt.cluster.step import accumulate_gradients, update
+from distgpt.config import Config, resolve
+from distgpt.corpus.loader import Loader, MicroBatch
+from distgpt.corpus.shards import open_dataset
+from distgpt.model.gpt import GPT
+from distgpt.model.optim import build_optimizer
+from tests import jobs
+from tests.end_to_end.conftest import ARGUMENTS, Trained, tiny
+
+TWO = (*jobs.TINY, "--parallel.strategy=diloco", "--parallel.shard=1", "--parallel.outer_every=10")
+
+
+def batches(config: Config, data: Path, *, replica: int) -> Iterator[list[MicroBatch]]:
+    """The micro-batches that one of two replicas gets, step by step."""
+    dataset = open_dataset(data)
+    loader = Loader(
+        dataset.train,
+        block_size=config.model.block_size,
+        global_batch=config.train.global_batch,
+        micro_batch=config.train.micro_batch,
+        rank=replica,
+        world_size=2,
+        seed=config.run.seed,
+        device=torch.device("cpu"),
+        start_step=0,
+    )
+    with closing(loader):
+        while True:
+            yield loader.next_step()
+
+
+def diloco(config: Config, data: Path, steps: int) -> nn.Module:
+    """Algorithm 1 of Douillard et al. 2023 with two workers: the model after so many inner steps."""
+    dataset, parallel = open_dataset(data), config.parallel
+    shared, *workers = (GPT(config.model, dataset.vocab_size, dataset.eot_id) for _ in range(3))
+    for model in (shared, *workers):
+        model.init_weights(config.run.seed)
+    outer = torch.optim.SGD(shared.parameters(), lr=parallel.outer_lr, momentum=parallel.outer_momentum, nesterov=True)
+    inner = [build_optimizer(worker, config.optim, "cpu") for worker in workers]
+    fed = [batches(config, data, replica=replica) for replica in range(2)]
+    for step in range(1, steps + 1):
+        for replica, (worker, optimizer) in enumerate(zip(workers, inner, strict=True)):
+            place = Runtime(replica, replica, 2, 2, torch.device("cpu"))
+            accumulate_gradients(worker, next(fed[replica]), step, config, place, torch.float32)
+            update(worker, optimizer, grad_norm_of(worker), clip=config.optim.grad_clip)
+            optimizer.zero_grad()
+        if step % parallel.outer_every == 0:
+            with torch.no_grad():
+                for start, *ends in zip(*(model.parameters() for model in (shared, *workers)), strict=True):
+                    start.grad = sum(start - end for end in ends) / len(ends)
+                outer.step()
+                for worker in workers:
+                    worker.load_state_dict(shared.state_dict())
+    return shared
+
+
+@pytest.fixture(scope="module")
+def two_replicas(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run directory of 40 steps of two replicas of a rank each."""
+    run = tmp_path_factory.mktemp("two") / "run"
+    ended = jobs.torchrun(2, *TWO, f"--data.path={prepared}", f"--run.dir={run}", "--train.steps=40")
+    assert ended.code == 0, ended
+    assert "strategy  diloco, as asked, 2 replicas of 1 shards that meet every 10 steps" in ended.stdout
+    return run
+
+
+def test_two_replicas_learn_what_the_algorithm_says(two_replicas: Path, prepared: Path) -> None:
+    config = resolve([*TWO, f"--data.path={prepared}"], {})
+    found = jobs.tensors(two_replicas / "checkpoints" / "step-00000040")
+    start = GPT(config.model, open_dataset(prepared).vocab_size, None)
+    start.init_weights(config.run.seed)
+    first = start.state_dict()
+    for name, expected in diloco(config, prepared, 40).state_dict().items():
+        assert torch.allclose(found[f"model.{name}"], expected, atol=2e-5), name
+        assert torch.equal(found[f"replica.0.model.{name}"], found[f"model.{name}"])
+        assert torch.equal(found[f"replica.1.model.{name}"], found[f"model.{name}"])
+        assert not torch.allclose(first[name], expected, atol=2e-4), name
+    moments = [name.removeprefix("replica.0.") for name in found if name.startswith("replica.0.optim.state.")]
+    assert any(not torch.equal(found[f"replica.0.{name}"], found[f"replica.1.{name}"]) for name in moments)
+
+
+def test_shards_of_a_replica_change_nothing(whole: Callable[[str], Trained], two_replicas: Path) -> None:
+    """Two replicas of two ranks, which get the same batches as two of one rank."""
+    sharded, one_each = jobs.losses(whole("diloco").run), jobs.losses(two_replicas)
+    assert {step: sharded[step] for step in range(1, 41)} == pytest.approx(one_each, abs=1e-4)
+
+
+def test_replicas_go_on_from_a_model_that_learned_without_any(
+    whole: Callable[[str], Trained], prepared: Path, tmp_path: Path
+) -> None:
+    """As the paper pretrains; and they cannot become more or fewer, since each has moments of its own."""
+    before = jobs.train(1, *tiny(prepared, tmp_path), "--train.steps=20")
+    assert before.code == 0, before
+    apart = jobs.torchrun(2, *tiny(prepared, tmp_path), *TWO[len(jobs.TINY) :], "--train.steps=40")
+    assert apart.code == 0, apart
+    assert f"going on from step 20 in {tmp_path}" in apart.stdout
+    assert jobs.val_losses(tmp_path)[40] < jobs.val_losses(tmp_path)[20]
+
+    kept = jobs.checkpoints(tmp_path)
+    for ranks, arguments in ((1, ()), (2, ARGUMENTS["ddp"])):
+        refused = jobs.train(ranks, *tiny(prepared, tmp_path), *arguments)
+        assert jobs.exit_report(tmp_path)["code"] == 2
+        (line,) = refused.error_lines
+        assert "was made by another run: replicas of diloco 2 -> 1; resume with the same values" in line
+    assert jobs.checkpoints(tmp_path) == kept
+
+
+def test_what_comes_after_training_knows_the_shared_model(two_replicas: Path) -> None:
+    told = jobs.door("evaluate", two_replicas, "--sequences", "30")
+    assert told.code == 0, told
+    assert f"step 40 | val loss {jobs.val_losses(two_replicas)[40]:.4f} " in told.stdout
+    refused = jobs.door("replay", two_replicas, "--step", "3")
+    assert refused.code == 2
+    assert refused.stderr == "distgpt: error: the replicas of diloco learn apart, which one process cannot replay\n"
