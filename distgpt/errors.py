@@ -5,6 +5,7 @@ A user's mistake is an exception with one clear line: what is wrong, where, and 
 """
 
 import argparse
+import errno
 import os
 import sys
 import time
@@ -76,6 +77,13 @@ def main_guard(main: Callable[[], T]) -> T:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
         # The reader left (`| head`): point stdout at nothing so that the interpreter's last flush is quiet.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(EXIT_IO)
+    except OSError as error:
+        if error.errno != errno.ENOSPC:
+            traceback.print_exc()
+            sys.exit(EXIT_BUG)
+        print(f"distgpt: error: cannot write: {error.strerror}", file=sys.stderr, flush=True)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_IO)
     except Exception:

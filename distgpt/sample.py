@@ -20,7 +20,12 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="the same seed writes the same text (default: 0)"
     )
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.samples < 1:
+        parser.error(f"--samples is {arguments.samples}: it must be positive")
+    if not 0 <= arguments.seed < 2**63:
+        parser.error(f"--seed is {arguments.seed}: it must lie between 0 and 2^63")
+    return arguments
 
 
 if __name__ == "__main__":
@@ -28,6 +33,8 @@ if __name__ == "__main__":
     ARGUMENTS = main_guard(parse_arguments)
 
 import codecs
+import io
+import sys
 from pathlib import Path
 
 import torch
@@ -39,6 +46,8 @@ from distgpt.model.generate import generate
 
 def main(arguments: argparse.Namespace) -> None:
     """Load, then write each sample to stdout as its tokens come."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character that the model does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, _ = load_for_inference(Path(arguments.run), device)
     try:
@@ -47,11 +56,6 @@ def main(arguments: argparse.Namespace) -> None:
         raise UsageError(f"--prompt: {error}") from None
     generator = torch.Generator().manual_seed(arguments.seed)
     for number in range(1, arguments.samples + 1):
-        if arguments.samples > 1:
-            print(f"--- sample {number} of {arguments.samples} ---")
-        print(arguments.prompt, end="", flush=True)
-        # A token may end inside a character: what is not whole yet waits for the next one.
-        text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         try:
             drawn = generate(
                 model,
@@ -65,6 +69,11 @@ def main(arguments: argparse.Namespace) -> None:
             )
         except ValueError as error:
             raise UsageError(str(error)) from None
+        if arguments.samples > 1:
+            print(f"--- sample {number} of {arguments.samples} ---")
+        print(arguments.prompt, end="", flush=True)
+        # A token may end inside a character: what is not whole yet waits for the next one.
+        text = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for token in drawn:
             if token == model.eot_id:
                 break

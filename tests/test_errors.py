@@ -66,6 +66,13 @@ def test_control_c_is_quiet() -> None:
     assert (done.returncode, done.stderr) == (75, "")
 
 
+def test_a_full_disk_behind_stdout_is_one_clear_line() -> None:
+    with open("/dev/full", "w") as full:
+        program = "from distgpt.errors import main_guard\nmain_guard(lambda: print('x' * 10**6, flush=True))\n"
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (74, "distgpt: error: cannot write: No space left on device\n")
+
+
 def test_a_reader_that_leaves_is_no_error_to_tell() -> None:
     read, write = os.pipe()
     os.close(read)

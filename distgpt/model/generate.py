@@ -39,7 +39,7 @@ def generate(
     """
     if max_tokens < 0:
         raise ValueError(f"max_tokens is {max_tokens}: at least 0")
-    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+    if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: at least 0, at least 0, 0 < p <= 1")
     wrong = [i for i in prompt_ids if not 0 <= i < model.vocab_size]
     if wrong:
@@ -92,7 +92,8 @@ def draw(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, genera
     logits_BV, ids_BV = logits_BV.float().sort(dim=-1, descending=True, stable=True)
     if top_k:
         logits_BV = logits_BV[:, :top_k]
-    p_BV = torch.softmax(logits_BV / temperature, dim=-1)
+    # From the likeliest downwards: what is divided by a tiny temperature is 0 there and not infinite.
+    p_BV = torch.softmax((logits_BV - logits_BV[:, :1]) / temperature, dim=-1)
     # What comes before an id in this order: the first is always kept, and the one that crosses top_p too.
     p_BV = p_BV.masked_fill(p_BV.cumsum(dim=-1) - p_BV >= top_p, 0.0)
     rank_B1 = torch.multinomial(p_BV, 1, generator=generator)

@@ -17,7 +17,9 @@ SAMPLE = {
     "greedy": ["--temperature=0", "--tokens=30"],
     "top k 1": ["--top-k=1", "--tokens=30"],
     "unknown character": ["--prompt=ärger ☃"],
-    "bad temperature": ["--temperature=-1"],
+    "bad temperature": ["--temperature=-1", f"--prompt={PROMPT}"],
+    "no samples": ["--samples=0"],
+    "bad seed": ["--seed=18446744073709551616"],
 }
 
 
@@ -63,11 +65,15 @@ def test_an_unknown_character_is_one_clear_line(sampled: dict[str, jobs.Ended]) 
     assert ended.stderr.count("\n") == 1
 
 
-def test_a_temperature_that_cannot_be_is_one_clear_line(sampled: dict[str, jobs.Ended]) -> None:
-    ended = sampled["bad temperature"]
-    assert ended.code == 2
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("bad temperature", "temperature -1"), ("no samples", "--samples is 0"), ("bad seed", "--seed is 184467")],
+)
+def test_what_cannot_be_is_one_clear_line(sampled: dict[str, jobs.Ended], name: str, told: str) -> None:
+    ended = sampled[name]
+    assert (ended.code, ended.stdout) == (2, "")
     assert ended.stderr.startswith("distgpt: error: ")
-    assert "temperature -1" in ended.stderr
+    assert told in ended.stderr
     assert ended.stderr.count("\n") == 1
 
 

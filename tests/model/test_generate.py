@@ -1,3 +1,4 @@
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -119,7 +120,14 @@ def test_dropout_is_off() -> None:
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"max_tokens": -1}, {"temperature": -0.1}, {"top_k": -1}, {"top_p": 0.0}, {"top_p": 1.1}],
+    [
+        {"max_tokens": -1},
+        {"temperature": -0.1},
+        {"temperature": math.nan},
+        {"top_k": -1},
+        {"top_p": 0.0},
+        {"top_p": 1.1},
+    ],
 )
 def test_wrong_arguments_are_refused_at_the_call(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
@@ -150,6 +158,7 @@ def frequencies(*, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
         ({}, [0.05, 0.4, 0.1, 0.3, 0.15]),
         ({"temperature": 0.5}, [p * p / 0.285 for p in (0.05, 0.4, 0.1, 0.3, 0.15)]),
         ({"temperature": 0.0}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1e-40}, [0, 1, 0, 0, 0]),
         ({"top_k": 1}, [0, 1, 0, 0, 0]),
         ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7, 0]),
         ({"top_k": 50}, [0.05, 0.4, 0.1, 0.3, 0.15]),
