@@ -47,9 +47,10 @@ from distgpt.cluster.parallel import (
 )
 from distgpt.cluster.reduction import agreed, from_rank_zero, grad_norm_of, require_agreement, weights_are_finite
 from distgpt.cluster.retention import checkpoint_bytes, require_space
-from distgpt.cluster.runtime import Runtime, compute_dtype, joined, this_rank
+from distgpt.cluster.runtime import Runtime, compute_dtype, joined, restarted, this_rank
 from distgpt.cluster.save_interval import SaveInterval
 from distgpt.cluster.step import accumulate_gradients, update
+from distgpt.cluster.store import require_writable
 from distgpt.cluster.watchdog import Watchdog
 from distgpt.corpus.loader import EvaluationBatches, Loader
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset, write_file
@@ -74,8 +75,9 @@ def main(config: Config) -> None:
         require_same_run(run.paths.checkpoints, config, dataset, runtime)
         if runtime.rank == 0:
             run.own()
-            if config.run.fresh and committed(run.paths.checkpoints):
+            if config.run.fresh and not restarted() and committed(run.paths.checkpoints):
                 raise DirectoryError(f"{run.paths.root} holds checkpoints: --run.fresh wants an empty run directory")
+            require_writable(run.paths.checkpoints)
             verify_dataset(dataset)
             warn_if_full(run, config, dataset, runtime)
             watchdog.beat("waiting for the other ranks to join", health.start_timeout)

@@ -4,6 +4,7 @@ What one is on disk: manifest.py. How tensors are read back: loading.py. Which o
 Random state is not stored: the data order and dropout are pure functions of (seed, step), see `train.py`.
 """
 
+import hashlib
 import json
 import logging
 import socket
@@ -95,6 +96,7 @@ class Checkpointer:
         self._guard = guard
         self._runtime = runtime
         self._say = say
+        self._tokenizer = _tokenizer_of(dataset)
         # A group of its own: a save in the background must not mix its messages with training's.
         timeout = timedelta(seconds=config.health.collective_timeout)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if runtime.distributed else None
@@ -230,7 +232,7 @@ class Checkpointer:
         files = sorted(staging.glob(f"__{rank}_*"))
         if rank == 0:
             write_file(staging / STATE, json.dumps(asdict(state), indent=1).encode())
-            write_file(staging / TOKENIZER, (self._dataset.path / TOKENIZER).read_bytes())
+            write_file(staging / TOKENIZER, self._tokenizer)
             files += [staging / name for name in (".metadata", STATE, TOKENIZER)]
         return {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
 
@@ -330,6 +332,14 @@ def _differences(state: RunState, config: Config, dataset: Dataset) -> list[str]
     if state.data_fingerprint != dataset.fingerprint:
         differences.append(f"data {state.data_fingerprint[:12]} -> {dataset.fingerprint[:12]} ({dataset.path})")
     return differences
+
+
+def _tokenizer_of(dataset: Dataset) -> bytes:
+    """Its file, read before another dataset can stand in its place. Raises DataError if one does."""
+    content = (dataset.path / TOKENIZER).read_bytes()
+    if hashlib.sha256(content).hexdigest() != dataset.meta["tokenizer"]["sha256"]:
+        raise DataError(f"{dataset.path / TOKENIZER} is not the one that the data was prepared with")
+    return content
 
 
 def _require_visible(checkpoint: Path) -> None:

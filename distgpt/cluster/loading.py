@@ -31,6 +31,7 @@ from distgpt.cluster.manifest import (
     listed,
     one_line,
     read_state,
+    sha256_of,
     step_of,
 )
 from distgpt.config import from_dict
@@ -58,6 +59,8 @@ def load_for_inference(run: Path, device: torch.device) -> tuple[GPT, Tokenizer,
     config = from_dict(state.config, source=str(checkpoint / STATE))
     model = GPT(config.model, state.vocab_size, state.eot_id)
     read_tensors({"model": model.state_dict()}, checkpoint, None)
+    if sha256_of(checkpoint / TOKENIZER) != state.tokenizer_sha256:
+        raise DataError(f"{checkpoint / TOKENIZER} is not the one that the model was trained with")
     return model.to(device).eval(), load_tokenizer(checkpoint / TOKENIZER), state
 
 

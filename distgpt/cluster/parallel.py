@@ -1,12 +1,12 @@
 """From a config to a model spread over the ranks: activation checkpointing -> compile -> FSDP2, HSDP or DDP."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import partial
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -93,7 +93,7 @@ def build_model(
     for block in model.blocks:
         if config.parallel.activation_checkpoint:
             # The bound forward is replaced, not the module: parameter names stay as they are.
-            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
+            block.forward = _recomputed(block.forward)
         if config.train.compile:
             block.compile()
     if sharded:
@@ -164,6 +164,17 @@ def _shard(model: GPT, config: Config, runtime: Runtime, *, strategy: str, dtype
             # src_data_rank=None: every rank has the full value and cuts its own part, nothing is sent.
             parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
     return model
+
+
+def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """`forward`, whose activations are computed again in the backward pass."""
+
+    # A function: torch.compile takes nothing else for a block's forward, and silently compiles none of a partial.
+    def recomputed(*arguments: Any) -> Tensor:
+        activations: Tensor = checkpoint(forward, *arguments, use_reentrant=False)
+        return activations
+
+    return recomputed
 
 
 def _settle_buckets(

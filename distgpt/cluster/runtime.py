@@ -52,6 +52,11 @@ def this_rank() -> Runtime:
     return Runtime(rank, local_rank, world_size, local_world_size, device)
 
 
+def restarted() -> bool:
+    """Whether torchrun started these ranks again, after others of the same job."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
 @contextmanager
 def joined(
     runtime: Runtime, *, timeout: float, met: Callable[[dist.Store], None] = lambda store: None

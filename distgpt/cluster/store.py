@@ -4,8 +4,10 @@ What is not finished, and what is being removed, lies in a directory named after
 owner moves that away before it starts: a rename that the earlier one was about to make then has no source.
 """
 
+import errno
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +17,19 @@ from distgpt.cluster.manifest import MANIFEST, is_file_of_ours, manifest_bytes, 
 from distgpt.cluster.ownership import Owner
 from distgpt.cluster.retention import require_space
 from distgpt.corpus.shards import sync, write_file
+from distgpt.errors import DirectoryError
 
 STAGING, BROKEN = ".staging-", "broken-"  # how the names of directories begin that are no checkpoints
+
+
+def require_writable(directory: Path) -> None:
+    """Raise DirectoryError if checkpoints cannot be written there, which must not show at the first save."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryDirectory(prefix=STAGING, dir=directory).cleanup()
+    except OSError as error:
+        if error.errno != errno.ENOSPC:  # there may be room in time
+            raise DirectoryError(f"cannot write to {directory} ({error.strerror}): choose another --run.dir") from None
 
 
 class Store:

@@ -20,6 +20,8 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.summary.writer.record_writer import RecordWriter
 
+STAMP = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
+
 
 class EventFile:
     """A new event file in `directory`; what earlier files hold from `first_step` on is hidden.
@@ -28,8 +30,10 @@ class EventFile:
     """
 
     def __init__(self, directory: Path, *, first_step: int) -> None:
-        name = f"events.out.tfevents.{time.time_ns() // 10**9:010d}.{socket.gethostname()}.{os.getpid()}"
-        self._path = directory / name
+        # TensorBoard reads the files of a directory by name, and a clock may have been set back since the last one.
+        stamps = [int(match[1]) for file in directory.glob("*") if (match := STAMP.match(file.name))]
+        stamp = max([time.time_ns() // 10**9, *(stamp + 1 for stamp in stamps)])
+        self._path = directory / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
         self._first_step = first_step
         self._file: int | None = None
 

@@ -138,7 +138,7 @@ def perplexity(loss: float) -> float:
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics.jsonl, up to one that a kill tore. Raises StorageError."""
+    """The lines of a metrics.jsonl that are whole. Raises StorageError."""
     try:
         return [values for values, _ in _whole_lines(file.read_bytes())]
     except OSError as error:
@@ -158,7 +158,7 @@ def memory_bytes(device: torch.device) -> int:
 
 
 def _cut_after(path: Path, step: int) -> int:
-    """Open metrics.jsonl without its first line of a later step, or a torn one, and all below; empty if `step` is 0.
+    """Open metrics.jsonl without what follows its last whole line of `step` or an earlier one; empty if `step` is 0.
 
     Steps only ever grow from line to line, so this is all that a run from `step` will write again. It becomes a new
     file: an earlier owner of the run directory that still has the old one open writes to what nobody reads. Where a
@@ -167,11 +167,8 @@ def _cut_after(path: Path, step: int) -> int:
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     with open(os.dup(file), "rb") as lines:
         content = lines.read()
-    end = 0
-    for values, line_end in _whole_lines(content) if step else ():
-        if values["step"] > step:
-            break
-        end = line_end
+    kept = [line_end for values, line_end in _whole_lines(content) if values["step"] <= step]
+    end = kept[-1] if step and kept else 0
     staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         copy = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
@@ -192,7 +189,7 @@ def _cut_after(path: Path, step: int) -> int:
 
 
 def _whole_lines(content: bytes) -> list[tuple[dict[str, Any], int]]:
-    """The objects of the lines up to the first that is torn, each with the offset in bytes where its line ends."""
+    """The objects of the lines that are not torn or damaged, each with the offset in bytes where its line ends."""
     found: list[tuple[dict[str, Any], int]] = []
     end = 0
     for line in content.splitlines(keepends=True):
@@ -200,10 +197,9 @@ def _whole_lines(content: bytes) -> list[tuple[dict[str, Any], int]]:
         try:
             values = json.loads(line)
         except ValueError:
-            break
-        if not line.endswith(b"\n") or not isinstance(values, dict) or not isinstance(values.get("step"), int):
-            break
-        found.append((values, end))
+            continue
+        if line.endswith(b"\n") and isinstance(values, dict) and isinstance(values.get("step"), int):
+            found.append((values, end))
     return found
 
 

@@ -240,7 +240,9 @@ class Progress:
                 self._ledger.write(end=end)
 
     def _is_logged(self, step: int) -> bool:
-        return step in (self._start_step + 1, self._config.train.steps) or step % self._config.log.every == 0
+        # Where it is for the ranks to find out how often to save, a second step is the first that can tell.
+        warming_up = step - self._start_step <= (2 if self._saves.auto else 1)
+        return warming_up or step == self._config.train.steps or step % self._config.log.every == 0
 
     def _plot(self) -> None:
         try:

@@ -6,6 +6,7 @@ Saving and resuming over several ranks, and across strategies, is in tests/end_t
 import json
 import math
 import random
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,13 +19,14 @@ from distgpt.cluster.checkpoint import require_same_run
 from distgpt.cluster.loading import load_for_inference
 from distgpt.cluster.manifest import committed, read_state
 from distgpt.cluster.runtime import Runtime
-from distgpt.cluster.store import Store
+from distgpt.cluster.store import Store, require_writable
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset
-from distgpt.errors import DataError, StorageError, UsageError
+from distgpt.errors import DataError, DirectoryError, StorageError, UsageError
 from distgpt.model.outliers import Guard
 from tests import jobs
 from tests.cluster.checkpoints import CPU, FILES, SMALL, flip_bit, names, newest, sign_again, trainee
+from tests.cluster.conftest import make_dataset
 
 ONE_PROCESS = Runtime(0, 0, 1, 1, CPU)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -80,6 +82,43 @@ def test_no_rank_can_fail_on_its_own_before_the_collectives_of_a_save(
     monkeypatch.setattr(subject.checkpointer._run, "require_owned", failing_once_there_is_a_directory)
     subject.checkpointer.save(1, val_loss=None)
     subject.checkpointer.require_saved(1)
+
+
+def test_the_tokenizer_kept_is_the_one_that_training_began_with(tmp_path: Path) -> None:
+    """Another dataset may stand in its place meanwhile, or none."""
+    (tmp_path / "data").mkdir()
+    dataset = make_dataset(tmp_path / "data", seed=0)
+    tokenizer = dataset.path / "tokenizer.json"
+    original = tokenizer.read_bytes()
+    subject = trainee(tmp_path / "run", dataset)
+    tokenizer.unlink()
+    subject.checkpointer.save(1, val_loss=None)
+    subject.checkpointer.require_saved(1)
+    assert (newest(tmp_path / "run") / "tokenizer.json").read_bytes() == original
+
+    tokenizer.write_bytes(original.replace(b"a", b"b"))
+    with pytest.raises(DataError, match=r"tokenizer.json is not the one that the data was prepared with"):
+        trainee(tmp_path / "run", dataset)
+    (newest(tmp_path / "run") / "tokenizer.json").write_bytes(tokenizer.read_bytes())
+    sign_again(newest(tmp_path / "run"))
+    with pytest.raises(DataError, match=r"tokenizer.json is not the one that the model was trained with"):
+        load_for_inference(tmp_path / "run", CPU)
+
+
+def test_a_directory_that_cannot_be_written_shows_before_the_first_save(tmp_path: Path) -> None:
+    require_writable(tmp_path / "run" / "checkpoints")
+    assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
+    (tmp_path / "file").touch()
+    with pytest.raises(DirectoryError, match=r"cannot write to .*/file \(File exists\): choose another --run.dir"):
+        require_writable(tmp_path / "file")
+    with jobs.disk(tmp_path / "disk", "size=1m") as disk:
+        (disk / "checkpoints").mkdir()
+        subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+        with pytest.raises(DirectoryError, match=r"\(Read-only file system\)"):
+            require_writable(disk / "checkpoints")
+        subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
+        jobs.fill(disk / "filler")
+        require_writable(disk / "checkpoints")  # there may be room when the time comes
 
 
 def test_nothing_saved_is_step_0(tmp_path: Path, dataset: Dataset) -> None:

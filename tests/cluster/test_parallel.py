@@ -1,5 +1,8 @@
 """How a batch and a model are spread. What it computes, over real ranks, is in tests/end_to_end."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 
@@ -110,6 +113,28 @@ def test_recomputed_activations_change_nothing() -> None:
     assert losses[0] == losses[1]
     assert names[0] == names[1]
     assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_blocks_are_compiled_whether_or_not_they_are_recomputed(monkeypatch: pytest.MonkeyPatch) -> None:
+    graphs: list[object] = []
+
+    def backend(graph: torch.fx.GraphModule, inputs: list[torch.Tensor]) -> Callable[..., object]:
+        graphs.append(graph)
+        return graph.forward
+
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
+    tokens_BT = torch.arange(16).reshape(2, 8)
+    compiled = []
+    for asked in ("false", "true"):
+        torch.compiler.reset()
+        graphs.clear()
+        small = config(*SMALL, "--train.compile", f"--parallel.activation_checkpoint={asked}")
+        model = build_model(
+            small, runtime(1), strategy="single", vocab_size=20, eot_id=None, micro_batch=1, dtype=torch.float32
+        )
+        model(tokens_BT, tokens_BT + 1).mean().backward()
+        compiled.append(len(graphs))
+    assert compiled[0] == compiled[1] > 0
 
 
 def test_inference_draws_no_dropout_and_training_goes_on() -> None:

@@ -20,7 +20,6 @@ from distgpt.corpus.order import Order
 from distgpt.corpus.shards import Dataset
 from distgpt.errors import DirectoryError, Interrupted, StorageError, UsageError
 
-
 ONE_PROCESS = Runtime(0, 0, 1, 1, torch.device("cpu"))
 
 

@@ -105,6 +105,10 @@ def test_fresh_refuses_a_directory_with_checkpoints(started_again: Path, prepare
     assert jobs.exit_report(started_again)["code"] == 73
     assert jobs.checkpoints(started_again) == before
 
+    arguments = [*tiny(prepared, started_again), "--run.fresh"]
+    restarted = jobs.door("train", *arguments, TORCHELASTIC_RESTART_COUNT="1")  # by torchrun, after a rank died
+    assert restarted.code == 0, restarted
+
 
 def z_scores(run: Path) -> list[tuple[float | None, float | None]]:
     """Of the loss and of the gradient norm, of each step; those after the window has filled are numbers."""

@@ -5,12 +5,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from distgpt.config import resolve
 from distgpt.corpus.shards import open_dataset
 from tests import jobs
-from tests.end_to_end.conftest import ARGUMENTS, RANKS, Trained
+from tests.end_to_end.conftest import ARGUMENTS, RANKS, Trained, tiny
 
 # The ancestor's shape, smaller, without dropout.
 SEED_SHAPED = (
@@ -58,6 +59,26 @@ def test_dropout_does_not_depend_on_the_topology_either(whole: Callable[[str], T
     assert list(jobs.losses(one)) == list(range(1, 61))
     assert jobs.losses(several) == pytest.approx(jobs.losses(one), abs=TOLERANCE)
     assert jobs.val_losses(several) == pytest.approx(jobs.val_losses(one), abs=TOLERANCE)
+
+
+def test_a_modern_model_in_bfloat16_recomputed_and_sharded(prepared: Path, tmp_path: Path) -> None:
+    modern = (
+        *("--model.position=rope", "--model.norm=rmsnorm", "--model.mlp=swiglu", "--model.bias=false"),
+        *("--model.qk_norm", "--model.n_kv_head=1", "--model.tied_head"),
+        *("--train.dtype=bfloat16", "--train.steps=20", "--checkpoint.every=0"),
+    )
+    found = {}
+    for strategy, arguments in {"single": (), "fsdp": (*ARGUMENTS["fsdp"], "--parallel.activation_checkpoint")}.items():
+        run = tmp_path / strategy
+        ended = jobs.train(RANKS[strategy], *tiny(prepared, run), *modern, *arguments)
+        assert ended.code == 0, ended
+        assert " parameters, computes in bfloat16" in ended.stdout
+        assert {tensor.dtype for tensor in jobs.tensors(run / "checkpoints" / "step-00000020").values()} == {
+            torch.float32
+        }
+        found[strategy] = jobs.losses(run) | jobs.val_losses(run)
+    assert found["fsdp"] == pytest.approx(found["single"], abs=2e-3)
+    assert found["single"][20] < found["single"][1] - 0.05
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "hsdp"])

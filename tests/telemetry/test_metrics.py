@@ -113,13 +113,31 @@ def test_no_step_is_logged_twice_after_a_kill(tmp_path: Path) -> None:
     assert [(p.step, p.value) for p in points] == [(s, 9.0 if s < 6 else 1.0) for s in range(1, 11)]
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 6', b'{"step": 6}', b"\0\0\0\0\n", b'[6]\n{"step": 6}\n'])
+@pytest.mark.parametrize("torn", [b'{"step": 6', b'{"step": 6}', b"\0\0\0\0\n", b"[6]\n"])
 def test_a_torn_end_is_cut_off(tmp_path: Path, torn: bytes) -> None:
     good = b'{"step": 4}\n{"step": 5}\n'
     (tmp_path / "metrics.jsonl").write_bytes(good + torn)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 5]
     Metrics(tmp_path, resume_step=6, require_owned=owned).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == good
+
+
+def test_a_damaged_line_hides_no_other(tmp_path: Path) -> None:
+    before, damaged, after = b'{"step": 4}\n', b'{"step": 5\xfd\n', b'{"step": 6}\n'
+    (tmp_path / "metrics.jsonl").write_bytes(before + damaged + after + b'{"step": 7}\n')
+    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 6, 7]
+    Metrics(tmp_path, resume_step=6, require_owned=owned).close()
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before + damaged + after
+
+
+def test_tensorboard_shows_a_run_that_was_resumed_after_the_clock_was_set_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("time.time_ns", lambda: 2_000_000_000 * 10**9)
+    log_step(Metrics(tmp_path, resume_step=0, require_owned=owned), 1)
+    monkeypatch.setattr("time.time_ns", lambda: 1_900_000_000 * 10**9)
+    log_step(Metrics(tmp_path, resume_step=1, require_owned=owned), 2)
+    assert [point.step for point in tensorboard(tmp_path).Scalars("train/loss")] == [1, 2]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_with_an_empty_file(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """One process's progress: how an attempt ends is in the ledger and on the console, and a full disk ends nothing."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -39,10 +40,10 @@ def progress_in(directory: Path, saves: SaveInterval, config: Config = CONFIG) -
     return made, model
 
 
-def train(directory: Path, *, steps: int = 6, error: Exception | None = None) -> SaveInterval:
+def train(directory: Path, *, steps: int = 6, error: Exception | None = None, config: Config = CONFIG) -> SaveInterval:
     """Some steps with a save where one is due, then `error`."""
     saves = SaveInterval("auto", start_step=0)
-    progress, model = progress_in(directory, saves)
+    progress, model = progress_in(directory, saves, config)
     guard = Guard(CONFIG.health)
     tokens: Tensor = torch.zeros(1, 4, dtype=torch.int64)
     with progress:
@@ -95,6 +96,12 @@ def test_how_often_to_save_is_decided_at_a_log_step_and_told(
     assert told
     assert told[0].endswith("a save costs 0.05 s of training, a failure is expected every 1d00h")
     assert saves.is_due(10**9)
+
+
+def test_it_is_decided_soon_however_seldom_is_logged(tmp_path: Path) -> None:
+    seldom = replace(CONFIG, log=replace(CONFIG.log, every=10**6))
+    assert not train(tmp_path, steps=1, config=seldom).is_due(10**9)
+    assert train(tmp_path, steps=2, config=seldom).is_due(10**9)
 
 
 def test_a_ledger_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
