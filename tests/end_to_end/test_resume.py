@@ -106,7 +106,8 @@ def test_fresh_refuses_a_directory_with_checkpoints(started_again: Path, prepare
     assert jobs.checkpoints(started_again) == before
 
     arguments = [*tiny(prepared, started_again), "--run.fresh"]
-    restarted = jobs.door("train", *arguments, TORCHELASTIC_RESTART_COUNT="1")  # by torchrun, after a rank died
+    # By torchrun, after a rank died.
+    restarted = jobs.door("train", *arguments, TORCHELASTIC_RESTART_COUNT="1", TORCHELASTIC_RUN_ID="fresh")
     assert restarted.code == 0, restarted
 
 
