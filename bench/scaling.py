@@ -18,6 +18,7 @@ Bytes on the wire
     each crossing carries the (n - 1) / n of X that a rank sends):
     fsdp   2 (n - 1) / n (A (2 S_b + S_r) + R S)
     hsdp   with a host a group: only the all-reduce between two groups, 2 S, however many ranks a host has.
+    diloco the same, but of weights and only after every H-th step: 2 S / H.
 
     The kernel's counters also see headers, acknowledgements and a step's three scalar reductions.
 
@@ -45,6 +46,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from distgpt.cluster.diloco import OuterOptimizer
 from distgpt.cluster.parallel import bare, build_model
 from distgpt.cluster.reduction import agreed, grad_norm_of
 from distgpt.cluster.runtime import Runtime, joined, this_rank
@@ -60,6 +62,11 @@ from tests.hosts.network import INTERFACE, Network, network, why_not  # noqa: E4
 VOCABULARY, BLOCK_SIZE = 512, 64
 SHAPE = ("--model.n_layer=4", "--model.n_head=4", "--model.n_embd=128", f"--model.block_size={BLOCK_SIZE}")
 WARM_UP_STEPS = 2
+BETWEEN_HOSTS: dict[str, dict[str, int]] = {
+    "fsdp": {},
+    "hsdp": {"shard": 2},
+    "diloco": {"shard": 2, "outer_every": 5},
+}
 PARTS = ("bytes", "hosts", "timings")
 # gloo's reduce-scatter, in ring passes
 R = 2
@@ -67,7 +74,11 @@ R = 2
 
 @dataclass(frozen=True)
 class Job:
-    """Some steps of training on random tokens. `shard`: ranks of an hsdp group. `interface`: whose bytes to count."""
+    """Some steps of training on random tokens.
+
+    `shard`: ranks of a group of hsdp or diloco. `outer_every`: H, steps is a multiple of it. `interface`: whose bytes
+    to count.
+    """
 
     strategy: str
     ranks: int
@@ -75,6 +86,7 @@ class Job:
     micro_batch: int
     steps: int
     shard: int = 0
+    outer_every: int = 1
     interface: str = "lo"
 
     @property
@@ -106,10 +118,10 @@ def expected_bytes(job: Job, blocks: int, root: int) -> float:
 
 
 def expected_between_two_hosts(job: Job, blocks: int, root: int) -> float:
-    """Bytes that a step sends over the link between two hosts, both ways; hsdp: a host is a group."""
+    """Bytes that a step sends over the link between two hosts, both ways; hsdp, diloco: a host is a group."""
     n, total = job.ranks, blocks + root
-    if job.strategy == "hsdp":
-        return 2 * total
+    if job.strategy in ("hsdp", "diloco"):
+        return 2 * total / job.outer_every
     return 2 * (n - 1) / n * (job.micro_batches * (2 * blocks + root) + R * total)
 
 
@@ -183,7 +195,8 @@ def work(job: Job, result: Path) -> None:
 def measure(job: Job, runtime: Runtime) -> Measured:
     """The steps of distgpt.train on random tokens, timed and counted."""
     batch = (f"--train.global_batch={job.global_batch}", f"--train.micro_batch={job.micro_batch}")
-    config = resolve([*SHAPE, *batch, f"--parallel.shard={job.shard}", "--train.dtype=float32"], {})
+    parallel = (f"--parallel.shard={job.shard}", f"--parallel.outer_every={job.outer_every}")
+    config = resolve([*SHAPE, *batch, *parallel, "--train.dtype=float32"], {})
     strategy = job.strategy if runtime.distributed else "single"
     model = build_model(
         config,
@@ -195,6 +208,7 @@ def measure(job: Job, runtime: Runtime) -> Measured:
         dtype=torch.float32,
     )
     optimizer = build_optimizer(model, config.optim, runtime.device.type)
+    outer = OuterOptimizer(bare(model), config, runtime) if strategy == "diloco" else None
     tokens = torch.randint(VOCABULARY, (job.micro_batch, BLOCK_SIZE + 1))
     micro_batches = [(tokens[:, :-1], tokens[:, 1:])] * job.micro_batches
     seconds, before = [], 0
@@ -209,6 +223,8 @@ def measure(job: Job, runtime: Runtime) -> Measured:
         agreed(loss, grad_norm, False, runtime)
         update(model, optimizer, grad_norm, clip=config.optim.grad_clip)
         optimizer.zero_grad()
+        if outer is not None and step % job.outer_every == 0:
+            outer.step()
         if step > WARM_UP_STEPS:
             seconds.append(time.perf_counter() - started)
     if runtime.distributed:
@@ -238,9 +254,9 @@ def show_between_hosts() -> None:
         return
     print("\nbytes between two hosts of two ranks a step, counted / formula")
     with tempfile.TemporaryDirectory() as directory, network(2, Path(directory)) as hosts:
-        for strategy, shard in (("fsdp", 0), ("hsdp", 2)):
+        for strategy, more in BETWEEN_HOSTS.items():
             for micro_batches in (1, 2):
-                job = Job(strategy, 4, 8 * micro_batches, micro_batch=2, steps=10, shard=shard, interface=INTERFACE)
+                job = Job(strategy, 4, 8 * micro_batches, micro_batch=2, steps=10, interface=INTERFACE, **more)
                 measured = run_on(hosts, job)
                 expected = expected_between_two_hosts(job, measured.blocks, measured.root)
                 show(f"{strategy:5}2 x 2 ranks", job, measured, expected)

@@ -4,6 +4,7 @@ import itertools
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -32,6 +33,7 @@ class Network:
         self._name = f"distgpt-{os.getpid()}-{next(_networks)}"
         self.hosts = [f"n{number}" for number in range(1, count + 1)]
         self._names = directory / "hosts"
+        self._relays: list[subprocess.Popen[str]] = []
         lines = [f"{self.address(host)} {host}" for host in self.hosts]
         self._names.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
 
@@ -45,14 +47,18 @@ class Network:
         for host in self.hosts:
             _ip("netns", "add", self._space(host))
             self._on_switch(
-                *("link", "add", host, "mtu", "9000", "type", "veth"),
-                *("peer", "name", INTERFACE, "mtu", "9000", "netns", self._space(host)),
+                *("link", "add", host, "type", "veth"),
+                *("peer", "name", INTERFACE, "netns", self._space(host)),
             )
-            self._on_switch("link", "set", host, "master", SWITCH, "up")
-            inside = ("-n", self._space(host))
-            _ip(*inside, "addr", "add", f"{self.address(host)}/24", "dev", INTERFACE)
-            _ip(*inside, "link", "set", INTERFACE, "up")
-            _ip(*inside, "link", "set", "lo", "up")
+            _ip("-n", self._space(host), "link", "set", "lo", "up")
+            self._plug_in(host)
+
+    def _plug_in(self, host: str) -> None:
+        """Give the two ends of a host's cable their places."""
+        self._on_switch("link", "set", host, "mtu", "9000", "master", SWITCH, "up")
+        inside = ("-n", self._space(host))
+        _ip(*inside, "addr", "add", f"{self.address(host)}/24", "dev", INTERFACE)
+        _ip(*inside, "link", "set", INTERFACE, "mtu", "9000", "up")
 
     def down(self) -> None:
         """Kill what still runs on the hosts, and remove them."""
@@ -61,6 +67,8 @@ class Network:
                 with suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", space], capture_output=True)
+        for relay in self._relays:
+            relay.communicate()
 
     def command(self, host: str, *command: str) -> list[str]:
         """`command` as one to start here that runs on `host`."""
@@ -82,6 +90,18 @@ class Network:
             ],
             check=True,
         )
+
+    def move_far_away(self, host: str, *, megabits: float, round_trip: float) -> None:
+        """Give the host a cable of so many Mbit/s each way and so many seconds there and back. Before it is used."""
+        self._on_switch("link", "del", host)
+        ends = (self._space("switch"), host, self._space(host), INTERFACE)
+        figures = (str(megabits * 1e6 / 8), str(round_trip / 2))
+        command = [sys.executable, str(Path(__file__).with_name("relay.py")), *ends, *figures]
+        relay = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._relays.append(relay)
+        assert relay.stdout is not None
+        assert relay.stdout.readline() == "up\n"
+        self._plug_in(host)
 
     def cut(self, host: str) -> None:
         """Lose every packet from and to the host; neither side is told, as with a switch that fails."""

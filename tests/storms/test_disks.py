@@ -13,8 +13,10 @@ from distgpt.corpus.shards import Dataset
 from tests import jobs
 from tests.cluster.checkpoints import trainee
 from tests.end_to_end.conftest import tiny
+from tests.storms.conftest import Table
 
 pytestmark = pytest.mark.storm
+TITLE = "Disks, files and clocks"
 
 # A clock that someone set back by a day, in a sitecustomize.py.
 SET_BACK = """
@@ -30,7 +32,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-def test_a_disk_that_becomes_read_only(dataset: Dataset, small_disk: Path) -> None:
+def test_a_disk_that_becomes_read_only(dataset: Dataset, small_disk: Path, table: Table) -> None:
     subject = trainee(small_disk, dataset)
     subject.checkpointer.save(1, val_loss=None)
     subject.checkpointer.require_saved(1)
@@ -44,9 +46,10 @@ def test_a_disk_that_becomes_read_only(dataset: Dataset, small_disk: Path) -> No
     subject.checkpointer.require_saved(3)
     assert jobs.checkpoints(small_disk) == ["step-00000001", "step-00000003"]
     assert trainee(small_disk, dataset).checkpointer.restore() == 3
+    table(TITLE, {"what fails": "the disk becomes read-only in mid-run", "what happens": "goes on", "says": line})
 
 
-def test_a_full_disk_of_tensorboard_costs_curves_and_no_more(prepared: Path, tmp_path: Path) -> None:
+def test_a_full_disk_of_tensorboard_costs_curves_and_no_more(prepared: Path, tmp_path: Path, table: Table) -> None:
     run = tmp_path / "run"
     run.mkdir()
     with jobs.disk(run / "tb", "size=64k") as disk:
@@ -56,9 +59,11 @@ def test_a_full_disk_of_tensorboard_costs_curves_and_no_more(prepared: Path, tmp
     assert ended.stderr.count("metrics are being lost, training goes on: ") == 1, ended
     assert ended.stderr.count("\n") == 1, ended
     assert list(jobs.losses(run)) == list(range(1, 9))
+    told = ended.stderr.strip().replace(str(tmp_path), "")
+    table(TITLE, {"what fails": "TensorBoard's disk is full", "what happens": "goes on", "says": told})
 
 
-def test_a_damaged_config_and_a_clock_set_back(prepared: Path, tmp_path: Path) -> None:
+def test_a_damaged_config_and_a_clock_set_back(prepared: Path, tmp_path: Path, table: Table) -> None:
     """What a run has resolved is for people to read: its checkpoint has its own. A file that is given must be right."""
     run = tmp_path / "run"
     arguments = tiny(prepared, run)
@@ -76,6 +81,9 @@ def test_a_damaged_config_and_a_clock_set_back(prepared: Path, tmp_path: Path) -
     assert list(jobs.losses(run)) == list(range(1, 9))
     assert b"\xff" not in (run / "config.toml").read_bytes()
     assert jobs.checkpoints(run)[-1] == "step-00000008"
+    told = given.stderr.strip().replace(str(tmp_path), "")
+    table(TITLE, {"what fails": "a damaged config.toml is given", "what happens": "2", "says": told})
+    table(TITLE, {"what fails": "the clock is set back by a day", "what happens": "goes on, exactly", "says": ""})
 
 
 def remount(disk: Path, mode: str) -> None:

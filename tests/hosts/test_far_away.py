@@ -1,0 +1,30 @@
+"""Hosts at the two ends of a long thin link: 100 Mbit/s, and 50 ms there and back."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from tests import jobs
+from tests.hosts.conftest import MakeNetwork
+from tests.hosts.launching import multinode
+from tests.hosts.test_multinode import SHAPE, finish
+
+FORTY = (*SHAPE, "--train.steps=40", "--eval.every=20", "--checkpoint.every=20")
+
+
+def test_they_train_as_one_process_does(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
+    alone = jobs.door("train", *FORTY, f"--data.path={prepared}", f"--run.dir={tmp_path / 'one'}")
+    assert alone.code == 0, alone
+    hosts = make_network(2)
+    hosts.move_far_away("n2", megabits=100, round_trip=0.05)
+    endings = finish(multinode(hosts, [*FORTY, f"--data.path={prepared}", f"--run.dir={tmp_path / 'two'}"]))
+    for ended in endings.values():
+        assert ended.code == 0, ended
+    for read in (jobs.losses, jobs.val_losses):
+        assert read(tmp_path / "two") == pytest.approx(read(tmp_path / "one"), abs=1e-4)
+    said = "".join(ended.stdout for ended in endings.values())
+    (links,) = re.findall(r"^\w+ +links +(.*)$", said, re.MULTILINE)
+    took = [float(milliseconds) for milliseconds in re.findall(r"([\d.]+) ms", links)]
+    assert took
+    assert all(milliseconds > 25 for milliseconds in took), links
