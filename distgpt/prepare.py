@@ -26,13 +26,14 @@ from distgpt.corpus.tokenizer import (
     Tokenizer,
     from_name,
     gpt2,
-    load_tokenizer,
+    tokenizer_from_json,
 )
 from distgpt.corpus.workers import Workers
-from distgpt.errors import DataError, DirectoryError, Interrupted, Parser, StorageError, UsageError, main_guard
+from distgpt.errors import DirectoryError, Interrupted, Parser, StorageError, UsageError, main_guard
 
 DEFAULT_OUTPUT = Path("data/stdlib")
 DEFAULT_VOCAB_SIZE = 8192
+TOKENIZER, TOKENIZER_HASH = "tokenizer.json", "tokenizer.sha256"
 LINE_SECONDS = 10.0
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -42,10 +43,10 @@ standard library, one character a token, to {DEFAULT_OUTPUT}.
 
 A text file is one document; a line of .jsonl and a row of .parquet is one document each. Text and .jsonl may be
 compressed (.gz, .zst). Files that are named, or matched by a pattern, are read whatever their name ends in; of a
-folder, searched to the bottom, these count:
+folder, searched to the bottom and through links, these count:
 {" ".join(sources.folder_suffixes())}
-Hidden files, empty documents and second mentions of a file are left out. A single document is split at the end of its
-training part; several are split by a hash of their text, with an end-of-text token after each.
+Hidden files, empty documents, second mentions of a file and the output are left out. A single document is split at the
+end of its training part; several are split by a hash of their text, with an end-of-text token after each.
 """
 EPILOG = """\
 Run again after an interruption, it goes on where it stopped. Exit codes: 0 done, or done before; 2 usage; 65 bad
@@ -62,9 +63,10 @@ def main() -> None:
     output = Path(os.path.realpath(options.output))
     try:
         with _interruptible():
-            _prepare(options, output)
+            said = _prepare(options, output)
     except OSError as error:
         raise _storage_error(error, output) from None
+    print(said, flush=True)
 
 
 def _parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -133,7 +135,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.vocab_size is not None and options.tokenizer != "bpe":
         raise UsageError(f"--vocab-size belongs to --tokenizer bpe, not to {options.tokenizer}")
     if options.tokenizer == "bpe":
-        options.vocab_size = options.vocab_size or DEFAULT_VOCAB_SIZE
+        options.vocab_size = DEFAULT_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
         if options.vocab_size > MAX_VOCAB_SIZE:
             raise UsageError(
                 f"--vocab-size is {options.vocab_size}: tokens are stored as uint16, so at most {MAX_VOCAB_SIZE}"
@@ -142,7 +144,8 @@ def _check(options: argparse.Namespace) -> None:
             raise UsageError(f"--vocab-size is {options.vocab_size}: 256 bytes and end-of-text need at least 257")
 
 
-def _prepare(options: argparse.Namespace, output: Path) -> None:
+def _prepare(options: argparse.Namespace, output: Path) -> str:
+    """Prepare the output, or find it prepared; gives what to say of it."""
     given = None if options.tokenizer == "gpt2" else from_name(options.tokenizer)
     inputs = _inputs(options, output)
     settings = _settings(options, given)
@@ -151,21 +154,19 @@ def _prepare(options: argparse.Namespace, output: Path) -> None:
     with Workers(options.workers, preload=pipeline.__name__) as workers:
         if exists and not options.overwrite and STDIN not in (options.input or []):
             found = _scan(inputs, given, options, workers)
-            _end_with_existing(options, output, found)
+            said = _existing(options, output, found)
             staging.clear_leftovers(output, _job(found, settings))
-            return
+            return said
         if options.tokenizer == "gpt2":
             given = gpt2()
         if options.task:
-            _prepare_share(inputs, given, options, settings, output, workers)
-            return
+            return _prepare_share(inputs, given, options, settings, output, workers)
         with staging.staging(output) as directory:
             _spool(inputs, directory)
             found = _scan(inputs, given, options, workers)
             if exists and not options.overwrite:
-                _end_with_existing(options, output, found)
-                return
-            _build(found, given, options, settings, directory, output, workers)
+                return _existing(options, output, found)
+            return _build(found, given, options, settings, directory, output, workers)
 
 
 def _prepare_share(
@@ -175,7 +176,7 @@ def _prepare_share(
     settings: dict[str, Any],
     output: Path,
     workers: Workers,
-) -> None:
+) -> str:
     """Encode this task's share beside the others, which may run on other hosts; build if no part is missing then."""
     found = _scan(inputs, given, options, workers)
     units, (index, count) = pipeline.units(found), options.task
@@ -185,13 +186,17 @@ def _prepare_share(
         _tokenizer(found, given, options, directory, workers)
 
     with staging.shared(output, _job(found, settings), set_up) as directory:
-        _encode(share, found, load_tokenizer(directory / "tokenizer.json"), directory, workers)
+        tokenizer = _saved_tokenizer(directory)
+        if tokenizer is None:
+            raise StorageError(
+                f"{directory / TOKENIZER} is missing or damaged: start again when the other tasks have ended"
+            )
+        _encode(share, found, tokenizer, directory, workers)
     # Of the tasks that let go of the directory, the last gets it for itself and finds every part there.
     with suppress(DirectoryError), staging.staging(output) as directory:
         if all(pipeline.is_done(unit, directory / "parts") for unit in units):
-            _build(found, given, options, settings, directory, output, workers)
-            return
-    print(f"task {index} of {count} is done; the last of the others writes {options.output}")
+            return _build(found, given, options, settings, directory, output, workers)
+    return f"task {index} of {count} is done; the last of the others writes {options.output}"
 
 
 def _inputs(options: argparse.Namespace, output: Path) -> list[Source]:
@@ -202,7 +207,8 @@ def _inputs(options: argparse.Namespace, output: Path) -> list[Source]:
         stdin = Source(spool, "standard input", "text")
     else:
         stdin = Source(spool, "standard input", "jsonl", "", options.text_key)
-    return sources.expand(options.input, text_key=options.text_key or "text", stdin=stdin)
+    own = (output, staging.directory_of(output))
+    return sources.expand(options.input, text_key=options.text_key or "text", stdin=stdin, left_out=own)
 
 
 def _settings(options: argparse.Namespace, given: Tokenizer | None) -> dict[str, Any]:
@@ -217,7 +223,10 @@ def _settings(options: argparse.Namespace, given: Tokenizer | None) -> dict[str,
 
 
 def _check_output(output: Path, settings: dict[str, Any], *, overwrite: bool) -> bool:
-    """Whether the output exists, and may then turn out to be this very dataset. Raises DirectoryError."""
+    """Whether the output exists, and may then turn out to be this very dataset.
+
+    Raises DirectoryError, and DataError for a dataset that cannot be read, which is none to overwrite.
+    """
     if not os.path.lexists(output):
         return False
     if overwrite:
@@ -228,7 +237,7 @@ def _check_output(output: Path, settings: dict[str, Any], *, overwrite: bool) ->
         return True
     try:
         meta = shards.read_meta(output)
-    except DataError:
+    except shards.NotWholeError:
         raise DirectoryError(
             f"{output} exists and is not a whole dataset: take another --output, or --overwrite"
         ) from None
@@ -237,14 +246,14 @@ def _check_output(output: Path, settings: dict[str, Any], *, overwrite: bool) ->
     return True
 
 
-def _end_with_existing(options: argparse.Namespace, output: Path, found: Scan) -> None:
-    """Say that the output is this dataset already. Raises DirectoryError where it is not, DataError if damaged."""
+def _existing(options: argparse.Namespace, output: Path, found: Scan) -> str:
+    """What to say of an output that is this dataset already. Raises DirectoryError where it is not, DataError."""
     dataset = shards.open_dataset(output)
     if dataset.meta["input"]["fingerprint"] != found.fingerprint:
         raise DirectoryError(f"{output} was prepared from another input: take another --output, or --overwrite")
     shards.verify_dataset(dataset)
     tokens = dataset.train.tokens + dataset.val.tokens
-    print(f"{options.output} is already prepared from this input: {tokens:,} tokens, vocabulary {dataset.vocab_size:,}")
+    return f"{options.output} is already prepared from this input: {tokens:,} tokens, vocabulary {dataset.vocab_size:,}"
 
 
 def _spool(inputs: Sequence[Source], directory: Path) -> None:
@@ -279,8 +288,8 @@ def _build(
     directory: Path,
     output: Path,
     workers: Workers,
-) -> None:
-    """Make the dataset in the staging directory, give it its name, and say what it is."""
+) -> str:
+    """Make the dataset in the staging directory and give it its name; gives what to say of it."""
     started = time.monotonic()
     staging.begin(directory, _job(found, settings))
     tokenizer = _tokenizer(found, given, options, directory, workers)
@@ -302,7 +311,7 @@ def _build(
             advance=advance,
         )
     staging.commit(directory, output)
-    _summary(options, meta, found, time.monotonic() - started)
+    return _summary(options, meta, found, time.monotonic() - started)
 
 
 def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory: Path, workers: Workers) -> None:
@@ -313,9 +322,10 @@ def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory:
         _say(f"going on: {len(units) - len(todo)} of {len(units)} parts are done")
     if not todo:
         return
+    if isinstance(tokenizer, BpeTokenizer) and tokenizer.is_slow:
+        _say("the fast encoder might give other ids than Hugging Face's for this vocabulary: taking the slow one")
     encoder = Encoder(
-        tokenizer=directory / "tokenizer.json",
-        huggingface=_needs_huggingface(found, tokenizer),
+        tokenizer=directory / TOKENIZER,
         eot_id=_eot_id(found, tokenizer),
         hashes=pipeline.long_document_hashes(found, workers) if found.documents > 1 else {},
     )
@@ -332,28 +342,31 @@ def _tokenizer(
 ) -> Tokenizer:
     """The tokenizer that was asked for, saved in the staging directory; a trained one is trained once."""
     several = found.documents > 1
-    path = directory / "tokenizer.json"
     if given is not None:
         tokenizer = given.with_end_of_text() if several else given
     elif options.tokenizer == "char":
         tokenizer = CharTokenizer(found.characters, end_of_text=several)
     elif options.tokenizer == "bytes":
         tokenizer = ByteTokenizer(end_of_text=several)
-    elif path.exists():
-        return load_tokenizer(path)
+    elif saved := _saved_tokenizer(directory):
+        return saved
     else:
         _say(f"learning a vocabulary of {options.vocab_size:,}")
         trained = pipeline.trained_bpe(found, vocab_size=options.vocab_size - several, workers=workers)
         tokenizer = trained.with_end_of_text() if several else trained
-    shards.write_file(path, tokenizer.to_json().encode())
+    raw = tokenizer.to_json().encode()
+    shards.write_file(directory / TOKENIZER, raw)
+    shards.write_file(directory / TOKENIZER_HASH, hashlib.sha256(raw).hexdigest().encode())
     return tokenizer
 
 
-def _needs_huggingface(found: Scan, tokenizer: Tokenizer) -> bool:
-    if not isinstance(tokenizer, BpeTokenizer) or pipeline.agrees_with_huggingface(found, tokenizer):
-        return False
-    _say("the fast encoder gives other ids than Hugging Face's for this vocabulary: taking the slow one")
-    return True
+def _saved_tokenizer(directory: Path) -> Tokenizer | None:
+    """The tokenizer in the staging directory; None where there is none, or not the one that was written."""
+    try:
+        raw, known = ((directory / name).read_bytes() for name in (TOKENIZER, TOKENIZER_HASH))
+    except FileNotFoundError:
+        return None
+    return tokenizer_from_json(raw.decode()) if hashlib.sha256(raw).hexdigest().encode() == known else None
 
 
 def _verify(path: Path) -> None:
@@ -363,23 +376,24 @@ def _verify(path: Path) -> None:
     print(f"{path}: OK, {tokens:,} tokens below {dataset.vocab_size:,}, every file as it was written")
 
 
-def _summary(options: argparse.Namespace, meta: dict[str, Any], found: Scan, seconds: float) -> None:
+def _summary(options: argparse.Namespace, meta: dict[str, Any], found: Scan, seconds: float) -> str:
     splits = [shards.shards_of(meta, [name]) for name in shards.SPLITS]
     tokens = [sum(shard.tokens for shard in split) for split in splits]
     documents = [sum(shard.documents for shard in split) for split in splits]
     eot = "no end-of-text" if meta["eot_id"] is None else f"end-of-text {meta['eot_id']}"
-    if found.documents == 1:
-        print("documents   1, its end for validation")
-    else:
-        print(f"documents   {found.documents:,}: {documents[0]:,} for training, {documents[1]:,} for validation")
-    print(f"tokens      {sum(tokens):,}: {tokens[0]:,} for training, {tokens[1]:,} for validation")
-    print(f"vocabulary  {meta['vocab_size']:,} ({meta['options']['tokenizer']}, {eot})")
-    print(f"validation  {tokens[1] / sum(tokens):.2%} of the tokens, asked for {options.val_fraction:.2%}")
-    print(
-        f"text        {found.text_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {found.text_bytes / 1e6 / seconds:,.1f} MB/s"
+    documents_line = f"{found.documents:,}: {documents[0]:,} for training, {documents[1]:,} for validation"
+    speed = found.text_bytes / 1e6 / seconds
+    return "\n".join(
+        (
+            f"documents   {'1, its end for validation' if found.documents == 1 else documents_line}",
+            f"tokens      {sum(tokens):,}: {tokens[0]:,} for training, {tokens[1]:,} for validation",
+            f"vocabulary  {meta['vocab_size']:,} ({meta['options']['tokenizer']}, {eot})",
+            f"validation  {tokens[1] / sum(tokens):.2%} of the tokens, asked for {options.val_fraction:.2%}",
+            f"text        {found.text_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {speed:,.1f} MB/s",
+            f"prepared    {options.output}",
+            f"next        torchrun --standalone --nproc_per_node=auto -m distgpt.train --data.path={options.output}",
+        )
     )
-    print(f"prepared    {options.output}")
-    print(f"next        torchrun --standalone --nproc_per_node=auto -m distgpt.train --data.path={options.output}")
 
 
 class _Progress:

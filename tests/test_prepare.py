@@ -18,10 +18,14 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
+import tokenizers
 import zstandard
 
+from distgpt import prepare as door
+from distgpt.corpus import pipeline
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
+from distgpt.errors import StorageError
 
 SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
 
@@ -233,6 +237,14 @@ def parts(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "out.partial" / "parts").glob("*.part"))
 
 
+def kill_with_parts(tmp_path: Path, *arguments: object) -> None:
+    """Start it, and kill it when two parts or more are done."""
+    command = [*command_of(tmp_path, True), *map(str, arguments)]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: len(parts(tmp_path)) >= 2, process)
+        process.kill()
+
+
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 75)])
 def test_stopped_in_the_middle_it_goes_on_and_ends_the_same(
     number: signal.Signals, code: int, prepare: Run, tmp_path: Path
@@ -259,14 +271,56 @@ def test_stopped_in_the_middle_it_goes_on_and_ends_the_same(
 
 def test_parts_of_another_input_are_not_believed(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
-    command = [*command_of(tmp_path, True), "--input", "in.txt", "--output", "out"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: len(parts(tmp_path)) >= 2, process)
-        process.kill()
+    kill_with_parts(tmp_path, "--input", "in.txt", "--output", "out")
     (tmp_path / "in.txt").write_bytes(words(10, 400_000).encode())
     done = prepare("--input", "in.txt", "--output", "out", small_units=True)
     assert "going on" not in done.stderr.decode()
     assert "".join(all_texts(open_dataset(tmp_path / "out"))) == words(10, 400_000)
+
+
+def test_after_a_kill_other_options_start_anew(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
+    kill_with_parts(tmp_path, "--input", "in.txt", "--output", "out")
+    arguments = ["--input", "in.txt", "--tokenizer", "bytes", "--output"]
+    done = prepare(*arguments, "out", small_units=True)
+    assert "going on" not in done.stderr.decode()
+    prepare(*arguments, "whole", small_units=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("position", [0, 20, -1000, -10])  # the count of rows, a row, a token, the hash
+def test_a_part_that_was_damaged_after_a_kill_is_made_again(position: int, prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
+    kill_with_parts(tmp_path, "--input", "in.txt", "--output", "out")
+    raw = bytearray(parts(tmp_path)[1].read_bytes())
+    raw[position] ^= 1
+    parts(tmp_path)[1].write_bytes(raw)
+    done = prepare("--input", "in.txt", "--output", "out", small_units=True)
+    assert "going on: " in done.stderr.decode()
+    assert "".join(all_texts(open_dataset(tmp_path / "out"))) == words(9, 400_000)
+
+
+def test_a_part_damaged_between_writing_and_reading_is_not_believed(tmp_path: Path) -> None:
+    pipeline._write_part(tmp_path / "000000.part", [(3, True, 7)], [np.array([1, 2, 3], dtype=np.uint16)])
+    assert pipeline._read_part(tmp_path, 0).tokens.tolist() == [1, 2, 3]
+    whole = (tmp_path / "000000.part").read_bytes()
+    for damaged in (b"", whole[:20], whole[:-1], whole[:-3] + b"abc", b"x" + whole[1:]):
+        (tmp_path / "000000.part").write_bytes(damaged)
+        with pytest.raises(StorageError, match=r"000000\.part is damaged: run the same command again"):
+            pipeline._read_part(tmp_path, 0)
+
+
+def test_a_vocabulary_damaged_after_a_kill_is_learned_again(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
+    arguments = ["--input", "in.txt", "--tokenizer", "bpe", "--vocab-size", 300, "--output"]
+    kill_with_parts(tmp_path, *arguments, "out")
+    saved = tmp_path / "out.partial" / "tokenizer.json"
+    damaged = json.loads(saved.read_text())
+    damaged["model"]["merges"][5], damaged["model"]["merges"][6] = damaged["model"]["merges"][6:4:-1]
+    saved.write_text(json.dumps(damaged))
+    prepare(*arguments, "out", small_units=True)
+    prepare(*arguments, "whole", small_units=True)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
 
 
 def test_an_output_that_exists(prepare: Run, tmp_path: Path) -> None:
@@ -287,6 +341,124 @@ def test_an_output_that_exists(prepare: Run, tmp_path: Path) -> None:
     done = prepare("--input", "two.txt", "--output", "out", "--overwrite", code=73)
     assert "holds more than a dataset" in error_line(done)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.txt", "out", "two.txt"]
+
+
+def test_an_output_that_cannot_be_read_is_not_to_be_overwritten(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("words " * 100)
+    arguments = ["--input", "in.txt", "--output", "out"]
+    prepare(*arguments)
+    meta = tmp_path / "out" / "meta.json"
+    meta.write_text(meta.read_text().replace('"version": 1', '"version": 9'))
+    line = error_line(prepare(*arguments, code=65))
+    assert line.endswith("out has dataset format version 9, this distgpt reads 1")
+    meta.unlink()
+    meta.mkdir()  # permissions do not stop root
+    line = error_line(prepare(*arguments, code=65))
+    assert line.endswith("meta.json: Is a directory")
+
+
+def test_the_output_lies_among_the_input(prepare: Run, tmp_path: Path) -> None:
+    for name in ("one.txt", "two.txt"):
+        (tmp_path / name).write_text(f"text of {name}")
+    prepare("--input", "one.txt", "two.txt", "--output", "out")
+    (tmp_path / "out.partial" / "parts").mkdir(parents=True)
+    for values in (["one.txt", "two.txt", "out", "out.partial"], ["*"], ["."]):
+        assert "already prepared" in prepare("--input", *values, "--output", "out").stdout.decode()
+
+
+def test_a_byte_order_mark_is_neither_a_document_nor_counted(prepare: Run, tmp_path: Path) -> None:
+    mark = "\ufeff".encode()
+    for name, text in (("a.txt", b""), ("b.txt", b"some text")):
+        (tmp_path / name).write_bytes(mark + text)
+    prepare("--input", "a.txt", "b.txt", "--output", "out")
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.meta["input"]["documents"] == 1
+    assert dataset.meta["input"]["bytes"] == len("some text")
+    assert "".join(all_texts(dataset)) == "some text"
+    assert "no text: a.txt is empty" in error_line(prepare("--input", "a.txt", "--output", "none", code=65))
+
+
+def test_a_full_standard_output_is_not_blamed_on_the_data(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("words " * 100)
+    command = [*command_of(tmp_path, False), "--input", "in.txt", "--output", "out"]
+    for _ in range(2):  # when it is prepared, and when it is found prepared
+        with open("/dev/full", "w") as full:
+            done = subprocess.run(command, cwd=tmp_path, stdout=full, stderr=subprocess.PIPE, check=False)
+        assert done.returncode == 74
+        assert done.stderr.decode() == "distgpt: error: cannot write: No space left on device\n"
+        assert open_dataset(tmp_path / "out").train.tokens == 540
+
+
+def test_the_seed_of_characters_of_several_bytes(prepare: Run, tmp_path: Path) -> None:
+    text = words(4, 40_000) + "日本語 naïve 🙂"
+    (tmp_path / "in.txt").write_bytes(text.encode())
+    prepare("--input", "in.txt", "--output", "out", small_units=True)
+    dataset = open_dataset(tmp_path / "out")
+    characters = sorted(set(text))
+    ids = [characters.index(character) for character in text]
+    cut = int(0.9 * len(text))
+    assert (dataset.vocab_size, dataset.eot_id) == (len(characters), None)
+    assert np.concatenate(dataset.train.shards).tolist() == ids[:cut]
+    assert np.concatenate(dataset.val.shards).tolist() == ids[cut:]
+
+
+def test_merges_beyond_the_fast_encoder_get_hugging_face_s_ids_wherever_they_come(prepare: Run, tmp_path: Path) -> None:
+    # "abc" has a merge of its own, but "bc" comes first and leaves nothing to merge "ab" with.
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: id_ for id_, token in enumerate([*alphabet, "bc", "ab", "abc"])}
+    model = {"type": "BPE", "vocab": vocab, "merges": [["b", "c"], ["a", "b"], ["ab", "c"]]}
+    pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    (tmp_path / "own.json").write_text(json.dumps({"version": "1.0", "pre_tokenizer": pre, "model": model}))
+    for index, text in enumerate(("x", "abc")):  # the first piece does not show it
+        (tmp_path / f"{index}.txt").write_text(text)
+    done = prepare("--input", "0.txt", "1.txt", "--tokenizer", "own.json", "--output", "out")
+    assert "taking the slow one" in done.stderr.decode()
+    dataset = open_dataset(tmp_path / "out")
+    expected = tokenizers.Tokenizer.from_file(str(tmp_path / "own.json")).encode("abc").ids
+    assert expected == [vocab["a"], vocab["bc"]]
+    assert load_tokenizer(tmp_path / "out").encode("abc").tolist() == expected
+    tokens = np.concatenate([*dataset.train.shards, *dataset.val.shards]).tolist()
+    assert sorted(tokens) == sorted([vocab["x"], dataset.eot_id, *expected, dataset.eot_id])
+
+
+@pytest.mark.parametrize("name", ["in.txt.zst", "in.parquet"])
+def test_memory_is_bounded_whatever_the_input_holds(name: str, tmp_path: Path) -> None:
+    text = "a b " * 50_000
+    if name == "in.parquet":
+        rows = pyarrow.array([text, text.upper()] * 600).dictionary_encode()
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / name)
+    else:
+        (tmp_path / name).write_bytes(zstandard.compress(text.encode() * 1_200))
+    assert (tmp_path / name).stat().st_size < 2**17
+    (tmp_path / "program.py").write_text(SMALL_UNITS.replace("2**16", "2**20"))
+    done = subprocess.run(
+        [sys.executable, "program.py", "--input", name, "--output", "out", "--tokenizer", "bytes", "--workers", "1"],
+        cwd=tmp_path,
+        env={**os.environ, "OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])},
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_DATA, (160 * 2**20, 160 * 2**20)),
+        check=False,
+    )
+    assert done.returncode == 0
+    dataset = open_dataset(tmp_path / "out")
+    assert dataset.train.tokens + dataset.val.tokens >= 240_000_000
+
+
+def test_a_long_phase_says_how_fast_it_is_and_how_long_it_takes(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    with door._Progress("encoding", 200_000_000) as known, door._Progress("keeping standard input", None) as unknown:
+        known(10_000_000)
+        assert capsys.readouterr().err == ""
+        now += 20
+        known(40_000_000)
+        unknown(40_000_000)
+        known(1)  # too soon for another line
+    assert capsys.readouterr().err.splitlines() == [
+        "distgpt: encoding: 50 MB, 2.5 MB/s, 25%, 60 s left",
+        "distgpt: keeping standard input: 40 MB, 2.0 MB/s",
+    ]
 
 
 def test_a_damaged_dataset_is_not_called_prepared_and_verify_finds_it(prepare: Run, tmp_path: Path) -> None:
@@ -311,6 +483,9 @@ def test_a_damaged_dataset_is_not_called_prepared_and_verify_finds_it(prepare: R
         (["--input", "good.txt", "--output", "out", "--workers", "0"], 2, "--workers is 0"),
         (["--input", "good.txt", "--output", "out", "--vocab-size", "500"], 2, "belongs to --tokenizer bpe"),
         (["--input", "good.txt", "--output", "out", "--tokenizer", "bpe", "--vocab-size", "70000"], 2, "at most 65536"),
+        (["--input", "good.txt", "--output", "out", "--tokenizer", "bpe", "--vocab-size", "0"], 2, "at least 257"),
+        (["--input", "", "--output", "out"], 2, "an --input is empty"),
+        (["--input", "pipes", "--output", "out"], 2, "pipes/one.txt is neither a file nor a folder"),
         (["--input", "good.txt", "--output", "out", "--tokenizer", "bqe"], 2, "bqe is neither char, bytes, bpe"),
         (["--input", "good.txt", "--output", "out", "--tokenizer", "good.txt"], 65, "good.txt is not a tokenizer"),
         (["--input", "nowhere.txt", "--output", "out"], 65, "no such input: nowhere.txt"),
@@ -324,7 +499,8 @@ def test_a_damaged_dataset_is_not_called_prepared_and_verify_finds_it(prepare: R
         (["--input", "letter.txt", "--output", "out"], 65, "single token"),
         (["--input", "same.jsonl", "--output", "out"], 65, "the same text"),
         (["--input", "many.txt", "--output", "out"], 65, "65,600 ids does not fit"),
-        (["--input", "good.txt", "--output", "good.txt"], 73, "good.txt exists and is not a whole dataset"),
+        (["--input", "good.txt", "--output", "good.txt"], 65, "names nothing but the output: good.txt"),
+        (["--input", "letter.txt", "--output", "good.txt"], 73, "good.txt exists and is not a whole dataset"),
         (["--input", "good.txt", "--output", "good.txt/out"], 73, "cannot write"),
         (["--input", "good.txt", "--output", "/proc/out"], 73, "cannot write"),
         (["--verify", "folder"], 65, "not a dataset, it has no meta.json"),
@@ -333,7 +509,9 @@ def test_a_damaged_dataset_is_not_called_prepared_and_verify_finds_it(prepare: R
 def test_bad_input_is_one_line_and_leaves_nothing(
     arguments: list[str], code: int, reason: str, prepare: Run, tmp_path: Path
 ) -> None:
-    (tmp_path / "folder").mkdir()
+    for name in ("folder", "pipes"):
+        (tmp_path / name).mkdir()
+    os.mkfifo(tmp_path / "pipes" / "one.txt")
     for name, content in {
         "good.txt": b"good text",
         "empty.txt": b"",

@@ -11,8 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -187,6 +185,7 @@ class _Windows:
     def __init__(self, split: Split, length: int) -> None:
         self.length = length
         self._shards = split.shards
+        self._files = [_stat(shard) for shard in split.shards]
         self._views = [sliding_window_view(np.asarray(s), length) if len(s) >= length else None for s in split.shards]
         self._small = sum(shard.nbytes for shard in split.shards) <= READ_WHOLE_BYTES
         if self._small:
@@ -197,7 +196,7 @@ class _Windows:
         """Copy the windows at these places into `tokens` [windows, length]. Raises StorageError."""
         parts = [(int(shard), np.flatnonzero(shards == shard)) for shard in np.unique(shards)]
         for shard, rows in parts:
-            _check_length(self._shards[shard])
+            _check_length(self._shards[shard], self._files[shard])
             if not self._small:
                 self._announce(shard, offsets[rows])
         for shard, rows in parts:
@@ -221,18 +220,27 @@ def _mapping(shard: TokenMap) -> mmap.mmap:
     return shard.base
 
 
-def _check_length(shard: TokenMap) -> None:
-    """Raise StorageError if the file was cut short since it was mapped: touching its end would kill the process."""
+def _check_length(shard: TokenMap, mapped: os.stat_result | None) -> None:
+    """Raise StorageError if the file was cut short since it was mapped: touching its end would kill the process.
+
+    A file that was removed, or replaced by another, stays whole behind its mapping.
+    """
+    now = _stat(shard)
+    if now and mapped and os.path.samestat(now, mapped) and now.st_size < shard.nbytes:
+        raise StorageError(
+            f"{shard.filename} was cut short while in use: {now.st_size:,} of {shard.nbytes:,} bytes are left"
+        )
+
+
+def _stat(shard: TokenMap) -> os.stat_result | None:
+    """What now has the name of the file behind this memory map; None: nothing. Raises StorageError."""
     assert shard.filename is not None
-    path = Path(shard.filename)
     try:
-        # A file that was removed stays readable through its mapping.
-        with suppress(FileNotFoundError):
-            size = os.stat(path).st_size
-            if size < shard.nbytes:
-                raise StorageError(f"{path} was cut short while in use: {size:,} of {shard.nbytes:,} bytes are left")
+        return os.stat(shard.filename)
+    except FileNotFoundError:
+        return None
     except OSError as error:
-        raise StorageError(f"cannot read {path}: {error.strerror}") from error
+        raise StorageError(f"cannot read {shard.filename}: {error.strerror}") from error
 
 
 def _inputs_and_targets(tokens: Tensor, device: torch.device) -> MicroBatch:

@@ -5,7 +5,6 @@ disk before it has its name: a run that was killed goes on with the parts it lef
 """
 
 import hashlib
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -18,14 +17,14 @@ import numpy as np
 import numpy.typing as npt
 
 from distgpt.corpus import sources
-from distgpt.corpus.shards import Documents, SplitName
+from distgpt.corpus.shards import Documents, SplitName, write_file
 from distgpt.corpus.sources import Content, Piece, Source
 from distgpt.corpus.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer, describe, load_tokenizer, train_bpe
 from distgpt.corpus.workers import Workers
-from distgpt.errors import DataError
+from distgpt.errors import DataError, StorageError
 
 BPE_SAMPLE_BYTES = 256 * 2**20
-CHECKED_BYTES = 2**18
+DIGEST_BYTES = hashlib.sha256().digest_size
 
 Advance = Callable[[int], None]
 
@@ -68,7 +67,6 @@ class Encoder:
     """How a worker encodes. `hashes`: the text hash of documents that are longer than a piece, by path."""
 
     tokenizer: Path
-    huggingface: bool
     eot_id: int | None
     hashes: Mapping[str, int]
 
@@ -133,18 +131,6 @@ def trained_bpe(found: Scan, *, vocab_size: int, workers: Workers) -> BpeTokeniz
     return BpeTokenizer(text)
 
 
-def agrees_with_huggingface(found: Scan, tokenizer: BpeTokenizer) -> bool:
-    """Whether the fast encoder gives Hugging Face's ids for the first documents of the corpus."""
-    for _, content in _contents(found.pieces[:1]):
-        left = CHECKED_BYTES
-        for text in content.texts:
-            if not tokenizer.agrees_with_huggingface([text[:left]]):
-                return False
-            if (left := left - len(text)) <= 0:
-                break
-    return True
-
-
 def units(found: Scan) -> list[Unit]:
     """The pieces put together to what becomes one part each."""
     groups: list[list[Scanned]] = []
@@ -180,15 +166,11 @@ def encode(todo: Sequence[Unit], parts: Path, *, encoder: Encoder, workers: Work
 
 def is_done(unit: Unit, parts: Path) -> bool:
     """Whether the part of this unit is there and whole."""
-    path = _part_path(parts, unit.index)
     try:
-        size = path.stat().st_size
-        with open(path, "rb") as file:
-            rows = int.from_bytes(file.read(8), "little")
-            table = np.fromfile(file, dtype="<u8", count=3 * rows)
-    except OSError:
+        _read_part(parts, unit.index)
+    except (OSError, StorageError):
         return False
-    return table.size == 3 * rows and size == 8 + 24 * rows + 2 * int(table[:rows].sum())
+    return True
 
 
 def merged(parts: Path, count: int, *, documents: int, val_fraction: float) -> Iterator[Documents]:
@@ -287,14 +269,10 @@ def _scanned(content: Content, piece: Piece, characters: bool) -> Scanned:
     return Scanned(
         piece=piece,
         documents=int(piece.start == 0) if is_text else sum(text != "" for text in content.texts),
-        text_bytes=piece.stop - piece.start if is_text else sum(map(_utf8_size, content.texts)),
+        text_bytes=sum(map(sources.utf8_size, content.texts)),
         digest=content.digest,
         characters=characters_of("".join(content.texts)) if characters else "",
     )
-
-
-def _utf8_size(text: str) -> int:
-    return len(text) if text.isascii() else len(text.encode())
 
 
 def characters_of(text: str) -> str:
@@ -330,7 +308,7 @@ def _split(run: Sequence[Unit], count: int) -> list[Sequence[Unit]]:
 
 def _encode(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
     run, parts, encoder = task
-    tokenizer = _loaded(encoder.tokenizer, encoder.huggingface)
+    tokenizer = _loaded(encoder.tokenizer)
     contents = _contents([scanned for unit in run for scanned in unit.pieces])
     for unit in run:
         rows: list[tuple[int, bool, int]] = []
@@ -343,11 +321,8 @@ def _encode(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
 
 
 @lru_cache(maxsize=1)
-def _loaded(path: Path, huggingface: bool) -> Tokenizer:
-    tokenizer = load_tokenizer(path)
-    if huggingface and isinstance(tokenizer, BpeTokenizer):
-        tokenizer.use_huggingface()
-    return tokenizer
+def _loaded(path: Path) -> Tokenizer:
+    return load_tokenizer(path)
 
 
 def _encode_piece(
@@ -388,25 +363,19 @@ def _part_path(parts: Path, index: int) -> Path:
 
 
 def _write_part(path: Path, rows: Sequence[tuple[int, bool, int]], tokens: Sequence[npt.NDArray[np.uint16]]) -> None:
-    """The number of rows, their three columns as uint64, the tokens. Raises OSError."""
-    table = np.array(rows, dtype=np.uint64).reshape(len(rows), 3).T
-    staged = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
-        with open(staged, "wb") as file:
-            file.write(len(rows).to_bytes(8, "little"))
-            file.write(np.ascontiguousarray(table, dtype="<u8").data)
-            for ids in tokens:
-                file.write(np.ascontiguousarray(ids, dtype="<u2").data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
+    """The number of rows, their three columns as uint64, the tokens, a SHA-256 of it all. Raises OSError."""
+    table = np.array(rows, dtype="<u8").reshape(len(rows), 3).T
+    ids = (piece.astype("<u2", copy=False).data for piece in tokens)
+    content = b"".join((len(rows).to_bytes(8, "little"), table.tobytes(), *ids))
+    write_file(path, content + hashlib.sha256(content).digest())
 
 
 def _read_part(parts: Path, index: int) -> Part:
-    raw = np.fromfile(_part_path(parts, index), dtype=np.uint8)
-    rows = int(raw[:8].view("<u8")[0])
-    sizes, ends, hashes = raw[8 : 8 + 24 * rows].view("<u8").reshape(3, rows)
-    return Part(raw[8 + 24 * rows :].view("<u2"), sizes.astype(np.int64), ends.astype(np.bool_), hashes)
+    """Raises StorageError for a part that is not as it was written, OSError for one that cannot be read."""
+    path = _part_path(parts, index)
+    content, digest = np.split(np.fromfile(path, dtype=np.uint8), [-DIGEST_BYTES])
+    if hashlib.sha256(content.data).digest() != digest.tobytes():
+        raise StorageError(f"{path} is damaged: run the same command again, which makes this part anew")
+    rows = int(content[:8].view("<u8")[0])
+    sizes, ends, hashes = content[8 : 8 + 24 * rows].view("<u8").reshape(3, rows)
+    return Part(content[8 + 24 * rows :].view("<u2"), sizes.astype(np.int64), ends.astype(np.bool_), hashes)

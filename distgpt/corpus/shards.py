@@ -6,11 +6,13 @@ tokenizer.json   meta.json          meta.json is written last: a directory witho
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import mmap
 import os
 import re
+import resource
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +34,10 @@ CHUNK_BYTES = 2**22
 
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = ("train", "val")
+
+
+class NotWholeError(DataError):
+    """A directory that holds no dataset, or what is left of one: nothing is lost where it is overwritten."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,7 @@ def open_dataset(path: Path) -> Dataset:
     Raises DataError for what is missing, not a dataset or cut short. Hashes are `verify_dataset`'s business.
     """
     meta = read_meta(path)
+    _allow_open_files()
     try:
         _check_files(path, meta)
         return Dataset(
@@ -96,17 +103,17 @@ def open_dataset(path: Path) -> Dataset:
 def read_meta(path: Path) -> dict[str, Any]:
     """The content of meta.json. Raises DataError where there is none that this version reads."""
     if not path.is_dir():
-        raise DataError(f"no prepared data in {path}: run python -m distgpt.prepare --input ... --output {path}")
+        raise NotWholeError(f"no prepared data in {path}: run python -m distgpt.prepare --input ... --output {path}")
     try:
         meta = json.loads((path / META).read_bytes())
     except FileNotFoundError:
-        raise DataError(
+        raise NotWholeError(
             f"{path} is not a dataset, it has no {META}: run python -m distgpt.prepare --input ... --output {path}"
         ) from None
     except OSError as error:
         raise DataError(f"cannot read {path / META}: {error.strerror}") from None
     except ValueError as error:
-        raise DataError(f"{path / META} is damaged ({error}): {_AGAIN}") from None
+        raise NotWholeError(f"{path / META} is damaged ({error}): {_AGAIN}") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DataError(f"{path / META} was not written by distgpt.prepare")
     if meta.get("version") != VERSION:
@@ -232,6 +239,7 @@ def sync(directory: Path) -> None:
 
 
 _AGAIN = "prepare it again with --overwrite"
+_FEWER = "; raise ulimit -n, or prepare it again in fewer shards, with a larger --shard-tokens"
 
 
 class _SplitWriter:
@@ -349,12 +357,21 @@ def _check_files(path: Path, meta: Mapping[str, Any]) -> None:
 def _check_size(path: Path, expected: int) -> None:
     try:
         found = path.stat().st_size
+    except FileNotFoundError:
+        raise DataError(f"{path} is missing: {_AGAIN}") from None
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}; {_AGAIN}") from None
+        raise DataError(f"cannot read {path}: {error.strerror}") from None
     if found < expected:
         raise DataError(f"{path} is cut short: {found:,} bytes instead of {expected:,}; {_AGAIN}")
     if found > expected:
         raise DataError(f"{path} is too long: {found:,} bytes instead of {expected:,}; {_AGAIN}")
+
+
+def _allow_open_files() -> None:
+    """Raise this process's limit of open files as far as it may itself: each memory map keeps one open."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # macOS allows less than it says
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _open_split(path: Path, meta: Mapping[str, Any], name: SplitName) -> Split:
@@ -365,7 +382,8 @@ def _map(path: Path) -> np.memmap[Any, np.dtype[np.uint16]]:
     try:
         tokens: np.memmap[Any, np.dtype[np.uint16]] = np.memmap(path, dtype=DTYPE, mode="r")
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}") from None
+        fix = _FEWER if error.errno == errno.EMFILE else ""
+        raise DataError(f"cannot read {path}: {error.strerror}{fix}") from None
     memory = getattr(tokens, "_mmap", None)
     if memory is not None and hasattr(mmap, "MADV_RANDOM"):
         # Windows are read at random: read-ahead would fetch a hundred bytes for each one that is used.

@@ -15,7 +15,8 @@ import os
 import re
 import sysconfig
 import zlib
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,9 @@ from distgpt.errors import DataError, UsageError
 
 UNIT_BYTES = 8 * 2**20
 WINDOW_BYTES = 2**16
-PARQUET_BATCH = 256
+PARQUET_BATCH = 16
+PARQUET_ROW_BYTES = 64  # what a row takes in memory besides its text, so that a piece of empty ones ends too
+ZSTD_BYTES = 2**10  # each four of which may hold 128 KiB
 
 STDIN = "-"
 TEXT_SUFFIXES = (
@@ -82,36 +85,40 @@ class Reader(Protocol):
     def content(self, piece: Piece) -> Content: ...
 
 
-def expand(inputs: Sequence[str], *, text_key: str, stdin: Source) -> list[Source]:
+def expand(inputs: Sequence[str], *, text_key: str, stdin: Source, left_out: Sequence[Path] = ()) -> list[Source]:
     """The sources that these --input values name, in order, each file once; `stdin` is what STDIN stands for.
 
-    Raises DataError for what is missing or empty, UsageError for what cannot be read.
+    Nothing in `left_out`, real paths, is input. Raises DataError for what is missing or holds no text, UsageError for
+    what is not to be read, OSError for what cannot be.
     """
     sources: dict[str, Source] = {}
     for value in inputs:
         if value == STDIN:
             sources[STDIN] = stdin
             continue
-        for path in _matches(value):
-            for file in _files_in(path) if path.is_dir() else [path]:
-                sources.setdefault(os.path.realpath(file), source_of(file, text_key=text_key))
+        for file in _files_of(value, left_out):
+            sources.setdefault(os.path.realpath(file), source_of(file, text_key=text_key))
+    if not sources:
+        raise DataError(f"--input names nothing but the output: {', '.join(inputs)}")
     return list(sources.values())
 
 
 def standard_library() -> list[Source]:
     """Python's own standard library without its tests. Raises DataError where it is not a folder of files."""
     root = Path(sysconfig.get_paths()["stdlib"])
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if name not in NOT_LIBRARY]
-        files += [Path(folder, name) for name in names if name.endswith(".py")]
+    files = [file for file in _walk(root, lambda folder: folder.name not in NOT_LIBRARY) if file.suffix == ".py"]
     if not files:
         raise DataError(f"Python's standard library is not in {root}: give texts of your own with --input")
-    return [Source(str(file), str(file), "text") for file in sorted(files, key=lambda file: file.parts)]
+    return [Source(str(file), str(file), "text") for file in files]
 
 
 def source_of(path: Path, *, text_key: str) -> Source:
-    """What this file is, by its suffix. Raises UsageError for archives and where an optional package is missing."""
+    """What this file is, by its suffix.
+
+    Raises UsageError for archives, for what is no file, and where an optional package is missing.
+    """
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is neither a file nor a folder: pipe it in with --input -")
     suffix = path.suffix.lower()
     compression: Literal["", ".gz", ".zst"] = ".gz" if suffix == ".gz" else ".zst" if suffix == ".zst" else ""
     inner = Path(path.stem).suffix.lower() if compression else suffix
@@ -151,32 +158,65 @@ def document_hash(source: Source) -> int:
     return int.from_bytes(digest.digest(), "big")
 
 
+def utf8_size(text: str) -> int:
+    """How many bytes `text` has in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())
+
+
 def text_hash(text: bytes) -> int:
     """A 64-bit hash of a document's UTF-8 text, which decides its split."""
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def _matches(value: str) -> list[Path]:
-    path = Path(value)
-    if path.is_file() or path.is_dir():
-        return [path]
-    if path.exists():
-        raise UsageError(f"{value} is neither a file nor a folder: pipe it in with --input -")
-    found = [Path(match) for match in sorted(glob.glob(value, recursive=True))]
-    if not found:
+def _files_of(value: str, left_out: Sequence[Path]) -> list[Path]:
+    """The files that an --input value names. Raises DataError where there is none, UsageError, OSError."""
+    if not value:
+        raise UsageError("an --input is empty: name a file, a folder or a pattern")
+    named = Path(value)
+    matches = [named] if named.exists() else [Path(match) for match in sorted(glob.glob(value, recursive=True))]
+    if not matches:
         raise DataError(f"no such input: {value}")
+    found = [file for path in matches for file in _files_in(path, left_out)]
+    # A shell that expands * names the output of an earlier start.
+    if not found and not _is_in(named, left_out):
+        raise DataError(f"{value} holds no text: of a folder, files count that end in {', '.join(folder_suffixes())}")
     return found
 
 
-def _files_in(folder: Path) -> list[Path]:
-    """The files below a folder that count, sorted; hidden ones do not. Raises DataError where there is none."""
-    found = []
-    for root, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        found += [Path(root, name) for name in names if not name.startswith(".") and _counts(name)]
-    if not found:
-        raise DataError(f"{folder} holds no text: of a folder, files count that end in {', '.join(folder_suffixes())}")
+def _files_in(path: Path, left_out: Sequence[Path]) -> list[Path]:
+    """The file, or the files below the folder that count; hidden ones do not. Raises OSError."""
+    if _is_in(path, left_out):
+        return []
+    if not path.is_dir():
+        return [path]
+    found = _walk(path, lambda folder: not folder.name.startswith(".") and not _is_in(folder, left_out))
+    return [file for file in found if not file.name.startswith(".") and _counts(file.name)]
+
+
+def _walk(folder: Path, enters: Callable[[Path], bool]) -> list[Path]:
+    """All files below a folder, sorted. Links to folders are followed, each folder is entered once. Raises OSError."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, entered = [], {os.path.realpath(folder)}
+
+    def is_new(path: Path) -> bool:
+        real = os.path.realpath(path)
+        known = real in entered
+        entered.add(real)
+        return not known
+
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        found += [Path(root, name) for name in names]
+        paths = [Path(root, name) for name in sorted(folders)]
+        folders[:] = [path.name for path in paths if enters(path) and is_new(path)]
     return sorted(found, key=lambda path: path.parts)
+
+
+def _is_in(path: Path, folders: Sequence[Path]) -> bool:
+    real = Path(os.path.realpath(path))
+    return any(real.is_relative_to(folder) for folder in folders)
 
 
 def folder_suffixes() -> list[str]:
@@ -277,9 +317,9 @@ class _ZstdStream(io.RawIOBase):
         self._rest = b""
 
     def read(self, size: int = -1) -> bytes:
-        """The next bytes, more or fewer than `size`; none at the end. Raises DataError."""
+        """The next bytes, more or fewer than `size` but never many; none at the end. Raises DataError."""
         while True:
-            packed = self._rest or self._file.read(2**16)
+            packed = self._rest or self._file.read(ZSTD_BYTES)
             if not packed:
                 if self._started:
                     raise DataError(f"{self._source.name}: damaged or cut short (its last frame has no end)")
@@ -309,7 +349,8 @@ class _Bytes:
         return self._content.consumed
 
     def pieces(self) -> Iterator[Piece]:
-        start, last = 0, not self._content.peek(0, 1)
+        # A byte order mark alone is an empty text.
+        start, last = 0, self._content.peek(0, 4) in (b"", codecs.BOM_UTF8)
         while not last:
             stop = self._cut(start + UNIT_BYTES)
             last = not self._content.peek(stop, 1)
@@ -429,48 +470,43 @@ class _Rows:
                 f"{source.name}: no column {source.text_key!r} (there are: {names}); --text-key names the one to read"
             )
         self._rows: int = self._file.metadata.num_rows
-        self._row = 0
+        self._row = 0  # the number of the next one to read from the file
         self._texts: Iterator[str] | None = None
+        self._ahead: deque[str] = deque()  # what `pieces` read to find where a piece ends
 
     @property
     def consumed(self) -> int:
         return self._size * self._row // max(self._rows, 1)
 
     def pieces(self) -> Iterator[Piece]:
-        metadata = self._file.metadata
-        start = 0
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            columns = [group.column(i) for i in range(group.num_columns)]
-            size = sum(column.total_uncompressed_size for column in columns if self._is_text(column.path_in_schema))
-            step = max(group.num_rows * UNIT_BYTES // max(size, 1), 1)
-            end = start + group.num_rows
-            for first in range(start, end, step):
-                stop = min(first + step, end)
-                yield Piece(self._source, first, stop, stop == self._rows)
-            start = end
+        # What the file says of its sizes is before a dictionary is applied: a short one may hold any amount of text.
+        self._texts = self._read(0)
+        start = size = 0
+        for text in self._texts:
+            self._ahead.append(text)
+            size += utf8_size(text) + PARQUET_ROW_BYTES
+            if size >= UNIT_BYTES or self._row == self._rows:
+                yield Piece(self._source, start, self._row, self._row == self._rows)
+                start, size = self._row, 0
 
     def content(self, piece: Piece) -> Content:
         if self._texts is None:
             self._row = piece.start
             self._texts = self._read(piece.start)
-        assert piece.start == self._row, "a Parquet source was not read in order"
-        texts = [next(self._texts) for _ in range(piece.start, piece.stop)]
+        assert piece.start == self._row - len(self._ahead), "a Parquet source was not read in order"
+        texts = [self._ahead.popleft() if self._ahead else next(self._texts) for _ in range(piece.start, piece.stop)]
         digest = hashlib.sha256(f"parquet\n{self._source.text_key}\n".encode())
         for text in texts:
             raw = text.encode()
             digest.update(len(raw).to_bytes(8, "little") + raw)
         return Content(texts, digest.digest())
 
-    def _is_text(self, path: str) -> bool:
-        return path.split(".")[0] == self._source.text_key
-
     def _read(self, start: int) -> Iterator[str]:
         """The texts of the rows from `start` on; `_row` is the number of the next one."""
         metadata = self._file.metadata
         sizes = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
         passed = 0
-        while sizes[passed] <= start:
+        while start and sizes[passed] <= start:
             start -= sizes[passed]
             passed += 1
         with self._damage_named():
@@ -481,7 +517,8 @@ class _Rows:
                 use_threads=False,
             )
             for batch in batches:
-                for text in batch.column(0)[start:].to_pylist():
+                for value in batch.column(0)[start:]:
+                    text = value.as_py()
                     if not isinstance(text, str):
                         raise DataError(
                             f"{self._source.name}, row {self._row + 1:,}: {self._source.text_key!r} is not a text "

@@ -26,6 +26,7 @@ MAX_VOCAB_SIZE = 65_536
 FILE_NAME = "tokenizer.json"
 FORMAT = "distgpt-tokenizer"
 VERSION = 1
+LONGEST_WORD = 2048
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
@@ -153,8 +154,8 @@ class ByteTokenizer(Tokenizer):
 class BpeTokenizer(Tokenizer):
     """Byte-level BPE with GPT-2's pattern, from the text of a Hugging Face tokenizer.json.
 
-    Encodes with tiktoken, several times faster than Hugging Face's own encoder. Where the merges do not let tiktoken
-    give the same ids, and after `use_huggingface`, the slow path takes over.
+    Encodes with tiktoken, several times faster than Hugging Face's own encoder, which takes over where the merges do
+    not let tiktoken give the same ids. Only the vocabulary decides that, so whoever loads it gets the same ids.
     """
 
     kind = "bpe"
@@ -176,10 +177,11 @@ class BpeTokenizer(Tokenizer):
         # Older files write a merge as "a b", newer ones as ["a", "b"].
         self._merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         self._vocab = vocab
-        self._slow = not self._ranks_are_enough or bool(model.get("ignore_merges"))
+        # tiktoken knows a merge by its result: two merges with one result are beyond it.
+        self._beyond_ranks = bool(model.get("ignore_merges")) or len(self._ranks) != 256 + len(self._merges)
 
     def encode(self, text: str) -> Tokens:
-        if self._slow:
+        if self.is_slow:
             return self._encode_slowly(text)
         try:
             ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
@@ -189,13 +191,18 @@ class BpeTokenizer(Tokenizer):
         tokens: Tokens = self._ids_of_ranks[ranks]
         return tokens
 
-    def agrees_with_huggingface(self, texts: Iterable[str]) -> bool:
-        """Whether the fast path gives Hugging Face's ids for these texts."""
-        return all(np.array_equal(self.encode(text), self._encode_slowly(text)) for text in texts)
-
-    def use_huggingface(self) -> None:
-        """From now on encode with Hugging Face's encoder."""
-        self._slow = True
+    @cached_property
+    def is_slow(self) -> bool:
+        """Whether tiktoken might give other ids than these merges."""
+        if self._beyond_ranks:
+            return True
+        made = (tuple(map(_to_bytes, merge)) for merge in self._merges)
+        try:
+            # Where every token, encoded by itself, is made of the two parts that its merge names, tiktoken never
+            # merges any other two: up to such a step, what is around a token leaves no mark on it.
+            return any(_parents(self._ranks, left + right) != (left, right) for left, right in made)
+        except DataError:
+            return True
 
     def to_json(self) -> str:
         return self._json
@@ -218,11 +225,6 @@ class BpeTokenizer(Tokenizer):
             ranks.setdefault(_to_bytes(left + right), len(ranks))
         return ranks
 
-    @property
-    def _ranks_are_enough(self) -> bool:
-        """tiktoken knows a merge by its result: two merges with one result are beyond it."""
-        return len(self._ranks) == 256 + len(self._merges)
-
     @cached_property
     def _ids_of_ranks(self) -> Tokens:
         id_of = {_to_bytes(token): id_ for token, id_ in self._vocab.items() if _is_byte_level(token)}
@@ -242,6 +244,11 @@ class BpeTokenizer(Tokenizer):
         return tokenizers.Tokenizer.from_str(_compact_json({**json.loads(self._json), "added_tokens": []}))
 
     def _encode_slowly(self, text: str) -> Tokens:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # What Python makes of bytes on the command line that are not UTF-8.
+            raise DataError(f"{describe(text[error.start])} in the text is no character: it must be UTF-8") from None
         return np.array(self._huggingface.encode(text, add_special_tokens=False).ids, dtype=np.uint16)
 
 
@@ -281,11 +288,11 @@ def tokenizer_from_json(text: str) -> Tokenizer:
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     """Byte-level BPE of at most `vocab_size` ids learned from these texts, without an end-of-text id."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HuggingFace
-    from tokenizers import decoders, models, pre_tokenizers, trainers
 
     tokenizer = HuggingFace(models.BPE())
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -293,7 +300,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
+    # Learning takes time quadratic in a word's length, which may be a whole line of DNA.
+    cut = pre_tokenizers.Split(Regex(f".{{1,{LONGEST_WORD}}}"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([byte_level, cut])
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = byte_level
     return BpeTokenizer(tokenizer.to_str())
 
 

@@ -21,6 +21,12 @@ CPU = torch.device("cpu")
 T = 16
 
 
+@pytest.fixture(params=[loader_module.READ_WHOLE_BYTES, 0], ids=["whole", "by window"])
+def read_whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A split that is read into memory as a whole, and one that is too large for that."""
+    monkeypatch.setattr(loader_module, "READ_WHOLE_BYTES", request.param)
+
+
 @pytest.fixture
 def split(tmp_path: Path) -> Split:
     """Two shards and one that is too short for a window, with tokens above 2^15."""
@@ -52,6 +58,7 @@ def steps(split: Split, count: int, **options: int) -> list[list[tuple[torch.Ten
         return [batches.next_step() for _ in range(count)]
 
 
+@pytest.mark.usefixtures("read_whole")
 def test_batches_hold_the_tokens_of_their_windows(split: Split) -> None:
     with closing(loader(split, micro_batch=4)) as batches:
         for step in range(30):
@@ -128,6 +135,7 @@ def test_the_thread_stops_reading_when_enough_is_ready(split: Split, monkeypatch
         assert len(reads) == loader_module.CHUNKS_AHEAD + 1
 
 
+@pytest.mark.usefixtures("read_whole")
 def test_a_file_cut_short_while_training_is_a_storage_error(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loader_module, "CHUNK_TOKENS", 1)
     with closing(loader(split)) as batches:
@@ -140,12 +148,19 @@ def test_a_file_cut_short_while_training_is_a_storage_error(split: Split, monkey
             batches.next_step()
 
 
-def test_a_file_removed_while_training_does_no_harm(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("read_whole")
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_removed_or_replaced_while_training_does_no_harm(
+    replaced: bool, split: Split, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected = steps(split, 8)
     monkeypatch.setattr(loader_module, "CHUNK_TOKENS", 1)
     with closing(loader(split)) as batches:
         for shard in split.shards:
             Path(shard.filename).unlink()
+            if replaced:  # by a smaller dataset, as prepare --overwrite does
+                (tmp_path / "new").touch()
+                (tmp_path / "new").rename(shard.filename)
         for step in expected:
             assert torch.equal(batches.next_step()[0][0], step[0][0])
 
@@ -193,6 +208,7 @@ def evaluation(split: Split, rank: int, world_size: int, sequences: int = 50) ->
     )
 
 
+@pytest.mark.usefixtures("read_whole")
 @pytest.mark.parametrize("world_size", [1, 2, 3, 8, 20])
 def test_evaluation_computes_the_same_batches_for_any_number_of_ranks(split: Split, world_size: int) -> None:
     alone = evaluation(split, 0, 1)

@@ -3,8 +3,11 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -91,7 +94,7 @@ def cut_short(path: Path) -> None:
         file.truncate(path.stat().st_size - 2)
 
 
-def edit_meta(path: Path, change: Callable[[dict[str, object]], object]) -> None:
+def edit_meta(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
     meta = json.loads((path / "meta.json").read_text())
     change(meta)
     (path / "meta.json").write_text(json.dumps(meta))
@@ -112,7 +115,10 @@ def edit_meta(path: Path, change: Callable[[dict[str, object]], object]) -> None
             r"train-00000\.bin is cut short: 1,818 bytes instead of 1,820",
         ),
         (lambda path: cut_short(path / "val-00000.idx"), r"val-00000\.idx is cut short: 70 bytes instead of 72"),
-        (lambda path: (path / "val-00000.bin").unlink(), r"cannot read .*val-00000\.bin: No such file"),
+        (
+            lambda path: (path / "val-00000.bin").unlink(),
+            r"val-00000\.bin is missing: prepare it again",
+        ),
         (lambda path: (path / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
     ],
 )
@@ -121,6 +127,28 @@ def test_what_is_not_whole_is_not_opened(damage: Callable[[Path], object], reaso
     damage(tmp_path / "data")
     with pytest.raises(DataError, match=reason):
         open_dataset(tmp_path / "data")
+
+
+@pytest.mark.parametrize(("soft", "hard", "opens"), [(60, 4096, True), (60, 60, False)])
+def test_more_shards_than_open_files_are_allowed(soft: int, hard: int, opens: bool, tmp_path: Path) -> None:
+    write(tmp_path / "data", shard_tokens=1)  # 40 of them
+    for _ in range(3):
+        edit_meta(tmp_path / "data", lambda meta: meta["splits"]["train"].extend(meta["splits"]["train"]))
+    program = (
+        "import resource, sys; from pathlib import Path; from distgpt.errors import main_guard;"
+        "from distgpt.corpus.shards import open_dataset;"
+        f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}));"
+        "main_guard(lambda: open_dataset(Path(sys.argv[1])))"
+    )
+    done = subprocess.run([sys.executable, "-c", program, tmp_path / "data"], capture_output=True, text=True)
+    if opens:
+        assert (done.returncode, done.stderr) == (0, "")
+    else:
+        [line] = done.stderr.splitlines()
+        assert done.returncode == 65
+        assert line.endswith(
+            "Too many open files; raise ulimit -n, or prepare it again in fewer shards, with a larger --shard-tokens"
+        )
 
 
 def flip(path: Path, position: int, mask: int = 1) -> None:

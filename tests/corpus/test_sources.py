@@ -1,10 +1,13 @@
 """Sources: what counts as input, where it may be cut, and what damaged input says."""
 
+import errno
 import gzip
 import json
+import os
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -52,6 +55,65 @@ def test_a_folder_gives_its_texts_sorted_and_nothing_hidden(tmp_path: Path) -> N
     assert [(source.format, source.compression) for source in found] == [
         *(("jsonl", ".gz"), ("parquet", ""), ("text", ""), ("text", "")),
     ]
+
+
+def test_links_to_folders_are_followed_and_every_folder_is_entered_once(tmp_path: Path) -> None:
+    for name in ("in/own/a.txt", "elsewhere/b.txt"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        (tmp_path / name).touch()
+    for link, target in (("first", "../elsewhere"), ("second", "../elsewhere"), ("own/loop", ".."), ("own/self", ".")):
+        (tmp_path / "in" / link).symlink_to(target)
+    found = [Path(source.path).relative_to(tmp_path).as_posix() for source in expand(tmp_path / "in")]
+    assert found == ["in/first/b.txt", "in/own/a.txt"]
+
+
+def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("open/a.txt", "locked/b.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).touch()
+    scandir = os.scandir
+
+    def guarded(path: str) -> Any:
+        if Path(path).name == "locked":  # permissions do not stop root
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", guarded)
+    with pytest.raises(PermissionError, match=r"locked"):
+        expand(tmp_path)
+
+
+@pytest.mark.parametrize("values", [["."], ["*"], ["**/*"], ["a.txt", "b", "out", "out.partial"]])
+def test_the_output_is_no_input(values: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.txt", "b/c.txt", "out/meta.json", "out/d.txt", "out.partial/parts/e.txt"):
+        Path(name).parent.mkdir(parents=True, exist_ok=True)
+        Path(name).touch()
+    outputs = [tmp_path / "out", tmp_path / "out.partial"]
+    found = sources.expand(values, text_key="text", stdin=STDIN, left_out=outputs)
+    assert [source.path for source in found] == ["a.txt", "b/c.txt"]
+    with pytest.raises(DataError, match=r"--input names nothing but the output: out$"):
+        sources.expand(["out"], text_key="text", stdin=STDIN, left_out=outputs)
+    with pytest.raises(DataError, match=r"out\* holds no text"):
+        sources.expand(["out*"], text_key="text", stdin=STDIN, left_out=outputs)
+
+
+def test_a_pattern_may_match_a_folder_without_text(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "one.txt").touch()
+    assert [Path(source.path).name for source in expand(tmp_path / "*")] == ["one.txt"]
+
+
+@pytest.mark.parametrize("value", ["pipe.txt", "", "*"])
+def test_a_pipe_among_the_files_is_refused(value: str, tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe.txt")
+    with pytest.raises(UsageError, match=r"pipe\.txt is neither a file nor a folder: pipe it in with --input -"):
+        expand(tmp_path / value)
+
+
+def test_an_empty_input_is_not_the_current_folder() -> None:
+    with pytest.raises(UsageError, match="an --input is empty"):
+        expand("")
 
 
 def test_a_file_named_twice_is_read_once_and_a_pattern_takes_any_ending(tmp_path: Path) -> None:
@@ -161,6 +223,42 @@ def test_a_byte_order_mark_at_the_start_is_no_text_and_elsewhere_it_is(suffix: s
     assert "".join(marked) == "".join(plain)
     assert marked[0][:1] == plain[0][:1] != mark
     assert "".join(marked).count(mark) == 1
+
+
+@pytest.mark.parametrize("name", ["t.txt", "t.txt.gz", "t.jsonl"])
+def test_a_byte_order_mark_alone_is_an_empty_file(name: str, tmp_path: Path) -> None:
+    mark = "\ufeff".encode()
+    (tmp_path / name).write_bytes(gzip.compress(mark) if name.endswith(".gz") else mark)
+    assert read(expand(tmp_path / name)[0]) == []
+
+
+def test_zstandard_comes_in_small_reads_however_much_it_packs(tmp_path: Path) -> None:
+    (tmp_path / "t.txt.zst").write_bytes(zstandard.compress(b"a b " * 2**24))
+    sizes = []
+    with open(tmp_path / "t.txt.zst", "rb") as file:
+        stream = sources._ZstdStream(expand(tmp_path / "t.txt.zst")[0], file)
+        while chunk := stream.read(2**20):
+            sizes.append(len(chunk))
+    assert sum(sizes) == 2**26
+    assert max(sizes) < 2**24
+
+
+@pytest.mark.usefixtures("small_units")
+def test_pieces_of_parquet_are_cut_by_what_a_dictionary_stands_for(tmp_path: Path) -> None:
+    texts = ["long " * 100, "", "日本" * 100] * 200
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "t.parquet", use_dictionary=True)
+    pieces = read(expand(tmp_path / "t.parquet")[0])
+    assert [text for _, found in pieces for text in found] == texts
+    assert max(sum(len(text.encode()) for text in found) for _, found in pieces) < 6_000
+    assert max(len(found) for _, found in pieces) < 5_000 / 64
+
+
+def test_parquet_without_rows_is_empty(tmp_path: Path) -> None:
+    schema = pyarrow.schema([("text", pyarrow.string())])
+    pyarrow.parquet.ParquetWriter(tmp_path / "none.parquet", schema).close()
+    pyarrow.parquet.write_table(schema.empty_table(), tmp_path / "one.parquet")
+    for name in ("none.parquet", "one.parquet"):
+        assert read(expand(tmp_path / name)[0]) == []
 
 
 def test_where_a_byte_is_not_utf8_counts_the_mark(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import json
 import random
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +150,7 @@ def test_bpe_ids_are_hugging_face_s(trained: BpeTokenizer) -> None:
     for seed in range(200):
         text = nonsense(seed, 60) + LITERAL
         assert tokenizer.encode(text).tolist() == huggingface_ids(text, tokenizer)
-    assert tokenizer.agrees_with_huggingface([nonsense(1, 60)])
+    assert not tokenizer.is_slow
 
 
 def test_training_gives_the_same_vocabulary_for_any_number_of_threads(trained: BpeTokenizer) -> None:
@@ -199,12 +200,29 @@ def test_ids_that_do_not_follow_the_merges_are_still_right() -> None:
     assert tokenizer.encode("abc bc").tolist() == huggingface_ids("abc bc", tokenizer)
 
 
-def test_merges_that_the_fast_encoder_gets_wrong_are_noticed() -> None:
+def test_merges_that_the_fast_encoder_would_get_wrong_are_noticed_before_any_text() -> None:
     # "abc" has a merge of its own, but "bc" comes first and leaves nothing to merge "ab" with.
     tokenizer = crafted([["b", "c"], ["a", "b"], ["ab", "c"]], ["bc", "ab", "abc"])
-    assert not tokenizer.agrees_with_huggingface(["abc"])
-    tokenizer.use_huggingface()
+    assert tokenizer.is_slow
     assert tokenizer.encode("abc").tolist() == huggingface_ids("abc", tokenizer)
+
+
+def test_the_fast_encoder_is_taken_only_where_it_gives_hugging_face_s_ids() -> None:
+    source = random.Random(3)
+    slow = 0
+    for _ in range(300):
+        tokens, merges = ["a", "b", "c"], []
+        while len(merges) < 7:
+            left, right = source.choice(tokens), source.choice(tokens)
+            if left + right not in tokens and len(left + right) < 9:
+                merges.insert(source.choice([0, *[len(merges)] * 20]), [left, right])
+                tokens.append(left + right)
+        tokenizer = crafted(merges, tokens[3:])
+        slow += tokenizer.is_slow
+        for _ in range(20):
+            text = "".join(source.choices("abc ", k=40))
+            assert tokenizer.encode(text).tolist() == huggingface_ids(text, tokenizer)
+    assert 30 < slow < 270
 
 
 def test_two_merges_with_one_result_take_the_slow_encoder() -> None:
@@ -215,6 +233,32 @@ def test_two_merges_with_one_result_take_the_slow_encoder() -> None:
 def test_a_run_of_spaces_too_long_for_the_fast_encoder(trained: BpeTokenizer) -> None:
     text = " " * 1_050_000 + "the"
     assert trained.decode(trained.encode(text)) == text
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_a_text_that_is_not_utf8_is_one_clear_error(slow: bool, trained: BpeTokenizer) -> None:
+    tokenizer = crafted([["b", "c"], ["a", "b"], ["ab", "c"]], ["bc", "ab", "abc"]) if slow else trained
+    with pytest.raises(DataError, match=r"^'\\udce9' \(U\+DCE9\) in the text is no character: it must be UTF-8$"):
+        tokenizer.encode(b"caf\xe9".decode(errors="surrogateescape"))
+
+
+def test_a_long_run_without_a_space_is_learned_from_in_linear_time() -> None:
+    line = "".join(random.Random(1).choices("ACGT", k=300_000))  # uncut, about half a minute
+    started = time.monotonic()
+    assert train_bpe([line], 2_000).vocab_size == 2_000
+    assert time.monotonic() - started < 10
+
+
+def test_words_that_are_not_cut_give_hugging_face_s_own_vocabulary(trained: BpeTokenizer) -> None:
+    reference = tokenizers.Tokenizer(tokenizers.models.BPE())
+    reference.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    reference.decoder = tokenizers.decoders.ByteLevel()
+    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tokenizers.trainers.BpeTrainer(
+        vocab_size=400, min_frequency=2, initial_alphabet=alphabet, show_progress=False
+    )
+    reference.train_from_iterator([nonsense(seed, 300) for seed in range(20)], trainer)
+    assert trained.to_json() == reference.to_str()
 
 
 def test_a_tiktoken_file_gives_the_same_ids(trained: BpeTokenizer, tmp_path: Path) -> None:
