@@ -1,35 +1,53 @@
-# Sourced by the scripts beside it: enter the project, make sure of a .venv with distgpt and its pinned packages, and
-# find out how many ranks this host should have.
+# Sourced by the scripts beside it: make sure of a .venv with distgpt and its pinned packages in the project (`home`), and
+# find out what the options come to and how many ranks this host should have. The working directory stays the caller's,
+# as paths among the options are meant.
 # shellcheck shell=bash
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # environment [EXTRA,...]: install once, and again only when the requirements change, so that a later start needs no network.
 environment() {
-    local extras=${1:-} python candidate
-    if [[ ! -x .venv/bin/python ]]; then
-        for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
-            python=$(command -v "$candidate" || true)
-            if [[ -n $python ]] && "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then break; fi
-            python=
-        done
-        if [[ -z $python ]]; then
-            echo "distgpt: error: no Python 3.11 or newer was found: install one" >&2
-            exit 2
-        fi
-        echo "making .venv with $("$python" --version)"
-        "$python" -m venv .venv
-    fi
-    local wanted installed=.venv/distgpt-installed
-    wanted="$extras $(cat pyproject.toml requirements.lock | cksum)"
+    local extras=${1:-} venv=$home/.venv wanted
+    wanted="$extras $(cat "$home/pyproject.toml" "$home/requirements.lock" | cksum)"
     # Not from the start of the line: what was installed with extras serves without them, too.
-    if ! grep -qF "$wanted" "$installed" 2>/dev/null; then
+    if [[ ! -x $venv/bin/python ]] || ! grep -qF "$wanted" "$venv/distgpt-installed" 2>/dev/null; then
+        # What was broken off half way has a python and no pip.
+        "$venv/bin/pip" --version &>/dev/null || make_venv "$venv"
         echo "installing the pinned packages into .venv (PyTorch is large: this can take minutes)"
-        .venv/bin/python -m pip install --quiet --disable-pip-version-check \
-            --constraint requirements.lock --editable ".[parquet,zstd${extras:+,$extras}]"
-        echo "$wanted" >>"$installed"
+        "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
+            --constraint "$home/requirements.lock" --editable "${home}[parquet,zstd${extras:+,$extras}]"
+        echo "$wanted" >>"$venv/distgpt-installed"
     fi
-    PATH=$PWD/.venv/bin:$PATH
+    PATH=$venv/bin:$PATH
+}
+
+# make_venv DIR: with the first Python that is new enough.
+make_venv() {
+    local candidate
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "making .venv with $("$candidate" --version)"
+            rm -f "$1/distgpt-installed"
+            "$candidate" -m venv "$1"
+            return
+        fi
+    done
+    echo "distgpt: error: no Python 3.11 or newer was found: install one" >&2
+    exit 2
+}
+
+# settle OPTION ...: answer --help and --print-config, or say what is wrong in one line, which would drown in torchrun's
+# report. Sets `run_dir`, and `timeout` to health.timeout in whole seconds.
+settle() {
+    local settled
+    case " $* " in *" --help "* | *" -h "* | *" --print-config "*) exec python -m distgpt.train "$@" ;; esac
+    settled=$(python -c 'import math, os, sys
+from distgpt.config import resolve
+from distgpt.errors import main_guard
+config = main_guard(lambda: resolve(sys.argv[1:], os.environ))
+print(math.ceil(config.health.timeout), config.run_dir)' "$@")
+    # shellcheck disable=SC2034 # for the scripts that source this
+    read -r timeout run_dir <<<"$settled"
 }
 
 # default_ranks: one for each GPU that CUDA would see, else two, which share the cores, or one on a single core.

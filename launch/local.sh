@@ -6,15 +6,8 @@
 # flatten to 1.
 . "$(dirname "$0")/environment.sh"
 environment ""
-. launch/supervise.sh
-
-case " $* " in *" --help "* | *" -h "*) exec python -m distgpt.train --help ;; esac
-# A mistyped key is one clear line here; under torchrun it would drown in the agent's report.
-run_dir=$(python -c 'import os, sys
-from distgpt.config import resolve
-from distgpt.errors import main_guard
-print(main_guard(lambda: resolve([a for a in sys.argv[1:] if a != "--print-config"], os.environ)).run_dir)' "$@")
-case " $* " in *" --print-config "*) exec python -m distgpt.train "$@" ;; esac
+. "$home/launch/supervise.sh"
+settle "$@"
 
 ranks=${NPROC_PER_NODE:-$(default_ranks)}
 DISTGPT_EXIT_FILE=$(mktemp -d)/exit.json
@@ -26,19 +19,14 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # The seconds that ranks have to save once they are told to stop; torchrun kills them after 30 by default.
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
-newest_checkpoint() {
-    { find "$run_dir/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null || true; } | sort | tail -n 1
-}
-
 # launch OPTION ...: train until the end of torchrun. Leaves the exit code in `status` and, unless that is 0, `cause`.
 launch() {
     rm -f "$DISTGPT_EXIT_FILE"
     status=0 cause=
     # torchrun passes on only the signals it is told of, and SIGUSR1 would kill it.
-    start torchrun --standalone --nproc_per_node="$ranks" --max-restarts=3 \
+    run torchrun --standalone --nproc_per_node="$ranks" --max-restarts=3 \
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
-        -m distgpt.train "$@"
-    finish || status=$?
+        -m distgpt.train "$@" || status=$?
     if ((status == 0)); then return; fi
     status=75 cause="killed before any rank could say why: run it again to go on"
     if [[ -s $DISTGPT_EXIT_FILE ]]; then

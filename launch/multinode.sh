@@ -7,6 +7,7 @@
 #   NODES            how many hosts; MIN:MAX goes on with the hosts that are there, and takes in those that come later
 #   NPROC_PER_NODE   ranks on each host; the default is one a GPU, or two that share the CPU's cores
 #   JOIN_SECONDS     how long to wait for the other hosts (600)
+#                    (hosts that are given another run.dir are another job, and wait for hosts of their own)
 #   TRIES            how often to start again without a new checkpoint before giving up (10)
 #
 # First come the checks of python -m distgpt.doctor --distributed, then training. When hosts, ranks or the network fail,
@@ -16,7 +17,8 @@
 # Exits with the code of the run, which torchrun would flatten to 1.
 . "$(dirname "$0")/environment.sh"
 environment ""
-. launch/supervise.sh
+. "$home/launch/supervise.sh"
+settle "$@"
 
 JOIN_SECONDS=${JOIN_SECONDS:-600}
 TRIES=${TRIES:-10}
@@ -31,13 +33,13 @@ least=${BASH_REMATCH[1]} most=${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}
     usage "NODES=$NODES: the smaller number must be more than half of the larger one, so that only one side goes on when the network is cut"
 
 ranks=${NPROC_PER_NODE:-$(default_ranks)}
-# A mistake is one clear line here; under torchrun it would drown in the agents' reports.
-plan=$(python - "$least" "$most" "$ranks" "$@" <<'PYTHON'
+# As with all mistakes: one clear line here, not in the agents' reports.
+python - "$least" "$most" "$ranks" "$@" <<'PYTHON'
 import math, os, sys
-from distgpt.config import Config, resolve
+from distgpt.config import resolve
 from distgpt.errors import UsageError, main_guard
 least, most, ranks = map(int, sys.argv[1:4])
-def checked() -> Config:
+def check() -> None:
     config = resolve(sys.argv[4:], os.environ)
     if config.parallel.strategy == "diloco" and least < most:
         raise UsageError(f"NODES={os.environ['NODES']}: diloco keeps the number of its replicas, write NODES={most}")
@@ -49,12 +51,8 @@ def checked() -> Config:
                 f"train.global_batch {batch} does not divide over {nodes} hosts x {ranks} ranks x train.micro_batch "
                 f"{micro_batch}: take a multiple of {step}, which divides for NODES={os.environ['NODES']}"
             )
-    return config
-config = main_guard(checked)
-print(min(60, round(config.health.timeout)), round(config.health.timeout), config.run_dir)
+main_guard(check)
 PYTHON
-)
-read -r patience timeout run_dir <<<"$plan"
 
 # Told explicitly, since guessing from the hostname goes wrong where names are shared, missing or mean 127.0.1.1.
 route=$(python -m distgpt.cluster.network route "$head")
@@ -76,53 +74,18 @@ export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-# run COMMAND...: to its end; gives its exit code.
-run() {
-    local status=0
-    start "$@"
-    end_if_deaf "$child" >/dev/null &
-    local watch=$!
-    finish || status=$?
-    kill "$watch" 2>/dev/null || true
-    return "$status"
-}
-
-# end_if_deaf AGENT: a torchrun that the network cut off from the head waits for its answer for ever, deaf to signals and
-# to the end of its ranks. Once it has had ranks, and none for a while, it is killed; and so it is where all of them are
-# stopped for health.timeout, which would not end when it tells them to.
-end_if_deaf() {
-    local agent=$1 had_ranks='' seconds=0 limit
-    while kill -0 "$agent" 2>/dev/null; do
-        if has_ranks "$agent" ZT; then
-            had_ranks=yes seconds=0
-        elif [[ $had_ranks ]]; then
-            if has_ranks "$agent" Z; then limit=$timeout; else limit=$patience; fi
-            ((++seconds <= limit)) || kill -KILL "$agent" 2>/dev/null || true
-        fi
-        sleep 1
-    done
-}
-
-# has_ranks AGENT STATES: whether it has any that is in none of these states of /proc: Z, dead and not yet noticed by
-# the agent, T, stopped.
-has_ranks() {
-    local pid
-    for pid in $(cat "/proc/$1/task/$1/children" 2>/dev/null || true); do
-        grep -q "^State:[[:space:]]*[$2]" "/proc/$pid/status" 2>/dev/null || return 0
-    done
-    return 1
-}
-
-# on_all_hosts PORT ID LAST_CALL MODULE ARGUMENTS...
+# on_all_hosts PORT LAST_CALL MODULE ARGUMENTS...
+# Hosts find each other by their run directory: one of another job waits for its own, and leaves the others alone.
 # Every attempt has a store of its own, which ends with the head's torchrun, and no restart inside of it
 # (--max-restarts=0): after a network failure such a restart would wait for agents that cannot hear each other, and a
 # new attempt takes no longer. torchrun passes on only the signals it is told of, SIGUSR1 would kill it; and a large
 # model is not saved within the 30 seconds that it would wait.
 on_all_hosts() {
-    local port=$1 id=$2 last_call=$3
-    shift 3
+    local port=$1 last_call=$2 id
+    shift 2
+    id=$(cksum <<<"$run_dir")
     DISTGPT_EXIT_FILE=$report run torchrun --nnodes="$NODES" --nproc_per_node="$ranks" \
-        --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="$id" --local-addr="$address" \
+        --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="${id%% *}" --local-addr="$address" \
         --rdzv-conf="is_host=$is_host,join_timeout=$JOIN_SECONDS,last_call_timeout=$last_call" \
         --max-restarts=0 --monitor-interval=0.1 --shutdown-timeout=120 \
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
@@ -151,9 +114,7 @@ if found is not None:
 PYTHON
 }
 
-newest() { { find "$run_dir/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null || true; } | sort | tail -n 1; }
-
-attempts=0 tries=0 checked='' before=$(newest)
+attempts=0 tries=0 checked='' before=$(newest_checkpoint)
 while true; do
     [[ ! $signalled ]] || { status=75; break; }
     report=$scratch/exit-$((++attempts)).json
@@ -171,11 +132,11 @@ while true; do
         (($(<"$scratch/open") == port)) || phase=preflight
     fi
     if [[ $phase == preflight ]]; then
-        on_all_hosts "$((port + 1))" preflight 10 distgpt.doctor --distributed "$@" || status=$?
+        on_all_hosts "$((port + 1))" 10 distgpt.doctor --distributed "$@" || status=$?
         ((status == 0)) && checked=yes && continue
     else
         checked=yes
-        on_all_hosts "$port" train 3 distgpt.train "$@" || status=$?
+        on_all_hosts "$port" 3 distgpt.train "$@" || status=$?
         ((status == 0)) && break
     fi
     told=$(ending)
@@ -186,15 +147,16 @@ while true; do
         73) ((attempts > 2)) || { status=73; say "$cause"; break; } ;; # later, ranks of ours that are cut off hold it
         *) status=$code; say "$cause"; break ;;
     esac
-    [[ $(newest) == "$before" ]] || tries=0
-    before=$(newest)
+    cause=${cause:-no rank could say why, see above: have all hosts the same run.dir?}
+    [[ $(newest_checkpoint) == "$before" ]] || tries=0
+    before=$(newest_checkpoint)
     if ((++tries > TRIES)); then
-        say "gave up after $TRIES attempts without a new checkpoint: ${cause:-no rank could say why, see above}"
+        say "gave up after $TRIES attempts without a new checkpoint: $cause"
         status=75
         break
     fi
     ((is_host)) || checked=''
-    say "${cause:-the attempt ended without a report}; starting again (attempt $((attempts + 1)))"
+    say "$cause; starting again (attempt $((attempts + 1)))"
     sleep $((tries < 5 ? tries : 5)) || true # Ctrl-C ends it as well
 done
 exit "$status"

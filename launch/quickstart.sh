@@ -1,17 +1,17 @@
 #!/usr/bin/env bash
 # From nothing to a trained GPT, its loss curve and a text it wrote: Python's own standard library as the corpus.
 #   launch/quickstart.sh [--section.key=value ...]
+# What it makes, data/stdlib and runs/quickstart, is in the directory where it is started.
 . "$(dirname "$0")/environment.sh"
 environment ""
-case " $* " in *" --help "* | *" -h "*) exec python -m distgpt.train --help ;; esac
-run=$(python -m distgpt.train quickstart "$@" --print-config | sed -n 's/^dir = "\(.*\)"$/\1/p')
+settle quickstart "$@"
 
 python -m distgpt.prepare
-launch/local.sh quickstart "$@"
+"$home/launch/local.sh" quickstart "$@"
 echo
 echo "--- what it writes ---"
-python -m distgpt.sample "$run" --prompt "def " --tokens 400
+python -m distgpt.sample "$run_dir" --prompt "def " --tokens 400
 echo
-echo "loss curve: $run/plots/loss.png"
-echo "TensorBoard: .venv/bin/tensorboard --logdir $run/tb"
-echo "more text: .venv/bin/python -m distgpt.sample $run --prompt 'class '"
+echo "loss curve: $run_dir/plots/loss.png"
+printf 'TensorBoard: %q --logdir %q\n' "$home/.venv/bin/tensorboard" "$run_dir/tb"
+printf "more text: %q -m distgpt.sample %q --prompt 'class '\n" "$home/.venv/bin/python" "$run_dir"

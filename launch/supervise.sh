@@ -1,4 +1,5 @@
-# Sourced by the scripts beside it: a command in the background that is told once of what should stop it.
+# Sourced by the scripts beside it: a command in the background that is told once of what should stop it, and ended where
+# it cannot end by itself.
 # shellcheck shell=bash
 say() { echo "distgpt: $*" >&2 || true; } # a terminal may be gone
 
@@ -13,6 +14,17 @@ trap 'signalled=QUIT; kill -QUIT $child 2>/dev/null || true' QUIT
 
 # Where the script itself is killed, what it started saves and ends.
 if setpriv --pdeathsig TERM true 2>/dev/null; then orphaned=(setpriv --pdeathsig TERM); else orphaned=(env); fi
+
+# run COMMAND ...: to its end; gives its exit code. Needs `timeout`, see settle.
+run() {
+    local status=0 watch
+    start "$@"
+    end_if_deaf "$child" >/dev/null &
+    watch=$!
+    finish || status=$?
+    kill "$watch" 2>/dev/null || true
+    return "$status"
+}
 
 # start COMMAND ...: in a process group of its own (-m), since a terminal sends Ctrl-C to all of the script's. Sets `child`.
 start() {
@@ -32,4 +44,37 @@ finish() {
     wait "$child" || status=$?
     child=''
     return "$status"
+}
+
+# end_if_deaf AGENT: a torchrun that the network cut off from the head waits for its answer for ever, deaf to signals and
+# to the end of its ranks. Once it has had ranks, and none for a while, it is killed; and so it is where all of them are
+# stopped for health.timeout, which would not end when it tells them to.
+end_if_deaf() {
+    local agent=$1 had_ranks='' seconds=0 limit
+    while kill -0 "$agent" 2>/dev/null; do
+        if has_ranks "$agent" ZT; then
+            had_ranks=yes seconds=0
+        elif [[ $had_ranks ]]; then
+            if has_ranks "$agent" Z; then limit=${timeout:?}; else limit=$((timeout < 60 ? timeout : 60)); fi
+            if ((++seconds > limit)); then
+                say "all ranks are gone or stopped since $limit s: killing torchrun, which does not end by itself"
+                kill -KILL "$agent" 2>/dev/null || true
+            fi
+        fi
+        sleep 1
+    done
+}
+
+# has_ranks AGENT STATES: whether it has any that is in none of these states of /proc: Z, dead and not yet noticed by
+# the agent, T, stopped.
+has_ranks() {
+    local pid
+    for pid in $(cat "/proc/$1/task/$1/children" 2>/dev/null || true); do
+        grep -q "^State:[[:space:]]*[$2]" "/proc/$pid/status" 2>/dev/null || return 0
+    done
+    return 1
+}
+
+newest_checkpoint() {
+    { find "${run_dir:?}/checkpoints" -maxdepth 1 -name 'step-*' 2>/dev/null || true; } | sort | tail -n 1
 }

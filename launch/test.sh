@@ -3,6 +3,7 @@
 #   launch/test.sh [pytest options]
 . "$(dirname "$0")/environment.sh"
 environment test
+cd "$home"
 
 ruff check .
 ruff format --check .

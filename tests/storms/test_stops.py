@@ -1,4 +1,4 @@
-"""SIGSTOP of a random rank at random moments: it is named and ended, and the run goes on."""
+"""SIGSTOP of a random rank at random moments: it is named and ended, and the run goes on. So it does if all stop."""
 
 import os
 import random
@@ -43,3 +43,21 @@ def test_ranks_that_are_stopped_are_named_and_ended(
     )
     for row in launched.rows(counted, "SIGSTOP in"):
         table(note, row)
+
+
+def test_ranks_that_are_all_stopped_are_ended(
+    prepared: Path, undisturbed: Callable[[int], Path], tmp_path: Path, storm: Storm
+) -> None:
+    """No rank is left to name them, and torchrun waits for the end of those that it tells to end."""
+    steps = storm.steps(2)
+    job = launched.Launched(tmp_path / "storm", prepared, f"--train.steps={steps}", f"--health.timeout={LIMIT}")
+    for strike in (signal.SIGSTOP, signal.SIGKILL):
+        launched.moment("step", job, random.Random(storm.seed))
+        ranks = job.ranks()
+        os.kill(ranks[0], signal.SIGSTOP)
+        os.kill(ranks[1], strike)
+        struck = time.monotonic()
+        jobs.poll(lambda ranks=ranks: not any(map(jobs.alive, ranks.values())))
+        assert time.monotonic() - struck < LIMIT + 10
+    assert job.code() == 0, job.output()
+    launched.assert_same_run(job.run, undisturbed(steps))

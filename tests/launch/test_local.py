@@ -1,0 +1,22 @@
+"""launch/local.sh where the tests of endings and storms do not look."""
+
+from pathlib import Path
+
+from tests import jobs
+from tests.launch.launching import launch
+
+
+def test_paths_are_those_of_the_caller(prepared: Path, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "mine").symlink_to(prepared)
+    (tmp_path / "my.toml").write_text('run.dir = "runs/two steps"\ntrain.steps = 2\n')
+    flags = [flag for flag in jobs.TINY if not flag.startswith("--train.steps")]
+    done = launch(tmp_path, "local.sh", "my.toml", *flags, "--data.path=data/mine")
+    assert done.code == 0, done
+    assert jobs.checkpoints(tmp_path / "runs" / "two steps")[-1] == "step-00000002"
+
+
+def test_a_mistake_is_one_line(tmp_path: Path) -> None:
+    done = launch(tmp_path, "local.sh", "--train.step=5")
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr == "distgpt: error: unknown key train.step: did you mean train.steps?\n"
