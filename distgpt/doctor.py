@@ -35,14 +35,17 @@ if __name__ == "__main__":
     # Before torch, which takes seconds to import: --help and a mistyped key answer at once.
     CONFIG, DISTRIBUTED = main_guard(lambda: parse(sys.argv[1:]))
 
+import signal
+import socket
+import threading
 import traceback
 
 from distgpt.cluster.health import die_with_agent, outcome
-from distgpt.cluster.hosts import check_hosts
+from distgpt.cluster.hosts import LONGEST_SECONDS, check_hosts
 from distgpt.cluster.preflight import Finding, all_local_devices, check_machine, exit_code
 from distgpt.cluster.run_directory import write_exit_report
 from distgpt.cluster.runtime import this_rank
-from distgpt.errors import EXIT_BUG, EXIT_OK
+from distgpt.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK
 
 
 def main(config: Config, *, distributed: bool) -> int:
@@ -59,6 +62,9 @@ def main(config: Config, *, distributed: bool) -> int:
 def together(config: Config) -> int:
     """One rank of all; whatever it ends with is told to this host's launcher, since torchrun flattens it to 1."""
     die_with_agent()
+    limit = threading.Timer(LONGEST_SECONDS, give_up)
+    limit.daemon = True
+    limit.start()
     code = EXIT_OK
 
     def conclude(failures: list[Finding]) -> None:
@@ -74,6 +80,17 @@ def together(config: Config) -> int:
             traceback.print_exc()
         report(code, cause)
     return code
+
+
+def give_up() -> None:
+    """End this host's part: where the host that has torchrun's store hangs, every call to it waits without a limit."""
+    waited = f"{socket.gethostname()} has waited {LONGEST_SECONDS:.0f} s for the other hosts"
+    cause = f"{waited}: one of them hangs, perhaps {os.environ['MASTER_ADDR']}; run it again to go on"
+    report(EXIT_INTERRUPTED, cause)
+    print(f"distgpt: {cause}", file=sys.stderr, flush=True)
+    # torchrun as well, which would call that store before it ends. Its ranks end with it.
+    os.kill(os.getppid(), signal.SIGKILL)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def report(code: int, cause: str) -> None:

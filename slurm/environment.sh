@@ -1,4 +1,5 @@
-# Sourced by the scripts beside it, inside of a job and with $home set: the environment, and how a job goes on.
+# Sourced by the scripts beside it, inside of a job and with $home set: the environment, and how a job goes on. With
+# $stop_signal set, requests to stop are passed on to the command under supervision from here on, as this signal.
 # shellcheck shell=bash disable=SC2034
 #
 # DISTGPT_ENV=FILE is the one hook: a bash file that every node sources before it runs anything of ours. It loads modules,
@@ -17,22 +18,6 @@ fail() {
     say "error: $2"
     exit "$1"
 }
-
-if [[ -n ${DISTGPT_ENV:-} ]]; then
-    [[ -r $DISTGPT_ENV ]] || fail 2 "DISTGPT_ENV names $DISTGPT_ENV, which cannot be read"
-    # Modules and conda are not written for `set -eu`.
-    set +eu
-    # shellcheck source=/dev/null
-    . "$DISTGPT_ENV"
-    set -eu
-elif [[ -x ${home:?}/.venv/bin/python ]]; then
-    PATH=$home/.venv/bin:$PATH
-fi
-read -ra python <<<"${DISTGPT_RUN:-} python"
-# The code beside these scripts runs, whatever directory the job is in.
-export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
-# A log shows each line as it is written, and a rank that is killed takes none with it.
-export PYTHONUNBUFFERED=1
 
 # One task of an array has a name of its own; to requeue the bare number may mean the whole array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
@@ -54,18 +39,10 @@ own_address() {
 # require_progress FILE WORD: end the job if WORD, which changes with every step forward, is the same in too many attempts.
 require_progress() {
     local tries=${TRIES:-5}
-    echo "$2" >>"$1"
+    echo "$2" 2>/dev/null >>"$1" || fail 74 "no space left in $(dirname "$1"): make room and submit it again to go on"
     if (($(tail -n "$((tries + 1))" "$1" | grep -cxF -- "$2") > tries)); then
         fail 75 "gave up after $tries attempts that got no further than $2, see $(dirname "$1"): submit it again to go on"
     fi
-}
-
-# forward_as SIGNAL: from here on, pass a request to stop on to the command under supervision, as this signal.
-forward_as() {
-    stop_signal=$1 child=
-    # From --signal: the time limit is near.
-    trap 'say "SIGUSR1: asking for a save and an end"; pass_on' USR1
-    trap end_with_job TERM
 }
 
 pass_on() {
@@ -112,3 +89,42 @@ requeue() {
     fi
     exit 75
 }
+
+# require_python: end the job if there is none with distgpt's packages.
+require_python() {
+    local why
+    why=$("${python[@]}" -c 'import importlib.util, sys, distgpt.config
+importlib.util.find_spec("torch") or sys.exit("no torch")' 2>&1) ||
+        fail 2 "no python with distgpt's packages (${why##*$'\n'}): make ${home:?}/.venv or set DISTGPT_ENV"
+}
+
+# warn_of_time_limit MINUTES: --signal in the script comes so long before the time limit, or up to a minute earlier.
+warn_of_time_limit() {
+    local limit
+    limit=$(scontrol show job "$job" | sed -n 's/.*TimeLimit=00:0\([0-9]\):00 .*/\1/p')
+    if [[ -n $limit ]] && ((limit <= $1 + 1)); then
+        say "a time limit of $limit min leaves no time to work in: --signal=B:USR1@$((60 * $1)) stops each attempt at once; raise --time or lower --signal"
+    fi
+}
+
+if [[ -n ${stop_signal:-} ]]; then
+    # From --signal: the time limit is near.
+    trap 'say "SIGUSR1: asking for a save and an end"; pass_on' USR1
+    trap end_with_job TERM
+fi
+
+if [[ -n ${DISTGPT_ENV:-} ]]; then
+    [[ -r $DISTGPT_ENV ]] || fail 2 "DISTGPT_ENV names $DISTGPT_ENV, which cannot be read"
+    # Modules and conda are not written for `set -eu`.
+    set +eu
+    # shellcheck source=/dev/null
+    . "$DISTGPT_ENV"
+    set -eu
+elif [[ -x $home/.venv/bin/python ]]; then
+    PATH=$home/.venv/bin:$PATH
+fi
+read -ra python <<<"${DISTGPT_RUN:-} python"
+# The code beside these scripts runs, whatever directory the job is in.
+export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
+# A log shows each line as it is written, and a rank that is killed takes none with it.
+export PYTHONUNBUFFERED=1

@@ -15,6 +15,9 @@
 # Environment: DISTGPT_ENV and DISTGPT_HOME, as in slurm/train.sh.
 set -euo pipefail
 : "${SLURM_JOB_ID:?submit this with sbatch}"
+# Told to stop before environment.sh is there to pass it on.
+stop_signal=TERM stopped='' child=''
+trap 'stopped=yes' USR1
 
 # sbatch runs a copy of this file; Slurm remembers where it was.
 home=${DISTGPT_HOME:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(/.*\)/slurm/prepare\.sh.*|\1|p' | sed -n 1p)}
@@ -23,7 +26,8 @@ home=${DISTGPT_HOME:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=
     exit 2
 }
 . "$home/slurm/environment.sh"
-forward_as TERM
+require_python
+warn_of_time_limit 1
 
 tasks=$((${SLURM_ARRAY_TASK_MAX:-0} + 1))
 if ((${SLURM_ARRAY_TASK_MIN:-0} != 0 || ${SLURM_ARRAY_TASK_COUNT:-1} != tasks)); then

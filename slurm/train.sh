@@ -26,6 +26,9 @@
 # `squeue --me --format="%i %T %M %R %k"` shows step and ETA.
 set -euo pipefail
 : "${SLURM_JOB_ID:?submit this with sbatch}"
+# Told to stop before environment.sh is there to pass it on.
+stop_signal=USR1 stopped='' child=''
+trap 'stopped=yes' USR1
 
 # sbatch runs a copy of this file; Slurm remembers where it was.
 home=${DISTGPT_HOME:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(/.*\)/slurm/train\.sh.*|\1|p' | sed -n 1p)}
@@ -34,7 +37,8 @@ home=${DISTGPT_HOME:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=
     exit 2
 }
 . "$home/slurm/environment.sh"
-forward_as USR1
+require_python
+warn_of_time_limit 3
 
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     line=
@@ -43,6 +47,8 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     ((${#flags[@]})) || fail 2 "DISTGPT_SWEEP=${DISTGPT_SWEEP:-} holds no line of flags for task $SLURM_ARRAY_TASK_ID (from 0)"
     set -- "$@" "${flags[@]}"
 fi
+# What a later attempt finds in the run directory is the job's own.
+((attempt == 0)) || set -- "$@" --run.fresh=false
 gres=$(scontrol show node "$SLURMD_NODENAME" | sed -n 's/^ *Gres=//p')
 if [[ -z ${SLURM_GPUS_ON_NODE:-}${NPROC_PER_NODE:-} && $gres == *gpu* ]]; then
     fail 2 "$SLURMD_NODENAME has GPUs and the job asked for none: add --gpus-per-node=N, or NPROC_PER_NODE=2 for its CPUs"
@@ -84,6 +90,11 @@ comment() {
     scontrol update "JobId=$job" "Comment=$line" 2>/dev/null || true
 }
 
+# can_write: whether there is room for a rank to say how it ended.
+can_write() {
+    head -c 4096 /dev/zero 2>/dev/null >"$mine/probe" && rm "$mine/probe"
+}
+
 # on_all_nodes MODULE [OPTION ...]: run it under torchrun. Whatever ends it early ends this attempt, or the job.
 on_all_nodes() {
     local status=0 code="" cause="no rank could say how it ended, see $mine" ended
@@ -106,6 +117,8 @@ print(report["code"], report["cause"])' "$DISTGPT_EXIT_FILE")
         read -r code cause <<<"$ended"
     elif ((status == 0)); then
         code=0
+    elif ! can_write; then
+        code=74 cause="no space left in $run_dir: make room and submit it again to go on"
     fi
     case $code in
         0) ;;

@@ -1,6 +1,9 @@
 """python -m distgpt.doctor as a person runs it: what it says, and how it ends."""
 
 import json
+import os
+import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +13,16 @@ import pytest
 from distgpt.cluster.ownership import RunLock
 from distgpt.cluster.run_directory import RunPaths
 from tests import jobs
+
+# The doctor, soon out of patience.
+HASTY = """
+import os, sys
+from distgpt import config
+from distgpt.cluster import hosts
+hosts.LONGEST_SECONDS = 2.0
+from distgpt import doctor
+sys.exit(doctor.main(config.resolve(sys.argv[1:], os.environ), distributed=True))
+"""
 
 
 def checks(ended: jobs.Ended) -> dict[str, str]:
@@ -107,3 +120,26 @@ def test_distributed_on_one_host(data: str, tmp_path: Path) -> None:
     assert done.code == 1
     assert json.loads(report.read_text())["code"] == 2
     assert "FAIL  batch          train.global_batch 7 does not divide over 2 ranks" in done.stdout
+
+
+@jobs.linux_only
+def test_the_host_that_has_the_store_hangs(data: str, tmp_path: Path) -> None:
+    """The ranks wait for it in a call without a limit, and so would their own torchrun, once they have ended."""
+    (tmp_path / "hasty.py").write_text(HASTY)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+
+    def host(number: int) -> jobs.Job:
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=1", "--rdzv-id=hang"]
+        torchrun += ["--rdzv-backend=c10d", f"--rdzv-endpoint=127.0.0.1:{port}", "--local-addr=127.0.0.1"]
+        torchrun += [f"--rdzv-conf=is_host={int(number == 0)}", str(tmp_path / "hasty.py")]
+        return jobs.Job([*torchrun, *jobs.TINY, data], DISTGPT_EXIT_FILE=str(tmp_path / f"exit-{number}.json"))
+
+    first, second = host(0), host(1)
+    jobs.poll(lambda: jobs.ranks_of(second.pid))
+    os.kill(first.pid, signal.SIGSTOP)
+    for number, job in enumerate((first, second)):
+        assert job.finish().code == -signal.SIGKILL
+        report = json.loads((tmp_path / f"exit-{number}.json").read_text())
+        assert report["code"] == 75
+        assert "one of them hangs, perhaps 127.0.0.1" in report["cause"]

@@ -30,10 +30,11 @@ from distgpt.cluster.preflight import Finding, check_machine, existing, failure,
 from distgpt.cluster.runtime import Runtime
 from distgpt.config import Config, to_dict
 from distgpt.corpus.shards import Split, open_dataset
-from distgpt.errors import EXIT_DATA, EXIT_USAGE, DirectoryError, DistgptError, StorageError, UsageError
+from distgpt.errors import EXIT_DATA, EXIT_USAGE, DirectoryError, DistgptError, Interrupted, StorageError, UsageError
 
-# The longest that one host waits for another; a preflight is done in seconds.
+# The longest that one host waits for another, and that all checks take; a preflight is done in seconds.
 PATIENCE_SECONDS = 60.0
+LONGEST_SECONDS = 3 * PATIENCE_SECONDS
 CONNECT_SECONDS = 5.0
 OPEN_PORTS = "open all TCP ports between the hosts, check their routes"
 CLOCK_SECONDS = 1.0
@@ -69,7 +70,9 @@ class _Board:
             store: dist.Store = next(rendezvous("env://", timeout=timedelta(seconds=PATIENCE_SECONDS)))[0]
         except (dist.DistError, RuntimeError):
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            why = network.can_connect(address, port, timeout=CONNECT_SECONDS) or "it hangs"
+            why = network.can_connect(address, port, timeout=CONNECT_SECONDS)
+            if why is None:
+                raise Interrupted(f"{address} does not answer: it hangs or has ended") from None
             raise StorageError(f"{socket.gethostname()} cannot reach {address} ({why}): {OPEN_PORTS}") from None
         self.store = dist.PrefixStore("distgpt-preflight", store)
         self.runtime = runtime
@@ -79,11 +82,11 @@ class _Board:
         self.store.set(key, json.dumps(value))
 
     def read(self, key: str) -> Any:
-        """What was posted under `key`, when it is there. Raises StorageError if it does not come."""
+        """What was posted under `key`, when it is there. Raises Interrupted if it does not come: its host may hang."""
         try:
             self.store.wait([key], self.patience)
         except dist.DistError:
-            raise StorageError(f"no {key} within {self.patience.seconds} s: see what that one says") from None
+            raise Interrupted(f"no {key} within {self.patience.seconds} s: see what that one says") from None
         return json.loads(self.store.get(key))
 
     def leave_together(self) -> None:
@@ -107,14 +110,15 @@ def check_hosts(config: Config, runtime: Runtime, *, say: Say, conclude: Callabl
             for finding in stage(config, board):
                 say(finding)
                 told.append(finding)
-        except StorageError as error:
+        except Interrupted as error:
             if runtime.rank:
                 raise
             told.append(failure("hosts", error))
             say(told[-1])
+        verdict = f"word from the first host ({stage.__name__.strip('_')})"
         if runtime.rank == 0:
-            board.post(stage.__name__, [dataclasses.asdict(finding) for finding in told])
-        findings = [Finding(**finding) for finding in board.read(stage.__name__)]
+            board.post(verdict, [dataclasses.asdict(finding) for finding in told])
+        findings = [Finding(**finding) for finding in board.read(verdict)]
         failures = [finding for finding in findings if finding.level == "FAIL"]
         if failures:
             break
@@ -135,9 +139,10 @@ def nodes() -> int:
 
 
 def labels(everyone: Sequence[Facts]) -> list[str]:
-    """A name for each host, with its address where the name alone would not tell."""
+    """A name for each host, with its address, and its number too, where the name alone would not tell."""
     counts = Counter(facts.host for facts in everyone)
-    return [facts.host if counts[facts.host] == 1 else f"{facts.host} ({facts.address})" for facts in everyone]
+    names = [facts.host if counts[facts.host] == 1 else f"{facts.host} ({facts.address})" for facts in everyone]
+    return [name if names.count(name) == 1 else f"{name} #{number}" for number, name in enumerate(names, 1)]
 
 
 def agreement(check: str, values: Mapping[str, str], *, fix: str, code: int = EXIT_USAGE) -> Finding:

@@ -139,8 +139,12 @@ class Cluster:
 
     def end_of(self, job: str) -> dict[str, str]:
         """`scontrol show job` when it is over for good."""
-        self.wait_for(job, lambda: self.show(job)["JobState"] in ENDED)
+        self.wait_for(job, lambda: self.ended(job))
         return self.show(job)
+
+    def ended(self, job: str) -> bool:
+        """Whether it is over for good."""
+        return self.show(job)["JobState"] in ENDED
 
     def log(self, job: str) -> str:
         """What the batch script said, in all attempts."""

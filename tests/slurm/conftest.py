@@ -40,12 +40,14 @@ class Runs:
         paths = (f"--data.path={self._data}", f"--run.dir=runs/{name}")
         return self.cluster.sbatch(*sbatch, TRAIN, *FLAGS, *paths, *flags, **known)
 
-    def submit_held(self, name: str, *steps: int, sbatch: tuple[str, ...] = (), **variables: str) -> str:
+    def submit_held(
+        self, name: str, *steps: int, flags: tuple[str, ...] = (), sbatch: tuple[str, ...] = (), **variables: str
+    ) -> str:
         """Train in runs/NAME and hold the run at each of these steps; it is at the first of them."""
         self.directory(name).mkdir(parents=True)
         for step in steps:
             self._hold(name, step).touch()
-        job = self.submit(name, sbatch=sbatch, **variables)
+        job = self.submit(name, *flags, sbatch=sbatch, **variables)
         self.reach(job, name, steps[0])
         return job
 

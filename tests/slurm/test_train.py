@@ -66,8 +66,8 @@ def requeue(cluster: Cluster, job: str) -> None:
 
 
 def interrupt_twice(runs: Runs, run: str, *interruptions: Callable[[Cluster, str], None]) -> str:
-    """Each saves all that was learned, and requeues."""
-    job = runs.submit_held(run, 8, 16, sbatch=("--nodes=2", "--time=60"), NPROC_PER_NODE="1")
+    """Each saves all that was learned, and requeues. Only the first attempt is to find an empty run directory."""
+    job = runs.submit_held(run, 8, 16, flags=("--run.fresh",), sbatch=("--nodes=2", "--time=60"), NPROC_PER_NODE="1")
     for attempt, (interrupt, step) in enumerate(zip(interruptions, (8, 16), strict=True)):
         runs.reach(job, run, step)
         interrupt(runs.cluster, job)
@@ -168,13 +168,15 @@ def test_what_cannot_succeed_ends_with_one_line(runs: Runs) -> None:
     (runs.cluster.work / "killer").write_text('[[ " $* " == *torch.distributed.run* ]] && kill -KILL $$\nexec "$@"\n')
     known = (runs.cluster.work / "environment").read_text()
     (runs.cluster.work / "container").write_text(f'{known}DISTGPT_RUN="bash {runs.cluster.work / "killer"}"\n')
+    (runs.cluster.work / "packages").write_text("DISTGPT_RUN=no-such-command\n")
+    short = runs.submit("mistake", "--run.dri=x", sbatch=("--time=3",))
     endings = {
         runs.submit("hopeless", DISTGPT_ENV="container", TRIES="2"): (
             75,
             "2",
             r"gave up after 2 attempts that got no further than no checkpoint.*",
         ),
-        runs.submit("mistake", "--run.dri=x"): (2, "0", r"unknown key run\.dri: did you mean run\.dir\?"),
+        short: (2, "0", r"unknown key run\.dri: did you mean run\.dir\?"),
         runs.submit("mistake", "--data.path=nowhere"): (
             65,
             "0",
@@ -196,6 +198,11 @@ def test_what_cannot_succeed_ends_with_one_line(runs: Runs) -> None:
             "0",
             r"n\d has GPUs and the job asked for none: add --gpus-per-node=N, or NPROC_PER_NODE=2 for its CPUs",
         ),
+        runs.submit("mistake", DISTGPT_ENV="packages"): (
+            2,
+            "0",
+            r"no python with distgpt's packages \(.*no-such-command: command not found\): make .*",
+        ),
         runs.submit("mistake", DISTGPT_ENV="nowhere"): (2, "0", "DISTGPT_ENV names nowhere, which cannot be read"),
         f"{runs.submit('mistake', sbatch=('--array=0-0',))}_0": (
             2,
@@ -207,6 +214,38 @@ def test_what_cannot_succeed_ends_with_one_line(runs: Runs) -> None:
         ended = runs.cluster.end_of(job)
         assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{code}:0", restarts)
         assert re.fullmatch(message, one_error(runs.cluster.log(job)))
+        # As little as --signal asks for: Slurm sends it at once.
+        assert ("a time limit of 3 min leaves no time to work in" in runs.cluster.log(job)) == (job == short)
+
+
+def test_a_signal_before_the_start_requeues(runs: Runs) -> None:
+    """In whatever the user's own file does first, which may take long."""
+    work = runs.cluster.work
+    wait = "touch in-hook\nwhile [[ ! -e leave-hook ]]; do sleep 0.1; done\n"
+    (work / "slow").write_text((work / "environment").read_text() + wait)
+    job = runs.submit("early", DISTGPT_ENV="slow")
+    runs.cluster.wait_for(job, (work / "in-hook").exists)
+    runs.cluster.command("scancel", "--signal=USR1", "--batch", job)
+    runs.cluster.wait_for(job, lambda: "SIGUSR1" in runs.cluster.log(job) or runs.cluster.ended(job))
+    (work / "leave-hook").touch()
+    runs.cluster.wait_for(job, lambda: runs.cluster.show(job)["Restarts"] == "1" or runs.cluster.ended(job))
+    assert "stopped before the start; requeued to go on" in runs.cluster.log(job)
+    runs.cluster.command("scancel", job)
+
+
+def test_a_full_disk_is_not_tried_again(runs: Runs) -> None:
+    """Not even a rank's report of it finds room, nor what a second job would write first."""
+    parent = runs.directory("full")
+    parent.parent.mkdir(exist_ok=True)
+    with jobs.disk(parent, "size=16m") as disk:
+        first = runs.submit_held("full/run", 8)
+        jobs.fill(disk / "filler")
+        runs.release("full/run", 8)
+        for job in (first, runs.submit("full/run")):
+            ended = runs.cluster.end_of(job)
+            assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "74:0", "0")
+            assert re.match(r"no space left in runs/full/run\b.*: make room", one_error(runs.cluster.log(job)))
+            assert "write error" not in runs.cluster.log(job)
 
 
 def one_error(log: str) -> str:

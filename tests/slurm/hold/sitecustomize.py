@@ -1,6 +1,7 @@
-"""For the PYTHONPATH of ranks under test: RUN/checkpoints/NAME is not committed while there is a RUN/hold-NAME.
+"""For the PYTHONPATH of jobs under test: RUN/checkpoints/NAME is not committed while there is a RUN/hold-NAME, and
+OUTPUT.partial/parts/NAME of a preparation not while there is a hold-NAME beside OUTPUT.
 
-So a test knows what step a run is at, however fast or slow the machine.
+So a test knows how far a job has come, however fast or slow the machine.
 """
 
 import os
@@ -9,12 +10,16 @@ import time
 from pathlib import Path
 from typing import Any
 
+# How far above a directory its holds are.
+_LEVELS = {"checkpoints": 1, "parts": 2}
+
 
 def _hold(event: str, arguments: tuple[Any, ...]) -> None:
     if event != "os.rename":
         return
     committed = Path(os.fsdecode(arguments[1]))
-    while committed.parent.name == "checkpoints" and (committed.parent.parent / f"hold-{committed.name}").exists():
+    level = _LEVELS.get(committed.parent.name)
+    while level and (committed.parents[level] / f"hold-{committed.name}").exists():
         time.sleep(0.02)
 
 
