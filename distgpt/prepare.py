@@ -185,12 +185,12 @@ def _prepare_share(
     def set_up(directory: Path) -> None:
         _tokenizer(found, given, options, directory, workers)
 
-    with staging.shared(output, _job(found, settings), set_up) as directory:
+    def is_set_up(directory: Path) -> bool:
+        return _saved_tokenizer(directory) is not None
+
+    with staging.shared(output, _job(found, settings), set_up, is_set_up) as directory:
         tokenizer = _saved_tokenizer(directory)
-        if tokenizer is None:
-            raise StorageError(
-                f"{directory / TOKENIZER} is missing or damaged: start again when the other tasks have ended"
-            )
+        assert tokenizer is not None, "it is set up"
         _encode(share, found, tokenizer, directory, workers)
     # Of the tasks that let go of the directory, the last gets it for itself and finds every part there.
     with suppress(DirectoryError), staging.staging(output) as directory:

@@ -1,6 +1,7 @@
 """`python -m distgpt.prepare --task I/N`: several processes, on one host or many, write what one writes."""
 
 import fcntl
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -18,6 +19,21 @@ from distgpt.prepare import main
 sources.UNIT_BYTES = 2**16
 if __name__ == "__main__":
     main_guard(main)
+"""
+
+
+# Where it is told to, the process dies while it learns a vocabulary, once there is a file of this name.
+DIES_LEARNING = """
+import os, signal, time
+from distgpt.corpus import pipeline
+
+def die(*arguments, **options):
+    while not os.path.exists(os.environ["DIES_AFTER"]):
+        time.sleep(0.01)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if "DIES_AFTER" in os.environ:
+    pipeline.trained_bpe = die
 """
 
 
@@ -61,17 +77,37 @@ def test_tasks_at_once_and_one_after_the_other_write_what_one_process_writes(
     assert (late.code, "already prepared" in late.stdout) == (0, True)
 
 
-def test_tasks_of_another_job_are_refused_while_one_is_at_work(options: list[str], tmp_path: Path) -> None:
+def test_tasks_of_another_job_are_refused_and_take_no_parts(options: list[str], tmp_path: Path) -> None:
     output = tmp_path / "out"
     program = [sys.executable, str(tmp_path / "program.py"), *options, "--output", str(output)]
     assert jobs.run([*program, "--task", "0/2"]).code == 0
-    with (tmp_path / "out.partial" / "lock").open() as lock:
-        fcntl.flock(lock, fcntl.LOCK_SH)
-        other = jobs.run([*program, "--task", "1/2", "--val-fraction", "0.2"])
-    assert (other.code, other.error_lines) == (
-        73,
-        [f"distgpt: error: another process is preparing {output}, or has just done so: start again"],
-    )
+    for held in (True, False):
+        with (tmp_path / "out.partial" / "lock").open() as lock:
+            if held:
+                fcntl.flock(lock, fcntl.LOCK_SH)
+            other = jobs.run([*program, "--task", "1/2", "--val-fraction", "0.2"])
+        line = f"distgpt: error: {output}.partial is for another input or other options: finish that job or remove it"
+        assert (other.code, other.error_lines) == (73, [line])
+    last = jobs.run([*program, "--task", "1/2"])
+    assert "prepared    " in last.stdout, last
+
+
+@jobs.linux_only
+def test_a_task_that_is_killed_while_it_learns_the_vocabulary_leaves_that_to_the_next(
+    options: list[str], tmp_path: Path
+) -> None:
+    (tmp_path / "program.py").write_text(DIES_LEARNING + SMALL_UNITS)
+    command = [sys.executable, str(tmp_path / "program.py"), *options, "--output", str(tmp_path / "out")]
+    first = subprocess.Popen([*command, "--task", "0/2"], env=jobs.environment(DIES_AFTER=str(tmp_path / "second")))
+    jobs.poll((tmp_path / "out.partial" / "job.json").exists)
+    second = subprocess.Popen([*command, "--task", "1/2"], env=jobs.environment(), stdout=subprocess.PIPE, text=True)
+    jobs.poll(lambda: waits_for_a_lock(second.pid))
+    (tmp_path / "second").touch()
+    assert first.wait() == -signal.SIGKILL
+    said, _ = second.communicate()
+    assert (second.returncode, "task 1 of 2 is done" in said) == (0, True), said
+    again = jobs.run([*command, "--task", "0/2"])
+    assert "prepared    " in again.stdout, again
 
 
 @pytest.mark.parametrize("task", ["3/3", "1", "-1/2", "a/b"])
@@ -92,6 +128,11 @@ def test_what_tasks_cannot_do(tmp_path: Path) -> None:
             2,
             ["distgpt: error: --task goes without --overwrite and without standard input"],
         )
+
+
+def waits_for_a_lock(pid: int) -> bool:
+    locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
+    return any(line[1] == "->" and line[5] == str(pid) for line in locks)
 
 
 def contents(directory: Path) -> dict[str, bytes]:

@@ -52,23 +52,33 @@ def staging(output: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def shared(output: Path, job: Mapping[str, Any], set_up: Callable[[Path], None]) -> Iterator[Path]:
+def shared(
+    output: Path, job: Mapping[str, Any], set_up: Callable[[Path], None], is_set_up: Callable[[Path], bool]
+) -> Iterator[Path]:
     """The staging directory of `output`, held together with other processes that do a part of the same job each.
 
-    Whoever has it alone sets it up, which does no harm a second time; then all may write parts, and none commit.
-    Raises DirectoryError where something else is prepared in it or it cannot be made.
+    Whoever has it alone sets it up, which does no harm a second time; if that is interrupted, another one does. Then
+    all may write parts, and none commit. Raises DirectoryError where something else is prepared in it or it cannot be
+    made.
     """
-    with suppress(DirectoryError), staging(output) as directory:
-        begin(directory, job)
-        set_up(directory)
-    directory = directory_of(output)
-    lock = _lock(directory, output, fcntl.LOCK_SH)
-    try:
-        if _job_of(directory) != job:
-            raise DirectoryError(f"another process is preparing {output}, or has just done so: start again")
-        yield directory
-    finally:
-        os.close(lock)
+    while True:
+        with suppress(DirectoryError), staging(output) as directory:
+            if _job_of(directory) in (None, job):  # the parts of another job may be those of tasks that are to come
+                begin(directory, job)
+                set_up(directory)
+        directory = directory_of(output)
+        lock = _lock(directory, output, fcntl.LOCK_SH)
+        try:
+            found = _job_of(directory)
+            if found is None:
+                raise DirectoryError(f"another process has just prepared {output}: start again")
+            if found != job:
+                raise DirectoryError(f"{directory} is for another input or other options: finish that job or remove it")
+            if is_set_up(directory):
+                yield directory
+                return
+        finally:
+            os.close(lock)
 
 
 def begin(directory: Path, job: Mapping[str, Any]) -> None:
