@@ -6,11 +6,14 @@ A user's mistake is an exception with one clear line: what is wrong, where, and 
 
 import argparse
 import errno
+import io
 import os
+import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from types import FrameType
 from typing import NoReturn, TypeVar
 
 T = TypeVar("T")
@@ -23,6 +26,7 @@ EXIT_CANNOT_CREATE = 73
 EXIT_IO = 74
 EXIT_INTERRUPTED = 75
 
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # Seconds that a rank leaves rank 0 to find the same mistake and say it: the first rank to end has torchrun end all.
 PATIENCE = 30.0
 
@@ -63,15 +67,31 @@ class Interrupted(DistgptError):
     code = EXIT_INTERRUPTED
 
 
+def enter() -> None:
+    """A door's first line: what asks it to stop ends it without a word, also in the seconds of importing torch.
+
+    What it says is said with "?" for a character that whoever reads it cannot show.
+    """
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+            signal.signal(number, _leave_interrupted)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _leave_interrupted(number: int, frame: FrameType | None) -> NoReturn:
+    # Not by an exception: what imports would print it, or go on without what it was importing.
+    os._exit(EXIT_INTERRUPTED)
+
+
 def main_guard(main: Callable[[], T]) -> T:
-    """Return `main()`, or end the process with a DistgptError's code and its line on stderr, from rank 0 alone."""
+    """Return `main()`, or end the process with a DistgptError's code and its line on stderr, from rank 0 if it can."""
     try:
         return main()
     except DistgptError as error:
-        if os.environ.get("RANK", "0") == "0":
-            print(f"distgpt: error: {error}", file=sys.stderr, flush=True)
-        else:
-            time.sleep(PATIENCE)
+        if os.environ.get("RANK", "0") != "0":
+            time.sleep(PATIENCE)  # by then torchrun has ended this rank, unless it alone found the mistake
+        print(f"distgpt: error: {error}", file=sys.stderr, flush=True)
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from distgpt.errors import Parser, main_guard
+from distgpt.errors import Parser, enter, main_guard
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -18,6 +18,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     # Before torch, which takes seconds to import: --help and a mistyped flag answer at once.
+    enter()
     ARGUMENTS = main_guard(parse_arguments)
 
 import sys

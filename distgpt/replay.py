@@ -8,7 +8,7 @@ It leaves the run directory as it is.
 
 import argparse
 
-from distgpt.errors import Parser, main_guard
+from distgpt.errors import Parser, enter, main_guard
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -25,6 +25,7 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     # Before torch, which takes seconds to import: --help and a mistyped flag answer at once.
+    enter()
     ARGUMENTS = main_guard(parse_arguments)
 
 from contextlib import closing, suppress

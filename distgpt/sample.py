@@ -2,7 +2,7 @@
 
 import argparse
 
-from distgpt.errors import Parser, main_guard
+from distgpt.errors import Parser, enter, main_guard
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -30,11 +30,10 @@ def parse_arguments() -> argparse.Namespace:
 
 if __name__ == "__main__":
     # Before torch, which takes seconds to import: --help and a mistyped flag answer at once.
+    enter()
     ARGUMENTS = main_guard(parse_arguments)
 
 import codecs
-import io
-import sys
 from pathlib import Path
 
 import torch
@@ -46,8 +45,6 @@ from distgpt.model.generate import generate
 
 def main(arguments: argparse.Namespace) -> None:
     """Load, then write each sample to stdout as its tokens come."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal may not know every character that the model does
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, _ = load_for_inference(Path(arguments.run), device)
     try:

@@ -8,20 +8,22 @@ position in the global batch), whatever the number of ranks and however often th
 
 import sys
 
-from distgpt.cluster.health import Run, die_with_agent, leave_if_hopeless
+from distgpt.cluster.health import SIGHT, Run, die_with_agent, leave_if_hopeless
 from distgpt.cluster.run_directory import RunPaths
 from distgpt.config import Config, config_from_command_line, to_dict, to_toml
-from distgpt.errors import main_guard
+from distgpt.errors import enter, main_guard
 
 ABOUT = "Train a GPT on a prepared corpus, or go on with the run in its run directory."
 
 if __name__ == "__main__":
     # Before torch, which takes seconds to import: no rank outlives its agent, --help and a mistyped key answer at once.
+    enter()
     die_with_agent()
     CONFIG = main_guard(lambda: config_from_command_line(sys.argv[1:], prog="distgpt.train", about=ABOUT))
-    leave_if_hopeless(RunPaths(CONFIG.run_dir))
+    main_guard(lambda: leave_if_hopeless(RunPaths(CONFIG.run_dir)))
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from contextlib import closing
@@ -37,6 +39,7 @@ from distgpt.cluster.diloco import OuterOptimizer
 from distgpt.cluster.evaluation import evaluate
 from distgpt.cluster.manifest import committed
 from distgpt.cluster.mesh import replicas_apart
+from distgpt.cluster.ownership import Owner
 from distgpt.cluster.parallel import (
     autocast,
     bare,
@@ -45,13 +48,21 @@ from distgpt.cluster.parallel import (
     inference,
     micro_batch_size,
 )
-from distgpt.cluster.reduction import agreed, from_rank_zero, grad_norm_of, require_agreement, weights_are_finite
+from distgpt.cluster.reduction import (
+    agreed,
+    from_rank_zero,
+    gathered,
+    grad_norm_of,
+    hosts_of_ranks,
+    require_agreement,
+    weights_are_finite,
+)
 from distgpt.cluster.retention import checkpoint_bytes, require_space
-from distgpt.cluster.runtime import Runtime, compute_dtype, joined, restarted, this_rank
+from distgpt.cluster.runtime import SLOWEST_DISK, Runtime, compute_dtype, joined, restarted, this_rank
 from distgpt.cluster.save_interval import SaveInterval
 from distgpt.cluster.step import accumulate_gradients, update
 from distgpt.cluster.store import require_writable
-from distgpt.cluster.watchdog import Watchdog
+from distgpt.cluster.watchdog import JOINING, Watchdog
 from distgpt.corpus.loader import EvaluationBatches, Loader
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset, write_file
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
@@ -69,6 +80,7 @@ def main(config: Config) -> None:
     """Check, join the other ranks, train, leave. Whatever ends the run early ends this process."""
     health = config.health
     with Run(RunPaths(config.run_dir), int(os.environ.get("RANK", "0"))) as run, Watchdog(run, health) as watchdog:
+        watchdog.beat("checking the start", health.start_timeout)
         runtime = this_rank()
         dataset = open_dataset(Path(config.data.path))
         micro_batch = micro_batch_size(config, runtime)
@@ -78,13 +90,31 @@ def main(config: Config) -> None:
             if config.run.fresh and not restarted() and committed(run.paths.checkpoints):
                 raise DirectoryError(f"{run.paths.root} holds checkpoints: --run.fresh wants an empty run directory")
             require_writable(run.paths.checkpoints)
+            size = 2 * (dataset.train.tokens + dataset.val.tokens)
+            watchdog.beat("verifying the data", health.start_timeout + size / SLOWEST_DISK)
             verify_dataset(dataset)
             warn_if_full(run, config, dataset, runtime)
-            watchdog.beat("waiting for the other ranks to join", health.start_timeout)
+            watchdog.beat(JOINING, health.start_timeout)
+        else:
+            watchdog.beat("waiting for rank 0 to check the data", math.inf)
         with joined(runtime, timeout=health.collective_timeout, met=watchdog.connect):
-            run.joined(from_rank_zero(run.owner, runtime))
-            require_agreement({**to_dict(config), "data": dataset.fingerprint}, runtime)
+            watchdog.beat("agreeing with the other ranks", health.start_timeout + SIGHT)
+            asked = to_dict(config)
+            del asked["run"]["fresh"]  # which a launcher that starts again takes back
+            require_agreement({**asked, "data": dataset.fingerprint}, runtime)
+            owner = from_rank_zero(run.owner, runtime)
+            require_shared(run, owner, runtime)
+            run.joined(owner)
             train(config, run, watchdog, runtime, dataset, micro_batch)
+
+
+def require_shared(run: Run, owner: Owner | None, runtime: Runtime) -> None:
+    """Raise DirectoryError on all ranks unless all of them see the run directory that rank 0 took as `owner`."""
+    seen = gathered([run.sees(owner)], runtime)
+    blind = {host for host, (sees,) in zip(hosts_of_ranks(runtime), seen, strict=True) if not sees}
+    if blind:
+        hosts = ", ".join(sorted(blind))
+        raise DirectoryError(f"{hosts} does not see {run.paths.root}: is it on a shared disk?")
 
 
 def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, dataset: Dataset, micro_batch: int) -> None:
@@ -253,7 +283,7 @@ def require_finite_weights(model: nn.Module, step: int, runtime: Runtime, finish
     """Raise DataError on all ranks rather than keep or try weights that an update made NaN or infinite."""
     if not weights_are_finite(model, runtime):
         finish_save()
-        raise DataError(f"the update of step {step} left weights that are not finite: nothing is saved; lower optim.lr")
+        raise DataError(f"weights are not finite after step {step}: nothing is saved; lower optim.lr")
 
 
 def warn_if_full(run: Run, config: Config, dataset: Dataset, runtime: Runtime) -> None:

@@ -11,7 +11,7 @@ from distgpt import errors
 
 
 def ended(body: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A door whose main is `body`."""
+    """A door whose main is `body`, and with which no rank has patience."""
     quick = "import distgpt.errors; distgpt.errors.PATIENCE = 0"
     program = f"from distgpt.errors import *\n{quick}\ndef main():\n    {body}\nmain_guard(main)\n"
     environment = {name: value for name, value in os.environ.items() if name != "RANK"} | variables
@@ -34,11 +34,10 @@ def test_what_a_user_can_act_on_is_one_line_and_an_exit_code(name: str, code: in
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "distgpt: error: do this\n")
 
 
-def test_only_rank_0_speaks() -> None:
-    done = ended("raise UsageError('do this')", RANK="0")
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_alone_finds_a_mistake_says_so(rank: str) -> None:
+    done = ended("raise UsageError('do this')", RANK=rank)
     assert (done.returncode, done.stderr) == (2, "distgpt: error: do this\n")
-    done = ended("raise UsageError('do this')", RANK="1")
-    assert (done.returncode, done.stderr) == (2, "")
 
 
 def test_another_rank_leaves_rank_0_time_to_speak() -> None:
@@ -64,6 +63,23 @@ def test_a_bug_keeps_its_traceback() -> None:
 def test_control_c_is_quiet() -> None:
     done = ended("raise KeyboardInterrupt")
     assert (done.returncode, done.stderr) == (75, "")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_ends_a_door_that_has_only_been_entered(name: str) -> None:
+    done = ended(f"import signal; enter(); signal.raise_signal(signal.{name})")
+    assert (done.returncode, done.stderr) == (75, "")
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    hang_up = "signal.SIGHUP"  # as nohup does
+    done = ended(f"import signal; signal.signal({hang_up}, signal.SIG_IGN); enter(); signal.raise_signal({hang_up})")
+    assert done.returncode == 0
+
+
+def test_what_stdout_cannot_show_is_no_error() -> None:
+    done = ended("enter(); print('run_ü')", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, "run_?\n")
 
 
 def test_a_full_disk_behind_stdout_is_one_clear_line() -> None:

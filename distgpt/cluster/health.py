@@ -19,7 +19,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self, TextIO
 
-from distgpt.cluster.ownership import Owner, RunLock, loss_of
+from distgpt.cluster.ownership import Owner, RunLock, loss_of, owner_of_this_job
 from distgpt.cluster.run_directory import (
     RunPaths,
     code_of_this_job,
@@ -35,6 +35,7 @@ from distgpt.errors import (
     EXIT_OK,
     EXIT_USAGE,
     PATIENCE,
+    STOP_SIGNALS,
     DistgptError,
 )
 
@@ -43,10 +44,11 @@ log.addHandler(logging.NullHandler())
 log.propagate = False  # what a person should read is printed; the log is for logs/
 logging.raiseExceptions = False  # a line of it that a full disk has no room for is lost, without a traceback on stderr
 
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # Has a rank write the stacks of all its threads to its log, whatever it does.
 STACKS_SIGNAL = signal.SIGUSR2
 PR_SET_PDEATHSIG = 1
+# Seconds for which a network file system may answer from what it remembers of a directory: acdirmax of nfs(5).
+SIGHT = 60.0
 
 
 def die_with_agent() -> None:
@@ -166,6 +168,17 @@ class Run:
         faulthandler.enable(stream)
         faulthandler.register(STACKS_SIGNAL, stream)
 
+    def sees(self, owner: Owner | None) -> bool:
+        """Whether the run directory of this rank is the one that rank 0 took as `owner`; may take SIGHT seconds."""
+        deadline = time.monotonic() + SIGHT
+        while True:
+            with suppress(OSError):
+                if owner is None or loss_of(self.paths, owner) is None:
+                    return True
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.5)
+
     def require_owned(self) -> None:
         """End this process, from whichever thread, if another job has taken the run directory. Raises OSError."""
         if self.owner and (line := loss_of(self.paths, self.owner)):
@@ -185,12 +198,17 @@ class Run:
             return
         code, cause = outcome(error, training=not self._starting)
         log.error("%s", cause, exc_info=error if code == EXIT_BUG else None)
-        if self.report(code, cause):
-            if code == EXIT_BUG:
-                traceback.print_exception(error)
-            print(f"distgpt: {cause}" if code == EXIT_INTERRUPTED else f"distgpt: error: {cause}", file=sys.stderr)
-        if self.rank and not self._writes_report:
+        alone = self.rank != 0 and not self._writes_report
+        told = self.report(code, cause)
+        if code == EXIT_BUG and (told or alone):
+            traceback.print_exception(error)
+        if told:
+            _say(code, cause)
+        if alone:
             time.sleep(PATIENCE)  # until torchrun's SIGTERM, as soon as rank 0 has left
+            # It has not: what went wrong did so here alone.
+            if self.report(code, cause, for_host=True) and not told:
+                _say(code, cause)
         self._release()
         _leave(code)
 
@@ -198,7 +216,10 @@ class Run:
         """Whether it falls to this rank to say why the run ended; does not return if another job has it by now.
 
         `for_host`: whether this rank speaks for its host if not all have joined; None: if it is the first one there.
+        Where it does, and rank 0 has the run directory, it does so in there: what rank 0 finds to say comes second.
         """
+        if for_host and self.rank and not self._writes_report:
+            self._report_as_joined()
         with suppress(OSError):
             self.require_owned()
         if self._writes_report:
@@ -214,6 +235,12 @@ class Run:
                 self._lock = RunLock(self.paths, wait=False)
         paths, fence = (self.paths, self._lock.owner.fence) if self._lock else (None, 0)
         return write_exit_report(paths, code=code, cause=cause, rank=0, step=None, fence=fence)
+
+    def _report_as_joined(self) -> None:
+        """If rank 0 has the run directory by now."""
+        with suppress(OSError):
+            self.owner = owner_of_this_job(self.paths)
+            self._writes_report = self.owner is not None
 
     def _leave_to(self, line: str) -> NoReturn:
         """End this process, whose run directory is another job's by now; rank 0 says so in `line`."""
@@ -240,9 +267,13 @@ class Run:
                     f"interrupted by {signal.Signals(received[0]).name} before the first step: run it again to go on"
                 )
                 if self.report(EXIT_INTERRUPTED, cause):
-                    print(f"distgpt: {cause}", file=sys.stderr)
+                    _say(EXIT_INTERRUPTED, cause)
                 self._release()
                 _leave(EXIT_INTERRUPTED)
+
+
+def _say(code: int, cause: str) -> None:
+    print(f"distgpt: {cause}" if code == EXIT_INTERRUPTED else f"distgpt: error: {cause}", file=sys.stderr)
 
 
 def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:
@@ -258,6 +289,11 @@ def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     if out_of_memory or "DefaultCPUAllocator" in text:
         return EXIT_USAGE, f"out of memory ({first_line}): lower train.micro_batch or shard with parallel.strategy=fsdp"
+    if first_line.startswith("CUDA error") and "device-side assert" not in text:
+        # Of a device that is broken or was lost; launchers give up where starting again does not help.
+        return EXIT_INTERRUPTED, f"{first_line}: run it again to go on"
+    if "InvalidCxxCompiler" in text:
+        return EXIT_USAGE, "torch.compile found no C++ compiler that works: install g++, or set train.compile=false"
     if isinstance(error, OSError):
         return EXIT_IO, f"{error.strerror or first_line}{f': {error.filename}' if error.filename else ''}"
     return EXIT_BUG, f"{type(error).__name__}: {first_line}"

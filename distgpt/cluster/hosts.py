@@ -41,8 +41,8 @@ CLOCK_SECONDS = 1.0
 # A network file system may show a new file late.
 VISIBLE_SECONDS = 10.0
 SAMPLES, SAMPLE_TOKENS = 256, 2048
-# What may differ: each host may keep a copy of the data where it likes, if it is the same data.
-LOCAL_KEYS = ("data.path",)
+# What may differ: where each host has its copy of the data, and whether its launcher started again.
+LOCAL_KEYS = ("data.path", "run.fresh")
 
 
 @dataclass(frozen=True)

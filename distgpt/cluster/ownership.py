@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distgpt.cluster.run_directory import RunPaths
+from distgpt.cluster.run_directory import RunPaths, this_job
 from distgpt.errors import DirectoryError, StorageError
 
 RENEWAL, LEASE = 2.0, 10.0  # seconds
@@ -34,13 +34,17 @@ RECORD_BYTES = 512  # always the same, so that a renewal neither grows nor short
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that took a run directory. `boot` tells kernels apart: within one, a flock is the whole truth."""
+    """A process that took a run directory. `boot` tells kernels apart: within one, a flock is the whole truth.
+
+    `job`: what its torchrun has in common with no other.
+    """
 
     fence: int
     host: str
     boot: str
     pid: int
     started: str
+    job: str | None = None
 
     def __str__(self) -> str:
         return f"pid {self.pid} on {self.host} since {self.started}"
@@ -81,10 +85,12 @@ class RunLock:
         try:
             found = _read(before)
             fence = found.owner.fence + 1 if found else _first_fence(before)
-            self.owner = Owner(fence, socket.gethostname(), _boot(), os.getpid(), time.strftime("%Y-%m-%d %H:%M:%S %z"))
+            started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+            self.owner = Owner(fence, socket.gethostname(), _boot(), os.getpid(), started, this_job())
             # How the last run ended says nothing of this one. Before LOCK is in place: afterwards it may be another's.
             paths.exit_report.unlink(missing_ok=True)
             self._fd = self._put_in_place()
+            self._remove_left_overs()
         except OSError as error:
             raise StorageError(f"cannot write {paths.lock}: {error.strerror}") from None
         finally:
@@ -129,6 +135,11 @@ class RunLock:
             raise
         return fd
 
+    def _remove_left_overs(self) -> None:
+        """Of owners that were killed before their LOCK was in place."""
+        for staged in self._paths.root.glob(".LOCK.*.tmp"):
+            staged.unlink(missing_ok=True)
+
     def _renewed(self, *, released: bool = False) -> str | None:
         """Count up in LOCK if it is still ours, else say whose it is. Raises OSError."""
         try:
@@ -151,6 +162,12 @@ def loss_of(paths: RunPaths, owner: Owner) -> str | None:
     """None while `owner` has the directory, else one line that says who has it. Any rank may ask. Raises OSError."""
     found = _in_place(paths)
     return None if found is not None and found.owner == owner else _loss(paths, found)
+
+
+def owner_of_this_job(paths: RunPaths) -> Owner | None:
+    """Who has the directory, if it is rank 0 of the same torchrun as this process. Raises OSError."""
+    found = _in_place(paths)
+    return found.owner if found is not None and found.owner.job is not None and found.owner.job == this_job() else None
 
 
 def lock_holder(paths: RunPaths) -> str | None:

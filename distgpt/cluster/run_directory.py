@@ -1,5 +1,6 @@
 """The run directory: where its files are, and how the run ended."""
 
+import errno
 import json
 import os
 import socket
@@ -9,14 +10,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distgpt.errors import UsageError
+
 EXIT_FILE_VARIABLE = "DISTGPT_EXIT_FILE"
+# What a file system answers that has no hard links.
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The names of everything in a run directory."""
+    """The names of everything in a run directory. Raises UsageError for one whose name no file could tell of."""
 
     root: Path
+
+    def __post_init__(self) -> None:
+        try:
+            str(self.root).encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"run.dir is {str(self.root)!r}, which is not UTF-8: choose another name") from None
 
     @property
     def config(self) -> Path:
@@ -68,7 +79,7 @@ def write_exit_report(
         "step": step,
         "fence": fence,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "job": _this_job(),
+        "job": this_job(),
     }
     targets = [(paths.exit_report, fence)] if paths else []
     if launcher_file := os.environ.get(EXIT_FILE_VARIABLE):
@@ -96,37 +107,49 @@ def code_of_this_job(paths: RunPaths) -> int | None:
     for file in (Path(os.environ.get(EXIT_FILE_VARIABLE, "")), paths.exit_report):
         with suppress(OSError, ValueError):
             report = json.loads(file.read_text())
-            if isinstance(report, dict) and report.get("job") == _this_job():
+            if isinstance(report, dict) and report.get("job") == this_job():
                 return int(report["code"])
+    return None
+
+
+def this_job() -> str | None:
+    """What this torchrun has in common with no other, None without one."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    if job != "none":  # so is every one called that was given no id
+        return job
+    with suppress(OSError):
+        agent = os.getppid()
+        return f"{socket.gethostname()}, pid {agent}, {_start_ticks(agent)}"
     return None
 
 
 def _start_of_this_process() -> float:
     """In seconds as time.time() has them. Ranks start together: none reports before the last one has started."""
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        ticks = _start_ticks(os.getpid())
     except OSError:
         return time.time()
     return time.time() - time.clock_gettime(time.CLOCK_BOOTTIME) + ticks / os.sysconf("SC_CLK_TCK")
 
 
+def _start_ticks(pid: int) -> int:
+    """When a process started, since the boot of its kernel. Raises OSError where there is no /proc."""
+    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+
+
 _STARTED = _start_of_this_process()
-
-
-def _this_job() -> str | None:
-    return os.environ.get("TORCHELASTIC_RUN_ID")
 
 
 def _write_once(target: Path, report: dict[str, Any], least_fence: int) -> bool | None:
     """Whether `target` is now this report; False where one stood already, None where none can be written.
 
-    One of a lower fence than the least does not stand. A link is atomic and never replaces.
+    One of a lower fence than the least does not stand.
     """
     staged = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         staged.write_text(json.dumps(report) + "\n")
         try:
-            os.link(staged, target)
+            _name_once(staged, target)
         except FileExistsError:
             if _fence_of(target) >= least_fence:
                 return False
@@ -137,6 +160,17 @@ def _write_once(target: Path, report: dict[str, Any], least_fence: int) -> bool 
         with suppress(OSError):
             staged.unlink(missing_ok=True)
     return True
+
+
+def _name_once(staged: Path, target: Path) -> None:
+    """Have `target` say what `staged` does. Raises FileExistsError if it is there already."""
+    try:
+        os.link(staged, target)  # atomic, and never replaces
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with target.open("x") as file:  # who reads it now sees less
+            file.write(staged.read_text())
 
 
 def _fence_of(report: Path) -> int:

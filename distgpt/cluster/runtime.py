@@ -17,6 +17,8 @@ from distgpt.errors import UsageError
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 # Hashing a corpus for the first time runs at the speed of its disk.
 CHECKS_TIMEOUT = timedelta(days=1)
+# Bytes a second. One that is slower hangs.
+SLOWEST_DISK = 1e6
 # The last collectives of each rank that torch remembers, for the watchdog to write down.
 FLIGHT_RECORDER_EVENTS = "2000"
 

@@ -4,24 +4,29 @@ Ranks wait for each other in every step, so one that hangs halts all of them, ea
 time is up calls the others through the store: each writes its stacks to its log and says how far it came. Whoever does
 not answer, or came less far than the others, is named. Then each rank ends all ranks of its host with SIGKILL, since
 one that is stopped would keep its launcher waiting, and leaves. What the launcher does then, restart or end, it can do
-at once.
+at once. A rank whose watchdog cannot run is ended by a process beside it, backstop.py.
 """
 
 import faulthandler
 import json
+import math
 import os
 import signal
 import socket
+import subprocess
 import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
+from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
+from distgpt.cluster import backstop
+from distgpt.cluster.backstop import state_of
 from distgpt.cluster.health import STACKS_SIGNAL, Run
 from distgpt.config import HealthConfig
 from distgpt.errors import EXIT_INTERRUPTED
@@ -42,6 +47,8 @@ LATEST = 4.0
 # A look that comes this late was not the scheduler's doing: the process was suspended, which is no hang.
 SUSPENDED = 10.0
 CALL = "watchdog/call"
+# What rank 0 does, having checked the rest, when it waits for ranks that may never come.
+JOINING = "waiting for the other ranks to join"
 
 
 @dataclass(frozen=True)
@@ -69,17 +76,18 @@ class Watchdog:
         self._world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self._stopped_limit = health.timeout
         self._beats, self._doing = 0, "starting"
-        self._limit: float | None = None
+        self._limit = math.inf
         self._last_beat = time.monotonic()
         self._stopped_since: dict[int, float] = {}
         self._neighbours: set[int] = set()
         self._gone_since: dict[int, float] = {}
         self._store: Store | None = None
         self._called, self._ended = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._watch_with_backstop, name="watchdog", daemon=True)
         self._listener: threading.Thread | None = None
 
     def __enter__(self) -> Self:
+        self._backstop = _start_backstop(self._run.paths.logs)
         self._thread.start()
         return self
 
@@ -130,6 +138,10 @@ class Watchdog:
     def _pass(self, module: "nn.Module", doing: str) -> None:
         self.beat(doing if module.training else self._doing)
 
+    def _watch_with_backstop(self) -> None:
+        with self._backstop:
+            self._watch()
+
     def _watch(self) -> None:
         looked = time.monotonic()
         while not self._ended.is_set():
@@ -139,7 +151,9 @@ class Watchdog:
                 self._last_beat = now
             looked = now
             limit = self._limit
-            late = limit is not None and now - self._last_beat > limit
+            with suppress(OSError):  # it may be gone
+                self._backstop.write(f"{limit} ".encode())
+            late = now - self._last_beat > limit
             present = ranks_of_this_host()
             stopped = self._stopped(present, now)
             too_long = any(now - since > self._stopped_limit for since in stopped.values())
@@ -149,7 +163,7 @@ class Watchdog:
 
     def _stopped(self, present: Mapping[int, int], now: float) -> dict[int, float]:
         """Since when ranks of this host are stopped, by rank."""
-        stopped = {rank for rank, pid in present.items() if _state(pid) == "T"}
+        stopped = {rank for rank, pid in present.items() if state_of(pid) == "T"}
         self._stopped_since = {rank: self._stopped_since.get(rank, now) for rank in stopped}
         return self._stopped_since
 
@@ -179,15 +193,17 @@ class Watchdog:
         self._write_stacks(f"no progress for {waited:.0f} s while {mine.doing}")
         answers = self._ask_all(mine, {*stopped, *gone})
         named = culprits(answers, self._world_size, stopped, gone)
-        if self._store is None and not stopped and not gone and self._world_size > 1:
-            named = f"not all of {self._world_size} ranks came to join {mine}"
+        alone = self._store is None and not stopped and not gone
+        if alone:
+            waits = self._doing == JOINING and self._world_size > 1
+            named = f"not all of {self._world_size} ranks came to join {mine}" if waits else str(mine)
         cause = (
             f"no progress for {waited:.0f} s: {named}; the stacks of all ranks are in {self._run.paths.logs}: "
             "run it again to go on, or with a longer health.*timeout if it was only slow"
         )
         # The first one on this host may be the one that is stopped.
         first = min(({self._run.rank} | ranks_of_this_host().keys()) - set(stopped)) == self._run.rank
-        if self._run.report(EXIT_INTERRUPTED, cause, for_host=first if stopped else None):
+        if self._run.report(EXIT_INTERRUPTED, cause, for_host=first if stopped else alone or None):
             with suppress(OSError):
                 os.write(sys.stderr.fileno(), f"distgpt: {cause}\n".encode())
         silent = set(range(self._world_size)) - {answer.rank for answer in answers}
@@ -233,6 +249,17 @@ class Watchdog:
         asking.start()
         asking.join(ANSWER)
         return list(answers.values())
+
+
+def _start_backstop(logs: Path) -> RawIOBase:
+    """What the backstop of this rank reads from; it ends when that is closed."""
+    command = [sys.executable, "-I", "-S", backstop.__file__, str(logs)]
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+    # In a session of its own: Ctrl-C in a terminal is not for it.
+    subprocess.Popen(command, stdin=read, stdout=subprocess.DEVNULL, start_new_session=True)
+    os.close(read)
+    return os.fdopen(write, "wb", buffering=0)
 
 
 def culprits(
@@ -285,14 +312,6 @@ def _end_neighbours(silent: set[int]) -> None:
 def _send(pid: int, number: signal.Signals) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
-
-
-def _state(pid: int) -> str:
-    """As in /proc/PID/stat: T is stopped by a signal."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-    except OSError:
-        return "X"
 
 
 def _write_flight_recorder(file: Path) -> None:

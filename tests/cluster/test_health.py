@@ -12,7 +12,10 @@ from pathlib import Path
 import pytest
 
 from distgpt import errors
-from distgpt.cluster.health import outcome
+from distgpt.cluster import health
+from distgpt.cluster.health import Run, outcome
+from distgpt.cluster.ownership import RunLock
+from distgpt.cluster.run_directory import RunPaths
 from tests import jobs
 
 # A rank as train.py is one, without torch. RANK and BODY are replaced.
@@ -20,6 +23,7 @@ PROGRAM = """
 import signal, sys, time
 from pathlib import Path
 from distgpt.errors import *
+from distgpt.cluster import health
 from distgpt.cluster.health import Run
 from distgpt.cluster.run_directory import RunPaths
 with Run(RunPaths(Path(sys.argv[1])), int(sys.argv[2])) as run:
@@ -45,6 +49,8 @@ def rank(directory: Path, body: str, *, number: int = 0, **variables: str) -> jo
             "lost contact",
         ),
         (RuntimeError("Timed out waiting 60000ms for recv operation"), 75, "lost contact"),
+        (RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore"), 75, "CUDA error: uncorrectable ECC"),
+        (RuntimeError("CUDA error: device-side assert triggered\nmore"), 70, "RuntimeError: CUDA error: device-side"),
         (MemoryError(), 2, "out of memory (MemoryError): lower train.micro_batch"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 74, "No space left on device: /x/y"),
         (OSError("odd"), 74, "odd"),
@@ -66,6 +72,13 @@ def test_gpu_out_of_memory_and_a_lost_nccl_peer_are_told_by_name() -> None:
 
     assert outcome(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"))[0] == 2
     assert outcome(dist.DistBackendError("NCCL error"))[0] == 75
+
+
+def test_a_missing_compiler_is_told_by_name() -> None:
+    from torch._inductor.exc import InductorError, InvalidCxxCompiler
+
+    code, cause = outcome(InductorError(InvalidCxxCompiler(), None))
+    assert (code, cause.startswith("torch.compile found no C++ compiler that works: ")) == (2, True)
 
 
 def test_done_is_reported_by_rank_0_alone(tmp_path: Path) -> None:
@@ -132,6 +145,42 @@ def test_a_rank_leaves_rank_0_time_to_find_the_same(tmp_path: Path) -> None:
         process.terminate()
         assert process.stderr.read() == ""
         process.wait()
+
+
+@pytest.mark.parametrize("job", ["x", "another"])
+def test_a_rank_that_alone_fails_says_so_in_the_run_directory_of_its_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
+) -> None:
+    """Rank 0, which waits for it, would only know that it was told to stop."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    lock = RunLock(RunPaths(tmp_path))
+    done = rank(
+        tmp_path,
+        "health.PATIENCE = 0; raise RuntimeError('broken GPU')",
+        number=1,
+        LOCAL_RANK="1",
+        TORCHELASTIC_RUN_ID=job,
+    )
+    assert (done.code, done.error_lines) == (70, ["distgpt: error: RuntimeError: broken GPU"])
+    assert done.stderr.count("Traceback") == 1
+    assert (tmp_path / "exit.json").exists() == (job == "x")
+    if job == "x":
+        report = jobs.exit_report(tmp_path)
+        assert (report["code"], report["rank"], report["fence"]) == (70, 1, lock.owner.fence)
+    lock.release()
+
+
+def test_a_directory_that_is_not_rank_0s_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "SIGHT", 0.0)
+    shared, own = RunPaths(tmp_path / "shared"), RunPaths(tmp_path / "own")
+    lock = RunLock(shared)
+    assert Run(shared, 1).sees(lock.owner)
+    assert not Run(own, 1).sees(lock.owner)
+    RunLock(own).release()
+    other = RunLock(own)
+    assert not Run(own, 1).sees(lock.owner)
+    lock.release()
+    other.release()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])

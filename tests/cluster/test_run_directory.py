@@ -1,5 +1,6 @@
 """The first report of how a run ended."""
 
+import errno
 import json
 import os
 import socket
@@ -7,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from distgpt.cluster.run_directory import RunPaths, forget_last_attempt, write_exit_report
+from distgpt.cluster.run_directory import RunPaths, code_of_this_job, forget_last_attempt, write_exit_report
+from distgpt.errors import UsageError
 
 
 def report(directory: Path) -> dict[str, object]:
@@ -72,3 +74,37 @@ def test_a_report_of_an_earlier_attempt_is_forgotten_and_one_of_this_is_not(
     monkeypatch.setenv("DISTGPT_EXIT_FILE", str(copy))
     forget_last_attempt()
     assert not copy.exists()
+
+
+def test_a_report_of_a_file_system_without_links_is_the_first_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.delenv("DISTGPT_EXIT_FILE", raising=False)
+    monkeypatch.setattr(os, "link", refuse)
+    paths = RunPaths(tmp_path)
+    assert write_exit_report(paths, code=65, cause="the loss", rank=1, step=7, fence=1)
+    assert not write_exit_report(paths, code=75, cause="lost contact", rank=0, step=7, fence=1)
+    assert report(tmp_path)["code"] == 65
+    assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
+
+
+def test_a_report_is_only_of_the_job_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every torchrun that was given no id calls itself none."""
+    monkeypatch.delenv("DISTGPT_EXIT_FILE", raising=False)
+    for job, known_to_the_next in (("none", None), ("mine", 65)):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+        paths = RunPaths(tmp_path / job)
+        paths.root.mkdir()
+        write_exit_report(paths, code=65, cause="the loss", rank=0, step=7)
+        assert code_of_this_job(paths) == 65
+        with monkeypatch.context() as another:
+            another.setattr(os, "getppid", lambda: 1)
+            assert code_of_this_job(paths) == known_to_the_next
+
+
+def test_a_directory_whose_name_is_no_text_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"run\.dir is 'runs/\\udcff', which is not UTF-8"):
+        RunPaths(Path(os.fsdecode(b"runs/\xff")))

@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import signal
 import socket
 import subprocess
@@ -15,8 +16,9 @@ from typing import Any
 
 import pytest
 
+from distgpt.cluster.backstop import MORE
 from distgpt.cluster.runtime import FLIGHT_RECORDER_EVENTS
-from distgpt.cluster.watchdog import Whereabouts, _line, culprits
+from distgpt.cluster.watchdog import JOINING, SUSPENDED, Whereabouts, _line, culprits
 from tests import jobs
 
 # Torn from its place in train.py, without torch.
@@ -86,6 +88,41 @@ def test_one_whose_disk_hangs_is_ended_all_the_same(tmp_path: Path) -> None:
     assert ended.stderr.endswith(
         f", in step 3) makes no progress, nor can say so in {tmp_path}: run it again to go on\n"
     )
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(("doing", "said"), [("checking the start", ": rank"), (JOINING, ": not all of 2 ranks came")])
+def test_one_that_hangs_before_the_ranks_have_met_says_so_itself(
+    tmp_path: Path, rank: int, doing: str, said: str
+) -> None:
+    body = program(f"watchdog.beat({doing!r}, 0.5)\ntime.sleep(600)", rank=rank)
+    ended = jobs.run([sys.executable, "-c", body, str(tmp_path)], WORLD_SIZE="2", LOCAL_RANK=str(rank))
+    assert ended.code == 75
+    assert re.search(rf"{said}.* {rank} \(pid \d+ on \S+, {doing}\); ", ended.stderr)
+
+
+@jobs.linux_only
+def test_one_that_hangs_with_pythons_lock_held_is_ended_by_its_backstop(tmp_path: Path) -> None:
+    body = "import ctypes, os\nwatchdog.beat('in step 3', 2)\ntime.sleep(1)\nread, write = os.pipe()\n"
+    body += "ctypes.PyDLL(None).read(read, ctypes.create_string_buffer(1), 1)"
+    ended = watched(tmp_path, body)
+    assert ended.code == -signal.SIGKILL
+    assert re.fullmatch(r"distgpt: no progress for 1\d s: rank 0 .* hangs with Python's lock held; .*\n", ended.stderr)
+    assert 'File "<string>"' in (tmp_path / "logs" / "rank-0.log").read_text()
+
+
+@jobs.linux_only
+def test_one_that_is_suspended_goes_on(tmp_path: Path) -> None:
+    """For longer than any limit."""
+    body = JOINED + "watchdog.beat('in step 3', 0.5)\nprint('up', flush=True)\ntime.sleep(0.3)\nwatchdog.beat('b', 2)"
+    command = [sys.executable, "-c", program(body + "\ntime.sleep(1)"), str(tmp_path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=jobs.environment()) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGSTOP)
+        time.sleep(max(SUSPENDED, MORE) + 2)
+        process.send_signal(signal.SIGCONT)
+        assert process.wait() == 0
 
 
 def test_beats_and_other_limits_keep_it_quiet(tmp_path: Path) -> None:

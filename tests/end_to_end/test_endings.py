@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -36,6 +37,57 @@ def test_a_signal_while_the_ranks_find_each_other(prepared: Path, tmp_path: Path
     # Nothing is broken: a run of its own kind goes on from here.
     again = jobs.train(1, *arguments, "--train.steps=1")
     assert again.code == 0, again
+
+
+# distgpt.train, for torchrun, where something is wrong with rank 1 alone.
+ODD = """
+import os, runpy
+import torch
+from distgpt.cluster import health
+health.SIGHT = health.PATIENCE = 1.0
+if os.environ["RANK"] == "1":
+    {wrong}
+runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)
+"""
+BROKEN = """
+    def broken(threads): raise RuntimeError("no such GPU")
+    torch.set_num_threads = broken
+"""
+
+
+@pytest.mark.parametrize(
+    ("wrong", "rank", "code", "cause"),
+    [
+        (BROKEN, 1, 70, "RuntimeError: no such GPU"),
+        ("os.chdir('elsewhere')", 0, 73, f"{socket.gethostname()} does not see run: is it on a shared disk?"),
+    ],
+    ids=["device", "disk"],
+)
+def test_what_is_wrong_with_one_rank_is_told(
+    prepared: Path, tmp_path: Path, wrong: str, rank: int, code: int, cause: str
+) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "odd.py").write_text(ODD.format(wrong=wrong))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "odd.py"]
+    job = jobs.Job(["env", "-C", str(tmp_path), *launcher, *tiny(prepared, Path("run"))])
+    ended = job.finish()
+    report = jobs.exit_report(tmp_path / "run")
+    assert (report["rank"], report["code"], report["cause"]) == (rank, code, cause)
+    assert ended.error_lines == [f"distgpt: error: {cause}"], ended
+    assert (ended.traceback != []) == (code == 70)
+    assert list((tmp_path / "elsewhere").iterdir()) == []
+
+
+@jobs.linux_only
+@pytest.mark.parametrize("door", ["train", "evaluate", "sample", "replay"])
+def test_a_signal_while_torch_is_imported(tmp_path: Path, door: str) -> None:
+    arguments = {"train": [], "replay": [str(tmp_path), "--step=1"]}.get(door, [str(tmp_path)])
+    job = jobs.Job([sys.executable, "-m", f"distgpt.{door}", *arguments])
+    maps = Path(f"/proc/{job.pid}/maps")
+    jobs.poll(lambda: "libtorch" in maps.read_text())
+    job.signal(signal.SIGINT)
+    ended = job.finish()
+    assert (ended.code, ended.stdout, ended.stderr) == (75, "", "")
 
 
 @jobs.linux_only

@@ -25,6 +25,23 @@ def hanging(slow: str, *arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+HANGING_DISK = """
+import runpy, time
+from distgpt.corpus import shards
+shards.verify_dataset = lambda dataset: time.sleep(600)
+runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)
+"""
+
+
+def test_a_disk_that_hangs_while_the_data_are_verified_is_named(prepared: Path, tmp_path: Path) -> None:
+    done = jobs.run(
+        [sys.executable, "-c", HANGING_DISK, *tiny(prepared, tmp_path), "--health.start_timeout=5"],
+    )
+    assert done.code == 75
+    assert ", verifying the data); the stacks of all ranks are in " in jobs.exit_report(tmp_path)["cause"]
+    assert "in <lambda>\n" in (tmp_path / "logs" / "rank-0.log").read_text()
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_a_rank_whose_data_never_come_is_named(prepared: Path, tmp_path: Path, strategy: str) -> None:
     """Its neighbour waits for it a beat or more further, in a backward pass, or in a forward pass for its shards."""
