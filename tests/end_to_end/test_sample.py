@@ -66,14 +66,14 @@ def test_an_unknown_character_is_one_clear_line(sampled: dict[str, jobs.Ended]) 
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "line"),
     [("bad temperature", "temperature -1"), ("no samples", "--samples is 0"), ("bad seed", "--seed is 184467")],
 )
-def test_what_cannot_be_is_one_clear_line(sampled: dict[str, jobs.Ended], name: str, told: str) -> None:
+def test_what_cannot_be_is_one_clear_line(sampled: dict[str, jobs.Ended], name: str, line: str) -> None:
     ended = sampled[name]
     assert (ended.code, ended.stdout) == (2, "")
     assert ended.stderr.startswith("distgpt: error: ")
-    assert told in ended.stderr
+    assert line in ended.stderr
     assert ended.stderr.count("\n") == 1
 
 
