@@ -10,7 +10,7 @@ import os
 import sys
 
 from distgpt.config import Config, config_from_command_line
-from distgpt.errors import UsageError, main_guard
+from distgpt.errors import UsageError, enter, main_guard
 
 FLAG = "--distributed"
 ABOUT = (
@@ -33,6 +33,7 @@ def parse(arguments: list[str]) -> tuple[Config, bool]:
 
 if __name__ == "__main__":
     # Before torch, which takes seconds to import: --help and a mistyped key answer at once.
+    enter()
     CONFIG, DISTRIBUTED = main_guard(lambda: parse(sys.argv[1:]))
 
 import signal

@@ -26,6 +26,7 @@ EXIT_CANNOT_CREATE = 73
 EXIT_IO = 74
 EXIT_INTERRUPTED = 75
 
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # Seconds that a rank leaves rank 0 to find the same mistake and say it: the first rank to end has torchrun end all.
 PATIENCE = 30.0
@@ -68,7 +69,7 @@ class Interrupted(DistgptError):
 
 
 def enter() -> None:
-    """A door's first line: what asks it to stop ends it without a word, also in the seconds of importing torch.
+    """The first line of a door that imports torch: what asks it to stop ends it without a word, meanwhile as well.
 
     What it says is said with "?" for a character that whoever reads it cannot show.
     """
@@ -100,7 +101,7 @@ def main_guard(main: Callable[[], T]) -> T:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_IO)
     except OSError as error:
-        if error.errno != errno.ENOSPC:
+        if error.errno not in DISK_FULL:
             traceback.print_exc()
             sys.exit(EXIT_BUG)
         print(f"distgpt: error: cannot write: {error.strerror}", file=sys.stderr, flush=True)

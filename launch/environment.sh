@@ -3,7 +3,9 @@
 # as paths among the options are meant.
 # shellcheck shell=bash
 set -euo pipefail
-home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+# The caller's directory may hold another distgpt, or a random.py: no place to take modules from.
+export PYTHONSAFEPATH=1
+home=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # environment [EXTRA,...]: install once, and again only when the requirements change, so that a later start needs no network.
 environment() {

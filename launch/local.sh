@@ -36,7 +36,8 @@ print(report["code"], report["cause"])' "$DISTGPT_EXIT_FILE")
     fi
 }
 
-began=$(newest_checkpoint)
+# What comes from here on is this job's own.
+[[ $(newest_checkpoint) ]] || set -- "$@" --run.fresh=false
 for ((try = 1; try <= ${TRIES:-3}; try++)); do
     before=$(newest_checkpoint)
     launch "$@"
@@ -45,8 +46,6 @@ for ((try = 1; try <= ${TRIES:-3}; try++)); do
     if [[ $signalled || $status != 75 ]]; then exit "$status"; fi
     newest=$(newest_checkpoint)
     if [[ $newest != "$before" ]]; then try=0; fi
-    # What is there is this job's own, if nothing was there at first.
-    [[ $began ]] || set -- "$@" --run.fresh=false
     say "starting again from $(basename "${newest:-the beginning}")"
 done
 say "gave up after $((try - 1)) launches that got no further"

@@ -115,7 +115,8 @@ PYTHON
 }
 
 attempts=0 tries=0 checked='' before=$(newest_checkpoint)
-began=$before
+# What comes from here on is this job's own.
+[[ $before ]] || set -- "$@" --run.fresh=false
 while true; do
     [[ ! $signalled ]] || { status=75; break; }
     report=$scratch/exit-$((++attempts)).json
@@ -157,8 +158,6 @@ while true; do
         break
     fi
     ((is_host)) || checked=''
-    # What is there is this job's own, if nothing was there at first.
-    [[ $began ]] || set -- "$@" --run.fresh=false
     say "$cause; starting again (attempt $((attempts + 1)))"
     sleep $((tries < 5 ? tries : 5)) || true # Ctrl-C ends it as well
 done

@@ -39,7 +39,7 @@ own_address() {
 # require_progress FILE WORD: end the job if WORD, which changes with every step forward, is the same in too many attempts.
 require_progress() {
     local tries=${TRIES:-5}
-    echo "$2" 2>/dev/null >>"$1" || fail 74 "no space left in $(dirname "$1"): make room and submit it again to go on"
+    echo "$2" 2>/dev/null >>"$1" || fail 74 "cannot write in $(dirname "$1"): make room and submit it again to go on"
     if (($(tail -n "$((tries + 1))" "$1" | grep -cxF -- "$2") > tries)); then
         fail 75 "gave up after $tries attempts that got no further than $2, see $(dirname "$1"): submit it again to go on"
     fi
@@ -101,7 +101,7 @@ importlib.util.find_spec("torch") or sys.exit("no torch")' 2>&1) ||
 # warn_of_time_limit MINUTES: --signal in the script comes so long before the time limit, or up to a minute earlier.
 warn_of_time_limit() {
     local limit
-    limit=$(scontrol show job "$job" | sed -n 's/.*TimeLimit=00:0\([0-9]\):00 .*/\1/p')
+    limit=$(scontrol show job "$job" | sed -n 's/.*TimeLimit=00:0\([0-9]\):00 .*/\1/p') || return 0
     if [[ -n $limit ]] && ((limit <= $1 + 1)); then
         say "a time limit of $limit min leaves no time to work in: --signal=B:USR1@$((60 * $1)) stops each attempt at once; raise --time or lower --signal"
     fi
@@ -125,6 +125,6 @@ elif [[ -x $home/.venv/bin/python ]]; then
 fi
 read -ra python <<<"${DISTGPT_RUN:-} python"
 # The code beside these scripts runs, whatever directory the job is in.
-export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH}
+export PYTHONPATH=$home${PYTHONPATH:+:$PYTHONPATH} PYTHONSAFEPATH=1
 # A log shows each line as it is written, and a rank that is killed takes none with it.
 export PYTHONUNBUFFERED=1

@@ -3,7 +3,7 @@
 # two that share the CPUs.
 #   node.sh MODULE [OPTION ...]
 set -euo pipefail
-home=$(cd "$(dirname "$0")/.." && pwd)
+home=$(CDPATH='' cd -- "$(dirname "$0")/.." && pwd)
 . "$home/slurm/environment.sh"
 
 gpus=${SLURM_GPUS_ON_NODE:-$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)}

@@ -49,7 +49,7 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
 fi
 # What a later attempt finds in the run directory is the job's own.
 ((attempt == 0)) || set -- "$@" --run.fresh=false
-gres=$(scontrol show node "$SLURMD_NODENAME" | sed -n 's/^ *Gres=//p')
+gres=$(scontrol show node "$SLURMD_NODENAME" | sed -n 's/^ *Gres=//p') || gres=
 if [[ -z ${SLURM_GPUS_ON_NODE:-}${NPROC_PER_NODE:-} && $gres == *gpu* ]]; then
     fail 2 "$SLURMD_NODENAME has GPUs and the job asked for none: add --gpus-per-node=N, or NPROC_PER_NODE=2 for its CPUs"
 fi
@@ -118,7 +118,7 @@ print(report["code"], report["cause"])' "$DISTGPT_EXIT_FILE")
     elif ((status == 0)); then
         code=0
     elif ! can_write; then
-        code=74 cause="no space left in $run_dir: make room and submit it again to go on"
+        code=74 cause="cannot write in $run_dir: make room and submit it again to go on"
     fi
     case $code in
         0) ;;

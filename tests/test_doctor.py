@@ -138,8 +138,9 @@ def test_the_host_that_has_the_store_hangs(data: str, tmp_path: Path) -> None:
     first, second = host(0), host(1)
     jobs.poll(lambda: jobs.ranks_of(second.pid))
     os.kill(first.pid, signal.SIGSTOP)
-    for number, job in enumerate((first, second)):
-        assert job.finish().code == -signal.SIGKILL
-        report = json.loads((tmp_path / f"exit-{number}.json").read_text())
-        assert report["code"] == 75
-        assert "one of them hangs, perhaps 127.0.0.1" in report["cause"]
+    assert first.finish().code == -signal.SIGKILL
+    report = json.loads((tmp_path / "exit-0.json").read_text())
+    assert report["code"] == 75
+    assert "one of them hangs, perhaps 127.0.0.1" in report["cause"]
+    # Which of the two gives up first decides whether the other sees the store vanish before its own time is up.
+    assert second.finish().code in (-signal.SIGKILL, 1)

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 TICK = 1.0  # seconds
@@ -31,7 +32,7 @@ def silence_of(rank: int) -> float | None:
             if not said:
                 return None
             silent, limit = 0.0, float(said[-1])
-        elif state_of(rank) != "T":
+        elif state_of(rank) not in "TtX":
             silent += TICK  # counted, not by the clock: what is suspended with the rank does not count either
         if os.getppid() != rank:
             return None
@@ -39,7 +40,7 @@ def silence_of(rank: int) -> float | None:
 
 
 def state_of(pid: int) -> str:
-    """As in /proc/PID/stat: T is stopped by a signal."""
+    """As in /proc/PID/stat: T is stopped by a signal, t by a debugger. X where that cannot be told."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except OSError:
@@ -48,16 +49,24 @@ def state_of(pid: int) -> str:
 
 def main(logs: str) -> None:
     """Wait beside the rank, and end it if need be."""
+    for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)  # what stops the rank has it save first
     rank = os.getppid()
     silent = silence_of(rank)
     if silent is None:
         return
-    who = f"rank {os.environ.get('RANK', '0')} (pid {rank} on {socket.gethostname()})"
-    cause = f"no progress for {silent:.0f} s: {who} hangs with Python's lock held; its stacks are in {logs}"
-    print(f"distgpt: {cause}: run it again to go on", file=sys.stderr)
-    os.kill(rank, signal.SIGUSR2)  # has it write its stacks, for which it needs no lock
-    time.sleep(WRITING)
-    os.kill(rank, signal.SIGKILL)
+    with suppress(ProcessLookupError):
+        os.kill(rank, signal.SIGUSR2)  # has it write its stacks, for which it needs no lock
+        time.sleep(WRITING)
+        os.kill(rank, signal.SIGKILL)
+    name = os.environ.get("RANK", "0")
+    stacks = f"; its stacks are in {logs}" if Path(logs, f"rank-{name}.log").exists() else ""
+    with suppress(OSError):  # nobody may hear it
+        print(
+            f"distgpt: no progress for {silent:.0f} s: rank {name} (pid {rank} on {socket.gethostname()}) hangs with "
+            f"Python's lock held{stacks}: run it again to go on",
+            file=sys.stderr,
+        )
 
 
 if __name__ == "__main__":

@@ -212,7 +212,8 @@ class Checkpointer:
         staging = self._store.staging(state.step)
         writer = _TimedWriter(staging, single_file_per_rank=True, sync_files=True)
         try:
-            self._on_rank_zero(partial(self._store.open, state.step, self._replicas * _bytes_of(staged)))
+            needed = _bytes_of(staged) + (self._replicas - 1) * _bytes_of(staged.get("replica", {}))
+            self._on_rank_zero(partial(self._store.open, state.step, needed))
             self._together(partial(self._write_tensors, staged, writer), look=False)
             shares = self._together(partial(self._finish_files, staging, state))
             files = {name: entry for share in shares for name, entry in share.items()}

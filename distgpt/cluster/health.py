@@ -47,6 +47,8 @@ logging.raiseExceptions = False  # a line of it that a full disk has no room for
 # Has a rank write the stacks of all its threads to its log, whatever it does.
 STACKS_SIGNAL = signal.SIGUSR2
 PR_SET_PDEATHSIG = 1
+# What CUDA says of a GPU that broke or was lost; launchers give up where starting again does not help.
+LOST_DEVICE = ("ECC", "unspecified launch failure", "unknown error", "busy or unavailable", "hardware", "NVLink")
 # Seconds for which a network file system may answer from what it remembers of a directory: acdirmax of nfs(5).
 SIGHT = 60.0
 
@@ -141,7 +143,9 @@ class Run:
         self._wakeup[1].setblocking(False)
         signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
-            signal.signal(number, self._remember)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self._remember)
+        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # until there is a log to write them to
         threading.Thread(target=self._leave_while_starting, name="stop-signals", daemon=True).start()
         return self
 
@@ -287,10 +291,9 @@ def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:
         what = re.sub(r"^\[[^]]*\] ", "", first_line).split(". ")[0]
         return EXIT_INTERRUPTED, f"lost contact with the other ranks ({what}): run it again to go on"
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
-    if out_of_memory or "DefaultCPUAllocator" in text:
+    if out_of_memory or "DefaultCPUAllocator" in text or "CUDA error: out of memory" in text:
         return EXIT_USAGE, f"out of memory ({first_line}): lower train.micro_batch or shard with parallel.strategy=fsdp"
-    if first_line.startswith("CUDA error") and "device-side assert" not in text:
-        # Of a device that is broken or was lost; launchers give up where starting again does not help.
+    if first_line.startswith("CUDA error") and any(sign in first_line for sign in LOST_DEVICE):
         return EXIT_INTERRUPTED, f"{first_line}: run it again to go on"
     if "InvalidCxxCompiler" in text:
         return EXIT_USAGE, "torch.compile found no C++ compiler that works: install g++, or set train.compile=false"

@@ -4,7 +4,6 @@ What is not finished, and what is being removed, lies in a directory named after
 owner moves that away before it starts: a rename that the earlier one was about to make then has no source.
 """
 
-import errno
 import re
 import shutil
 import tempfile
@@ -17,7 +16,7 @@ from distgpt.cluster.manifest import MANIFEST, is_file_of_ours, manifest_bytes, 
 from distgpt.cluster.ownership import Owner
 from distgpt.cluster.retention import require_space
 from distgpt.corpus.shards import sync, write_file
-from distgpt.errors import DirectoryError
+from distgpt.errors import DISK_FULL, DirectoryError
 
 STAGING, BROKEN = ".staging-", "broken-"  # how the names of directories begin that are no checkpoints
 
@@ -28,7 +27,7 @@ def require_writable(directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(prefix=STAGING, dir=directory).cleanup()
     except OSError as error:
-        if error.errno != errno.ENOSPC:  # there may be room in time
+        if error.errno not in DISK_FULL:  # there may be room in time
             raise DirectoryError(f"cannot write to {directory} ({error.strerror}): choose another --run.dir") from None
 
 

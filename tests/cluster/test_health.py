@@ -50,6 +50,7 @@ def rank(directory: Path, body: str, *, number: int = 0, **variables: str) -> jo
         ),
         (RuntimeError("Timed out waiting 60000ms for recv operation"), 75, "lost contact"),
         (RuntimeError("CUDA error: uncorrectable ECC error encountered\nmore"), 75, "CUDA error: uncorrectable ECC"),
+        (RuntimeError("CUDA error: out of memory"), 2, "out of memory (CUDA error"),
         (RuntimeError("CUDA error: device-side assert triggered\nmore"), 70, "RuntimeError: CUDA error: device-side"),
         (MemoryError(), 2, "out of memory (MemoryError): lower train.micro_batch"),
         (OSError(errno.ENOSPC, "No space left on device", "/x/y"), 74, "No space left on device: /x/y"),

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from distgpt.cluster.backstop import MORE
+from distgpt.cluster.backstop import MORE, state_of
 from distgpt.cluster.runtime import FLIGHT_RECORDER_EVENTS
 from distgpt.cluster.watchdog import JOINING, SUSPENDED, Whereabouts, _line, culprits
 from tests import jobs
@@ -114,15 +114,31 @@ def test_one_that_hangs_with_pythons_lock_held_is_ended_by_its_backstop(tmp_path
 @jobs.linux_only
 def test_one_that_is_suspended_goes_on(tmp_path: Path) -> None:
     """For longer than any limit."""
-    body = JOINED + "watchdog.beat('in step 3', 0.5)\nprint('up', flush=True)\ntime.sleep(0.3)\nwatchdog.beat('b', 2)"
-    command = [sys.executable, "-c", program(body + "\ntime.sleep(1)"), str(tmp_path)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=jobs.environment()) as process:
+    body = JOINED + "watchdog.beat('in step 3', 5)\nprint('up', flush=True)\nsys.stdin.readline()"
+    command = [sys.executable, "-c", program(body), str(tmp_path)]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, env=jobs.environment(), **pipes) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
         process.send_signal(signal.SIGSTOP)
-        time.sleep(max(SUSPENDED, MORE) + 2)
+        jobs.poll(lambda: state_of(process.pid) == "T")
+        time.sleep(max(SUSPENDED, MORE) + 6)
         process.send_signal(signal.SIGCONT)
-        assert process.wait() == 0
+        process.communicate("go on\n")
+        assert process.returncode == 0
+
+
+@jobs.linux_only
+def test_one_whose_stderr_nobody_reads_is_ended_by_its_backstop_all_the_same(tmp_path: Path) -> None:
+    """Before there is a log as well."""
+    hang = "read, write = os.pipe()\nctypes.PyDLL(None).read(read, ctypes.create_string_buffer(1), 1)"
+    body = program(f"import ctypes, os\nwatchdog.beat('in step 3', 1)\ntime.sleep(1)\n{hang}")
+    read, write = os.pipe()
+    os.close(read)
+    command = [sys.executable, "-c", body, str(tmp_path)]
+    process = subprocess.Popen(command, stderr=write, env=jobs.environment())
+    os.close(write)
+    assert process.wait(timeout=60) == -signal.SIGKILL
 
 
 def test_beats_and_other_limits_keep_it_quiet(tmp_path: Path) -> None:

@@ -167,7 +167,8 @@ def test_a_host_joins_is_lost_and_comes_back(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path
 ) -> None:
     hosts, run = make_network(3), tmp_path / "run"
-    arguments = [*SHAPE, f"--data.path={prepared}", f"--run.dir={run}"]
+    # Ranks that start again, here or because a host joined, are no second run.
+    arguments = [*SHAPE, f"--data.path={prepared}", f"--run.dir={run}", "--run.fresh"]
     settings = {"head": "n2", "nodes": "2:3"}
     running = multinode(hosts, arguments, on=["n1", "n2"], **settings)
     two, three = "= 2 ranks x 2 x 6 accumulation steps", "= 3 ranks x 2 x 4 accumulation steps"

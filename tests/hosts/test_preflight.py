@@ -4,15 +4,13 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import pytest
-
 from tests import jobs
 from tests.hosts.conftest import MakeNetwork
 from tests.hosts.launching import multinode
 
 
 def test_another_copy_of_the_code_and_of_the_data_is_refused(
-    make_network: MakeNetwork, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    make_network: MakeNetwork, prepared: Path, tmp_path: Path
 ) -> None:
     hosts, code, data = make_network(2), tmp_path / "code", tmp_path / "data"
     shutil.copytree(jobs.PROJECT / "distgpt", code / "distgpt")
@@ -22,8 +20,7 @@ def test_another_copy_of_the_code_and_of_the_data_is_refused(
         shard.write(bytes(64))
     arguments = [*jobs.TINY, f"--run.dir={tmp_path / 'run'}"]
     running = multinode(hosts, [*arguments, f"--data.path={prepared}"], on=["n1"])
-    monkeypatch.chdir(code)  # python -m takes the package from there
-    running |= multinode(hosts, [*arguments, f"--data.path={data}"], on=["n2"])
+    running |= multinode(hosts, [*arguments, f"--data.path={data}"], on=["n2"], nodes="2", PYTHONPATH=str(code))
     with ThreadPoolExecutor() as pool:
         endings = list(pool.map(lambda job: job.finish(), running.values()))
     assert [ended.code for ended in endings] == [2, 2], endings

@@ -244,7 +244,7 @@ def test_a_full_disk_is_not_tried_again(runs: Runs) -> None:
         for job in (first, runs.submit("full/run")):
             ended = runs.cluster.end_of(job)
             assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "74:0", "0")
-            assert re.match(r"no space left in runs/full/run\b.*: make room", one_error(runs.cluster.log(job)))
+            assert re.match(r"cannot write in runs/full/run\b.*: make room", one_error(runs.cluster.log(job)))
             assert "write error" not in runs.cluster.log(job)
 
 
