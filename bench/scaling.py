@@ -245,7 +245,7 @@ def show_bytes(ranks: Sequence[int]) -> None:
             for micro_batches in (1, 2):
                 job = Job(strategy, n, 2 * n * micro_batches, micro_batch=2, steps=10, shard=shard)
                 measured = run(job)
-                show(f"{strategy:5}{n} ranks", job, measured, expected_bytes(job, measured.blocks, measured.root))
+                show(f"{strategy:7}{n} ranks", job, measured, expected_bytes(job, measured.blocks, measured.root))
 
 
 def show_between_hosts() -> None:
@@ -259,7 +259,7 @@ def show_between_hosts() -> None:
                 job = Job(strategy, 4, 8 * micro_batches, micro_batch=2, steps=10, interface=INTERFACE, **more)
                 measured = run_on(hosts, job)
                 expected = expected_between_two_hosts(job, measured.blocks, measured.root)
-                show(f"{strategy:5}2 x 2 ranks", job, measured, expected)
+                show(f"{strategy:7}2 x 2 ranks", job, measured, expected)
 
 
 def show(what: str, job: Job, measured: Measured, expected: float) -> None:
