@@ -162,6 +162,8 @@ def _prepare(options: argparse.Namespace, output: Path) -> str:
         if options.task:
             return _prepare_share(inputs, given, options, settings, output, workers)
         with staging.staging(output) as directory:
+            # Only now does no other process make it.
+            exists = _check_output(output, settings, overwrite=options.overwrite)
             _spool(inputs, directory)
             found = _scan(inputs, given, options, workers)
             if exists and not options.overwrite:
@@ -188,10 +190,16 @@ def _prepare_share(
     def is_set_up(directory: Path) -> bool:
         return _saved_tokenizer(directory) is not None
 
-    with staging.shared(output, _job(found, settings), set_up, is_set_up) as directory:
-        tokenizer = _saved_tokenizer(directory)
-        assert tokenizer is not None, "it is set up"
-        _encode(share, found, tokenizer, directory, workers)
+    try:
+        with staging.shared(output, _job(found, settings), set_up, is_set_up) as directory:
+            tokenizer = _saved_tokenizer(directory)
+            assert tokenizer is not None, "it is set up"
+            _encode(share, found, tokenizer, directory, workers)
+    except staging.CommittedError:  # a restart of this task that was not needed, or the same task started twice
+        _check_output(output, settings, overwrite=False)
+        said = _existing(options, output, found)
+        staging.clear_leftovers(output, _job(found, settings))
+        return said
     # Of the tasks that let go of the directory, the last gets it for itself and finds every part there.
     with suppress(DirectoryError), staging.staging(output) as directory:
         if all(pipeline.is_done(unit, directory / "parts") for unit in units):

@@ -343,6 +343,28 @@ def test_an_output_that_exists(prepare: Run, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.txt", "out", "two.txt"]
 
 
+def test_an_output_that_another_process_has_just_made_is_not_replaced(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("words " * 100)
+    arguments = ["--input", "in.txt", "--output"]
+    for name, flags in (("mine", []), ("other", ["--val-fraction", 0.3])):
+        prepare(*arguments, f"{name}-ready", *flags)
+        # The other process commits between the first look at the output and the lock.
+        program = (
+            "import os; from distgpt.corpus import staging; from distgpt.errors import main_guard\n"
+            "from distgpt.prepare import main\n"
+            "held = staging.staging\n"
+            f"staging.staging = lambda output: (os.rename('{name}-ready', output), held(output))[1]\n"
+            "main_guard(main)"
+        )
+        command = [sys.executable, "-c", program, *arguments, name]
+        done = subprocess.run(command, cwd=tmp_path, capture_output=True, check=False)
+        if name == "mine":
+            assert (done.returncode, b"already prepared" in done.stdout) == (0, True), done
+        else:
+            assert (done.returncode, "other options" in error_line(done)) == (73, True)
+        assert not (tmp_path / f"{name}.partial").exists()
+
+
 def test_an_output_that_cannot_be_read_is_not_to_be_overwritten(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("words " * 100)
     arguments = ["--input", "in.txt", "--output", "out"]

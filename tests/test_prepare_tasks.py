@@ -1,6 +1,7 @@
 """`python -m distgpt.prepare --task I/N`: several processes, on one host or many, write what one writes."""
 
 import fcntl
+import hashlib
 import signal
 import subprocess
 import sys
@@ -34,6 +35,24 @@ def die(*arguments, **options):
 
 if "DIES_AFTER" in os.environ:
     pipeline.trained_bpe = die
+"""
+
+# Where it is told to, the process has read the input and waits until there is a file of this name.
+WAITS_SCANNED = """
+import os, time
+from distgpt.corpus import pipeline
+
+scan = pipeline.scan
+
+def slow(*arguments, **options):
+    found = scan(*arguments, **options)
+    print("scanned", flush=True)
+    while not os.path.exists(os.environ["WAITS_FOR"]):
+        time.sleep(0.01)
+    return found
+
+if "WAITS_FOR" in os.environ:
+    pipeline.scan = slow
 """
 
 
@@ -110,6 +129,52 @@ def test_a_task_that_is_killed_while_it_learns_the_vocabulary_leaves_that_to_the
     assert "prepared    " in again.stdout, again
 
 
+def test_a_task_that_others_have_done_meanwhile_says_so(options: list[str], tmp_path: Path) -> None:
+    """As where Slurm starts a task again whose first attempt lived on."""
+    output, program = tmp_path / "out", tmp_path / "program.py"
+    program.write_text(WAITS_SCANNED + SMALL_UNITS)
+    command = [sys.executable, str(program), *options, "--output", str(output)]
+    waiting = subprocess.Popen(
+        [*command, "--task", "0/2"],
+        env=jobs.environment(WAITS_FOR=str(tmp_path / "go")),
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert waiting.stdout is not None
+    assert waiting.stdout.readline() == "scanned\n"
+    for task in ("1/2", "0/2"):
+        assert jobs.run([*command, "--task", task]).code == 0
+    assert output.exists()
+    (tmp_path / "go").touch()
+    said, _ = waiting.communicate()
+    assert (waiting.returncode, "already prepared" in said) == (0, True), said
+    assert not (tmp_path / "out.partial").exists()
+
+
+@jobs.linux_only
+def test_a_task_that_waits_for_the_commit_finds_it_done(options: list[str], tmp_path: Path) -> None:
+    output, staged = tmp_path / "out", tmp_path / "out.partial"
+    command = [sys.executable, str(tmp_path / "program.py"), *options]
+    assert jobs.run([*command, "--output", str(tmp_path / "alone")]).code == 0
+    staged.mkdir()
+    lock = staged / "lock"
+    with lock.open("w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        task = subprocess.Popen(
+            [*command, "--output", str(output), "--task", "0/2"],
+            env=jobs.environment(),
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        jobs.poll(lambda: waits_for_a_lock(task.pid))
+        (tmp_path / "alone").rename(output)
+        lock.unlink()
+        staged.rmdir()
+    said, _ = task.communicate()
+    assert (task.returncode, "already prepared" in said) == (0, True), said
+    assert not staged.exists()
+
+
 @pytest.mark.parametrize("task", ["3/3", "1", "-1/2", "a/b"])
 def test_a_task_is_a_number_below_another(task: str, tmp_path: Path) -> None:
     done = jobs.door("prepare", "--input", "x", "--output", tmp_path / "out", f"--task={task}")
@@ -135,5 +200,5 @@ def waits_for_a_lock(pid: int) -> bool:
     return any(line[1] == "->" and line[5] == str(pid) for line in locks)
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+def contents(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}

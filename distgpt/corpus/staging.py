@@ -23,6 +23,10 @@ LOCK_NAME = "lock"
 JOB_NAME = "job.json"
 
 
+class CommittedError(DirectoryError):
+    """The output was not there before; by now it is."""
+
+
 def directory_of(output: Path) -> Path:
     """Where `output` is prepared."""
     return output.with_name(f"{output.name}.partial")
@@ -58,23 +62,24 @@ def shared(
     """The staging directory of `output`, held together with other processes that do a part of the same job each.
 
     Whoever has it alone sets it up, which does no harm a second time; if that is interrupted, another one does. Then
-    all may write parts, and none commit. Raises DirectoryError where something else is prepared in it or it cannot be
-    made.
+    all may write parts, and none commit. Raises CommittedError where another process has committed, DirectoryError
+    where something else is prepared in it or it cannot be made.
     """
+    directory = directory_of(output)
     while True:
-        with suppress(DirectoryError), staging(output) as directory:
-            if _job_of(directory) in (None, job):  # the parts of another job may be those of tasks that are to come
+        with suppress(DirectoryError), staging(output):
+            # The parts of another job may be those of tasks that are to come.
+            if not os.path.lexists(output) and _job_of(directory) in (None, job):
                 begin(directory, job)
                 set_up(directory)
-        directory = directory_of(output)
+        if os.path.lexists(output):
+            raise CommittedError(f"another process has just prepared {output}")
         lock = _lock(directory, output, fcntl.LOCK_SH)
         try:
             found = _job_of(directory)
-            if found is None:
-                raise DirectoryError(f"another process has just prepared {output}: start again")
-            if found != job:
+            if found not in (None, job):
                 raise DirectoryError(f"{directory} is for another input or other options: finish that job or remove it")
-            if is_set_up(directory):
+            if found is not None and is_set_up(directory):
                 yield directory
                 return
         finally:
@@ -121,9 +126,12 @@ def clear(directory: Path) -> None:
 
 
 def clear_leftovers(output: Path, job: Mapping[str, Any]) -> None:
-    """Remove the staging directory of a job whose dataset is committed. Raises DirectoryError and OSError."""
+    """Remove the staging directory of a job whose dataset is committed; another process that has it does too.
+
+    Raises OSError.
+    """
     if _job_of(directory_of(output)) == job:
-        with staging(output) as directory:
+        with suppress(DirectoryError), staging(output) as directory:
             clear(directory)
 
 

@@ -1,5 +1,6 @@
 """slurm/prepare.sh on a real Slurm: an array of tasks writes what one process writes."""
 
+import hashlib
 import json
 import random
 from pathlib import Path
@@ -22,27 +23,30 @@ def test_an_array_writes_what_one_process_writes(runs: Runs, tmp_path: Path) -> 
     options = ["--input", str(corpus), "--tokenizer", "bytes"]
     alone = jobs.door("prepare", *options, "--output", tmp_path / "alone")
     assert alone.code == 0, alone
-    for index in (1, 2):
-        (tmp_path / f"hold-{index:06}.part").touch()
+    # Seven parts: 2 and 3 are the share of task 1, 4 to 6 that of task 2. Each is held at its second.
+    second = {1: "000003.part", 2: "000005.part"}
+    for part in second.values():
+        (tmp_path / f"hold-{part}").touch()
     array = cluster.sbatch(
         *("--array=0-2", "--cpus-per-task=1", PREPARE, *options, "--output", tmp_path / "array"),
         DISTGPT_ENV="environment",
     )
 
-    def disturb(index: int, *command: str) -> None:
-        """While it is at a part of its share."""
-        task, part = f"{array}_{index}", f"{index:06}.part"
+    def disturb(index: int, *command: str, said: str) -> None:
+        task, part = f"{array}_{index}", second[index]
         cluster.wait_for(task, lambda: any((tmp_path / "array.partial" / "parts").glob(f"{part}.*")))
         cluster.command(*command, task)
-        cluster.wait_for(task, lambda: cluster.show(task)["Restarts"] == "1")
+        # Nothing is left of this attempt then that could write the part.
+        cluster.wait_for(task, lambda: said in cluster.log(task))
         (tmp_path / f"hold-{part}").unlink()
 
-    disturb(1, "scancel", "--signal=USR1", "--batch")
-    disturb(2, "scontrol", "requeue")
+    disturb(1, "scancel", "--signal=USR1", "--batch", said="exit code 75; requeued to go on")
+    disturb(2, "scontrol", "requeue", said="exit code 75; ended by Slurm, which decides whether to start it again")
     tasks = [f"{array}_{index}" for index in range(3)]
     for task in tasks:
         assert cluster.end_of(task)["JobState"] == "COMPLETED", cluster.log(task)
-    assert "exit code 75; requeued to go on" in cluster.log(tasks[1])
+    assert "going on: 1 of 2 parts are done" in cluster.log(tasks[1])
+    assert "going on: 1 of 3 parts are done" in cluster.log(tasks[2])
     assert contents(tmp_path / "array") == contents(tmp_path / "alone")
     assert not (tmp_path / "array.partial").exists()
     # Exactly one of them wrote it.
@@ -56,5 +60,5 @@ def test_a_part_of_an_array_is_refused(cluster: Cluster, tmp_path: Path) -> None
         assert "distgpt: error: the shares are those of --array=0-N, all of them" in cluster.log(task)
 
 
-def contents(directory: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in directory.iterdir()}
+def contents(directory: Path) -> dict[str, str]:
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
