@@ -47,8 +47,10 @@ def test_slow_data_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> Non
 def test_a_slow_disk_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> None:
     """Training itself waits for saves on all ranks alike."""
     started = job(prepared, tmp_path, "save:1:1", "--checkpoint.every=1")
-    started.read_until(f"rank 1 on {socket.gethostname()} is slow to save: ")
-    assert "rank 0 on " not in stop(started)
+    host = socket.gethostname()
+    started.read_until(f"rank 1 on {host} is slow to save: ")
+    # It commits a checkpoint each step on a core that others may want: its own work may well be slow.
+    assert f"rank 0 on {host} is slow to save: " not in stop(started)
 
 
 @jobs.linux_only
