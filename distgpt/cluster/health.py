@@ -129,6 +129,7 @@ class Run:
         self.stop_requested: str | None = None
         self.told_to_stop = False
         self.owner: Owner | None = None
+        self._last_owner: Owner | None = None
         self._lock: RunLock | None = None
         self._refused = False
         self._ending = threading.Lock()
@@ -137,6 +138,8 @@ class Run:
 
     def __enter__(self) -> Self:
         forget_last_attempt()
+        with suppress(OSError):
+            self._last_owner = owner_of_this_job(self.paths)
         sys.stdout, sys.stderr = _Unheard(sys.stdout), _Unheard(sys.stderr)
         # Kept open for the life of the process.
         self._wakeup = socket.socketpair()
@@ -241,10 +244,11 @@ class Run:
         return write_exit_report(paths, code=code, cause=cause, rank=0, step=None, fence=fence)
 
     def _report_as_joined(self) -> None:
-        """If rank 0 has the run directory by now."""
+        """If rank 0 has the run directory by now, and not only that of the attempt before torchrun started all anew."""
         with suppress(OSError):
-            self.owner = owner_of_this_job(self.paths)
-            self._writes_report = self.owner is not None
+            owner = owner_of_this_job(self.paths)
+            if owner is not None and owner != self._last_owner:
+                self.owner, self._writes_report = owner, True
 
     def _leave_to(self, line: str) -> NoReturn:
         """End this process, whose run directory is another job's by now; rank 0 says so in `line`."""

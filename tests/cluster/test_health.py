@@ -15,16 +15,17 @@ from distgpt import errors
 from distgpt.cluster import health
 from distgpt.cluster.health import Run, outcome
 from distgpt.cluster.ownership import RunLock
-from distgpt.cluster.run_directory import RunPaths
+from distgpt.cluster.run_directory import RunPaths, write_exit_report
 from tests import jobs
 
 # A rank as train.py is one, without torch. RANK and BODY are replaced.
 PROGRAM = """
-import signal, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from distgpt.errors import *
 from distgpt.cluster import health
 from distgpt.cluster.health import Run
+from distgpt.cluster.ownership import RunLock
 from distgpt.cluster.run_directory import RunPaths
 with Run(RunPaths(Path(sys.argv[1])), int(sys.argv[2])) as run:
     {body}
@@ -149,26 +150,44 @@ def test_a_rank_leaves_rank_0_time_to_find_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("job", ["x", "another"])
-def test_a_rank_that_alone_fails_says_so_in_the_run_directory_of_its_job(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, job: str
-) -> None:
+def test_a_rank_that_alone_fails_says_so_in_the_run_directory_of_its_job(tmp_path: Path, job: str) -> None:
     """Rank 0, which waits for it, would only know that it was told to stop."""
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    lock = RunLock(RunPaths(tmp_path))
+    rank_0 = f"os.environ['TORCHELASTIC_RUN_ID'] = '{job}'; RunLock(run.paths)"
     done = rank(
         tmp_path,
-        "health.PATIENCE = 0; raise RuntimeError('broken GPU')",
+        f"{rank_0}; os.environ['TORCHELASTIC_RUN_ID'] = 'x'; health.PATIENCE = 0; raise RuntimeError('broken GPU')",
         number=1,
         LOCAL_RANK="1",
-        TORCHELASTIC_RUN_ID=job,
+        TORCHELASTIC_RUN_ID="x",
     )
     assert (done.code, done.error_lines) == (70, ["distgpt: error: RuntimeError: broken GPU"])
     assert done.stderr.count("Traceback") == 1
     assert (tmp_path / "exit.json").exists() == (job == "x")
     if job == "x":
         report = jobs.exit_report(tmp_path)
-        assert (report["code"], report["rank"], report["fence"]) == (70, 1, lock.owner.fence)
+        assert (report["code"], report["rank"], report["fence"]) == (70, 1, 1)
+
+
+def test_the_report_of_the_attempt_before_does_not_silence_a_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rank 0 of this one has not come to take the run directory, and never does."""
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    paths, copy = RunPaths(tmp_path), tmp_path / "copy.json"
+    lock = RunLock(paths)
+    write_exit_report(paths, code=75, cause="before", rank=0, step=3, fence=lock.owner.fence)
     lock.release()
+    done = rank(
+        tmp_path,
+        "told = run.report(75, 'now', for_host=True); print(told)",
+        number=1,
+        LOCAL_RANK="1",
+        TORCHELASTIC_RUN_ID="x",
+        DISTGPT_EXIT_FILE=str(copy),
+    )
+    assert done.stdout == "True\n"
+    assert json.loads(copy.read_text())["cause"] == "now"
+    assert jobs.exit_report(tmp_path)["cause"] == "before"
 
 
 def test_a_directory_that_is_not_rank_0s_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
