@@ -29,13 +29,13 @@ from distgpt.corpus.tokenizer import (
     tokenizer_from_json,
 )
 from distgpt.corpus.workers import Workers
-from distgpt.errors import DirectoryError, Interrupted, Parser, StorageError, UsageError, main_guard
+from distgpt.errors import DISK_FULL, DirectoryError, Interrupted, Parser, StorageError, UsageError, main_guard
 
 DEFAULT_OUTPUT = Path("data/stdlib")
 DEFAULT_VOCAB_SIZE = 8192
 TOKENIZER, TOKENIZER_HASH = "tokenizer.json", "tokenizer.sha256"
 LINE_SECONDS = 10.0
-NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+NO_SPACE = (*DISK_FULL, errno.EFBIG)
 
 HELP = f"""\
 Prepare text for training: a directory of uint16 tokens that distgpt.train reads. Without arguments: Python's own
@@ -153,10 +153,7 @@ def _prepare(options: argparse.Namespace, output: Path) -> str:
     exists = _check_output(output, settings, overwrite=options.overwrite)
     with Workers(options.workers, preload=pipeline.__name__) as workers:
         if exists and not options.overwrite and STDIN not in (options.input or []):
-            found = _scan(inputs, given, options, workers)
-            said = _existing(options, output, found)
-            staging.clear_leftovers(output, _job(found, settings))
-            return said
+            return _done_before(_scan(inputs, given, options, workers), options, settings, output)
         if options.tokenizer == "gpt2":
             given = gpt2()
         if options.task:
@@ -197,9 +194,7 @@ def _prepare_share(
             _encode(share, found, tokenizer, directory, workers)
     except staging.CommittedError:  # a restart of this task that was not needed, or the same task started twice
         _check_output(output, settings, overwrite=False)
-        said = _existing(options, output, found)
-        staging.clear_leftovers(output, _job(found, settings))
-        return said
+        return _done_before(found, options, settings, output)
     # Of the tasks that let go of the directory, the last gets it for itself and finds every part there.
     with suppress(DirectoryError), staging.staging(output) as directory:
         if all(pipeline.is_done(unit, directory / "parts") for unit in units):
@@ -262,6 +257,13 @@ def _existing(options: argparse.Namespace, output: Path, found: Scan) -> str:
     shards.verify_dataset(dataset)
     tokens = dataset.train.tokens + dataset.val.tokens
     return f"{options.output} is already prepared from this input: {tokens:,} tokens, vocabulary {dataset.vocab_size:,}"
+
+
+def _done_before(found: Scan, options: argparse.Namespace, settings: dict[str, Any], output: Path) -> str:
+    """As _existing; what the process that made the output may have left beside it is removed."""
+    said = _existing(options, output, found)
+    staging.clear_leftovers(output, _job(found, settings))
+    return said
 
 
 def _spool(inputs: Sequence[Source], directory: Path) -> None:

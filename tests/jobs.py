@@ -1,6 +1,7 @@
 """Real processes for the tests: the doors, training jobs under torchrun, and what they leave behind."""
 
 import fcntl
+import hashlib
 import itertools
 import json
 import os
@@ -166,6 +167,11 @@ def poll(probe: Callable[[], T | None], seconds: float = 120.0) -> T:
         assert time.monotonic() < deadline, "it did not happen"
         time.sleep(0.01)
     return found
+
+
+def contents(directory: Path) -> dict[str, str]:
+    """Name to hash of every file of a dataset."""
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
 def alive(pid: int) -> bool:

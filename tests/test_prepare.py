@@ -26,6 +26,7 @@ from distgpt.corpus import pipeline
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.errors import StorageError
+from tests import jobs
 
 SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
 
@@ -77,11 +78,6 @@ def words(seed: int, count: int) -> str:
     return " ".join(source.choice(pool) for _ in range(count))
 
 
-def contents(directory: Path) -> dict[str, str]:
-    """Name to hash of every file of a dataset."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
-
-
 def texts_of(dataset: Dataset) -> tuple[list[str], list[str]]:
     """The documents of both splits, decoded."""
     tokenizer = load_tokenizer(dataset.path)
@@ -127,12 +123,12 @@ def test_without_arguments_the_standard_library_once(prepare: Run, tmp_path: Pat
     assert len(train) > len(val) > 0
     assert dataset.vocab_size == len(set("".join(train + val))) + 1
     assert dataset.eot_id == dataset.vocab_size - 1
-    before = contents(tmp_path / "data" / "stdlib")
+    before = jobs.contents(tmp_path / "data" / "stdlib")
     done = prepare()
     assert done.stdout.decode().startswith("data/stdlib is already prepared")
     assert len(done.stdout.decode().splitlines()) == 1
     assert done.stderr == b""
-    assert {name: contents(tmp_path / "data" / "stdlib")[name] for name in before} == before
+    assert {name: jobs.contents(tmp_path / "data" / "stdlib")[name] for name in before} == before
 
 
 def make_corpus(folder: Path) -> list[str]:
@@ -162,7 +158,7 @@ def test_every_format_whole_and_the_same_for_any_number_of_workers(
     arguments = ["--input", "in", "--tokenizer", tokenizer, *more, "--val-fraction", 0.2, "--shard-tokens", 150_000]
     prepare(*arguments, "--output", "one", "--workers", 1, small_units=True)
     prepare(*arguments, "--output", "three", "--workers", 3, small_units=True)
-    assert contents(tmp_path / "one") == contents(tmp_path / "three")
+    assert jobs.contents(tmp_path / "one") == jobs.contents(tmp_path / "three")
     dataset = open_dataset(tmp_path / "one")
     verify_dataset(dataset)
     threshold = int(0.2 * 2**64)
@@ -266,7 +262,7 @@ def test_stopped_in_the_middle_it_goes_on_and_ends_the_same(
     assert "going on: " in done.stderr.decode()
     assert not (tmp_path / "out.partial").exists()
     prepare(*arguments, "whole", small_units=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert jobs.contents(tmp_path / "out") == jobs.contents(tmp_path / "whole")
 
 
 def test_parts_of_another_input_are_not_believed(prepare: Run, tmp_path: Path) -> None:
@@ -285,7 +281,7 @@ def test_after_a_kill_other_options_start_anew(prepare: Run, tmp_path: Path) -> 
     done = prepare(*arguments, "out", small_units=True)
     assert "going on" not in done.stderr.decode()
     prepare(*arguments, "whole", small_units=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert jobs.contents(tmp_path / "out") == jobs.contents(tmp_path / "whole")
 
 
 @pytest.mark.parametrize("position", [0, 20, -1000, -10])  # the count of rows, a row, a token, the hash
@@ -320,19 +316,19 @@ def test_a_vocabulary_damaged_after_a_kill_is_learned_again(prepare: Run, tmp_pa
     saved.write_text(json.dumps(damaged))
     prepare(*arguments, "out", small_units=True)
     prepare(*arguments, "whole", small_units=True)
-    assert contents(tmp_path / "out") == contents(tmp_path / "whole")
+    assert jobs.contents(tmp_path / "out") == jobs.contents(tmp_path / "whole")
 
 
 def test_an_output_that_exists(prepare: Run, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / f"{name}.txt").write_text(f"text {name} " * 50)
     prepare("--input", "one.txt", "--output", "out")
-    before = contents(tmp_path / "out")
+    before = jobs.contents(tmp_path / "out")
     assert "already prepared" in prepare("--input", "one.txt", "--output", "out").stdout.decode()
     assert "another input" in error_line(prepare("--input", "two.txt", "--output", "out", code=73))
     done = prepare("--input", "one.txt", "--output", "out", "--val-fraction", 0.3, code=73)
     assert "other options: take another --output, or --overwrite" in error_line(done)
-    assert {name: contents(tmp_path / "out")[name] for name in before} == before
+    assert {name: jobs.contents(tmp_path / "out")[name] for name in before} == before
     (tmp_path / "out" / "meta.json").unlink()
     assert "not a whole dataset" in error_line(prepare("--input", "one.txt", "--output", "out", code=73))
     prepare("--input", "two.txt", "--output", "out", "--overwrite")

@@ -1,7 +1,6 @@
 """`python -m distgpt.prepare --task I/N`: several processes, on one host or many, write what one writes."""
 
 import fcntl
-import hashlib
 import signal
 import subprocess
 import sys
@@ -90,7 +89,7 @@ def test_tasks_at_once_and_one_after_the_other_write_what_one_process_writes(
     assert in_turn[0].stdout == f"task 1 of 2 is done; the last of the others writes {tmp_path / 'in-turn'}\n"
     assert "prepared    " in in_turn[1].stdout
     for name in ("at-once", "in-turn"):
-        assert contents(tmp_path / name) == contents(tmp_path / "alone")
+        assert jobs.contents(tmp_path / name) == jobs.contents(tmp_path / "alone")
         assert not (tmp_path / f"{name}.partial").exists()
     late = jobs.run([*program, *options, "--output", str(tmp_path / "in-turn"), "--task", "0/2"])
     assert (late.code, "already prepared" in late.stdout) == (0, True)
@@ -198,7 +197,3 @@ def test_what_tasks_cannot_do(tmp_path: Path) -> None:
 def waits_for_a_lock(pid: int) -> bool:
     locks = [line.split() for line in Path("/proc/locks").read_text().splitlines()]
     return any(line[1] == "->" and line[5] == str(pid) for line in locks)
-
-
-def contents(directory: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}

@@ -17,7 +17,8 @@ from pathlib import Path
 TICK = 1.0  # seconds
 # Seconds beyond the limit, in which a watchdog that can do so ends its rank by itself.
 MORE = 10.0
-WRITING = 0.5
+# Has a rank write the stacks of all its threads to its log, whatever it does; the seconds that it gets for that.
+STACKS_SIGNAL, WRITING = signal.SIGUSR2, 0.5
 
 
 def silence_of(rank: int) -> float | None:
@@ -56,7 +57,7 @@ def main(logs: str) -> None:
     if silent is None:
         return
     with suppress(ProcessLookupError):
-        os.kill(rank, signal.SIGUSR2)  # has it write its stacks, for which it needs no lock
+        os.kill(rank, STACKS_SIGNAL)  # it needs no lock for that
         time.sleep(WRITING)
         os.kill(rank, signal.SIGKILL)
     name = os.environ.get("RANK", "0")

@@ -19,6 +19,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self, TextIO
 
+from distgpt.cluster.backstop import STACKS_SIGNAL
 from distgpt.cluster.ownership import Owner, RunLock, loss_of, owner_of_this_job
 from distgpt.cluster.run_directory import (
     RunPaths,
@@ -44,8 +45,6 @@ log.addHandler(logging.NullHandler())
 log.propagate = False  # what a person should read is printed; the log is for logs/
 logging.raiseExceptions = False  # a line of it that a full disk has no room for is lost, without a traceback on stderr
 
-# Has a rank write the stacks of all its threads to its log, whatever it does.
-STACKS_SIGNAL = signal.SIGUSR2
 PR_SET_PDEATHSIG = 1
 # What CUDA says of a GPU that broke or was lost; launchers give up where starting again does not help.
 LOST_DEVICE = ("ECC", "unspecified launch failure", "unknown error", "busy or unavailable", "hardware", "NVLink")

@@ -26,8 +26,8 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
 from distgpt.cluster import backstop
-from distgpt.cluster.backstop import state_of
-from distgpt.cluster.health import STACKS_SIGNAL, Run
+from distgpt.cluster.backstop import STACKS_SIGNAL, WRITING, state_of
+from distgpt.cluster.health import Run
 from distgpt.config import HealthConfig
 from distgpt.errors import EXIT_INTERRUPTED
 
@@ -35,9 +35,9 @@ if TYPE_CHECKING:
     from torch import nn
     from torch.distributed import Store
 
-# Seconds between two looks at the clock, for all ranks to answer, and for a rank that did not to write its stacks:
-# together the limit is exceeded by less than 5.
-TICK, ANSWER, WRITING = 0.5, 2.0, 0.5
+# Seconds between two looks at the clock, and for all ranks to answer. With WRITING, for a rank that did not, the limit
+# is exceeded by less than 5.
+TICK, ANSWER = 0.5, 2.0
 # Seconds without progress and without a neighbour after which one that is told to stop waits for it no longer.
 LOST = 5.0
 # Seconds that the others have to read the answers in a store that ends with this process.

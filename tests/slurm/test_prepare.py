@@ -1,6 +1,5 @@
 """slurm/prepare.sh on a real Slurm: an array of tasks writes what one process writes."""
 
-import hashlib
 import json
 import random
 from pathlib import Path
@@ -47,7 +46,7 @@ def test_an_array_writes_what_one_process_writes(runs: Runs, tmp_path: Path) -> 
         assert cluster.end_of(task)["JobState"] == "COMPLETED", cluster.log(task)
     assert "going on: 1 of 2 parts are done" in cluster.log(tasks[1])
     assert "going on: 1 of 3 parts are done" in cluster.log(tasks[2])
-    assert contents(tmp_path / "array") == contents(tmp_path / "alone")
+    assert jobs.contents(tmp_path / "array") == jobs.contents(tmp_path / "alone")
     assert not (tmp_path / "array.partial").exists()
     # Exactly one of them wrote it.
     assert sum("prepared    " in cluster.log(task) for task in tasks) == 1
@@ -58,7 +57,3 @@ def test_a_part_of_an_array_is_refused(cluster: Cluster, tmp_path: Path) -> None
     for task in (f"{array}_1", f"{array}_2"):
         assert cluster.end_of(task)["ExitCode"] == "2:0"
         assert "distgpt: error: the shares are those of --array=0-N, all of them" in cluster.log(task)
-
-
-def contents(directory: Path) -> dict[str, str]:
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
