@@ -8,5 +8,5 @@ cd "$home"
 ruff check .
 ruff format --check .
 mypy
-# Two at a time, since most of the tests wait for processes to start; those of a directory stay together.
-python -m pytest --numprocesses=2 --dist=loadscope --no-loadscope-reorder "$@"
+# More than there are cores, since many tests wait.
+python -m pytest --numprocesses=4 --dist=loadscope --no-loadscope-reorder "$@"

@@ -24,16 +24,37 @@ def pytest_configure() -> None:
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-class ByDirectory(LoadScopeScheduling):
-    """The tests of a directory share trained runs or a cluster: one worker takes them all."""
+# What takes longest comes first, so that no worker is left with it at the end; the rest follow in any order.
+LONGEST = (
+    *("slurm", "hosts/test_multinode.py", "end_to_end/test_resume.py", "end_to_end/test_train.py"),
+    *("storms/test_stops.py", "storms/test_save_kills.py", "storms/test_kills.py", "storms/test_signals.py"),
+    *("end_to_end", "hosts", "test_prepare_tasks.py", "test_doctor.py", "cluster/test_watchdog.py", "launch", "storms"),
+)
+
+
+def scope_of(path: str) -> str:
+    """Return the part of a test's path below tests/ that one worker takes as a whole: all of slurm/, else a file."""
+    inside = path.removeprefix("tests/")
+    return "slurm" if inside.startswith("slurm/") else inside
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        scope = scope_of(item.nodeid.split("::")[0])
+        return next((at for at, name in enumerate(LONGEST) if scope.startswith(name)), len(LONGEST))
+
+    items.sort(key=place)
+
+
+class ByScope(LoadScopeScheduling):
+    """The tests of a file share what they have trained, those of slurm/ a cluster."""
 
     def _split_scope(self, nodeid: str) -> str:
-        """The first part of its path below tests/."""
-        return nodeid.split("::")[0].split("/")[1]
+        return scope_of(nodeid.split("::")[0])
 
 
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByDirectory:
-    return ByDirectory(config, log)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByScope:
+    return ByScope(config, log)
 
 
 @pytest.fixture(scope="session")

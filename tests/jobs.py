@@ -22,7 +22,11 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-PROJECT = Path(__file__).resolve().parent.parent
+from tests.forking import client, program
+
+PROJECT = client.PROJECT
+# For PYTHONPATH: torchrun, whatever starts it, forks its ranks.
+FORK_RANKS = f"{PROJECT}:{PROJECT / 'tests' / 'forking' / 'hook'}"
 
 # Milliseconds a step, with everything that a resume could get wrong: dropout, accumulation, clipping.
 TINY = (
@@ -34,6 +38,9 @@ TINY = (
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # What torchrun, Slurm or a person set for another job.
 FOREIGN = ("DISTGPT_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_")
+
+# The variables of a command that must start as a person starts it, and not as a fork: jobs.door("train", **jobs.REAL).
+REAL = {"PYTHONPATH": ""}
 
 T = TypeVar("T")
 
@@ -77,7 +84,7 @@ class Job:
         fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
         self._stdout, self._said = read, b""
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the job)
-        self._process = subprocess.Popen(command, stdout=write, stderr=self._stderr, env=environment(**variables))
+        self._process = start(command, stdout=write, stderr=self._stderr.fileno(), variables=variables)
         os.close(write)
         self.pid = self._process.pid
 
@@ -109,42 +116,54 @@ class Job:
         return bool(chunk)
 
 
-def run(command: Sequence[str], **variables: str) -> Ended:
-    """Run a command to its end, on one core: what is small is only slower on several."""
-    core = next(_cores)
+def start(
+    command: Sequence[str], *, stdout: int, stderr: int, variables: Mapping[str, str], core: int | None = None
+) -> client.Forked | subprocess.Popen[bytes]:
+    """Start a command, on one core if so asked. Python is forked, unless its `variables` are for a real Python."""
+    env = environment(**variables)
+    if program.is_python(command) and not any(name.startswith(("PYTHON", "OMP_", "LC_")) for name in variables):
+        with open(os.devnull) as nothing:
+            return client.start(command, env=env, streams=(nothing.fileno(), stdout, stderr), core=core)
 
     def pin() -> None:
-        if sys.platform == "linux":
+        if core is not None:
             os.sched_setaffinity(0, {core})
 
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=environment(**variables), timeout=300, preexec_fn=pin
+    return subprocess.Popen(
+        command, env=env, stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr, preexec_fn=pin if core else None
     )
-    return Ended(done.returncode, done.stdout, done.stderr)
+
+
+def run(command: Sequence[str], *, core: int | None = None, **variables: str) -> Ended:
+    """Run a command to its end, on all cores or on one."""
+    with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
+        started = start(command, stdout=stdout.fileno(), stderr=stderr.fileno(), variables=variables, core=core)
+        code = started.wait()
+        for stream in (stdout, stderr):
+            stream.seek(0)
+        return Ended(code, stdout.read(), stderr.read())
 
 
 def door(name: str, *arguments: str | Path, **variables: str) -> Ended:
-    """`python -m distgpt.<name>`."""
-    return run([sys.executable, "-m", f"distgpt.{name}", *map(str, arguments)], **variables)
+    """`python -m distgpt.<name>`, on one core: what is small is only slower on several."""
+    command = [sys.executable, "-m", f"distgpt.{name}", *map(str, arguments)]
+    return run(command, core=next(_cores) if sys.platform == "linux" else None, **variables)
 
 
-def torchrun(ranks: int, *arguments: str) -> Ended:
+def torchrun(ranks: int, *arguments: str, **variables: str) -> Ended:
     """`torchrun -m distgpt.train` to its end."""
-    done = subprocess.run(
-        torchrun_command(ranks, *arguments), capture_output=True, text=True, env=environment(), timeout=300
-    )
-    return Ended(done.returncode, done.stdout, done.stderr)
+    return run(torchrun_command(ranks, *arguments), **variables)
 
 
-def train(ranks: int, *arguments: str) -> Ended:
+def train(ranks: int, *arguments: str, **variables: str) -> Ended:
     """Train to the end, under torchrun or, with one rank, as a plain process."""
-    return torchrun(ranks, *arguments) if ranks > 1 else door("train", *arguments)
+    return torchrun(ranks, *arguments, **variables) if ranks > 1 else door("train", *arguments, **variables)
 
 
-def torchrun_command(ranks: int, *arguments: str) -> list[str]:
-    """The command line of a training job, with a rendezvous of its own."""
+def torchrun_command(ranks: int, *arguments: str, script: Path | None = None) -> list[str]:
+    """The command line of a training job, with a rendezvous of its own; `script` stands for distgpt.train."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", SIGNALS]
-    return [*launcher, "-m", "distgpt.train", *arguments]
+    return [*launcher, *(["-m", "distgpt.train"] if script is None else [str(script)]), *arguments]
 
 
 def all_at_once(jobs: Mapping[str, Callable[[], Ended]]) -> dict[str, Ended]:
@@ -157,7 +176,7 @@ def all_at_once(jobs: Mapping[str, Callable[[], Ended]]) -> dict[str, Ended]:
 def environment(**variables: str) -> dict[str, str]:
     """This one without what is meant for other jobs, and with a thread a rank: tests share few cores."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
-    return {**kept, "OMP_NUM_THREADS": "1", **variables}
+    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": FORK_RANKS, **variables}
 
 
 def poll(probe: Callable[[], T | None], seconds: float = 120.0) -> T:
@@ -260,8 +279,18 @@ def ranks_of(agent: int) -> dict[int, int]:
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
-            variables = (directory / "environ").read_bytes().split(b"\0") if parent == agent else []
+            rank = _rank_of(directory) if parent == agent else None
         except (OSError, ValueError):
             continue
-        found |= {int(v[5:]): int(directory.name) for v in variables if v.startswith(b"RANK=")}
+        if rank is not None:
+            found[rank] = int(directory.name)
     return found
+
+
+def _rank_of(process: Path) -> int | None:
+    """The rank that a directory of /proc is: a fork of its agent by its name, a real start by its environment."""
+    name = (process / "comm").read_text().split()
+    if name[0] == "rank":
+        return int(name[1])
+    variables = (process / "environ").read_bytes().split(b"\0")
+    return next((int(variable[5:]) for variable in variables if variable.startswith(b"RANK=")), None)

@@ -20,11 +20,12 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self, TextIO
 
 from distgpt.cluster.backstop import STACKS_SIGNAL
-from distgpt.cluster.ownership import Owner, RunLock, loss_of, owner_of_this_job
+from distgpt.cluster.ownership import Owner, RunLock, loss_of, owner_of_this_attempt
 from distgpt.cluster.run_directory import (
     RunPaths,
     code_of_this_job,
     forget_last_attempt,
+    this_attempt,
     write_exit_report,
 )
 from distgpt.errors import (
@@ -87,7 +88,7 @@ def _runs_torch(pid: int) -> bool:
 
 def leave_if_hopeless(paths: RunPaths) -> None:
     """torchrun starts all ranks again whatever ended them: leave, without a word, if that cannot help."""
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if this_attempt():
         code = code_of_this_job(paths)
         if code in (EXIT_USAGE, EXIT_DATA, EXIT_CANNOT_CREATE):
             sys.exit(code)
@@ -128,7 +129,6 @@ class Run:
         self.stop_requested: str | None = None
         self.told_to_stop = False
         self.owner: Owner | None = None
-        self._last_owner: Owner | None = None
         self._lock: RunLock | None = None
         self._refused = False
         self._ending = threading.Lock()
@@ -137,8 +137,6 @@ class Run:
 
     def __enter__(self) -> Self:
         forget_last_attempt()
-        with suppress(OSError):
-            self._last_owner = owner_of_this_job(self.paths)
         sys.stdout, sys.stderr = _Unheard(sys.stdout), _Unheard(sys.stderr)
         # Kept open for the life of the process.
         self._wakeup = socket.socketpair()
@@ -245,8 +243,8 @@ class Run:
     def _report_as_joined(self) -> None:
         """If rank 0 has the run directory by now, and not only that of the attempt before torchrun started all anew."""
         with suppress(OSError):
-            owner = owner_of_this_job(self.paths)
-            if owner is not None and owner != self._last_owner:
+            owner = owner_of_this_attempt(self.paths)
+            if owner is not None:
                 self.owner, self._writes_report = owner, True
 
     def _leave_to(self, line: str) -> NoReturn:

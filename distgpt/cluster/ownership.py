@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from distgpt.cluster.run_directory import RunPaths, this_job
+from distgpt.cluster.run_directory import RunPaths, this_attempt, this_job
 from distgpt.errors import DirectoryError, StorageError
 
 RENEWAL, LEASE = 2.0, 10.0  # seconds
@@ -36,7 +36,7 @@ RECORD_BYTES = 512  # always the same, so that a renewal neither grows nor short
 class Owner:
     """A process that took a run directory. `boot` tells kernels apart: within one, a flock is the whole truth.
 
-    `job`: what its torchrun has in common with no other.
+    `job`: what its torchrun has in common with no other. `attempt`: how often that had started all ranks again.
     """
 
     fence: int
@@ -45,6 +45,7 @@ class Owner:
     pid: int
     started: str
     job: str | None = None
+    attempt: int = 0
 
     def __str__(self) -> str:
         return f"pid {self.pid} on {self.host} since {self.started}"
@@ -86,7 +87,7 @@ class RunLock:
             found = _read(before)
             fence = found.owner.fence + 1 if found else _first_fence(before)
             started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-            self.owner = Owner(fence, socket.gethostname(), _boot(), os.getpid(), started, this_job())
+            self.owner = Owner(fence, socket.gethostname(), _boot(), os.getpid(), started, this_job(), this_attempt())
             # How the last run ended says nothing of this one. Before LOCK is in place: afterwards it may be another's.
             paths.exit_report.unlink(missing_ok=True)
             self._fd = self._put_in_place()
@@ -164,10 +165,12 @@ def loss_of(paths: RunPaths, owner: Owner) -> str | None:
     return None if found is not None and found.owner == owner else _loss(paths, found)
 
 
-def owner_of_this_job(paths: RunPaths) -> Owner | None:
-    """Who has the directory, if it is rank 0 of the same torchrun as this process. Raises OSError."""
+def owner_of_this_attempt(paths: RunPaths) -> Owner | None:
+    """Return the owner of the directory if torchrun started it together with this process. Raises OSError."""
     found = _in_place(paths)
-    return found.owner if found is not None and found.owner.job is not None and found.owner.job == this_job() else None
+    if found is None or found.owner.job is None:
+        return None
+    return found.owner if (found.owner.job, found.owner.attempt) == (this_job(), this_attempt()) else None
 
 
 def lock_holder(paths: RunPaths) -> str | None:

@@ -123,6 +123,11 @@ def this_job() -> str | None:
     return None
 
 
+def this_attempt() -> int:
+    """Count how often this torchrun has started all ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
 def _start_of_this_process() -> float:
     """In seconds as time.time() has them. Ranks start together: none reports before the last one has started."""
     try:

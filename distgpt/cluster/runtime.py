@@ -11,6 +11,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
+from distgpt.cluster.run_directory import this_attempt
 from distgpt.errors import UsageError
 
 # glibc's mallopt, malloc.h
@@ -56,7 +57,7 @@ def this_rank() -> Runtime:
 
 def restarted() -> bool:
     """Whether torchrun started these ranks again, after others of the same job."""
-    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+    return this_attempt() > 0
 
 
 @contextmanager

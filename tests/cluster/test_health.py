@@ -183,6 +183,7 @@ def test_the_report_of_the_attempt_before_does_not_silence_a_rank(
         number=1,
         LOCAL_RANK="1",
         TORCHELASTIC_RUN_ID="x",
+        TORCHELASTIC_RESTART_COUNT="1",
         DISTGPT_EXIT_FILE=str(copy),
     )
     assert done.stdout == "True\n"

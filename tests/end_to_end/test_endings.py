@@ -41,7 +41,7 @@ def test_a_signal_while_the_ranks_find_each_other(prepared: Path, tmp_path: Path
 
 # distgpt.train, for torchrun, where something is wrong with rank 1 alone.
 ODD = """
-import os, runpy
+import os, runpy, time
 import torch
 from distgpt.cluster import health
 health.SIGHT = health.PATIENCE = 1.0
@@ -50,7 +50,11 @@ if os.environ["RANK"] == "1":
 runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)
 """
 BROKEN = """
-    def broken(threads): raise RuntimeError("no such GPU")
+    def broken(threads):
+        # Not before rank 0 has the run directory, however slow the machine.
+        while not (os.path.exists("run/LOCK") and os.path.getsize("run/LOCK")):
+            time.sleep(0.01)
+        raise RuntimeError("no such GPU")
     torch.set_num_threads = broken
 """
 
@@ -68,8 +72,8 @@ def test_what_is_wrong_with_one_rank_is_told(
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "odd.py").write_text(ODD.format(wrong=wrong))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "odd.py"]
-    job = jobs.Job(["env", "-C", str(tmp_path), *launcher, *tiny(prepared, Path("run"))])
+    command = jobs.torchrun_command(2, *tiny(prepared, Path("run")), script=Path("odd.py"))
+    job = jobs.Job(["env", "-C", str(tmp_path), *command])
     ended = job.finish()
     report = jobs.exit_report(tmp_path / "run")
     assert (report["rank"], report["code"], report["cause"]) == (rank, code, cause)
@@ -82,7 +86,7 @@ def test_what_is_wrong_with_one_rank_is_told(
 @pytest.mark.parametrize("door", ["train", "evaluate", "sample", "replay"])
 def test_a_signal_while_torch_is_imported(tmp_path: Path, door: str) -> None:
     arguments = {"train": [], "replay": [str(tmp_path), "--step=1"]}.get(door, [str(tmp_path)])
-    job = jobs.Job([sys.executable, "-m", f"distgpt.{door}", *arguments])
+    job = jobs.Job([sys.executable, "-m", f"distgpt.{door}", *arguments], **jobs.REAL)
     maps = Path(f"/proc/{job.pid}/maps")
     jobs.poll(lambda: "libtorch" in maps.read_text())
     job.signal(signal.SIGINT)

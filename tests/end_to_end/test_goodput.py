@@ -22,7 +22,7 @@ class Watched:
     """An attempt as one sees it from outside: when rank 0 began, and when each step was told."""
 
     def __init__(self, arguments: list[str]) -> None:
-        command = [*jobs.torchrun_command(2)[:-2], str(Path(__file__).with_name("slow.py")), *arguments]
+        command = jobs.torchrun_command(2, *arguments, script=Path(__file__).with_name("slow.py"))
         self.job = jobs.Job(command, SLOW=f"forward:{FORWARD_SECONDS}:")
         self.rank_0 = self.job.rank(0)
         self.began = time.monotonic()

@@ -1,7 +1,6 @@
 """A rank that hangs halts all: it is named, every rank shows its stacks, and nothing is left waiting."""
 
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,16 +12,9 @@ from tests.end_to_end.conftest import tiny
 SLOW = Path(__file__).with_name("slow.py")
 
 
-def hanging(slow: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+def hanging(slow: str, *arguments: str) -> jobs.Ended:
     """Train with two ranks, one of which hangs as slow.py has it, to the end that the watchdog makes of it."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(SLOW)]
-    return subprocess.run(
-        [*launcher, *arguments, "--health.start_timeout=20"],
-        capture_output=True,
-        text=True,
-        env=jobs.environment(SLOW=slow),
-        timeout=300,
-    )
+    return jobs.run(jobs.torchrun_command(2, *arguments, "--health.start_timeout=20", script=SLOW), SLOW=slow)
 
 
 HANGING_DISK = """

@@ -49,15 +49,11 @@ def test_all_ranks_leave_out_the_update_of_a_step_that_one_rank_spoiled(
 ) -> None:
     run, script = tmp_path / "run", tmp_path / "faulty.py"
     script.write_text(FAULTY)
-    launcher = jobs.torchrun_command(2)[:-2]
-    ended = jobs.run(
-        [
-            *(*launcher, str(script), *tiny(prepared, run), f"--parallel.strategy={strategy}"),
-            *("--health.on_nonfinite=skip", "--train.steps=5", "--checkpoint.every=1", "--checkpoint.keep=9"),
-            *("--log.every=2", "--eval.every=0"),
-        ],
-        PYTHONPATH=str(jobs.PROJECT),
-    )
+    arguments = [
+        *(*tiny(prepared, run), f"--parallel.strategy={strategy}", "--health.on_nonfinite=skip", "--train.steps=5"),
+        *("--checkpoint.every=1", "--checkpoint.keep=9", "--log.every=2", "--eval.every=0"),
+    ]
+    ended = jobs.run(jobs.torchrun_command(2, *arguments, script=script))
     assert ended.code == 0, ended
     said = "loss nan and gradient norm nan at step 3: update skipped; samples 16 to 23 (their places are in logs/)"
     assert ended.stdout.splitlines().count(said) == 1

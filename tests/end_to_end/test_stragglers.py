@@ -11,9 +11,9 @@ from tests.end_to_end.conftest import tiny
 
 
 def job(data: Path, run: Path, slow: str, *arguments: str) -> jobs.Job:
-    command = [*jobs.torchrun_command(2)[:-2], str(Path(__file__).with_name("slow.py")), *tiny(data, run)]
+    slow_py = Path(__file__).with_name("slow.py")
     quiet = ("--eval.every=0", "--checkpoint.every=0", "--train.steps=10000")
-    return jobs.Job([*command, *quiet, *arguments], SLOW=slow)
+    return jobs.Job(jobs.torchrun_command(2, *tiny(data, run), *quiet, *arguments, script=slow_py), SLOW=slow)
 
 
 def stop(started: jobs.Job) -> str:

@@ -1,0 +1,105 @@
+"""Lets a forked process go on as `python -m MODULE`, `python -c CODE` or `python FILE` would have begun."""
+
+import atexit
+import importlib
+import io
+import os
+import runpy
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from typing import NoReturn
+
+PRODUCT = "distgpt"
+# What the commands import, at the top or on the way.
+COMMANDS = ("train", "evaluate", "sample", "replay", "doctor", "prepare")
+IMPORTED_LATE = (
+    *("torch.distributed.run", "matplotlib.figure", "matplotlib.backends.backend_agg", "tokenizers", "tiktoken"),
+)
+
+
+def import_packages() -> None:
+    """Import all that the commands import, and forget distgpt's own modules: each process has its own state in them."""
+    for name in (*(f"{PRODUCT}.{command}" for command in COMMANDS), *IMPORTED_LATE):
+        importlib.import_module(name)
+    for name in [name for name in sys.modules if name.partition(".")[0] == PRODUCT]:
+        del sys.modules[name]
+
+
+def is_python(command: Sequence[str]) -> bool:
+    """Whether `command` is this Python with -m MODULE, -c CODE or a file, perhaps with -u."""
+    return command[0] == sys.executable and len(command) > 1
+
+
+def run(command: Sequence[str], *, env: Mapping[str, str], cwd: str | None) -> NoReturn:
+    """Be `command` from here on, with the standard streams as they are at file descriptors 0, 1 and 2."""
+    code = 1
+    try:
+        unbuffered, arguments = command[1] == "-u", list(command[2 if command[1] == "-u" else 1 :])
+        _forget_the_parent(env, cwd, unbuffered=unbuffered or "PYTHONUNBUFFERED" in env)
+        code = _run(arguments)
+    finally:
+        os._exit(code)
+
+
+def _forget_the_parent(env: Mapping[str, str], cwd: str | None, *, unbuffered: bool) -> None:
+    """Give this process the environment, directory, signals, files and streams of one that was just started."""
+    os.closerange(3, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 2**17 else 2**17)
+    os.environ.clear()
+    os.environ.update(env)
+    if cwd:
+        os.chdir(cwd)
+    with suppress(ValueError):
+        signal.set_wakeup_fd(-1)
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 (for the life of the process)
+    sys.stdout = sys.__stdout__ = _stream(1, "strict", unbuffered=unbuffered)
+    sys.stderr = sys.__stderr__ = _stream(2, "backslashreplace", unbuffered=unbuffered)
+
+
+def _stream(number: int, errors: str, *, unbuffered: bool) -> io.TextIOWrapper:
+    raw = io.FileIO(number, "w", closefd=False)
+    lines = number == 2 or os.isatty(number)
+    buffer = raw if unbuffered else io.BufferedWriter(raw)
+    return io.TextIOWrapper(buffer, "utf-8", errors, line_buffering=lines, write_through=unbuffered)  # type: ignore[type-var]
+
+
+def _run(arguments: list[str]) -> int:
+    """Run the module or the file, and what Python does at its end; the exit code."""
+    try:
+        if arguments[0] == "-m":
+            sys.path.insert(0, os.getcwd())
+            sys.argv = arguments[1:]
+            sys.modules.pop(arguments[1], None)
+            runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
+        elif arguments[0] == "-c":
+            sys.path.insert(0, os.getcwd())
+            sys.argv = ["-c", *arguments[2:]]
+            exec(compile(arguments[1], "<string>", "exec"), sys.modules["__main__"].__dict__)
+        else:
+            sys.path.insert(0, os.path.dirname(os.path.abspath(arguments[0])))
+            sys.argv = arguments
+            runpy.run_path(arguments[0], run_name="__main__")
+        code: object = 0
+    except SystemExit as exit:
+        code = exit.code
+    except BaseException:
+        traceback.print_exc()
+        code = 1
+    if not isinstance(code, int):
+        if code is not None:
+            print(code, file=sys.stderr)
+        code = 0 if code is None else 1
+    with suppress(BaseException):
+        threading._shutdown()  # type: ignore[attr-defined]  # as Python does before it ends: wait for threads
+        atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):
+            stream.flush()
+    return code & 255
