@@ -1,12 +1,20 @@
 #!/usr/bin/env bash
-# Run everything that must hold: lint, types, tests. Options go to pytest; --storms runs the storms at their full length.
-#   launch/test.sh [pytest options]
+# Run everything that must hold: lint, types, tests.
+#   launch/test.sh                     everything; --storms runs the storms at their full length
+#   launch/test.sh --fast              lint, types and the tests that start no training: under a minute
+#   launch/test.sh -k NAME, or a file  only those tests, with any options of pytest
 . "$(dirname "$0")/environment.sh"
 environment test
 cd "$home"
 
+# More workers than cores, since many tests wait.
+workers=(--numprocesses=4 --dist=loadscope --no-loadscope-reorder)
+case ${1:-} in
+    "" | --storms | --storm-seed*) ;;
+    --fast) set -- -m "not slow" ;;
+    *) exec python -m pytest --numprocesses=0 "$@" ;;
+esac
 ruff check .
 ruff format --check .
 mypy
-# More than there are cores, since many tests wait.
-python -m pytest --numprocesses=4 --dist=loadscope --no-loadscope-reorder "$@"
+python -m pytest "${workers[@]}" "$@"

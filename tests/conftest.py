@@ -10,6 +10,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests import jobs
 
+pytest_plugins = ["tests.timing"]
 SHAKESPEARE = jobs.PROJECT.parent / "shared" / "data" / "tinyshakespeare.txt"
 
 

@@ -14,6 +14,12 @@ from pathlib import Path
 PROJECT = Path(__file__).resolve().parents[2]
 
 
+class Clock:
+    """Counts the CPU seconds of the programs that have ended."""
+
+    seconds = 0.0
+
+
 class Forked:
     """A program that the server has forked, with what tests use of a Popen."""
 
@@ -28,7 +34,9 @@ class Forked:
     def wait(self) -> int:
         """The exit code, when it has ended."""
         if self._code is None:
-            self._code = int(self._answers.readline())
+            code, seconds = self._answers.readline().split()
+            self._code = int(code)
+            Clock.seconds += float(seconds)
         return self._code
 
 

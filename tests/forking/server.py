@@ -1,7 +1,8 @@
 """Forks programs for a test process: `python -m tests.forking.server FD`, a socket to it.
 
 A request is one message: JSON with the command, its variables, directory and core, and four file descriptors: the
-standard streams, and a socket for the answers. These are the process id, then the exit code, as JSON lines.
+standard streams, and a socket for the answers: a line with the process id, then one with the exit code and the CPU
+seconds that it took.
 """
 
 import json
@@ -59,9 +60,9 @@ def main(requests: socket.socket) -> None:
                 pid, answer = key.data
                 selector.unregister(key.fileobj)
                 os.close(key.fd)
-                _, status = os.waitpid(pid, 0)
+                _, status, used = os.wait4(pid, 0)
                 with answer, suppress(BrokenPipeError):  # the test may have left
-                    answer.send(f"{os.waitstatus_to_exitcode(status)}\n".encode())
+                    answer.send(f"{os.waitstatus_to_exitcode(status)} {used.ru_utime + used.ru_stime}\n".encode())
 
 
 if __name__ == "__main__":
