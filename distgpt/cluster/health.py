@@ -20,7 +20,7 @@ from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self, TextIO
 
 from distgpt.cluster.backstop import STACKS_SIGNAL
-from distgpt.cluster.ownership import Owner, RunLock, loss_of, owner_of_this_attempt
+from distgpt.cluster.ownership import LEASE, RENEWAL, Owner, RunLock, loss_of, owner_of_this_attempt
 from distgpt.cluster.run_directory import (
     RunPaths,
     code_of_this_job,
@@ -149,13 +149,13 @@ class Run:
         threading.Thread(target=self._leave_while_starting, name="stop-signals", daemon=True).start()
         return self
 
-    def own(self) -> None:
-        """Rank 0: take the run directory. Raises DirectoryError if another job has it or it cannot be written."""
+    def own(self, *, lease: float = LEASE, renewal: float = RENEWAL) -> None:
+        """Rank 0: take the run directory and renew the lease. Raises as RunLock does."""
         self._refused = True
-        self._lock = RunLock(self.paths)
+        self._lock = RunLock(self.paths, lease=lease)
         self._refused = False
         self.owner = self._lock.owner
-        self._lock.keep(self._leave_to)
+        self._lock.keep(self._leave_to, every=renewal)
         self._writes_report = True
         self.paths.logs.mkdir(exist_ok=True)  # for the stacks of a start that hangs
 

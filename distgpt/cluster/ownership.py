@@ -97,7 +97,7 @@ class RunLock:
         finally:
             os.close(before)
 
-    def keep(self, lost: Callable[[str], object], *, every: float = RENEWAL) -> None:
+    def keep(self, lost: Callable[[str], object], *, every: float) -> None:
         """Renew the lease in a thread from now on; call `lost` with one line once the directory is another's."""
 
         def renew() -> None:

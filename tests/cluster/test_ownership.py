@@ -3,6 +3,7 @@
 Here another host is a process that is told of another boot id. With training jobs: tests/end_to_end/test_takeover.py.
 """
 
+import fcntl
 import json
 import os
 import re
@@ -17,15 +18,14 @@ from pathlib import Path
 
 import pytest
 
-from distgpt.cluster import ownership
-from distgpt.cluster.ownership import LEASE, RunLock, lock_holder, loss_of
+from distgpt.cluster.ownership import BOOT_ID, LEASE, RENEWAL, RunLock, lock_holder, loss_of
 from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.store import Store
 from distgpt.errors import DirectoryError
 from tests import jobs
 
-# Owns a directory, renews often, and commits there all the time as long as it may. Arguments: directory, boot id, and
-# "local" for a file system whose locks do not reach from host to host.
+# Owns a directory, renews often, and commits there all the time as long as it may. Arguments: directory, file with the
+# boot id, and "local" for a file system whose locks do not reach from host to host.
 OWNER = """
 import fcntl, sys
 from contextlib import suppress
@@ -34,14 +34,11 @@ from distgpt.cluster import health, ownership
 from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.store import Store
 from distgpt.errors import Interrupted
-directory, boot, locks = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-ownership._boot = lambda: boot
+directory, ownership.BOOT_ID, locks = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 if locks == "local":
     fcntl.flock = lambda fd, how: None
-keep = ownership.RunLock.keep
-ownership.RunLock.keep = lambda self, lost: keep(self, lost, every=0.05)
 with health.Run(RunPaths(directory), 0) as run:
-    run.own()
+    run.own(renewal=0.05)
     run.training()
     print("held", flush=True)
     store, step = Store(run.paths.checkpoints, run.owner), 0
@@ -72,13 +69,15 @@ class Process:
 
 
 @pytest.fixture
-def own(tmp_path: Path) -> Iterator[Callable[..., Process]]:
-    """Have a process own tmp_path: own(boot="elsewhere", locks="local")."""
+def own(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
+    """Have a process own tmp_path: own(elsewhere=True, locks="local")."""
     started: list[Process] = []
+    other_boot = tmp_path_factory.mktemp("elsewhere") / "boot_id"
+    other_boot.write_text("elsewhere\n")
 
-    def start(*, boot: str, locks: str = "shared") -> Process:
+    def start(*, elsewhere: bool, locks: str = "shared") -> Process:
         process = subprocess.Popen(
-            [sys.executable, "-c", OWNER, tmp_path, boot, locks],
+            [sys.executable, "-c", OWNER, tmp_path, other_boot if elsewhere else BOOT_ID, locks],
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
@@ -125,7 +124,7 @@ def test_a_second_owner_is_refused_and_told_of_the_first(tmp_path: Path) -> None
 
 
 def test_the_lock_is_free_after_the_owner_was_killed(own: Callable[..., Process], paths: RunPaths) -> None:
-    owner = own(boot=ownership._boot())
+    owner = own(elsewhere=False)
     with pytest.raises(DirectoryError, match=rf"pid {owner.process.pid} on"):
         RunLock(paths)
     owner.signal(signal.SIGKILL)
@@ -137,17 +136,22 @@ def test_the_lock_is_free_after_the_owner_was_killed(own: Callable[..., Process]
 
 def test_an_owner_that_takes_its_time_to_die_is_waited_for(paths: RunPaths) -> None:
     """As one does that was killed in a write to a slow disk: its lock is held until that is done."""
-    dying = RunLock(paths)
+    lock = RunLock(paths)
+    alive = paths.lock.read_bytes()
+    lock.release()
+    paths.lock.write_bytes(alive)
+    dying = os.open(paths.lock, os.O_RDWR)
+    fcntl.flock(dying, fcntl.LOCK_EX)
     with pytest.raises(DirectoryError, match="in use by"):
         RunLock(paths, wait=False)
-    threading.Timer(0.3, os.close, [dying._fd]).start()
+    threading.Timer(0.3, os.close, [dying]).start()
     lock = RunLock(paths, lease=60)
     assert lock.owner.fence == 2
     lock.release()
 
 
 def test_an_owner_that_is_stopped_on_this_host_keeps_its_lock(own: Callable[..., Process], paths: RunPaths) -> None:
-    owner = own(boot=ownership._boot())
+    owner = own(elsewhere=False)
     owner.signal(signal.SIGSTOP)
     with pytest.raises(DirectoryError, match=rf"pid {owner.process.pid} on"):
         RunLock(paths, lease=0.1)
@@ -157,7 +161,7 @@ def test_an_owner_that_is_stopped_on_this_host_keeps_its_lock(own: Callable[...,
 def test_an_owner_on_another_host_that_renews_is_not_disturbed(
     own: Callable[..., Process], paths: RunPaths, locks: str
 ) -> None:
-    owner = own(boot="elsewhere", locks=locks)
+    owner = own(elsewhere=True, locks=locks)
     holder = f"pid {owner.process.pid} on {socket.gethostname()} since "
     with pytest.raises(DirectoryError, match=f"in use by {holder}"):
         RunLock(paths)
@@ -170,7 +174,7 @@ def test_who_wakes_up_after_another_took_over_writes_nothing_more(
     own: Callable[..., Process], paths: RunPaths, locks: str
 ) -> None:
     """With "shared" the lock of the stopped owner is still held, as one is whose host is gone."""
-    owner = own(boot="elsewhere", locks=locks)
+    owner = own(elsewhere=True, locks=locks)
     owner.signal(signal.SIGSTOP)
     with pytest.raises(DirectoryError, match="in use by"):
         RunLock(paths, wait=False)
@@ -190,13 +194,13 @@ def test_who_wakes_up_after_another_took_over_writes_nothing_more(
 def test_a_dead_owner_of_another_host_is_waited_for_unless_it_left_in_order(
     own: Callable[..., Process], paths: RunPaths
 ) -> None:
-    owner = own(boot="elsewhere")
+    owner = own(elsewhere=True)
     owner.signal(signal.SIGKILL)
     owner.ended()
     with pytest.raises(DirectoryError, match="in use by"):
         RunLock(paths, wait=False)
     RunLock(paths, lease=0.5).release()
-    owner = own(boot="elsewhere")
+    owner = own(elsewhere=True)
     owner.signal(signal.SIGTERM)
     assert owner.ended()[0] == 75
     lock = RunLock(paths, wait=False)
@@ -205,7 +209,7 @@ def test_a_dead_owner_of_another_host_is_waited_for_unless_it_left_in_order(
 
 
 def test_an_owner_whose_lock_was_removed_ends(own: Callable[..., Process], paths: RunPaths) -> None:
-    owner = own(boot=ownership._boot())
+    owner = own(elsewhere=False)
     paths.lock.unlink()
     code, stderr = owner.ended()
     assert code == 73
@@ -248,4 +252,4 @@ def test_a_directory_that_cannot_be_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_lease_outlasts_several_renewals() -> None:
-    assert LEASE >= 4 * ownership.RENEWAL
+    assert LEASE >= 4 * RENEWAL

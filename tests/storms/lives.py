@@ -125,7 +125,7 @@ def life(directory: Path, dataset: Dataset, *, rank: int, world: int, report: Pa
     runtime = Runtime(rank, rank, world, world, torch.device("cpu"))
     with Run(RunPaths(directory), rank) as run:
         if rank == 0:
-            run.own()
+            run.own(lease=0.2)
         if world > 1:
             store = dist.FileStore(str(report.with_suffix(".store")), world)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
@@ -179,8 +179,8 @@ def fork(request: dict[str, Any], dataset: Dataset, *, rank: int, report: Path, 
         return pid
     with suppress(BaseException):
         if request["boot"]:
-            ownership._boot = lambda: request["boot"]
-        ownership.RunLock.__init__.__kwdefaults__["lease"] = 0.2
+            ownership.BOOT_ID = report.with_suffix(".boot")
+            ownership.BOOT_ID.write_text(request["boot"])
         calls = Calls(log, request["how"], request["at"] if rank == request["rank"] else 0)
         calls.watch()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
