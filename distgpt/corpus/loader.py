@@ -59,7 +59,7 @@ class Loader:
         assert global_batch % (micro_batch * world_size) == 0, (global_batch, micro_batch, world_size)
         lengths = [len(shard) for shard in split.shards]
         self.order = Order(lengths, block_size=block_size, seed=seed, split=split.name)
-        self._windows = _Windows(split, block_size + 1)
+        self._windows = WindowReader(split, block_size + 1)
         self._global_batch, self._micro_batch, self._rank = global_batch, micro_batch, rank
         self._rows = global_batch // world_size
         self._device = device
@@ -151,7 +151,7 @@ class EvaluationBatches:
     ) -> None:
         lengths = [len(shard) for shard in split.shards]
         self._shards, self._offsets = evaluation_windows(lengths, block_size, sequences, split.name)
-        self._reader = _Windows(split, block_size + 1)
+        self._reader = WindowReader(split, block_size + 1)
         self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
         self._device = device
 
@@ -179,7 +179,7 @@ class EvaluationBatches:
         return -(-self.windows // self._micro_batch)
 
 
-class _Windows:
+class WindowReader:
     """Reads windows of `length` tokens from the memory-mapped shards of a split."""
 
     def __init__(self, split: Split, length: int) -> None:

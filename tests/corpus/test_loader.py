@@ -4,18 +4,20 @@ import subprocess
 import sys
 import threading
 import time
-from concurrent.futures import wait
 from contextlib import closing
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 
 import distgpt.corpus.loader as loader_module
-from distgpt.corpus.loader import EvaluationBatches, Loader
+from distgpt.corpus.loader import EvaluationBatches, Loader, TokenMap, WindowReader
+from distgpt.corpus.order import Ints
 from distgpt.corpus.shards import Split
 from distgpt.errors import DataError, StorageError
+from tests import jobs
 
 CPU = torch.device("cpu")
 T = 16
@@ -37,6 +39,11 @@ def split(tmp_path: Path) -> Split:
         generator.integers(0, 2**16, length, dtype=np.uint16).tofile(path)
         shards.append(np.memmap(path, dtype=np.uint16, mode="r"))
     return Split("train", tuple(shards))
+
+
+def path_of(shard: TokenMap) -> Path:
+    assert shard.filename is not None
+    return Path(shard.filename)
 
 
 def loader(split: Split, *, micro_batch: int = 2, rank: int = 0, world_size: int = 1, start_step: int = 0) -> Loader:
@@ -109,39 +116,56 @@ def test_sample_numbers_of_the_ranks_make_up_the_step(split: Split) -> None:
     assert numbers == list(range(160, 176))
 
 
+@pytest.fixture
+def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many windows each read took, in the order in which they were done."""
+    read, done = WindowReader.read, list[int]()
+
+    def counted(reader: WindowReader, shards: Ints, offsets: Ints, tokens: NDArray[np.uint16]) -> None:
+        read(reader, shards, offsets, tokens)
+        done.append(len(offsets))
+
+    monkeypatch.setattr(WindowReader, "read", counted)
+    return done
+
+
 def test_waiting_is_counted_once(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = loader_module._Windows.read
+    read = WindowReader.read
 
-    def slow_read(*arguments: object) -> None:
+    def slow_read(reader: WindowReader, shards: Ints, offsets: Ints, tokens: NDArray[np.uint16]) -> None:
         time.sleep(0.1)
-        read(*arguments)
+        read(reader, shards, offsets, tokens)
 
-    monkeypatch.setattr(loader_module._Windows, "read", slow_read)
+    monkeypatch.setattr(WindowReader, "read", slow_read)
     with closing(loader(split)) as batches:
         batches.next_step()
         assert 0.05 < batches.take_data_wait() < 5
         assert batches.take_data_wait() == 0
 
 
-def test_the_thread_stops_reading_when_enough_is_ready(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_thread_stops_reading_when_enough_is_ready(
+    split: Split, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loader_module, "CHUNK_TOKENS", 1)
-    reads = []
-    monkeypatch.setattr(loader_module._Windows, "read", lambda *arguments: reads.append(1))
     with closing(loader(split)) as batches:
+        jobs.poll(lambda: len(reads) >= loader_module.CHUNKS_AHEAD)
         time.sleep(0.2)
         assert len(reads) == loader_module.CHUNKS_AHEAD
         batches.next_step()
+        jobs.poll(lambda: len(reads) > loader_module.CHUNKS_AHEAD)
         time.sleep(0.2)
         assert len(reads) == loader_module.CHUNKS_AHEAD + 1
 
 
 @pytest.mark.usefixtures("read_whole")
-def test_a_file_cut_short_while_training_is_a_storage_error(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_cut_short_while_training_is_a_storage_error(
+    split: Split, reads: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(loader_module, "CHUNK_TOKENS", 1)
     with closing(loader(split)) as batches:
         batches.next_step()
-        wait(batches._chunks)
-        Path(split.shards[0].filename).write_bytes(b"")
+        jobs.poll(lambda: len(reads) == loader_module.CHUNKS_AHEAD + 1)
+        path_of(split.shards[0]).write_bytes(b"")
         for _ in range(loader_module.CHUNKS_AHEAD):
             batches.next_step()
         with pytest.raises(StorageError, match=r"train-00000\.bin was cut short"):
@@ -157,10 +181,10 @@ def test_a_file_removed_or_replaced_while_training_does_no_harm(
     monkeypatch.setattr(loader_module, "CHUNK_TOKENS", 1)
     with closing(loader(split)) as batches:
         for shard in split.shards:
-            Path(shard.filename).unlink()
+            path_of(shard).unlink()
             if replaced:  # by a smaller dataset, as prepare --overwrite does
                 (tmp_path / "new").touch()
-                (tmp_path / "new").rename(shard.filename)
+                (tmp_path / "new").rename(path_of(shard))
         for step in expected:
             assert torch.equal(batches.next_step()[0][0], step[0][0])
 

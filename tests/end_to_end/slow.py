@@ -14,7 +14,7 @@ from distgpt.corpus import loader
 from distgpt.model.gpt import GPT
 
 what, seconds, rank = os.environ["SLOW"].split(":")
-forward, read, write = GPT.forward, loader._Windows.read, dcp.FileSystemWriter.write_data
+forward, read, write = GPT.forward, loader.WindowReader.read, dcp.FileSystemWriter.write_data
 
 
 def slow_forward(self: GPT, *arguments: Any, **options: Any) -> Any:
@@ -24,7 +24,7 @@ def slow_forward(self: GPT, *arguments: Any, **options: Any) -> Any:
 
 def slow_backward(self: GPT, *arguments: Any, **options: Any) -> Any:
     loss = forward(self, *arguments, **options)
-    loss.register_hook(sleeping)
+    loss.register_hook(sleeping)  # type: ignore[no-untyped-call]
     return loss
 
 
@@ -32,7 +32,7 @@ def sleeping(grad: Any) -> None:
     time.sleep(float(seconds))
 
 
-def slow_read(self: loader._Windows, shards: Any, offsets: Any, tokens: Any) -> None:
+def slow_read(self: loader.WindowReader, shards: Any, offsets: Any, tokens: Any) -> None:
     time.sleep(float(seconds) * len(offsets))
     read(self, shards, offsets, tokens)
 
@@ -48,8 +48,8 @@ if rank in ("", os.environ["RANK"]):
     elif what == "backward":
         GPT.forward = slow_backward  # type: ignore[method-assign]
     elif what == "save":
-        dcp.FileSystemWriter.write_data = slow_write  # type: ignore[method-assign]
+        dcp.FileSystemWriter.write_data = slow_write  # type: ignore[method-assign, assignment]
     else:
         loader.CHUNK_STEPS = 4  # else it would take long until training comes to wait
-        loader._Windows.read = slow_read  # type: ignore[method-assign]
+        loader.WindowReader.read = slow_read  # type: ignore[method-assign]
 runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)
