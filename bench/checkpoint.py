@@ -14,6 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 
 import numpy as np
@@ -90,7 +91,13 @@ def compare(place: Path, preset: str, saves: int) -> None:
 
     def asynchronous(step: int) -> Callable[[], object]:
         future = dcp.async_save(training_tensors(model, optimizer), checkpoint_id=place / f"async-{step}")
-        return lambda: (future.result(), shutil.rmtree(place / f"async-{step}"))
+        assert isinstance(future, Future)
+
+        def finish() -> None:
+            future.result()
+            shutil.rmtree(place / f"async-{step}")
+
+        return finish
 
     ways = {"ours": ours, "dcp.save": synchronous, "dcp.async_save": asynchronous}
     stalls: dict[str, list[float]] = {name: [] for name in ways}

@@ -46,8 +46,8 @@ def train(hosts: Network, arguments: list[str]) -> float:
             *(f"--rdzv-endpoint={hosts.address(hosts.hosts[0])}:29400", f"--local-addr={hosts.address(host)}"),
             *(f"--rdzv-conf=is_host={int(number == 0)}", "-m", "distgpt.train", *arguments),
         ]
-        quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-        started.append(subprocess.Popen(hosts.command(host, *command), env=variables, **quiet))
+        quiet = subprocess.DEVNULL
+        started.append(subprocess.Popen(hosts.command(host, *command), env=variables, stdout=quiet, stderr=quiet))
     codes = [process.wait() for process in started]
     assert codes == [0] * len(codes), codes
     return hosts.bytes_through(hosts.hosts[0]) - before

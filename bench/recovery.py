@@ -61,16 +61,16 @@ def main() -> None:
         prepare = [
             "distgpt.prepare",
             "--input",
-            directory / "text.txt",
+            str(directory / "text.txt"),
             "--output",
-            directory / "data",
+            str(directory / "data"),
             "--tokenizer=char",
         ]
         subprocess.run([sys.executable, "-m", *prepare], check=True, capture_output=True)
         paths = (f"--data.path={directory / 'data'}", f"--run.dir={directory / 'run'}")
         imported = median_import()
         print(f"{'':10}{'start':>8}{'recovery':>10}{'the rest':>10}")
-        for title, program, variables in (
+        ways: tuple[tuple[str, list[str], dict[str, str]], ...] = (
             ("distgpt", ["-m", "distgpt.train", *paths, *FLAGS], {}),
             # Without it gloo finds the addresses of the ranks before in torchrun's store, and most restarts fail.
             (
@@ -78,7 +78,8 @@ def main() -> None:
                 [str(directory / "peer.py"), str(directory / "saved.pt")],
                 {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
             ),
-        ):
+        )
+        for title, program, variables in ways:
             start, recovery = measure(program, variables)
             print(f"{title:10}{start:8.1f}{recovery:10.1f}{recovery - (start - imported):10.1f}", flush=True)
 

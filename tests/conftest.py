@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=place)
 
 
-class ByScope(LoadScopeScheduling):
+class ByScope(LoadScopeScheduling):  # type: ignore[misc]
     """The tests of a file share what they have trained, those of slurm/ a cluster."""
 
     def _split_scope(self, nodeid: str) -> str:

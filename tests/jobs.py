@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.forking import client, program
 
@@ -207,7 +208,7 @@ def disk(directory: Path, *options: str) -> Iterator[Path]:
     if sys.platform != "linux" or os.geteuid():
         pytest.skip("mounting a file system takes root on Linux")
     directory.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "distgpt-test", directory]
+    command = ["mount", "-t", "tmpfs", "-o", ",".join(options), "distgpt-test", str(directory)]
     mounted = subprocess.run(command, capture_output=True, text=True)
     if mounted.returncode:
         pytest.skip(f"cannot mount a file system: {mounted.stderr.strip()}")
@@ -251,7 +252,11 @@ def checkpoints(run_dir: Path) -> list[str]:
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint, whole, read by torch's own loader."""
     index = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
-    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in index.items()}
+    found = {
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in index.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
     with warnings.catch_warnings(action="ignore"):  # it says that it reads as one process
         dcp.load(found, checkpoint_id=checkpoint, no_dist=True)
     return found
@@ -275,7 +280,7 @@ def _once(pairs: Any) -> dict[int, float]:
 
 def ranks_of(agent: int) -> dict[int, int]:
     """Process ids of the ranks that an agent started, by rank."""
-    found = {}
+    found: dict[int, int] = {}
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])

@@ -436,6 +436,7 @@ def test_merges_beyond_the_fast_encoder_get_hugging_face_s_ids_wherever_they_com
     assert expected == [vocab["a"], vocab["bc"]]
     assert load_tokenizer(tmp_path / "out").encode("abc").tolist() == expected
     tokens = np.concatenate([*dataset.train.shards, *dataset.val.shards]).tolist()
+    assert dataset.eot_id is not None
     assert sorted(tokens) == sorted([vocab["x"], dataset.eot_id, *expected, dataset.eot_id])
 
 

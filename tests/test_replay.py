@@ -89,7 +89,7 @@ def test_a_token_leads_to_its_micro_batch_and_places(
     with closing(third_step(dataset)) as loader:
         (first_BT, _), (second_BT, _) = loader.next_step()
         shards, offsets = loader.places(2)
-    token = next(token for token in second_BT.unique().tolist() if token not in first_BT)
+    token = next(token for token in second_BT.flatten().tolist() if token not in first_BT)
     saved_at_two(tmp_path, dataset, infinite("token_embedding.weight", token))
     replayed(tmp_path, 3, dataset)
     said = capsys.readouterr().out.splitlines()

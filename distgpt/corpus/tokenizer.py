@@ -61,7 +61,7 @@ class Tokenizer(ABC):
     def with_end_of_text(self) -> Self:
         """This tokenizer where it has an end-of-text id; otherwise the same with one more id for it, the last."""
 
-    def decode_bytes(self, ids: Sequence[int]) -> bytes:
+    def decode_bytes(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
         """The bytes of these ids: for streaming, where a character may come in several tokens. Raises DataError."""
         array = np.asarray(ids, dtype=np.int64)
         if array.size and (array.min() < 0 or array.max() >= self.vocab_size):
@@ -69,7 +69,7 @@ class Tokenizer(ABC):
             raise DataError(f"token id {bad} is outside the vocabulary of {self.vocab_size}")
         return b"".join(map(self._table.__getitem__, array.tolist()))
 
-    def decode(self, ids: Sequence[int]) -> str:
+    def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The text of these ids; bytes that are not UTF-8 become U+FFFD. Raises DataError."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 

@@ -4,7 +4,7 @@ Calls GPT.forward and nothing else, so that it works on a sharded model too, whe
 arguments and an equally seeded generator, and all draw the same tokens.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 import torch
 from torch import Tensor
@@ -22,7 +22,7 @@ def generate(
     top_p: float = 1.0,
     generator: torch.Generator,
     stop_at_eot: bool = False,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     """Continue a prompt: yields the next ids as they are drawn, at most `max_tokens`.
 
     `temperature` 0 is greedy. `top_k` keeps the k likeliest ids (0: all), then `top_p` the smallest set of the
@@ -61,7 +61,7 @@ def _generate(
     top_p: float,
     generator: torch.Generator,
     eot_id: int | None,
-) -> Iterator[int]:
+) -> Generator[int, None, None]:
     device = next(model.parameters()).device
     block_size = model.config.block_size
     training = model.training

@@ -33,7 +33,7 @@ def plot_losses(metrics_file: Path, picture: Path) -> None:
     _save(figure, picture)
 
 
-def smoothed(values: Sequence[float] | Floats) -> Floats:
+def smoothed(values: Sequence[float] | NDArray[np.floating]) -> Floats:
     """The mean over a window centred on each value, narrower towards the ends so that it stays centred."""
     count = len(values)
     index = np.arange(count)

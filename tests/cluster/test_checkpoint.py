@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint.staging import DefaultStager
 
 from distgpt.cluster import store
 from distgpt.cluster.checkpoint import require_same_run
+from distgpt.cluster.health import Run
 from distgpt.cluster.loading import load_for_inference
 from distgpt.cluster.manifest import committed, read_state
 from distgpt.cluster.runtime import Runtime
@@ -74,12 +76,12 @@ def test_no_rank_can_fail_on_its_own_before_the_collectives_of_a_save(
     """It would leave the others waiting in them: from the staging directory on, all go to write their tensors."""
     subject = trainee(tmp_path, dataset)
 
-    def failing_once_there_is_a_directory() -> None:
+    def failing_once_there_is_a_directory(run: Run) -> None:
         for staging in (tmp_path / "checkpoints").glob(".staging-*/step-*"):
             if not any(staging.iterdir()):
                 raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(subject.checkpointer._run, "require_owned", failing_once_there_is_a_directory)
+    monkeypatch.setattr(Run, "require_owned", failing_once_there_is_a_directory)
     subject.checkpointer.save(1, val_loss=None)
     subject.checkpointer.require_saved(1)
 
@@ -143,17 +145,19 @@ def test_saves_in_the_background_and_at_once_are_equal(tmp_path: Path, dataset: 
     jobs.assert_same_tensors(newest(tmp_path / "true"), newest(tmp_path / "false"))
 
 
-def test_every_save_is_staged_in_the_same_memory(tmp_path: Path, dataset: Dataset) -> None:
+def test_every_save_is_staged_in_the_same_memory(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
     subject = trainee(tmp_path, dataset)
-    staged, copies = [], []
-    stage = subject.checkpointer._stager.stage
+    staged, copies = list[Any](), list[Any]()
+    stage = DefaultStager.stage
 
-    def spy(tensors: dict[str, Any]) -> dict[str, Any]:
-        copies.append(stage(tensors))
+    def spy(stager: DefaultStager, tensors: dict[str, Any]) -> object:
+        copies.append(stage(stager, tensors))
         staged.append(tensors)
         return copies[-1]
 
-    subject.checkpointer._stager.stage = spy
+    monkeypatch.setattr(DefaultStager, "stage", spy)
     for step in (1, 2, 3):
         subject.learn()
         subject.checkpointer.save(step, val_loss=None)

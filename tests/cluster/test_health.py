@@ -137,7 +137,7 @@ def test_a_rank_that_owns_nothing_writes_into_no_directory(tmp_path: Path) -> No
 def test_a_rank_leaves_rank_0_time_to_find_the_same(tmp_path: Path) -> None:
     """Under torchrun the first rank to end has the others ended, before they said anything."""
     program = PROGRAM.format(body="print('found', file=sys.stderr, flush=True); raise UsageError('do this')")
-    command = [sys.executable, "-c", program, tmp_path / "run", "1"]
+    command = [sys.executable, "-c", program, str(tmp_path / "run"), "1"]
     environment = jobs.environment(RANK="1", LOCAL_RANK="1")
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         assert process.stderr is not None

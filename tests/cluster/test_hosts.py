@@ -1,13 +1,16 @@
 """What the hosts of a job find out about each other, each played in turn by this process."""
 
 import dataclasses
+import platform
 import queue
 import shutil
 import socket
 import threading
+import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from importlib import resources
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -77,7 +80,7 @@ def test_hosts_that_are_the_same(board: hosts._Board, config: configuration.Conf
 
 
 @pytest.mark.parametrize(
-    ("check", "where", "name"), [("python", hosts.platform, "python_version"), ("torch", hosts, "_torch_build")]
+    ("check", "where", "name"), [("python", platform, "python_version"), ("torch", hosts, "_torch_build")]
 )
 def test_other_versions(
     check: str, where: object, name: str, board: hosts._Board, config: configuration.Config
@@ -93,9 +96,7 @@ def test_other_code(board: hosts._Board, config: configuration.Config, tmp_path:
     copy = tmp_path / "distgpt"
     shutil.copytree(jobs.PROJECT / "distgpt", copy)
     (copy / "errors.py").open("a").write("# a change\n")
-    findings = compared(
-        board, config, change=lambda other: other.setattr(hosts.resources, "files", lambda package: copy)
-    )
+    findings = compared(board, config, change=lambda other: other.setattr(resources, "files", lambda package: copy))
     assert failures(findings) == ["same distgpt"]
     assert findings["same distgpt"].code == 2
 
@@ -197,7 +198,7 @@ def test_clocks_that_are_apart(one_process: Runtime, monkeypatch: pytest.MonkeyP
         me.rank = rank
         return hosts._clock_offsets(dataclasses.replace(one_process, rank=rank, world_size=4), host_of)
 
-    real = hosts.time.time
+    real = time.time
     monkeypatch.setattr(hosts, "dist", SimpleNamespace(send=send, recv=receive))
     monkeypatch.setattr(hosts, "time", SimpleNamespace(time=lambda: real() + ahead[host_of[me.rank]]))
     with ThreadPoolExecutor(4) as pool:

@@ -4,6 +4,7 @@ import dataclasses
 import os
 import socket
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ from distgpt.cluster.runtime import Runtime
 from distgpt.corpus.order import Order
 from distgpt.corpus.shards import Dataset
 from distgpt.errors import DirectoryError, Interrupted, StorageError, UsageError
+from distgpt.model.gpt import count_parameters
 
 ONE_PROCESS = Runtime(0, 0, 1, 1, torch.device("cpu"))
 
@@ -33,7 +35,7 @@ def room(monkeypatch: pytest.MonkeyPatch, **free: int) -> None:
 
 def test_too_little_disk(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = config(f"--run.dir={tmp_path / 'run'}", "--checkpoint.keep=3")
-    one = 12 * preflight.count_parameters(wanted.model, dataset.vocab_size)
+    one = 12 * count_parameters(wanted.model, dataset.vocab_size)
     room(monkeypatch, disk=6 * one)
     assert preflight.disk(wanted, ONE_PROCESS, dataset).level == "ok"
     room(monkeypatch, disk=4 * one)
@@ -51,15 +53,15 @@ def test_checkpoints_that_are_there_need_no_more_room(
     wanted = config(f"--run.dir={tmp_path}", "--checkpoint.keep=3")
     for step in range(4):
         (tmp_path / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
-    room(monkeypatch, disk=2 * 12 * preflight.count_parameters(wanted.model, dataset.vocab_size))
+    room(monkeypatch, disk=2 * 12 * count_parameters(wanted.model, dataset.vocab_size))
     assert preflight.disk(wanted, ONE_PROCESS, dataset).level == "ok"
 
 
 def test_too_little_memory(dataset: Dataset, one_process: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = config()
-    need = 28 * preflight.count_parameters(wanted.model, dataset.vocab_size)
+    need = 28 * count_parameters(wanted.model, dataset.vocab_size)
     for available, level in ((2 * need, "ok"), (1.2 * need, "warn")):
-        monkeypatch.setattr(preflight, "_free_memory", lambda available=available: available)
+        monkeypatch.setattr(preflight, "_free_memory", partial(float, available))
         assert preflight.memory(wanted, one_process, dataset).level == level
     monkeypatch.setattr(preflight, "_free_memory", lambda: 0.9 * need)
     with pytest.raises(UsageError, match="before activations: shard over more ranks"):
@@ -72,7 +74,7 @@ def test_memory_counts_the_shards(
 ) -> None:
     wanted = config(f"--parallel.strategy={strategy}")
     runtime = dataclasses.replace(one_process, world_size=4, local_world_size=2)
-    need = 28 * preflight.count_parameters(wanted.model, dataset.vocab_size) / shards
+    need = 28 * count_parameters(wanted.model, dataset.vocab_size) / shards
     monkeypatch.setattr(preflight, "_free_memory", lambda: 2 * need * 1.01)
     assert preflight.memory(wanted, runtime, dataset).level == "warn"
     monkeypatch.setattr(preflight, "_free_memory", lambda: 2 * need * 0.99)

@@ -12,8 +12,9 @@ def make(directory: Path, *, step: int, val_loss: float | None) -> Path:
     """A checkpoint without tensors, enough to prune."""
     made = directory / f"step-{step:08d}"
     made.mkdir(parents=True)
-    state = {"step": step, "val_loss": val_loss, "config": {}, "data_fingerprint": "", "tokenizer_sha256": ""}
-    content = json.dumps({**state, "vocab_size": 1, "eot_id": None}).encode()
+    hashes = {"data_fingerprint": "", "tokenizer_sha256": ""}
+    state: dict[str, object] = {"step": step, "val_loss": val_loss, "vocab_size": 1, "eot_id": None}
+    content = json.dumps({**state, "config": {}, **hashes}).encode()
     (made / "train.json").write_bytes(content)
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     (made / "manifest.json").write_bytes(manifest_bytes({"train.json": entry}))

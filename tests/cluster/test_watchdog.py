@@ -116,8 +116,8 @@ def test_one_that_is_suspended_goes_on(tmp_path: Path) -> None:
     """For longer than any limit."""
     body = JOINED + "watchdog.beat('in step 3', 5)\nprint('up', flush=True)\nsys.stdin.readline()"
     command = [sys.executable, "-c", program(body), str(tmp_path)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with subprocess.Popen(command, text=True, env=jobs.environment(), **pipes) as process:
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, text=True, env=jobs.environment(), stdin=pipe, stdout=pipe) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "up\n"
         process.send_signal(signal.SIGSTOP)

@@ -65,7 +65,7 @@ def test_each_epoch_visits_every_window_once(block_size: int) -> None:
     boundaries = []
     for epoch in range(3):
         shards, offsets = order.starts(np.arange(order.windows) + epoch * order.windows)
-        inputs = Counter()
+        inputs = Counter[tuple[int, int]]()
         for shard, offset in zip(shards.tolist(), offsets.tolist(), strict=True):
             assert offset >= 0
             assert offset + block_size < LENGTHS[shard], "a window reaches beyond its shard"

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distgpt.corpus.shards import Dataset, Documents, open_dataset, verify_dataset, write_dataset
+from distgpt.corpus.shards import Dataset, Documents, SplitName, open_dataset, verify_dataset, write_dataset
 from distgpt.corpus.tokenizer import ByteTokenizer
 from distgpt.errors import DataError
 
@@ -26,7 +26,7 @@ def write(path: Path, *, shard_tokens: int | None = None) -> Dataset:
         batches = []
         for index, text in enumerate(DOCUMENTS):
             tokens = np.append(tokenizer.encode(text), np.uint16(256))
-            split = "val" if index % 5 == 0 else "train"
+            split: SplitName = "val" if index % 5 == 0 else "train"
             # Every third document comes in two batches.
             cut = 4 if index % 3 == 0 else 0
             batches.append(Documents(split, tokens[:cut], np.array([], dtype=np.int64)))

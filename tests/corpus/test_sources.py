@@ -20,6 +20,8 @@ from distgpt.corpus.sources import Piece, Source
 from distgpt.corpus.tokenizer import train_bpe
 from distgpt.errors import DataError, UsageError
 
+PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+
 STDIN = Source("/nowhere", "standard input", "text")
 
 
@@ -178,7 +180,7 @@ def test_json_lines_are_cut_at_line_ends_and_can_be_read_from_any_piece(suffix: 
     texts = [f"{index} ünïcode " * (index % 40) for index in range(500)]
     raw = "\n".join(json.dumps({"text": text, "other": 1}) for text in texts).encode()
     path = tmp_path / f"lines.jsonl{suffix}"
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    pack = PACK[suffix]
     path.write_bytes(pack(raw))
     pieces = read(expand(path)[0])
     assert len(pieces) > 10
@@ -213,7 +215,7 @@ def test_a_byte_order_mark_at_the_start_is_no_text_and_elsewhere_it_is(suffix: s
     raw = (
         text if kind == "txt" else "\n".join(json.dumps({"text": word}, ensure_ascii=False) for word in text.split(" "))
     )
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    pack = PACK[suffix]
     (tmp_path / f"plain.{kind}{suffix}").write_bytes(pack(raw.encode()))
     (tmp_path / f"marked.{kind}{suffix}").write_bytes(pack((mark + raw).encode()))
     plain, marked = (
@@ -273,7 +275,7 @@ def test_a_byte_that_is_not_utf8_is_found_where_it_is(suffix: str, tmp_path: Pat
     raw = b"words and words\n" * 2_000
     raw = raw[:20_123] + b"\xff" + raw[20_123:]
     path = tmp_path / f"bad.txt{suffix}"
-    pack = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}[suffix]
+    pack = PACK[suffix]
     path.write_bytes(pack(raw))
     with pytest.raises(DataError, match=r"bad\.txt.* is not UTF-8: byte 20,123"):
         read(expand(path)[0])

@@ -211,7 +211,7 @@ def test_the_fast_encoder_is_taken_only_where_it_gives_hugging_face_s_ids() -> N
     source = random.Random(3)
     slow = 0
     for _ in range(300):
-        tokens, merges = ["a", "b", "c"], []
+        tokens, merges = ["a", "b", "c"], list[list[str]]()
         while len(merges) < 7:
             left, right = source.choice(tokens), source.choice(tokens)
             if left + right not in tokens and len(left + right) < 9:

@@ -68,8 +68,7 @@ def test_killed_ranks_and_a_killed_agent_cost_nothing(
     job.read_until("going on from step ")
     ranks = [job.rank(0), job.rank(1)]
     job.signal(signal.SIGKILL)
-    for pid in ranks:
-        jobs.poll(lambda pid=pid: not jobs.alive(pid), seconds=30)
+    jobs.poll(lambda: not any(map(jobs.alive, ranks)), seconds=30)
     assert job.finish().code == -signal.SIGKILL
 
     ended = jobs.torchrun(2, *arguments)

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 
@@ -27,12 +28,8 @@ SAMPLE = {
 def sampled(whole: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFactory) -> dict[str, jobs.Ended]:
     """`python -m distgpt.sample` with each of these arguments."""
     run = str(whole("fsdp").run)  # one process reads what two wrote
-    doors = {
-        name: lambda arguments=arguments: jobs.door("sample", run, "--tokens=100", *arguments)
-        for name, arguments in SAMPLE.items()
-    }
-    nowhere = tmp_path_factory.mktemp("nowhere")
-    doors["no run"] = lambda: jobs.door("sample", nowhere)
+    doors = {name: partial(jobs.door, "sample", run, "--tokens=100", *arguments) for name, arguments in SAMPLE.items()}
+    doors["no run"] = partial(jobs.door, "sample", tmp_path_factory.mktemp("nowhere"))
     return jobs.all_at_once(doors)
 
 

@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from tests import jobs
 from tests.hosts.conftest import MakeNetwork
 from tests.hosts.launching import multinode
+from tests.hosts.network import Network
 
 # Divides over 1, 2, 3, 4 and 6 ranks, in the same micro-batches. GELU: a single ReLU at its kink makes much of the last
 # bit, in which sums over other numbers of ranks differ.
@@ -44,6 +46,10 @@ def one_process(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     done = jobs.door("train", *SHAPE, f"--data.path={prepared}", f"--run.dir={run}")
     assert done.code == 0, done
     return run
+
+
+def has_no_rank(hosts: Network, host: str) -> bool:
+    return not hosts.ranks(host)
 
 
 def finish(running: Mapping[str, jobs.Job]) -> dict[str, jobs.Ended]:
@@ -225,7 +231,7 @@ def test_a_link_that_heals(make_network: MakeNetwork, prepared: Path, tmp_path: 
     with ThreadPoolExecutor(1) as pool:
         ending = pool.submit(finish, running)
         for host in hosts.hosts:
-            jobs.poll(lambda host=host: not hosts.ranks(host))
+            jobs.poll(partial(has_no_rank, hosts, host))
         hosts.heal("n2")
         endings = ending.result()
     assert_finished(endings, run, one_process)

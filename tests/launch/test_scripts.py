@@ -12,7 +12,7 @@ def test_shellcheck_finds_nothing() -> None:
     assert len(scripts) == 11
     shellcheck = Path(sys.executable).with_name("shellcheck")
     checked = subprocess.run(
-        [shellcheck, "--external-sources", "--source-path=SCRIPTDIR:.", *scripts],
+        [str(shellcheck), "--external-sources", "--source-path=SCRIPTDIR:.", *map(str, scripts)],
         cwd=jobs.PROJECT,
         capture_output=True,
         text=True,

@@ -1,6 +1,7 @@
 import copy
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Literal, cast
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from distgpt.config import ModelConfig, resolve
 from distgpt.errors import UsageError
-from distgpt.model.gpt import GPT, MLP, KVCache, RMSNorm, count_parameters, make_norm, rope_tables, rotate
+from distgpt.model.gpt import GPT, MLP, Block, KVCache, RMSNorm, count_parameters, make_norm, rope_tables, rotate
 
 VOCAB = 37
 EOT = 3
@@ -51,6 +52,15 @@ def make(*, spread: float = 5.0, seed: int = 0, **options: Any) -> GPT:
     return model.eval()
 
 
+def blocks(model: GPT) -> list[Block]:
+    return [cast(Block, block) for block in model.blocks]
+
+
+def about(name: str) -> Callable[[str], str]:
+    """The message of a comparison that failed, with the name of what was compared."""
+    return lambda message: f"{name}: {message}"
+
+
 def some_tokens(*shape: int, seed: int = 0, vocab: int = VOCAB) -> Tensor:
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
 
@@ -70,7 +80,7 @@ class AncestorHead(nn.Module):
         k, q, v = self.key(x), self.query(x), self.value(x)
         weights = q @ k.transpose(-2, -1) * k.shape[-1] ** -0.5
         weights = weights.masked_fill(torch.tril(torch.ones(T, T)) == 0, float("-inf"))
-        return F.softmax(weights, dim=-1) @ v
+        return cast(Tensor, F.softmax(weights, dim=-1) @ v)
 
 
 class AncestorBlock(nn.Module):
@@ -85,7 +95,8 @@ class AncestorBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         h = self.ln1(x)
         x = x + self.proj(torch.cat([head(h) for head in self.heads], dim=-1))
-        return x + self.net(self.ln2(x))
+        out: Tensor = x + self.net(self.ln2(x))
+        return out
 
 
 class Ancestor(nn.Module):
@@ -154,7 +165,7 @@ def test_seed_preset_is_the_ancestor(spread: float) -> None:
     our_loss.backward()
     for name, parts in theirs.items():
         gradient = torch.cat([part.grad for part in parts if part.grad is not None])
-        torch.testing.assert_close(ours[name].grad, gradient, atol=1e-5, rtol=1e-5, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(ours[name].grad, gradient, atol=1e-5, rtol=1e-5, msg=about(name))
 
 
 def test_seed_preset_has_the_ancestors_parameters() -> None:
@@ -317,7 +328,7 @@ def test_compiled_blocks_give_the_same(variant: str) -> None:
     for m in (model, compiled):
         m(tokens, targets).mean().backward()
     for (name, p), q in zip(model.named_parameters(), compiled.named_parameters(), strict=True):
-        torch.testing.assert_close(q[1].grad, p.grad, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(q[1].grad, p.grad, msg=about(name))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -328,7 +339,7 @@ def test_cache_equals_one_forward(variant: str, pieces: list[int]) -> None:
     tokens[0, 4] = tokens[0, 9] = tokens[1, 5] = EOT
     cache = KVCache(model.config)
     with torch.no_grad():
-        logits = torch.cat([model(piece, cache=cache) for piece in tokens.split(pieces, dim=1)], dim=1)
+        logits = torch.cat([model(piece, cache=cache) for piece in torch.split(tokens, pieces, dim=1)], dim=1)
         torch.testing.assert_close(logits, model(tokens), atol=1e-5, rtol=1e-5)
     assert cache.length == 16
     with pytest.raises(ValueError, match="17 tokens do not fit in block_size = 16"):
@@ -351,7 +362,7 @@ def test_dropout_on_attention_weights_branches_and_gpt2_embedding(monkeypatch: p
         return v
 
     model = make(dropout=0.25)
-    branches = [m for block in model.blocks for m in (block.attention.output_dropout, block.mlp.dropout)]
+    branches = [m for block in blocks(model) for m in (block.attention.output_dropout, block.mlp.dropout)]
     assert [m.p for m in branches] == [0.25] * 4
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
     tokens = some_tokens(1, 16)
@@ -362,7 +373,7 @@ def test_dropout_on_attention_weights_branches_and_gpt2_embedding(monkeypatch: p
 
 @pytest.mark.parametrize("branch", ["attention", "mlp"])
 def test_branch_dropout_zeroes_its_share(branch: str) -> None:
-    block = make(n_embd=256, dropout=0.25).blocks[0].train()
+    block = blocks(make(n_embd=256, dropout=0.25).train())[0]
     x = torch.randn(4, 16, 256, generator=torch.Generator().manual_seed(0))
     out = block.mlp(x) if branch == "mlp" else block.attention(x, None, None, None)
     assert (out == 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
@@ -410,7 +421,7 @@ def test_qk_norm_makes_attention_blind_to_the_size_of_queries_and_keys() -> None
         model = make(n_layer=1, qk_norm=qk_norm)
         before = model(tokens)
         with torch.no_grad():
-            model.blocks[0].attention.qkv.weight[:64] *= 3
+            blocks(model)[0].attention.qkv.weight[:64] *= 3
         assert torch.allclose(before, model(tokens), atol=1e-3) is qk_norm
 
 
@@ -423,7 +434,7 @@ def test_rms_norm_by_hand() -> None:
 
 
 @pytest.mark.parametrize("kind", ["layernorm", "rmsnorm"])
-def test_norms_take_parameters_gathered_in_bfloat16(kind: str) -> None:
+def test_norms_take_parameters_gathered_in_bfloat16(kind: Literal["layernorm", "rmsnorm"]) -> None:
     norm = make_norm(ModelConfig(n_embd=8, norm=kind))
     x = torch.randn(3, 8, generator=torch.Generator().manual_seed(0))
     expected = norm(x)
@@ -431,7 +442,7 @@ def test_norms_take_parameters_gathered_in_bfloat16(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["relu", "gelu", "relu2", "swiglu"])
-def test_mlp_by_hand(kind: str) -> None:
+def test_mlp_by_hand(kind: Literal["relu", "gelu", "relu2", "swiglu"]) -> None:
     mlp = MLP(ModelConfig(n_embd=6, mlp=kind, mlp_hidden=10))
     x = torch.randn(3, 6, generator=torch.Generator().manual_seed(0))
     h = mlp.up(x)
@@ -476,6 +487,7 @@ def test_tied_head_is_the_embedding() -> None:
     model = make(tied_head=True, n_layer=0)
     assert not any("head" in name for name, _ in model.named_parameters())
     tokens = torch.tensor([[5, 6]])
+    assert model.position_embedding is not None
     x = model.norm(model.token_embedding(tokens) + model.position_embedding(torch.arange(2)))
     torch.testing.assert_close(model(tokens), x @ model.token_embedding.weight.T)
 
@@ -490,7 +502,7 @@ def test_chunked_loss_is_the_loss(options: dict[str, Any], chunk: int) -> None:
         (model(tokens, targets) * weight_B).sum().backward()
     torch.testing.assert_close(chunked(tokens, targets), whole(tokens, targets))
     for (name, p), q in zip(whole.named_parameters(), chunked.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(q.grad, p.grad, msg=about(name))
 
 
 def test_chunked_loss_keeps_no_logits() -> None:
@@ -525,8 +537,10 @@ def test_padding_of_the_vocabulary_changes_nothing(tied_head: bool) -> None:
     torch.testing.assert_close(padded(tokens), plain(tokens))
     for model in (plain, padded):
         model(tokens, targets).mean().backward()
-    torch.testing.assert_close(padded.token_embedding.weight.grad[:VOCAB], plain.token_embedding.weight.grad)
-    assert (padded.token_embedding.weight.grad[VOCAB:] == 0).all()
+    gradient = padded.token_embedding.weight.grad
+    assert gradient is not None
+    torch.testing.assert_close(gradient[:VOCAB], plain.token_embedding.weight.grad)
+    assert (gradient[VOCAB:] == 0).all()
 
 
 @pytest.mark.parametrize("variant", ["seed", "gpt2", "modern"])

@@ -1,14 +1,18 @@
 import math
+from typing import Literal, cast
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 
 from distgpt.config import ModelConfig, OptimConfig
 from distgpt.model.gpt import GPT
 from distgpt.model.optim import build_optimizer, lr_at, parameter_groups
+
+Schedule = Literal["constant", "cosine", "wsd"]
 
 SMALL = ModelConfig(n_layer=1, n_head=2, n_embd=8, block_size=4)
 
@@ -77,17 +81,17 @@ def test_fused_adamw_updates_sharded_parameters() -> None:
             optimizer.step()
             optimizer.zero_grad()
     for (name, p), q in zip(plain.named_parameters(), sharded.parameters(), strict=True):
-        torch.testing.assert_close(q.full_tensor(), p, msg=name)
+        torch.testing.assert_close(cast(DTensor, q).full_tensor(), p, msg=name)
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
-def test_warm_up_rises_in_equal_steps_to_the_peak(schedule: str) -> None:
+def test_warm_up_rises_in_equal_steps_to_the_peak(schedule: Schedule) -> None:
     config = OptimConfig(lr=0.5, min_lr=0.1, warmup_steps=4, schedule=schedule)
     assert [lr_at(s, config, 100) for s in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
-def test_without_warm_up_the_first_step_is_at_the_peak(schedule: str) -> None:
+def test_without_warm_up_the_first_step_is_at_the_peak(schedule: Schedule) -> None:
     assert lr_at(0, OptimConfig(lr=0.5, schedule=schedule), 100) == 0.5
 
 
@@ -113,7 +117,7 @@ def test_wsd_by_hand() -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (1, 1), (1, 2), (5, 5), (5, 6), (9, 5), (0, 2)])
-def test_short_runs_stay_within_bounds(schedule: str, warmup: int, steps: int) -> None:
+def test_short_runs_stay_within_bounds(schedule: Schedule, warmup: int, steps: int) -> None:
     config = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=warmup, schedule=schedule, decay_fraction=1.0)
     rates = [lr_at(s, config, steps) for s in range(steps)]
     assert all(0.1 <= rate <= 1.0 for rate in rates)

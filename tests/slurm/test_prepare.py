@@ -27,7 +27,12 @@ def test_an_array_writes_what_one_process_writes(runs: Runs, tmp_path: Path) -> 
     for part in second.values():
         (tmp_path / f"hold-{part}").touch()
     array = cluster.sbatch(
-        *("--array=0-2", "--cpus-per-task=1", PREPARE, *options, "--output", tmp_path / "array"),
+        "--array=0-2",
+        "--cpus-per-task=1",
+        PREPARE,
+        *options,
+        "--output",
+        tmp_path / "array",
         DISTGPT_ENV="environment",
     )
 

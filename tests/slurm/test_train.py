@@ -132,9 +132,10 @@ STORIES: tuple[Story, ...] = (
 @pytest.fixture(scope="session")
 def told(request: pytest.FixtureRequest, runs: Runs, undisturbed: dict[int, Path]) -> Iterator[dict[str, Future[str]]]:
     """The stories that tests will ask for, all at once: most of their time they wait for Slurm."""
-    wanted = {item.callspec.params["story"] for item in request.session.items if "told" in item.fixturenames}
+    asking = [item for item in request.session.items if isinstance(item, pytest.Function)]
+    wanted = {item.callspec.id for item in asking if "told" in item.fixturenames}
     with ThreadPoolExecutor() as pool:
-        yield {story.__name__: pool.submit(story, runs, story.__name__) for story in wanted}
+        yield {name: pool.submit(story, runs, name) for story in STORIES if (name := story.__name__) in wanted}
 
 
 @pytest.mark.parametrize("story", STORIES, ids=lambda story: story.__name__)

@@ -104,12 +104,11 @@ def strikes(count: int, job: Launched, victims: Sequence[str], rng: random.Rando
     """So many moments, each with a victim and its process id; launches the job again where that has ended."""
     for strike in range(count):
         name, victim = rng.choice(MOMENTS), rng.choice(victims)
-        find = job.agent if victim == "agent" else (lambda rank=int(victim[-1]): job.ranks().get(rank))
         pid = None
         while pid is None:
             moment(name, job, rng)
             assert not job.ended, f"before strike {strike}, {name} {victim}: {job.output()}"
-            pid = find()
+            pid = job.agent() if victim == "agent" else job.ranks().get(int(victim[-1]))
         yield name, victim, pid
 
 

@@ -7,6 +7,7 @@ import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,11 @@ import pytest
 from tests import jobs
 from tests.storms import launched
 from tests.storms.conftest import Storm, Table
+
+
+def goes_on(job: launched.Launched, begun: int) -> bool:
+    return job.begun() > begun
+
 
 pytestmark = [pytest.mark.storm, jobs.linux_only]
 
@@ -32,7 +38,7 @@ def test_kills_change_nothing(
         counted[name, victim] += 1
         if name == "step":
             struck = time.monotonic()
-            jobs.poll(lambda begun=begun: job.begun() > begun)
+            jobs.poll(partial(goes_on, job, begun))
             recoveries.append(time.monotonic() - struck)
     assert job.code() == 0, job.output()
     launched.assert_same_run(job.run, undisturbed(steps))

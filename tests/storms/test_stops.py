@@ -5,7 +5,8 @@ import random
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,14 @@ from tests.storms.conftest import Storm, Table
 
 pytestmark = [pytest.mark.storm, jobs.linux_only]
 LIMIT = 10.0
+
+
+def have_ended(pids: Iterable[int]) -> bool:
+    return not any(map(jobs.alive, pids))
+
+
+def is_named(job: launched.Launched, victim: str, *, more_than: int) -> bool:
+    return job.output().count(f"{victim} of ") > more_than
 
 
 @pytest.mark.timeout(4 * 3600)
@@ -30,9 +39,9 @@ def test_ranks_that_are_stopped_are_named_and_ended(
         named, attempt = job.output().count(f"{victim} of "), {pid, *job.ranks().values()}
         os.kill(pid, signal.SIGSTOP)
         stopped = time.monotonic()
-        jobs.poll(lambda attempt=attempt: not any(map(jobs.alive, attempt)))
+        jobs.poll(partial(have_ended, attempt))
         ends.append(time.monotonic() - stopped)
-        jobs.poll(lambda victim=victim, named=named: job.output().count(f"{victim} of ") > named)
+        jobs.poll(partial(is_named, job, victim, more_than=named))
         counted[name, victim] += 1
     assert job.code() == 0, job.output()
     launched.assert_same_run(job.run, undisturbed(steps))
@@ -57,6 +66,6 @@ def test_ranks_that_are_all_stopped_are_ended(
         ranks = job.ranks()
         os.kill(ranks[0], signal.SIGSTOP)
         os.kill(ranks[1], strike)
-        jobs.poll(lambda ranks=ranks: not any(map(jobs.alive, ranks.values())))
+        jobs.poll(partial(have_ended, ranks.values()))
     assert job.code() == 0, job.output()
     launched.assert_same_run(job.run, undisturbed(steps))

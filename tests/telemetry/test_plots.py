@@ -1,6 +1,7 @@
 """The picture of the losses: whatever metrics.jsonl holds, a PNG comes out whole or not at all."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from distgpt.telemetry.plots import plot_losses, smoothed
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
 
-def write(file: Path, *lines: dict[str, float | None]) -> Path:
+def write(file: Path, *lines: Mapping[str, float | None]) -> Path:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
 
