@@ -13,6 +13,7 @@ Imports no torch: a locked or read-only directory is found before anything heavy
 
 import errno
 import fcntl
+import itertools
 import json
 import os
 import socket
@@ -29,6 +30,7 @@ from distgpt.errors import DirectoryError, StorageError
 
 RENEWAL, LEASE = 2.0, 10.0  # seconds
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+STAGED = (".LOCK.*.tmp", ".staged.*.tmp", "plots/.staged.*.tmp", "tb/.staged.*.tmp", "config.toml.*.tmp")
 RECORD_BYTES = 512  # always the same, so that a renewal neither grows nor shortens the file
 
 
@@ -137,8 +139,8 @@ class RunLock:
         return fd
 
     def _remove_left_overs(self) -> None:
-        """Of owners that were killed before their LOCK was in place."""
-        for staged in self._paths.root.glob(".LOCK.*.tmp"):
+        """Files that earlier owners have not put in place: one that was asleep then cannot, and finds out."""
+        for staged in itertools.chain.from_iterable(map(self._paths.root.glob, STAGED)):
             staged.unlink(missing_ok=True)
 
     def _renewed(self, *, released: bool = False) -> str | None:

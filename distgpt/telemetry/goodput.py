@@ -19,7 +19,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from distgpt.telemetry.events import append_whole
+from distgpt.telemetry.events import append_whole, put_anew
 
 Part = Literal["start", "steps", "data_wait", "checkpoint", "evaluation", "other"]
 End = Literal["done", "interrupted", "failed"]
@@ -141,9 +141,12 @@ class Ledger:
         line = Line(self._opening.attempt, time.time(), self._step, end=end, **spent)
         lines = [line] if self._opened else [self._opening, line]
         text = "".join(f"{json.dumps(asdict(line))}\n" for line in lines)
-        self._require_owned()
+        if not self._opened and self._path.exists():
+            put_anew(self._path, require_owned=self._require_owned)
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
+            # After it was opened: from here on the next owner puts another file in its place.
+            self._require_owned()
             append_whole(file, (_missing_newline(file) + text).encode())
         finally:
             os.close(file)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from distgpt.errors import StorageError
-from distgpt.telemetry.events import EventFile, append_whole
+from distgpt.telemetry.events import EventFile, append_whole, put_in_place
 
 METRICS_FILE = "metrics.jsonl"
 GIB = 2**30
@@ -56,10 +56,11 @@ class Metrics:
         path = run_dir / METRICS_FILE
         try:
             require_owned()
-            self._file = _cut_after(path, resume_step)
+            self._file = _cut_after(path, resume_step, require_owned)
         except OSError as error:
             raise StorageError(f"cannot write {path}: {error.strerror}") from error
-        self._events = EventFile(run_dir / "tb", first_step=resume_step + 1 if resume_step else 0)
+        first_step = resume_step + 1 if resume_step else 0
+        self._events = EventFile(run_dir / "tb", first_step=first_step, require_owned=require_owned)
 
     def train(self, figures: StepFigures) -> None:
         """Log training up to a step."""
@@ -93,13 +94,11 @@ class Metrics:
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Add points to curves in TensorBoard; None is left out."""
         with self.counting_drops():
-            self._require_owned()
             self._events.scalars(step, {tag: value for tag, value in values.items() if value is not None})
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Show `text` verbatim in TensorBoard."""
         with self.counting_drops():
-            self._require_owned()
             self._events.text(tag, text, step)
 
     def sync(self) -> None:
@@ -157,30 +156,21 @@ def memory_bytes(device: torch.device) -> int:
     return resident_pages * resource.getpagesize()
 
 
-def _cut_after(path: Path, step: int) -> int:
+def _cut_after(path: Path, step: int, require_owned: Callable[[], object]) -> int:
     """Open metrics.jsonl without what follows its last whole line of `step` or an earlier one; empty if `step` is 0.
 
     Steps only ever grow from line to line, so this is all that a run from `step` will write again. It becomes a new
-    file: an earlier owner of the run directory that still has the old one open writes to what nobody reads. Where a
-    full disk has no room for a copy the file itself is cut.
+    file, see `put_in_place`. Where a full disk has no room for a copy the file itself is cut.
     """
     file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
     with open(os.dup(file), "rb") as lines:
         content = lines.read()
     kept = [line_end for values, line_end in _whole_lines(content) if values["step"] <= step]
     end = kept[-1] if step and kept else 0
-    staged = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        copy = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
-        try:
-            append_whole(copy, content[:end])
-            os.fsync(copy)
-            os.replace(staged, path)
-        except OSError:
-            os.close(copy)
-            raise
+        copy = put_in_place(path, content[:end], require_owned=require_owned)
     except OSError:
-        staged.unlink(missing_ok=True)
+        require_owned()
         os.ftruncate(file, end)
         os.fsync(file)
         return file

@@ -1,7 +1,8 @@
 """The loss curves of a run as a picture."""
 
+import io
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distgpt.errors import StorageError
+from distgpt.telemetry.events import put_in_place
 from distgpt.telemetry.metrics import read_metrics
 
 Floats = NDArray[np.float64]
@@ -19,8 +21,11 @@ BLUE, ORANGE, GREY = "#3b6fb6", "#d9662b", "#6b7280"
 SMOOTHING = 1 / 50
 
 
-def plot_losses(metrics_file: Path, picture: Path) -> None:
-    """Draw training and validation loss over the steps as a PNG, replaced atomically. Raises StorageError."""
+def plot_losses(metrics_file: Path, picture: Path, *, require_owned: Callable[[], object]) -> None:
+    """Draw training and validation loss over the steps as a PNG, replaced atomically. Raises StorageError.
+
+    `require_owned` is called before it is replaced.
+    """
     # Slow to import, and only needed for a picture. The Figure is used without pyplot, which keeps state of its own.
     from matplotlib.figure import Figure
 
@@ -30,7 +35,7 @@ def plot_losses(metrics_file: Path, picture: Path) -> None:
     _draw_training(axes, *_series(lines, "loss"))
     _draw_validation(axes, *_series(lines, "val_loss"))
     _decorate(axes, title=metrics_file.resolve().parent.name)
-    _save(figure, picture)
+    _save(figure, picture, require_owned)
 
 
 def smoothed(values: Sequence[float] | NDArray[np.floating]) -> Floats:
@@ -84,12 +89,11 @@ def _decorate(axes: Any, *, title: str) -> None:
         axes.text(0.5, 0.5, "no losses logged yet", transform=axes.transAxes, ha="center", color=GREY)
 
 
-def _save(figure: Any, picture: Path) -> None:
-    temporary = picture.with_name(f".{picture.name}.{os.getpid()}.tmp")
+def _save(figure: Any, picture: Path, require_owned: Callable[[], object]) -> None:
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(temporary, format="png")
-        os.replace(temporary, picture)
+        os.close(put_in_place(picture, png.getvalue(), require_owned=require_owned))
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StorageError(f"cannot write {picture}: {error.strerror}") from error

@@ -54,6 +54,7 @@ class Progress:
         self._peak_flops = _peak_of_all(runtime, dtype)
         self._best = math.inf if best_val_loss is None else best_val_loss
         enabled = runtime.rank == 0
+        self._require_owned = require_owned
         self._metrics = Metrics(paths.root, resume_step=start_step, require_owned=require_owned) if enabled else None
         ledger = paths.goodput if enabled else None
         self._ledger = Ledger(ledger, start_step=start_step, require_owned=require_owned)
@@ -246,7 +247,7 @@ class Progress:
 
     def _plot(self) -> None:
         try:
-            plot_losses(self._paths.metrics, self._paths.plot)
+            plot_losses(self._paths.metrics, self._paths.plot, require_owned=self._require_owned)
         except StorageError as error:
             self._console.message(f"no new loss curve: {error}")
 

@@ -202,6 +202,26 @@ def test_lines_come_when_they_are_due(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(read_ledger(path)) == 2 + 4
 
 
+def test_an_owner_that_is_asleep_when_another_takes_over_writes_no_line_more(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has just looked whether the run directory is still its own."""
+    path, found = tmp_path / "goodput.jsonl", list[bytes]()
+    monkeypatch.setattr(goodput, "LINE_SECONDS", 0.0)
+
+    def taken_over() -> None:
+        if asleep:
+            Ledger(path, start_step=1, require_owned=owned).write()
+            found.append(path.read_bytes())
+
+    asleep = False
+    earlier = Ledger(path, start_step=0, require_owned=taken_over)
+    earlier.write()
+    asleep = True
+    earlier.write()
+    assert found == [path.read_bytes()]
+
+
 def test_a_line_that_cannot_be_written_loses_nothing_once_the_next_one_can(tmp_path: Path) -> None:
     path = tmp_path / "missing" / "goodput.jsonl"
     ledger = Ledger(path, start_step=0, require_owned=owned)

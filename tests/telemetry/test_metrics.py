@@ -5,7 +5,7 @@ import math
 import mmap
 import resource
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from distgpt.cluster.ownership import RunLock
+from distgpt.cluster.run_directory import RunPaths
 from distgpt.errors import StorageError
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity, read_metrics
 from tests import jobs
@@ -217,6 +219,45 @@ def test_perplexity() -> None:
     assert perplexity(0.0) == 1.0
     assert perplexity(1e6) == math.inf
     assert math.isnan(perplexity(math.nan))
+
+
+@pytest.mark.parametrize("look", [1, 2, 3])
+@pytest.mark.parametrize("logged", [0, 1])
+def test_an_owner_that_is_asleep_when_another_takes_over_writes_nothing_more(
+    tmp_path: Path, logged: int, look: int
+) -> None:
+    """It falls asleep at this look whether the run directory is still its own, having found that it is."""
+    found: list[dict[str, bytes]] = []
+    looks = 0
+
+    class Lost(Exception):
+        pass
+
+    def looked() -> None:
+        nonlocal looks
+        looks += falling_asleep
+        if looks == look:
+            RunLock(RunPaths(tmp_path)).release()
+            with closing(Metrics(tmp_path, resume_step=logged, require_owned=owned)) as later:
+                log_step(later, logged + 1)
+            found.append(contents(tmp_path))
+        elif looks > look:
+            raise Lost
+
+    falling_asleep = False
+    with closing(Metrics(tmp_path, resume_step=0, require_owned=looked)) as earlier:
+        for step in range(1, logged + 1):
+            log_step(earlier, step)
+        falling_asleep = True
+        with suppress(Lost):
+            for step in range(logged + 1, logged + 5):
+                earlier.scalars(step, {"train/loss": 9.0})
+    assert looks > look
+    assert found == [contents(tmp_path)]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    return {str(file): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
 def test_an_earlier_owner_writes_to_what_nobody_reads(tmp_path: Path) -> None:

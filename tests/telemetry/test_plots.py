@@ -7,6 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from distgpt.cluster.ownership import RunLock
+from distgpt.cluster.run_directory import RunPaths
 from distgpt.errors import StorageError
 from distgpt.telemetry.plots import plot_losses, smoothed
 
@@ -16,6 +18,10 @@ SIGNATURE = b"\x89PNG\r\n\x1a\n"
 def write(file: Path, *lines: Mapping[str, float | None]) -> Path:
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return file
+
+
+def owned() -> None:
+    """No other job takes this run directory."""
 
 
 def blue_pixels(picture: Path) -> int:
@@ -29,7 +35,7 @@ def test_the_curves_are_drawn(tmp_path: Path) -> None:
     training = [{"step": s, "loss": 4.0 / s if s != 7 else None} for s in range(1, 100)]
     validation = [{"step": s, "val_loss": 5.0 / s} for s in (50, 99)]
     metrics = write(tmp_path / "metrics.jsonl", *training, *validation)
-    plot_losses(metrics, tmp_path / "plots" / "loss.png")
+    plot_losses(metrics, tmp_path / "plots" / "loss.png", require_owned=owned)
     [picture] = (tmp_path / "plots").iterdir()
     assert picture.read_bytes().startswith(SIGNATURE)
     assert blue_pixels(picture) > 1000
@@ -46,7 +52,7 @@ def test_the_curves_are_drawn(tmp_path: Path) -> None:
     ],
 )
 def test_few_points(tmp_path: Path, lines: list[dict[str, float | None]], recwarn: pytest.WarningsRecorder) -> None:
-    plot_losses(write(tmp_path / "metrics.jsonl", *lines), tmp_path / "loss.png")
+    plot_losses(write(tmp_path / "metrics.jsonl", *lines), tmp_path / "loss.png", require_owned=owned)
     assert (tmp_path / "loss.png").read_bytes().startswith(SIGNATURE)
     assert not recwarn.list
 
@@ -55,8 +61,21 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> 
     metrics = write(tmp_path / "metrics.jsonl", {"step": 1, "loss": 2.0})
     (tmp_path / "loss.png").mkdir()
     with pytest.raises(StorageError, match=r"cannot write .*loss\.png"):
-        plot_losses(metrics, tmp_path / "loss.png")
+        plot_losses(metrics, tmp_path / "loss.png", require_owned=owned)
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
+
+
+def test_an_owner_that_is_asleep_when_another_takes_over_leaves_its_picture(tmp_path: Path) -> None:
+    """It has just looked whether the run directory is still its own."""
+    metrics, picture = write(tmp_path / "metrics.jsonl", {"step": 1, "loss": 2.0}), tmp_path / "plots" / "loss.png"
+
+    def taken_over() -> None:
+        RunLock(RunPaths(tmp_path)).release()
+        picture.write_text("of the next owner")
+
+    with pytest.raises(StorageError, match=r"cannot write .*loss\.png"):
+        plot_losses(metrics, picture, require_owned=taken_over)
+    assert [(file.name, file.read_text()) for file in picture.parent.iterdir()] == [("loss.png", "of the next owner")]
 
 
 def test_smoothing_keeps_lines_and_calms_noise() -> None:
