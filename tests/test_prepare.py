@@ -297,13 +297,13 @@ def test_a_part_that_was_damaged_after_a_kill_is_made_again(position: int, prepa
 
 
 def test_a_part_damaged_between_writing_and_reading_is_not_believed(tmp_path: Path) -> None:
-    pipeline._write_part(tmp_path / "000000.part", [(3, True, 7)], [np.array([1, 2, 3], dtype=np.uint16)])
-    assert pipeline._read_part(tmp_path, 0).tokens.tolist() == [1, 2, 3]
+    pipeline.write_part(tmp_path, 0, [(3, True, 7)], [np.array([1, 2, 3], dtype=np.uint16)])
+    assert pipeline.read_part(tmp_path, 0).tokens.tolist() == [1, 2, 3]
     whole = (tmp_path / "000000.part").read_bytes()
     for damaged in (b"", whole[:20], whole[:-1], whole[:-3] + b"abc", b"x" + whole[1:]):
         (tmp_path / "000000.part").write_bytes(damaged)
         with pytest.raises(StorageError, match=r"000000\.part is damaged: run the same command again"):
-            pipeline._read_part(tmp_path, 0)
+            pipeline.read_part(tmp_path, 0)
 
 
 def test_a_vocabulary_damaged_after_a_kill_is_learned_again(prepare: Run, tmp_path: Path) -> None:

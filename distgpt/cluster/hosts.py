@@ -60,7 +60,7 @@ class Facts:
 Say = Callable[[Finding], None]
 
 
-class _Board:
+class Board:
     """Notes between ranks in torchrun's store, and a port for the other hosts to try."""
 
     def __init__(self, runtime: Runtime) -> None:
@@ -102,9 +102,9 @@ def check_hosts(config: Config, runtime: Runtime, *, say: Say, conclude: Callabl
 
     Each rank is told the failures that ended it, or none, by `conclude`, before any of them leaves.
     """
-    board = _Board(runtime)
+    board = Board(runtime)
     failures: list[Finding] = []
-    for stage in (_compare, _reach, _connect):
+    for stage in (compare, reach, connect):
         told = []
         try:
             for finding in stage(config, board):
@@ -115,7 +115,7 @@ def check_hosts(config: Config, runtime: Runtime, *, say: Say, conclude: Callabl
                 raise
             told.append(failure("hosts", error))
             say(told[-1])
-        verdict = f"word from the first host ({stage.__name__.strip('_')})"
+        verdict = f"word from the first host ({stage.__name__})"
         if runtime.rank == 0:
             board.post(verdict, [dataclasses.asdict(finding) for finding in told])
         findings = [Finding(**finding) for finding in board.read(verdict)]
@@ -192,11 +192,11 @@ def data_sample(split: Split) -> str:
     return digest.hexdigest()[:12]
 
 
-def _compare(config: Config, board: _Board) -> Iterator[Finding]:
+def compare(config: Config, board: Board) -> Iterator[Finding]:
     """What each host says of itself, side by side."""
     runtime = board.runtime
     if runtime.local_rank == 0:
-        _post_facts(config, board)
+        post_facts(config, board)
     if runtime.rank:
         return
     everyone = [Facts(**board.read(_facts_of(number))) for number in range(nodes())]
@@ -217,7 +217,7 @@ def _compare(config: Config, board: _Board) -> Iterator[Finding]:
     yield from _same_config(names, everyone)
 
 
-def _reach(config: Config, board: _Board) -> Iterator[Finding]:
+def reach(config: Config, board: Board) -> Iterator[Finding]:
     """Each host connects to all others, and sees the run directory of the first."""
     runtime = board.runtime
     if nodes() == 1:
@@ -225,7 +225,7 @@ def _reach(config: Config, board: _Board) -> Iterator[Finding]:
     answers = []
     with _marker(config, board) if runtime.rank == 0 else nullcontext():
         if runtime.local_rank == 0:
-            answer = {"unreachable": _unreachable(board), "directory": _sees_run_directory(board)}
+            answer = {"unreachable": _unreachable(board), "directory": sees_run_directory(board)}
             board.post(f"answer from host {node() + 1}", answer)
         if runtime.rank == 0:
             answers = [board.read(f"answer from host {number + 1}") for number in range(nodes())]
@@ -247,7 +247,7 @@ def _reach(config: Config, board: _Board) -> Iterator[Finding]:
         yield found("shared run dir", f"{config.run_dir} is the same, and can be written, on all {nodes()} hosts")
 
 
-def _connect(config: Config, board: _Board) -> Iterator[Finding]:
+def connect(config: Config, board: Board) -> Iterator[Finding]:
     """With a process group: clocks, all-reduce, links."""
     runtime = board.runtime
     on_gpu = runtime.device.type == "cuda"
@@ -263,7 +263,7 @@ def _connect(config: Config, board: _Board) -> Iterator[Finding]:
         torch.cuda.set_device(runtime.device)
     host_of: list[int] = [0] * runtime.world_size
     dist.all_gather_object(host_of, node())
-    offsets = _clock_offsets(runtime, host_of)
+    offsets = clock_offsets(runtime, host_of)
     all_reduce, measured = (
         links.measure(runtime) if runtime.distributed else (found("links", "one rank, none to measure"), [])
     )
@@ -276,14 +276,14 @@ def _connect(config: Config, board: _Board) -> Iterator[Finding]:
     yield from links.judge(measured, host_of=host_of, names=dict(enumerate(names)))
 
 
-def _post_facts(config: Config, board: _Board) -> None:
+def post_facts(config: Config, board: Board) -> None:
     """Local rank 0: everything this host can tell without the others."""
     address = network.route_to(os.environ["MASTER_ADDR"]).address
     findings = [dataclasses.asdict(f) for f in check_machine(config, board.runtime, thorough=False)]
-    findings += [dataclasses.asdict(f) for f in _own_name(address)]
+    findings += [dataclasses.asdict(f) for f in own_name(address)]
     same = {
         "python": platform.python_version(),
-        "torch": _torch_build(),
+        "torch": torch_build(),
         "distgpt": package_hash(),
     }
     with suppress(DistgptError):  # check_machine said so
@@ -305,7 +305,7 @@ def _facts_of(number: int) -> str:
     return f"word from host {number + 1} of {nodes()}"
 
 
-def _own_name(address: str) -> Iterator[Finding]:
+def own_name(address: str) -> Iterator[Finding]:
     """gloo and NCCL tell the others the address of their interface, or, if they are told none, of the hostname."""
     if nodes() == 1 or os.environ.get("GLOO_SOCKET_IFNAME"):
         return
@@ -325,7 +325,7 @@ def _own_name(address: str) -> Iterator[Finding]:
         )
 
 
-def _torch_build() -> str:
+def torch_build() -> str:
     parts: list[object] = [torch.__version__]
     if torch.cuda.is_available():
         parts += ["CUDA", torch.version.cuda, "on", torch.cuda.get_device_name()]
@@ -364,7 +364,7 @@ def _same_config(names: Sequence[str], everyone: Sequence[Facts]) -> Iterator[Fi
         yield dataclasses.replace(finding, text=f"{key}: {finding.text}")
 
 
-def _unreachable(board: _Board) -> list[str]:
+def _unreachable(board: Board) -> list[str]:
     """Who cannot be connected to from here, and why."""
     others = [host for number, host in enumerate(board.read("hosts")) if number != node()]
 
@@ -378,7 +378,7 @@ def _unreachable(board: _Board) -> list[str]:
 
 
 @contextmanager
-def _marker(config: Config, board: _Board) -> Iterator[None]:
+def _marker(config: Config, board: Board) -> Iterator[None]:
     """A file of rank 0 in the run directory, or where that will be, for the others to find."""
     path = existing(config.run_dir) / f".distgpt-preflight-{socket.gethostname()}-{os.getpid()}"
     path.touch()
@@ -390,7 +390,7 @@ def _marker(config: Config, board: _Board) -> Iterator[None]:
             made.unlink(missing_ok=True)
 
 
-def _sees_run_directory(board: _Board) -> str:
+def sees_run_directory(board: Board) -> str:
     """Why this host cannot use the run directory of the first one; empty if it can."""
     marker = Path(board.read("marker"))
     deadline = time.monotonic() + VISIBLE_SECONDS
@@ -410,7 +410,7 @@ def _sees_run_directory(board: _Board) -> str:
     return ""
 
 
-def _clock_offsets(runtime: Runtime, host_of: Sequence[int]) -> dict[int, float]:
+def clock_offsets(runtime: Runtime, host_of: Sequence[int]) -> dict[int, float]:
     """By host, seconds that its clock is ahead of the first host's: the reply to the quickest of a few questions."""
     offsets = {host_of[0]: 0.0}
     now = torch.zeros(1, dtype=torch.float64)
@@ -432,5 +432,5 @@ def _clock_offsets(runtime: Runtime, host_of: Sequence[int]) -> dict[int, float]
     return offsets
 
 
-def _names(board: _Board) -> list[str]:
+def _names(board: Board) -> list[str]:
     return [name for name, _, _ in board.read("hosts")]

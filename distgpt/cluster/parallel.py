@@ -66,7 +66,7 @@ def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tup
     if asked != "auto":
         return asked, "as asked"
     need = BYTES_PER_PARAMETER * count_parameters(config.model, vocab_size)
-    room = REPLICA_SHARE * _device_memory(runtime)
+    room = REPLICA_SHARE * device_memory(runtime)
     sizes = f"weights, gradients and moments take {need / 2**30:.1f} of {room / 2**30:.1f} GiB a rank"
     if need <= room:
         return "ddp", f"{sizes}: every rank holds a whole replica"
@@ -192,7 +192,7 @@ def _settle_buckets(
     model.zero_grad()
 
 
-def _device_memory(runtime: Runtime) -> float:
+def device_memory(runtime: Runtime) -> float:
     """Bytes that this rank may call its own."""
     if runtime.device.type == "cuda":
         return float(torch.cuda.get_device_properties(runtime.device).total_memory)

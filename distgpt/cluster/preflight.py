@@ -233,7 +233,7 @@ def memory(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     outer = OUTER_BYTES if strategy == "diloco" else 0
     each = BYTES_PER_PARAMETER + outer + (0 if on_gpu else CHECKPOINT_BYTES + outer)
     need = parameters * each / shards
-    room = torch.cuda.mem_get_info(runtime.device)[0] if on_gpu else _free_memory() / runtime.local_world_size
+    room = torch.cuda.mem_get_info(runtime.device)[0] if on_gpu else free_memory() / runtime.local_world_size
     text = f"{parameters:,} parameters, {strategy}: {_size(need)} of {_size(room)} free a rank"
     fix = "shard over more ranks with parallel.strategy=fsdp, or take a smaller model"
     if need > room:
@@ -251,7 +251,7 @@ def existing(path: Path) -> Path:
     return nearest
 
 
-def _free_memory() -> float:
+def free_memory() -> float:
     """Bytes that this process could still get: of the machine's, and of its control group's."""
     room = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     try:

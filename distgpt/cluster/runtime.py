@@ -79,7 +79,7 @@ def joined(
         yield
         return
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)
-    store = _shared_store()
+    store = shared_store()
     met(store)
     _await_rank_zero(runtime, store)
     on_gpu = runtime.device.type == "cuda"
@@ -97,7 +97,7 @@ def joined(
     dist.destroy_process_group()
 
 
-def _shared_store() -> dist.Store:
+def shared_store() -> dist.Store:
     """A store of this attempt's ranks alone: in one of torchrun's, those that it restarted left what gloo waits for."""
     store: dist.Store = next(dist.rendezvous("env://", timeout=CHECKS_TIMEOUT))[0]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
@@ -129,11 +129,11 @@ def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
     """`train.dtype` on this device: auto is bfloat16 on GPUs that have it and on CPUs with AMX, else float32."""
     if asked != "auto":
         return torch.bfloat16 if asked == "bfloat16" else torch.float32
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else _cpu_has_amx()
+    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_amx()
     return torch.bfloat16 if fast else torch.float32
 
 
-def _cpu_has_amx() -> bool:
+def cpu_has_amx() -> bool:
     try:
         with open("/proc/cpuinfo") as cpuinfo:
             return "amx_bf16" in cpuinfo.read()

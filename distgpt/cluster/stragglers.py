@@ -106,7 +106,7 @@ class Watch:
         own = [work.own / self._steps for work in self._sums]
         ordered = sorted(own)
         for rank, (host, history) in enumerate(zip(self._hosts, self._histories, strict=True)):
-            median = _median_without(ordered, own[rank])
+            median = median_without(ordered, own[rank])
             if history.is_news(own[rank] >= SLOWER * median and own[rank] - median >= FLOOR_SECONDS):
                 verdict = "is slow" if history.named else "keeps up again"
                 waited = _span(self._sums[rank].data_wait / self._steps)
@@ -123,8 +123,8 @@ class Watch:
         seconds = sorted(work.save for work in shares.values())
         by_byte = sorted(work.save / work.saved_bytes for work in shares.values())
         for rank, work in shares.items():
-            like_others = _median_without(by_byte, work.save / work.saved_bytes) * work.saved_bytes
-            usual = max(_median_without(seconds, work.save), like_others)
+            like_others = median_without(by_byte, work.save / work.saved_bytes) * work.saved_bytes
+            usual = max(median_without(seconds, work.save), like_others)
             history = self._save_histories[rank]
             if history.is_news(work.save >= SLOWER * usual and work.save - usual >= SAVE_FLOOR_SECONDS):
                 verdict = "is slow to save" if history.named else "saves as fast again"
@@ -188,7 +188,7 @@ class _CudaStopwatch:
         return float(self._started.elapsed_time(self._stopped)) / 1e3
 
 
-def _median_without(ordered: Sequence[float], value: float) -> float:
+def median_without(ordered: Sequence[float], value: float) -> float:
     """The lower median of sorted numbers less one of this value; the value itself where there is no other."""
     if len(ordered) == 1:
         return value

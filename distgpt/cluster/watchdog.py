@@ -187,7 +187,7 @@ class Watchdog:
                     return
 
     def _end(self, stopped: Sequence[int], gone: Sequence[int]) -> None:
-        mine = Whereabouts(self._run.rank, socket.gethostname(), os.getpid(), self._beats, self._doing, _line())
+        mine = Whereabouts(self._run.rank, socket.gethostname(), os.getpid(), self._beats, self._doing, current_line())
         waited = time.monotonic() - self._last_beat
         threading.Thread(target=self._end_regardless, args=(mine,), daemon=True).start()
         self._write_stacks(f"no progress for {waited:.0f} s while {mine.doing}")
@@ -227,7 +227,7 @@ class Watchdog:
             log.flush()
             faulthandler.dump_traceback(log)
         with suppress(OSError):
-            _write_flight_recorder(self._run.paths.logs / f"flight-recorder-rank-{self._run.rank}")
+            write_flight_recorder(self._run.paths.logs / f"flight-recorder-rank-{self._run.rank}")
 
     def _ask_all(self, mine: Whereabouts, silent: set[int]) -> list[Whereabouts]:
         """The answers that come in time; the store itself may be with the rank that hangs."""
@@ -314,7 +314,7 @@ def _send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def _write_flight_recorder(file: Path) -> None:
+def write_flight_recorder(file: Path) -> None:
     """The last collectives of this rank, for torch's `torchfrtrace`."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
@@ -323,7 +323,7 @@ def _write_flight_recorder(file: Path) -> None:
         file.write_bytes(getattr(c10d, "_dump_nccl_trace", c10d._dump_fr_trace)())
 
 
-def _line() -> str:
+def current_line() -> str:
     """The innermost line of Python that the main thread is in, or that which writes the checkpoint it waits for."""
     frames = sys._current_frames()
     frame = frames[threading.main_thread().ident or 0]

@@ -167,7 +167,7 @@ def encode(todo: Sequence[Unit], parts: Path, *, encoder: Encoder, workers: Work
 def is_done(unit: Unit, parts: Path) -> bool:
     """Whether the part of this unit is there and whole."""
     try:
-        _read_part(parts, unit.index)
+        read_part(parts, unit.index)
     except (OSError, StorageError):
         return False
     return True
@@ -185,13 +185,13 @@ def merged(parts: Path, count: int, *, documents: int, val_fraction: float) -> I
 
 
 def _merged_tail(parts: Path, count: int, val_fraction: float) -> Iterator[Documents]:
-    total = sum(int(_read_part(parts, index).sizes.sum()) for index in range(count))
+    total = sum(int(read_part(parts, index).sizes.sum()) for index in range(count))
     if total < 2:
         raise DataError("the input is a single token: too short to train on one part and validate on another")
     left = min(max(int((1 - val_fraction) * total), 1), total - 1)
     split: SplitName
     for index in range(count):
-        tokens = _read_part(parts, index).tokens
+        tokens = read_part(parts, index).tokens
         for split, piece in (("train", tokens[:left]), ("val", tokens[left:])):
             is_end = piece.size == left if split == "train" else index == count - 1
             if piece.size:
@@ -203,7 +203,7 @@ def _threshold(parts: Path, count: int, val_fraction: float) -> int:
     threshold = int(val_fraction * 2**64)
     lowest, highest = 2**64, -1
     for index in range(count):
-        hashes = _read_part(parts, index).hashes
+        hashes = read_part(parts, index).hashes
         if hashes.size:
             lowest, highest = min(lowest, int(hashes.min())), max(highest, int(hashes.max()))
     if lowest == highest:
@@ -213,7 +213,7 @@ def _threshold(parts: Path, count: int, val_fraction: float) -> int:
 
 def _merged_by_hash(parts: Path, count: int, threshold: int) -> Iterator[Documents]:
     for index in range(count):
-        part = _read_part(parts, index)
+        part = read_part(parts, index)
         validates = part.hashes < threshold
         split: SplitName
         for split, rows in (("train", ~validates), ("val", validates)):
@@ -316,7 +316,7 @@ def _encode(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
         for _ in unit.pieces:
             scanned, content = next(contents)
             _encode_piece(scanned.piece, content.texts, tokenizer, encoder, rows, tokens)
-        _write_part(_part_path(parts, unit.index), rows, tokens)
+        write_part(parts, unit.index, rows, tokens)
         yield unit.text_bytes
 
 
@@ -362,15 +362,17 @@ def _part_path(parts: Path, index: int) -> Path:
     return parts / f"{index:06d}.part"
 
 
-def _write_part(path: Path, rows: Sequence[tuple[int, bool, int]], tokens: Sequence[npt.NDArray[np.uint16]]) -> None:
+def write_part(
+    parts: Path, index: int, rows: Sequence[tuple[int, bool, int]], tokens: Sequence[npt.NDArray[np.uint16]]
+) -> None:
     """The number of rows, their three columns as uint64, the tokens, a SHA-256 of it all. Raises OSError."""
     table = np.array(rows, dtype="<u8").reshape(len(rows), 3).T
     ids = (piece.astype("<u2", copy=False).data for piece in tokens)
     content = b"".join((len(rows).to_bytes(8, "little"), table.tobytes(), *ids))
-    write_file(path, content + hashlib.sha256(content).digest())
+    write_file(_part_path(parts, index), content + hashlib.sha256(content).digest())
 
 
-def _read_part(parts: Path, index: int) -> Part:
+def read_part(parts: Path, index: int) -> Part:
     """Raises StorageError for a part that is not as it was written, OSError for one that cannot be read."""
     path = _part_path(parts, index)
     content, digest = np.split(np.fromfile(path, dtype=np.uint8), [-DIGEST_BYTES])

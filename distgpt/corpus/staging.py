@@ -108,7 +108,7 @@ def commit(directory: Path, output: Path) -> None:
     staged = directory / "dataset"
     if not output.exists():
         os.rename(staged, output)
-    elif not _exchanged(staged, output):
+    elif not exchanged(staged, output):
         # Where two names cannot be exchanged, a kill between these two lines leaves the old one to `recover`.
         os.rename(output, directory / "replaced")
         os.rename(staged, output)
@@ -177,7 +177,7 @@ def _cannot_write(output: Path, error: OSError) -> DirectoryError:
     return DirectoryError(f"cannot write {output}: {error.strerror}: {error.filename}")
 
 
-def _exchanged(first: Path, second: Path) -> bool:
+def exchanged(first: Path, second: Path) -> bool:
     """Swap two names in one step (Linux); False where the system or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     at_cwd, exchange = -100, 2

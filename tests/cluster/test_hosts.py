@@ -30,14 +30,14 @@ SAME = ("python", "torch", "distgpt", "data")
 
 
 @pytest.fixture
-def board(monkeypatch: pytest.MonkeyPatch, one_process: Runtime) -> Iterator[hosts._Board]:
+def board(monkeypatch: pytest.MonkeyPatch, one_process: Runtime) -> Iterator[hosts.Board]:
     """Of the first of two hosts, n1 and n2, with a rank each."""
     store = dist.HashStore()
     monkeypatch.setattr(hosts, "rendezvous", lambda *_, **__: iter([(store,)]))
     for name, value in {"GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(socket, "gethostname", lambda: "n1")
-    board = hosts._Board(dataclasses.replace(one_process, world_size=2))
+    board = hosts.Board(dataclasses.replace(one_process, world_size=2))
     yield board
     board.listener.close()
 
@@ -52,7 +52,7 @@ def settings(data: Path, run: Path) -> configuration.Config:
 
 
 def compared(
-    board: hosts._Board,
+    board: hosts.Board,
     config: configuration.Config,
     *,
     name: str = "n2",
@@ -64,15 +64,15 @@ def compared(
         other.setenv("GROUP_RANK", "1")
         other.setattr(socket, "gethostname", lambda: name)
         change(other)
-        hosts._post_facts(there or config, board)
-    return {finding.check: finding for finding in hosts._compare(config, board)}
+        hosts.post_facts(there or config, board)
+    return {finding.check: finding for finding in hosts.compare(config, board)}
 
 
 def failures(findings: dict[str, Finding]) -> list[str]:
     return [check for check, finding in findings.items() if finding.level == "FAIL"]
 
 
-def test_hosts_that_are_the_same(board: hosts._Board, config: configuration.Config) -> None:
+def test_hosts_that_are_the_same(board: hosts.Board, config: configuration.Config) -> None:
     findings = compared(board, config)
     assert failures(findings) == []
     for check in SAME:
@@ -80,11 +80,9 @@ def test_hosts_that_are_the_same(board: hosts._Board, config: configuration.Conf
 
 
 @pytest.mark.parametrize(
-    ("check", "where", "name"), [("python", platform, "python_version"), ("torch", hosts, "_torch_build")]
+    ("check", "where", "name"), [("python", platform, "python_version"), ("torch", hosts, "torch_build")]
 )
-def test_other_versions(
-    check: str, where: object, name: str, board: hosts._Board, config: configuration.Config
-) -> None:
+def test_other_versions(check: str, where: object, name: str, board: hosts.Board, config: configuration.Config) -> None:
     findings = compared(board, config, change=lambda other: other.setattr(where, name, lambda: "0.1"))
     assert failures(findings) == [f"same {check}"]
     assert findings[f"same {check}"].code == 2
@@ -92,7 +90,7 @@ def test_other_versions(
     assert "n2 has 0.1" in findings[f"same {check}"].text
 
 
-def test_other_code(board: hosts._Board, config: configuration.Config, tmp_path: Path) -> None:
+def test_other_code(board: hosts.Board, config: configuration.Config, tmp_path: Path) -> None:
     copy = tmp_path / "distgpt"
     shutil.copytree(jobs.PROJECT / "distgpt", copy)
     (copy / "errors.py").open("a").write("# a change\n")
@@ -102,7 +100,7 @@ def test_other_code(board: hosts._Board, config: configuration.Config, tmp_path:
 
 
 def test_a_copy_of_the_data_with_another_token(
-    board: hosts._Board, config: configuration.Config, tmp_path: Path
+    board: hosts.Board, config: configuration.Config, tmp_path: Path
 ) -> None:
     copy = tmp_path / "data"
     shutil.copytree(config.data.path, copy)
@@ -113,16 +111,16 @@ def test_a_copy_of_the_data_with_another_token(
     assert findings["same data"].code == 65
 
 
-def test_hosts_of_one_name_and_address_are_told_apart(board: hosts._Board, config: configuration.Config) -> None:
+def test_hosts_of_one_name_and_address_are_told_apart(board: hosts.Board, config: configuration.Config) -> None:
     findings = compared(
-        board, config, name="n1", change=lambda other: other.setattr(hosts, "_torch_build", lambda: "0.1")
+        board, config, name="n1", change=lambda other: other.setattr(hosts, "torch_build", lambda: "0.1")
     )
     assert failures(findings) == ["same torch"]
     assert "n1 (127.0.0.1) #2 has 0.1" in findings["same torch"].text
 
 
 def test_a_host_that_says_nothing_may_just_hang(
-    board: hosts._Board, config: configuration.Config, monkeypatch: pytest.MonkeyPatch
+    board: hosts.Board, config: configuration.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in training, that is worth another start; what no start can mend is not."""
     monkeypatch.setattr(hosts, "PATIENCE_SECONDS", 0.2)
@@ -133,7 +131,7 @@ def test_a_host_that_says_nothing_may_just_hang(
 
 
 def test_a_rank_that_hears_nothing_from_the_first_one(
-    board: hosts._Board, config: configuration.Config, monkeypatch: pytest.MonkeyPatch
+    board: hosts.Board, config: configuration.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hosts, "PATIENCE_SECONDS", 0.2)
     second = dataclasses.replace(board.runtime, rank=1, local_rank=1)
@@ -142,7 +140,7 @@ def test_a_rank_that_hears_nothing_from_the_first_one(
 
 
 @pytest.mark.parametrize("answers", [True, False])
-def test_a_store_that_cannot_be_had(answers: bool, board: hosts._Board, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_cannot_be_had(answers: bool, board: hosts.Board, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> Iterator[tuple[dist.Store]]:
         raise dist.DistNetworkError("no")
 
@@ -153,30 +151,30 @@ def test_a_store_that_cannot_be_had(answers: bool, board: hosts._Board, monkeypa
     monkeypatch.setattr(hosts, "rendezvous", refuse)
     expected = Interrupted if answers else StorageError
     with pytest.raises(expected, match="hangs" if answers else r"n1 cannot reach 127\.0\.0\.1"):
-        hosts._Board(board.runtime)
+        hosts.Board(board.runtime)
     server.close()
 
 
 def test_the_run_directory_of_the_first_host(
-    board: hosts._Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    board: hosts.Board, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hosts, "VISIBLE_SECONDS", 0.0)
     marker = tmp_path / "marker"
     board.post("marker", str(marker))
-    assert hosts._sees_run_directory(board) == f"{tmp_path} is another directory than the first host's"
+    assert hosts.sees_run_directory(board) == f"{tmp_path} is another directory than the first host's"
     marker.touch()
-    assert hosts._sees_run_directory(board) == ""
+    assert hosts.sees_run_directory(board) == ""
     assert sorted(path.name for path in tmp_path.iterdir()) == ["marker", "marker-0"]
     board.post("marker", str(tmp_path / "none" / "marker"))
-    assert hosts._sees_run_directory(board) == f"{tmp_path / 'none'}: No such file or directory"
+    assert hosts.sees_run_directory(board) == f"{tmp_path / 'none'}: No such file or directory"
 
 
-def test_a_run_directory_that_is_not_shared(board: hosts._Board, config: configuration.Config, tmp_path: Path) -> None:
+def test_a_run_directory_that_is_not_shared(board: hosts.Board, config: configuration.Config, tmp_path: Path) -> None:
     port = board.listener.getsockname()[1]
     for why, level in (("", "ok"), ("/run is another directory than the first host's", "FAIL")):
         board.post("hosts", [("n1", "127.0.0.1", port), ("n2", "127.0.0.1", port)])
         board.post("answer from host 2", {"unreachable": [], "directory": why})
-        network, directory = hosts._reach(config, board)
+        network, directory = hosts.reach(config, board)
         assert (network.level, directory.level) == ("ok", level)
         assert list(tmp_path.iterdir()) == []
     assert (directory.code, directory.text.split(":")[0]) == (73, "n2")
@@ -196,7 +194,7 @@ def test_clocks_that_are_apart(one_process: Runtime, monkeypatch: pytest.MonkeyP
 
     def offsets(rank: int) -> dict[int, float]:
         me.rank = rank
-        return hosts._clock_offsets(dataclasses.replace(one_process, rank=rank, world_size=4), host_of)
+        return hosts.clock_offsets(dataclasses.replace(one_process, rank=rank, world_size=4), host_of)
 
     real = time.time
     monkeypatch.setattr(hosts, "dist", SimpleNamespace(send=send, recv=receive))
@@ -206,12 +204,12 @@ def test_clocks_that_are_apart(one_process: Runtime, monkeypatch: pytest.MonkeyP
     assert found == pytest.approx(ahead, abs=0.5)
 
 
-def test_a_name_that_means_another_address(board: hosts._Board, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_name_that_means_another_address(board: hosts.Board, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
-    assert list(hosts._own_name("127.0.0.1")) == []  # gloo is told its interface
+    assert list(hosts.own_name("127.0.0.1")) == []  # gloo is told its interface
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    (finding,) = hosts._own_name("127.0.0.1")
+    (finding,) = hosts.own_name("127.0.0.1")
     assert (finding.check, finding.level, finding.code) == ("own address", "FAIL", 2)
     assert finding.text.startswith("the name n1 means 127.0.1.1 here, but the others know this host as 127.0.0.1: ")
     assert "GLOO_SOCKET_IFNAME=lo" in finding.text
-    assert list(hosts._own_name("127.0.1.1")) == []
+    assert list(hosts.own_name("127.0.1.1")) == []

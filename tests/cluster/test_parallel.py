@@ -70,7 +70,7 @@ def test_auto_takes_what_fits_and_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     whole = parameters * parallel.BYTES_PER_PARAMETER
 
     def chosen(memory: float, ranks: Runtime, *arguments: str) -> tuple[str, str]:
-        monkeypatch.setattr(parallel, "_device_memory", lambda runtime: memory)
+        monkeypatch.setattr(parallel, "device_memory", lambda runtime: memory)
         return choose_strategy(config(*arguments), ranks, vocab_size=65)
 
     room, tight = 2 * whole, 0.5 * whole

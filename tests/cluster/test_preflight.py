@@ -61,9 +61,9 @@ def test_too_little_memory(dataset: Dataset, one_process: Runtime, monkeypatch: 
     wanted = config()
     need = 28 * count_parameters(wanted.model, dataset.vocab_size)
     for available, level in ((2 * need, "ok"), (1.2 * need, "warn")):
-        monkeypatch.setattr(preflight, "_free_memory", partial(float, available))
+        monkeypatch.setattr(preflight, "free_memory", partial(float, available))
         assert preflight.memory(wanted, one_process, dataset).level == level
-    monkeypatch.setattr(preflight, "_free_memory", lambda: 0.9 * need)
+    monkeypatch.setattr(preflight, "free_memory", lambda: 0.9 * need)
     with pytest.raises(UsageError, match="before activations: shard over more ranks"):
         preflight.memory(wanted, one_process, dataset)
 
@@ -75,9 +75,9 @@ def test_memory_counts_the_shards(
     wanted = config(f"--parallel.strategy={strategy}")
     runtime = dataclasses.replace(one_process, world_size=4, local_world_size=2)
     need = 28 * count_parameters(wanted.model, dataset.vocab_size) / shards
-    monkeypatch.setattr(preflight, "_free_memory", lambda: 2 * need * 1.01)
+    monkeypatch.setattr(preflight, "free_memory", lambda: 2 * need * 1.01)
     assert preflight.memory(wanted, runtime, dataset).level == "warn"
-    monkeypatch.setattr(preflight, "_free_memory", lambda: 2 * need * 0.99)
+    monkeypatch.setattr(preflight, "free_memory", lambda: 2 * need * 0.99)
     with pytest.raises(UsageError, match=strategy):
         preflight.memory(wanted, runtime, dataset)
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distgpt.cluster.runtime import _shared_store, compute_dtype, this_rank, threads_per_rank
+from distgpt.cluster.runtime import compute_dtype, shared_store, this_rank, threads_per_rank
 from distgpt.errors import UsageError
 from tests import jobs
 
@@ -75,7 +75,7 @@ def test_ranks_meet_in_a_new_store_and_not_those_before_them_in_an_old_one(
         variables |= {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": restarts, "TORCHELASTIC_USE_AGENT_STORE": shared}
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        stores.append(_shared_store())
+        stores.append(shared_store())
     stores[0].set("here", "yes")
     stores[0].get("here")  # set() does not wait
     assert stores[1].check(["here"]) == met
@@ -125,7 +125,7 @@ def test_local_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dtype_as_asked_or_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compute_dtype("float32", CPU) == torch.float32
     assert compute_dtype("bfloat16", CPU) == torch.bfloat16
-    monkeypatch.setattr("distgpt.cluster.runtime._cpu_has_amx", lambda: True)
+    monkeypatch.setattr("distgpt.cluster.runtime.cpu_has_amx", lambda: True)
     assert compute_dtype("auto", CPU) == torch.bfloat16
-    monkeypatch.setattr("distgpt.cluster.runtime._cpu_has_amx", lambda: False)
+    monkeypatch.setattr("distgpt.cluster.runtime.cpu_has_amx", lambda: False)
     assert compute_dtype("auto", CPU) == torch.float32

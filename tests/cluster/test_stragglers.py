@@ -130,7 +130,7 @@ def test_the_median_of_the_others() -> None:
         for index in range(count):
             ordered = [float(value // 2) for value in range(count)]
             others = ordered[:index] + ordered[index + 1 :]
-            assert stragglers._median_without(ordered, ordered[index]) == sorted(others)[(count - 2) // 2]
+            assert stragglers.median_without(ordered, ordered[index]) == sorted(others)[(count - 2) // 2]
 
 
 def test_own_work_ends_with_the_last_gradient_of_the_last_micro_batch() -> None:

@@ -18,7 +18,7 @@ import pytest
 
 from distgpt.cluster.backstop import MORE, state_of
 from distgpt.cluster.runtime import FLIGHT_RECORDER_EVENTS
-from distgpt.cluster.watchdog import JOINING, SUSPENDED, Whereabouts, _line, culprits
+from distgpt.cluster.watchdog import JOINING, SUSPENDED, Whereabouts, culprits, current_line
 from tests import jobs
 
 # Torn from its place in train.py, without torch.
@@ -221,7 +221,7 @@ def test_the_line_is_that_of_the_save_that_the_main_thread_waits_for() -> None:
 
     def look() -> None:
         try:
-            lines.append(jobs.poll(lambda: line if (line := _line()).endswith(" in writing") else None))
+            lines.append(jobs.poll(lambda: line if (line := current_line()).endswith(" in writing") else None))
         finally:
             written.set()
 
@@ -249,9 +249,9 @@ def test_the_last_collectives_are_written_down(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)
     program = (
         "import sys; from pathlib import Path; import torch, torch.distributed as dist\n"
-        "from distgpt.cluster.watchdog import _write_flight_recorder\n"
+        "from distgpt.cluster.watchdog import write_flight_recorder\n"
         "dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
-        "dist.all_reduce(torch.ones(2)); _write_flight_recorder(Path(sys.argv[1]))\n"
+        "dist.all_reduce(torch.ones(2)); write_flight_recorder(Path(sys.argv[1]))\n"
         "dist.destroy_process_group()"
     )
     ended = jobs.run([sys.executable, "-c", program, str(tmp_path / "recorded")])

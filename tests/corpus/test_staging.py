@@ -52,7 +52,7 @@ def test_commit_puts_the_new_dataset_in_place_of_the_old(
     atomic: bool, old: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if not atomic:
-        monkeypatch.setattr(staging, "_exchanged", lambda first, second: False)
+        monkeypatch.setattr(staging, "exchanged", lambda first, second: False)
     output = tmp_path / "data"
     if old:
         output.mkdir()
@@ -69,9 +69,9 @@ def test_two_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
         (tmp_path / name / name).touch()
-    assert staging._exchanged(tmp_path / "one", tmp_path / "two")
+    assert staging.exchanged(tmp_path / "one", tmp_path / "two")
     assert [path.name for path in (tmp_path / "one").iterdir()] == ["two"]
-    assert not staging._exchanged(tmp_path / "one", tmp_path / "three")
+    assert not staging.exchanged(tmp_path / "one", tmp_path / "three")
 
 
 def test_a_replacement_cut_in_two_is_undone(tmp_path: Path) -> None:
