@@ -270,7 +270,7 @@ def _spool(inputs: Sequence[Source], directory: Path) -> None:
     """Keep standard input where every worker can read it. Raises OSError."""
     for source in inputs:
         if Path(source.path) == directory / staging.STDIN_NAME:
-            with open(source.path, "wb") as file, _Progress("keeping standard input", None) as advance:
+            with open(source.path, "wb") as file, Progress("keeping standard input", None) as advance:
                 while chunk := sys.stdin.buffer.read(2**20):
                     file.write(chunk)
                     advance(len(chunk))
@@ -278,7 +278,7 @@ def _spool(inputs: Sequence[Source], directory: Path) -> None:
 
 def _scan(inputs: Sequence[Source], given: Tokenizer | None, options: argparse.Namespace, workers: Workers) -> Scan:
     characters = options.tokenizer == "char" or isinstance(given, CharTokenizer)
-    with _Progress("reading", sum(os.path.getsize(source.path) for source in inputs)) as advance:
+    with Progress("reading", sum(os.path.getsize(source.path) for source in inputs)) as advance:
         found = pipeline.scan(inputs, characters=characters, workers=workers, advance=advance)
     if given is not None:
         pipeline.check_characters(found, given)
@@ -305,7 +305,7 @@ def _build(
     tokenizer = _tokenizer(found, given, options, directory, workers)
     _encode(pipeline.units(found), found, tokenizer, directory, workers)
     parts = directory / "parts"
-    with _Progress("writing", sum(os.path.getsize(part) for part in parts.iterdir())) as advance:
+    with Progress("writing", sum(os.path.getsize(part) for part in parts.iterdir())) as advance:
         meta = shards.write_dataset(
             directory / "dataset",
             pipeline.merged(
@@ -339,7 +339,7 @@ def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory:
         eot_id=_eot_id(found, tokenizer),
         hashes=pipeline.long_document_hashes(found, workers) if found.documents > 1 else {},
     )
-    with _Progress("encoding", sum(unit.text_bytes for unit in todo)) as advance:
+    with Progress("encoding", sum(unit.text_bytes for unit in todo)) as advance:
         pipeline.encode(todo, parts, encoder=encoder, workers=workers, advance=advance)
 
 
@@ -406,7 +406,7 @@ def _summary(options: argparse.Namespace, meta: dict[str, Any], found: Scan, sec
     )
 
 
-class _Progress:
+class Progress:
     """A phase's progress on stderr: a bar on a terminal, otherwise a line every LINE_SECONDS."""
 
     def __init__(self, name: str, total: int | None) -> None:

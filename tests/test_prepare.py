@@ -467,7 +467,7 @@ def test_a_long_phase_says_how_fast_it_is_and_how_long_it_takes(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    with door._Progress("encoding", 200_000_000) as known, door._Progress("keeping standard input", None) as unknown:
+    with door.Progress("encoding", 200_000_000) as known, door.Progress("keeping standard input", None) as unknown:
         known(10_000_000)
         assert capsys.readouterr().err == ""
         now += 20

@@ -275,7 +275,7 @@ class _Stream:
 
     def __init__(self, source: Source, file: BinaryIO) -> None:
         self._file = file
-        self._stream: Any = gzip.GzipFile(fileobj=file) if source.compression == ".gz" else _ZstdStream(source, file)
+        self._stream: Any = gzip.GzipFile(fileobj=file) if source.compression == ".gz" else ZstdStream(source, file)
         self._buffer = bytearray()
         self._base = self._needed = 0
         self.end: int | None = None
@@ -302,7 +302,7 @@ class _Stream:
         self._base += passed
 
 
-class _ZstdStream(io.RawIOBase):
+class ZstdStream(io.RawIOBase):
     """Zstandard frames as a stream that, unlike the package's own, notices a missing end."""
 
     def __init__(self, source: Source, file: BinaryIO) -> None:

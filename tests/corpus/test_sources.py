@@ -238,7 +238,7 @@ def test_zstandard_comes_in_small_reads_however_much_it_packs(tmp_path: Path) ->
     (tmp_path / "t.txt.zst").write_bytes(zstandard.compress(b"a b " * 2**24))
     sizes = []
     with open(tmp_path / "t.txt.zst", "rb") as file:
-        stream = sources._ZstdStream(expand(tmp_path / "t.txt.zst")[0], file)
+        stream = sources.ZstdStream(expand(tmp_path / "t.txt.zst")[0], file)
         while chunk := stream.read(2**20):
             sizes.append(len(chunk))
     assert sum(sizes) == 2**26
