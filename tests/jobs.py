@@ -135,20 +135,24 @@ def start(
     )
 
 
-def run(command: Sequence[str], *, core: int | None = None, **variables: str) -> Ended:
-    """Run a command to its end, on all cores or on one."""
+def run(command: Sequence[str], **variables: str) -> Ended:
+    """Run a command to its end."""
+    return _run(command, variables, core=None)
+
+
+def door(name: str, *arguments: str | Path, **variables: str) -> Ended:
+    """`python -m distgpt.<name>`, on one core: what is small is only slower on several."""
+    core = next(_cores) if sys.platform == "linux" else None
+    return _run([sys.executable, "-m", f"distgpt.{name}", *map(str, arguments)], variables, core=core)
+
+
+def _run(command: Sequence[str], variables: Mapping[str, str], *, core: int | None) -> Ended:
     with tempfile.TemporaryFile("w+") as stdout, tempfile.TemporaryFile("w+") as stderr:
         started = start(command, stdout=stdout.fileno(), stderr=stderr.fileno(), variables=variables, core=core)
         code = started.wait()
         for stream in (stdout, stderr):
             stream.seek(0)
         return Ended(code, stdout.read(), stderr.read())
-
-
-def door(name: str, *arguments: str | Path, **variables: str) -> Ended:
-    """`python -m distgpt.<name>`, on one core: what is small is only slower on several."""
-    command = [sys.executable, "-m", f"distgpt.{name}", *map(str, arguments)]
-    return run(command, core=next(_cores) if sys.platform == "linux" else None, **variables)
 
 
 def torchrun(ranks: int, *arguments: str, **variables: str) -> Ended:

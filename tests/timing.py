@@ -9,6 +9,7 @@ import pytest
 from tests.forking import client
 
 SLOWEST = 10
+CPU_SECONDS = "cpu_seconds"  # an attribute of each report
 _SECONDS_BEFORE = pytest.StashKey[float]()
 
 
@@ -25,7 +26,7 @@ def pytest_runtest_makereport(
     """Add to each report the CPU seconds since the one before, which then come back from whichever worker ran it."""
     report = yield
     now = cpu_seconds()
-    report.cpu_seconds = now - item.session.stash.get(_SECONDS_BEFORE, 0.0)
+    report.__dict__[CPU_SECONDS] = now - item.session.stash.get(_SECONDS_BEFORE, 0.0)
     item.session.stash[_SECONDS_BEFORE] = now
     return report
 
@@ -38,7 +39,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             parts = report.nodeid.split("::")[0].split("/")
             directory = parts[1] if len(parts) > 2 else parts[0]
             wall[directory] += report.duration
-            cpu[directory] += report.cpu_seconds
+            cpu[directory] += report.__dict__[CPU_SECONDS]
             tests[report.nodeid] += report.duration
     if len(wall) < 2:
         return  # not a full run

@@ -1,6 +1,7 @@
 """Lets a forked process go on as `python -m MODULE`, `python -c CODE` or `python FILE` would have begun."""
 
 import atexit
+import functools
 import importlib
 import io
 import os
@@ -21,8 +22,12 @@ IMPORTED_LATE = (
 )
 
 
+@functools.cache
 def import_packages() -> None:
-    """Import all that the commands import, and forget distgpt's own modules: each process has its own state in them."""
+    """Import all that the commands import, and forget distgpt's own modules: each process has its own state in them.
+
+    Does it once; a fork has it from its parent.
+    """
     for name in (*(f"{PRODUCT}.{command}" for command in COMMANDS), *IMPORTED_LATE):
         importlib.import_module(name)
     for name in [name for name in sys.modules if name.partition(".")[0] == PRODUCT]:
@@ -31,7 +36,8 @@ def import_packages() -> None:
 
 def is_python(command: Sequence[str]) -> bool:
     """Whether `command` is this Python with -m MODULE, -c CODE or a file, perhaps with -u."""
-    return command[0] == sys.executable and len(command) > 1
+    first = command[1] if len(command) > 1 else "-"
+    return command[0] == sys.executable and (first in ("-m", "-c", "-u") or not first.startswith("-"))
 
 
 def run(command: Sequence[str], *, env: Mapping[str, str], cwd: str | None) -> NoReturn:
@@ -59,15 +65,15 @@ def _forget_the_parent(env: Mapping[str, str], cwd: str | None, *, unbuffered: b
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, ())
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 (for the life of the process)
-    sys.stdout = sys.__stdout__ = _stream(1, "strict", unbuffered=unbuffered)
-    sys.stderr = sys.__stderr__ = _stream(2, "backslashreplace", unbuffered=unbuffered)
+    sys.stdout = _stream(1, "strict", unbuffered=unbuffered)
+    sys.stderr = _stream(2, "backslashreplace", unbuffered=unbuffered)
 
 
 def _stream(number: int, errors: str, *, unbuffered: bool) -> io.TextIOWrapper:
     raw = io.FileIO(number, "w", closefd=False)
     lines = number == 2 or os.isatty(number)
     buffer = raw if unbuffered else io.BufferedWriter(raw)
-    return io.TextIOWrapper(buffer, "utf-8", errors, line_buffering=lines, write_through=unbuffered)  # type: ignore[type-var]
+    return io.TextIOWrapper(buffer, "utf-8", errors, line_buffering=lines, write_through=unbuffered)
 
 
 def _run(arguments: list[str]) -> int:
@@ -97,8 +103,9 @@ def _run(arguments: list[str]) -> int:
             print(code, file=sys.stderr)
         code = 0 if code is None else 1
     with suppress(BaseException):
-        threading._shutdown()  # type: ignore[attr-defined]  # as Python does before it ends: wait for threads
-        atexit._run_exitfuncs()
+        # As Python does before it ends: wait for threads, then do what was registered.
+        threading._shutdown()  # type: ignore[attr-defined]  # noqa: SLF001
+        atexit._run_exitfuncs()  # noqa: SLF001
     for stream in (sys.stdout, sys.stderr):
         with suppress(OSError, ValueError):
             stream.flush()

@@ -12,7 +12,6 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 from tests.forking import program
 
 PR_SET_NAME = 15
-_packages_are_imported = False
 
 
 class ForkedRank:
@@ -51,12 +50,9 @@ class ForkedRank:
 
 def _start(args: Sequence[str], *, env: Mapping[str, str], stdout: Any, stderr: Any, start_new_session: bool) -> Any:
     """Stand for Popen in torchrun."""
-    global _packages_are_imported
     if not program.is_python(args):
         return subprocess.Popen(args, env=env, stdout=stdout, stderr=stderr, start_new_session=start_new_session)
-    if not _packages_are_imported:  # once, for the ranks of all attempts
-        program.import_packages()
-        _packages_are_imported = True
+    program.import_packages()
     return ForkedRank(args, env=env, stdout=stdout, stderr=stderr)
 
 

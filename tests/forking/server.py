@@ -39,7 +39,6 @@ def fork(request: dict[str, Any], streams: list[int]) -> int:
 def main(requests: socket.socket) -> None:
     """Serve until the test process closes its end."""
     program.import_packages()
-    ranks._packages_are_imported = True
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     selector = selectors.DefaultSelector()
     selector.register(requests, selectors.EVENT_READ)
