@@ -32,6 +32,15 @@ LONGEST = (
     *("end_to_end", "hosts", "test_prepare_tasks.py", "test_doctor.py", "cluster/test_watchdog.py", "launch", "storms"),
 )
 
+# Start no training and wait for nothing: the tests of launch/test.sh --fast.
+FAST = ("model/", "corpus/", "telemetry/", "cluster/", "test_config.py", "test_errors.py", "test_presets.py")
+BUT_NOT = (
+    "cluster/test_watchdog.py",
+    "cluster/test_evaluation.py",
+    "cluster/test_ownership.py",
+    "corpus/test_workers.py",
+)
+
 
 def scope_of(path: str) -> str:
     """Return the part of a test's path below tests/ that one worker takes as a whole: all of slurm/, else a file."""
@@ -45,6 +54,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         return next((at for at, name in enumerate(LONGEST) if scope.startswith(name)), len(LONGEST))
 
     items.sort(key=place)
+    for item in items:
+        inside = item.nodeid.split("::")[0].removeprefix("tests/")
+        if not inside.startswith(FAST) or inside.startswith(BUT_NOT):
+            item.add_marker(pytest.mark.slow)
 
 
 class ByScope(LoadScopeScheduling):  # type: ignore[misc]

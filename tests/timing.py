@@ -31,8 +31,10 @@ def pytest_runtest_makereport(
     return report
 
 
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the slowest tests, and the CPU and wall seconds of each directory, summed over the workers."""
+    if not config.getoption("numprocesses"):
+        return  # no full run
     wall, cpu, tests = defaultdict[str, float](float), defaultdict[str, float](float), defaultdict[str, float](float)
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         if isinstance(report, pytest.TestReport):
@@ -41,8 +43,6 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
             wall[directory] += report.duration
             cpu[directory] += report.__dict__[CPU_SECONDS]
             tests[report.nodeid] += report.duration
-    if len(wall) < 2:
-        return  # not a full run
     terminalreporter.section("where the time went")
     for test, seconds in sorted(tests.items(), key=lambda item: -item[1])[:SLOWEST]:
         terminalreporter.write_line(f"{seconds:7.1f} s  {test}")

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from distgpt import config as configuration
-from distgpt.cluster import hosts, links, network, preflight
+from distgpt.cluster import hosts, links, network, ownership, preflight
 from distgpt.cluster.links import Link
 from distgpt.cluster.ownership import RunLock, lock_holder
 from distgpt.cluster.run_directory import RunPaths
@@ -105,7 +105,8 @@ def test_the_run_directory_is_left_as_it_was(dataset: Dataset, tmp_path: Path) -
         preflight.run_directory(config(f"--run.dir={tmp_path / 'file' / 'run'}"), ONE_PROCESS, dataset)
 
 
-def test_who_holds_a_lock(tmp_path: Path) -> None:
+def test_who_holds_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ownership, "LEASE", 0.5)  # for as long a living owner is watched
     paths = RunPaths(tmp_path)
     assert lock_holder(paths) is None
     assert list(tmp_path.iterdir()) == []

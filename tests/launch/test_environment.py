@@ -79,17 +79,41 @@ def test_a_python_that_is_too_old_is_passed_over(project: Path, tmp_path: Path) 
     assert done.error_lines == ["distgpt: error: no Python 3.11 or newer was found: install one"]
 
 
-def test_all_tests_are_the_linters_and_pytest_in_the_project(project: Path, path: str, tmp_path: Path) -> None:
+@pytest.fixture
+def tools(project: Path) -> Path:
+    """The linters and Python of the project's .venv, which only say what they were told."""
+    tools = project / ".venv" / "bin"
     for tool in ("ruff", "mypy"):
-        executable(project / ".venv" / "bin" / tool, LINTER)
+        executable(tools / tool, LINTER)
     for name in ("python", "pip"):
-        executable(project / ".venv" / "bin" / name, PYTHON)
-    done = jobs.run([str(project / "launch" / "test.sh"), "-k", "two words"], PATH=path)
+        executable(tools / name, PYTHON)
+    return tools
+
+
+@pytest.mark.parametrize(
+    ("options", "ends"), [([], "reorder"), (["--fast"], " -m not slow"), (["--storms"], " --storms")]
+)
+def test_all_tests_are_the_linters_and_pytest_in_the_project(
+    project: Path, path: str, tools: Path, options: list[str], ends: str
+) -> None:
+    done = jobs.run([str(project / "launch" / "test.sh"), *options], PATH=path)
     assert done.code == 0, done
     *linters, tests = done.stdout.splitlines()[2:]
     assert linters == ["ruff check .", "ruff format --check .", "mypy "]
     assert tests.startswith(f"pytest in {project}: ")
-    assert tests.endswith(" -k two words")
-    (project / ".venv" / "bin" / "fail").touch()
+    assert tests.endswith(ends)
+
+
+def test_a_linter_that_finds_something_ends_it(project: Path, path: str, tools: Path) -> None:
+    assert jobs.run([str(project / "launch" / "test.sh"), "--version"], PATH=path).code == 0  # installs
+    (tools / "fail").touch()
     failed = jobs.run([str(project / "launch" / "test.sh")], PATH=path)
     assert (failed.code, failed.stdout) == (1, "ruff check .\n")
+
+
+def test_some_tests_start_without_a_detour(project: Path, path: str, tools: Path) -> None:
+    done = jobs.run([str(project / "launch" / "test.sh"), "-k", "two words"], PATH=path)
+    assert done.code == 0, done
+    (tests,) = done.stdout.splitlines()[2:]
+    assert tests.startswith(f"pytest in {project}: ")
+    assert tests.endswith(" --numprocesses=0 -k two words")

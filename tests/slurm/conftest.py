@@ -18,7 +18,7 @@ FLAGS = (*jobs.TINY, "--train.steps=24", "--train.micro_batch=1", "--eval.every=
 # node for itself gets one core, since with several it would round differently than the ranks that share one.
 ENVIRONMENT = f"""\
 PATH={Path(sys.executable).parent}:$PATH
-export PYTHONPATH={Path(__file__).parent / "hold"} CUDA_VISIBLE_DEVICES=
+export PYTHONPATH={Path(__file__).parent / "hold"}${{PYTHONPATH:+:$PYTHONPATH}} CUDA_VISIBLE_DEVICES=
 cores=({" ".join(map(str, sorted(os.sched_getaffinity(0))))})
 if [[ ${{NPROC_PER_NODE:-}} == 1 ]]; then
     DISTGPT_RUN="taskset --cpu-list ${{cores[${{SLURM_NODEID:-0}} % ${{#cores[@]}}]}}"
@@ -93,7 +93,7 @@ def undisturbed(runs: Runs) -> dict[int, Path]:
     """The same run on 1, 2 and 4 nodes: of one as a task of a sweep, of two after the preflight."""
     (runs.cluster.work / "sweep").write_text("--optim.lr=1e-3\n--optim.lr=2e-3 --run.dir=runs/fast\n")
     array = runs.submit("sweep", sbatch=("--array=0-1",), DISTGPT_SWEEP="sweep")
-    two = runs.submit("two", sbatch=("--nodes=2",), DISTGPT_PREFLIGHT="")
+    two = runs.submit("two", sbatch=("--nodes=2",), DISTGPT_PREFLIGHT="", **jobs.REAL)
     four = runs.submit("four", sbatch=("--nodes=4",))
     for job in (f"{array}_0", f"{array}_1", two, four):
         ended = runs.cluster.end_of(job)

@@ -1,7 +1,8 @@
 """For the PYTHONPATH of jobs under test: RUN/checkpoints/NAME is not committed while there is a RUN/hold-NAME, and
 OUTPUT.partial/parts/NAME of a preparation not while there is a hold-NAME beside OUTPUT.
 
-So a test knows how far a job has come, however fast or slow the machine.
+So a test knows how far a job has come, however fast or slow the machine. The sitecustomize of tests/forking/hook comes
+after this one in the path, and Python imports only the first: this one imports it where it is in the path.
 """
 
 import os
@@ -24,3 +25,5 @@ def _hold(event: str, arguments: tuple[Any, ...]) -> None:
 
 
 sys.addaudithook(_hold)
+if any(entry.endswith("tests/forking/hook") for entry in sys.path):
+    import tests.forking.hook.sitecustomize  # noqa: F401
