@@ -26,9 +26,10 @@ SHAPE = (
     *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=16", "--model.dropout=0.1"),
     *("--train.global_batch=24", "--train.micro_batch=2", "--train.steps=120", "--train.dtype=float32"),
     *("--optim.lr=1e-3", "--optim.grad_clip=1.0", "--eval.every=60", "--eval.sequences=30", "--eval.sample_tokens=0"),
-    *("--checkpoint.every=10", "--log.every=1", "--health.timeout=15"),
-    *("--health.eval_timeout=15", "--health.checkpoint_timeout=15"),
+    *("--checkpoint.every=10", "--log.every=1"),
 )
+# Where the network is cut: how long it takes to be noticed. Elsewhere no machine is too slow.
+NOTICED = ("--health.timeout=15", "--health.eval_timeout=15", "--health.checkpoint_timeout=15")
 OPEN_LOCK = """
 import sys
 from pathlib import Path
@@ -174,7 +175,7 @@ def test_a_host_joins_is_lost_and_comes_back(
 ) -> None:
     hosts, run = make_network(3), tmp_path / "run"
     # Ranks that start again, here or because a host joined, are no second run.
-    arguments = [*SHAPE, f"--data.path={prepared}", f"--run.dir={run}", "--run.fresh"]
+    arguments = [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}", "--run.fresh"]
     settings = {"head": "n2", "nodes": "2:3"}
     running = multinode(hosts, arguments, on=["n1", "n2"], **settings)
     two, three = "= 2 ranks x 2 x 6 accumulation steps", "= 3 ranks x 2 x 4 accumulation steps"
@@ -193,7 +194,7 @@ def test_a_host_is_cut_off_for_good(
 ) -> None:
     """The hardest one to lose: n1 has the lowest address, so rank 0 runs there, which writes and holds the lock."""
     hosts, run = make_network(3), tmp_path / "run"
-    arguments = [*SHAPE, f"--data.path={prepared}", f"--run.dir={run}"]
+    arguments = [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}"]
     running = multinode(hosts, arguments, head="n2", nodes="2:3")
     running["n1"].read_until("step  20/120")
     assert owner(run) == "n1"
@@ -219,7 +220,7 @@ def test_a_host_is_cut_off_for_good(
 def test_a_link_that_heals(make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path) -> None:
     """Three seconds are not noticed. After a longer cut each host ends its attempt in time, and they start again."""
     hosts, run = make_network(2), tmp_path / "run"
-    running = multinode(hosts, [*SHAPE, f"--data.path={prepared}", f"--run.dir={run}"])
+    running = multinode(hosts, [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}"])
     running["n1"].read_until("step  20/120")
     first = hosts.ranks("n1")
     hosts.cut("n2")
