@@ -288,18 +288,8 @@ def ranks_of(agent: int) -> dict[int, int]:
     for directory in Path("/proc").glob("[0-9]*"):
         try:
             parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
-            rank = _rank_of(directory) if parent == agent else None
+            variables = (directory / "environ").read_bytes().split(b"\0") if parent == agent else []
         except (OSError, ValueError):
             continue
-        if rank is not None:
-            found[rank] = int(directory.name)
+        found |= {int(v[5:]): int(directory.name) for v in variables if v.startswith(b"RANK=")}
     return found
-
-
-def _rank_of(process: Path) -> int | None:
-    """The rank that a directory of /proc is: a fork of its agent by its name, a real start by its environment."""
-    name = (process / "comm").read_text().split()
-    if name[0] == "rank":
-        return int(name[1])
-    variables = (process / "environ").read_bytes().split(b"\0")
-    return next((int(variable[5:]) for variable in variables if variable.startswith(b"RANK=")), None)

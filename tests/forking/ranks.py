@@ -1,6 +1,5 @@
 """Lets torchrun fork its ranks: they have torch from it, and need not import it for each attempt."""
 
-import ctypes
 import os
 import subprocess
 import time
@@ -11,11 +10,9 @@ from torch.distributed.elastic.multiprocessing.subprocess_handler import subproc
 
 from tests.forking import program
 
-PR_SET_NAME = 15
-
 
 class ForkedRank:
-    """A rank as a fork of this process, with what torchrun uses of a Popen. Its name in /proc/PID/comm is "rank N"."""
+    """A rank as a fork of this process, with what torchrun uses of a Popen."""
 
     def __init__(self, args: Sequence[str], *, env: Mapping[str, str], stdout: Any, stderr: Any) -> None:
         self.returncode: int | None = None
@@ -27,7 +24,6 @@ class ForkedRank:
             for number, stream in ((1, stdout), (2, stderr)):
                 if stream is not None:
                     os.dup2(stream.fileno(), number)
-            ctypes.CDLL(None).prctl(PR_SET_NAME, f"rank {env['RANK']}".encode(), 0, 0, 0)
             program.run(args, env=env, cwd=os.getcwd())
         finally:
             os._exit(70)
