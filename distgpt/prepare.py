@@ -147,6 +147,8 @@ def _check(options: argparse.Namespace) -> None:
 def _prepare(options: argparse.Namespace, output: Path) -> str:
     """Prepare the output, or find it prepared; gives what to say of it."""
     given = None if options.tokenizer == "gpt2" else from_name(options.tokenizer)
+    for note in given.notes if given else ():
+        _say(f"{options.tokenizer}: {note}")
     inputs = _inputs(options, output)
     settings = _settings(options, given)
     staging.recover(output)

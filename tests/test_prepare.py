@@ -24,8 +24,9 @@ import zstandard
 from distgpt import prepare as door
 from distgpt.corpus import pipeline
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
-from distgpt.corpus.tokenizer import load_tokenizer
-from distgpt.errors import StorageError
+from distgpt.corpus.sources import Source
+from distgpt.corpus.tokenizer import load_tokenizer, train_bpe
+from distgpt.errors import DataError, StorageError
 from tests import jobs
 
 SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
@@ -306,6 +307,23 @@ def test_a_part_damaged_between_writing_and_reading_is_not_believed(tmp_path: Pa
             pipeline.read_part(tmp_path, 0)
 
 
+@pytest.mark.parametrize("texts", [["some text"], ["", "some", "text"]])
+def test_ids_that_are_not_the_owner_library_s_make_no_part(
+    texts: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    wrong = train_bpe(["some text"], 260)
+    wrong.__dict__["_ids_of_ranks"] = wrong._ids_of_ranks[::-1]
+    monkeypatch.setattr(pipeline, "_loaded", lambda _: wrong)
+    path = tmp_path / "in.jsonl"
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    source = Source(str(path), "in.jsonl", "jsonl", "", "text")
+    pieces = [scanned for scanned, _ in pipeline._scan(pipeline._ScanTask([], source, False))]
+    encoder = pipeline.Encoder(tokenizer=tmp_path, eot_id=None, hashes={})
+    with pytest.raises(DataError, match=r"^the tokenizer is wrong for in\.jsonl: after '' its ids are"):
+        list(pipeline._encode(([pipeline.Unit(0, pieces)], tmp_path, encoder)))
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_a_vocabulary_damaged_after_a_kill_is_learned_again(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
     arguments = ["--input", "in.txt", "--tokenizer", "bpe", "--vocab-size", 300, "--output"]
@@ -426,13 +444,18 @@ def test_merges_beyond_the_fast_encoder_get_hugging_face_s_ids_wherever_they_com
     vocab = {token: id_ for id_, token in enumerate([*alphabet, "bc", "ab", "abc"])}
     model = {"type": "BPE", "vocab": vocab, "merges": [["b", "c"], ["a", "b"], ["ab", "c"]]}
     pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    (tmp_path / "own.json").write_text(json.dumps({"version": "1.0", "pre_tokenizer": pre, "model": model}))
+    cut = {"direction": "Right", "max_length": 1, "strategy": "LongestFirst", "stride": 0}
+    content = {"version": "1.0", "truncation": cut, "pre_tokenizer": pre, "model": model}
+    (tmp_path / "own.json").write_text(json.dumps(content))
     for index, text in enumerate(("x", "abc")):  # the first piece does not show it
         (tmp_path / f"{index}.txt").write_text(text)
     done = prepare("--input", "0.txt", "1.txt", "--tokenizer", "own.json", "--output", "out")
+    assert "distgpt: own.json: its truncation will not be applied" in done.stderr.decode()
     assert "taking the slow one" in done.stderr.decode()
     dataset = open_dataset(tmp_path / "out")
-    expected = tokenizers.Tokenizer.from_file(str(tmp_path / "own.json")).encode("abc").ids
+    owner = tokenizers.Tokenizer.from_file(str(tmp_path / "own.json"))
+    owner.no_truncation()
+    expected = owner.encode("abc").ids
     assert expected == [vocab["a"], vocab["bc"]]
     assert load_tokenizer(tmp_path / "out").encode("abc").tolist() == expected
     tokens = np.concatenate([*dataset.train.shards, *dataset.val.shards]).tolist()

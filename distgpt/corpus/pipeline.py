@@ -25,6 +25,7 @@ from distgpt.errors import DataError, StorageError
 
 BPE_SAMPLE_BYTES = 256 * 2**20
 DIGEST_BYTES = hashlib.sha256().digest_size
+CHECKED_CHARACTERS = 2**16  # of each part: what the slow encoder of another library takes little time for
 
 Advance = Callable[[int], None]
 
@@ -154,7 +155,8 @@ def long_document_hashes(found: Scan, workers: Workers) -> dict[str, int]:
 def encode(todo: Sequence[Unit], parts: Path, *, encoder: Encoder, workers: Workers, advance: Advance) -> None:
     """Write the parts of these units. `advance` is told the bytes of text encoded.
 
-    Raises DataError where a source changed since it was scanned, OSError for what cannot be read or written.
+    Raises DataError where a source changed since it was scanned or the tokenizer gives wrong ids, OSError for what
+    cannot be read or written.
     """
     runs = [list(group) for _, group in groupby(todo, key=_read_together)]
     # Every worker that starts within a compressed file reads it from the beginning: only where some would be idle.
@@ -313,8 +315,10 @@ def _encode(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
     for unit in run:
         rows: list[tuple[int, bool, int]] = []
         tokens: list[npt.NDArray[np.uint16]] = []
+        unchecked = CHECKED_CHARACTERS
         for _ in unit.pieces:
             scanned, content = next(contents)
+            unchecked = _check(tokenizer, scanned.piece, content.texts, unchecked)
             _encode_piece(scanned.piece, content.texts, tokenizer, encoder, rows, tokens)
         write_part(parts, unit.index, rows, tokens)
         yield unit.text_bytes
@@ -323,6 +327,22 @@ def _encode(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
 @lru_cache(maxsize=1)
 def _loaded(path: Path) -> Tokenizer:
     return load_tokenizer(path)
+
+
+def _check(tokenizer: Tokenizer, piece: Piece, texts: Sequence[str], characters: int) -> int:
+    """Compare the ids of up to so many characters with the owner library's, gives how many more there may be.
+
+    Raises DataError.
+    """
+    for text in texts:
+        if not characters:
+            break
+        try:
+            tokenizer.check(text[:characters])
+        except DataError as error:
+            raise DataError(f"the tokenizer is wrong for {piece.source.name}: {error}") from None
+        characters -= len(text[:characters])
+    return characters
 
 
 def _encode_piece(

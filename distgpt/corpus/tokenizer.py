@@ -6,13 +6,15 @@ never produced by `encode`: a literal "<|endoftext|>" in a text is ordinary text
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import json
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
+from itertools import pairwise, takewhile
 from pathlib import Path
 from typing import Any, Self
 
@@ -30,14 +32,19 @@ LONGEST_WORD = 2048
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 Tokens = npt.NDArray[np.uint16]
 
 
 class Tokenizer(ABC):
-    """Encodes text as ids below `vocab_size`. `table` holds the bytes of each id, end-of-text included."""
+    """Encodes text as ids below `vocab_size`. `table` holds the bytes of each id, end-of-text included.
+
+    `notes` say what its file asks for and does not get, or does not say.
+    """
 
     kind: str
+    notes: Sequence[str] = ()
 
     def __init__(self, table: Sequence[bytes], eot_id: int | None) -> None:
         if len(table) > MAX_VOCAB_SIZE:
@@ -72,6 +79,11 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """The text of these ids; bytes that are not UTF-8 become U+FFFD. Raises DataError."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def check(self, text: str) -> None:
+        """Raise DataError where `text` does not come back, or the library that owns the format gives other ids."""
+        if self.decode_bytes(self.encode(text)) != text.encode():
+            raise DataError("its ids do not give the text back: distgpt cannot use this tokenizer")
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
         """How many UTF-8 bytes of text each token stands for, int64 (vocab_size,); 0 for end-of-text."""
@@ -154,19 +166,20 @@ class ByteTokenizer(Tokenizer):
 class BpeTokenizer(Tokenizer):
     """Byte-level BPE with GPT-2's pattern, from the text of a Hugging Face tokenizer.json.
 
-    Encodes with tiktoken, several times faster than Hugging Face's own encoder, which takes over where the merges do
-    not let tiktoken give the same ids. Only the vocabulary decides that, so whoever loads it gets the same ids.
+    Encodes with tiktoken, several times faster than Hugging Face's own encoder, which takes over where the merges or
+    added tokens do not let tiktoken give the same ids. Only the file decides that, so whoever loads it gets the same
+    ids. Special tokens in a text are ordinary text, other added tokens are themselves.
     """
 
     kind = "bpe"
 
     def __init__(self, text: str) -> None:
-        self._json = text
         content = json.loads(text)
         model = _checked_bpe_model(content)
+        self._json, self.notes = _without_unapplied(text, content)
         vocab: dict[str, int] = model["vocab"]
         added: dict[int, str] = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
-        table = [b""] * (max([*vocab.values(), *added]) + 1)
+        table = [b""] * _size_of([*vocab.values(), *added])
         for token, id_ in vocab.items():
             if id_ not in added:
                 table[id_] = _to_bytes(token)
@@ -178,7 +191,9 @@ class BpeTokenizer(Tokenizer):
         self._merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         self._vocab = vocab
         # tiktoken knows a merge by its result: two merges with one result are beyond it.
-        self._beyond_ranks = bool(model.get("ignore_merges")) or len(self._ranks) != 256 + len(self._merges)
+        self._beyond_ranks = bool(
+            model.get("ignore_merges") or _applied(content) or len(self._ranks) != 256 + len(self._merges)
+        )
 
     def encode(self, text: str) -> Tokens:
         if self.is_slow:
@@ -204,6 +219,19 @@ class BpeTokenizer(Tokenizer):
         except DataError:
             return True
 
+    def check(self, text: str) -> None:
+        if not self.is_slow:
+            ours = self.encode(text).tolist()
+            theirs = self._huggingface.encode(text, add_special_tokens=False).ids
+            if ours != theirs:
+                same = takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+                at = sum(1 for _ in same)
+                raise DataError(
+                    f"after {self.decode(ours[:at])[-40:]!r} its ids are {ours[at : at + 5]} here and "
+                    f"{theirs[at : at + 5]} with Hugging Face tokenizers: distgpt cannot use this tokenizer"
+                )
+        super().check(text)
+
     def to_json(self) -> str:
         return self._json
 
@@ -212,7 +240,8 @@ class BpeTokenizer(Tokenizer):
             return self
         content = json.loads(self._json)
         flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-        token = {"id": self.vocab_size, "content": END_OF_TEXT, **flags, "special": True}
+        id_ = self._vocab.get(END_OF_TEXT, self.vocab_size)
+        token = {"id": id_, "content": END_OF_TEXT, **flags, "special": True}
         content["added_tokens"] = [*(content.get("added_tokens") or []), token]
         return type(self)(_compact_json(content))
 
@@ -240,8 +269,9 @@ class BpeTokenizer(Tokenizer):
     def _huggingface(self) -> Any:
         import tokenizers
 
-        # Without its added tokens, so that a literal "<|endoftext|>" stays ordinary text.
-        return tokenizers.Tokenizer.from_str(_compact_json({**json.loads(self._json), "added_tokens": []}))
+        tokenizer = tokenizers.Tokenizer.from_str(self._json)
+        tokenizer.encode_special_tokens = True  # as the ordinary text that they are
+        return tokenizer
 
     def _encode_slowly(self, text: str) -> Tokens:
         try:
@@ -264,7 +294,7 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except OSError as error:
         raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from None
     try:
-        return bpe_from_ranks(_parse_ranks(raw)) if path.suffix == ".tiktoken" else tokenizer_from_json(raw.decode())
+        return _from_tiktoken(raw) if path.suffix == ".tiktoken" else tokenizer_from_json(raw.decode())
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -401,17 +431,84 @@ def _checked_bpe_model(content: Mapping[str, Any]) -> dict[str, Any]:
         (content.get("normalizer"), model.get("dropout"), *(model.get(f"{end}") for end in _AFFIXES)),
     )
     byte_level = pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space") and pre.get("use_regex", True)
-    if model.get("type") != "BPE" or not byte_level or not plain:
+    # Files of 2020, as GPT-2's own, do not name the type.
+    is_bpe = model.get("type", "BPE" if "merges" in model else "") == "BPE"
+    if not is_bpe or not byte_level or not plain:
         raise DataError(
             "only byte-level BPE with GPT-2's pattern can be read from a Hugging Face tokenizer.json (a ByteLevel "
             "pre-tokenizer without prefix space, no normalizer, dropout, prefix or suffix)"
         )
     if not set(_UNICODE_TO_BYTE) <= set(model["vocab"]):
         raise DataError("the vocabulary lacks some of the 256 single bytes")
+    for token in _applied(content):
+        # Long texts are cut before a space or a newline, and every text is to come back whole.
+        if token.get("lstrip") or token.get("rstrip") or re.search(r"\S[ \n]", token["content"]):
+            raise DataError(
+                f"its added token {token['content']!r} takes the spaces around it or holds one after another "
+                f"character: such tokens cannot be read"
+            )
     return model
 
 
 _AFFIXES = ("continuing_subword_prefix", "end_of_word_suffix")
+
+
+def _applied(content: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """The added tokens that are looked for in a text: those that are not special."""
+    added = content.get("added_tokens") or []
+    return [token for token in added if not token.get("special") and token["content"] != END_OF_TEXT]
+
+
+def _without_unapplied(text: str, content: dict[str, Any]) -> tuple[str, list[str]]:
+    """A tokenizer.json without what would cut, fill or end a text for whoever reads it, and what to say of it."""
+    notes = []
+    unapplied = [name for name in ("truncation", "padding") if content.get(name)]
+    if unapplied:
+        notes.append(f"its {' and '.join(unapplied)} will not be applied: every document is tokenized whole")
+    if (content.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel":
+        notes.append(
+            "its post-processor will not be applied: end-of-text is the only token that is added to a document"
+        )
+    added = content.get("added_tokens") or []
+    changed = [{**token, "special": True} if token["content"] == END_OF_TEXT else token for token in added]
+    if unapplied or changed != added:
+        text = _compact_json({**content, **dict.fromkeys(unapplied), "added_tokens": changed})
+    return text, notes
+
+
+def _size_of(ids: Sequence[int]) -> int:
+    """The size of a vocabulary of these ids. Raises DataError for ids that no token can have."""
+    if min(ids) < 0 or max(ids) >= MAX_VOCAB_SIZE:
+        raise DataError(
+            f"its ids go from {min(ids):,} to {max(ids):,}, and a uint16 token holds 0 to {MAX_VOCAB_SIZE - 1:,}: "
+            f"take another tokenizer, or --tokenizer bpe"
+        )
+    return max(ids) + 1
+
+
+def _from_tiktoken(raw: bytes) -> BpeTokenizer:
+    """The tokenizer of a .tiktoken file, which does not say how a text is split into words. Raises DataError."""
+    tokenizer = bpe_from_ranks(_parse_ranks(raw))
+    if hashlib.sha256(raw).hexdigest() != GPT2_SHA256:
+        _check_words(tokenizer)
+        tokenizer.notes = ["a .tiktoken file does not say how it splits a text into words: taking GPT-2's pattern"]
+    return tokenizer
+
+
+def _check_words(tokenizer: BpeTokenizer) -> None:
+    """Raise DataError where a token is no part of a word of GPT-2's pattern: it was made with another pattern."""
+    for id_ in range(tokenizer.vocab_size):
+        with contextlib.suppress(UnicodeDecodeError):  # a part of a character, of which the pattern says nothing
+            token = tokenizer.decode_bytes([id_]).decode()
+            if id_ != tokenizer.eot_id and token not in _PARTS_OF_SUFFIXES and tokenizer.encode(token).size != 1:
+                raise DataError(
+                    f"token {id_}, {token!r}, crosses the words of GPT-2's pattern: the file was made for another "
+                    f"pattern, which distgpt does not read; take --tokenizer bpe to learn a vocabulary"
+                )
+
+
+# Of the suffixes 'll, 've and 're, which are one word only when whole.
+_PARTS_OF_SUFFIXES = ("'l", "'v", "'r")
 
 
 def _parse_ranks(raw: bytes) -> dict[bytes, int]:

@@ -266,10 +266,128 @@ def test_a_tiktoken_file_gives_the_same_ids(trained: BpeTokenizer, tmp_path: Pat
     tokens = [trained.decode_bytes([id_]) for id_ in range(trained.vocab_size)]
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
     loaded = load_tokenizer(path)
+    assert loaded.notes == ["a .tiktoken file does not say how it splits a text into words: taking GPT-2's pattern"]
     assert loaded.eot_id == 400
     text = nonsense(7, 500) + LITERAL
     assert np.array_equal(loaded.encode(text), trained.encode(text))
     assert loaded.encode(text).tolist() == huggingface_ids(text, loaded)
+
+
+def saved(tokenizer: BpeTokenizer, path: Path, **changes: object) -> Path:
+    """Its tokenizer.json with these entries changed."""
+    path.write_text(json.dumps({**json.loads(tokenizer.to_json()), **changes}))
+    return path
+
+
+def added(id_: int, content: str, **flags: bool) -> dict[str, object]:
+    """An entry of added_tokens, not special."""
+    off = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
+    return {"id": id_, "content": content, "normalized": True, **off, **flags}
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_truncation_and_padding_in_a_tokenizer_file_are_not_applied_and_that_is_said(
+    slow: bool, trained: BpeTokenizer, tmp_path: Path
+) -> None:
+    owner = tokenizers.Tokenizer.from_str(trained.to_json())
+    owner.enable_truncation(5)
+    owner.enable_padding(length=3000)
+    content = json.loads(owner.to_str())
+    content["model"]["ignore_merges"] = slow
+    (tmp_path / "cut.json").write_text(json.dumps(content))
+    loaded = load_tokenizer(tmp_path / "cut.json")
+    text = nonsense(1, 300)
+    assert loaded.encode(text).tolist() == huggingface_ids(text, trained)
+    assert huggingface_ids(text, loaded) == huggingface_ids(text, trained), "what is saved cuts nothing either"
+    assert loaded.notes == ["its truncation and padding will not be applied: every document is tokenized whole"]
+    assert trained.notes == []
+
+
+def test_a_post_processor_that_adds_tokens_is_said(trained: BpeTokenizer, tmp_path: Path) -> None:
+    path = saved(trained, tmp_path / "t.json", post_processor={"type": "TemplateProcessing"})
+    [note] = load_tokenizer(path).notes
+    assert note.startswith("its post-processor will not be applied")
+
+
+def test_added_tokens_that_are_not_special_have_hugging_face_s_ids(trained: BpeTokenizer, tmp_path: Path) -> None:
+    runs = [added(400 + index, " " * (31 - index)) for index in range(30)]
+    loaded = load_tokenizer(saved(trained, tmp_path / "codegen.json", added_tokens=runs))
+    code = "def f(x):\n        if x:\n            return 1\n" * 50 + LITERAL
+    ids = loaded.encode(code).tolist()
+    assert ids == huggingface_ids(code, loaded)
+    assert max(ids) >= 400
+    assert loaded.decode(ids) == code
+    assert loaded.with_end_of_text().encode(code).tolist() == ids
+    loaded.check(code)
+
+
+@pytest.mark.parametrize("token", [added(400, "New York"), added(400, "x", lstrip=True), added(400, "x", rstrip=True)])
+def test_added_tokens_that_a_cut_could_divide_are_refused(
+    token: dict[str, object], trained: BpeTokenizer, tmp_path: Path
+) -> None:
+    with pytest.raises(DataError, match=r"t\.json: its added token '(New York|x)' takes the spaces around it or holds"):
+        load_tokenizer(saved(trained, tmp_path / "t.json", added_tokens=[token]))
+    assert load_tokenizer(saved(trained, tmp_path / "t.json", added_tokens=[{**token, "special": True}])).eot_id is None
+
+
+def test_an_end_of_text_in_the_vocabulary_is_the_end_of_text(trained: BpeTokenizer, tmp_path: Path) -> None:
+    content = json.loads(trained.to_json())
+    content["model"]["vocab"]["<|endoftext|>"] = 400
+    (tmp_path / "t.json").write_text(json.dumps(content))
+    loaded = load_tokenizer(tmp_path / "t.json").with_end_of_text()
+    assert (loaded.eot_id, loaded.vocab_size) == (400, 401)
+    assert tokenizers.Tokenizer.from_str(loaded.to_json()).token_to_id("<|endoftext|>") == 400
+    assert 400 not in loaded.encode(LITERAL)
+
+
+def test_an_end_of_text_that_is_not_special_is_still_never_produced(trained: BpeTokenizer, tmp_path: Path) -> None:
+    loaded = load_tokenizer(saved(trained, tmp_path / "t.json", added_tokens=[added(400, "<|endoftext|>")]))
+    assert loaded.eot_id == 400
+    for text in (LITERAL, " " * 1_050_000 + LITERAL):  # fast, and too long for the fast encoder
+        assert 400 not in loaded.encode(text)
+    loaded.check(LITERAL)
+
+
+def test_a_tokenizer_json_of_2020_names_no_model_type(trained: BpeTokenizer, tmp_path: Path) -> None:
+    model = json.loads(trained.to_json())["model"]
+    legacy = {
+        "dropout": None,
+        "unk_token": None,
+        "continuing_subword_prefix": "",
+        "end_of_word_suffix": "",
+        "fuse_unk": False,
+        "vocab": model["vocab"],
+        "merges": [" ".join(merge) for merge in model["merges"]],
+    }
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+    loaded = load_tokenizer(saved(trained, tmp_path / "gpt2.json", model=legacy, pre_tokenizer=byte_level))
+    text = nonsense(3, 300)
+    assert loaded.encode(text).tolist() == huggingface_ids(text, trained) == huggingface_ids(text, loaded)
+
+
+def test_a_tiktoken_file_of_another_pattern_is_refused(tmp_path: Path) -> None:
+    for token in (b");\n", b"(hello", b"12 34", b"a1"):
+        tokens = [bytes([value]) for value in range(256)]
+        tokens += [token[:end] for end in range(2, len(token) + 1)]
+        path = tmp_path / "other.tiktoken"
+        path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
+        with pytest.raises(DataError, match=r"other\.tiktoken: token \d+, .* crosses the words of GPT-2's pattern"):
+            load_tokenizer(path)
+
+
+def test_ids_that_are_not_the_owner_library_s_are_an_error(trained: BpeTokenizer) -> None:
+    text = nonsense(2, 100)
+    trained.check(text)
+    wrong = BpeTokenizer(trained.to_json())
+    wrong.__dict__["_ids_of_ranks"] = wrong._ids_of_ranks[::-1]
+    with pytest.raises(DataError, match=r"after '' its ids are \[.*\] here and \[.*\] with Hugging Face tokenizers"):
+        wrong.check(text)
+
+
+@pytest.mark.parametrize("id_", [-1, 65_536, 10**12])
+def test_an_absurd_id_is_one_clear_error(id_: int, trained: BpeTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"its ids go from .* and a uint16 token holds 0 to 65,535"):
+        load_tokenizer(saved(trained, tmp_path / "t.json", added_tokens=[added(id_, "x")]))
 
 
 GPT2_LIKE = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
