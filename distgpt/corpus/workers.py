@@ -2,17 +2,22 @@
 
 import os
 import signal
+import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
 from types import TracebackType
 from typing import Any, Self
 
-from distgpt.errors import DistgptError, StorageError
+from distgpt.errors import DistgptError, StorageError, UsageError
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A socket's name has at most 103 bytes on macOS, 107 on Linux.
+LONGEST_SOCKET_FOLDER = 103 - len("/pymp-12345678/listener-12345678")
+SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 class Workers:
@@ -74,11 +79,35 @@ class Workers:
             while len(self._workers) < count:
                 ours, theirs = self._context.Pipe()
                 process = self._context.Process(target=_work, args=(theirs,), daemon=True)
-                process.start()
+                with _short_socket_names():
+                    process.start()
                 theirs.close()
                 self._workers.append((process, ours))
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextmanager
+def _short_socket_names() -> Iterator[None]:
+    """Have multiprocessing put its socket where the name is not too long. Raises UsageError where no place is."""
+    before = tempfile.tempdir
+    tempfile.tempdir = _socket_folder(tempfile.gettempdir())
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+def _socket_folder(usual: str) -> str:
+    if len(os.fsencode(usual)) <= LONGEST_SOCKET_FOLDER:
+        return usual
+    for folder in SHORT_FOLDERS:
+        if os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    raise UsageError(
+        f"the folder for temporary files, {usual}, has a name too long for a socket: set TMPDIR to a path of at most "
+        f"{LONGEST_SOCKET_FOLDER} bytes"
+    )
 
 
 def _receive(pipe: Any) -> tuple[bool, Any]:

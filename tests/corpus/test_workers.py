@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from distgpt.corpus import workers
 from distgpt.corpus.workers import Workers
-from distgpt.errors import DataError, StorageError
+from distgpt.errors import DataError, StorageError, UsageError
 
 
 def count_to(number: int) -> Iterator[tuple[int, int]]:
@@ -34,11 +35,11 @@ def test_results_come_in_order_within_a_task_from_no_more_processes_than_asked_f
     tasks = [3, 0, 5, 1, 4, 2]
     found: list[list[int]] = [[] for _ in tasks]
     pids = set()
-    with Workers(2, preload="distgpt.corpus.workers") as workers:
-        for index, (value, pid) in workers.run(count_to, tasks):
+    with Workers(2, preload="distgpt.corpus.workers") as pool:
+        for index, (value, pid) in pool.run(count_to, tasks):
             found[index].append(value)
             pids.add(pid)
-        assert list(workers.run(count_to, [])) == []
+        assert list(pool.run(count_to, [])) == []
     assert found == [list(range(number)) for number in tasks]
     assert 1 <= len(pids) <= 2
     assert os.getpid() not in pids
@@ -54,8 +55,8 @@ def test_what_ends_a_task_early_reaches_the_parent() -> None:
         ("bug", RuntimeError, "ZeroDivisionError: ours"),
         ("kill", StorageError, "worker process was killed"),
     ):
-        with Workers(1, preload="distgpt.corpus.workers") as workers, pytest.raises(error, match=message):
-            list(workers.run(fail, [kind]))
+        with Workers(1, preload="distgpt.corpus.workers") as pool, pytest.raises(error, match=message):
+            list(pool.run(fail, [kind]))
 
 
 PROGRAM = """
@@ -71,6 +72,23 @@ if __name__ == "__main__":
         for _, pid in workers.run(sleep, [100, 100]):
             print(pid, flush=True)
 """
+
+
+def test_a_long_tmpdir_is_no_hindrance(tmp_path: Path) -> None:
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    (tmp_path / "program.py").write_text(PROGRAM.replace("[100, 100]", "[0, 0]"))
+    environment = {**os.environ, "TMPDIR": str(folder)}
+    done = subprocess.run([sys.executable, tmp_path / "program.py"], capture_output=True, env=environment, check=False)
+    assert (done.returncode, len(done.stdout.split()), done.stderr) == (0, 2, b"")
+    assert list(folder.iterdir()) == []
+
+
+def test_a_long_tmpdir_where_no_short_folder_is_names_tmpdir(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(workers, "SHORT_FOLDERS", ("/nowhere",))
+    assert workers._socket_folder("/scratch/me") == "/scratch/me"
+    with pytest.raises(UsageError, match="set TMPDIR to a path of at most 71 bytes"):
+        workers._socket_folder("/scratch/" + "ü" * 40)
 
 
 def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
