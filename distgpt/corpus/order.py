@@ -112,9 +112,10 @@ def no_window(shard_lengths: Sequence[int], block_size: int, split: str) -> Data
         has += f" in {len(shard_lengths)} shards of at most {longest:,}"
     if longest < 2:
         return DataError(f"{has}: there is nothing to predict, give prepare more text")
+    more = "prepare it again with a larger --val-fraction" if split == "val" else "give prepare more text"
     return DataError(
         f"{has}, and one window of model.block_size = {block_size} takes {block_size + 1:,}: "
-        f"use a model.block_size of at most {longest - 1}, or more text"
+        f"use a model.block_size of at most {longest - 1}, or {more}"
     )
 
 
