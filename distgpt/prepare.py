@@ -9,13 +9,15 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 from tqdm import tqdm
 
-from distgpt.corpus import pipeline, shards, sources, staging
+from distgpt.corpus import pipeline, shards, sources, split, staging
 from distgpt.corpus.pipeline import Encoder, Scan, Unit
 from distgpt.corpus.sources import STDIN, Source
 from distgpt.corpus.tokenizer import (
@@ -46,7 +48,8 @@ compressed (.gz, .zst). Files that are named, or matched by a pattern, are read 
 folder, searched to the bottom and through links, these count:
 {" ".join(sources.folder_suffixes())}
 Hidden files, empty documents, second mentions of a file and the output are left out. A single document is split at the
-end of its training part; several are split by a hash of their text, with an end-of-text token after each.
+end of its training part; several are split by a hash of their text, few ones so that validation comes near its share,
+with an end-of-text token after each.
 """
 EPILOG = """\
 Run again after an interruption, it goes on where it stopped. Exit codes: 0 done, or done before; 2 usage; 65 bad
@@ -88,7 +91,11 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="characters; bytes; BPE learned from this text; GPT-2's; a tokenizer.json or .tiktoken (default: char)",
     )
     add("--vocab-size", type=int, metavar="N", help=f"ids of bpe, end-of-text included (default: {DEFAULT_VOCAB_SIZE})")
-    add("--val-fraction", type=float, default=0.1, metavar="F", help="share kept for validation (default: 0.1)")
+    validation = parser.add_mutually_exclusive_group().add_argument
+    validation("--val-fraction", type=float, default=0.1, metavar="F", help="share that validates (default: 0.1)")
+    validation(
+        "--val-input", nargs="+", metavar="PATH", help="validation text; what --input names as well is left out there"
+    )
     add("--workers", type=int, default=_cpus(), metavar="N", help="processes (default: one per CPU; same result)")
     add("--shard-tokens", type=int, metavar="N", help="start a new file after the document that fills N tokens")
     add(
@@ -126,7 +133,11 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"--output {options.output} cannot become a dataset")
     if options.task and (options.overwrite or STDIN in (options.input or [])):
         raise UsageError("--task goes without --overwrite and without standard input")
-    if not 0 < options.val_fraction < 1:
+    if options.val_input:
+        if not options.input or STDIN in options.val_input:
+            raise UsageError("--val-input needs --input beside it, and names files, folders or patterns")
+        options.val_fraction = None
+    elif not 0 < options.val_fraction < 1:
         raise UsageError(f"--val-fraction is {options.val_fraction}: it must be above 0 and below 1")
     for name in ("workers", "shard_tokens"):
         value = getattr(options, name)
@@ -213,7 +224,18 @@ def _inputs(options: argparse.Namespace, output: Path) -> list[Source]:
     else:
         stdin = Source(spool, "standard input", "jsonl", "", options.text_key)
     own = (output, staging.directory_of(output))
-    return sources.expand(options.input, text_key=options.text_key or "text", stdin=stdin, left_out=own)
+    expand = partial(sources.expand, text_key=options.text_key or "text", stdin=stdin, left_out=own)
+    found = expand(options.input)
+    return _with_validation(found, expand(options.val_input)) if options.val_input else found
+
+
+def _with_validation(inputs: Sequence[Source], val_inputs: Sequence[Source]) -> list[Source]:
+    """Both, those that are to validate last. Raises UsageError where nothing else is left."""
+    validating = {os.path.realpath(source.path) for source in val_inputs}
+    training = [source for source in inputs if os.path.realpath(source.path) not in validating]
+    if not training:
+        raise UsageError("--val-input names all of --input: nothing is left to train on")
+    return [*training, *(replace(source, validates=True) for source in val_inputs)]
 
 
 def _settings(options: argparse.Namespace, given: Tokenizer | None) -> dict[str, Any]:
@@ -310,9 +332,7 @@ def _build(
     with Progress("writing", sum(os.path.getsize(part) for part in parts.iterdir())) as advance:
         meta = shards.write_dataset(
             directory / "dataset",
-            pipeline.merged(
-                parts, len(pipeline.units(found)), documents=found.documents, val_fraction=options.val_fraction
-            ),
+            pipeline.merged(parts, pipeline.units(found), documents=found.documents, val_fraction=options.val_fraction),
             tokenizer=tokenizer,
             eot_id=_eot_id(found, tokenizer),
             shard_tokens=options.shard_tokens,
@@ -323,6 +343,7 @@ def _build(
             advance=advance,
         )
     staging.commit(directory, output)
+    _warn_of_split(meta, options.val_fraction)
     return _summary(options, meta, found, time.monotonic() - started)
 
 
@@ -395,17 +416,32 @@ def _summary(options: argparse.Namespace, meta: dict[str, Any], found: Scan, sec
     eot = "no end-of-text" if meta["eot_id"] is None else f"end-of-text {meta['eot_id']}"
     documents_line = f"{found.documents:,}: {documents[0]:,} for training, {documents[1]:,} for validation"
     speed = found.text_bytes / 1e6 / seconds
+    asked = "as --val-input names it" if options.val_fraction is None else f"asked for {options.val_fraction:.2%}"
     return "\n".join(
         (
             f"documents   {'1, its end for validation' if found.documents == 1 else documents_line}",
             f"tokens      {sum(tokens):,}: {tokens[0]:,} for training, {tokens[1]:,} for validation",
             f"vocabulary  {meta['vocab_size']:,} ({meta['options']['tokenizer']}, {eot})",
-            f"validation  {tokens[1] / sum(tokens):.2%} of the tokens, asked for {options.val_fraction:.2%}",
+            f"validation  {tokens[1] / sum(tokens):.2%} of the tokens, {asked}",
             f"text        {found.text_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {speed:,.1f} MB/s",
             f"prepared    {options.output}",
             f"next        torchrun --standalone --nproc_per_node=auto -m distgpt.train --data.path={options.output}",
         )
     )
+
+
+def _warn_of_split(meta: dict[str, Any], val_fraction: float | None) -> None:
+    """Say where validation is far from what is asked for, as few documents may have it."""
+    train, val = (sum(shard.tokens for shard in shards.shards_of(meta, [name])) for name in shards.SPLITS)
+    share = val / (train + val)
+    if val_fraction is None:
+        if share > 0.5:
+            _say(f"warning: --val-input holds more text than --input: {share:.1%} of all tokens validate")
+    elif not split.is_near(share, val_fraction):
+        _say(
+            f"warning: {share:.1%} of the tokens validate, not {val_fraction:.1%}: the text cannot be divided better; "
+            f"name validation text with --val-input, or give more documents"
+        )
 
 
 class Progress:

@@ -26,7 +26,7 @@ from distgpt.corpus import pipeline
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.sources import Source
 from distgpt.corpus.tokenizer import load_tokenizer, train_bpe
-from distgpt.errors import DataError, StorageError
+from distgpt.errors import DataError, StorageError, UsageError
 from tests import jobs
 
 SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
@@ -144,7 +144,7 @@ def make_corpus(folder: Path) -> list[str]:
     for index, text in enumerate(texts[100:]):
         (folder / f"e{index:03d}.txt").write_bytes(text.encode())
     (folder / "f.txt").write_text("")
-    long = [words(seed, 60_000) for seed in (1, 2)]
+    long = [words(seed, 35_000) for seed in (1, 2)]
     (folder / "g.txt").write_bytes(long[0].encode())
     (folder / "h.txt.gz").write_bytes(gzip.compress(long[1].encode()))
     return texts + long
@@ -193,6 +193,58 @@ def test_a_single_text_is_split_at_its_end_whatever_its_units(prepare: Run, tmp_
             for path in (tmp_path / name).iterdir():
                 path.unlink()
             (tmp_path / name).rmdir()
+
+
+def test_few_documents_validate_near_the_fraction_or_it_is_said(prepare: Run, tmp_path: Path) -> None:
+    for seed in (1, 3):  # the hash of the training text comes first, and last
+        (tmp_path / f"in{seed}").mkdir()
+        (tmp_path / f"in{seed}" / "train.txt").write_bytes(words(seed, 30_000).encode())
+        (tmp_path / f"in{seed}" / "valid.txt").write_bytes(words(seed + 100, 700).encode())
+        arguments = ["--input", f"in{seed}", "--tokenizer", "bytes", "--workers", seed, "--output"]
+        done = prepare(*arguments, f"out{seed}", small_units=True)
+        assert texts_of(open_dataset(tmp_path / f"out{seed}"))[1] == [words(seed + 100, 700)]
+        assert "distgpt: warning: 2.3% of the tokens validate, not 10.0%" in done.stderr.decode()
+    prepare(*arguments, "again", "--workers", 1, small_units=True)
+    assert jobs.contents(tmp_path / "again") == jobs.contents(tmp_path / "out3")
+
+
+def test_named_validation_text_is_the_validation_split(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    texts = {name: words(seed, 8_000) for seed, name in enumerate(("a", "b", "c", "valid"))}
+    for name, text in texts.items():
+        (tmp_path / "in" / f"{name}.txt").write_bytes(text.encode())
+    arguments = ["--input", "in", "--val-input", "in/valid.txt", "--tokenizer", "bytes", "--output", "out"]
+    for workers in (1, 2):
+        prepare(*arguments[:-1], f"out{workers}", "--workers", workers, small_units=True)
+    assert jobs.contents(tmp_path / "out1") == jobs.contents(tmp_path / "out2")
+    for task in (0, 1):
+        prepare(*arguments, "--task", f"{task}/2", small_units=True)
+    assert jobs.contents(tmp_path / "out") == jobs.contents(tmp_path / "out1")
+    dataset = open_dataset(tmp_path / "out")
+    verify_dataset(dataset)
+    assert texts_of(dataset) == ([texts["a"], texts["b"], texts["c"]], [texts["valid"]])
+    assert "already prepared" in prepare(*arguments, small_units=True).stdout.decode()
+    swapped = ["--input", "in/valid.txt", "--val-input", "in", "--tokenizer", "bytes", "--output", "out1"]
+    assert "nothing is left to train on" in error_line(prepare(*swapped, code=2))
+    other = ["--input", "in", "--val-input", "in/a.txt", "--tokenizer", "bytes", "--output", "out1"]
+    assert "another input" in error_line(prepare(*other, code=73, small_units=True))
+
+
+def test_validation_text_that_cannot_be_is_one_line(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.txt").write_text("some text")
+    (tmp_path / "empty.txt").touch()
+    arguments = ["--input", "in.txt", "--output", "out", "--val-input"]
+    assert "--val-input names no text" in error_line(prepare(*arguments, "empty.txt", code=65))
+    swapped = ["--input", "empty.txt", "--output", "out", "--val-input", "in.txt"]
+    assert "--input names no text" in error_line(prepare(*swapped, code=65))
+    assert "no such input: nowhere" in error_line(prepare(*arguments, "nowhere", code=65))
+    for values, said in (
+        ([*arguments, "-"], "--val-input needs --input beside it"),
+        (["--val-input", "in.txt"], "--val-input needs --input"),
+        ([*arguments, "in.txt", "--val-fraction", "0.2"], "--val-fraction: not allowed with argument --val-input"),
+    ):
+        with pytest.raises(UsageError, match=said):
+            door._parse(values)
 
 
 def test_standard_input_and_a_saved_tokenizer(prepare: Run, tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import groupby
 from pathlib import Path
 from typing import NamedTuple
@@ -16,7 +16,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from distgpt.corpus import sources
+from distgpt.corpus import sources, split
 from distgpt.corpus.shards import Documents, SplitName, write_file
 from distgpt.corpus.sources import Content, Piece, Source
 from distgpt.corpus.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer, describe, load_tokenizer, train_bpe
@@ -53,7 +53,7 @@ class Scan:
 
 @dataclass(frozen=True)
 class Unit:
-    """What becomes one part: consecutive pieces, together about UNIT_BYTES."""
+    """What becomes one part: consecutive pieces, together about UNIT_BYTES, all named as validation text or none."""
 
     index: int
     pieces: list[Scanned]
@@ -96,9 +96,12 @@ def scan(inputs: Sequence[Source], *, characters: bool, workers: Workers, advanc
     if documents == 0:
         names = ", ".join(source.name for source in inputs[:3]) + (", ..." if len(inputs) > 3 else "")
         raise DataError(f"the input holds no text: {names} {'is' if len(inputs) == 1 else 'are'} empty")
+    with_text = {scanned.piece.source.validates for scanned in pieces if scanned.documents}
+    if any(source.validates for source in inputs) and len(with_text) == 1:
+        raise DataError(f"{'--input' if True in with_text else '--val-input'} names no text: all of it is empty")
     digest = hashlib.sha256()
     for scanned in pieces:
-        digest.update(scanned.digest + bytes([scanned.piece.last]))
+        digest.update(scanned.digest + bytes([scanned.piece.last + 2 * scanned.piece.source.validates]))
     return Scan(
         pieces=pieces,
         documents=documents,
@@ -135,13 +138,14 @@ def trained_bpe(found: Scan, *, vocab_size: int, workers: Workers) -> BpeTokeniz
 def units(found: Scan) -> list[Unit]:
     """The pieces put together to what becomes one part each."""
     groups: list[list[Scanned]] = []
-    size = sources.UNIT_BYTES
-    for scanned in found.pieces:
-        if size >= sources.UNIT_BYTES:
-            groups.append([])
-            size = 0
-        groups[-1].append(scanned)
-        size += scanned.text_bytes
+    for _, pieces in groupby(found.pieces, key=lambda scanned: scanned.piece.source.validates):
+        size = sources.UNIT_BYTES
+        for scanned in pieces:
+            if size >= sources.UNIT_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(scanned)
+            size += scanned.text_bytes
     return [Unit(index, pieces) for index, pieces in enumerate(groups)]
 
 
@@ -175,15 +179,24 @@ def is_done(unit: Unit, parts: Path) -> bool:
     return True
 
 
-def merged(parts: Path, count: int, *, documents: int, val_fraction: float) -> Iterator[Documents]:
-    """All tokens in order, divided into the splits.
+def merged(parts: Path, todo: Sequence[Unit], *, documents: int, val_fraction: float | None) -> Iterator[Documents]:
+    """All tokens in order, divided into the splits; `val_fraction` is None where validation text is named.
 
     One document: the last `val_fraction` of its tokens validate. Several: those whose text hash is below that share of
-    2^64, and at least one, but never all. Raises DataError where that is impossible.
+    2^64, or those that `split.nearest` chooses. Raises DataError where nothing can.
     """
+    if val_fraction is None:
+        return _merged_as_named(parts, todo)
     if documents == 1:
-        return _merged_tail(parts, count, val_fraction)
-    return _merged_by_hash(parts, count, _threshold(parts, count, val_fraction))
+        return _merged_tail(parts, len(todo), val_fraction)
+    return _merged_by_hash(parts, len(todo), _chosen(parts, len(todo), val_fraction))
+
+
+def _merged_as_named(parts: Path, todo: Sequence[Unit]) -> Iterator[Documents]:
+    for unit in todo:
+        part = read_part(parts, unit.index)
+        name: SplitName = "val" if unit.pieces[0].piece.source.validates else "train"
+        yield Documents(name, part.tokens, np.cumsum(part.sizes)[part.ends])
 
 
 def _merged_tail(parts: Path, count: int, val_fraction: float) -> Iterator[Documents]:
@@ -191,37 +204,44 @@ def _merged_tail(parts: Path, count: int, val_fraction: float) -> Iterator[Docum
     if total < 2:
         raise DataError("the input is a single token: too short to train on one part and validate on another")
     left = min(max(int((1 - val_fraction) * total), 1), total - 1)
-    split: SplitName
+    name: SplitName
     for index in range(count):
         tokens = read_part(parts, index).tokens
-        for split, piece in (("train", tokens[:left]), ("val", tokens[left:])):
-            is_end = piece.size == left if split == "train" else index == count - 1
+        for name, piece in (("train", tokens[:left]), ("val", tokens[left:])):
+            is_end = piece.size == left if name == "train" else index == count - 1
             if piece.size:
-                yield Documents(split, piece, np.array([piece.size] if is_end else [], dtype=np.int64))
+                yield Documents(name, piece, np.array([piece.size] if is_end else [], dtype=np.int64))
         left = max(left - tokens.size, 0)
 
 
-def _threshold(parts: Path, count: int, val_fraction: float) -> int:
-    threshold = int(val_fraction * 2**64)
-    lowest, highest = 2**64, -1
-    for index in range(count):
-        hashes = read_part(parts, index).hashes
-        if hashes.size:
-            lowest, highest = min(lowest, int(hashes.min())), max(highest, int(hashes.max()))
-    if lowest == highest:
-        raise DataError("all documents of the input hold the same text: there is nothing to validate on")
-    return min(max(threshold, lowest + 1), highest)
-
-
-def _merged_by_hash(parts: Path, count: int, threshold: int) -> Iterator[Documents]:
+def _chosen(parts: Path, count: int, val_fraction: float) -> Callable[[split.Hashes], npt.NDArray[np.bool_]]:
+    """Tells which of these text hashes are of documents that validate."""
+    threshold = split.threshold(val_fraction)
+    total = validating = 0
     for index in range(count):
         part = read_part(parts, index)
-        validates = part.hashes < threshold
-        split: SplitName
-        for split, rows in (("train", ~validates), ("val", validates)):
+        total += int(part.sizes.sum())
+        validating += int(part.sizes[part.hashes < threshold].sum())
+    if split.is_near(validating / total, val_fraction):
+        return lambda hashes: hashes < threshold
+    # So far from it are few documents, or few long ones: all their hashes have room in memory.
+    columns = [(part.hashes.copy(), part.sizes) for part in map(partial(read_part, parts), range(count))]
+    hashes, sizes = (np.concatenate(column) for column in zip(*columns, strict=True))
+    nearest = split.nearest(hashes, sizes, val_fraction)
+    return lambda hashes: np.isin(hashes, nearest)
+
+
+def _merged_by_hash(
+    parts: Path, count: int, chosen: Callable[[split.Hashes], npt.NDArray[np.bool_]]
+) -> Iterator[Documents]:
+    for index in range(count):
+        part = read_part(parts, index)
+        validates = chosen(part.hashes)
+        name: SplitName
+        for name, rows in (("train", ~validates), ("val", validates)):
             tokens = part.tokens[np.repeat(rows, part.sizes)]
             if tokens.size:
-                yield Documents(split, tokens, np.cumsum(part.sizes[rows])[part.ends[rows]])
+                yield Documents(name, tokens, np.cumsum(part.sizes[rows])[part.ends[rows]])
 
 
 @dataclass(frozen=True)

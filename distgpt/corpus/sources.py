@@ -45,13 +45,14 @@ NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-pa
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file of input. `name` is what messages call it."""
+    """One file of input. `name` is what messages call it; `validates`: it is named as validation text."""
 
     path: str
     name: str
     format: Literal["text", "jsonl", "parquet"]
     compression: Literal["", ".gz", ".zst"] = ""
     text_key: str = ""
+    validates: bool = False
 
     @property
     def seekable(self) -> bool:
