@@ -3,6 +3,7 @@
 train-00000.bin  val-00000.bin      raw little-endian uint16 tokens, no header
 train-00000.idx  val-00000.idx      uint64, documents + 1 token offsets into the .bin of the same name
 tokenizer.json   meta.json          meta.json is written last: a directory without it is not a dataset
+train.bin  val.bin  meta.pkl        for nanoGPT, where a split is one shard: links and a pickle that nothing here reads
 """
 
 import contextlib
@@ -11,6 +12,7 @@ import hashlib
 import json
 import mmap
 import os
+import pickle
 import re
 import resource
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -155,9 +157,13 @@ def file_names(meta: Mapping[str, Any]) -> list[str]:
 
 def is_dataset_file(name: str) -> bool:
     """Whether a file of this name may lie in a dataset's directory, whole or not."""
-    return (
-        re.fullmatch(r"(train|val)-\d{5,}\.(bin|idx)|(tokenizer|meta|\.verified)\.json(\.\d+\.tmp)?", name) is not None
-    )
+    return re.fullmatch(_DATASET_FILE, name) is not None
+
+
+_DATASET_FILE = (
+    r"(train|val)(-\d{5,})?\.bin|(train|val)-\d{5,}\.idx"
+    r"|(tokenizer\.json|meta\.json|meta\.pkl|\.verified\.json)(\.\d+\.tmp)?"
+)
 
 
 @dataclass(frozen=True)
@@ -209,9 +215,22 @@ def write_dataset(
         "splits": shards,
         **about,
     }
+    if all(len(shards[name]) == 1 for name in SPLITS):
+        _add_for_nanogpt(directory, tokenizer)
     sync(directory)
     write_file(directory / META, (json.dumps(meta, indent=2) + "\n").encode())
     return meta
+
+
+def _add_for_nanogpt(directory: Path, tokenizer: Tokenizer) -> None:
+    """Add the names under which nanoGPT's train.py and sample.py look for tokens and vocabulary. Raises OSError."""
+    with contextlib.suppress(OSError):  # not every file system has hard links
+        for name in SPLITS:
+            os.link(directory / f"{name}-00000.bin", directory / f"{name}.bin")
+    texts = [tokenizer.decode([id_]) for id_ in range(tokenizer.vocab_size)]
+    ids = {text: id_ for id_, text in reversed(list(enumerate(texts)))}
+    content = {"vocab_size": tokenizer.vocab_size, "itos": dict(enumerate(texts)), "stoi": ids}
+    write_file(directory / "meta.pkl", pickle.dumps(content, protocol=4))
 
 
 def write_file(path: Path, content: bytes) -> None:

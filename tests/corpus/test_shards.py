@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distgpt.corpus.shards import Dataset, Documents, SplitName, open_dataset, verify_dataset, write_dataset
+from distgpt.corpus.shards import (
+    Dataset,
+    Documents,
+    is_dataset_file,
+    open_dataset,
+    verify_dataset,
+    write_dataset,
+)
 from distgpt.corpus.tokenizer import ByteTokenizer
 from distgpt.errors import DataError
 
@@ -81,6 +89,32 @@ def test_shards_end_with_the_document_that_fills_them(tmp_path: Path) -> None:
         assert offsets[-2] < 100
     assert all(tokens.size >= 100 for tokens in cut.train.shards[:-1])
     assert whole.fingerprint != cut.fingerprint
+
+
+def test_nanogpt_finds_its_names_beside_a_split_of_one_shard(tmp_path: Path) -> None:
+    whole, cut = write(tmp_path / "whole"), write(tmp_path / "cut", shard_tokens=100)
+    for split in (whole.train, whole.val):
+        # As its train.py and sample.py read them.
+        tokens = np.memmap(whole.path / f"{split.name}.bin", dtype=np.uint16, mode="r")
+        assert np.array_equal(tokens, split.shards[0])
+        assert (whole.path / f"{split.name}.bin").samefile(whole.path / f"{split.name}-00000.bin")
+    meta = pickle.loads((whole.path / "meta.pkl").read_bytes())
+    assert meta["vocab_size"] == 257
+    text = DOCUMENTS[1]
+    assert [meta["stoi"][character] for character in text] == ByteTokenizer(end_of_text=True).encode(text).tolist()
+    assert "".join(meta["itos"][id_] for id_ in whole.train.shards[0][: len(text) + 1]) == text + "<|endoftext|>"
+    assert not [path for path in cut.path.iterdir() if path.name in ("train.bin", "val.bin", "meta.pkl")]
+    assert all(is_dataset_file(path.name) for path in whole.path.iterdir())
+
+
+def test_what_is_written_for_nanogpt_is_never_read(tmp_path: Path) -> None:
+    dataset = write(tmp_path / "data")
+    (tmp_path / "data" / "meta.pkl").write_bytes(f"cos\nmkdir\n(V{tmp_path / 'ran'}\ntR.".encode())
+    (tmp_path / "data" / "train.bin").unlink()
+    verify_dataset(open_dataset(dataset.path), always=True)
+    assert not (tmp_path / "ran").exists()
+    pickle.loads((tmp_path / "data" / "meta.pkl").read_bytes())
+    assert (tmp_path / "ran").exists(), "it is one that would have run"
 
 
 def test_the_fingerprint_does_not_depend_on_the_place(tmp_path: Path) -> None:
