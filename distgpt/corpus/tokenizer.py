@@ -190,6 +190,9 @@ class BpeTokenizer(Tokenizer):
         # Older files write a merge as "a b", newer ones as ["a", "b"].
         self._merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         self._vocab = vocab
+        for left, right in self._merges:
+            if not {left, right, left + right} <= vocab.keys():
+                raise DataError(f"its merge of {left!r} and {right!r} is not among the tokens of its vocabulary")
         # tiktoken knows a merge by its result: two merges with one result are beyond it.
         self._beyond_ranks = bool(
             model.get("ignore_merges") or _applied(content) or len(self._ranks) != 256 + len(self._merges)
@@ -269,7 +272,10 @@ class BpeTokenizer(Tokenizer):
     def _huggingface(self) -> Any:
         import tokenizers
 
-        tokenizer = tokenizers.Tokenizer.from_str(self._json)
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(self._json)
+        except Exception as error:  # the package raises no other
+            raise DataError(f"Hugging Face tokenizers cannot read it ({error})") from None
         tokenizer.encode_special_tokens = True  # as the ordinary text that they are
         return tokenizer
 

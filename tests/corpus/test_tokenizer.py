@@ -384,6 +384,18 @@ def test_ids_that_are_not_the_owner_library_s_are_an_error(trained: BpeTokenizer
         wrong.check(text)
 
 
+def test_a_merge_that_the_vocabulary_lacks_is_one_clear_error() -> None:
+    with pytest.raises(DataError, match="its merge of 'b' and 'c' is not among the tokens of its vocabulary"):
+        crafted([["a", "b"], ["b", "c"]], ["ab"])
+
+
+def test_a_file_that_its_owner_cannot_read_is_one_clear_error(trained: BpeTokenizer, tmp_path: Path) -> None:
+    broken = {"id": 400, "content": "x"}
+    loaded = load_tokenizer(saved(trained, tmp_path / "t.json", added_tokens=[broken]))
+    with pytest.raises(DataError, match=r"^Hugging Face tokenizers cannot read it \(.*missing field"):
+        loaded.check("text")
+
+
 @pytest.mark.parametrize("id_", [-1, 65_536, 10**12])
 def test_an_absurd_id_is_one_clear_error(id_: int, trained: BpeTokenizer, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"its ids go from .* and a uint16 token holds 0 to 65,535"):
