@@ -49,7 +49,7 @@ folder, searched to the bottom and through links, these count:
 {" ".join(sources.folder_suffixes())}
 Hidden files, empty documents, second mentions of a file and the output are left out. A single document is split at the
 end of its training part; several are split by a hash of their text, few ones so that validation comes near its share,
-with an end-of-text token after each.
+with an end-of-text token after each. A special token of a tokenizer file that stands in a text is ordinary text there.
 """
 EPILOG = """\
 Run again after an interruption, it goes on where it stopped. Exit codes: 0 done, or done before; 2 usage; 65 bad
