@@ -59,7 +59,7 @@ input; 73 the output exists, is in use or cannot be made; 74 disk full or I/O; 7
 
 def main() -> None:
     """Parse, check, prepare. Raises DistgptError."""
-    options = _parse(sys.argv[1:])
+    options = parse(sys.argv[1:])
     if options.verify is not None:
         _verify(options.verify)
         return
@@ -72,7 +72,7 @@ def main() -> None:
     print(said, flush=True)
 
 
-def _parse(arguments: Sequence[str]) -> argparse.Namespace:
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """The checked command line. Raises UsageError."""
     parser = Parser(
         prog="python -m distgpt.prepare",

@@ -244,7 +244,7 @@ def test_validation_text_that_cannot_be_is_one_line(prepare: Run, tmp_path: Path
         ([*arguments, "in.txt", "--val-fraction", "0.2"], "--val-fraction: not allowed with argument --val-input"),
     ):
         with pytest.raises(UsageError, match=said):
-            door._parse(values)
+            door.parse(values)
 
 
 def test_standard_input_and_a_saved_tokenizer(prepare: Run, tmp_path: Path) -> None:
@@ -364,15 +364,15 @@ def test_ids_that_are_not_the_owner_library_s_make_no_part(
     texts: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     wrong = train_bpe(["some text"], 260)
-    wrong.__dict__["_ids_of_ranks"] = wrong._ids_of_ranks[::-1]
+    wrong.__dict__["_ids_of_ranks"] = wrong.__dict__["_ids_of_ranks"][::-1]
     monkeypatch.setattr(pipeline, "_loaded", lambda _: wrong)
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     source = Source(str(path), "in.jsonl", "jsonl", "", "text")
-    pieces = [scanned for scanned, _ in pipeline._scan(pipeline._ScanTask([], source, False))]
+    pieces = [scanned for scanned, _ in pipeline.scan_task(pipeline.ScanTask([], source, False))]
     encoder = pipeline.Encoder(tokenizer=tmp_path, eot_id=None, hashes={})
     with pytest.raises(DataError, match=r"^the tokenizer is wrong for in\.jsonl: after '' its ids are"):
-        list(pipeline._encode(([pipeline.Unit(0, pieces)], tmp_path, encoder)))
+        list(pipeline.encode_units(([pipeline.Unit(0, pieces)], tmp_path, encoder)))
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -88,7 +88,7 @@ def scan(inputs: Sequence[Source], *, characters: bool, workers: Workers, advanc
     """
     tasks = list(_scan_tasks(inputs, characters))
     found: list[list[Scanned]] = [[] for _ in tasks]
-    for index, (scanned, consumed) in workers.run(_scan, tasks):
+    for index, (scanned, consumed) in workers.run(scan_task, tasks):
         found[index].append(scanned)
         advance(consumed)
     pieces = [scanned for task in found for scanned in task]
@@ -166,7 +166,7 @@ def encode(todo: Sequence[Unit], parts: Path, *, encoder: Encoder, workers: Work
     # Every worker that starts within a compressed file reads it from the beginning: only where some would be idle.
     share = max(workers.count // len(runs), 1) if runs else 1
     tasks = [(part, parts, encoder) for run in runs for part in _split(run, share)]
-    for _, size in workers.run(_encode, tasks):
+    for _, size in workers.run(encode_units, tasks):
         advance(size)
 
 
@@ -245,7 +245,7 @@ def _merged_by_hash(
 
 
 @dataclass(frozen=True)
-class _ScanTask:
+class ScanTask:
     """Pieces of sources that can be read at any place, or one source that has to be read through."""
 
     pieces: list[Piece]
@@ -253,28 +253,28 @@ class _ScanTask:
     characters: bool
 
 
-def _scan_tasks(inputs: Sequence[Source], characters: bool) -> Iterator[_ScanTask]:
+def _scan_tasks(inputs: Sequence[Source], characters: bool) -> Iterator[ScanTask]:
     batch: list[Piece] = []
     size = 0
     for source in inputs:
         if not source.seekable:
             if batch:
-                yield _ScanTask(batch, None, characters)
+                yield ScanTask(batch, None, characters)
                 batch, size = [], 0
-            yield _ScanTask([], source, characters)
+            yield ScanTask([], source, characters)
             continue
         with sources.opened(source) as reader:
             for piece in reader.pieces():
                 batch.append(piece)
                 size += piece.stop - piece.start
                 if size >= sources.UNIT_BYTES:
-                    yield _ScanTask(batch, None, characters)
+                    yield ScanTask(batch, None, characters)
                     batch, size = [], 0
     if batch:
-        yield _ScanTask(batch, None, characters)
+        yield ScanTask(batch, None, characters)
 
 
-def _scan(task: _ScanTask) -> Iterator[tuple[Scanned, int]]:
+def scan_task(task: ScanTask) -> Iterator[tuple[Scanned, int]]:
     for piece in task.pieces:
         with sources.opened(piece.source) as reader:
             yield _scanned(reader.content(piece), piece, task.characters), piece.stop - piece.start
@@ -328,7 +328,7 @@ def _split(run: Sequence[Unit], count: int) -> list[Sequence[Unit]]:
     return [run[start : start + size] for start in range(0, len(run), size)]
 
 
-def _encode(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
+def encode_units(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
     run, parts, encoder = task
     tokenizer = _loaded(encoder.tokenizer)
     contents = _contents([scanned for unit in run for scanned in unit.pieces])

@@ -91,14 +91,14 @@ class Workers:
 def _short_socket_names() -> Iterator[None]:
     """Have multiprocessing put its socket where the name is not too long. Raises UsageError where no place is."""
     before = tempfile.tempdir
-    tempfile.tempdir = _socket_folder(tempfile.gettempdir())
+    tempfile.tempdir = socket_folder(tempfile.gettempdir())
     try:
         yield
     finally:
         tempfile.tempdir = before
 
 
-def _socket_folder(usual: str) -> str:
+def socket_folder(usual: str) -> str:
     if len(os.fsencode(usual)) <= LONGEST_SOCKET_FOLDER:
         return usual
     for folder in SHORT_FOLDERS:

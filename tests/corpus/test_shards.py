@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -34,7 +34,7 @@ def write(path: Path, *, shard_tokens: int | None = None) -> Dataset:
         batches = []
         for index, text in enumerate(DOCUMENTS):
             tokens = np.append(tokenizer.encode(text), np.uint16(256))
-            split: SplitName = "val" if index % 5 == 0 else "train"
+            split: Literal["train", "val"] = "val" if index % 5 == 0 else "train"
             # Every third document comes in two batches.
             cut = 4 if index % 3 == 0 else 0
             batches.append(Documents(split, tokens[:cut], np.array([], dtype=np.int64)))

@@ -86,9 +86,9 @@ def test_a_long_tmpdir_is_no_hindrance(tmp_path: Path) -> None:
 
 def test_a_long_tmpdir_where_no_short_folder_is_names_tmpdir(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "SHORT_FOLDERS", ("/nowhere",))
-    assert workers._socket_folder("/scratch/me") == "/scratch/me"
+    assert workers.socket_folder("/scratch/me") == "/scratch/me"
     with pytest.raises(UsageError, match="set TMPDIR to a path of at most 71 bytes"):
-        workers._socket_folder("/scratch/" + "ü" * 40)
+        workers.socket_folder("/scratch/" + "ü" * 40)
 
 
 def test_no_worker_outlives_a_killed_parent(tmp_path: Path) -> None:
