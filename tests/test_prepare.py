@@ -364,7 +364,7 @@ def test_ids_that_are_not_the_owner_library_s_make_no_part(
     texts: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     wrong = train_bpe(["some text"], 260)
-    wrong.__dict__["_ids_of_ranks"] = wrong.__dict__["_ids_of_ranks"][::-1]
+    wrong.__dict__["ids_of_ranks"] = wrong.ids_of_ranks[::-1]
     monkeypatch.setattr(pipeline, "_loaded", lambda _: wrong)
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))

@@ -206,7 +206,7 @@ class BpeTokenizer(Tokenizer):
         except ValueError:
             # A run of a million spaces is more than the regular expression engine can backtrack over.
             return self._encode_slowly(text)
-        tokens: Tokens = self._ids_of_ranks[ranks]
+        tokens: Tokens = self.ids_of_ranks[ranks]
         return tokens
 
     @cached_property
@@ -258,7 +258,7 @@ class BpeTokenizer(Tokenizer):
         return ranks
 
     @cached_property
-    def _ids_of_ranks(self) -> Tokens:
+    def ids_of_ranks(self) -> Tokens:
         id_of = {_to_bytes(token): id_ for token, id_ in self._vocab.items() if _is_byte_level(token)}
         return np.array([id_of[token] for token in self._ranks], dtype=np.uint16)
 

@@ -379,7 +379,7 @@ def test_ids_that_are_not_the_owner_library_s_are_an_error(trained: BpeTokenizer
     text = nonsense(2, 100)
     trained.check(text)
     wrong = BpeTokenizer(trained.to_json())
-    wrong.__dict__["_ids_of_ranks"] = wrong.__dict__["_ids_of_ranks"][::-1]
+    wrong.__dict__["ids_of_ranks"] = wrong.ids_of_ranks[::-1]
     with pytest.raises(DataError, match=r"after '' its ids are \[.*\] here and \[.*\] with Hugging Face tokenizers"):
         wrong.check(text)
 
