@@ -10,15 +10,15 @@ from tests.hosts.conftest import MakeNetwork
 from tests.hosts.launching import multinode
 from tests.hosts.test_multinode import SHAPE, finish
 
-FORTY = (*SHAPE, "--train.steps=40", "--eval.every=20", "--checkpoint.every=20")
+SHORT = (*SHAPE, "--train.steps=20", "--eval.every=10", "--checkpoint.every=10")
 
 
 def test_they_train_as_one_process_does(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
-    alone = jobs.door("train", *FORTY, f"--data.path={prepared}", f"--run.dir={tmp_path / 'one'}")
+    alone = jobs.door("train", *SHORT, f"--data.path={prepared}", f"--run.dir={tmp_path / 'one'}")
     assert alone.code == 0, alone
     hosts = make_network(2)
     hosts.move_far_away("n2", megabits=100, round_trip=0.05)
-    endings = finish(multinode(hosts, [*FORTY, f"--data.path={prepared}", f"--run.dir={tmp_path / 'two'}"]))
+    endings = finish(multinode(hosts, [*SHORT, f"--data.path={prepared}", f"--run.dir={tmp_path / 'two'}"]))
     for ended in endings.values():
         assert ended.code == 0, ended
     for read in (jobs.losses, jobs.val_losses):
