@@ -1,7 +1,10 @@
 """Runs that were never interrupted, to compare others with; each is trained once and only where a test asks for it."""
 
+import fcntl
+import json
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
@@ -35,16 +38,21 @@ class Trained:
 @pytest.fixture(scope="session")
 def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
     """60 steps of jobs.TINY without a break, with dropout: whole("fsdp"). Do not change these directories."""
-    root = tmp_path_factory.mktemp("whole")
-    done: dict[str, Trained] = {}
+    base = tmp_path_factory.getbasetemp()
+    # The workers of one test run have directories side by side, and what one has trained serves all.
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "whole"
+    root.mkdir(exist_ok=True)
 
     def trained(strategy: str) -> Trained:
-        if strategy not in done:
-            arguments = [*tiny(prepared, root / strategy), *ARGUMENTS[strategy]]
-            ended = jobs.train(RANKS[strategy], *arguments)
-            assert ended.code == 0, ended
-            done[strategy] = Trained(root / strategy, ended)
-        return done[strategy]
+        told = root / f"{strategy}.json"
+        with (root / f"{strategy}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not told.exists():
+                arguments = [*tiny(prepared, root / strategy), *ARGUMENTS[strategy]]
+                ended = jobs.train(RANKS[strategy], *arguments)
+                assert ended.code == 0, ended
+                told.write_text(json.dumps(asdict(ended)))
+        return Trained(root / strategy, jobs.Ended(**json.loads(told.read_text())))
 
     return trained
 
