@@ -52,6 +52,7 @@ from distgpt.cluster.reduction import agreed, grad_norm_of
 from distgpt.cluster.runtime import Runtime, joined, this_rank
 from distgpt.cluster.step import accumulate_gradients, update
 from distgpt.config import resolve
+from distgpt.machine import available_cpus
 from distgpt.model.optim import build_optimizer
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -297,7 +298,7 @@ def main() -> None:
     if arguments.worker:
         work(Job(**json.loads(arguments.worker)), arguments.result)
         return
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = available_cpus()
     quiet = "a loopback device of its own" if why_not() is None else "the machine's loopback device, others use it too"
     print(f"{platform.system()} {platform.machine()}, {cores} cores; bytes counted on {quiet}")
     parts = arguments.parts or PARTS

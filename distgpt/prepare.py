@@ -32,6 +32,7 @@ from distgpt.corpus.tokenizer import (
 )
 from distgpt.corpus.workers import Workers
 from distgpt.errors import DISK_FULL, DirectoryError, Interrupted, Parser, StorageError, UsageError, main_guard
+from distgpt.machine import available_cpus
 
 DEFAULT_OUTPUT = Path("data/stdlib")
 DEFAULT_VOCAB_SIZE = 8192
@@ -96,7 +97,13 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     validation(
         "--val-input", nargs="+", metavar="PATH", help="validation text; what --input names as well is left out there"
     )
-    add("--workers", type=int, default=_cpus(), metavar="N", help="processes (default: one per CPU; same result)")
+    add(
+        "--workers",
+        type=int,
+        default=available_cpus(),
+        metavar="N",
+        help="processes (default: one per CPU; same result)",
+    )
     add("--shard-tokens", type=int, metavar="N", help="start a new file after the document that fills N tokens")
     add(
         "--text-key",
@@ -509,10 +516,6 @@ def _storage_error(error: OSError, output: Path) -> StorageError:
             f"it goes on with what {kept} holds"
         )
     return StorageError(f"{error.filename or output}: {error.strerror or error}")
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 if __name__ == "__main__":

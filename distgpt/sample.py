@@ -39,12 +39,14 @@ from pathlib import Path
 import torch
 
 from distgpt.cluster.loading import load_for_inference
+from distgpt.cluster.runtime import threads_per_rank
 from distgpt.errors import DataError, UsageError
 from distgpt.model.generate import generate
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Load, then write each sample to stdout as its tokens come."""
+    torch.set_num_threads(threads_per_rank(1))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, _ = load_for_inference(Path(arguments.run), device)
     try:

@@ -52,15 +52,5 @@ print(math.ceil(config.health.timeout), config.run_dir)' "$@")
     read -r timeout run_dir <<<"$settled"
 }
 
-# default_ranks: one for each GPU that CUDA would see, else two, which share the cores, or one on a single core.
-default_ranks() {
-    local gpus cores visible
-    if [[ -n ${CUDA_VISIBLE_DEVICES+set} ]]; then
-        IFS=, read -ra visible <<<"$CUDA_VISIBLE_DEVICES"
-        gpus=${#visible[@]}
-    else
-        gpus=$({ nvidia-smi --list-gpus 2>/dev/null || true; } | wc -l)
-    fi
-    cores=$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN)
-    echo $((gpus > 0 ? gpus : cores > 1 ? 2 : 1))
-}
+# default_ranks: one for each GPU that CUDA would see, else two, which share the CPUs, or one on a single CPU.
+default_ranks() { python -c 'from distgpt.machine import default_ranks; print(default_ranks())'; }

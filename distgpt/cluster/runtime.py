@@ -13,6 +13,7 @@ import torch.distributed as dist
 
 from distgpt.cluster.run_directory import this_attempt
 from distgpt.errors import UsageError
+from distgpt.machine import available_cpus
 
 # glibc's mallopt, malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -70,10 +71,10 @@ def joined(
     DDP's reducer, where it is the last to hold the group, ends it with Python's lock held, for which a thread of gloo
     that frees tensors may wait, for ever.
     """
+    torch.set_num_threads(threads_per_rank(runtime.local_world_size))
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
     else:
-        torch.set_num_threads(threads_per_rank(runtime.local_world_size))
         _keep_freed_memory()
     if not runtime.distributed:
         yield
@@ -117,12 +118,11 @@ def _await_rank_zero(runtime: Runtime, store: dist.Store) -> None:
 
 
 def threads_per_rank(local_world_size: int) -> int:
-    """OMP_NUM_THREADS, or an even share of the cores this process may use: 1 under torchrun is torchrun's default."""
+    """OMP_NUM_THREADS, or an even share of the CPUs this process may use: 1 under torchrun is torchrun's default."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and (int(asked) > 1 or "TORCHELASTIC_RUN_ID" not in os.environ):
         return max(1, int(asked))
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, cores // local_world_size)
+    return max(1, available_cpus() // local_world_size)
 
 
 def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
