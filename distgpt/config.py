@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import math
 import os
+import re
 import sys
 import tomllib
 from collections.abc import Mapping, Sequence
@@ -19,10 +20,12 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from distgpt.errors import UsageError
+from distgpt.errors import UsageError, user_path
 
 ENVIRONMENT_PREFIX = "DISTGPT_"
+TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 
+PATHS = ("run.dir", "data.path")
 POSITIVE = (
     *("model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.vocab_multiple", "model.rope_theta"),
     *("optim.lr", "optim.eps", "train.steps", "train.global_batch", "parallel.outer_every", "parallel.outer_lr"),
@@ -34,6 +37,35 @@ NOT_NEGATIVE = (
     *("optim.weight_decay", "optim.grad_clip", "train.micro_batch", "parallel.shard"),
     *("eval.every", "eval.sample_tokens", "checkpoint.every", "health.skip_z"),
 )
+
+# What other trainers call a key or a preset.
+OTHER_NAMES = {
+    **dict.fromkeys(("learning_rate", "max_lr", "peak_lr"), "optim.lr"),
+    **dict.fromkeys(("min_learning_rate", "final_lr"), "optim.min_lr"),
+    **dict.fromkeys(("warmup", "warmup_iters", "num_warmup_steps"), "optim.warmup_steps"),
+    **dict.fromkeys(("lr_scheduler", "lr_schedule", "scheduler"), "optim.schedule"),
+    **dict.fromkeys(("clip", "clip_grad", "max_grad_norm", "gradient_clip"), "optim.grad_clip"),
+    **dict.fromkeys(("max_iters", "max_steps", "iters", "iterations", "num_steps", "epochs"), "train.steps"),
+    **dict.fromkeys(("batch_size", "global_batch_size", "total_batch_size"), "train.global_batch"),
+    **dict.fromkeys(("micro_batch_size", "device_batch_size", "per_device_batch_size"), "train.micro_batch"),
+    **dict.fromkeys(("precision", "amp"), "train.dtype"),
+    **dict.fromkeys(("context_length", "context", "seq_len", "sequence_length", "max_seq_len"), "model.block_size"),
+    **dict.fromkeys(("layers", "num_layers", "n_layers", "depth"), "model.n_layer"),
+    **dict.fromkeys(("heads", "num_heads", "n_heads"), "model.n_head"),
+    **dict.fromkeys(("d_model", "hidden_size", "dim", "width", "embed_dim"), "model.n_embd"),
+    **dict.fromkeys(("out_dir", "output_dir", "run_dir", "output", "logdir"), "run.dir"),
+    **dict.fromkeys(("data", "dataset", "data_dir", "data_path"), "data.path"),
+    **dict.fromkeys(("eval_interval", "eval_every"), "eval.every"),
+    **dict.fromkeys(("save_every", "save_interval", "save_steps"), "checkpoint.every"),
+    **dict.fromkeys(("log_interval", "log_every", "logging_steps"), "log.every"),
+}
+OTHER_PRESETS = {
+    **dict.fromkeys(("gpt2", "gpt2-small"), "gpt2-124m"),
+    "gpt2-medium": "gpt2-350m",
+    "gpt2-large": "gpt2-774m",
+    "gpt2-xl": "gpt2-1558m",
+    **dict.fromkeys(("shakespeare", "tinyshakespeare"), "seed"),
+}
 
 
 def option(default: Any, help: str) -> Any:
@@ -199,21 +231,19 @@ def config_from_command_line(arguments: Sequence[str], *, prog: str, about: str)
 def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
     """The Config of these presets, files and flags over this environment. Raises UsageError."""
     config = Config()
-    flags = [argument for argument in arguments if argument.startswith("-")]
-    for flag in flags:
-        key, equals, _ = flag.removeprefix("--").partition("=")
-        if not equals and _type_of(key, source=flag) is not bool:
-            raise UsageError(f"{flag} has no value: write --{key}=VALUE")
-    for argument in arguments:
-        if argument not in flags:
-            config = _updated(config, _read_toml(argument), source=argument)
+    files, flags = _files_and_flags(arguments)
+    for file in files:
+        config = _updated(config, _read_toml(file), source=file)
     for name, text in sorted(environment.items()):
-        if name.startswith(ENVIRONMENT_PREFIX) and "__" in name:
-            key = name.removeprefix(ENVIRONMENT_PREFIX).lower().replace("__", ".", 1)
+        if key := _key_in_environment(name):
             config = _with_value(config, key, text, source=name)
-    for flag in flags:
-        key, equals, text = flag.removeprefix("--").partition("=")
-        config = _with_value(config, key, text if equals else "true", source=flag)
+    for key, text in flags:
+        config = _with_value(config, key, text, source=f"--{key}")
+    for key in PATHS:
+        try:
+            config = _with_value(config, key, user_path(value_at(config, key)), source=key)
+        except UsageError as error:
+            raise UsageError(f"{key}: {error}") from None
     check(config)
     return config
 
@@ -253,6 +283,7 @@ def help_text(prog: str, about: str) -> str:
         "",
         f"presets: {', '.join(preset_names())}",
         "environment: DISTGPT_SECTION__KEY=value sets a key too; flags win over it",
+        "paths: ~ is expanded, variables are not",
     ]
     width = max(map(len, keys())) + 4
     for section in dataclasses.fields(Config):
@@ -341,16 +372,55 @@ def _section(name: str) -> Any:
     return get_type_hints(Config)[name]
 
 
+def _files_and_flags(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+    """Presets and files, and the keys with their values: --key=value, --key value, or --key where it is a switch."""
+    files, flags = [], []
+    left = list(arguments)
+    while left:
+        argument = left.pop(0)
+        if not argument.startswith("-"):
+            files.append(argument)
+            continue
+        key, equals, text = argument.removeprefix("--").partition("=")
+        kind = _type_of(key, source=argument)
+        if not equals and kind is bool:
+            text = left.pop(0) if left and left[0].lower() in (*TRUE, *FALSE) else "true"
+        elif not equals:
+            if not left or left[0].startswith("--"):
+                raise UsageError(f"--{key} has no value: write --{key}=VALUE")
+            text = left.pop(0)
+        flags.append((key, text))
+    return files, flags
+
+
+def _key_in_environment(name: str) -> str | None:
+    """The key that DISTGPT_SECTION__KEY sets, None for a variable that is no key. Raises UsageError for one _ alone."""
+    if not name.startswith(ENVIRONMENT_PREFIX):
+        return None
+    rest = name.removeprefix(ENVIRONMENT_PREFIX).lower()
+    if "__" in rest:
+        return rest.replace("__", ".", 1)
+    section, _, key = rest.partition("_")
+    if key and section in (known.name for known in dataclasses.fields(Config)):
+        near = [f"{section}.{key}"] if f"{section}.{key}" in keys() else _nearest_keys(f"{section}.{key}")
+    else:
+        near = [known for known in keys() if known.partition(".")[2] == rest]
+    if near:
+        variables = [ENVIRONMENT_PREFIX + known.replace(".", "__").upper() for known in near]
+        raise UsageError(f"{name} sets no key: did you mean {_either(variables)}?")
+    return None
+
+
 def _read_toml(argument: str) -> dict[str, Any]:
     preset = _presets() / f"{argument}.toml"
     try:
         if argument in preset_names():
             return tomllib.loads(preset.read_text(encoding="utf-8"))
         if not argument.endswith(".toml"):
-            near = difflib.get_close_matches(argument, preset_names(), n=1)
-            hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(preset_names())}"
+            near = _nearest_preset(argument)
+            hint = f"did you mean {near}?" if near else f"there are {', '.join(preset_names())}"
             raise UsageError(f"no preset is called {argument}: {hint} (a file's name ends in .toml)")
-        return tomllib.loads(Path(argument).read_text(encoding="utf-8"))
+        return tomllib.loads(Path(user_path(argument)).read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read {argument}: {error}") from None
 
@@ -373,12 +443,44 @@ def _with_value(config: Config, key: str, value: Any, *, source: str) -> Config:
 
 def _type_of(key: str, *, source: str) -> Any:
     if key not in keys():
-        near = difflib.get_close_matches(key, keys(), n=1, cutoff=0.5)
-        hint = f"did you mean {near[0]}?" if near else "--help lists every key"
+        near = _nearest_keys(key)
+        hint = f"did you mean {_either(near)}?" if near else "--help lists every key"
         where = "" if source.lstrip("-").startswith(key) else f" (in {source})"
         raise UsageError(f"unknown key {key}{where}: {hint}")
     section, name = key.split(".")
     return get_type_hints(_section(section))[name]
+
+
+def _nearest_keys(key: str) -> list[str]:
+    """The keys that may be meant: by another trainer's name for one, of that name in another section, or alike."""
+    name = key.rpartition(".")[2].lower().replace("-", "_")
+    if name in OTHER_NAMES:
+        return [OTHER_NAMES[name]]
+    names = {known: known.partition(".")[2] for known in keys()}
+    if same := [known for known in names if names[known] == name]:
+        return same
+    if "." not in key and (alike := difflib.get_close_matches(name, names.values(), n=1, cutoff=0.7)):
+        return [known for known in names if names[known] == alike[0]]
+    return difflib.get_close_matches(key, names, n=1, cutoff=0.5)
+
+
+def _nearest_preset(name: str) -> str | None:
+    """The preset that may be meant: by the published name of its size, of the nearest size in its family, or alike."""
+    name = name.lower().replace("_", "-").replace("gpt-2", "gpt2")
+    if name in OTHER_PRESETS:
+        return OTHER_PRESETS[name]
+    if sized := [
+        preset for preset in preset_names() if preset.startswith(name.partition("-")[0]) and _millions(preset)
+    ]:
+        asked = _millions(name)
+        return min(sized, key=lambda preset: abs(math.log(_millions(preset) / asked))) if asked else sized[0]
+    return next(iter(difflib.get_close_matches(name, preset_names(), n=1)), None)
+
+
+def _millions(preset: str) -> float:
+    """The millions of parameters that the end of a preset's name states, 0 where it states none."""
+    found = re.search(r"-(\d+(?:\.\d+)?)([mb])$", preset)
+    return float(found[1]) * (1000 if found[2] == "b" else 1) if found else 0.0
 
 
 def _parsed(value: Any, kind: Any, key: str, source: str) -> Any:
@@ -400,8 +502,8 @@ def _parsed(value: Any, kind: Any, key: str, source: str) -> Any:
     if kind is bool:
         if isinstance(value, bool):
             return value
-        if text is not None and text.lower() in ("true", "1", "yes", "false", "0", "no"):
-            return text.lower() in ("true", "1", "yes")
+        if text is not None and text.lower() in (*TRUE, *FALSE):
+            return text.lower() in TRUE
         raise UsageError(f"{key} is {value!r}{where}: it must be true or false")
     if kind is str and text is not None:
         return text

@@ -117,3 +117,16 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help shows the options)")
+
+
+def user_path(text: str) -> str:
+    """A path as a person wrote it, with ~ expanded, for flags and files that no shell expands it in. Raises UsageError.
+
+    A variable is refused unless there is a file of that very name: a directory that is called $HOME helps nobody.
+    """
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise UsageError(f"no home directory is known for {text}: for a file of that name write ./{text}")
+    if "$" in text and not os.path.lexists(path):
+        raise UsageError(f"{text!r} holds a $, and variables are not expanded here: write the path itself")
+    return path

@@ -2,7 +2,7 @@
 
 import argparse
 
-from distgpt.errors import Parser, enter, main_guard
+from distgpt.errors import Parser, enter, main_guard, user_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -10,8 +10,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(
         prog="python -m distgpt.evaluate", description="The validation loss of a run's newest good checkpoint."
     )
-    parser.add_argument("run", metavar="RUN", help="run directory")
-    parser.add_argument("--data", metavar="DIR", help="prepared data (default: the run's own)")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="run directory")
+    parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
     parser.add_argument("--sequences", type=int, metavar="N", help="validation windows (default: all)")
     return parser.parse_args()
 

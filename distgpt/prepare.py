@@ -31,7 +31,16 @@ from distgpt.corpus.tokenizer import (
     tokenizer_from_json,
 )
 from distgpt.corpus.workers import Workers
-from distgpt.errors import DISK_FULL, DirectoryError, Interrupted, Parser, StorageError, UsageError, main_guard
+from distgpt.errors import (
+    DISK_FULL,
+    DirectoryError,
+    Interrupted,
+    Parser,
+    StorageError,
+    UsageError,
+    main_guard,
+    user_path,
+)
 from distgpt.machine import available_cpus
 
 DEFAULT_OUTPUT = Path("data/stdlib")
@@ -83,10 +92,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--input", nargs="+", metavar="PATH", help="files, folders, patterns, or - for standard input (one text)")
-    add("--output", type=Path, metavar="DIR", help=f"directory to make (default with no input: {DEFAULT_OUTPUT})")
+    add(
+        "--input",
+        nargs="+",
+        type=user_path,
+        metavar="PATH",
+        help="files, folders, patterns, or - for standard input (one text)",
+    )
+    add("--output", type=_path, metavar="DIR", help=f"directory to make (default with no input: {DEFAULT_OUTPUT})")
     add(
         "--tokenizer",
+        type=user_path,
         default="char",
         metavar="char|bytes|bpe|gpt2|FILE",
         help="characters; bytes; BPE learned from this text; GPT-2's; a tokenizer.json or .tiktoken (default: char)",
@@ -117,10 +133,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         help="do share I (from 0) of N; start all N, at once or not: the last to end writes the output",
     )
     add("--overwrite", action="store_true", help="prepare again and replace the output, in one step")
-    add("--verify", type=Path, metavar="DIR", help="check every file of a prepared directory instead")
+    add("--verify", type=_path, metavar="DIR", help="check every file of a prepared directory instead")
     options = parser.parse_args(arguments)
     _check(options)
     return options
+
+
+def _path(text: str) -> Path:
+    return Path(user_path(text))
 
 
 def _task(text: str) -> tuple[int, int]:

@@ -8,7 +8,7 @@ It leaves the run directory as it is.
 
 import argparse
 
-from distgpt.errors import Parser, enter, main_guard
+from distgpt.errors import Parser, enter, main_guard, user_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -17,9 +17,9 @@ def parse_arguments() -> argparse.Namespace:
         prog="python -m distgpt.replay",
         description="Compute a step of a run again, and name the first layer where it is not finite.",
     )
-    parser.add_argument("run", metavar="RUN", help="run directory")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="run directory")
     parser.add_argument("--step", type=int, required=True, metavar="S", help="the step, as metrics.jsonl counts them")
-    parser.add_argument("--data", metavar="DIR", help="prepared data (default: the run's own)")
+    parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
     return parser.parse_args()
 
 

@@ -2,13 +2,13 @@
 
 import argparse
 
-from distgpt.errors import Parser, enter, main_guard
+from distgpt.errors import Parser, enter, main_guard, user_path
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises UsageError."""
     parser = Parser(prog="python -m distgpt.sample", description="Write text with a trained model.")
-    parser.add_argument("run", metavar="RUN", help="run directory; its newest good checkpoint is used")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="run directory; its newest good checkpoint is used")
     parser.add_argument("--prompt", default="", help="text to go on from (default: none)")
     parser.add_argument("--tokens", type=int, default=500, metavar="N", help="tokens to write (default: 500)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts to write (default: 1)")

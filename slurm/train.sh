@@ -63,7 +63,7 @@ config = main_guard(lambda: resolve(sys.argv[1:], os.environ))
 main_guard(lambda: open_dataset(Path(config.data.path)))
 print(config.train.steps, config.run_dir)' "$@")
 read -r steps run_dir <<<"$plan"
-if [[ -n ${SLURM_ARRAY_TASK_ID:-} && " ${flags[*]}" != *" --run.dir="* ]]; then
+if [[ -n ${SLURM_ARRAY_TASK_ID:-} && " ${flags[*]}" != *" --run.dir"[=\ ]* ]]; then
     run_dir=$run_dir-$SLURM_ARRAY_TASK_ID
     set -- "$@" "--run.dir=$run_dir"
 fi

@@ -72,6 +72,19 @@ def test_a_number_may_have_a_word_for_it(tmp_path: Path) -> None:
         ("--steps=3", "unknown key steps: did you mean train.steps?"),
         ("-x", "unknown key -x"),
         ("gpt2-123m", "no preset is called gpt2-123m: did you mean gpt2-124m?"),
+        ("gpt2", "no preset is called gpt2: did you mean gpt2-124m?"),
+        ("gpt2-medium", "no preset is called gpt2-medium: did you mean gpt2-350m?"),
+        ("GPT-2_XL", "no preset is called GPT-2_XL: did you mean gpt2-1558m?"),
+        ("gpt2-1.5b", "no preset is called gpt2-1.5b: did you mean gpt2-1558m?"),
+        ("modern-3b", "no preset is called modern-3b: did you mean modern-7b?"),
+        ("--lr=3e-4", "unknown key lr: did you mean optim.lr?"),
+        ("--lr", "unknown key lr: did you mean optim.lr?"),
+        ("--model.lr=1", "unknown key model.lr: did you mean optim.lr?"),
+        ("--optim.learning_rate=1", "unknown key optim.learning_rate: did you mean optim.lr?"),
+        ("--batch-size=8", "unknown key batch-size: did you mean train.global_batch?"),
+        ("--max_iters=8", "unknown key max_iters: did you mean train.steps?"),
+        ("--nlayer=8", "unknown key nlayer: did you mean model.n_layer?"),
+        ("--every=8", "unknown key every: did you mean eval.every or checkpoint.every or log.every?"),
     ],
 )
 def test_an_unknown_key_or_preset_names_the_nearest(argument: str, near: str) -> None:
@@ -107,8 +120,59 @@ def test_a_wrong_type_or_choice_says_what_it_must_be(argument: str, expected: st
     assert refusal(argument) == expected
 
 
-def test_a_value_after_a_space_is_no_preset() -> None:
-    assert refusal("--train.steps", "200") == "--train.steps has no value: write --train.steps=VALUE"
+def test_every_name_that_others_use_stands_for_a_key_or_preset() -> None:
+    assert set(config.OTHER_NAMES.values()) <= set(config.keys())
+    assert set(config.OTHER_PRESETS.values()) <= set(config.preset_names())
+
+
+def test_a_value_may_follow_its_key_after_a_space() -> None:
+    found = resolve(["--data.path", "books", "seed", "--optim.lr", "1e-3", "--run.fresh", "--train.compile", "no"], {})
+    assert (found.data.path, found.optim.lr, found.run.fresh, found.train.compile) == ("books", 1e-3, True, False)
+    assert found.model.dropout == 0.2  # seed is a preset, no value of the key before it
+    assert resolve(["--run.fresh", "seed"], {}).run.fresh is True
+    assert refusal("--model.n_layer", "-1") == "model.n_layer is -1: it must be positive"
+    assert refusal("--run.dir", "--run.fresh") == "--run.dir has no value: write --run.dir=VALUE"
+
+
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [
+        ("DISTGPT_OPTIM_LR", "DISTGPT_OPTIM__LR"),
+        ("DISTGPT_OPTIM_LEARNING_RATE", "DISTGPT_OPTIM__LR"),
+        ("DISTGPT_MODEL_N_LAYER", "DISTGPT_MODEL__N_LAYER"),
+        ("DISTGPT_STEPS", "DISTGPT_TRAIN__STEPS"),
+    ],
+)
+def test_a_variable_with_one_underscore_is_not_ignored(name: str, right: str) -> None:
+    assert refusal(**{name: "1"}) == f"{name} sets no key: did you mean {right}?"
+
+
+def test_variables_of_the_launchers_are_no_keys() -> None:
+    for name in ("ENV", "EXIT_FILE", "HOME", "PREFLIGHT", "RUN", "SWEEP", "TORCH"):
+        assert resolve([], {f"DISTGPT_{name}": "1"}) == config.Config()
+
+
+def test_a_tilde_is_expanded_wherever_a_path_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "mine.toml").write_text("[run]\ndir = '~/run'\n[data]\npath = '~/data'\n")
+    for found in (
+        resolve(["--run.dir=~/run", "--data.path=~/data"], {}),
+        resolve(["~/mine.toml"], {}),
+        resolve([], {"DISTGPT_RUN__DIR": "~/run", "DISTGPT_DATA__PATH": "~/data"}),
+    ):
+        assert (found.run_dir, found.data.path) == (tmp_path / "run", str(tmp_path / "data"))
+    assert resolve(["--run.dir=./~/run"], {}).run.dir == "./~/run"
+
+
+def test_a_dollar_in_a_path_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text("[data]\npath = '$HOME/data'\n")
+    says = "{}: '$HOME/{}' holds a $, and variables are not expanded here: write the path itself"
+    assert refusal("--run.dir=$HOME/run") == says.format("run.dir", "run")
+    assert refusal(str(tmp_path / "mine.toml")) == says.format("data.path", "data")
+    assert refusal(DISTGPT_RUN__DIR="$HOME/run") == says.format("run.dir", "run")
+    assert refusal("--run.dir=~nobody-here/run").startswith("run.dir: no home directory is known for ~nobody-here/run")
+    (tmp_path / "a$b").mkdir()
+    assert resolve([f"--data.path={tmp_path / 'a$b'}"], {}).data.path == str(tmp_path / "a$b")
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,53 @@
+"""Paths as a person writes them: ~ is expanded and a $ refused, by every command and every option that takes a path."""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from distgpt import evaluate, prepare, replay, sample
+from distgpt.errors import UsageError
+
+
+def prepare_arguments(*arguments: str) -> list[object]:
+    options = prepare._parse(arguments)
+    return [*(options.input or []), options.output, options.tokenizer, options.verify]
+
+
+def of_command(parse: Callable[[], object]) -> Callable[..., list[object]]:
+    def values(*arguments: str) -> list[object]:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(sys, "argv", ["command", *arguments])
+            return list(vars(parse()).values())
+
+    return values
+
+
+PATHS: dict[str, tuple[Callable[..., list[object]], list[str]]] = {
+    "prepare --input": (prepare_arguments, ["--output", "out", "--input", "-", "{}"]),
+    "prepare --output": (prepare_arguments, ["--input", "-", "--output", "{}"]),
+    "prepare --output=": (prepare_arguments, ["--input", "-", "--output={}"]),
+    "prepare --tokenizer": (prepare_arguments, ["--tokenizer", "{}"]),
+    "prepare --verify": (prepare_arguments, ["--verify", "{}"]),
+    "evaluate RUN": (of_command(evaluate.parse_arguments), ["{}"]),
+    "evaluate --data": (of_command(evaluate.parse_arguments), ["run", "--data={}"]),
+    "sample RUN": (of_command(sample.parse_arguments), ["{}"]),
+    "replay RUN": (of_command(replay.parse_arguments), ["{}", "--step=1"]),
+    "replay --data": (of_command(replay.parse_arguments), ["run", "--step=1", "--data={}"]),
+}
+
+
+@pytest.mark.parametrize("name", PATHS)
+def test_a_tilde_is_expanded_and_a_dollar_refused(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values, arguments = PATHS[name]
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert str(tmp_path / "x") in map(str, values(*(argument.format("~/x") for argument in arguments)))
+    with pytest.raises(UsageError, match=r"'\$HOME/x' holds a \$, and variables are not expanded here"):
+        values(*(argument.format("$HOME/x") for argument in arguments))
+
+
+def test_a_file_with_a_dollar_in_its_name_is_read(tmp_path: Path) -> None:
+    file = tmp_path / "Outer$Inner.java"
+    file.write_text("class Inner {}")
+    assert str(file) in prepare_arguments("--output", "out", "--input", str(file))
