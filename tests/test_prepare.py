@@ -5,7 +5,9 @@ import hashlib
 import json
 import os
 import random
+import re
 import resource
+import shlex
 import signal
 import subprocess
 import sys
@@ -98,6 +100,26 @@ def texts_of(dataset: Dataset) -> tuple[list[str], list[str]]:
 def all_texts(dataset: Dataset) -> list[str]:
     train, val = texts_of(dataset)
     return train + val
+
+
+@pytest.mark.parametrize("name", ["my books", "data/books", "book.txt"])
+def test_text_given_as_data_is_answered_with_a_command_that_prepare_accepts(
+    name: str, prepare: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = Path(name) if name.endswith(".txt") else Path(name, "a.txt")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("a text of some length. " * 100)
+    with pytest.raises(DataError) as caught:
+        open_dataset(Path(name))
+    said = re.search(
+        r"has no meta\.json: run python -m distgpt\.prepare (.*), then give (.*) as the data", str(caught.value)
+    )
+    assert said is not None
+    prepare(*shlex.split(said[1]))
+    assert open_dataset(Path(*shlex.split(said[2]))).train.tokens > 0
+    with pytest.raises(DataError, match=r"data is not a dataset, .*: did you mean data/"):
+        open_dataset(Path("data"))
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="tinyshakespeare is not here")

@@ -9,12 +9,14 @@ train.bin  val.bin  meta.pkl        for nanoGPT, where a split is one shard: lin
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import mmap
 import os
 import pickle
 import re
 import resource
+import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -104,14 +106,12 @@ def open_dataset(path: Path) -> Dataset:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The content of meta.json. Raises DataError where there is none that this version reads."""
-    if not path.is_dir():
+    if not path.exists():
         raise NotWholeError(f"no prepared data in {path}: run python -m distgpt.prepare --input ... --output {path}")
     try:
         meta = json.loads((path / META).read_bytes())
-    except FileNotFoundError:
-        raise NotWholeError(
-            f"{path} is not a dataset, it has no {META}: run python -m distgpt.prepare --input ... --output {path}"
-        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise NotWholeError(f"{path} is not a dataset, it has no {META}: {_what_to_take(path)}") from None
     except OSError as error:
         raise DataError(f"cannot read {path / META}: {error.strerror}") from None
     except ValueError as error:
@@ -121,6 +121,21 @@ def read_meta(path: Path) -> dict[str, Any]:
     if meta.get("version") != VERSION:
         raise DataError(f"{path} has dataset format version {meta.get('version')}, this distgpt reads {VERSION}")
     return meta
+
+
+def _what_to_take(path: Path) -> str:
+    """The dataset that may be meant by a directory or file that is none, or the command that makes one of it."""
+    try:
+        inside = list(itertools.islice(path.iterdir(), 1000))
+    except OSError:  # a file, or a directory that is not to be listed
+        inside = [path]
+    if datasets := sorted(child for child in inside if (child / META).is_file()):
+        return f"did you mean {datasets[0]}?"
+    name = path.resolve().stem if path.is_file() else path.resolve().name
+    outputs = (Path("data", name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
+    made = shlex.quote(str(next(output for output in outputs if not os.path.lexists(output))))
+    text = shlex.quote(str(path)) if inside else "..."
+    return f"run python -m distgpt.prepare --input {text} --output {made}, then give {made} as the data"
 
 
 def verify_dataset(dataset: Dataset, *, always: bool = False) -> None:
