@@ -46,7 +46,7 @@ from distgpt.cluster.hosts import LONGEST_SECONDS, check_hosts
 from distgpt.cluster.preflight import Finding, all_local_devices, check_machine, exit_code
 from distgpt.cluster.run_directory import write_exit_report
 from distgpt.cluster.runtime import this_rank
-from distgpt.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK
+from distgpt.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, record_cause
 
 
 def main(config: Config, *, distributed: bool) -> int:
@@ -98,6 +98,7 @@ def report(code: int, cause: str) -> None:
     """What stands in the launcher's file afterwards, if this rank is the first of its host that failed."""
     if code:
         write_exit_report(None, code=code, cause=cause, rank=int(os.environ["RANK"]), step=None)
+        record_cause(f"distgpt: error: {cause}")
 
 
 def say(finding: Finding) -> None:

@@ -7,12 +7,15 @@ A user's mistake is an exception with one clear line: what is wrong, where, and 
 import argparse
 import errno
 import io
+import json
 import os
 import signal
 import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from types import FrameType
 from typing import NoReturn, TypeVar
 
@@ -90,9 +93,9 @@ def main_guard(main: Callable[[], T]) -> T:
     try:
         return main()
     except DistgptError as error:
-        if os.environ.get("RANK", "0") != "0":
+        if "MASTER_ADDR" in os.environ and os.environ.get("RANK", "0") != "0":
             time.sleep(PATIENCE)  # by then torchrun has ended this rank, unless it alone found the mistake
-        print(f"distgpt: error: {error}", file=sys.stderr, flush=True)
+        print_cause(f"distgpt: error: {error}")
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
@@ -110,6 +113,21 @@ def main_guard(main: Callable[[], T]) -> T:
     except Exception:
         traceback.print_exc()
         sys.exit(EXIT_BUG)
+
+
+def print_cause(line: str) -> None:
+    """Print why this process ends on stderr, and have torchrun say so too."""
+    print(line, file=sys.stderr, flush=True)
+    record_cause(line)
+
+
+def record_cause(line: str) -> None:
+    """Have torchrun say why this rank ended at the end of its own report, which stands far below what a rank prints."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # The format of torch.distributed.elastic.multiprocessing.errors.
+        error = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": error}))
 
 
 class Parser(argparse.ArgumentParser):

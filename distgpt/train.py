@@ -12,6 +12,7 @@ from distgpt.cluster.health import SIGHT, Run, die_with_agent, leave_if_hopeless
 from distgpt.cluster.run_directory import RunPaths
 from distgpt.config import Config, config_from_command_line, to_dict, to_toml
 from distgpt.errors import enter, main_guard
+from distgpt.torchrun import place_in_job
 
 ABOUT = "Train a GPT on a prepared corpus, or go on with the run in its run directory."
 
@@ -20,6 +21,7 @@ if __name__ == "__main__":
     enter()
     die_with_agent()
     CONFIG = main_guard(lambda: config_from_command_line(sys.argv[1:], prog="distgpt.train", about=ABOUT))
+    main_guard(place_in_job)
     main_guard(lambda: leave_if_hopeless(RunPaths(CONFIG.run_dir)))
 
 import logging

@@ -4,10 +4,14 @@ import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from distgpt import errors
+
+OTHER_RANK = {"RANK": "1", "MASTER_ADDR": "node1"}
 
 
 def ended(body: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -36,7 +40,7 @@ def test_what_a_user_can_act_on_is_one_line_and_an_exit_code(name: str, code: in
 
 @pytest.mark.parametrize("rank", ["0", "1"])
 def test_a_rank_that_alone_finds_a_mistake_says_so(rank: str) -> None:
-    done = ended("raise UsageError('do this')", RANK=rank)
+    done = ended("raise UsageError('do this')", RANK=rank, MASTER_ADDR="node1")
     assert (done.returncode, done.stderr) == (2, "distgpt: error: do this\n")
 
 
@@ -44,7 +48,7 @@ def test_another_rank_leaves_rank_0_time_to_speak() -> None:
     body = "import sys; print('found', file=sys.stderr, flush=True); raise UsageError('do this')"
     program = f"from distgpt.errors import *\ndef main():\n    {body}\nmain_guard(main)\n"
     command = [sys.executable, "-c", program]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "RANK": "1"}) as process:
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | OTHER_RANK) as process:
         assert process.stderr is not None
         assert process.stderr.readline() == "found\n"
         with pytest.raises(subprocess.TimeoutExpired):
@@ -52,6 +56,22 @@ def test_another_rank_leaves_rank_0_time_to_speak() -> None:
         process.terminate()
         assert process.stderr.read() == ""
         assert process.wait() == -signal.SIGTERM
+
+
+def test_a_stale_rank_waits_for_nobody() -> None:
+    program = "from distgpt.errors import *\ndef main():\n    raise UsageError('do this')\nmain_guard(main)\n"
+    environment = {name: value for name, value in os.environ.items() if name != "MASTER_ADDR"} | {"RANK": "3"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=20)
+    assert (done.returncode, done.stderr) == (2, "distgpt: error: do this\n")
+
+
+def test_torchrun_s_report_ends_with_the_cause(tmp_path: Path) -> None:
+    """In the words of the agent, which prints the error file of the rank that failed first below all else."""
+    done = ended("raise UsageError('do this')", TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
+    assert (done.returncode, done.stderr) == (2, "distgpt: error: do this\n")
+    failure = ProcessFailure(local_rank=0, pid=os.getpid(), exitcode=2, error_file=str(tmp_path / "error.json"))
+    report = str(ChildFailedError("distgpt.train", {0: failure})).splitlines()
+    assert report[-2] == "  traceback : distgpt: error: do this"
 
 
 def test_a_bug_keeps_its_traceback() -> None:

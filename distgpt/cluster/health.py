@@ -23,7 +23,7 @@ from distgpt.cluster.backstop import STACKS_SIGNAL
 from distgpt.cluster.ownership import LEASE, RENEWAL, Owner, RunLock, loss_of, owner_of_this_attempt
 from distgpt.cluster.run_directory import (
     RunPaths,
-    code_of_this_job,
+    ending_of_this_job,
     forget_last_attempt,
     this_attempt,
     write_exit_report,
@@ -39,6 +39,8 @@ from distgpt.errors import (
     PATIENCE,
     STOP_SIGNALS,
     DistgptError,
+    print_cause,
+    record_cause,
 )
 
 log = logging.getLogger("distgpt")
@@ -60,8 +62,12 @@ def die_with_agent() -> None:
     agent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     # It may have died before the call above took effect, or even before this process had got so far.
-    if os.getppid() != agent or not _is_under_torch(agent):
+    if os.getppid() != agent:
         os.kill(os.getpid(), signal.SIGKILL)
+    if not _is_under_torch(agent):
+        with suppress(OSError):
+            _say(EXIT_USAGE, "TORCHELASTIC_RUN_ID is set, but no torchrun is above this process: unset it")
+        os._exit(EXIT_USAGE)
 
 
 def _is_under_torch(pid: int) -> bool:
@@ -87,10 +93,12 @@ def _runs_torch(pid: int) -> bool:
 
 
 def leave_if_hopeless(paths: RunPaths) -> None:
-    """torchrun starts all ranks again whatever ended them: leave, without a word, if that cannot help."""
+    """torchrun starts all ranks again whatever ended them: leave if that cannot help; rank 0 says again why."""
     if this_attempt():
-        code = code_of_this_job(paths)
+        code, cause = ending_of_this_job(paths) or (EXIT_OK, "")
         if code in (EXIT_USAGE, EXIT_DATA, EXIT_CANNOT_CREATE):
+            if os.environ.get("RANK", "0") == "0":
+                record_cause(f"distgpt: error: {cause}")
             sys.exit(code)
 
 
@@ -253,7 +261,7 @@ class Run:
         log.error(line)
         write_exit_report(None, code=EXIT_CANNOT_CREATE, cause=line, rank=self.rank, step=self.step)
         if self.rank == 0:
-            print(f"distgpt: error: {line}", file=sys.stderr)
+            print_cause(f"distgpt: error: {line}")
         _leave(EXIT_CANNOT_CREATE)
 
     def _release(self) -> None:
@@ -278,7 +286,7 @@ class Run:
 
 
 def _say(code: int, cause: str) -> None:
-    print(f"distgpt: {cause}" if code == EXIT_INTERRUPTED else f"distgpt: error: {cause}", file=sys.stderr)
+    print_cause(f"distgpt: {cause}" if code == EXIT_INTERRUPTED else f"distgpt: error: {cause}")
 
 
 def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:

@@ -102,13 +102,13 @@ def forget_last_attempt() -> None:
             launcher_file.unlink()
 
 
-def code_of_this_job(paths: RunPaths) -> int | None:
-    """The exit code that an earlier attempt of this same torchrun reported, None if it did not."""
+def ending_of_this_job(paths: RunPaths) -> tuple[int, str] | None:
+    """The exit code and cause that an earlier attempt of this same torchrun reported, None if it did not."""
     for file in (Path(os.environ.get(EXIT_FILE_VARIABLE, "")), paths.exit_report):
         with suppress(OSError, ValueError):
             report = json.loads(file.read_text())
             if isinstance(report, dict) and report.get("job") == this_job():
-                return int(report["code"])
+                return int(report["code"]), str(report["cause"])
     return None
 
 

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from distgpt.cluster.run_directory import this_attempt
 from distgpt.errors import UsageError
 from distgpt.machine import available_cpus
+from distgpt.torchrun import place_in_job
 
 # glibc's mallopt, malloc.h
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -42,18 +43,16 @@ class Runtime:
 
 def this_rank() -> Runtime:
     """The facts from torchrun's environment, one process without it. Raises UsageError if it has no device."""
-    rank, local_rank = int(os.environ.get("RANK", "0")), int(os.environ.get("LOCAL_RANK", "0"))
-    world_size = int(os.environ.get("WORLD_SIZE", "1"))
-    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    place = place_in_job()
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        if local_world_size > torch.cuda.device_count():
+        if place.local_world_size > torch.cuda.device_count():
             raise UsageError(
-                f"{local_world_size} ranks on this host but {torch.cuda.device_count()} GPUs: "
+                f"{place.local_world_size} ranks on this host but {torch.cuda.device_count()} GPUs: "
                 f"use --nproc_per_node={torch.cuda.device_count()}"
             )
-        device = torch.device("cuda", local_rank)
-    return Runtime(rank, local_rank, world_size, local_world_size, device)
+        device = torch.device("cuda", place.local_rank)
+    return Runtime(place.rank, place.local_rank, place.world_size, place.local_world_size, device)
 
 
 def restarted() -> bool:

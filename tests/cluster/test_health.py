@@ -251,6 +251,16 @@ def test_no_rank_outlives_its_agent() -> None:
 
 
 @jobs.linux_only
+def test_torchrun_s_variables_without_torchrun_are_one_line() -> None:
+    alone = "from distgpt.cluster import health; health._is_under_torch = lambda pid: False; health.die_with_agent()"
+    ended = jobs.run([sys.executable, "-c", alone], TORCHELASTIC_RUN_ID="x")
+    assert ended.code == 2
+    assert ended.error_lines == [
+        "distgpt: error: TORCHELASTIC_RUN_ID is set, but no torchrun is above this process: unset it"
+    ], ended
+
+
+@jobs.linux_only
 def test_a_rank_whose_agent_is_gone_before_it_looks_ends_at_once() -> None:
     worker = f"{sys.executable} -c 'from distgpt.cluster.health import *; die_with_agent(); print(1); time.sleep(600)'"
     # The shell that starts it is gone by the time that it begins.

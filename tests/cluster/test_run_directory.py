@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from distgpt.cluster.run_directory import RunPaths, code_of_this_job, forget_last_attempt, write_exit_report
+from distgpt.cluster.run_directory import RunPaths, ending_of_this_job, forget_last_attempt, write_exit_report
 from distgpt.errors import UsageError
 
 
@@ -94,15 +94,15 @@ def test_a_report_of_a_file_system_without_links_is_the_first_as_well(
 def test_a_report_is_only_of_the_job_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every torchrun that was given no id calls itself none."""
     monkeypatch.delenv("DISTGPT_EXIT_FILE", raising=False)
-    for job, known_to_the_next in (("none", None), ("mine", 65)):
+    for job, known_to_the_next in (("none", None), ("mine", (65, "the loss"))):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
         paths = RunPaths(tmp_path / job)
         paths.root.mkdir()
         write_exit_report(paths, code=65, cause="the loss", rank=0, step=7)
-        assert code_of_this_job(paths) == 65
+        assert ending_of_this_job(paths) == (65, "the loss")
         with monkeypatch.context() as another:
             another.setattr(os, "getppid", lambda: 1)
-            assert code_of_this_job(paths) == known_to_the_next
+            assert ending_of_this_job(paths) == known_to_the_next
 
 
 def test_a_directory_whose_name_is_no_text_is_refused() -> None:

@@ -55,7 +55,8 @@ def test_one_process_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="wants more ranks than GPUs")
 def test_torchrun_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}.items():
+    numbers = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in {**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     runtime = this_rank()
     assert (runtime.rank, runtime.local_rank, runtime.world_size, runtime.local_world_size) == (5, 1, 8, 4)
@@ -102,7 +103,8 @@ def free_port() -> int:
 
 
 def test_more_ranks_than_gpus_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    for name, value in {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(UsageError, match=r"4 ranks on this host but 2 GPUs: use --nproc_per_node=2"):

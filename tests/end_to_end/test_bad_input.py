@@ -26,6 +26,7 @@ EXPECTED = {
     "short corpus": (65, r".*val.*"),
     "batch over ranks": (2, r"train.global_batch 8 does not divide over 3 ranks: take a global_batch of 6 or 9, or .*"),
     "ranks over GPUs": (2, r"2 ranks on this host but 1 GPUs: use --nproc_per_node=1"),
+    "stale variables": (2, r"the environment has RANK=3 WORLD_SIZE=8, but no launcher started this process: unset .*"),
     "micro batch": (2, r"train.micro_batch is 3, which does not divide train.global_batch = 8: take 1 or 2 or 4 or 8"),
     "head count": (2, r"model.n_head is 3, which does not divide model.n_embd = 16: take 1 or 2 or 4 or 8 heads"),
     "unknown key": (2, r"unknown key train.step: did you mean train.steps\?"),
@@ -45,6 +46,8 @@ EXPECTED = {
     "infinite weights": (65, r"weights are not finite after step 1: nothing is saved; lower optim.lr"),
 }
 
+
+LAUNCHER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
 # distgpt.train on a machine that has a GPU, as far as it gets here.
 ONE_GPU = """
@@ -92,10 +95,11 @@ def cases(
             "flipped byte": case(data=root / "flipped", run=root / "run-flipped"),
             "foreign token": case(data=root / "foreign", run=root / "run-foreign"),
             "short corpus": case(data=root / "few", run=root / "run-short"),
-            "batch over ranks": lambda: jobs.door("train", *tiny(prepared, fresh), WORLD_SIZE="3"),
+            "batch over ranks": lambda: jobs.door("train", *tiny(prepared, fresh), WORLD_SIZE="3", **LAUNCHER),
             "ranks over GPUs": lambda: jobs.run(
-                [sys.executable, "-c", ONE_GPU, *tiny(prepared, fresh)], LOCAL_WORLD_SIZE="2"
+                [sys.executable, "-c", ONE_GPU, *tiny(prepared, fresh)], LOCAL_WORLD_SIZE="2", **LAUNCHER
             ),
+            "stale variables": lambda: jobs.door("train", *tiny(prepared, fresh), RANK="3", WORLD_SIZE="8"),
             "micro batch": case("--train.micro_batch=3"),
             "head count": case("--model.n_head=3"),
             "unknown key": case("--train.step=3"),
@@ -179,6 +183,8 @@ def test_under_torchrun_a_mistake_is_told_once(tmp_path: Path) -> None:
         f"run python -m distgpt.prepare --input ... --output {tmp_path / 'none'}"
     ]
     assert ended.traceback == []
+    # The last words of torchrun's own report are the same line.
+    assert ended.stderr.splitlines()[-2].endswith(ended.error_lines[0])
     assert json.loads(copy.read_text())["code"] == 65
     assert not run.exists()
 
