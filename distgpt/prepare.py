@@ -42,6 +42,7 @@ from distgpt.errors import (
     user_path,
 )
 from distgpt.machine import available_cpus
+from distgpt.suggestion import training_command
 
 DEFAULT_OUTPUT = Path("data/stdlib")
 DEFAULT_VOCAB_SIZE = 8192
@@ -452,7 +453,7 @@ def _summary(options: argparse.Namespace, meta: dict[str, Any], found: Scan, sec
             f"validation  {tokens[1] / sum(tokens):.2%} of the tokens, {asked}",
             f"text        {found.text_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {speed:,.1f} MB/s",
             f"prepared    {options.output}",
-            f"next        torchrun --standalone --nproc_per_node=auto -m distgpt.train --data.path={options.output}",
+            f"next        {training_command(options.output, train_tokens=tokens[0], val_tokens=tokens[1])}",
         )
     )
 

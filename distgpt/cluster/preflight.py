@@ -32,6 +32,7 @@ from distgpt.corpus.shards import Dataset, Split, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.errors import EXIT_IO, EXIT_OK, DirectoryError, DistgptError, UsageError
 from distgpt.model.gpt import count_parameters
+from distgpt.suggestion import MANY_EPOCHS, steps_of_many_epochs
 
 # Of a device's memory that weights, gradients and moments may take before activations have too little.
 COMFORTABLE_SHARE = 0.7
@@ -177,7 +178,14 @@ def windows(config: Config, dataset: Dataset) -> Finding:
     evaluated, _ = evaluation_windows(lengths(val), block_size, config.eval.sequences, val.name)
     epochs = config.train.steps * config.train.global_batch / order.windows
     text = f"{order.windows:,} of {block_size} tokens to train on, {len(evaluated):,} to evaluate on"
-    return found("windows", f"{text}; {config.train.steps:,} steps see the training text {epochs:.3g} times")
+    times = f"{epochs:.3g}" if epochs < 100 else f"{epochs:,.0f}"
+    text += f"; {config.train.steps:,} steps see the training text {times} times"
+    if epochs > MANY_EPOCHS:
+        fewer = steps_of_many_epochs(order.windows, config.train.global_batch)
+        return warning(
+            "windows", f"{text}: prepare more text, or see it {MANY_EPOCHS} times with --train.steps={fewer}"
+        )
+    return found("windows", text)
 
 
 def lengths(split: Split) -> list[int]:

@@ -97,6 +97,16 @@ def test_windows_are_counted_as_training_draws_them(dataset: Dataset) -> None:
     )
 
 
+def test_more_than_ten_epochs_are_a_warning(dataset: Dataset) -> None:
+    windows = Order([len(shard) for shard in dataset.train.shards], block_size=16, seed=0).windows
+    enough = 10 * windows // 8
+    assert preflight.windows(config(f"--train.steps={enough}", "--train.global_batch=8"), dataset).level == "ok"
+    finding = preflight.windows(config("--train.steps=572000", "--train.global_batch=8"), dataset)
+    assert finding.level == "warn"
+    assert f"see the training text {572000 * 8 / windows:,.0f} times" in finding.text
+    assert f"with --train.steps={enough}" in finding.text
+
+
 def test_the_run_directory_is_left_as_it_was(dataset: Dataset, tmp_path: Path) -> None:
     finding = preflight.run_directory(config(f"--run.dir={tmp_path / 'a' / 'b'}"), ONE_PROCESS, dataset)
     assert (finding.level, list(tmp_path.iterdir())) == ("ok", [])

@@ -1,0 +1,40 @@
+"""The training command that fits a prepared text and this machine. Imports no torch."""
+
+import shlex
+from pathlib import Path
+
+from distgpt.config import resolve
+from distgpt.machine import available_gpus, default_ranks
+
+# From then on a model learns mostly by heart.
+MANY_EPOCHS = 10
+# Fewer steps show nothing, however short the text.
+LEAST_STEPS = 100
+# The training tokens from which a preset is worth its time on a GPU: MANY_EPOCHS are 20 tokens a parameter then.
+ON_GPU = {"modern-125m": 250_000_000, "seed": 22_000_000, "quickstart": 0}
+
+
+def training_command(data: Path, *, train_tokens: int, val_tokens: int) -> str:
+    """The command that trains on `data`: the preset, no more than MANY_EPOCHS of steps, a rank for each device."""
+    preset = next(name for name, least in ON_GPU.items() if train_tokens >= least) if available_gpus() else "quickstart"
+    config = resolve([preset], {})
+    flags = []
+    if Path(config.data.path) != data:
+        flags.append(f"--data.path={data}")
+        if config.run.dir:
+            flags.append(f"--run.dir={Path('runs', data.resolve().name)}")
+    block_size, batch = config.model.block_size, config.train.global_batch
+    if val_tokens <= block_size:
+        block_size = 2 ** max(0, (val_tokens - 1).bit_length() - 1)
+        flags.append(f"--model.block_size={block_size}")
+    steps = max(LEAST_STEPS, steps_of_many_epochs(train_tokens // block_size, batch))
+    if steps < config.train.steps:
+        flags.append(f"--train.steps={steps}")
+    ranks = max(ranks for ranks in range(1, default_ranks() + 1) if batch % ranks == 0)
+    launcher = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
+    return f"{launcher} -m distgpt.train {shlex.join([preset, *flags])}"
+
+
+def steps_of_many_epochs(windows: int, global_batch: int) -> int:
+    """The steps that see each of so many windows MANY_EPOCHS times."""
+    return max(1, MANY_EPOCHS * windows // global_batch)
