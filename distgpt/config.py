@@ -13,7 +13,7 @@ import sys
 import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -343,6 +343,11 @@ def check(config: Config) -> None:
             f"train.micro_batch is {train.micro_batch}, which does not divide train.global_batch = "
             f"{train.global_batch}: take {_either(sorted(near))}"
         )
+
+
+def with_absolute_data(config: Config) -> Config:
+    """The same with the whole path of the data, which a run keeps, so that it is found from any directory."""
+    return replace(config, data=replace(config.data, path=os.path.abspath(config.data.path)))
 
 
 def value_at(config: Config, key: str) -> Any:

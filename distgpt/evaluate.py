@@ -25,12 +25,11 @@ import sys
 from pathlib import Path
 
 from distgpt.cluster.evaluation import evaluate
-from distgpt.cluster.loading import load_for_inference
+from distgpt.cluster.loading import load_for_inference, open_data_of_run
 from distgpt.cluster.parallel import micro_batch_size
 from distgpt.cluster.runtime import compute_dtype, joined, this_rank
 from distgpt.config import from_dict
 from distgpt.corpus.loader import EvaluationBatches
-from distgpt.corpus.shards import open_dataset, verify_dataset
 from distgpt.errors import DataError, UsageError
 
 
@@ -44,8 +43,8 @@ def main(arguments: argparse.Namespace) -> None:
     with joined(runtime, timeout=0):
         model, tokenizer, state = load_for_inference(Path(arguments.run), runtime.device)
         config = from_dict(state.config, source=arguments.run)
-        dataset = open_dataset(Path(arguments.data or config.data.path))
-        verify_dataset(dataset)
+        fingerprint = None if arguments.data else state.data_fingerprint
+        dataset = open_data_of_run(config.data.path, arguments.data, fingerprint=fingerprint)
         if dataset.meta["tokenizer"]["sha256"] != state.tokenizer_sha256:
             raise DataError(f"{dataset.path} was prepared with another tokenizer than {arguments.run} was trained on")
         batches = EvaluationBatches(

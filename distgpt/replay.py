@@ -37,7 +37,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from distgpt.cluster.loading import load_for_training, newest_good
+from distgpt.cluster.loading import load_for_training, newest_good, open_data_of_run
 from distgpt.cluster.manifest import STATE, RunState, committed, listed, read_state, step_of
 from distgpt.cluster.parallel import build_model, micro_batch_size
 from distgpt.cluster.reduction import grad_norm_of
@@ -46,7 +46,7 @@ from distgpt.cluster.runtime import Runtime, compute_dtype, joined, this_rank
 from distgpt.cluster.step import accumulate_gradients, update
 from distgpt.config import Config, from_dict, resolve
 from distgpt.corpus.loader import Loader
-from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
+from distgpt.corpus.shards import Dataset
 from distgpt.errors import DataError, UsageError
 from distgpt.model.optim import build_optimizer, lr_at, set_lr
 from distgpt.model.outliers import Guard
@@ -123,14 +123,8 @@ def as_trained(state: RunState) -> Config:
 
 def data_of(start: Start, directory: str | None) -> Dataset:
     """The data that the run was trained on, now in `directory` if that is given. Raises DataError if it is not."""
-    path = Path(directory or start.config.data.path)
-    if directory is None and not path.is_dir():
-        raise DataError(f"the run's data is not in {path} any more: say where it is with --data=DIR")
-    dataset = open_dataset(path)
-    verify_dataset(dataset)
-    if start.state is not None and start.state.data_fingerprint != dataset.fingerprint:
-        raise DataError(f"{path} is not the data that the run was trained on: say where that is with --data=DIR")
-    return dataset
+    fingerprint = start.state.data_fingerprint if start.state else None
+    return open_data_of_run(start.config.data.path, directory, fingerprint=fingerprint)
 
 
 def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> None:

@@ -10,7 +10,7 @@ import sys
 
 from distgpt.cluster.health import SIGHT, Run, die_with_agent, leave_if_hopeless
 from distgpt.cluster.run_directory import RunPaths
-from distgpt.config import Config, config_from_command_line, to_dict, to_toml
+from distgpt.config import Config, config_from_command_line, to_dict, to_toml, with_absolute_data
 from distgpt.errors import enter, main_guard
 from distgpt.torchrun import place_in_job
 
@@ -80,7 +80,7 @@ log = logging.getLogger("distgpt")
 
 def main(config: Config) -> None:
     """Check, join the other ranks, train, leave. Whatever ends the run early ends this process."""
-    health = config.health
+    config, health = with_absolute_data(config), config.health
     with Run(RunPaths(config.run_dir), int(os.environ.get("RANK", "0"))) as run, Watchdog(run, health) as watchdog:
         watchdog.beat("checking the start", health.start_timeout)
         runtime = this_rank()

@@ -35,6 +35,7 @@ from distgpt.cluster.manifest import (
     step_of,
 )
 from distgpt.config import from_dict
+from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.errors import DataError, StorageError
 from distgpt.model.gpt import GPT
@@ -62,6 +63,21 @@ def load_for_inference(run: Path, device: torch.device) -> tuple[GPT, Tokenizer,
     if sha256_of(checkpoint / TOKENIZER) != state.tokenizer_sha256:
         raise DataError(f"{checkpoint / TOKENIZER} is not the one that the model was trained with")
     return model.to(device).eval(), load_tokenizer(checkpoint / TOKENIZER), state
+
+
+def open_data_of_run(recorded: str, given: str | None, *, fingerprint: str | None) -> Dataset:
+    """The data of a run, verified: where the run has it recorded, or `given` by a person. Raises DataError.
+
+    `fingerprint`: that of the data that the run was trained on; None to take other data as well.
+    """
+    path = Path(given or recorded)
+    if given is None and not path.is_dir():
+        raise DataError(f"the run's data is not in {path} any more: say where it is with --data=DIR")
+    dataset = open_dataset(path)
+    verify_dataset(dataset)
+    if fingerprint is not None and dataset.fingerprint != fingerprint:
+        raise DataError(f"{path} is not the data that the run was trained on: say where that is with --data=DIR")
+    return dataset
 
 
 def newest_good(directory: Path, *, before: int | None = None) -> tuple[Path | None, dict[str, str]]:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
-from distgpt.cluster.loading import _MetadataUnpickler, load_for_inference
+from distgpt.cluster.loading import _MetadataUnpickler, load_for_inference, open_data_of_run
 from distgpt.cluster.manifest import committed
 from distgpt.corpus.shards import Dataset
 from distgpt.errors import DataError, StorageError
@@ -103,3 +103,13 @@ def test_an_index_that_is_none_is_refused(run: Path, content: bytes) -> None:
     sign_again(newest(run))
     with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours"):
         load_for_inference(run, CPU)
+
+
+def test_other_data_is_taken_only_where_it_is_named(dataset: Dataset, other_dataset: Dataset) -> None:
+    recorded, other = str(dataset.path), str(other_dataset.path)
+    assert open_data_of_run(recorded, None, fingerprint=dataset.fingerprint).path == dataset.path
+    assert open_data_of_run(recorded, other, fingerprint=None).path == other_dataset.path
+    with pytest.raises(DataError, match=r"is not the data that the run was trained on: say where that is with --data="):
+        open_data_of_run(other, None, fingerprint=dataset.fingerprint)
+    with pytest.raises(DataError, match=r"the run's data is not in gone any more: say where it is with --data=DIR"):
+        open_data_of_run("gone", None, fingerprint=dataset.fingerprint)

@@ -1,13 +1,18 @@
 """What is done with a trained run: sample from it and evaluate it."""
 
+import argparse
 import re
+import sys
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 
+from distgpt import evaluate, replay
+from distgpt.cluster.run_directory import RunPaths
 from tests import jobs
-from tests.end_to_end.conftest import Trained
+from tests.end_to_end.conftest import Trained, tiny
 
 PROMPT = "a golden rose"
 SAMPLE = {
@@ -112,3 +117,19 @@ def test_evaluate_refuses_another_tokenizer(evaluated: dict[str, jobs.Ended]) ->
     ended = evaluated["other tokenizer"]
     assert (ended.code, ended.stdout) == (65, "")
     assert re.fullmatch(r"distgpt: error: .* was prepared with another tokenizer than .*\n", ended.stderr)
+
+
+def test_a_run_is_evaluated_and_replayed_from_another_directory(
+    prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "data").symlink_to(prepared)
+    train = [sys.executable, "-m", "distgpt.train", *tiny(Path("data"), Path("run")), "--train.steps=1"]
+    trained = jobs.run(["env", "-C", str(tmp_path), *train])
+    assert trained.code == 0, trained
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    evaluate.main(argparse.Namespace(run="../run", data=None, sequences=5))
+    assert f"5 windows of 16 tokens from {tmp_path / 'data'}" in capsys.readouterr().out
+    for step in (1, 2):  # from the initial weights, and from the checkpoint
+        start = replay.start_before(RunPaths(Path("../run")), step)
+        assert replay.data_of(start, None).path == tmp_path / "data"
