@@ -90,11 +90,14 @@ def quota(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_threads_and_workers_keep_to_the_quota(quota: None) -> None:
+def test_threads_and_workers_keep_to_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [threads_per_rank(1), threads_per_rank(2)] == [3, 1]
     assert prepare._parse([]).workers == 3
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")
+    monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
     with joined(Runtime(0, 0, 1, 1, torch.device("cpu")), timeout=0):
         assert torch.get_num_threads() == 3
+    assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
 
 
 def test_sample_keeps_to_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch) -> None:

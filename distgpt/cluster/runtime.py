@@ -71,6 +71,8 @@ def joined(
     that frees tensors may wait, for ever.
     """
     torch.set_num_threads(threads_per_rank(runtime.local_world_size))
+    # The processes that torch.compile starts, else one for each CPU of the machine in each rank.
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, _share_of_cpus(runtime.local_world_size))))
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
     else:
@@ -121,6 +123,10 @@ def threads_per_rank(local_world_size: int) -> int:
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and (int(asked) > 1 or "TORCHELASTIC_RUN_ID" not in os.environ):
         return max(1, int(asked))
+    return _share_of_cpus(local_world_size)
+
+
+def _share_of_cpus(local_world_size: int) -> int:
     return max(1, available_cpus() // local_world_size)
 
 
