@@ -80,11 +80,12 @@ log = logging.getLogger("distgpt")
 
 def main(config: Config) -> None:
     """Check, join the other ranks, train, leave. Whatever ends the run early ends this process."""
-    config, health = with_absolute_data(config), config.health
+    health = config.health
     with Run(RunPaths(config.run_dir), int(os.environ.get("RANK", "0"))) as run, Watchdog(run, health) as watchdog:
         watchdog.beat("checking the start", health.start_timeout)
         runtime = this_rank()
         dataset = open_dataset(Path(config.data.path))
+        config = with_absolute_data(config)
         micro_batch = micro_batch_size(config, runtime)
         require_same_run(run.paths.checkpoints, config, dataset, runtime)
         if runtime.rank == 0:
