@@ -14,7 +14,7 @@ def available_cpus(root: Path = Path("/")) -> int:
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # Rounded down: threads that wait for each other are no faster when the kernel stops them in turn.
-    return max(1, math.floor(min([cpus, *_quotas(root)])))
+    return max(1, math.floor(min([cpus, *cpu_quotas(root)])))
 
 
 def available_gpus() -> int:
@@ -33,7 +33,7 @@ def default_ranks() -> int:
     return available_gpus() or min(2, available_cpus())
 
 
-def _quotas(root: Path) -> Iterator[float]:
+def cpu_quotas(root: Path) -> Iterator[float]:
     """The quota in CPUs of each control group that this process is in, with its parents."""
     for group in _control_groups(root):
         try:

@@ -85,14 +85,14 @@ def quota(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A container of 3 CPUs."""
     threads = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(machine, "_quotas", lambda root: [3.0])
+    monkeypatch.setattr(machine, "cpu_quotas", lambda root: [3.0])
     yield
     torch.set_num_threads(threads)
 
 
 def test_threads_and_workers_keep_to_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [threads_per_rank(1), threads_per_rank(2)] == [3, 1]
-    assert prepare._parse([]).workers == 3
+    assert prepare.parse([]).workers == 3
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
     with joined(Runtime(0, 0, 1, 1, torch.device("cpu")), timeout=0):
@@ -113,7 +113,7 @@ def test_sample_keeps_to_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch)
 def test_the_launch_scripts_keep_to_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert default_ranks() == 2
-    monkeypatch.setattr(machine, "_quotas", lambda root: [1.5])
+    monkeypatch.setattr(machine, "cpu_quotas", lambda root: [1.5])
     assert default_ranks() == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
     assert (available_gpus(), default_ranks()) == (3, 3)

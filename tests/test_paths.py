@@ -11,7 +11,7 @@ from distgpt.errors import UsageError
 
 
 def prepare_arguments(*arguments: str) -> list[object]:
-    options = prepare._parse(arguments)
+    options = prepare.parse(arguments)
     return [*(options.input or []), options.output, options.tokenizer, options.verify]
 
 
