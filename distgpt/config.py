@@ -421,6 +421,8 @@ def _read_toml(argument: str) -> dict[str, Any]:
     try:
         if argument in preset_names():
             return tomllib.loads(preset.read_text(encoding="utf-8"))
+        if Path(argument).is_dir():
+            raise UsageError(f"{argument} is a directory, no preset: for data write --data.path={argument}")
         if not argument.endswith(".toml"):
             near = _nearest_preset(argument)
             hint = f"did you mean {near}?" if near else f"there are {', '.join(preset_names())}"
@@ -474,11 +476,10 @@ def _nearest_preset(name: str) -> str | None:
     name = name.lower().replace("_", "-").replace("gpt-2", "gpt2")
     if name in OTHER_PRESETS:
         return OTHER_PRESETS[name]
-    if sized := [
-        preset for preset in preset_names() if preset.startswith(name.partition("-")[0]) and _millions(preset)
-    ]:
+    family = [preset for preset in preset_names() if preset.startswith(name.partition("-")[0]) and _millions(preset)]
+    if family:
         asked = _millions(name)
-        return min(sized, key=lambda preset: abs(math.log(_millions(preset) / asked))) if asked else sized[0]
+        return min(family, key=lambda preset: abs(math.log(_millions(preset) / asked))) if asked else family[0]
     return next(iter(difflib.get_close_matches(name, preset_names(), n=1)), None)
 
 

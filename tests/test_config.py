@@ -120,6 +120,10 @@ def test_a_wrong_type_or_choice_says_what_it_must_be(argument: str, expected: st
     assert refusal(argument) == expected
 
 
+def test_a_directory_is_no_preset(tmp_path: Path) -> None:
+    assert refusal(str(tmp_path)) == f"{tmp_path} is a directory, no preset: for data write --data.path={tmp_path}"
+
+
 def test_every_name_that_others_use_stands_for_a_key_or_preset() -> None:
     assert set(config.OTHER_NAMES.values()) <= set(config.keys())
     assert set(config.OTHER_PRESETS.values()) <= set(config.preset_names())
