@@ -112,7 +112,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     validation = parser.add_mutually_exclusive_group().add_argument
     validation("--val-fraction", type=float, default=0.1, metavar="F", help="share that validates (default: 0.1)")
     validation(
-        "--val-input", nargs="+", metavar="PATH", help="validation text; what --input names as well is left out there"
+        "--val-input",
+        nargs="+",
+        type=user_path,
+        metavar="PATH",
+        help="validation text; what --input names as well is left out there",
     )
     add(
         "--workers",

@@ -12,7 +12,7 @@ from distgpt.errors import UsageError
 
 def prepare_arguments(*arguments: str) -> list[object]:
     options = prepare.parse(arguments)
-    return [*(options.input or []), options.output, options.tokenizer, options.verify]
+    return [*(options.input or []), *(options.val_input or []), options.output, options.tokenizer, options.verify]
 
 
 def of_command(parse: Callable[[], object]) -> Callable[..., list[object]]:
@@ -26,6 +26,7 @@ def of_command(parse: Callable[[], object]) -> Callable[..., list[object]]:
 
 PATHS: dict[str, tuple[Callable[..., list[object]], list[str]]] = {
     "prepare --input": (prepare_arguments, ["--output", "out", "--input", "-", "{}"]),
+    "prepare --val-input": (prepare_arguments, ["--output", "out", "--input", "a", "--val-input", "b", "{}"]),
     "prepare --output": (prepare_arguments, ["--input", "-", "--output", "{}"]),
     "prepare --output=": (prepare_arguments, ["--input", "-", "--output={}"]),
     "prepare --tokenizer": (prepare_arguments, ["--tokenizer", "{}"]),
