@@ -1,19 +1,21 @@
 """Text in, a dataset out: `python -m distgpt.prepare --input PATH... --output DIR`."""
 
 import argparse
+import codecs
 import errno
 import hashlib
 import os
 import signal
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any, Self, get_args
 
 from tqdm import tqdm
 
@@ -33,6 +35,7 @@ from distgpt.corpus.tokenizer import (
 from distgpt.corpus.workers import Workers
 from distgpt.errors import (
     DISK_FULL,
+    DataError,
     DirectoryError,
     Interrupted,
     Parser,
@@ -54,9 +57,10 @@ HELP = f"""\
 Prepare text for training: a directory of uint16 tokens that distgpt.train reads. Without arguments: Python's own
 standard library, one character a token, to {DEFAULT_OUTPUT}.
 
-A text file is one document; a line of .jsonl and a row of .parquet is one document each. Text and .jsonl may be
-compressed (.gz, .zst). Files that are named, or matched by a pattern, are read whatever their name ends in; of a
-folder, searched to the bottom and through links, these count:
+A text file is one document, or several with --document-separator; an object of JSON, one a line or in an array, and a
+row of .parquet is one document each. All but .parquet may be compressed (.gz, .zst). Files that are named, or matched
+by a pattern, are read whatever their name ends in; of a folder, searched to the bottom and through links, these count
+(.json where it begins with an object that has the --text-key):
 {" ".join(sources.folder_suffixes())}
 Hidden files, empty documents, second mentions of a file and the output are left out. A single document is split at the
 end of its training part; several are split by a hash of their text, few ones so that validation comes near its share,
@@ -129,7 +133,16 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add(
         "--text-key",
         metavar="KEY",
-        help="what holds the text in .jsonl and .parquet (default: text); with -, JSON lines",
+        help="what holds the text in JSON and .parquet (default: text), meta.text what is in meta; with -, JSON lines",
+    )
+    add("--document-separator", default="", metavar="TEXT", help="what stands between the documents of a text file")
+    add("--encoding", default="", metavar="NAME", help="encoding of all text and JSON (default: utf-8)")
+    add(
+        "--on-bad-document",
+        choices=get_args(sources.OnBad),
+        default="stop",
+        help="no text, or not in the encoding: stop and list the first; skip it; replace what is bad by U+FFFD, and "
+        "skip it where there is no text (default: stop)",
     )
     add(
         "--task",
@@ -165,6 +178,7 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"--output {options.output} cannot become a dataset")
     if options.task and (options.overwrite or STDIN in (options.input or [])):
         raise UsageError("--task goes without --overwrite and without standard input")
+    options.encoding = _checked_encoding(options.encoding)
     if options.val_input:
         if not options.input or STDIN in options.val_input:
             raise UsageError("--val-input needs --input beside it, and names files, folders or patterns")
@@ -185,6 +199,16 @@ def _check(options: argparse.Namespace) -> None:
             )
         if options.vocab_size < 257:
             raise UsageError(f"--vocab-size is {options.vocab_size}: 256 bytes and end-of-text need at least 257")
+
+
+def _checked_encoding(name: str) -> str:
+    """Its usual name; "" for UTF-8. Raises UsageError where there is no such encoding of text."""
+    try:
+        "".encode(name or "utf-8")
+        usual = codecs.lookup(name or "utf-8").name
+    except (LookupError, UnicodeError, ValueError):
+        raise UsageError(f"--encoding {name}: no such encoding of text, as latin-1, cp1252 or utf-16") from None
+    return "" if usual == "utf-8" else usual
 
 
 def _prepare(options: argparse.Namespace, output: Path) -> str:
@@ -248,17 +272,31 @@ def _prepare_share(
 
 
 def _inputs(options: argparse.Namespace, output: Path) -> list[Source]:
+    """The sources; `options.ignored` counts what folders hold besides. Raises DataError, UsageError, OSError."""
+    options.ignored = Counter()
     if not options.input:
-        return sources.standard_library()
-    spool = str(staging.directory_of(output) / staging.STDIN_NAME)
-    if options.text_key is None:
-        stdin = Source(spool, "standard input", "text")
+        found = sources.standard_library()
     else:
-        stdin = Source(spool, "standard input", "jsonl", "", options.text_key)
-    own = (output, staging.directory_of(output))
-    expand = partial(sources.expand, text_key=options.text_key or "text", stdin=stdin, left_out=own)
-    found = expand(options.input)
-    return _with_validation(found, expand(options.val_input)) if options.val_input else found
+        own = (output, staging.directory_of(output))
+        reading = {"separator": options.document_separator, "encoding": options.encoding}
+        spool = str(staging.directory_of(output) / staging.STDIN_NAME)
+        stdin = Source(spool, "standard input", "separated" if options.document_separator else "text", **reading)
+        if options.text_key is not None:
+            stdin = Source(spool, "standard input", "jsonl", "", options.text_key, encoding=options.encoding)
+        expand = partial(
+            sources.expand,
+            text_key=options.text_key or "text",
+            stdin=replace(stdin, on_bad=options.on_bad_document),
+            left_out=own,
+            on_bad=options.on_bad_document,
+            ignored=options.ignored,
+            **reading,
+        )
+        found = expand(options.input)
+        if options.val_input:
+            found = _with_validation(found, expand(options.val_input))
+    _check_effects(options, found)
+    return found
 
 
 def _with_validation(inputs: Sequence[Source], val_inputs: Sequence[Source]) -> list[Source]:
@@ -270,9 +308,25 @@ def _with_validation(inputs: Sequence[Source], val_inputs: Sequence[Source]) -> 
     return [*training, *(replace(source, validates=True) for source in val_inputs)]
 
 
+def _check_effects(options: argparse.Namespace, inputs: Sequence[Source]) -> None:
+    """Raise UsageError for an option that no input has a use for."""
+    formats = {source.format for source in inputs}
+    if options.text_key is not None and not formats & {"json", "jsonl", "parquet"}:
+        raise UsageError("--text-key has no effect: no input is JSON or Parquet")
+    if options.document_separator and "separated" not in formats:
+        raise UsageError("--document-separator has no effect: no input is a text file given with --input")
+    if options.encoding and not any(source.encoding for source in inputs):
+        raise UsageError("--encoding has no effect: no input is a text or JSON file given with --input")
+
+
 def _settings(options: argparse.Namespace, given: Tokenizer | None) -> dict[str, Any]:
     """The options that decide what the output holds; meta.json keeps them."""
+    # Those that came later are there only where they are given: a dataset from before still is what they make.
+    reading = {name: getattr(options, name) for name in ("document_separator", "encoding")}
+    if options.on_bad_document != "stop":
+        reading["on_bad_document"] = options.on_bad_document
     return {
+        **{name: value for name, value in reading.items() if value},
         "tokenizer": "file" if given else options.tokenizer,
         "tokenizer_sha256": hashlib.sha256(given.to_json().encode()).hexdigest() if given else None,
         "vocab_size": options.vocab_size,
@@ -338,6 +392,13 @@ def _scan(inputs: Sequence[Source], given: Tokenizer | None, options: argparse.N
         found = pipeline.scan(inputs, characters=characters, workers=workers, advance=advance)
     if given is not None:
         pipeline.check_characters(found, given)
+    if options.document_separator and not found.separators:
+        raise DataError(f"--document-separator {options.document_separator!r} is in no text of the input")
+    if found.separators and not options.document_separator:
+        _say(
+            f"{found.separators:,} lines of the text look as if they stood between documents, such as <|endoftext|>: "
+            "--document-separator '<|endoftext|>' makes a document of what is between them"
+        )
     return found
 
 
@@ -370,7 +431,12 @@ def _build(
             shard_tokens=options.shard_tokens,
             about={
                 "options": settings,
-                "input": {"fingerprint": found.fingerprint, "documents": found.documents, "bytes": found.text_bytes},
+                "input": {
+                    "fingerprint": found.fingerprint,
+                    "documents": found.documents,
+                    "bytes": found.text_bytes,
+                    **({"bad_documents": found.bad._asdict()} if found.bad.places else {}),
+                },
             },
             advance=advance,
         )
@@ -416,8 +482,12 @@ def _tokenizer(
     elif saved := _saved_tokenizer(directory):
         return saved
     else:
-        _say(f"learning a vocabulary of {options.vocab_size:,}")
-        trained = pipeline.trained_bpe(found, vocab_size=options.vocab_size - several, workers=workers)
+        name = f"learning a vocabulary of {options.vocab_size:,}"
+        _say(name)
+        with Progress(name, pipeline.bpe_sample_bytes(found)) as advance:
+            trained = pipeline.trained_bpe(
+                found, vocab_size=options.vocab_size - several, workers=workers, advance=advance
+            )
         tokenizer = trained.with_end_of_text() if several else trained
     raw = tokenizer.to_json().encode()
     shards.write_file(directory / TOKENIZER, raw)
@@ -455,6 +525,7 @@ def _summary(options: argparse.Namespace, meta: dict[str, Any], found: Scan, sec
             f"tokens      {sum(tokens):,}: {tokens[0]:,} for training, {tokens[1]:,} for validation",
             f"vocabulary  {meta['vocab_size']:,} ({meta['options']['tokenizer']}, {eot})",
             f"validation  {tokens[1] / sum(tokens):.2%} of the tokens, {asked}",
+            *_left_out(options, found),
             f"text        {found.text_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {speed:,.1f} MB/s",
             f"prepared    {options.output}",
             f"next        {training_command(options.output, train_tokens=tokens[0], val_tokens=tokens[1])}",
@@ -474,6 +545,21 @@ def _warn_of_split(meta: dict[str, Any], val_fraction: float | None) -> None:
             f"warning: {share:.1%} of the tokens validate, not {val_fraction:.1%}: the text cannot be divided better; "
             f"name validation text with --val-input, or give more documents"
         )
+
+
+def _left_out(options: argparse.Namespace, found: Scan) -> list[str]:
+    """What the summary says of files of folders that are no text, and of bad documents."""
+    lines = []
+    if options.ignored:
+        kinds = ", ".join(f"{count:,} {name or 'without suffix'}" for name, count in options.ignored.most_common(10))
+        more = ", ..." if len(options.ignored) > 10 else ""
+        lines.append(f"left out    {options.ignored.total():,} files of folders: {kinds}{more}")
+    if found.bad.places:
+        lines.append(
+            f"bad         {found.bad.skipped:,} documents left out, {found.bad.replaced:,} with U+FFFD; the first:"
+        )
+        lines += [f"            {place}" for place in found.bad.places]
+    return lines
 
 
 class Progress:
@@ -502,6 +588,8 @@ class Progress:
         self._done += count
         if self._bar is not None:
             self._bar.update(count)
+            if count == 0:
+                self._bar.refresh()  # it shows the time
         elif time.monotonic() - self._printed > LINE_SECONDS:
             self._printed = time.monotonic()
             _say(self._line(self._done / (self._printed - self._started)))
@@ -510,6 +598,8 @@ class Progress:
         line = f"{self._name}: {self._done / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s"
         if not self._total:
             return line
+        if self._done >= self._total:
+            return f"{self._name}: all {self._done / 1e6:,.0f} MB read, {self._printed - self._started:,.0f} s so far"
         left = max(self._total - self._done, 0) / max(rate, 1)
         return f"{line}, {self._done / self._total:.0%}, {left:,.0f} s left"
 

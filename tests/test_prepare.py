@@ -1,5 +1,6 @@
 """`python -m distgpt.prepare`, as real processes: what it writes, what it refuses, what it survives."""
 
+import argparse
 import gzip
 import hashlib
 import json
@@ -11,10 +12,13 @@ import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow
@@ -295,6 +299,101 @@ def test_an_end_of_text_in_the_text_is_text(prepare: Run, tmp_path: Path) -> Non
     assert sorted(all_texts(dataset)) == [text + str(index) for index in range(5)]
 
 
+def test_bad_documents_stop_it_with_up_to_ten_places_at_once(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "good"}\n' + '{"text": null}\n' * 12)
+    done = prepare("--input", "in.jsonl", "--output", "out", code=65)
+    first, *places = done.stderr.decode().splitlines()
+    assert re.search(r"12 (or more )?documents are bad \(--on-bad-document=skip leaves such documents out\):$", first)
+    assert places == [f"  in.jsonl, line {line}: 'text' is not a text but NoneType" for line in range(2, 12)]
+
+
+def test_bad_documents_are_left_out_and_counted_the_same_for_any_number_of_workers(
+    prepare: Run, tmp_path: Path
+) -> None:
+    texts = [words(seed, 2_000) for seed in range(40)]
+    lines = [json.dumps({"text": None if index % 4 == 3 else text}) for index, text in enumerate(texts)]
+    (tmp_path / "a.jsonl").write_text("\n".join(lines))
+    (tmp_path / "b.txt").write_bytes(words(1, 60_000).encode() + b" caf\xe9")  # bad in the last of its pieces
+    arguments = ["--input", "a.jsonl", "b.txt", "--tokenizer", "bytes"]
+    skipping = [*arguments, "--on-bad-document", "skip"]
+    done = prepare(*skipping, "--output", "one", "--workers", 1, small_units=True)
+    prepare(*skipping, "--output", "three", "--workers", 3, small_units=True)
+    assert jobs.contents(tmp_path / "one") == jobs.contents(tmp_path / "three")
+    dataset = open_dataset(tmp_path / "one")
+    assert sorted(all_texts(dataset)) == sorted(text for index, text in enumerate(texts) if index % 4 != 3)
+    bad = dataset.meta["input"]["bad_documents"]
+    assert (bad["skipped"], bad["replaced"], len(bad["places"])) == (11, 0, 10)
+    assert bad["places"][9] == "a.jsonl, line 40: 'text' is not a text but NoneType"
+    assert "bad         11 documents left out, 0 with U+FFFD; the first:" in done.stdout.decode()
+    prepare(*arguments, "--on-bad-document", "replace", "--output", "replaced", small_units=True)
+    dataset = open_dataset(tmp_path / "replaced")
+    assert any(text.endswith(" caf\ufffd") for text in all_texts(dataset))
+    assert dataset.meta["input"]["bad_documents"]["replaced"] == 1
+    line = error_line(prepare(*arguments, "--output", "one", code=73, small_units=True))
+    assert "other options" in line
+
+
+def test_lines_between_documents_are_said_and_a_separator_makes_documents(prepare: Run, tmp_path: Path) -> None:
+    stories = [f"Once upon a time, story {index}. The end." for index in range(200)]
+    (tmp_path / "in.txt").write_text("\n<|endoftext|>\n".join(stories))
+    done = prepare("--input", "in.txt", "--output", "one", "--tokenizer", "bytes")
+    assert "199 lines of the text look as if they stood between documents" in done.stderr.decode()
+    assert open_dataset(tmp_path / "one").meta["input"]["documents"] == 1
+    separated = ["--input", "in.txt", "--tokenizer", "bytes", "--document-separator"]
+    assert prepare(*separated, "<|endoftext|>", "--output", "many").stderr == b""
+    assert sorted(all_texts(open_dataset(tmp_path / "many"))) == sorted(stories)
+    assert "is in no text of the input" in error_line(prepare(*separated, "<|eot|>", "--output", "none", code=65))
+
+
+@pytest.mark.parametrize(
+    ("options", "name"),
+    [
+        (["--input", "in.txt", "--text-key", "body"], "--text-key"),
+        (["--text-key", "body"], "--text-key"),
+        (["--input", "in.jsonl", "--document-separator", "x"], "--document-separator"),
+        (["--input", "-", "--text-key", "body", "--document-separator", "x"], "--document-separator"),
+        (["--encoding", "cp1252"], "--encoding"),
+    ],
+)
+def test_an_option_without_effect_on_any_input_is_an_error(
+    options: list[str], name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for file in ("in.txt", "in.jsonl"):
+        (tmp_path / file).write_text('{"text": "a"}')
+    with pytest.raises(UsageError, match=f"{name} has no effect"):
+        door._inputs(door._parse([*options, "--output", "out"]), tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["latin-9x", "base64", "\0"])
+def test_an_encoding_that_is_none_of_text_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match="no such encoding of text"):
+        door._parse(["--input", "in.txt", "--output", "out", "--encoding", name])
+
+
+def test_the_summary_says_what_folders_hold_besides_text() -> None:
+    options = argparse.Namespace(ignored=Counter({".epub": 3, "": 1_000}))
+    found = SimpleNamespace(bad=pipeline.BadDocuments(0, 0, []))
+    assert door._left_out(options, found) == [  # type: ignore[arg-type]
+        "left out    1,003 files of folders: 1,000 without suffix, 3 .epub"
+    ]
+
+
+def test_learning_a_vocabulary_shows_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    may_end = threading.Event()
+
+    def slow(texts: Iterable[str], size: int) -> SimpleNamespace:
+        may_end.wait()
+        return SimpleNamespace(to_json=lambda: "learned")
+
+    monkeypatch.setattr(pipeline, "BEAT_SECONDS", 0.001)
+    monkeypatch.setattr(pipeline, "train_bpe", slow)
+    steps = pipeline._train(([], 300))
+    assert [next(steps), next(steps)] == [0, 0]
+    may_end.set()
+    assert list(steps)[-1] == "learned"
+
+
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
     deadline = time.monotonic() + 60
     while not condition():
@@ -570,9 +669,12 @@ def test_a_long_phase_says_how_fast_it_is_and_how_long_it_takes(
         known(40_000_000)
         unknown(40_000_000)
         known(1)  # too soon for another line
+        now += 20
+        known(150_000_001)
     assert capsys.readouterr().err.splitlines() == [
         "distgpt: encoding: 50 MB, 2.5 MB/s, 25%, 60 s left",
         "distgpt: keeping standard input: 40 MB, 2.0 MB/s",
+        "distgpt: encoding: all 200 MB read, 40 s so far",
     ]
 
 

@@ -6,6 +6,7 @@ disk before it has its name: a run that was killed goes on with the parts it lef
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -18,12 +19,15 @@ import numpy.typing as npt
 
 from distgpt.corpus import sources, split
 from distgpt.corpus.shards import Documents, SplitName, write_file
-from distgpt.corpus.sources import Content, Piece, Source
+from distgpt.corpus.sources import Bad, Content, Piece, Source
 from distgpt.corpus.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer, describe, load_tokenizer, train_bpe
 from distgpt.corpus.workers import Workers
 from distgpt.errors import DataError, StorageError
 
 BPE_SAMPLE_BYTES = 256 * 2**20
+MAX_PLACES = 10
+ON_BAD_HINT = "--on-bad-document=skip leaves such documents out"
+BEAT_SECONDS = 1.0
 DIGEST_BYTES = hashlib.sha256().digest_size
 CHECKED_CHARACTERS = 2**15  # of each part: about 3% of the time that its encoding takes
 
@@ -31,24 +35,46 @@ Advance = Callable[[int], None]
 
 
 class Scanned(NamedTuple):
-    """What a piece turned out to hold. `characters`: those of its text, sorted, where they were asked for."""
+    """What a piece turned out to hold. `characters`: those of its text, sorted, where they were asked for.
+
+    `rows`: its lines, rows or documents, empty ones too. `bad`: the first of those that are bad.
+    """
 
     piece: Piece
     documents: int
     text_bytes: int
     digest: bytes
     characters: str
+    rows: int
+    bad: list[Bad]
+    skipped: int
+    replaced: int
+    separators: int
+
+
+class BadDocuments(NamedTuple):
+    """How many documents were left out, how many have U+FFFD for what was bad, and where the first of them are."""
+
+    skipped: int
+    replaced: int
+    places: list[str]
 
 
 @dataclass(frozen=True)
 class Scan:
-    """The whole input, read once: `documents` that are not empty, a SHA-256 as `fingerprint`."""
+    """The whole input, read once: `documents` that are not empty, a SHA-256 as `fingerprint`.
+
+    `bad`: how many documents were left out and how many were mended, and where the first of them are.
+    `separators`: lines that stand between documents, or look as if they did where no separator was given.
+    """
 
     pieces: list[Scanned]
     documents: int
     text_bytes: int
     characters: str
     fingerprint: str
+    bad: BadDocuments
+    separators: int
 
 
 @dataclass(frozen=True)
@@ -86,13 +112,24 @@ def scan(inputs: Sequence[Source], *, characters: bool, workers: Workers, advanc
 
     Raises DataError for input that is not text or holds none, OSError for what cannot be read.
     """
+    stops = any(source.on_bad == "stop" for source in inputs)
     tasks = list(_scan_tasks(inputs, characters))
     found: list[list[Scanned]] = [[] for _ in tasks]
     for index, (scanned, consumed) in workers.run(scan_task, tasks):
         found[index].append(scanned)
         advance(consumed)
+        if stops and scanned.skipped:
+            _stop_at_bad(_known(tasks, found), is_all=False)
     pieces = [scanned for task in found for scanned in task]
+    if stops:
+        _stop_at_bad(pieces, is_all=True)
+    bad = bad_documents(pieces)
+    # A text file that is left out is so as a whole, whichever of its pieces is bad.
+    left_out = {scanned.piece.source for scanned in pieces if scanned.skipped and scanned.piece.source.format == "text"}
+    pieces = [scanned for scanned in pieces if scanned.piece.source not in left_out]
     documents = sum(scanned.documents for scanned in pieces)
+    if documents == 0 and bad.skipped:
+        raise DataError(f"the input holds no text but bad documents, {bad.skipped:,}, the first: {bad.places[0]}")
     if documents == 0:
         names = ", ".join(source.name for source in inputs[:3]) + (", ..." if len(inputs) > 3 else "")
         raise DataError(f"the input holds no text: {names} {'is' if len(inputs) == 1 else 'are'} empty")
@@ -108,7 +145,27 @@ def scan(inputs: Sequence[Source], *, characters: bool, workers: Workers, advanc
         text_bytes=sum(scanned.text_bytes for scanned in pieces),
         characters="".join(sorted(set().union(*{scanned.characters for scanned in pieces}))),
         fingerprint=digest.hexdigest(),
+        bad=bad,
+        separators=sum(scanned.separators for scanned in pieces),
     )
+
+
+def bad_documents(pieces: Sequence[Scanned]) -> BadDocuments:
+    """The bad documents of these pieces, which begin with the first of the input, and the first places."""
+    places: list[str] = []
+    skipped = replaced = 0
+    for source, group in groupby(pieces, key=lambda scanned: scanned.piece.source):
+        of_source, here, before = list(group), list[str](), 0
+        for scanned in of_source:
+            here += [bad.place(source, before) for bad in scanned.bad]
+            before += scanned.rows
+        # A text file is one document, however many of its pieces are bad.
+        most = 1 if source.format == "text" else before
+        places += here[:most]
+        del places[MAX_PLACES:]
+        skipped += min(sum(scanned.skipped for scanned in of_source), most)
+        replaced += min(sum(scanned.replaced for scanned in of_source), most)
+    return BadDocuments(skipped, replaced, places)
 
 
 def check_characters(found: Scan, tokenizer: Tokenizer) -> None:
@@ -122,8 +179,11 @@ def check_characters(found: Scan, tokenizer: Tokenizer) -> None:
             )
 
 
-def trained_bpe(found: Scan, *, vocab_size: int, workers: Workers) -> BpeTokenizer:
-    """BPE of at most `vocab_size` ids, learned from the corpus, or from pieces spread evenly over a huge one."""
+def trained_bpe(found: Scan, *, vocab_size: int, workers: Workers, advance: Advance) -> BpeTokenizer:
+    """BPE of at most `vocab_size` ids, learned from the corpus, or from pieces spread evenly over a huge one.
+
+    `advance` is told the bytes of text read, and 0 now and then while pairs are merged.
+    """
     chosen = []
     passed = taken = 0
     for scanned in found.pieces:
@@ -131,8 +191,18 @@ def trained_bpe(found: Scan, *, vocab_size: int, workers: Workers) -> BpeTokeniz
             chosen.append(scanned)
             taken += scanned.text_bytes
         passed += scanned.text_bytes
-    [(_, text)] = workers.run(_train, [(chosen, vocab_size)])
+    text = ""
+    for _, step in workers.run(_train, [(chosen, vocab_size)]):
+        if isinstance(step, str):
+            text = step
+        else:
+            advance(step)
     return BpeTokenizer(text)
+
+
+def bpe_sample_bytes(found: Scan) -> int:
+    """About how much text BPE is learned from."""
+    return min(found.text_bytes, BPE_SAMPLE_BYTES)
 
 
 def units(found: Scan) -> list[Unit]:
@@ -274,6 +344,27 @@ def _scan_tasks(inputs: Sequence[Source], characters: bool) -> Iterator[ScanTask
         yield ScanTask(batch, None, characters)
 
 
+def _known(tasks: Sequence[ScanTask], found: Sequence[list[Scanned]]) -> list[Scanned]:
+    """What was scanned up to the first piece that was not yet: only there line numbers are known."""
+    known: list[Scanned] = []
+    for task, scanned in zip(tasks, found, strict=True):
+        known += scanned
+        if len(scanned) < len(task.pieces):
+            break
+    return known
+
+
+def _stop_at_bad(pieces: Sequence[Scanned], *, is_all: bool) -> None:
+    """Raise DataError where there are bad documents; before all is read, only if there are enough to list."""
+    bad = bad_documents(pieces)
+    if not bad.places or (len(bad.places) < MAX_PLACES and not is_all):
+        return
+    if len(bad.places) == 1:
+        raise DataError(f"{bad.places[0]} ({ON_BAD_HINT})")
+    count = f"{bad.skipped:,}" if is_all else f"{bad.skipped:,} or more"
+    raise DataError("\n  ".join((f"{count} documents are bad ({ON_BAD_HINT}):", *bad.places)))
+
+
 def scan_task(task: ScanTask) -> Iterator[tuple[Scanned, int]]:
     for piece in task.pieces:
         with sources.opened(piece.source) as reader:
@@ -294,6 +385,11 @@ def _scanned(content: Content, piece: Piece, characters: bool) -> Scanned:
         text_bytes=sum(map(sources.utf8_size, content.texts)),
         digest=content.digest,
         characters=characters_of("".join(content.texts)) if characters else "",
+        rows=len(content.texts),
+        bad=content.bad[:MAX_PLACES],
+        skipped=sum(not bad.replaced for bad in content.bad),
+        replaced=sum(bad.replaced for bad in content.bad),
+        separators=content.separators,
     )
 
 
@@ -308,9 +404,24 @@ def characters_of(text: str) -> str:
     return "".join(map(chr, np.flatnonzero(present).tolist()))
 
 
-def _train(task: tuple[Sequence[Scanned], int]) -> Iterator[str]:
+def _train(task: tuple[Sequence[Scanned], int]) -> Iterator[int | str]:
+    """The bytes read since the last time, every second, then the vocabulary."""
     pieces, vocab_size = task
-    yield train_bpe((text for _, content in _contents(pieces) for text in content.texts), vocab_size).to_json()
+    read = said = 0
+
+    def texts() -> Iterator[str]:
+        nonlocal read
+        for scanned, content in _contents(pieces):
+            yield from content.texts
+            read += scanned.text_bytes
+
+    with ThreadPoolExecutor(1) as thread:
+        learning = thread.submit(train_bpe, texts(), vocab_size)
+        while not wait([learning], timeout=BEAT_SECONDS).done:
+            now = read
+            yield now - said
+            said = now
+        yield learning.result().to_json()
 
 
 def _hash(source: Source) -> Iterator[int]:

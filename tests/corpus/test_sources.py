@@ -5,6 +5,10 @@ import gzip
 import json
 import os
 import random
+import re
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +19,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
-from distgpt.corpus import sources
+from distgpt.corpus import pipeline, sources
 from distgpt.corpus.sources import Piece, Source
 from distgpt.corpus.tokenizer import train_bpe
 from distgpt.errors import DataError, UsageError
@@ -38,6 +42,16 @@ def expand(*inputs: Path | str, text_key: str = "text") -> list[Source]:
 def read(source: Source) -> list[tuple[Piece, list[str]]]:
     with sources.opened(source) as reader:
         return [(piece, reader.content(piece).texts) for piece in reader.pieces()]
+
+
+def texts_of(source: Source) -> list[str]:
+    return [text for _, texts in read(source) for text in texts]
+
+
+def bad_places(source: Source) -> list[str]:
+    with sources.opened(source) as reader:
+        pieces = [pipeline._scanned(reader.content(piece), piece, False) for piece in reader.pieces()]
+    return pipeline.bad_documents(pieces).places
 
 
 def prose(seed: int, words: int) -> str:
@@ -265,8 +279,8 @@ def test_parquet_without_rows_is_empty(tmp_path: Path) -> None:
 
 def test_where_a_byte_is_not_utf8_counts_the_mark(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xef\xbb\xbfab\xff")
-    with pytest.raises(DataError, match=r"bad\.txt is not UTF-8: byte 5"):
-        read(expand(tmp_path / "bad.txt")[0])
+    [place] = bad_places(expand(tmp_path / "bad.txt")[0])
+    assert "bad.txt is not UTF-8: byte 5" in place
 
 
 @pytest.mark.usefixtures("small_units")
@@ -277,8 +291,8 @@ def test_a_byte_that_is_not_utf8_is_found_where_it_is(suffix: str, tmp_path: Pat
     path = tmp_path / f"bad.txt{suffix}"
     pack = PACK[suffix]
     path.write_bytes(pack(raw))
-    with pytest.raises(DataError, match=r"bad\.txt.* is not UTF-8: byte 20,123"):
-        read(expand(path)[0])
+    [place] = bad_places(expand(path)[0])
+    assert f"bad.txt{suffix} is not UTF-8: byte 20,123" in place
 
 
 @pytest.mark.usefixtures("small_units")
@@ -298,8 +312,8 @@ def test_a_bad_line_is_named_by_file_and_number(suffix: str, line: bytes, reason
     raw = b"\n".join(lines)
     path = tmp_path / f"bad.jsonl{suffix}"
     path.write_bytes(gzip.compress(raw) if suffix else raw)
-    with pytest.raises(DataError, match=rf"bad\.jsonl.*{reason}"):
-        read(expand(path)[0])
+    [place] = bad_places(expand(path)[0])
+    assert re.search(rf"bad\.jsonl.*{reason}", place)
 
 
 @pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
@@ -324,8 +338,182 @@ def test_parquet_without_the_column_or_the_text(tmp_path: Path) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a", None]}), path)
     with pytest.raises(DataError, match=r"no column 'text' \(there are: body\)"):
         read(expand(path)[0])
-    with pytest.raises(DataError, match=r"row 2: 'body' is not a text but NoneType"):
-        read(expand(path, text_key="body")[0])
+    [place] = bad_places(expand(path, text_key="body")[0])
+    assert place.endswith("row 2: 'body' is not a text but NoneType")
+
+
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".zstd": zstandard.compress,
+}
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("suffix", PACK)
+@pytest.mark.parametrize("layout", ["lines", "array", "indented array", "indented objects"])
+def test_json_is_read_as_json_whatever_its_layout(layout: str, suffix: str, tmp_path: Path) -> None:
+    records = [{"text": f'{index} "ünï" {{[ \\ ' * (index % 60), "other": [{"}": "{"}]} for index in range(300)]
+    raw = {
+        "lines": "\n".join(map(json.dumps, records)),
+        "array": json.dumps(records),
+        "indented array": json.dumps(records, indent=1),
+        "indented objects": "\n".join(json.dumps(record, indent=1) for record in records),
+    }[layout]
+    (tmp_path / f"in.json{suffix}").write_bytes(PACK[suffix](raw.encode()))
+    [source] = expand(tmp_path)
+    pieces = read(source)
+    assert len(pieces) > 10
+    assert [text for _, texts in pieces for text in texts] == [record["text"] for record in records]
+    assert bad_places(source) == []
+    with sources.opened(source) as reader:
+        for piece, found in pieces[5::3]:
+            assert reader.content(piece).texts == found
+
+
+def test_a_string_longer_than_a_window_does_not_hide_the_end_of_its_object(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sources, "WINDOW_BYTES", 32)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 10)
+    texts = ["}{" * 100, "\\" * 77, "short", '"' * 40]
+    (tmp_path / "in.json").write_text(json.dumps([{"text": text} for text in texts]))
+    assert [text for _, found in read(expand(tmp_path)[0])[:4] for text in found] == texts
+
+
+def test_what_is_no_object_in_an_array_is_named(tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text('[{"text": "a"}, {"text": null}, {"text": "b')
+    assert [place.partition("in.json, ")[2] for place in bad_places(expand(tmp_path / "in.json")[0])] == [
+        "object 2: 'text' is not a text but NoneType",
+        "object 3: not JSON (Unterminated string starting at: line 1 column 10 (char 9))",
+    ]
+
+
+def test_a_file_of_another_name_that_holds_json_is_read_as_json(tmp_path: Path) -> None:
+    for name in ("part-00000", "dump.log", "c4.gz"):
+        raw = b'{"text": "one"}\n{"text": "two"}\n'
+        (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
+        assert texts_of(expand(tmp_path / name)[0]) == ["one", "two"]
+    (tmp_path / "story.txt").write_text('{"text": "a story about JSON"}')
+    assert expand(tmp_path / "story.txt")[0].format == "text"
+
+
+@pytest.mark.parametrize("name", ["t.csv", "t.tsv.gz"])
+def test_a_table_is_refused_with_a_command_that_converts_it(name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_text("text,id\n")
+    with pytest.raises(UsageError, match=r"is a table: convert it.*csv\.DictReader.*> t\.jsonl"):
+        expand(tmp_path / name)
+
+
+def test_the_command_that_converts_a_table_works(tmp_path: Path) -> None:
+    (tmp_path / "t.tsv").write_text('text\tid\n"two\nlines"\t1\n')
+    with pytest.raises(UsageError) as refused:
+        expand(tmp_path / "t.tsv")
+    command = str(refused.value).partition("unpacked: ")[2].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, cwd=tmp_path, check=True)
+    assert texts_of(expand(tmp_path / "t.jsonl")[0]) == ["two\nlines"]
+
+
+def test_what_a_folder_holds_besides_text_is_counted(tmp_path: Path) -> None:
+    for name in ("a.txt", "book.epub", "other.epub", "README", "x.tar.gz", ".hidden", "t.csv"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "package.json").write_text('{"name": "x"}')
+    (tmp_path / "gone.txt").symlink_to("nowhere.txt")
+    ignored: Counter[str] = Counter()
+    found = sources.expand([str(tmp_path)], text_key="text", stdin=STDIN, ignored=ignored)
+    assert [Path(source.path).name for source in found] == ["a.txt"]
+    assert ignored == {".epub": 2, "": 1, ".tar.gz": 1, ".csv": 1, ".json": 1, "link to nothing": 1}
+
+
+def test_a_dangling_link_is_left_out_and_if_named_is_no_such_input(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "b.txt").symlink_to("nowhere.txt")
+    for value in (tmp_path, tmp_path / "*.txt"):
+        assert [Path(source.path).name for source in expand(value)] == ["a.txt"]
+    with pytest.raises(DataError, match=r"no such input: .*b\.txt is a link to nowhere\.txt, which is not there"):
+        expand(tmp_path / "b.txt")
+
+
+def test_nan_elsewhere_in_an_object_is_no_fault_of_its_text(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"text": "a", "score": NaN}\n{"other": "\\ud83d", "text": "b"}\n')
+    [source] = expand(tmp_path)
+    assert texts_of(source) == ["a", "b"]
+    assert bad_places(source) == []
+
+
+@pytest.mark.parametrize(
+    ("on_bad", "texts"),
+    [("skip", ["", "", "", "good"]), ("replace", ["", "cut \ufffd", "caf\ufffd", "good"])],
+)
+def test_a_bad_document_is_skipped_or_replaced(on_bad: sources.OnBad, texts: list[str], tmp_path: Path) -> None:
+    lines = [b'{"text": null}', rb'{"text": "cut \ud83d"}', b'{"text": "caf\xe9"}', b'{"text": "good"}']
+    (tmp_path / "in.jsonl").write_bytes(b"\n".join(lines))
+    [source] = sources.expand([str(tmp_path)], text_key="text", stdin=STDIN, on_bad=on_bad)
+    assert texts_of(source) == texts
+    assert [place.partition("in.jsonl, ")[2] for place in bad_places(source)] == [
+        "line 1: 'text' is not a text but NoneType",
+        "line 2: 'text' holds half a character (U+D83D)",
+        "line 3: not UTF-8, byte 13 of the line (invalid continuation byte)",
+    ]
+
+
+def test_parquet_reads_bytes_and_columns_in_structs(tmp_path: Path) -> None:
+    rows = [{"text": b"caf\xc3\xa9"}, {"text": b"caf\xe9"}, None]
+    kind = pyarrow.struct([("text", pyarrow.binary())])
+    table = pyarrow.table({"meta": pyarrow.array(rows, kind), "a.b": ["x", "y", "z"]})
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet")
+    [source] = expand(tmp_path, text_key="meta.text")
+    assert texts_of(source) == ["café", "", ""]
+    assert [place.partition("t.parquet, ")[2] for place in bad_places(source)] == [
+        "row 2: not UTF-8, byte 3 of the text (unexpected end of data)",
+        "row 3: 'meta.text' is not a text but NoneType",
+    ]
+    assert texts_of(expand(tmp_path, text_key="a.b")[0]) == ["x", "y", "z"]
+    with pytest.raises(DataError, match=r"no column 'meta\.body'"):
+        read(expand(tmp_path, text_key="meta.body")[0])
+
+
+def test_nested_keys_and_keys_with_dots_are_read(tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text('{"meta": {"text": "a"}}\n{"meta.text": "b"}\n{"meta": 1}\n')
+    [source] = expand(tmp_path, text_key="meta.text")
+    assert texts_of(source) == ["a", "b", ""]
+    assert "line 3: no key 'meta.text' (there are: meta)" in bad_places(source)[0]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+@pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
+def test_utf16_is_named_as_such(name: str, encoding: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes('{"text": "some words"}'.encode(encoding))
+    assert "UTF-16, not UTF-8: --encoding utf-16" in bad_places(expand(tmp_path / name)[0])[0]
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("encoding", ["cp1252", "utf-16", "shift-jis"])
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+def test_text_in_another_encoding_is_read(suffix: str, encoding: str, tmp_path: Path) -> None:
+    text = ("café" if encoding == "cp1252" else "日本語") + " words and\n" * 3_000
+    (tmp_path / f"t.txt{suffix}").write_bytes(PACK[suffix](text.encode(encoding)))
+    [source] = sources.expand([str(tmp_path)], text_key="text", stdin=STDIN, encoding=encoding)
+    assert len(read(source)) > 3
+    assert "".join(texts_of(source)) == text
+    (tmp_path / f"t.txt{suffix}").write_bytes(PACK[suffix](b"good \x81"))
+    if encoding != "utf-16":
+        assert bad_places(source) == [f"{source.name} is not {encoding}"]
+
+
+@pytest.mark.usefixtures("small_units")
+@pytest.mark.parametrize("suffix", ["", ".gz"])
+@pytest.mark.parametrize("between", ["\n<|endoftext|>\n", "<|endoftext|>", "\r\n<|endoftext|>\r\n"])
+def test_a_separator_makes_documents_of_a_text_file(between: str, suffix: str, tmp_path: Path) -> None:
+    stories = [prose(seed, 1 + 29 * seed).strip() or "x" for seed in range(80)]
+    (tmp_path / f"t.txt{suffix}").write_bytes(PACK[suffix](between.join(stories).encode()))
+    [source] = sources.expand([str(tmp_path)], text_key="text", stdin=STDIN, separator="<|endoftext|>")
+    pieces = read(source)
+    assert len(pieces) > 10
+    assert [text for _, texts in pieces for text in texts] == stories
+    with sources.opened(source) as reader:
+        assert sum(reader.content(piece).separators for piece, _ in pieces) == 79
 
 
 def test_the_standard_library_comes_without_its_tests() -> None:
