@@ -230,7 +230,7 @@ def _prepare(options: argparse.Namespace, output: Path) -> str:
         with staging.staging(output) as directory:
             # Only now does no other process make it.
             exists = _check_output(output, settings, overwrite=options.overwrite)
-            _spool(inputs, directory)
+            inputs = _spool(inputs, directory)
             found = _scan(inputs, given, options, workers)
             if exists and not options.overwrite:
                 return _existing(options, output, found)
@@ -376,14 +376,18 @@ def _done_before(found: Scan, options: argparse.Namespace, settings: dict[str, A
     return said
 
 
-def _spool(inputs: Sequence[Source], directory: Path) -> None:
-    """Keep standard input where every worker can read it. Raises OSError."""
-    for source in inputs:
+def _spool(inputs: Sequence[Source], directory: Path) -> list[Source]:
+    """Keep standard input where every worker can read it. Gives the inputs, as it shows now. Raises OSError."""
+    kept = list(inputs)
+    for index, source in enumerate(inputs):
         if Path(source.path) == directory / staging.STDIN_NAME:
             with open(source.path, "wb") as file, Progress("keeping standard input", None) as advance:
                 while chunk := sys.stdin.buffer.read(2**20):
                     file.write(chunk)
                     advance(len(chunk))
+            if source.format == "jsonl":
+                kept[index] = sources.as_json(source, source.text_key)
+    return kept
 
 
 def _scan(inputs: Sequence[Source], given: Tokenizer | None, options: argparse.Namespace, workers: Workers) -> Scan:

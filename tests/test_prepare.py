@@ -285,9 +285,12 @@ def test_standard_input_and_a_saved_tokenizer(prepare: Run, tmp_path: Path) -> N
     assert dataset.eot_id == len(set(text))
     assert min(dataset.train.tokens, dataset.val.tokens) > 0
     assert "already prepared" in prepare(*arguments, input=lines).stdout.decode()
+    array = b'[{"body": "be"},\n {"body": "or not"}]'
+    prepare(*arguments[:-1], "array", input=array)
+    assert sorted(all_texts(open_dataset(tmp_path / "array"))) == ["be", "or not"]
     done = prepare(*arguments[:-1], "three", input=b'{"body": "or"}\n{"body": "nut"}\n', code=65)
     assert "standard input holds the character 'u' (U+0075)" in error_line(done)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["array", "one", "two"]
 
 
 def test_an_end_of_text_in_the_text_is_text(prepare: Run, tmp_path: Path) -> None:

@@ -222,8 +222,9 @@ def _conversion(path: Path, suffix: str) -> str:
 
 def _is_json(source: Source, text_key: str) -> bool:
     """Whether the file begins like objects of JSON that have this key."""
-    head = _head(source)
-    return head.lstrip()[:1] in (b"{", b"[") and json.dumps(text_key.split(".")[-1]).encode() in head
+    head, key = _head(source), text_key.split(".")[-1]
+    forms = (json.dumps(key).encode(), json.dumps(key, ensure_ascii=False).encode())
+    return head.lstrip()[:1] in (b"{", b"[") and any(form in head for form in forms)
 
 
 def _head(source: Source) -> bytes:
@@ -280,7 +281,11 @@ def _files_of(value: str, left_out: Sequence[Path], text_key: str, encoding: str
     found = [file for path in matches for file in _files_in(path, left_out, text_key, encoding, ignored)]
     # A shell that expands * names the output of an earlier start.
     if not found and not _is_in(named, left_out):
-        raise DataError(f"{value} holds no text: of a folder, files count that end in {', '.join(folder_suffixes())}")
+        key = f" (.json where it begins with an object that has the key {text_key!r}: --text-key names another)"
+        raise DataError(
+            f"{value} holds no text: of a folder, files count that end in {', '.join(folder_suffixes())}"
+            f"{key if any('.json' in suffix for suffix in ignored) else ''}"
+        )
     return found
 
 

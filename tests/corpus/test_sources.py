@@ -426,6 +426,13 @@ def test_what_a_folder_holds_besides_text_is_counted(tmp_path: Path) -> None:
     assert ignored == {".epub": 2, "": 1, ".tar.gz": 1, ".csv": 1, ".json": 1, "link to nothing": 1}
 
 
+def test_a_folder_of_json_without_the_key_names_the_option(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"körper": "one"}')
+    with pytest.raises(DataError, match=r"holds no text.*has the key 'text': --text-key names another"):
+        expand(tmp_path)
+    assert texts_of(expand(tmp_path, text_key="körper")[0]) == ["one"]
+
+
 def test_a_dangling_link_is_left_out_and_if_named_is_no_such_input(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.txt").symlink_to("nowhere.txt")
