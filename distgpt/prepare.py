@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Any, Self, get_args
@@ -216,7 +215,7 @@ def _prepare(options: argparse.Namespace, output: Path) -> str:
     given = None if options.tokenizer == "gpt2" else from_name(options.tokenizer)
     for note in given.notes if given else ():
         _say(f"{options.tokenizer}: {note}")
-    inputs = _inputs(options, output)
+    inputs = inputs_of(options, output)
     settings = _settings(options, given)
     staging.recover(output)
     exists = _check_output(output, settings, overwrite=options.overwrite)
@@ -271,7 +270,7 @@ def _prepare_share(
     return f"task {index} of {count} is done; the last of the others writes {options.output}"
 
 
-def _inputs(options: argparse.Namespace, output: Path) -> list[Source]:
+def inputs_of(options: argparse.Namespace, output: Path) -> list[Source]:
     """The sources; `options.ignored` counts what folders hold besides. Raises DataError, UsageError, OSError."""
     options.ignored = Counter()
     if not options.input:
@@ -283,15 +282,18 @@ def _inputs(options: argparse.Namespace, output: Path) -> list[Source]:
         stdin = Source(spool, "standard input", "separated" if options.document_separator else "text", **reading)
         if options.text_key is not None:
             stdin = Source(spool, "standard input", "jsonl", "", options.text_key, encoding=options.encoding)
-        expand = partial(
-            sources.expand,
-            text_key=options.text_key or "text",
-            stdin=replace(stdin, on_bad=options.on_bad_document),
-            left_out=own,
-            on_bad=options.on_bad_document,
-            ignored=options.ignored,
-            **reading,
-        )
+
+        def expand(paths: Sequence[str]) -> list[Source]:
+            return sources.expand(
+                paths,
+                text_key=options.text_key or "text",
+                stdin=replace(stdin, on_bad=options.on_bad_document),
+                left_out=own,
+                on_bad=options.on_bad_document,
+                ignored=options.ignored,
+                **reading,
+            )
+
         found = expand(options.input)
         if options.val_input:
             found = _with_validation(found, expand(options.val_input))
@@ -529,7 +531,7 @@ def _summary(options: argparse.Namespace, meta: dict[str, Any], found: Scan, sec
             f"tokens      {sum(tokens):,}: {tokens[0]:,} for training, {tokens[1]:,} for validation",
             f"vocabulary  {meta['vocab_size']:,} ({meta['options']['tokenizer']}, {eot})",
             f"validation  {tokens[1] / sum(tokens):.2%} of the tokens, {asked}",
-            *_left_out(options, found),
+            *left_out_lines(options, found),
             f"text        {found.text_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {speed:,.1f} MB/s",
             f"prepared    {options.output}",
             f"next        {training_command(options.output, train_tokens=tokens[0], val_tokens=tokens[1])}",
@@ -551,7 +553,7 @@ def _warn_of_split(meta: dict[str, Any], val_fraction: float | None) -> None:
         )
 
 
-def _left_out(options: argparse.Namespace, found: Scan) -> list[str]:
+def left_out_lines(options: argparse.Namespace, found: Scan) -> list[str]:
     """What the summary says of files of folders that are no text, and of bad documents."""
     lines = []
     if options.ignored:

@@ -365,19 +365,19 @@ def test_an_option_without_effect_on_any_input_is_an_error(
     for file in ("in.txt", "in.jsonl"):
         (tmp_path / file).write_text('{"text": "a"}')
     with pytest.raises(UsageError, match=f"{name} has no effect"):
-        door._inputs(door._parse([*options, "--output", "out"]), tmp_path / "out")
+        door.inputs_of(door.parse([*options, "--output", "out"]), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["latin-9x", "base64", "\0"])
 def test_an_encoding_that_is_none_of_text_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="no such encoding of text"):
-        door._parse(["--input", "in.txt", "--output", "out", "--encoding", name])
+        door.parse(["--input", "in.txt", "--output", "out", "--encoding", name])
 
 
 def test_the_summary_says_what_folders_hold_besides_text() -> None:
     options = argparse.Namespace(ignored=Counter({".epub": 3, "": 1_000}))
     found = SimpleNamespace(bad=pipeline.BadDocuments(0, 0, []))
-    assert door._left_out(options, found) == [  # type: ignore[arg-type]
+    assert door.left_out_lines(options, found) == [  # type: ignore[arg-type]
         "left out    1,003 files of folders: 1,000 without suffix, 3 .epub"
     ]
 
@@ -391,7 +391,7 @@ def test_learning_a_vocabulary_shows_that_it_goes_on(monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(pipeline, "BEAT_SECONDS", 0.001)
     monkeypatch.setattr(pipeline, "train_bpe", slow)
-    steps = pipeline._train(([], 300))
+    steps = pipeline.train_task(([], 300))
     assert [next(steps), next(steps)] == [0, 0]
     may_end.set()
     assert list(steps)[-1] == "learned"

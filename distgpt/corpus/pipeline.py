@@ -192,7 +192,7 @@ def trained_bpe(found: Scan, *, vocab_size: int, workers: Workers, advance: Adva
             taken += scanned.text_bytes
         passed += scanned.text_bytes
     text = ""
-    for _, step in workers.run(_train, [(chosen, vocab_size)]):
+    for _, step in workers.run(train_task, [(chosen, vocab_size)]):
         if isinstance(step, str):
             text = step
         else:
@@ -368,16 +368,16 @@ def _stop_at_bad(pieces: Sequence[Scanned], *, is_all: bool) -> None:
 def scan_task(task: ScanTask) -> Iterator[tuple[Scanned, int]]:
     for piece in task.pieces:
         with sources.opened(piece.source) as reader:
-            yield _scanned(reader.content(piece), piece, task.characters), piece.stop - piece.start
+            yield scan_piece(reader.content(piece), piece, task.characters), piece.stop - piece.start
     if task.source is not None:
         with sources.opened(task.source) as reader:
             before = 0
             for piece in reader.pieces():
-                yield _scanned(reader.content(piece), piece, task.characters), reader.consumed - before
+                yield scan_piece(reader.content(piece), piece, task.characters), reader.consumed - before
                 before = reader.consumed
 
 
-def _scanned(content: Content, piece: Piece, characters: bool) -> Scanned:
+def scan_piece(content: Content, piece: Piece, characters: bool) -> Scanned:
     is_text = piece.source.format == "text"
     return Scanned(
         piece=piece,
@@ -404,7 +404,7 @@ def characters_of(text: str) -> str:
     return "".join(map(chr, np.flatnonzero(present).tolist()))
 
 
-def _train(task: tuple[Sequence[Scanned], int]) -> Iterator[int | str]:
+def train_task(task: tuple[Sequence[Scanned], int]) -> Iterator[int | str]:
     """The bytes read since the last time, every second, then the vocabulary."""
     pieces, vocab_size = task
     read = said = 0

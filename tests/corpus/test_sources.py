@@ -24,7 +24,12 @@ from distgpt.corpus.sources import Piece, Source
 from distgpt.corpus.tokenizer import train_bpe
 from distgpt.errors import DataError, UsageError
 
-PACK: dict[str, Callable[[bytes], bytes]] = {"": bytes, ".gz": gzip.compress, ".zst": zstandard.compress}
+PACK: dict[str, Callable[[bytes], bytes]] = {
+    "": bytes,
+    ".gz": gzip.compress,
+    ".zst": zstandard.compress,
+    ".zstd": zstandard.compress,
+}
 
 STDIN = Source("/nowhere", "standard input", "text")
 
@@ -50,7 +55,7 @@ def texts_of(source: Source) -> list[str]:
 
 def bad_places(source: Source) -> list[str]:
     with sources.opened(source) as reader:
-        pieces = [pipeline._scanned(reader.content(piece), piece, False) for piece in reader.pieces()]
+        pieces = [pipeline.scan_piece(reader.content(piece), piece, False) for piece in reader.pieces()]
     return pipeline.bad_documents(pieces).places
 
 
@@ -340,14 +345,6 @@ def test_parquet_without_the_column_or_the_text(tmp_path: Path) -> None:
         read(expand(path)[0])
     [place] = bad_places(expand(path, text_key="body")[0])
     assert place.endswith("row 2: 'body' is not a text but NoneType")
-
-
-PACK: dict[str, Callable[[bytes], bytes]] = {
-    "": bytes,
-    ".gz": gzip.compress,
-    ".zst": zstandard.compress,
-    ".zstd": zstandard.compress,
-}
 
 
 @pytest.mark.usefixtures("small_units")
