@@ -30,11 +30,6 @@ PACK: dict[str, Callable[[bytes], bytes]] = {
     ".zst": zstandard.compress,
     ".zstd": zstandard.compress,
 }
-    "": bytes,
-    ".gz": gzip.compress,
-    ".zst": zstandard.compress,
-    ".zstd": zstandard.compress,
-}
 
 STDIN = Source("/nowhere", "standard input", "text")
 
