@@ -227,7 +227,7 @@ class Watchdog:
             log.flush()
             faulthandler.dump_traceback(log)
         with suppress(OSError):
-            write_flight_recorder(self._run.paths.logs / f"flight-recorder-rank-{self._run.rank}")
+            write_flight_recorders(self._run.paths.logs, self._run.rank)
 
     def _ask_all(self, mine: Whereabouts, silent: set[int]) -> list[Whereabouts]:
         """The answers that come in time; the store itself may be with the rank that hangs."""
@@ -314,13 +314,15 @@ def _send(pid: int, number: signal.Signals) -> None:
         os.kill(pid, number)
 
 
-def write_flight_recorder(file: Path) -> None:
-    """The last collectives of this rank, for torch's `torchfrtrace`."""
+def write_flight_recorders(logs: Path, rank: int) -> None:
+    """The last collectives of this rank, for torch's `torchfrtrace`: those of gloo, and those of NCCL."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         # Private, but it is what the documentation of torch's flight recorder calls; NCCL's is in builds for GPUs only.
         c10d = torch._C._distributed_c10d
-        file.write_bytes(getattr(c10d, "_dump_nccl_trace", c10d._dump_fr_trace)())
+        for name, dump in (("", "_dump_fr_trace"), ("nccl-", "_dump_nccl_trace")):
+            if hasattr(c10d, dump):
+                (logs / f"flight-recorder-{name}rank-{rank}").write_bytes(getattr(c10d, dump)())
 
 
 def current_line() -> str:

@@ -46,7 +46,7 @@ def test_a_rank_whose_data_never_come_is_named(prepared: Path, tmp_path: Path, s
     assert f"distgpt: {report['cause']}\n" in done.stderr
     assert "in slow_read\n" in (tmp_path / "logs" / "rank-1.log").read_text()
     assert "in accumulate_gradients\n" in (tmp_path / "logs" / "rank-0.log").read_text()
-    assert sorted(path.name for path in (tmp_path / "logs").glob("flight-*")) == [
+    assert sorted(path.name for path in (tmp_path / "logs").glob("flight-recorder-rank-*")) == [
         "flight-recorder-rank-0",
         "flight-recorder-rank-1",
     ]
