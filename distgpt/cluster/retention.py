@@ -17,9 +17,12 @@ log = logging.getLogger(__name__)
 def require_space(directory: Path, needed: int) -> None:
     """Raise StorageError unless the disk has room for `needed` bytes and a little more."""
     free = shutil.disk_usage(directory).free
-    if free < needed * 1.02 + 2**20:
+    wanted = needed * 1.02 + 2**20
+    if free < wanted:
+        # Rounded away from each other: two equal figures would explain nothing.
+        there, takes = math.floor(free / 2**20 * 10) / 10, math.ceil(wanted / 2**20 * 10) / 10
         raise StorageError(
-            f"{directory} has {free / 2**20:.0f} MiB free and a checkpoint takes {needed / 2**20:.0f} MiB: "
+            f"{directory} has {there:.1f} MiB free and a checkpoint takes {takes:.1f} MiB with 1 MiB to spare: "
             "free some space or lower checkpoint.keep"
         )
 

@@ -2,10 +2,15 @@
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
 
 from distgpt.cluster.manifest import manifest_bytes
-from distgpt.cluster.retention import best_of, surplus
+from distgpt.cluster.retention import best_of, require_space, surplus
+from distgpt.errors import StorageError
 
 
 def make(directory: Path, *, step: int, val_loss: float | None) -> Path:
@@ -60,3 +65,10 @@ def test_a_damaged_validation_loss_is_not_the_best(tmp_path: Path) -> None:
     state.write_text(state.read_text().replace("2.5", "0.5"))
     assert best_of(tmp_path) == tmp_path / "step-00000001"
     assert steps(surplus(tmp_path, keep=1)) == [2]
+
+
+def test_a_full_disk_is_told_in_figures_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is free is less than what is asked for, as the line has it, for small checkpoints too."""
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=900 * 2**10))
+    with pytest.raises(StorageError, match=r" has 0\.8 MiB free and a checkpoint takes 1\.1 MiB with 1 MiB to spare: "):
+        require_space(tmp_path, 50_000)
