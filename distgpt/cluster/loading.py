@@ -1,9 +1,12 @@
 """Tensors back from a checkpoint, whatever their sharding then and now; no code that it might bring is run."""
 
+import errno
+import io
 import pickle
+import struct
 import sys
 import warnings
-from enum import Enum
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +14,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -19,9 +23,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.futures import Future
 
 from distgpt.cluster.diloco import OuterOptimizer
+from distgpt.cluster.index import read_index, require_tensors
 from distgpt.cluster.manifest import (
+    INDEX,
     STATE,
     TOKENIZER,
     RunState,
@@ -30,6 +37,7 @@ from distgpt.cluster.manifest import (
     damage,
     listed,
     one_line,
+    open_file,
     read_state,
     sha256_of,
     step_of,
@@ -39,6 +47,9 @@ from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.errors import DataError, StorageError
 from distgpt.model.gpt import GPT
+
+# Bytes of a stored tensor besides its numbers: of what describes it, where no pickle nests deep, and in all.
+LARGEST_HEADER, LARGEST_EXTRA = 2**12, 2**14
 
 # One process saving or loading on its own is what we ask for.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -124,62 +135,85 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 def read_tensors(tensors: dict[str, Any], checkpoint: Path, group: dist.ProcessGroup | None) -> None:
     """Fill `tensors` in place, whatever their sharding now and then. Raises DataError, StorageError."""
-    reader = _Reader(checkpoint)
-    reader.read_metadata()  # here a DataError is one; dcp.load would wrap it in its own
+    index = read_index(checkpoint)  # here a DataError is one; dcp.load would wrap it in its own
+    require_tensors(index, tensors, checkpoint / INDEX)
+    reader = _Reader(checkpoint, index)
     try:
         dcp.load(tensors, storage_reader=reader, process_group=group, no_dist=group is None)
     except dcp.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
+        if isinstance(cause, DataError | AssertionError | RuntimeError | ValueError | pickle.UnpicklingError):
+            raise DataError(f"{checkpoint} cannot be read: {one_line(cause)[:200]}") from None
         if not isinstance(cause, OSError):
             raise
         raise StorageError(f"{checkpoint} cannot be read: {one_line(cause)}") from None
 
 
-class _MetadataUnpickler(pickle.Unpickler):
-    """DCP's metadata is a pickle; this builds only the plain records that one needs and runs no foreign code."""
-
-    ALLOWED = frozenset(
-        {
-            ("torch.distributed.checkpoint.metadata", name)
-            for name in (
-                *("Metadata", "StorageMeta", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata"),
-                *("MetadataIndex", "_MEM_FORMAT_ENCODING", "BytesStorageMetadata"),
-            )
-        }
-        | {
-            ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
-            ("torch", "Size"),
-            ("torch.serialization", "_get_layout"),
-            ("collections", "OrderedDict"),
-            ("pathlib", "PosixPath"),
-        }
-        | {("torch", name) for name in ("float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool")}
-    )
-
-    def find_class(self, module: str, name: str) -> Any:
-        module = "pathlib" if module == "pathlib._local" else module  # where Python 3.13 pickles it from
-        if (module, name) == ("builtins", "getattr"):
-            return _member  # how Python 3.11 up to 3.11.3 pickles a member of an Enum
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}")
-        return super().find_class(module, name)
-
-
-def _member(kind: Any, name: str) -> Any:
-    """The member of an Enum; getattr itself would give foreign code a hold."""
-    if not (isinstance(kind, type) and issubclass(kind, Enum)):
-        raise pickle.UnpicklingError(f"it asks for an attribute of {kind!r}")
-    return kind[name]
-
-
 class _Reader(dcp.FileSystemReader):
+    """Reads an index once, as data, and payloads that are plain tensors."""
+
+    def __init__(self, checkpoint: Path, index: Metadata) -> None:
+        super().__init__(checkpoint)
+        self._index = index
+        self._sizes = {
+            MetadataIndex(name, chunk.offsets): chunk.sizes.numel() * tensor.properties.dtype.itemsize
+            for name, tensor in index.state_dict_metadata.items()
+            if isinstance(tensor, TensorStorageMetadata)
+            for chunk in tensor.chunks
+        }
+
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        path = Path(self.path) / ".metadata"
-        try:
-            with path.open("rb") as file:
-                metadata = _MetadataUnpickler(file).load()
-        except (pickle.UnpicklingError, AttributeError, EOFError, IndexError, ValueError, TypeError) as error:
-            raise DataError(f"{path} is not a checkpoint index of ours: {one_line(error)}") from None
-        if not isinstance(metadata, Metadata):
-            raise DataError(f"{path} is not a checkpoint index of ours")
-        return metadata
+        return self._index
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            place = self._index.storage_data[item.storage_index]
+            with open_file(Path(self.path) / place.relative_path) as file:
+                stored = _Slice(file, place.offset, place.length)
+                _require_tensor(stored, self._sizes[item.storage_index], item.storage_index.fqn)
+        return super().read_data(plan, planner)
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+        self._file, self._start, self.length, self._at = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence] + offset
+        if self._at < 0:
+            raise OSError(errno.EINVAL, "before its begin")
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        content = self._file.read(max(0, min(len(buffer), self.length - self._at)))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+def _require_tensor(stored: _Slice, size: int, name: str) -> None:
+    """Raise DataError unless what torch.load() will read is no longer than a tensor of `size` bytes is.
+
+    It reads tensors alone, but out of what may be packed a thousandfold or nested without end.
+    """
+    if stored.length > size + LARGEST_EXTRA:
+        raise DataError(f"{name} is stored in {stored.length} bytes, and is a tensor of {size}")
+    try:
+        with zipfile.ZipFile(io.BufferedReader(stored)) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+        raise DataError(f"{name} is not stored as a tensor: {one_line(error)}") from None
+    data = [member for member in members if "/data/" in member.filename]
+    others = [member for member in members if member not in data]
+    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if packed or len(data) != 1 or data[0].file_size != size or sum(m.file_size for m in others) > LARGEST_HEADER:
+        raise DataError(f"{name} is not stored as a tensor of {size} bytes")

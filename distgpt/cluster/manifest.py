@@ -2,7 +2,7 @@
 
 checkpoints/step-00001000/     whole, or it would not have this name
     __0_0.distcp ...           tensors, sharded (torch.distributed.checkpoint), one file a rank
-    .metadata                  DCP's index of them (a pickle, read through an allow-list: loading.py)
+    .metadata                  DCP's index of them (a pickle, but never unpickled: index.py)
     train.json                 step, validation loss, config, data fingerprint: see RunState
     tokenizer.json             so that sampling needs nothing else
     manifest.json              size and SHA-256 of each file above, and of itself
@@ -10,18 +10,24 @@ checkpoints/step-00001000/     whole, or it would not have this name
 
 import errno
 import hashlib
+import io
 import json
+import os
 import re
+import stat
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
-from distgpt.errors import DataError, StorageError
+from distgpt.config import from_dict
+from distgpt.errors import DataError, StorageError, UsageError
 
 FORMAT_VERSION = 1
 # What file systems say of a bad sector, a checksum that is wrong and an inode that makes no sense.
 BAD_DISK = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
-MANIFEST, STATE, TOKENIZER = "manifest.json", "train.json", "tokenizer.json"
+MANIFEST, STATE, TOKENIZER, INDEX = "manifest.json", "train.json", "tokenizer.json", ".metadata"
+LARGEST_JSON = 2**26  # bytes; a rank takes 150 in manifest.json
+LARGEST_STEP, LARGEST_VOCABULARY = 2**50, 2**31
 
 
 @dataclass(frozen=True)
@@ -47,8 +53,8 @@ def path_of(directory: Path, step: int) -> Path:
 
 def committed(directory: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    found = [d for d in directory.glob("step-*") if re.fullmatch(r"step-\d{8,}", d.name) and d.is_dir()]
-    return sorted(found, key=step_of, reverse=True)
+    found = [d for d in directory.glob("step-*") if re.fullmatch(r"step-\d{8}|step-[1-9]\d{8,29}", d.name)]
+    return sorted(filter(Path.is_dir, found), key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
@@ -62,17 +68,26 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     Raises StorageError if it cannot be read now, as damage() does.
     """
     try:
-        content = (checkpoint / MANIFEST).read_bytes()
+        content = read_file(checkpoint / MANIFEST, LARGEST_JSON)
         files: dict[str, dict[str, Any]] = json.loads(content)["files"]
         if manifest_bytes(files) != content:
             raise DataError(f"{MANIFEST} is damaged")
+        _require_our_files(files)
     except FileNotFoundError:
         raise DataError(f"{MANIFEST} is missing") from None
     except OSError as error:
         raise DataError(f"{MANIFEST} cannot be read ({_harm(checkpoint / MANIFEST, error)})") from None
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{MANIFEST} cannot be read ({one_line(error)})") from None
     return files
+
+
+def _require_our_files(files: dict[str, dict[str, Any]]) -> None:
+    for name, entry in files.items():
+        if not is_file_of_ours(name) or name == MANIFEST:
+            raise DataError(f"{MANIFEST} names {name[:100]!r}, which is no file of a checkpoint")
+        if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+            raise DataError(f"{MANIFEST} has no size and hash of {name}")
 
 
 def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
@@ -84,22 +99,26 @@ def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
         files = read_manifest(checkpoint)
     except DataError as error:
         return [str(error)]
-    problems = []
+    problems = [f"{MANIFEST} does not name {name}" for name in (INDEX, STATE, TOKENIZER) if name not in files]
     for name in sorted(files)[rank::world_size]:
         try:
-            size = (checkpoint / name).stat().st_size
+            size = file_size(checkpoint / name)
             if size != files[name]["bytes"]:
                 problems.append(f"{name} has {size} bytes, not {files[name]['bytes']}")
             elif sha256_of(checkpoint / name) != files[name]["sha256"]:
                 problems.append(f"{name} does not match its hash")
+            elif name == STATE:
+                read_state(checkpoint)
         except OSError as error:
             problems.append(f"{name}: {_harm(checkpoint / name, error)}")
+        except DataError as error:
+            problems.append(str(error))
     return problems
 
 
 def _harm(file: Path, error: OSError) -> str:
     """What has become of a file. Raises StorageError where it may be whole: a server is away, it is another user's."""
-    if isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError) or error.errno in BAD_DISK:
+    if isinstance(error, NotAFileError | FileNotFoundError) or error.errno in BAD_DISK:
         return str(error.strerror)
     raise StorageError(f"cannot read {file}: {error.strerror}") from None
 
@@ -110,17 +129,58 @@ def is_file_of_ours(name: str) -> bool:
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """train.json of a checkpoint. Raises DataError unless it is as the manifest has it, StorageError as damage()."""
+    """What a checkpoint says of itself in train.json. Raises StorageError as damage().
+
+    Raises DataError unless it is as the manifest has it, of the step in the directory's name, and makes sense.
+    """
     file = checkpoint / STATE
     try:
-        content = file.read_bytes()
+        content = read_file(file, LARGEST_JSON)
         if hashlib.sha256(content).hexdigest() != read_manifest(checkpoint)[STATE]["sha256"]:
             raise DataError(f"{file} does not match its hash")
-        return RunState(**json.loads(content))
+        state = RunState(**json.loads(content))
+        _require_sense(state, file)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {_harm(file, error)}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{file} cannot be read: {one_line(error)}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{file} cannot be read: {one_line(error)[:200]}") from None
+    if state.step != step_of(checkpoint):
+        raise DataError(f"{file} is of step {state.step}, which is not the one that {checkpoint.name} is named after")
+    return state
+
+
+def _require_sense(state: RunState, file: Path) -> None:
+    """Raise DataError if a field is of another type than it should be, or a number that no run has."""
+    kinds = get_type_hints(RunState) | {"val_loss": int | float | None, "config": dict, "guard": dict}
+    for name, value in vars(state).items():
+        if not isinstance(value, kinds[name]) or isinstance(value, bool):
+            raise DataError(f"{file} is not a checkpoint's: its {name} is a {type(value).__name__}")
+    limits = {
+        "step": (0, LARGEST_STEP),
+        "vocab_size": (1, LARGEST_VOCABULARY),
+        "eot_id": (0, state.vocab_size - 1),
+        "micro_batch": (0, LARGEST_STEP),
+        "replicas": (1, LARGEST_STEP),
+    }
+    for name, (least, most) in limits.items():
+        value = getattr(state, name)
+        if value is not None and not least <= value <= most:
+            raise DataError(f"{file} is not a checkpoint's: its {name} is {str(value)[:30]}")
+    _require_guard(state.guard, file)
+    try:
+        from_dict(state.config, source=str(file))
+    except UsageError as error:
+        raise DataError(str(error)) from None
+
+
+def _require_guard(guard: dict[str, Any], file: Path) -> None:
+    """What Guard.restore() takes."""
+    lists = [guard.get(name, []) for name in ("losses", "grad_norms")]
+    numbers = [guard.get("skips", 0)]
+    for values in lists:
+        numbers += values if isinstance(values, list) else [values]
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise DataError(f"{file} is not a checkpoint's: its guard holds what is no number")
 
 
 def manifest_bytes(files: dict[str, dict[str, Any]]) -> bytes:
@@ -131,9 +191,41 @@ def manifest_bytes(files: dict[str, dict[str, Any]]) -> bytes:
 
 
 def sha256_of(file: Path) -> str:
-    """Of a file's content, in hexadecimal. Raises OSError."""
-    with file.open("rb") as stream:
+    """Of a file's content, in hexadecimal. Raises OSError, NotAFileError as open_file()."""
+    with open_file(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+class NotAFileError(OSError):
+    """A directory, link, pipe or device lies where a file should."""
+
+
+def open_file(file: Path) -> io.BufferedReader:
+    """Open a file of a checkpoint to read. Raises OSError, NotAFileError without waiting for what is none."""
+    file_size(file)
+    return io.open(file, "rb", opener=_open_without_waiting)  # noqa: UP020  what tests put faults into
+
+
+def file_size(file: Path) -> int:
+    """In bytes. Raises OSError, NotAFileError if it is none."""
+    found = file.lstat()
+    if not stat.S_ISREG(found.st_mode):
+        raise NotAFileError(errno.EINVAL, "it is a link" if stat.S_ISLNK(found.st_mode) else "it is not a file")
+    return found.st_size
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    # A pipe may have taken its place since it was looked at.
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
+
+
+def read_file(file: Path, most: int) -> bytes:
+    """All of it. Raises OSError as open_file(), DataError if it is larger than one of its kind can be."""
+    with open_file(file) as stream:
+        content = stream.read(most + 1)
+    if len(content) > most:
+        raise DataError(f"{file} is larger than {most // 2**20} MiB, which none of ours is")
+    return content
 
 
 def all_broken(broken: dict[str, str]) -> str:

@@ -4,6 +4,7 @@ What is not finished, and what is being removed, lies in a directory named after
 owner moves that away before it starts: a rename that the earlier one was about to make then has no source.
 """
 
+import os
 import re
 import shutil
 import tempfile
@@ -16,7 +17,7 @@ from distgpt.cluster.manifest import MANIFEST, is_file_of_ours, manifest_bytes, 
 from distgpt.cluster.ownership import Owner
 from distgpt.cluster.retention import require_space
 from distgpt.corpus.shards import sync, write_file
-from distgpt.errors import DISK_FULL, DirectoryError
+from distgpt.errors import DISK_FULL, DirectoryError, StorageError
 
 STAGING, BROKEN = ".staging-", "broken-"  # how the names of directories begin that are no checkpoints
 
@@ -56,7 +57,13 @@ class Store:
         """Give a staged checkpoint, whose other files are on the disk, its manifest and its name."""
         staging = self.staging(step)
         write_file(staging / MANIFEST, manifest_bytes(files))
-        staging.rename(path_of(self.directory, step))
+        target = path_of(self.directory, step)
+        try:
+            staging.rename(target)
+        except OSError as error:
+            if not os.path.lexists(target):
+                raise
+            raise StorageError(f"{target} is in the way, and is not of this attempt: move it away") from error
         sync(self.directory)
 
     def close(self) -> None:

@@ -1,7 +1,6 @@
 """Models from a run's checkpoints; what a checkpoint brings is never run."""
 
 import errno
-import io
 import os
 import pickle
 from pathlib import Path
@@ -10,9 +9,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
-from distgpt.cluster.loading import _MetadataUnpickler, load_for_inference, open_data_of_run
+from distgpt.cluster.loading import load_for_inference, open_data_of_run
 from distgpt.cluster.manifest import committed
 from distgpt.corpus.shards import Dataset
 from distgpt.errors import DataError, StorageError
@@ -77,24 +75,6 @@ def test_a_disk_that_fails_while_tensors_are_read_is_told_as_such(
     monkeypatch.setattr(dcp.FileSystemReader, "read_data", failing)
     with pytest.raises(StorageError, match=r"step-00000002 cannot be read: .*Input/output error"):
         trainee(run, dataset).checkpointer.restore()
-
-
-class Attribute:
-    """Asks getattr for something when it is unpickled, as Python 3.11.0 to 3.11.3 do for members of an Enum."""
-
-    def __init__(self, *arguments: Any) -> None:
-        self.arguments = arguments
-
-    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        return getattr, self.arguments
-
-
-def test_getattr_gives_members_of_an_enum_alone() -> None:
-    member = pickle.dumps(Attribute(_MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST"))
-    assert _MetadataUnpickler(io.BytesIO(member)).load() is _MEM_FORMAT_ENCODING.TORCH_CHANNELS_LAST
-    foreign = pickle.dumps(Attribute(Metadata, "__init__"))
-    with pytest.raises(pickle.UnpicklingError, match="it asks for an attribute of"):
-        _MetadataUnpickler(io.BytesIO(foreign)).load()
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"junk", pickle.dumps({"a": 1}), pickle.dumps(3)])
