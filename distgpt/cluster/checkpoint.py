@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
@@ -30,6 +30,7 @@ from distgpt.cluster.diloco import OuterOptimizer
 from distgpt.cluster.health import Run
 from distgpt.cluster.loading import load_for_training, training_tensors
 from distgpt.cluster.manifest import (
+    INDEX,
     STATE,
     TOKENIZER,
     RunState,
@@ -100,11 +101,8 @@ class Checkpointer:
         # A group of its own: a save in the background must not mix its messages with training's.
         timeout = timedelta(seconds=config.health.collective_timeout)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if runtime.distributed else None
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=False, use_shared_memory=False, use_async_staging=False, use_non_blocking_copy=False
-            )
-        )
+        # Not DefaultStager, which in torch 2.11 can stage once only.
+        self._stager = StateDictStager()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[tuple[int, _TimedWriter]] | None = None
         self._written = 0.0, 0.0
@@ -151,7 +149,6 @@ class Checkpointer:
         self.wait()
         tensors = training_tensors(self._model, self._optimizer)
         staged = self._stager.stage(self._outer.in_checkpoint(tensors) if self._outer else tensors)
-        assert isinstance(staged, dict), "staging is synchronous"
         state = RunState(
             step=step,
             val_loss=val_loss,
@@ -234,7 +231,7 @@ class Checkpointer:
         if rank == 0:
             write_file(staging / STATE, json.dumps(asdict(state), indent=1).encode())
             write_file(staging / TOKENIZER, self._tokenizer)
-            files += [staging / name for name in (".metadata", STATE, TOKENIZER)]
+            files += [staging / name for name in (INDEX, STATE, TOKENIZER)]
         return {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
 
     def _prune(self, saved: Path) -> None:

@@ -353,3 +353,23 @@ def test_the_guard_comes_back_and_may_be_missing_from_an_older_checkpoint(datase
     sign_again(saved)
     assert again.checkpointer.restore() == 40
     assert again.guard.state() == Guard(resolve([], {}).health).state()
+
+
+def test_a_second_save_needs_no_stager_that_stages_once(
+    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in torch 2.11, whose DefaultStager closes what it stages with after each copy."""
+    staged = DefaultStager._stage
+
+    def once(self: DefaultStager, *arguments: Any, **named: Any) -> Any:
+        copied = staged(self, *arguments, **named)
+        self._state_dict_stager.close()
+        return copied
+
+    monkeypatch.setattr(DefaultStager, "_stage", once)
+    subject = trainee(tmp_path, dataset)
+    for step in (1, 2):
+        subject.learn()
+        subject.checkpointer.save(step, val_loss=None)
+    subject.checkpointer.require_saved(2)
+    assert names(tmp_path) == ["step-00000001", "step-00000002"]
