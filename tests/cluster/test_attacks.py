@@ -135,7 +135,7 @@ def with_one_more(index: Metadata, _: Payload) -> None:
 
 
 def without_one(index: Metadata, _: Payload) -> None:
-    key, _ = place_of(index)
+    key = place_of(index)[0]
     del index.state_dict_metadata[WEIGHT], index.storage_data[key]
 
 
@@ -175,7 +175,10 @@ def says(**fields: Any) -> Callable[[Path, Payload], None]:
 
 
 def state_is(content: str) -> Callable[[Path, Payload], None]:
-    return lambda checkpoint, _: [(checkpoint / "train.json").write_text(content), None][1]
+    def attack(checkpoint: Path, _: Payload) -> None:
+        (checkpoint / "train.json").write_text(content)
+
+    return attack
 
 
 def manifest_names(name: str) -> Callable[[Path, Payload], None]:

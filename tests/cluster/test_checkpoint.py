@@ -359,11 +359,11 @@ def test_a_second_save_needs_no_stager_that_stages_once(
     tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in torch 2.11, whose DefaultStager closes what it stages with after each copy."""
-    staged = DefaultStager._stage
+    staged = DefaultStager._stage  # noqa: SLF001
 
     def once(self: DefaultStager, *arguments: Any, **named: Any) -> Any:
         copied = staged(self, *arguments, **named)
-        self._state_dict_stager.close()
+        self._state_dict_stager.close()  # type: ignore[no-untyped-call]
         return copied
 
     monkeypatch.setattr(DefaultStager, "_stage", once)
