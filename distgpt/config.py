@@ -163,7 +163,8 @@ class EvalConfig:
 class CheckpointConfig:
     every: int | Literal["auto"] = option(
         500,
-        "steps between checkpoints; 0: only at the end and when interrupted; auto: by their cost and failures seen",
+        "steps between checkpoints, besides one at each new best evaluation, at the end and when interrupted; "
+        "0: only those; auto: by their cost and failures seen",
     )
     keep: int = option(3, "newest checkpoints kept, besides that of the lowest validation loss")
     async_save: bool = option(True, "write in the background while training goes on")

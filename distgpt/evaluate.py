@@ -2,15 +2,15 @@
 
 import argparse
 
+from distgpt.cluster.choice import add_option
 from distgpt.errors import Parser, enter, main_guard, user_path
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises UsageError."""
-    parser = Parser(
-        prog="python -m distgpt.evaluate", description="The validation loss of a run's newest good checkpoint."
-    )
-    parser.add_argument("run", type=user_path, metavar="RUN", help="run directory")
+    parser = Parser(prog="python -m distgpt.evaluate", description="The validation loss of a run's checkpoint.")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
+    add_option(parser, default="the newest good one")
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
     parser.add_argument("--sequences", type=int, metavar="N", help="validation windows (default: all)")
     return parser.parse_args()
@@ -41,7 +41,7 @@ def main(arguments: argparse.Namespace) -> None:
     if runtime.distributed:
         raise UsageError("evaluate is one process: start it without torchrun")
     with joined(runtime, timeout=0):
-        model, tokenizer, state = load_for_inference(Path(arguments.run), runtime.device)
+        model, tokenizer, state = load_for_inference(Path(arguments.run), runtime.device, arguments.checkpoint)
         config = from_dict(state.config, source=arguments.run)
         fingerprint = None if arguments.data else state.data_fingerprint
         dataset = open_data_of_run(config.data.path, arguments.data, fingerprint=fingerprint)

@@ -1,6 +1,6 @@
 """Compute a step of a run again and find where it stops being finite: `python -m distgpt.replay RUN --step S`.
 
-Newest good checkpoint before S, or initial weights -> the steps in between -> step S under a probe -> what it found.
+A checkpoint before S, or initial weights -> the steps in between -> step S under a probe -> what it found.
 
 One process sees the sequences and draws the dropout masks of any number of ranks, so it computes the same to rounding.
 It leaves the run directory as it is.
@@ -8,6 +8,7 @@ It leaves the run directory as it is.
 
 import argparse
 
+from distgpt.cluster.choice import NEWEST, add_option
 from distgpt.errors import Parser, enter, main_guard, user_path
 
 
@@ -17,7 +18,8 @@ def parse_arguments() -> argparse.Namespace:
         prog="python -m distgpt.replay",
         description="Compute a step of a run again, and name the first layer where it is not finite.",
     )
-    parser.add_argument("run", type=user_path, metavar="RUN", help="run directory")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or the checkpoint of it to set out from")
+    add_option(parser, default="the newest good one before S")
     parser.add_argument("--step", type=int, required=True, metavar="S", help="the step, as metrics.jsonl counts them")
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
     return parser.parse_args()
@@ -37,7 +39,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from distgpt.cluster.loading import load_for_training, newest_good, open_data_of_run
+from distgpt.cluster.loading import choose, is_checkpoint, load_for_training, newest_good, open_data_of_run
 from distgpt.cluster.manifest import STATE, RunState, committed, listed, read_state, step_of
 from distgpt.cluster.parallel import build_model, micro_batch_size
 from distgpt.cluster.reduction import grad_norm_of
@@ -70,11 +72,13 @@ class Start:
 
 def main(arguments: argparse.Namespace) -> None:
     """Replay in one process and print what was found."""
-    run, step = RunPaths(Path(arguments.run)), arguments.step
+    path, step = Path(arguments.run), arguments.step
+    run = RunPaths(path.resolve().parents[1] if is_checkpoint(path) else path)
+    chosen = is_checkpoint(path) or arguments.checkpoint != NEWEST
     runtime = this_rank()
     if runtime.distributed:
         raise UsageError("replay is one process: start it without torchrun")
-    start = start_before(run, step)
+    start = start_from(choose(path, arguments.checkpoint), run, step) if chosen else start_before(run, step)
     if start.config.parallel.strategy == "diloco":
         raise UsageError("the replicas of diloco learn apart, which one process cannot replay")
     if not 1 <= step <= start.config.train.steps:
@@ -91,6 +95,14 @@ def start_before(run: RunPaths, step: int) -> Start:
     if broken:
         print(f"skipped {listed(broken)}")
     state = read_state(checkpoint) if checkpoint is not None else None
+    return Start(config_of(run, step, state), checkpoint, state)
+
+
+def start_from(checkpoint: Path, run: RunPaths, step: int) -> Start:
+    """This checkpoint, which a person chose. Raises UsageError if it is not from before `step`."""
+    state = read_state(checkpoint)
+    if state.step >= step:
+        raise UsageError(f"{checkpoint} is of step {state.step}: a replay of step {step} sets out before it")
     return Start(config_of(run, step, state), checkpoint, state)
 
 

@@ -2,13 +2,15 @@
 
 import argparse
 
+from distgpt.cluster.choice import add_option
 from distgpt.errors import Parser, enter, main_guard, user_path
 
 
 def parse_arguments() -> argparse.Namespace:
     """The command line. Raises UsageError."""
     parser = Parser(prog="python -m distgpt.sample", description="Write text with a trained model.")
-    parser.add_argument("run", type=user_path, metavar="RUN", help="run directory; its newest good checkpoint is used")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
+    add_option(parser, default="the newest good one")
     parser.add_argument("--prompt", default="", help="text to go on from (default: none)")
     parser.add_argument("--tokens", type=int, default=500, metavar="N", help="tokens to write (default: 500)")
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts to write (default: 1)")
@@ -48,7 +50,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Load, then write each sample to stdout as its tokens come."""
     torch.set_num_threads(threads_per_rank(1))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, tokenizer, _ = load_for_inference(Path(arguments.run), device)
+    model, tokenizer, _ = load_for_inference(Path(arguments.run), device, arguments.checkpoint)
     try:
         prompt_ids = tokenizer.encode(arguments.prompt).tolist()
     except DataError as error:

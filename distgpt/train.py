@@ -185,7 +185,8 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
         with watchdog.during("waiting for a save", health.checkpoint_timeout):
             checkpointer.wait()
 
-    saves = SaveInterval(config.checkpoint.every, start_step=start)
+    best = checkpointer.best_val_loss()
+    saves = SaveInterval(config.checkpoint.every, start_step=start, best_val_loss=best)
     with (
         closing(
             Loader(
@@ -207,7 +208,6 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
             model=model,
             dtype=dtype,
             start_step=start,
-            best_val_loss=checkpointer.best_val_loss(),
             saves=saves,
             require_owned=run.require_owned,
         ) as progress,
@@ -248,7 +248,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
                 require_finite_weights(model, step, runtime, finish_save)
                 with progress.evaluating(), watchdog.during(f"evaluating step {step}", health.eval_timeout):
                     found = evaluate(model, validation, tokenizer=tokenizer, runtime=runtime, dtype=dtype)
-                    progress.evaluation(step, found)
+                    progress.evaluation(step, found, best=saves.evaluated(step, found.val_loss))
                     if config.eval.sample_tokens:
                         progress.sample(step, sample_text(model, tokenizer, step, config, runtime, dtype))
                 val_loss = found.val_loss

@@ -14,7 +14,7 @@ from distgpt.cluster.runtime import Runtime
 from distgpt.config import resolve, to_toml
 from distgpt.corpus.loader import Loader
 from distgpt.corpus.shards import Dataset, open_dataset
-from distgpt.errors import DataError
+from distgpt.errors import DataError, UsageError
 from tests import jobs
 from tests.cluster.checkpoints import SMALL, Trainee, newest, trainee
 from tests.cluster.conftest import make_dataset
@@ -156,3 +156,11 @@ def test_other_data_is_refused(tmp_path: Path, dataset: Dataset) -> None:
     gone = replay.Start(resolve([f"--data.path={tmp_path / 'gone'}"], {}))
     with pytest.raises(DataError, match=r"the run's data is not in \S+/gone any more: say where it is with --data=DIR"):
         replay.data_of(gone, None)
+
+
+def test_a_replay_sets_out_from_the_checkpoint_that_is_chosen(tmp_path: Path, dataset: Dataset) -> None:
+    saved_at_two(tmp_path, dataset, lambda subject: None)
+    start = replay.start_from(newest(tmp_path), RunPaths(tmp_path), 3)
+    assert (start.step, start.checkpoint, start.config.train.steps) == (2, newest(tmp_path), 9)
+    with pytest.raises(UsageError, match="step-00000002 is of step 2: a replay of step 2 sets out before it"):
+        replay.start_from(newest(tmp_path), RunPaths(tmp_path), 2)

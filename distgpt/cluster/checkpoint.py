@@ -137,9 +137,13 @@ class Checkpointer:
         return state.step
 
     def best_val_loss(self) -> float | None:
-        """The lowest validation loss of any checkpoint kept."""
-        best = best_of(self._directory)
-        return read_state(best).val_loss if best else None
+        """The lowest validation loss of any checkpoint kept, as rank 0 finds it."""
+
+        def find() -> float | None:
+            best = best_of(self._directory)
+            return read_state(best).val_loss if best else None
+
+        return self._on_rank_zero(find)
 
     def save(self, step: int, *, val_loss: float | None) -> None:
         """Stage a copy now and write it in the background; wait first for a save that is still being written.

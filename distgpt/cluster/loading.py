@@ -25,10 +25,12 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.futures import Future
 
+from distgpt.cluster.choice import BEST, NEWEST
 from distgpt.cluster.diloco import OuterOptimizer
 from distgpt.cluster.index import read_index, require_tensors
 from distgpt.cluster.manifest import (
     INDEX,
+    MANIFEST,
     STATE,
     TOKENIZER,
     RunState,
@@ -38,14 +40,16 @@ from distgpt.cluster.manifest import (
     listed,
     one_line,
     open_file,
+    path_of,
     read_state,
     sha256_of,
     step_of,
 )
+from distgpt.cluster.retention import best_of
 from distgpt.config import from_dict
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
-from distgpt.errors import DataError, StorageError
+from distgpt.errors import DataError, StorageError, UsageError
 from distgpt.model.gpt import GPT
 
 # Bytes of a stored tensor besides its numbers: of what describes it, where no pickle nests deep, and in all.
@@ -55,18 +59,9 @@ LARGEST_HEADER, LARGEST_EXTRA = 2**12, 2**14
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
-def load_for_inference(run: Path, device: torch.device) -> tuple[GPT, Tokenizer, RunState]:
-    """The model of a run directory's newest good checkpoint, in eval mode, with its tokenizer. One process.
-
-    Says on stderr in one line what it skipped and why. Raises DataError if there is no good checkpoint.
-    """
-    checkpoint, broken = newest_good(run / "checkpoints")
-    if checkpoint is None and broken:
-        raise DataError(f"{run} {all_broken(broken)}")
-    if checkpoint is None:
-        raise DataError(f"{run} holds no checkpoint: train one with python -m distgpt.train --run.dir={run}")
-    if broken:
-        print(f"distgpt: reading {checkpoint}; skipped {listed(broken)}", file=sys.stderr)
+def load_for_inference(run: Path, device: torch.device, choice: str = NEWEST) -> tuple[GPT, Tokenizer, RunState]:
+    """The model of a run's checkpoint, see choose(), in eval mode, with its tokenizer. One process."""
+    checkpoint = choose(run, choice)
     state = read_state(checkpoint)
     config = from_dict(state.config, source=str(checkpoint / STATE))
     model = GPT(config.model, state.vocab_size, state.eot_id)
@@ -89,6 +84,58 @@ def open_data_of_run(recorded: str, given: str | None, *, fingerprint: str | Non
     if fingerprint is not None and dataset.fingerprint != fingerprint:
         raise DataError(f"{path} is not the data that the run was trained on: say where that is with --data=DIR")
     return dataset
+
+
+def choose(run: Path, choice: str = NEWEST) -> Path:
+    """The checkpoint that a command reads: a run directory's newest good one, its best one or that of a step.
+
+    `run` or `choice` may be the directory of a checkpoint as well. Says on stderr in one line what it skipped and why.
+    Raises UsageError if there is none as chosen, DataError if it is damaged or if the run has none at all.
+    """
+    if is_checkpoint(run):
+        if choice != NEWEST:
+            raise UsageError(f"{run} is a checkpoint already: leave out --checkpoint={choice}")
+        return _require_good(run)
+    if choice not in (BEST, NEWEST) and is_checkpoint(Path(choice)):
+        return _require_good(Path(choice))
+    directory = run / "checkpoints"
+    steps = [step_of(checkpoint) for checkpoint in committed(directory)]
+    if choice == NEWEST or not steps:
+        return _newest_of(run)
+    if choice == BEST:
+        best = best_of(directory)
+        if best is None:
+            raise UsageError(f"no checkpoint of {run} has a validation loss: take --checkpoint={NEWEST}")
+        return _require_good(best)
+    step = choice.removeprefix("step-")
+    if step.isdecimal() and int(step) in steps:
+        return _require_good(path_of(directory, int(step)))
+    there = ", ".join(map(str, reversed(steps)))
+    raise UsageError(f"--checkpoint is {choice}: {run} has {BEST}, {NEWEST} and those of the steps {there}")
+
+
+def is_checkpoint(directory: Path) -> bool:
+    """Whether a path names a checkpoint, whole or damaged, rather than a run."""
+    return directory.is_dir() and ((directory / MANIFEST).exists() or directory.name.startswith("step-"))
+
+
+def _newest_of(run: Path) -> Path:
+    checkpoint, broken = newest_good(run / "checkpoints")
+    if checkpoint is None and broken:
+        raise DataError(f"{run} {all_broken(broken)}")
+    if checkpoint is None:
+        raise DataError(f"{run} holds no checkpoint: train one with python -m distgpt.train --run.dir={run}")
+    if broken:
+        print(f"distgpt: reading {checkpoint}; skipped {listed(broken)}", file=sys.stderr)
+    return checkpoint
+
+
+def _require_good(checkpoint: Path) -> Path:
+    """A checkpoint that was asked for by name. Raises DataError if it is damaged."""
+    problems = damage(checkpoint)
+    if problems:
+        raise DataError(f"{checkpoint} is damaged ({problems[0]}): choose another with --checkpoint")
+    return checkpoint
 
 
 def newest_good(directory: Path, *, before: int | None = None) -> tuple[Path | None, dict[str, str]]:

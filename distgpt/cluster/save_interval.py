@@ -67,22 +67,35 @@ class SaveCost:
 class SaveInterval:
     """Says after which steps a save is due: every so many, or (auto) as many as rank 0 found best and told the others.
 
-    The same on all ranks, since they adopt what rank 0 proposes at the same steps.
+    One is due as well after an evaluation that found the lowest loss so far. The same on all ranks, since they evaluate
+    alike and adopt what rank 0 proposes at the same steps.
     """
 
-    def __init__(self, every: int | Literal["auto"], *, start_step: int) -> None:
+    def __init__(self, every: int | Literal["auto"], *, start_step: int, best_val_loss: float | None) -> None:
+        """`best_val_loss`: the lowest validation loss of a checkpoint that is there already."""
         self.auto = every == "auto"
+        self.last = start_step  # the step of the last save that was begun
         self._every = 0 if every == "auto" else every
-        self._last = start_step
+        self._best = math.inf if best_val_loss is None else best_val_loss
+        self._best_step: int | None = None
 
     def is_due(self, step: int) -> bool:
+        if step == self._best_step:
+            return True
         if self.auto:
-            return 0 < self._every <= step - self._last
+            return 0 < self._every <= step - self.last
         return self._every > 0 and step % self._every == 0
+
+    def evaluated(self, step: int, val_loss: float) -> bool:
+        """Count an evaluation after this step; whether its loss is the lowest so far."""
+        best = val_loss < self._best
+        if best:
+            self._best, self._best_step = val_loss, step
+        return best
 
     def saved(self, step: int) -> None:
         """A save was begun after this step."""
-        self._last = step
+        self.last = step
 
     def adopt(self, steps: int) -> bool:
         """Take a proposal of at least 1 step if it is noticeably another interval; whether it was taken."""

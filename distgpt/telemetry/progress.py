@@ -1,7 +1,6 @@
 """One run as rank 0 shows it: times the steps and hands what was measured to the console, Metrics and the Ledger."""
 
 import logging
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -44,7 +43,6 @@ class Progress:
         model: nn.Module,
         dtype: torch.dtype,
         start_step: int,
-        best_val_loss: float | None,
         saves: SaveInterval,
         require_owned: Callable[[], object],
     ) -> None:
@@ -52,7 +50,6 @@ class Progress:
         self._paths, self._config, self._runtime = paths, config, runtime
         self._flops_per_token = bare(model).flops_per_token()
         self._peak_flops = _peak_of_all(runtime, dtype)
-        self._best = math.inf if best_val_loss is None else best_val_loss
         enabled = runtime.rank == 0
         self._require_owned = require_owned
         self._metrics = Metrics(paths.root, resume_step=start_step, require_owned=require_owned) if enabled else None
@@ -200,10 +197,8 @@ class Progress:
         self._write_ledger()
         self._own_work.begin()
 
-    def evaluation(self, step: int, found: Evaluation) -> None:
-        """Log an evaluation and redraw the loss curve."""
-        best = found.val_loss < self._best
-        self._best = min(self._best, found.val_loss)
+    def evaluation(self, step: int, found: Evaluation, *, best: bool) -> None:
+        """Log an evaluation, which found the lowest loss so far or not, and redraw the loss curve."""
         self._console.evaluation(
             step=step,
             val_loss=found.val_loss,

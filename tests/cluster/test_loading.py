@@ -10,10 +10,10 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from distgpt.cluster.loading import load_for_inference, open_data_of_run
+from distgpt.cluster.loading import choose, load_for_inference, open_data_of_run
 from distgpt.cluster.manifest import committed
 from distgpt.corpus.shards import Dataset
-from distgpt.errors import DataError, StorageError
+from distgpt.errors import DataError, StorageError, UsageError
 from tests.cluster.checkpoints import CPU, newest, sign_again, trainee
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -93,3 +93,32 @@ def test_other_data_is_taken_only_where_it_is_named(dataset: Dataset, other_data
         open_data_of_run(other, None, fingerprint=dataset.fingerprint)
     with pytest.raises(DataError, match=r"the run's data is not in gone any more: say where it is with --data=DIR"):
         open_data_of_run("gone", None, fingerprint=dataset.fingerprint)
+
+
+@pytest.mark.parametrize(
+    ("choice", "step"),
+    [("best", 1), ("newest", 2), ("1", 1), ("step-00000002", 2), ("{}/checkpoints/step-00000001", 1)],
+)
+def test_the_best_the_newest_and_any_other_checkpoint_can_be_chosen(saved: Path, choice: str, step: int) -> None:
+    checkpoint = choose(saved, choice.format(saved))
+    assert checkpoint == saved / "checkpoints" / f"step-{step:08d}"
+    assert choose(checkpoint) == checkpoint
+    assert load_for_inference(saved, CPU, choice.format(saved))[2].step == step
+
+
+def test_a_checkpoint_that_cannot_be_chosen_is_told(run: Path, tmp_path: Path) -> None:
+    older, newer = (run / "checkpoints" / f"step-0000000{step}" for step in (1, 2))
+    for choice in ("3", "worst", str(tmp_path / "nowhere")):
+        with pytest.raises(UsageError, match=rf"--checkpoint is {choice}: \S+ has best, newest and .* the steps 1, 2$"):
+            choose(run, choice)
+    with pytest.raises(UsageError, match="step-00000001 is a checkpoint already: leave out --checkpoint=best"):
+        choose(older, "best")
+    with pytest.raises(DataError, match="holds no checkpoint"):
+        choose(tmp_path / "nowhere", "best")
+    (older / "manifest.json").unlink()
+    for path, choice in ((run, "1"), (older, "newest")):
+        with pytest.raises(DataError, match=r"step-00000001 is damaged \(manifest.json is missing\)"):
+            choose(path, choice)
+    (newer / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="step-00000002 is damaged"):
+        choose(run, "best")  # not silently another one

@@ -1,5 +1,8 @@
 """How often to save, against worked examples; when a save is due."""
 
+import math
+from typing import Literal
+
 import pytest
 
 from distgpt.cluster.save_interval import (
@@ -88,13 +91,13 @@ def test_without_an_undisturbed_step_the_stall_is_all_that_is_known() -> None:
 
 @pytest.mark.parametrize(("every", "expected"), [(3, [3, 6, 9]), (0, [])])
 def test_a_fixed_interval_counts_from_the_start_of_the_run(every: int, expected: list[int]) -> None:
-    saves = SaveInterval(every, start_step=2)
+    saves = SaveInterval(every, start_step=2, best_val_loss=None)
     assert not saves.adopt(1)
     assert [step for step in range(1, 11) if saves.is_due(step)] == expected
 
 
 def test_auto_counts_from_the_last_save_and_takes_what_is_noticeably_better() -> None:
-    saves = SaveInterval("auto", start_step=100)
+    saves = SaveInterval("auto", start_step=100, best_val_loss=None)
     assert not any(saves.is_due(step) for step in range(101, 1000)), "nothing is known yet"
     assert saves.adopt(8)
     assert [step for step in range(101, 110) if saves.is_due(step)] == [108, 109]
@@ -106,3 +109,16 @@ def test_auto_counts_from_the_last_save_and_takes_what_is_noticeably_better() ->
     assert not saves.is_due(118)
     assert saves.adopt(1)
     assert saves.is_due(111)
+
+
+@pytest.mark.parametrize("every", [0, 1000, "auto"])
+def test_a_save_is_due_at_each_new_best_evaluation(every: Literal["auto"] | int) -> None:
+    saves = SaveInterval(every, start_step=2, best_val_loss=3.0)
+    found = {4: 3.5, 6: 2.5, 8: 2.5, 10: math.nan, 12: 2.0}
+    assert [step for step, loss in found.items() if saves.evaluated(step, loss)] == [6, 12]
+    saves = SaveInterval(every, start_step=2, best_val_loss=3.0)
+    due = []
+    for step, loss in found.items():
+        saves.evaluated(step, loss)
+        due += [step] if saves.is_due(step) else []
+    assert due == [6, 12]

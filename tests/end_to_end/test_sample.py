@@ -4,7 +4,10 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
+<<<<<<< HEAD
 from functools import partial
+=======
+>>>>>>> 8e27efb (Save at each new best evaluation, and let commands choose the checkpoint that they read)
 from pathlib import Path
 
 import pytest
@@ -119,6 +122,7 @@ def test_evaluate_refuses_another_tokenizer(evaluated: dict[str, jobs.Ended]) ->
     assert re.fullmatch(r"distgpt: error: .* was prepared with another tokenizer than .*\n", ended.stderr)
 
 
+<<<<<<< HEAD
 def test_a_run_is_evaluated_and_replayed_from_another_directory(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -133,3 +137,14 @@ def test_a_run_is_evaluated_and_replayed_from_another_directory(
     for step in (1, 2):  # from the initial weights, and from the checkpoint
         start = replay.start_before(RunPaths(Path("../run")), step)
         assert replay.data_of(start, None).path == tmp_path / "data"
+=======
+def test_each_new_best_is_saved_and_can_be_chosen(prepared: Path, tmp_path: Path) -> None:
+    """Most evaluations are at other steps than those at which a save is due."""
+    ended = jobs.train(1, *tiny(prepared, tmp_path), "--checkpoint.every=15", "--checkpoint.keep=9")
+    assert [line.endswith(" | best") for line in ended.stdout.splitlines() if " | val loss " in line] == [True] * 3
+    assert jobs.checkpoints(tmp_path) == [f"step-{step:08d}" for step in (15, 20, 30, 40, 45, 60)]
+    ended = jobs.door("evaluate", tmp_path, "--sequences=30", "--checkpoint=40")
+    assert ended.stdout.startswith(f"step 40 | val loss {jobs.val_losses(tmp_path)[40]:.4f} | "), ended
+    ended = jobs.door("sample", tmp_path / "checkpoints" / "step-00000020", "--tokens=1")
+    assert (ended.code, ended.stderr) == (0, ""), ended
+>>>>>>> 8e27efb (Save at each new best evaluation, and let commands choose the checkpoint that they read)

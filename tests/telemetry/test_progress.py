@@ -33,7 +33,6 @@ def progress_in(directory: Path, saves: SaveInterval, config: Config = CONFIG) -
         model=model,
         dtype=torch.float32,
         start_step=0,
-        best_val_loss=None,
         saves=saves,
         require_owned=lambda: None,
     )
@@ -42,7 +41,7 @@ def progress_in(directory: Path, saves: SaveInterval, config: Config = CONFIG) -
 
 def train(directory: Path, *, steps: int = 6, error: Exception | None = None, config: Config = CONFIG) -> SaveInterval:
     """Some steps with a save where one is due, then `error`."""
-    saves = SaveInterval("auto", start_step=0)
+    saves = SaveInterval("auto", start_step=0, best_val_loss=None)
     progress, model = progress_in(directory, saves, config)
     guard = Guard(CONFIG.health)
     tokens: Tensor = torch.zeros(1, 4, dtype=torch.int64)
