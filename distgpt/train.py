@@ -73,6 +73,7 @@ from distgpt.model.generate import generate
 from distgpt.model.gpt import count_parameters
 from distgpt.model.optim import build_optimizer, lr_at, set_lr
 from distgpt.model.outliers import Guard, Verdict
+from distgpt.telemetry.outlook import describe, outlook
 from distgpt.telemetry.progress import Progress
 
 log = logging.getLogger("distgpt")
@@ -171,10 +172,14 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
     start, last = checkpointer.restore(), config.train.steps
     run.step = start
     if start >= last:
-        say(f"nothing to do: {run.paths.root} is at step {start} of {last}, --train.steps=N goes further")
+        again = "" if config.optim.schedule == "constant" else ", and its learning rate up again"
+        say(f"nothing to do: {run.paths.root} is at step {start} of {last}, --train.steps=N goes further{again}")
         return
-    say(f"going on from step {start} in {run.paths.root}" if start else f"starting in {run.paths.root}")
+    changed, doubts = outlook(config, dataset, checkpointer.restored)
+    say(f"going on from step {start} in {run.paths.root}{changed}" if start else f"starting in {run.paths.root}")
     if runtime.rank == 0:
+        for doubt in doubts:
+            warn(doubt)
         run.require_owned()
         # With the micro-batch in use, on which the dropout masks depend.
         used = replace(config, train=replace(config.train, micro_batch=micro_batch))
@@ -295,7 +300,13 @@ def warn_if_full(run: Run, config: Config, dataset: Dataset, runtime: Runtime) -
     try:
         require_space(run.paths.root, needed)
     except StorageError as error:
-        print(f"distgpt: warning: {error}", file=sys.stderr, flush=True)
+        warn(str(error))
+
+
+def warn(line: str) -> None:
+    """Tell a person of what is hardly meant, but can work."""
+    log.warning("%s", line)
+    print(f"distgpt: warning: {line}", file=sys.stderr, flush=True)
 
 
 def is_due(step: int, every: int, last: int) -> bool:
@@ -311,24 +322,6 @@ def sample_text(
     with inference(model) as gpt, autocast(runtime.device, dtype), torch.compiler.set_stance("force_eager"):
         drawn = list(generate(gpt, [], max_tokens=config.eval.sample_tokens, generator=generator))
     return tokenizer.decode(drawn)
-
-
-def describe(
-    config: Config, dataset: Dataset, model: nn.Module, runtime: Runtime, dtype: torch.dtype, micro_batch: int
-) -> str:
-    """The run in a few lines."""
-    parameters = sum(p.numel() for p in model.parameters())
-    accumulation = config.train.global_batch // (micro_batch * runtime.world_size)
-    device = runtime.device.type
-    threads = torch.get_num_threads()
-    each = f"threads: {threads} each" if device == "cpu" else torch.cuda.get_device_name(runtime.device)
-    return (
-        f"data      {dataset.path}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,}\n"
-        f"model     {parameters:,} parameters, computes in {str(dtype).removeprefix('torch.')}\n"
-        f"devices   {runtime.world_size} x {device} ({each})\n"
-        f"batch     {config.train.global_batch} sequences of {config.model.block_size} tokens = "
-        f"{runtime.world_size} ranks x {micro_batch} x {accumulation} accumulation steps"
-    )
 
 
 if __name__ == "__main__":

@@ -106,6 +106,7 @@ class Checkpointer:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[tuple[int, _TimedWriter]] | None = None
         self._written = 0.0, 0.0
+        self.restored: RunState | None = None  # what the checkpoint that restore() loaded knows
         self._saved: int | None = None  # the step of the last save, once it is known to be good
 
     def restore(self) -> int:
@@ -134,6 +135,7 @@ class Checkpointer:
             self._say(f"going on from {checkpoint.name}; skipped {listed(broken)}")
         state = read_state(checkpoint)
         self._guard.restore(state.guard)
+        self.restored = state
         return state.step
 
     def best_val_loss(self) -> float | None:

@@ -22,13 +22,16 @@ from distgpt.cluster.stragglers import OwnWork, Watch, Work
 from distgpt.config import Config, to_toml
 from distgpt.errors import Interrupted, StorageError
 from distgpt.model.outliers import Verdict
-from distgpt.telemetry.console import Console, duration
+from distgpt.telemetry.console import Console, duration, step_time
 from distgpt.telemetry.goodput import End, Ledger
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity
 from distgpt.telemetry.peaks import device_peak_flops, mfu
 from distgpt.telemetry.plots import plot_losses
 
 log = logging.getLogger("distgpt")
+
+# After so many steps or seconds, the time that a run takes is predicted.
+PREDICTING_STEPS, PREDICTING_SECONDS = 3, 20.0
 
 
 class Progress:
@@ -59,6 +62,8 @@ class Progress:
         self._start_step = self._logged_step = start_step
         self._since = time.perf_counter()
         self._paused = self._checkpoint_stall = 0.0
+        self._first_steps: list[float] = []
+        self._predicted = False
         self._work = Work()
         self._own_work = OwnWork(model, runtime.device)
         self._watch = Watch(hosts_of_ranks(runtime))
@@ -94,7 +99,20 @@ class Progress:
         self._work += Work(self._own_work.seconds(), data_wait, *saved)
         if self._is_logged(step) or verdict.action == "skip":
             self._log(step, loss=loss, lr=lr, grad_norm=grad_norm, verdict=verdict)
+        self._predict(step, seconds)
         self._own_work.begin()
+
+    def _predict(self, step: int, seconds: float) -> None:
+        """Say once how long the run will take, from its first steps but the very first, which warms up."""
+        left = self._config.train.steps - step
+        if step == self._start_step + 1 or not left or self._predicted:
+            return
+        self._first_steps.append(seconds)
+        spent = sum(self._first_steps)
+        if len(self._first_steps) == PREDICTING_STEPS or spent >= PREDICTING_SECONDS:
+            self._predicted = True
+            each = spent / len(self._first_steps)
+            self._console.message(f"time      {left:,} more steps of {step_time(each)} take {duration(left * each)}")
 
     def _log(self, step: int, *, loss: float, lr: float, grad_norm: float, verdict: Verdict) -> None:
         now = time.perf_counter()

@@ -97,7 +97,9 @@ def test_the_console_says_what_goes_on_and_nothing_on_stderr(whole: Callable[[st
     assert len([line for line in lines if " | val loss " in line]) == 3
     assert lines[-1].startswith("done: step 60 in ")
     assert lines[-2].startswith("goodput   ")
-    assert len(lines) == 6 + 60 + 3 + 2
+    assert "length    60 steps = 7,680 tokens, " in ended.stdout
+    assert len([line for line in lines if line.startswith("time      56 more steps of ")]) == 1
+    assert len(lines) == 7 + 60 + 3 + 1 + 2
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
