@@ -32,22 +32,19 @@ from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from torch import nn
 from tqdm import tqdm
 
 from distgpt.cluster.checkpoint import Checkpointer, require_same_run
 from distgpt.cluster.diloco import OuterOptimizer
-from distgpt.cluster.evaluation import evaluate
+from distgpt.cluster.evaluation import evaluate, sample_text
 from distgpt.cluster.manifest import committed
 from distgpt.cluster.mesh import replicas_apart
 from distgpt.cluster.ownership import Owner
 from distgpt.cluster.parallel import (
-    autocast,
     bare,
     build_model,
     choose_strategy,
-    inference,
     micro_batch_size,
 )
 from distgpt.cluster.reduction import (
@@ -62,14 +59,13 @@ from distgpt.cluster.reduction import (
 from distgpt.cluster.retention import checkpoint_bytes, require_space
 from distgpt.cluster.runtime import SLOWEST_DISK, Runtime, compute_dtype, joined, restarted, this_rank
 from distgpt.cluster.save_interval import SaveInterval
-from distgpt.cluster.step import accumulate_gradients, update
+from distgpt.cluster.step import StopCheck, accumulate_gradients, update
 from distgpt.cluster.store import require_writable
 from distgpt.cluster.watchdog import JOINING, Watchdog
 from distgpt.corpus.loader import EvaluationBatches, Loader
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset, write_file
-from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
-from distgpt.errors import DataError, DirectoryError, Interrupted, StorageError
-from distgpt.model.generate import generate
+from distgpt.corpus.tokenizer import load_tokenizer
+from distgpt.errors import DataError, DirectoryError, StorageError
 from distgpt.model.gpt import count_parameters
 from distgpt.model.optim import build_optimizer, lr_at, set_lr
 from distgpt.model.outliers import Guard, Verdict
@@ -217,12 +213,36 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
             require_owned=run.require_owned,
         ) as progress,
     ):
+
+        def save(step: int, *, val_loss: float | None = None, and_wait: bool) -> None:
+            """Save what was learned up to `step`, in the background unless the run ends there."""
+            require_finite_weights(model, step, runtime, finish_save)
+            with progress.checkpointing(step), watchdog.during(f"saving step {step}", health.checkpoint_timeout):
+                checkpointer.save(step, val_loss=val_loss)
+                if and_wait:
+                    checkpointer.require_saved(step)
+
+        def after_micro_batch(done: int, count: int) -> None:
+            """Between the micro-batches of a long step, heed a signal and give the step up; it is taken again later."""
+            progress.micro_batch(done, count)
+            if done < count and stops.agreed():
+                optimizer.zero_grad()
+                completed = run.step or 0
+                if saves.last < completed:
+                    save(completed, and_wait=True)
+                elif completed > start:
+                    finish_save()
+                    checkpointer.require_saved(completed)
+                raise run.interrupted(last)
+
+        stops = StopCheck(lambda: run.stop_requested is not None, runtime, waited=progress.waited)
         run.training()
         watchdog.follow(model, bare(model))
         watchdog.beat("waiting for data", health.start_timeout)
         for step in range(start + 1, last + 1):
             lr = set_lr(optimizer, lr_at(step - 1, config.optim, last))
-            loss = accumulate_gradients(model, loader.next_step(), step, config, runtime, dtype)
+            batch = loader.next_step()
+            loss = accumulate_gradients(model, batch, step, config, runtime, dtype, after_micro_batch)
             norm = grad_norm_of(model)
             mean_loss, grad_norm, stop = agreed(loss, norm, run.stop_requested is not None, runtime)
             verdict = guard.judge(loss=mean_loss, grad_norm=grad_norm)
@@ -258,14 +278,9 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
                         progress.sample(step, sample_text(model, tokenizer, step, config, runtime, dtype))
                 val_loss = found.val_loss
             if saves.is_due(step) or step == last or stop:
-                require_finite_weights(model, step, runtime, finish_save)
-                with progress.checkpointing(step), watchdog.during(f"saving step {step}", health.checkpoint_timeout):
-                    checkpointer.save(step, val_loss=val_loss)
-                    if stop or step == last:
-                        checkpointer.require_saved(step)
+                save(step, val_loss=val_loss, and_wait=stop or step == last)
             if stop and step < last:
-                signal = run.stop_requested or "a signal to another rank"
-                raise Interrupted(f"interrupted by {signal}: step {step} of {last} is saved, run it again to go on")
+                raise run.interrupted(last)
     say(f"done: step {last} in {run.paths.root}, loss curve in {run.paths.plot}")
 
 
@@ -312,16 +327,6 @@ def warn(line: str) -> None:
 def is_due(step: int, every: int, last: int) -> bool:
     """Every so many steps (0: never) and after the last one."""
     return step == last or (every > 0 and step % every == 0)
-
-
-def sample_text(
-    model: nn.Module, tokenizer: Tokenizer, step: int, config: Config, runtime: Runtime, dtype: torch.dtype
-) -> str:
-    """What the model writes unprompted. All ranks call it, and draw the same tokens."""
-    generator = torch.Generator().manual_seed(config.run.seed + step)
-    with inference(model) as gpt, autocast(runtime.device, dtype), torch.compiler.set_stance("force_eager"):
-        drawn = list(generate(gpt, [], max_tokens=config.eval.sample_tokens, generator=generator))
-    return tokenizer.decode(drawn)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,20 @@
 # shellcheck shell=bash
 say() { echo "distgpt: $*" >&2 || true; } # a terminal may be gone
 
-child='' signalled=''
+child='' signalled='' told_at=0
+# told SIGNAL: pass on the first alone: told twice, torchrun breaks off what it does about it, and the save with it. A
+# Ctrl-C that is clearly typed again asks for that.
+told() {
+    if [[ ! $signalled ]]; then
+        signalled=$1 told_at=$SECONDS
+        kill -TERM "$child" 2>/dev/null || true
+    elif [[ $1 == INT ]] && ((SECONDS - told_at >= 2)); then
+        kill -QUIT "$child" 2>/dev/null || true
+    fi
+}
 for signal in TERM INT HUP USR1; do
-    # Only the first: told twice, torchrun breaks off what it does about it, and the save with it.
     # shellcheck disable=SC2064
-    trap "[[ \$signalled ]] || kill -TERM \$child 2>/dev/null || true; signalled=$signal" "$signal"
+    trap "told $signal" "$signal"
 done
 # Ctrl-\ ends it at once, whatever it does.
 trap 'signalled=QUIT; kill -QUIT $child 2>/dev/null || true' QUIT

@@ -10,8 +10,10 @@ from torch import nn
 from distgpt.cluster.parallel import autocast, inference
 from distgpt.cluster.reduction import sum_over_ranks
 from distgpt.cluster.runtime import Runtime
+from distgpt.config import Config
 from distgpt.corpus.loader import EvaluationBatches
 from distgpt.corpus.tokenizer import Tokenizer
+from distgpt.model.generate import generate
 
 
 @dataclass(frozen=True)
@@ -44,3 +46,13 @@ def evaluate(
     val_loss = losses_N.mean().item()
     nats = losses_N.sum().item() * block_size
     return Evaluation(val_loss, nats / math.log(2) / max(1.0, sum_over_ranks(text_bytes, runtime).item()))
+
+
+def sample_text(
+    model: nn.Module, tokenizer: Tokenizer, step: int, config: Config, runtime: Runtime, dtype: torch.dtype
+) -> str:
+    """What the model writes unprompted. All ranks call it, and draw the same tokens."""
+    generator = torch.Generator().manual_seed(config.run.seed + step)
+    with inference(model) as gpt, autocast(runtime.device, dtype), torch.compiler.set_stance("force_eager"):
+        drawn = list(generate(gpt, [], max_tokens=config.eval.sample_tokens, generator=generator))
+    return tokenizer.decode(drawn)

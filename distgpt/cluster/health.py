@@ -39,6 +39,7 @@ from distgpt.errors import (
     PATIENCE,
     STOP_SIGNALS,
     DistgptError,
+    Interrupted,
     print_cause,
     record_cause,
 )
@@ -49,6 +50,12 @@ log.propagate = False  # what a person should read is printed; the log is for lo
 logging.raiseExceptions = False  # a line of it that a full disk has no room for is lost, without a traceback on stderr
 
 PR_SET_PDEATHSIG = 1
+# What a person at a terminal sends, or a launcher on his behalf.
+TYPED = (signal.SIGINT, signal.SIGTERM)
+# A signal that comes again within this time is the same one.
+ECHO_SECONDS = 1.0
+# Seconds for the last words of a rank that is to end at once.
+LATEST_SECONDS = 10.0
 # What CUDA says of a GPU that broke or was lost; launchers give up where starting again does not help.
 LOST_DEVICE = ("ECC", "unspecified launch failure", "unknown error", "busy or unavailable", "hardware", "NVLink")
 # Seconds for which a network file system may answer from what it remembers of a directory: acdirmax of nfs(5).
@@ -127,7 +134,8 @@ class Run:
     As a context manager it turns whatever ends the run into an exit code, exit.json and one line on stderr from the
     rank that knew first. SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask to stop at a step that all ranks agree on. Until
     `training()` there is nothing to save, and the main thread may be deep in a rendezvous where Python handlers do not
-    run: a thread that the C-level handler wakes ends the process. After it, a signal only sets `stop_requested`.
+    run: a thread that the C-level handler wakes ends the process. After it, a signal sets `stop_requested`, which the
+    thread answers at once, since a step may be long; a second Ctrl-C ends the process without a save.
     """
 
     def __init__(self, paths: RunPaths, rank: int) -> None:
@@ -154,7 +162,7 @@ class Run:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self._remember)
         signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # until there is a log to write them to
-        threading.Thread(target=self._leave_while_starting, name="stop-signals", daemon=True).start()
+        threading.Thread(target=self._heed_signals, name="stop-signals", daemon=True).start()
         return self
 
     def own(self, *, lease: float = LEASE, renewal: float = RENEWAL) -> None:
@@ -199,6 +207,13 @@ class Run:
     def training(self) -> None:
         """From here on signals wait for the end of a step."""
         self._starting = False
+
+    def interrupted(self, last: int) -> Interrupted:
+        """What to raise once all ranks agreed to stop and saved `step`, if there is one, of `last`."""
+        cause = f"interrupted by {self.stop_requested or 'a signal to another rank'}"
+        if not self.step:
+            return Interrupted(f"{cause} before the end of the first step: run it again to go on")
+        return Interrupted(f"{cause}: step {self.step} of {last} is saved, run it again to go on")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -271,18 +286,54 @@ class Run:
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self.stop_requested = signal.Signals(number).name
 
-    def _leave_while_starting(self) -> None:
+    def _heed_signals(self) -> None:
+        answered: float | None = None
         while received := self._wakeup[0].recv(1):
+            number = received[0]
+            if number not in STOP_SIGNALS:
+                continue
             # Also where the main thread is in a call of C, and does not come to set stop_requested.
-            self.told_to_stop = self.told_to_stop or received[0] in STOP_SIGNALS
-            if received[0] in STOP_SIGNALS and self._starting:
-                cause = (
-                    f"interrupted by {signal.Signals(received[0]).name} before the first step: run it again to go on"
+            self.told_to_stop = True
+            if self._starting:
+                name = signal.Signals(number).name
+                self._leave_interrupted(f"interrupted by {name} before the first step: run it again to go on")
+            elif answered is None:
+                answered = time.monotonic()
+                _answer(number)
+            elif number == signal.SIGINT and _is_typed_again(answered):
+                self._leave_interrupted(
+                    "interrupted by a second Ctrl-C: what came after the newest checkpoint is not saved, "
+                    "run it again to go on from there"
                 )
-                if self.report(EXIT_INTERRUPTED, cause):
-                    _say(EXIT_INTERRUPTED, cause)
-                self._release()
-                _leave(EXIT_INTERRUPTED)
+
+    def _leave_interrupted(self, cause: str) -> NoReturn:
+        # Its disk may be what hangs.
+        threading.Thread(target=_leave_regardless, daemon=True).start()
+        if self.report(EXIT_INTERRUPTED, cause):
+            _say(EXIT_INTERRUPTED, cause)
+        self._release()
+        _leave(EXIT_INTERRUPTED)
+
+
+def _answer(number: int) -> None:
+    """Say at once, on each host, that a signal to stop was heard."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        again = "; Ctrl-C again within it ends now, unsaved" if number in TYPED else ""
+        below_the_bar = "\n" if sys.stderr.isatty() else ""
+        print(f"{below_the_bar}distgpt: stopping after this step is saved{again}", file=sys.stderr, flush=True)
+
+
+def _is_typed_again(answered: float) -> bool:
+    """Whether a SIGINT now is a person's second one, not the first one's echo: Slurm may send it twice to each rank.
+
+    Under torchrun it is never: that hears a person's second one itself, and ends its ranks.
+    """
+    return "TORCHELASTIC_RUN_ID" not in os.environ and time.monotonic() - answered > ECHO_SECONDS
+
+
+def _leave_regardless() -> None:
+    time.sleep(LATEST_SECONDS)
+    os._exit(EXIT_INTERRUPTED)
 
 
 def _say(code: int, cause: str) -> None:

@@ -1,15 +1,20 @@
 """One optimizer step: the gradients of the global batch, then the update."""
 
 import hashlib
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from distgpt.cluster.parallel import autocast, gradient_sync
 from distgpt.cluster.runtime import Runtime
 from distgpt.config import Config
 from distgpt.corpus.loader import MicroBatch
+
+# A signal is heeded within about so many seconds, or at the end of the micro-batch where that takes longer.
+CHECK_SECONDS = 5.0
 
 
 def accumulate_gradients(
@@ -19,8 +24,12 @@ def accumulate_gradients(
     config: Config,
     runtime: Runtime,
     dtype: torch.dtype,
+    after_each: Callable[[int, int], None] = lambda done, count: None,
 ) -> Tensor:
-    """Forward and backward over this rank's micro-batches; their mean loss. Gradients: means over the global batch."""
+    """Forward and backward over this rank's micro-batches; their mean loss. Gradients: means over the global batch.
+
+    `after_each` is told how many micro-batches are done, of how many.
+    """
     loss_sum = torch.zeros((), device=runtime.device)
     for index, (x_BT, y_BT) in enumerate(micro_batches):
         torch.manual_seed(dropout_seed(config.run.seed, step, runtime.rank * len(micro_batches) + index))
@@ -29,7 +38,40 @@ def accumulate_gradients(
                 loss = model(x_BT, y_BT).mean() / len(micro_batches)
             loss.backward()
         loss_sum += loss.detach()
+        after_each(index + 1, len(micro_batches))
     return loss_sum
+
+
+class StopCheck:
+    """Has all ranks agree between two micro-batches whether to stop in the middle of a long step.
+
+    They ask each other every CHECK_SECONDS or so, counted in micro-batches, so that all do it in the same place. A step
+    that is shorter ends before.
+    """
+
+    def __init__(self, requested: Callable[[], bool], runtime: Runtime, *, waited: Callable[[float], object]) -> None:
+        """`waited` is told the seconds that this rank waited for the others."""
+        self._requested, self._runtime, self._waited = requested, runtime, waited
+        self._left, self._passed = 1, 0  # micro-batches until the next check, and since the last one
+        self._last = time.monotonic()
+
+    def agreed(self) -> bool:
+        """Whether all stop here; each rank calls it after each of its micro-batches but the last one of a step."""
+        self._left, self._passed = self._left - 1, self._passed + 1
+        if self._left:
+            return False
+        if self._runtime.device.type == "cuda":
+            torch.cuda.synchronize(self._runtime.device)
+        now = time.monotonic()
+        each = (now - self._last) / self._passed
+        values = torch.tensor([self._requested(), each], dtype=torch.float64, device=self._runtime.device)
+        if self._runtime.distributed:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        stop, each = values.tolist()
+        self._last, self._passed = time.monotonic(), 0
+        self._left = max(1, int(CHECK_SECONDS / max(each, 1e-6)))
+        self._waited(self._last - now)
+        return bool(stop)
 
 
 def dropout_seed(seed: int, step: int, micro_batch_index: int) -> int:

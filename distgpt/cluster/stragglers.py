@@ -52,7 +52,8 @@ class OwnWork:
         sharded = isinstance(gpt, FSDPModule)
         self._stopwatch: _Stopwatch | _CudaStopwatch
         self._stopwatch = _CudaStopwatch() if device.type == "cuda" and not sharded else _Stopwatch()
-        self._forward_came = False
+        self._forward_came, self._sharded = False, sharded
+        self._left_out = 0.0
         if sharded:
             # Before FSDP's own hook, which waits.
             gpt.register_forward_pre_hook(self._at_forward, prepend=True)
@@ -61,12 +62,17 @@ class OwnWork:
 
     def begin(self) -> None:
         """A step's work begins here."""
-        self._forward_came = False
+        self._forward_came, self._left_out = False, 0.0
         self._stopwatch.start()
 
     def seconds(self) -> float:
         """That of the step since begin(), once the ranks have met in it."""
-        return self._stopwatch.seconds()
+        return self._stopwatch.seconds() - self._left_out
+
+    def leave_out(self, seconds: float) -> None:
+        """Take off what this rank waited for the others between two micro-batches."""
+        if not self._sharded:
+            self._left_out += seconds
 
     def _at_last_gradient(self, _: torch.Tensor) -> None:
         self._stopwatch.stop()

@@ -2,6 +2,9 @@
 
 import math
 import sys
+import time
+from collections.abc import MutableMapping
+from typing import Any
 
 from tqdm import tqdm
 
@@ -11,7 +14,25 @@ from distgpt.telemetry.metrics import StepFigures
 # z-scores are shown from here on: of plain noise it is one in 370.
 SHOWN_Z = 3.0
 
-BAR_FORMAT = "{percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}{postfix}"
+BAR_FORMAT = "{percentage:3.0f}% |{bar}| {place}{postfix}"
+# Without a bar, a step that takes longer than this says how far it is.
+QUIET_SECONDS = 60.0
+
+
+class _Bar(tqdm):  # type: ignore[misc]  # it has no types
+    """A bar over steps, parts of steps included."""
+
+    place = ""
+
+    @property
+    def format_dict(self) -> MutableMapping[str, Any]:
+        return {**super().format_dict, "place": self.place}
+
+    def move(self, step: int, done: int, count: int) -> None:
+        """Show that `step` steps are done, and of the next one so many of its micro-batches."""
+        self.place = f"{step}/{self.total}" + (f", micro-batch {done}/{count}" if count > 1 else "")
+        self.n = step + done / count
+        self.update(0)
 
 
 class Console:
@@ -21,18 +42,33 @@ class Console:
     """
 
     def __init__(self, total_steps: int, start_step: int, enabled: bool) -> None:
-        self._total = total_steps
+        self._total, self._done = total_steps, start_step
         self._enabled = enabled
-        self._bar: tqdm | None = None
+        self._last_line = time.monotonic()
+        self._bar: _Bar | None = None
         if enabled and sys.stdout.isatty() and sys.stderr.isatty():
-            self._bar = tqdm(
-                total=total_steps, initial=start_step, bar_format=BAR_FORMAT, dynamic_ncols=True, leave=False
+            self._bar = _Bar(
+                total=total_steps,
+                initial=start_step,
+                bar_format=BAR_FORMAT,
+                dynamic_ncols=True,
+                leave=False,
+                miniters=0,
             )
+            self._bar.move(start_step, 0, 1)
 
     def advance(self) -> None:
-        """Move the bar on by a step."""
+        """Move the bar on to the end of a step."""
+        self._done += 1
         if self._bar is not None:
-            self._bar.update()
+            self._bar.move(self._done, 0, 1)
+
+    def micro_batch(self, done: int, count: int) -> None:
+        """Move the bar on within a step, of which so many micro-batches are done; without one, say so now and then."""
+        if self._bar is not None:
+            self._bar.move(self._done, done, count)
+        elif time.monotonic() - self._last_line > QUIET_SECONDS:
+            self.message(f"{self._step(self._done + 1)} | micro-batch {done}/{count}")
 
     def train(self, figures: StepFigures) -> None:
         """Say how training goes."""
@@ -67,6 +103,7 @@ class Console:
 
     def message(self, text: str) -> None:
         """A line of its own."""
+        self._last_line = time.monotonic()
         if self._bar is not None:
             self._bar.write(text, file=sys.stdout)
         elif self._enabled:

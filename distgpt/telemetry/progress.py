@@ -73,6 +73,14 @@ class Progress:
         self._write_ledger()
         self._own_work.begin()
 
+    def micro_batch(self, done: int, count: int) -> None:
+        """Show that so many of this rank's micro-batches of the step under way are done."""
+        self._console.micro_batch(done, count)
+
+    def waited(self, seconds: float) -> None:
+        """Count what this rank waited for the others in the middle of a step: that is no work of its own."""
+        self._own_work.leave_out(seconds)
+
     def step(
         self,
         step: int,
@@ -205,6 +213,7 @@ class Progress:
         started = time.perf_counter()
         if self._metrics is not None:
             self._metrics.sync()
+        self._ledger.spend("other")  # a step that was broken off, if any
         yield
         stalled = time.perf_counter() - started
         self._saves.saved(step)

@@ -219,6 +219,45 @@ def test_a_signal_while_starting_ends_the_rank(tmp_path: Path, name: str) -> Non
     assert jobs.exit_report(tmp_path)["code"] == 75
 
 
+@pytest.mark.parametrize(
+    ("echo_seconds", "variables", "ends"),
+    [("0", {}, True), ("1e9", {}, False), ("0", {"TORCHELASTIC_RUN_ID": "x"}, False)],
+    ids=["typed again", "the same once more", "under torchrun"],
+)
+def test_a_signal_is_answered_at_once_and_only_a_second_ctrl_c_ends_the_rank_unsaved(
+    tmp_path: Path, echo_seconds: str, variables: dict[str, str], ends: bool
+) -> None:
+    program = PROGRAM.format(
+        body=f"health.ECHO_SECONDS = {echo_seconds}; run.own(); run.step = 3; run.training(); "
+        "print('up', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", program, tmp_path, "0"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=jobs.environment(**variables),
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "up\n"
+        process.send_signal(signal.SIGINT)
+        answer = "distgpt: stopping after this step is saved; Ctrl-C again within it ends now, unsaved\n"
+        assert process.stderr.readline() == answer
+        process.send_signal(signal.SIGTERM)  # not typed
+        process.send_signal(signal.SIGINT)
+        if ends:
+            cause = "interrupted by a second Ctrl-C: what came after the newest checkpoint is not saved, "
+            assert process.stderr.read().startswith(f"distgpt: {cause}")
+            assert process.wait() == jobs.exit_report(tmp_path)["code"] == 75
+        else:
+            process.stdin.close()
+            assert process.stderr.read() == ""
+            assert process.wait() == jobs.exit_report(tmp_path)["code"] == 0
+
+
 AGENT = """
 import os, subprocess, sys, time
 import torch

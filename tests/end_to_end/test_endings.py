@@ -102,8 +102,46 @@ def test_a_plain_process_stops_at_a_step_as_well(prepared: Path, tmp_path: Path)
     ended = job.finish()
     step = jobs.exit_report(tmp_path)["step"]
     assert ended.code == 75
-    assert ended.stderr == f"distgpt: interrupted by SIGINT: step {step} of 60 is saved, run it again to go on\n"
+    assert ended.stderr.splitlines() == [
+        "distgpt: stopping after this step is saved; Ctrl-C again within it ends now, unsaved",
+        f"distgpt: interrupted by SIGINT: step {step} of 60 is saved, run it again to go on",
+    ]
     assert jobs.checkpoints(tmp_path)[-1] == f"step-{step:08d}"
+
+
+# distgpt.train where each micro-batch of a step is a line, and the ranks ask each other after each whether to stop.
+LONG_STEPS = """
+import runpy
+from distgpt.cluster import step
+from distgpt.telemetry import console
+step.CHECK_SECONDS = console.QUIET_SECONDS = 0
+runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@jobs.linux_only
+@pytest.mark.parametrize(("ranks", "every", "stopped_in"), [(2, 0, 2), (1, 1, 2), (1, 1, 1)])
+def test_a_long_step_is_given_up_between_two_micro_batches(
+    prepared: Path, tmp_path: Path, ranks: int, every: int, stopped_in: int
+) -> None:
+    """The step before it is saved, or was already."""
+    (tmp_path / "long.py").write_text(LONG_STEPS)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    launcher = torchrun if ranks > 1 else [sys.executable]
+    run, count = tmp_path / "run", 200
+    long = (f"--train.global_batch={2 * count * ranks}", f"--checkpoint.every={every}", "--eval.every=0")
+    job = jobs.Job([*launcher, str(tmp_path / "long.py"), *tiny(prepared, run), *long])
+    job.read_until(f"step  {stopped_in}/60 | micro-batch 1/{count}\n")
+    # Rank 0 can go on for less than a step before it must be read, so the signal is there before its end.
+    os.kill(job.rank(1) if ranks > 1 else job.pid, signal.SIGTERM)
+    ended = job.finish()
+    completed = stopped_in - 1
+    assert f"step  {stopped_in}/60 | micro-batch {count}/" not in ended.stdout
+    report = jobs.exit_report(run)
+    assert (report["code"], report["step"] or 0) == (75, completed), ended
+    assert jobs.checkpoints(run) == ([f"step-{completed:08d}"] if completed else [])
+    said = f"step {completed} of 60 is saved, " if completed else "before the end of the first step"
+    assert said in report["cause"]
 
 
 @jobs.linux_only

@@ -4,10 +4,6 @@ import argparse
 import re
 import sys
 from collections.abc import Callable
-<<<<<<< HEAD
-from functools import partial
-=======
->>>>>>> 8e27efb (Save at each new best evaluation, and let commands choose the checkpoint that they read)
 from pathlib import Path
 
 import pytest
@@ -122,7 +118,6 @@ def test_evaluate_refuses_another_tokenizer(evaluated: dict[str, jobs.Ended]) ->
     assert re.fullmatch(r"distgpt: error: .* was prepared with another tokenizer than .*\n", ended.stderr)
 
 
-<<<<<<< HEAD
 def test_a_run_is_evaluated_and_replayed_from_another_directory(
     prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -132,12 +127,13 @@ def test_a_run_is_evaluated_and_replayed_from_another_directory(
     assert trained.code == 0, trained
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    evaluate.main(argparse.Namespace(run="../run", data=None, sequences=5))
+    evaluate.main(argparse.Namespace(run="../run", checkpoint="newest", data=None, sequences=5))
     assert f"5 windows of 16 tokens from {tmp_path / 'data'}" in capsys.readouterr().out
     for step in (1, 2):  # from the initial weights, and from the checkpoint
         start = replay.start_before(RunPaths(Path("../run")), step)
         assert replay.data_of(start, None).path == tmp_path / "data"
-=======
+
+
 def test_each_new_best_is_saved_and_can_be_chosen(prepared: Path, tmp_path: Path) -> None:
     """Most evaluations are at other steps than those at which a save is due."""
     ended = jobs.train(1, *tiny(prepared, tmp_path), "--checkpoint.every=15", "--checkpoint.keep=9")
@@ -147,4 +143,3 @@ def test_each_new_best_is_saved_and_can_be_chosen(prepared: Path, tmp_path: Path
     assert ended.stdout.startswith(f"step 40 | val loss {jobs.val_losses(tmp_path)[40]:.4f} | "), ended
     ended = jobs.door("sample", tmp_path / "checkpoints" / "step-00000020", "--tokens=1")
     assert (ended.code, ended.stderr) == (0, ""), ended
->>>>>>> 8e27efb (Save at each new best evaluation, and let commands choose the checkpoint that they read)

@@ -13,6 +13,7 @@ from dataclasses import replace
 
 import pytest
 
+from distgpt.telemetry import console
 from distgpt.telemetry.console import Console, duration
 from distgpt.telemetry.metrics import StepFigures
 
@@ -70,6 +71,17 @@ def test_a_loss_that_is_not_a_number_prints(capsys: pytest.CaptureFixture[str]) 
     assert capsys.readouterr().out == "step  1/10 | loss nan | lr 3.00e-04 | norm 0.81 | inf s | 0 tok/s | eta ?\n"
 
 
+def on_a_terminal(program: str) -> str:
+    """All that a program wrote to one of 120 columns."""
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
+    subprocess.run([sys.executable, "-c", program], stdout=theirs, stderr=theirs, check=True, timeout=60)
+    os.close(theirs)
+    screen = os.read(ours, 100_000).decode()
+    os.close(ours)
+    return screen
+
+
 def test_a_terminal_gets_a_bar_below_the_lines() -> None:
     program = """
 from contextlib import closing
@@ -80,16 +92,40 @@ with closing(Console(20, 5, True)) as console:
         console.advance()
         console.train(StepFigures(step, 2.5, 3e-4, 0.8, None, None, False, 100, 999.5e3, None, 1.0, 2**30, 0.0, 0.0))
 """
-    ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
-    subprocess.run([sys.executable, "-c", program], stdout=theirs, stderr=theirs, check=True, timeout=60)
-    os.close(theirs)
-    screen = os.read(ours, 100_000).decode()
-    os.close(ours)
+    screen = on_a_terminal(program)
     written = [part for part in re.split(r"[\r\n]+", screen) if part.strip()]
     assert sum(part.startswith("step ") for part in written) == 2
     assert any(re.search(r"35% \|.*\| 7/20, loss 2\.5000 \| 999\.5k tok/s \| eta 13s", part) for part in written)
     assert screen.rstrip(" ").endswith("\r"), "the bar is gone at the end"
+
+
+def test_the_bar_moves_by_micro_batch() -> None:
+    program = """
+import time
+from contextlib import closing
+from distgpt.telemetry.console import Console
+with closing(Console(2, 0, True)) as console:
+    for done in (1, 2, 3):
+        console.micro_batch(done, 4)
+        time.sleep(0.2)  # as often as a bar is drawn
+    console.advance()
+    time.sleep(0.2)
+    console.advance()
+"""
+    screen = on_a_terminal(program)
+    for part in ("0% |", "| 0/2", "25% |", "| 0/2, micro-batch 2/4", "38% |", "| 0/2, micro-batch 3/4"):
+        assert part in screen
+
+
+def test_a_long_step_says_how_far_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    quiet = Console(20, 4, True)
+    quiet.micro_batch(1, 8)
+    assert capsys.readouterr().out == ""
+    monkeypatch.setattr(console, "QUIET_SECONDS", 0)
+    quiet.micro_batch(2, 8)
+    assert capsys.readouterr().out == "step  5/20 | micro-batch 2/8\n"
+    Console(20, 4, False).micro_batch(2, 8)
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.parametrize(
