@@ -145,5 +145,7 @@ def test_own_work_ends_with_the_last_gradient_of_the_last_micro_batch() -> None:
     ended = work.seconds()
     time.sleep(0.03)
     assert work.seconds() == ended >= 0.06
+    work.leave_out(0.05)
+    assert work.seconds() == ended - 0.05, "it waited for the others between two micro-batches"
     work.begin()
     assert work.seconds() == 0.0
