@@ -18,7 +18,9 @@ def parse_arguments() -> argparse.Namespace:
         prog="python -m distgpt.replay",
         description="Compute a step of a run again, and name the first layer where it is not finite.",
     )
-    parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or the checkpoint of it to set out from")
+    parser.add_argument(
+        "run", type=user_path, metavar="RUN", help="run directory, or the checkpoint of it to set out from"
+    )
     add_option(parser, default="the newest good one before S")
     parser.add_argument("--step", type=int, required=True, metavar="S", help="the step, as metrics.jsonl counts them")
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
