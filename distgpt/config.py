@@ -14,13 +14,16 @@ import tomllib
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
-from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
 from distgpt.errors import UsageError, user_path
+
+# The code that runs. importlib.resources would take the folder of that name in the directory above a clone.
+PACKAGE = Path(__file__).parent
+_PRESETS = PACKAGE / "presets"
 
 ENVIRONMENT_PREFIX = "DISTGPT_"
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
@@ -251,7 +254,7 @@ def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
 
 def preset_names() -> list[str]:
     """The names of the presets that come with the package."""
-    return sorted(p.name.removesuffix(".toml") for p in _presets().iterdir() if p.name.endswith(".toml"))
+    return sorted(p.name.removesuffix(".toml") for p in _PRESETS.iterdir() if p.name.endswith(".toml"))
 
 
 def keys() -> list[str]:
@@ -370,10 +373,6 @@ def _shown(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value) or "empty"
 
 
-def _presets() -> Any:
-    return resources.files("distgpt") / "presets"
-
-
 def _section(name: str) -> Any:
     return get_type_hints(Config)[name]
 
@@ -418,7 +417,7 @@ def _key_in_environment(name: str) -> str | None:
 
 
 def _read_toml(argument: str) -> dict[str, Any]:
-    preset = _presets() / f"{argument}.toml"
+    preset = _PRESETS / f"{argument}.toml"
     try:
         if argument in preset_names():
             return tomllib.loads(preset.read_text(encoding="utf-8"))

@@ -1,12 +1,14 @@
 """Every preset resolves, passes the check and has the size that its comment states."""
 
 import re
-from importlib import resources
+import sys
+from pathlib import Path
 
 import pytest
 
-from distgpt.config import preset_names, resolve
+from distgpt.config import PACKAGE, preset_names, resolve
 from distgpt.model.gpt import count_parameters
+from tests import jobs
 
 # Parameters at vocabulary 50,257 without padding: GPT-2's as published (Radford et al. 2019, and the released weights).
 GPT2_PARAMETERS = {
@@ -19,7 +21,7 @@ NOMINAL = {"modern-125m": 125e6, "modern-1b": 1e9, "modern-7b": 7e9}
 
 
 def text_of(name: str) -> str:
-    return (resources.files("distgpt") / "presets" / f"{name}.toml").read_text(encoding="utf-8")
+    return (PACKAGE / "presets" / f"{name}.toml").read_text(encoding="utf-8")
 
 
 def number(text: str) -> int:
@@ -28,6 +30,15 @@ def number(text: str) -> int:
 
 def test_all_presets_are_packaged() -> None:
     assert {"seed", *GPT2_PARAMETERS, *NOMINAL} <= set(preset_names())
+
+
+def test_presets_are_found_from_the_directory_above_a_clone(tmp_path: Path) -> None:
+    """To Python the folder of the clone is there a package `distgpt` that has no files of its own."""
+    (tmp_path / "distgpt").mkdir()
+    for option in ("--print-config", "--help"):
+        command = [sys.executable, "-m", "distgpt.train", "quickstart", option]
+        done = jobs.run(["bash", "-c", 'cd "$0" && exec "$@"', str(tmp_path), *command])
+        assert (done.code, done.stderr) == (0, "")
 
 
 @pytest.mark.parametrize("name", preset_names())

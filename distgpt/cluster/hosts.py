@@ -17,7 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from torch.distributed.rendezvous import rendezvous
 from distgpt.cluster import links, network
 from distgpt.cluster.preflight import Finding, check_machine, existing, failure, found, warning
 from distgpt.cluster.runtime import Runtime
-from distgpt.config import Config, to_dict
+from distgpt.config import PACKAGE, Config, to_dict
 from distgpt.corpus.shards import Split, open_dataset
 from distgpt.errors import EXIT_DATA, EXIT_USAGE, DirectoryError, DistgptError, Interrupted, StorageError, UsageError
 
@@ -174,10 +173,9 @@ def judge_clocks(offsets: Mapping[str, float]) -> Finding:
 
 def package_hash() -> str:
     """Of the code that runs: every file of the package."""
-    root = Path(str(resources.files("distgpt")))
     digest = hashlib.sha256()
-    for path in sorted(p for p in root.rglob("*") if p.suffix in (".py", ".toml")):
-        digest.update(f"{path.relative_to(root)}\0".encode() + path.read_bytes() + b"\0")
+    for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".toml")):
+        digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 

@@ -94,7 +94,7 @@ def test_other_code(board: hosts.Board, config: configuration.Config, tmp_path: 
     copy = tmp_path / "distgpt"
     shutil.copytree(jobs.PROJECT / "distgpt", copy)
     (copy / "errors.py").open("a").write("# a change\n")
-    findings = compared(board, config, change=lambda other: other.setattr(resources, "files", lambda package: copy))
+    findings = compared(board, config, change=lambda other: other.setattr(hosts, "PACKAGE", copy))
     assert failures(findings) == ["same distgpt"]
     assert findings["same distgpt"].code == 2
 
