@@ -13,9 +13,13 @@ say() {
     echo "distgpt: $*" >&2
 }
 
-# fail CODE CAUSE: end the job, and do not start it again.
+# fail CODE CAUSE: end the job, and do not start it again. On a node of the job its first node hears of it by exit.json.
 fail() {
+    local cause=${2//\\/\\\\}
     say "error: $2"
+    if [[ -n ${DISTGPT_EXIT_FILE:-} && ! -e $DISTGPT_EXIT_FILE ]]; then
+        printf '{"code": %d, "cause": "%s"}\n' "$1" "${cause//\"/\\\"}" 2>/dev/null >"$DISTGPT_EXIT_FILE" || true
+    fi
     exit "$1"
 }
 
@@ -92,10 +96,12 @@ requeue() {
 
 # require_python: end the job if there is none with distgpt's packages.
 require_python() {
-    local why
-    why=$("${python[@]}" -c 'import importlib.util, sys, distgpt.config
-importlib.util.find_spec("torch") or sys.exit("no torch")' 2>&1) ||
-        fail 2 "no python with distgpt's packages (${why##*$'\n'}): make ${home:?}/.venv or set DISTGPT_ENV"
+    local said fix="make ${home:?}/.venv or set DISTGPT_ENV"
+    said=$("${python[@]}" -c 'import importlib.util, sys, distgpt.config
+print("found" if importlib.util.find_spec("torch") else "no torch in " + sys.executable)' 2>&1) || true
+    said=${said##*$'\n'}
+    if [[ -n ${DISTGPT_ENV:-} ]]; then fix="DISTGPT_ENV=$DISTGPT_ENV must activate one, or set DISTGPT_RUN"; fi
+    [[ $said == found ]] || fail 2 "no python with distgpt's packages (${said:-it says nothing}): $fix"
 }
 
 # warn_of_time_limit MINUTES: --signal in the script comes so long before the time limit, or up to a minute earlier.
@@ -117,8 +123,10 @@ if [[ -n ${DISTGPT_ENV:-} ]]; then
     [[ -r $DISTGPT_ENV ]] || fail 2 "DISTGPT_ENV names $DISTGPT_ENV, which cannot be read"
     # Modules and conda are not written for `set -eu`.
     set +eu
+    trap 'fail 2 "DISTGPT_ENV=$DISTGPT_ENV ended the job by exit or set -e: it must come to its end"' EXIT
     # shellcheck source=/dev/null
     . "$DISTGPT_ENV"
+    trap - EXIT
     set -eu
 elif [[ -x $home/.venv/bin/python ]]; then
     PATH=$home/.venv/bin:$PATH

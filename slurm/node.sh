@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # What slurm/train.sh runs on each node of the job: a module under torchrun, with a rank for each GPU that Slurm gave, or
 # two that share the CPUs.
-#   node.sh MODULE [OPTION ...]
+#   node.sh LOGS MODULE [OPTION ...]
 set -euo pipefail
+exec >>"$1/$SLURMD_NODENAME.log" 2>&1
+shift
 home=$(CDPATH='' cd -- "$(dirname "$0")/.." && pwd)
 . "$home/slurm/environment.sh"
 

@@ -62,7 +62,7 @@ from distgpt.errors import main_guard
 config = main_guard(lambda: resolve(sys.argv[1:], os.environ))
 main_guard(lambda: open_dataset(Path(config.data.path)))
 print(config.train.steps, config.run_dir)' "$@")
-read -r steps run_dir <<<"$plan"
+read -r steps run_dir <<<"${plan##*$'\n'}"
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} && " ${flags[*]}" != *" --run.dir"[=\ ]* ]]; then
     run_dir=$run_dir-$SLURM_ARRAY_TASK_ID
     set -- "$@" "--run.dir=$run_dir"
@@ -90,14 +90,32 @@ comment() {
     scontrol update "JobId=$job" "Comment=$line" 2>/dev/null || true
 }
 
+# One task for each node, which may use every CPU: a cluster that binds tasks to CPUs would give it one.
+task_a_node=(srun --export=ALL --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1)
+if [[ $(scontrol show config) =~ TaskPlugin[\ =]+[a-z/,]*(affinity|cgroup) ]]; then task_a_node+=(--cpu-bind=none); fi
+
+# require_shared_directory: end the job if a node cannot write its log, because it does not see what this one does.
+require_shared_directory() {
+    local blind
+    # For a while: a network file system may show a new directory late.
+    blind=$("${task_a_node[@]}" bash -c 'for _ in {1..25}; do
+            if { : >>"$1/$SLURMD_NODENAME.log"; } 2>/dev/null; then exit; fi
+            sleep 1
+        done
+        echo "$SLURMD_NODENAME"' bash "$mine") || true
+    [[ -z $blind ]] ||
+        fail 73 "${blind//$'\n'/, } cannot write in $mine: --run.dir must lie on a file system that all nodes share"
+}
+
 # can_write: whether there is room for a rank to say how it ended.
 can_write() {
     head -c 4096 /dev/zero 2>/dev/null >"$mine/probe" && rm "$mine/probe"
 }
 
-# on_all_nodes MODULE [OPTION ...]: run it under torchrun. Whatever ends it early ends this attempt, or the job.
+# on_all_nodes MODULE [OPTION ...]: run it under torchrun. Whatever ends it early ends this attempt, or the job. Training has
+# succeeded where a rank says so after the last step, and not where nothing failed: what never started does not either.
 on_all_nodes() {
-    local status=0 code="" cause="no rank could say how it ended, see $mine" ended
+    local status=0 code="" step="" cause="no rank could say how it ended, see $mine" ended
     # A port that depends on the job and the attempt, and that is free on this node, the first one.
     while port=$((port + 1)) && (: <"/dev/tcp/$address/$port") 2>/dev/null; do :; done
     export RENDEZVOUS_ENDPOINT=$address:$port RENDEZVOUS_ID=$SLURM_JOB_ID.$attempt.$1
@@ -105,17 +123,18 @@ on_all_nodes() {
     DISTGPT_EXIT_FILE=$(realpath "$mine")/exit.json
     export DISTGPT_EXIT_FILE
     rm -f "$DISTGPT_EXIT_FILE"
-    # --kill-on-bad-exit and --wait: what ends on one node ends on all. A step does not get the GPUs and CPUs of an exclusive
-    # job by itself: --gpus-per-node, and --cpu-bind=none, since the one task may use every CPU.
-    supervise srun --export=ALL --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1 \
-        ${SLURM_GPUS_ON_NODE:+"--gpus-per-node=$SLURM_GPUS_ON_NODE"} --cpu-bind=none --kill-on-bad-exit=1 --wait=60 \
-        --output="$mine/%N.log" --open-mode=append bash "$home/slurm/node.sh" "$@" || status=$?
+    # --kill-on-bad-exit and --wait: what ends on one node ends on all. A step does not get the GPUs of an exclusive job by
+    # itself: --gpus-per-node.
+    supervise "${task_a_node[@]}" ${SLURM_GPUS_ON_NODE:+"--gpus-per-node=$SLURM_GPUS_ON_NODE"} \
+        --kill-on-bad-exit=1 --wait=60 bash "$home/slurm/node.sh" "$mine" "$@" || status=$?
     if [[ -s $DISTGPT_EXIT_FILE ]]; then
         ended=$("${python[@]}" -c 'import json, sys
 report = json.load(open(sys.argv[1]))
-print(report["code"], report["cause"])' "$DISTGPT_EXIT_FILE")
-        read -r code cause <<<"$ended"
-    elif ((status == 0)); then
+print(report["code"], report.get("step") or 0, *report["cause"].split())' "$DISTGPT_EXIT_FILE")
+        # The last line: a container may greet first.
+        read -r code step cause <<<"${ended##*$'\n'}"
+        if [[ $code == 0 && $step -lt $steps ]]; then code="" cause="ended at step $step of $steps"; fi
+    elif [[ $status == 0 && $1 != distgpt.train ]]; then
         code=0
     elif ! can_write; then
         code=74 cause="cannot write in $run_dir: make room and submit it again to go on"
@@ -136,6 +155,7 @@ require_progress "$logs/progress" "$(newest_checkpoint)"
 address=$(own_address)
 port=$((10000 + (SLURM_JOB_ID * 101 + attempt * 7) % 20000))
 say "attempt $attempt from $(newest_checkpoint) on $SLURM_JOB_NODELIST: tail -F $mine/*.log"
+if ((SLURM_NNODES > 1)); then require_shared_directory; fi
 if ((SLURM_NNODES > 1)) && [[ ${DISTGPT_PREFLIGHT:-yes} != no ]]; then
     on_all_nodes distgpt.doctor --distributed "$@"
 fi
