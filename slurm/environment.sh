@@ -50,13 +50,13 @@ require_progress() {
 }
 
 pass_on() {
-    stopped=yes
+    stopped=${stopped:-$SECONDS}
     if [[ -n $child ]]; then kill "-$stop_signal" "$child" 2>/dev/null || true; fi
 }
 
 # end_with_job: Slurm ends the job by itself.
 end_with_job() {
-    ended_by_slurm=yes stopped=yes
+    ended_by_slurm=yes stopped=${stopped:-$SECONDS}
     # The save took longer than --signal left for it, and Slurm would not start such a job again.
     if [[ $(scontrol show job "$job") == *Reason=TimeLimit* ]] && scontrol requeue "$job"; then
         say "the time limit came before the end of the save; requeued to go on from the last checkpoint"
@@ -88,8 +88,12 @@ requeue() {
         say "$1; ended by Slurm, which decides whether to start it again"
     elif scontrol requeue "$job"; then
         say "$1; requeued to go on"
-    else
+        [[ -z ${stopped:-} ]] || advise_on_time_limit
+    elif [[ $(scontrol show job "$job") == *Requeue=0* ]]; then
         say "$1; this job cannot be requeued: submit it again to go on"
+    else
+        # As after a lost node: Slurm was faster, and a second job would be in the way of this one.
+        say "$1; Slurm refuses to requeue it now: submit it again only if squeue shows that it is gone"
     fi
     exit 75
 }
@@ -104,12 +108,12 @@ print("found" if importlib.util.find_spec("torch") else "no torch in " + sys.exe
     [[ $said == found ]] || fail 2 "no python with distgpt's packages (${said:-it says nothing}): $fix"
 }
 
-# warn_of_time_limit MINUTES: --signal in the script comes so long before the time limit, or up to a minute earlier.
-warn_of_time_limit() {
+# advise_on_time_limit: say so if what --signal asks for comes so early that no attempt gets anything done.
+advise_on_time_limit() {
     local limit
     limit=$(scontrol show job "$job" | sed -n 's/.*TimeLimit=00:0\([0-9]\):00 .*/\1/p') || return 0
-    if [[ -n $limit ]] && ((limit <= $1 + 1)); then
-        say "a time limit of $limit min leaves no time to work in: --signal=B:USR1@$((60 * $1)) stops each attempt at once; raise --time or lower --signal"
+    if [[ -n $limit ]] && ((stopped < 30)); then
+        say "stopped $stopped s after the start: if it was for the time limit of $limit min, that leaves no time to work in; raise --time or give a shorter --signal=B:USR1@SECONDS"
     fi
 }
 

@@ -17,17 +17,21 @@ set -euo pipefail
 : "${SLURM_JOB_ID:?submit this with sbatch}"
 # Told to stop before environment.sh is there to pass it on.
 stop_signal=TERM stopped='' child=''
-trap 'stopped=yes' USR1
+trap 'stopped=$SECONDS' USR1
 
-# sbatch runs a copy of this file; Slurm remembers where it was.
-home=${DISTGPT_HOME:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(/.*\)/slurm/prepare\.sh.*|\1|p' | sed -n 1p)}
+# sbatch runs a copy of this file; Slurm remembers its name as it was given, with the options after it.
+home=${DISTGPT_HOME:-}
+read -ra typed < <(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
+for ((words = 1; words <= ${#typed[@]}; words++)); do
+    file=$(cd "$SLURM_SUBMIT_DIR" && readlink -e -- "${typed[*]:0:words}") || continue
+    if [[ -z $home && $file == */slurm/prepare.sh ]]; then home=${file%/slurm/prepare.sh}; fi
+done
 [[ -r ${home:=$SLURM_SUBMIT_DIR}/slurm/environment.sh ]] || {
     echo "distgpt: error: $home is not the project: submit from its directory, or set DISTGPT_HOME to it" >&2
     exit 2
 }
 . "$home/slurm/environment.sh"
 require_python
-warn_of_time_limit 1
 
 tasks=$((${SLURM_ARRAY_TASK_MAX:-0} + 1))
 if ((${SLURM_ARRAY_TASK_MIN:-0} != 0 || ${SLURM_ARRAY_TASK_COUNT:-1} != tasks)); then

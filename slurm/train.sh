@@ -5,9 +5,9 @@
 # Only resources are to edit, here or as flags of sbatch; some clusters want --partition, --account or --gpus-per-node=8.
 #SBATCH --job-name=distgpt
 #SBATCH --nodes=1
-# Whole nodes with all their CPUs, GPUs and memory.
+# Whole nodes with all their CPUs and GPUs. Memory is the cluster's default, all of it as a rule, or what --mem=0 (all),
+# --mem or --mem-per-cpu asks for: with one of them here sbatch would refuse another.
 #SBATCH --exclusive
-#SBATCH --mem=0
 #SBATCH --time=24:00:00
 # This long before the time limit all ranks save and leave and the job goes back into the queue, as it does after a
 # preemption, a lost node and `scancel --signal=USR1 JOB`. A plain scancel ends it for good.
@@ -28,29 +28,51 @@ set -euo pipefail
 : "${SLURM_JOB_ID:?submit this with sbatch}"
 # Told to stop before environment.sh is there to pass it on.
 stop_signal=USR1 stopped='' child=''
-trap 'stopped=yes' USR1
+trap 'stopped=$SECONDS' USR1
 
-# sbatch runs a copy of this file; Slurm remembers where it was.
-home=${DISTGPT_HOME:-$(scontrol show job "$SLURM_JOB_ID" | sed -n 's|^ *Command=\(/.*\)/slurm/train\.sh.*|\1|p' | sed -n 1p)}
+# sbatch runs a copy of this file; Slurm remembers its name as it was given, with the options after it.
+home=${DISTGPT_HOME:-}
+read -ra typed < <(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
+for ((words = 1; words <= ${#typed[@]}; words++)); do
+    file=$(cd "$SLURM_SUBMIT_DIR" && readlink -e -- "${typed[*]:0:words}") || continue
+    if [[ -z $home && $file == */slurm/train.sh ]]; then home=${file%/slurm/train.sh}; fi
+done
 [[ -r ${home:=$SLURM_SUBMIT_DIR}/slurm/environment.sh ]] || {
     echo "distgpt: error: $home is not the project: submit from its directory, or set DISTGPT_HOME to it" >&2
     exit 2
 }
 . "$home/slurm/environment.sh"
 require_python
-warn_of_time_limit 3
 
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
-    line=
-    if [[ -r ${DISTGPT_SWEEP:-} ]]; then line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" "$DISTGPT_SWEEP"); fi
-    read -ra flags <<<"$line"
-    ((${#flags[@]})) || fail 2 "DISTGPT_SWEEP=${DISTGPT_SWEEP:-} holds no line of flags for task $SLURM_ARRAY_TASK_ID (from 0)"
+    [[ -r ${DISTGPT_SWEEP:-} ]] ||
+        fail 2 "DISTGPT_SWEEP=${DISTGPT_SWEEP:-} cannot be read: it must name a file with a line of flags for each task"
+    # Quotes as in a shell, ends of lines as any editor writes them.
+    mapfile -d '' -t flags < <("${python[@]}" -c 'import itertools, shlex, sys
+from distgpt.errors import UsageError, main_guard
+path, task = sys.argv[1], int(sys.argv[2])
+def flags() -> list[str]:
+    why: object = "no flags"
+    try:
+        with open(path, encoding="utf-8-sig") as file:
+            if found := shlex.split(next(itertools.islice(file, task, None), "")):
+                return found
+    except ValueError as error:
+        why = error
+    raise UsageError(f"DISTGPT_SWEEP={path}: {why} in line {task + 1}, that of task {task} (from 0)")
+print(*main_guard(flags), sep="\0", end="\0")' "$DISTGPT_SWEEP" "$SLURM_ARRAY_TASK_ID")
+    wait "$!"
+    flags[0]=${flags[0]##*$'\n'} # a container may greet first
     set -- "$@" "${flags[@]}"
 fi
 # What a later attempt finds in the run directory is the job's own.
 ((attempt == 0)) || set -- "$@" --run.fresh=false
-gres=$(scontrol show node "$SLURMD_NODENAME" | sed -n 's/^ *Gres=//p') || gres=
-if [[ -z ${SLURM_GPUS_ON_NODE:-}${NPROC_PER_NODE:-} && $gres == *gpu* ]]; then
+node=$(scontrol show node "$SLURMD_NODENAME") || node=
+memory=$((${SLURM_MEM_PER_NODE:-0} + ${SLURM_MEM_PER_CPU:-0} * ${SLURM_CPUS_ON_NODE:-1}))
+if [[ $node =~ RealMemory=([0-9]+) ]] && ((0 < memory && 2 * memory < BASH_REMATCH[1])); then
+    say "the job may use $memory of the ${BASH_REMATCH[1]} MiB of memory of $SLURMD_NODENAME: --mem=0 asks for all of it"
+fi
+if [[ -z ${SLURM_GPUS_ON_NODE:-}${NPROC_PER_NODE:-} && $node =~ Gres=[^[:space:]]*gpu ]]; then
     fail 2 "$SLURMD_NODENAME has GPUs and the job asked for none: add --gpus-per-node=N, or NPROC_PER_NODE=2 for its CPUs"
 fi
 # A mistake is one line here, before any rank starts.
@@ -97,6 +119,7 @@ if [[ $(scontrol show config) =~ TaskPlugin[\ =]+[a-z/,]*(affinity|cgroup) ]]; t
 # require_shared_directory: end the job if a node cannot write its log, because it does not see what this one does.
 require_shared_directory() {
     local blind
+    # shellcheck disable=SC2016 # for the other shell
     # For a while: a network file system may show a new directory late.
     blind=$("${task_a_node[@]}" bash -c 'for _ in {1..25}; do
             if { : >>"$1/$SLURMD_NODENAME.log"; } 2>/dev/null; then exit; fi
@@ -131,7 +154,6 @@ on_all_nodes() {
         ended=$("${python[@]}" -c 'import json, sys
 report = json.load(open(sys.argv[1]))
 print(report["code"], report.get("step") or 0, *report["cause"].split())' "$DISTGPT_EXIT_FILE")
-        # The last line: a container may greet first.
         read -r code step cause <<<"${ended##*$'\n'}"
         if [[ $code == 0 && $step -lt $steps ]]; then code="" cause="ended at step $step of $steps"; fi
     elif [[ $status == 0 && $1 != distgpt.train ]]; then
@@ -154,7 +176,7 @@ print(report["code"], report.get("step") or 0, *report["cause"].split())' "$DIST
 require_progress "$logs/progress" "$(newest_checkpoint)"
 address=$(own_address)
 port=$((10000 + (SLURM_JOB_ID * 101 + attempt * 7) % 20000))
-say "attempt $attempt from $(newest_checkpoint) on $SLURM_JOB_NODELIST: tail -F $mine/*.log"
+say "attempt $attempt from $(newest_checkpoint) on $SLURM_JOB_NODELIST: tail -F $(printf %q "$mine")/*.log"
 if ((SLURM_NNODES > 1)); then require_shared_directory; fi
 if ((SLURM_NNODES > 1)) && [[ ${DISTGPT_PREFLIGHT:-yes} != no ]]; then
     on_all_nodes distgpt.doctor --distributed "$@"

@@ -92,9 +92,13 @@ class Cluster:
         for process in self._processes.values():
             process.wait(timeout=60)
 
-    def power_on(self, node: str) -> None:
-        """Start a node and wait until it has nothing to do."""
-        self._daemon(node, "slurmd", "-D", "-N", node, "-f", str(self._conf))
+    def power_on(self, node: str, *, blind_to: Path | None = None) -> None:
+        """Start a node and wait until it has nothing to do. It sees another, empty directory instead of `blind_to`."""
+        command = ["slurmd", "-D", "-N", node, "-f", str(self._conf)]
+        if blind_to:
+            hide = 'mount -t tmpfs distgpt-test "$0" && exec "$@"'
+            command = ["unshare", "--mount", "sh", "-c", hide, str(blind_to), *command]
+        self._daemon(node, *command)
         assert _happens(lambda: re.search(r"State=IDLE\b(?![+*])", self.command("scontrol", "show", "node", node)))
 
     def power_off(self, node: str) -> None:

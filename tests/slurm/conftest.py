@@ -91,7 +91,7 @@ def runs(cluster: Cluster, prepared: Path) -> Runs:
 @pytest.fixture(scope="session")
 def undisturbed(runs: Runs) -> dict[int, Path]:
     """The same run on 1, 2 and 4 nodes: of one as a task of a sweep, of two after the preflight."""
-    (runs.cluster.work / "sweep").write_text("--optim.lr=1e-3\n--optim.lr=2e-3 --run.dir=runs/fast\n")
+    (runs.cluster.work / "sweep").write_text('--optim.lr=1e-3\r\n--optim.lr=2e-3 "--run.dir=runs/%j fast"\r\n')
     array = runs.submit("sweep", sbatch=("--array=0-1",), DISTGPT_SWEEP="sweep")
     two = runs.submit("two", sbatch=("--nodes=2",), DISTGPT_PREFLIGHT="", **jobs.REAL)
     four = runs.submit("four", sbatch=("--nodes=4",))

@@ -1,6 +1,7 @@
 """slurm/train.sh on a real Slurm, as it is shipped: it trains, and what interrupts it changes nothing."""
 
 import json
+import os
 import re
 import signal
 from collections.abc import Callable, Iterator
@@ -12,7 +13,7 @@ import torch
 
 from tests import jobs
 from tests.slurm.cluster import Cluster
-from tests.slurm.conftest import Runs
+from tests.slurm.conftest import TRAIN, Runs
 
 LAST = "step-00000024"
 # What happens to a job that trains in the run directory of this name; the job's id when it has ended.
@@ -37,11 +38,20 @@ def test_the_hosts_are_checked_before_training(undisturbed: dict[int, Path]) -> 
     assert log.read_text().index("all-reduce") < log.read_text().index("step  1/24")
 
 
+def test_a_job_that_goes_well_has_two_lines_to_say(runs: Runs, undisturbed: dict[int, Path]) -> None:
+    """Nor does Slurm complain of what it was asked for."""
+    [logs] = undisturbed[4].glob("logs/slurm-*")
+    [start, end] = runs.cluster.log(logs.name.removeprefix("slurm-")).splitlines()
+    assert start.startswith("distgpt: attempt 0 from no checkpoint on n[")
+    assert end == f"distgpt: done: runs/four is at {LAST}"
+
+
 def test_an_array_sweeps_over_lines_of_flags(runs: Runs, undisturbed: dict[int, Path]) -> None:
-    for name, lr in (("sweep-0", 0.001), ("fast", 0.002)):
+    """The file has the ends of lines of another system, and a value in quotes that Slurm would expand."""
+    for name, lr in (("sweep-0", 0.001), ("%j fast", 0.002)):
         assert f"\nlr = {lr}\n" in (runs.directory(name) / "config.toml").read_text()
         assert jobs.checkpoints(runs.directory(name))[-1] == LAST
-    assert jobs.losses(runs.directory("fast")) != jobs.losses(undisturbed[1])
+    assert jobs.losses(runs.directory("%j fast")) != jobs.losses(undisturbed[1])
 
 
 def scancel_signal(cluster: Cluster, job: str) -> None:
@@ -170,14 +180,13 @@ def test_what_cannot_succeed_ends_with_one_line(runs: Runs) -> None:
     known = (runs.cluster.work / "environment").read_text()
     (runs.cluster.work / "container").write_text(f'{known}DISTGPT_RUN="bash {runs.cluster.work / "killer"}"\n')
     (runs.cluster.work / "packages").write_text("DISTGPT_RUN=no-such-command\n")
-    short = runs.submit("mistake", "--run.dri=x", sbatch=("--time=3",))
     endings = {
         runs.submit("hopeless", DISTGPT_ENV="container", TRIES="2"): (
             75,
             "2",
             r"gave up after 2 attempts that got no further than no checkpoint.*",
         ),
-        short: (2, "0", r"unknown key run\.dri: did you mean run\.dir\?"),
+        runs.submit("mistake", "--run.dri=x"): (2, "0", r"unknown key run\.dri: did you mean run\.dir\?"),
         runs.submit("mistake", "--data.path=nowhere"): (
             65,
             "0",
@@ -202,21 +211,78 @@ def test_what_cannot_succeed_ends_with_one_line(runs: Runs) -> None:
         runs.submit("mistake", DISTGPT_ENV="packages"): (
             2,
             "0",
-            r"no python with distgpt's packages \(.*no-such-command: command not found\): make .*",
+            r"no python with distgpt's packages \(.*no-such-command: command not found\): DISTGPT_ENV=packages must .*",
         ),
         runs.submit("mistake", DISTGPT_ENV="nowhere"): (2, "0", "DISTGPT_ENV names nowhere, which cannot be read"),
         f"{runs.submit('mistake', sbatch=('--array=0-0',))}_0": (
             2,
             "0",
-            r"DISTGPT_SWEEP= holds no line of flags for task 0 \(from 0\)",
+            r"DISTGPT_SWEEP= cannot be read: .*",
         ),
     }
     for job, (code, restarts, message) in endings.items():
         ended = runs.cluster.end_of(job)
         assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", f"{code}:0", restarts)
         assert re.fullmatch(message, one_error(runs.cluster.log(job)))
-        # As little as --signal asks for: Slurm sends it at once.
-        assert ("a time limit of 3 min leaves no time to work in" in runs.cluster.log(job)) == (job == short)
+
+
+def test_a_job_that_never_trained_has_failed(runs: Runs) -> None:
+    """Whatever exits 0 on its way."""
+    work = runs.cluster.work
+    known = (work / "environment").read_text()
+    (work / "exits").write_text(f"{known}exit 0\n")
+    (work / "exits-on-nodes").write_text(f"{known}[[ -z ${{DISTGPT_EXIT_FILE:-}} ]] || exit 0\n")
+    (work / "says-nothing").write_text("DISTGPT_RUN=true\n")
+    # Stand for a task that cannot be started, and for ranks that leave too early.
+    (work / "no-tasks").write_text(f"{known}srun() {{ true; }}\n")
+    report = '{"code": 0, "step": 23, "cause": "done"}'
+    (work / "too-early").write_text(f"{known}srun() {{ echo '{report}' >$DISTGPT_EXIT_FILE; }}\n")
+    ended_by = r"DISTGPT_ENV=\S+ ended the job by exit or set -e: it must come to its end"
+    gave_up = r"gave up after 1 attempts that got no further than no checkpoint.*"
+    endings = {
+        "exits": (2, ended_by),
+        "exits-on-nodes": (2, ended_by),
+        "says-nothing": (2, r"no python with distgpt's packages \(it says nothing\): DISTGPT_ENV=says-nothing must .*"),
+        "no-tasks": (75, gave_up),
+        "too-early": (75, gave_up),
+    }
+    submitted = {name: runs.submit(name, DISTGPT_ENV=name, TRIES="1", NPROC_PER_NODE="1") for name in endings}
+    for name, (code, message) in endings.items():
+        ended, log = runs.cluster.end_of(submitted[name]), runs.cluster.log(submitted[name])
+        assert (ended["JobState"], ended["ExitCode"]) == ("FAILED", f"{code}:0"), log
+        assert re.fullmatch(message, one_error(log))
+        assert "done: " not in log
+    assert "ended at step 23 of 24; requeued" in runs.cluster.log(submitted["too-early"])
+
+
+def test_a_node_that_does_not_see_the_run_directory_is_named(runs: Runs) -> None:
+    cluster, run = runs.cluster, runs.directory("blind")
+    run.mkdir(parents=True)
+    cluster.power_off("n5")
+    cluster.power_on("n5", blind_to=run)
+    try:
+        job = runs.submit("blind", sbatch=("--nodes=2", "--nodelist=n5"))
+        ended = cluster.end_of(job)
+    finally:
+        cluster.power_off("n5")
+        cluster.power_on("n5")
+    assert (ended["JobState"], ended["ExitCode"], ended["Restarts"]) == ("FAILED", "73:0", "0")
+    place = runs.logs(job, "blind", 0).relative_to(cluster.work)
+    fix = "--run.dir must lie on a file system that all nodes share"
+    assert one_error(cluster.log(job)) == f"n5 cannot write in {place}: {fix}"
+
+
+def test_how_it_is_submitted_is_the_users_business(runs: Runs, tmp_path: Path) -> None:
+    """Through a link with a name of their own, by a relative path, with memory for each CPU."""
+    cluster = runs.cluster
+    (tmp_path / "my job").symlink_to(TRAIN)
+    relative = os.path.relpath(TRAIN, cluster.work)
+    for options in ((str(tmp_path / "my job"),), (relative,), ("--mem-per-cpu=100", relative)):
+        job = cluster.sbatch(*options, "--run.dri=a b", DISTGPT_ENV="environment")
+        assert cluster.end_of(job)["ExitCode"] == "2:0"
+        assert one_error(cluster.log(job)) == "unknown key run.dri: did you mean run.dir?"
+    # A cluster may give so little by default.
+    assert re.search(r"the job may use \d+ of the 8000 MiB of memory of n\d: --mem=0 asks for all", cluster.log(job))
 
 
 def test_a_signal_before_the_start_requeues(runs: Runs) -> None:
