@@ -178,9 +178,9 @@ def source_of(path: Path, *, text_key: str, separator: str = "", encoding: str =
     if inner in TABLES:
         raise UsageError(f"{path} is a table: {_conversion(path, inner)}")
     if compression == ".zst":
-        _require("zstandard", "zstd", path)
+        _require("zstandard", path)
     if inner == ".parquet":
-        _require("pyarrow", "parquet", path)
+        _require("pyarrow", path)
         return Source(str(path), str(path), "parquet", "", text_key, on_bad=on_bad)
     as_text = Source(
         path=str(path),
@@ -349,9 +349,9 @@ def _counts(path: Path, text_key: str, encoding: str) -> bool:
     return inner in folder_suffixes() and not (compression and inner == ".parquet")
 
 
-def _require(module: str, extra: str, path: Path) -> None:
+def _require(module: str, path: Path) -> None:
     if importlib.util.find_spec(module) is None:
-        raise UsageError(f"reading {path} needs the package {module}: pip install 'distgpt[{extra}]'")
+        raise UsageError(f"reading {path} needs the package {module}: pip install {module}")
 
 
 class _Content(Protocol):

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 from tests import jobs
@@ -18,3 +19,14 @@ def test_shellcheck_finds_nothing() -> None:
         text=True,
     )
     assert (checked.returncode, checked.stdout + checked.stderr) == (0, "")
+
+
+def test_every_installation_reads_all_kinds_of_files() -> None:
+    """The packages that prepare needs for Parquet and .zst are optional, and wanted by whoever follows the README."""
+    extras = tomllib.loads((jobs.PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    formats = ",".join(extra for extra in extras if extra != "test")
+    for file in ("README.md", "launch/environment.sh"):
+        text = (jobs.PROJECT / file).read_text().replace("\\\n", "")
+        installations = [line for line in text.splitlines() if "pip install" in line]
+        assert installations, file
+        assert all(f"[{formats}" in line for line in installations), file
