@@ -52,5 +52,16 @@ print(math.ceil(config.health.timeout), config.run_dir)' "$@")
     read -r timeout run_dir <<<"$settled"
 }
 
+# require_counts NAME ...: end if one of these variables is set and no whole number from 1.
+require_counts() {
+    local name
+    for name in "$@"; do
+        if [[ ! ${!name:-1} =~ ^[1-9][0-9]{0,8}$ ]]; then
+            echo "distgpt: error: $name=${!name}: it must be a whole number from 1" >&2
+            exit 2
+        fi
+    done
+}
+
 # default_ranks: one for each GPU that CUDA would see, else two, which share the CPUs, or one on a single CPU.
 default_ranks() { python -c 'from distgpt.machine import default_ranks; print(default_ranks())'; }

@@ -8,6 +8,7 @@
 environment ""
 . "$home/launch/supervise.sh"
 settle "$@"
+require_counts NPROC_PER_NODE TRIES
 
 ranks=${NPROC_PER_NODE:-$(default_ranks)}
 DISTGPT_EXIT_FILE=$(mktemp -d)/exit.json
@@ -42,11 +43,14 @@ for ((try = 1; try <= ${TRIES:-3}; try++)); do
     before=$(newest_checkpoint)
     launch "$@"
     # The last line says what happened, below torchrun's own report.
-    if [[ -n $cause ]]; then say "$cause"; fi
-    if [[ $signalled || $status != 75 ]]; then exit "$status"; fi
+    if [[ $signalled || $status != 75 ]]; then
+        if [[ -n $cause ]]; then say "$cause"; fi
+        exit "$status"
+    fi
     newest=$(newest_checkpoint)
     if [[ $newest != "$before" ]]; then try=0; fi
-    say "starting again from $(basename "${newest:-the beginning}")"
+    say "${cause%[,:] run it again to go on}"
+    if ((try < ${TRIES:-3})); then say "starting again from $(basename "${newest:-the beginning}")"; fi
 done
-say "gave up after $((try - 1)) launches that got no further"
+say "gave up after $((try - 1)) launches that got no further: run it again to go on"
 exit "$status"

@@ -8,7 +8,7 @@
 #   NPROC_PER_NODE   ranks on each host; the default is one a GPU, or two that share the CPU's cores
 #   JOIN_SECONDS     how long to wait for the other hosts (600)
 #                    (hosts that are given another run.dir are another job, and wait for hosts of their own)
-#   TRIES            how often to start again without a new checkpoint before giving up (10)
+#   TRIES            attempts in a row without a new checkpoint before giving up (10)
 #
 # First come the checks of python -m distgpt.doctor --distributed, then training. When hosts, ranks or the network fail,
 # every attempt ends on all hosts within health.timeout, and each starts again from the newest checkpoint. A mistake
@@ -19,17 +19,20 @@
 environment ""
 . "$home/launch/supervise.sh"
 settle "$@"
+require_counts NPROC_PER_NODE JOIN_SECONDS TRIES
 
 JOIN_SECONDS=${JOIN_SECONDS:-600}
 TRIES=${TRIES:-10}
 usage() { say "error: $*"; exit 2; }
 
-[[ ${HEAD:-} =~ ^([^:]+):([0-9]+)$ ]] || usage "HEAD=host:port is missing: one of the hosts, and a free port on it"
+if ! [[ ${HEAD:-} =~ ^([^:]+):([1-9][0-9]{0,4})$ ]] || ((BASH_REMATCH[2] > 65534)); then
+    usage "HEAD=${HEAD:-} must be host:port: one of the hosts, and a free port on it from 1 to 65534"
+fi
 head=${BASH_REMATCH[1]} port=${BASH_REMATCH[2]}
-[[ ${NODES:-} =~ ^([0-9]+)(:([0-9]+))?$ ]] || usage "NODES=4 or NODES=3:4 is missing: how many hosts there are"
+[[ ${NODES:-} =~ ^([1-9][0-9]{0,4})(:([1-9][0-9]{0,4}))?$ ]] || usage "NODES=${NODES:-} must say how many hosts there are: NODES=4 or NODES=3:4"
 least=${BASH_REMATCH[1]} most=${BASH_REMATCH[3]:-${BASH_REMATCH[1]}}
 # A cut network must not leave two groups that both go on.
-((least >= 1 && least <= most && 2 * least > most)) ||
+((least <= most && 2 * least > most)) ||
     usage "NODES=$NODES: the smaller number must be more than half of the larger one, so that only one side goes on when the network is cut"
 
 ranks=${NPROC_PER_NODE:-$(default_ranks)}
@@ -81,15 +84,31 @@ trap 'rm -rf "$scratch"' EXIT
 # new attempt takes no longer. torchrun passes on only the signals it is told of, SIGUSR1 would kill it; and a large
 # model is not saved within the 30 seconds that it would wait.
 on_all_hosts() {
-    local port=$1 last_call=$2 id
+    local rendezvous=$1 last_call=$2 id
     shift 2
     id=$(cksum <<<"$run_dir")
     DISTGPT_EXIT_FILE=$report run torchrun --nnodes="$NODES" --nproc_per_node="$ranks" \
-        --rdzv-backend=c10d --rdzv-endpoint="$head:$port" --rdzv-id="${id%% *}" --local-addr="$address" \
-        --rdzv-conf="is_host=$is_host,join_timeout=$JOIN_SECONDS,last_call_timeout=$last_call" \
+        --rdzv-backend=c10d --rdzv-endpoint="$head:$rendezvous" --rdzv-id="${id%% *}" --local-addr="$address" \
+        --rdzv-conf="is_host=$is_host,join_timeout=$((2 * JOIN_SECONDS + 600)),last_call_timeout=$last_call" \
         --max-restarts=0 --monitor-interval=0.1 --shutdown-timeout=120 \
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
         -m "$@"
+}
+
+# nobody_comes SECONDS: whether the hosts did not meet within JOIN_SECONDS, and then say so. torchrun's own limit, which is
+# longer, ends in a traceback that does not tell how many are missing.
+nobody_comes() {
+    local came=()
+    ((least > 1 && $1 >= JOIN_SECONDS)) || return 1
+    if ((is_host)); then read -ra came < <(python -m distgpt.cluster.network guests "$rendezvous"); fi
+    if ((is_host && ${#came[@]} + 1 < least)); then
+        say "$((${#came[@]} + 1)) of $least hosts came within $JOIN_SECONDS s (this one${came[*]:+, ${came[*]}}): start the same command on the missing ones"
+    elif (($1 >= JOIN_SECONDS + 15)); then # they may just have met, and wait for more
+        say "$least hosts did not meet at $head within $JOIN_SECONDS s: have all of them the same run.dir and NODES?"
+    else
+        return 1
+    fi
+    : >"$scratch/alone"
 }
 
 # How the attempt ended: this host's report, or the run's own if it is new and says that it is done, or why it ended.
@@ -141,6 +160,7 @@ while true; do
         on_all_hosts "$port" 3 distgpt.train "$@" || status=$?
         ((status == 0)) && break
     fi
+    [[ ! -e $scratch/alone ]] || { status=75; break; }
     told=$(ending)
     code=${told%% *} cause=${told#* }
     [[ $signalled ]] && say "stopped by SIG$signalled on this host${cause:+: $cause}" && status=75 && break
@@ -149,11 +169,12 @@ while true; do
         73) ((attempts > 2)) || { status=73; say "$cause"; break; } ;; # later, ranks of ours that are cut off hold it
         *) status=$code; say "$cause"; break ;;
     esac
-    cause=${cause:-no rank could say why, see above: have all hosts the same run.dir?}
+    cause=${cause:-no rank could say why, see above}
+    cause=${cause%[,:] run it again to go on}
     [[ $(newest_checkpoint) == "$before" ]] || tries=0
     before=$(newest_checkpoint)
-    if ((++tries > TRIES)); then
-        say "gave up after $TRIES attempts without a new checkpoint: $cause"
+    if ((++tries >= TRIES)); then
+        say "gave up after $TRIES attempts without a new checkpoint: $cause; run it again to go on"
         status=75
         break
     fi

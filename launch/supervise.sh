@@ -48,18 +48,19 @@ start() {
 # finish: wait for the end of what was started; gives its exit code.
 finish() {
     local status=0
-    # A trapped signal ends one wait; it is over when it is gone.
-    while kill -0 "$child" 2>/dev/null; do wait "$child" || true; done
-    wait "$child" || status=$?
+    # A trapped signal ends one wait; it is over when it is gone. Of one that was killed bash would show this line.
+    while kill -0 "$child" 2>/dev/null; do wait "$child" 2>/dev/null || true; done
+    wait "$child" 2>/dev/null || status=$?
     child=''
     return "$status"
 }
 
 # end_if_deaf AGENT: a torchrun that the network cut off from the head waits for its answer for ever, deaf to signals and
 # to the end of its ranks. Once it has had ranks, and none for a while, it is killed; and so it is where all of them are
-# stopped for health.timeout, which would not end when it tells them to.
+# stopped for health.timeout, which would not end when it tells them to. One that never has any is ended when
+# `nobody_comes SECONDS`, where a script defines it, says why after so many.
 end_if_deaf() {
-    local agent=$1 had_ranks='' seconds=0 limit
+    local agent=$1 had_ranks='' seconds=0 limit began=$SECONDS
     while kill -0 "$agent" 2>/dev/null; do
         if has_ranks "$agent" ZT; then
             had_ranks=yes seconds=0
@@ -69,6 +70,9 @@ end_if_deaf() {
                 say "all ranks are gone or stopped since $limit s: killing torchrun, which does not end by itself"
                 kill -KILL "$agent" 2>/dev/null || true
             fi
+        elif declare -F nobody_comes >/dev/null && nobody_comes $((SECONDS - began)); then
+            kill -KILL "$agent" 2>/dev/null || true
+            return
         fi
         sleep 1
     done

@@ -163,7 +163,7 @@ print(report["code"], report.get("step") or 0, *report["cause"].split())' "$DIST
     fi
     case $code in
         0) ;;
-        75 | "") requeue "$cause" ;;
+        75 | "") requeue "${cause%[,:] run it again to go on}" ;;
         73)
             # What is left of the last attempt may still hold the run directory on a node that was lost.
             ((attempt == 0)) || requeue "$cause"

@@ -22,6 +22,7 @@ from typing import Any, NoReturn, Self, TextIO
 from distgpt.cluster.backstop import STACKS_SIGNAL
 from distgpt.cluster.ownership import LEASE, RENEWAL, Owner, RunLock, loss_of, owner_of_this_attempt
 from distgpt.cluster.run_directory import (
+    EXIT_FILE_VARIABLE,
     RunPaths,
     ending_of_this_job,
     forget_last_attempt,
@@ -73,7 +74,7 @@ def die_with_agent() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if not _is_under_torch(agent):
         with suppress(OSError):
-            _say(EXIT_USAGE, "TORCHELASTIC_RUN_ID is set, but no torchrun is above this process: unset it")
+            say_end(EXIT_USAGE, "TORCHELASTIC_RUN_ID is set, but no torchrun is above this process: unset it")
         os._exit(EXIT_USAGE)
 
 
@@ -230,12 +231,12 @@ class Run:
         if code == EXIT_BUG and (told or alone):
             traceback.print_exception(error)
         if told:
-            _say(code, cause)
+            say_end(code, cause)
         if alone:
             time.sleep(PATIENCE)  # until torchrun's SIGTERM, as soon as rank 0 has left
             # It has not: what went wrong did so here alone.
             if self.report(code, cause, for_host=True) and not told:
-                _say(code, cause)
+                say_end(code, cause)
         self._release()
         _leave(code)
 
@@ -310,7 +311,7 @@ class Run:
         # Its disk may be what hangs.
         threading.Thread(target=_leave_regardless, daemon=True).start()
         if self.report(EXIT_INTERRUPTED, cause):
-            _say(EXIT_INTERRUPTED, cause)
+            say_end(EXIT_INTERRUPTED, cause)
         self._release()
         _leave(EXIT_INTERRUPTED)
 
@@ -336,7 +337,10 @@ def _leave_regardless() -> None:
     os._exit(EXIT_INTERRUPTED)
 
 
-def _say(code: int, cause: str) -> None:
+def say_end(code: int, cause: str) -> None:
+    if code == EXIT_INTERRUPTED and EXIT_FILE_VARIABLE in os.environ:
+        # Its launcher decides whether to go on, and says so below. Where a host joins, torchrun does without a word.
+        cause = re.sub("[,:] run it again to go on$", "", cause)
     print_cause(f"distgpt: {cause}" if code == EXIT_INTERRUPTED else f"distgpt: error: {cause}")
 
 

@@ -2,6 +2,7 @@
 
 python -m distgpt.cluster.network route HOST            is it this host (1 or 0), own address, own interface
 python -m distgpt.cluster.network wait HOST SECONDS PORT...     the first of these ports that answers
+python -m distgpt.cluster.network guests PORT           the addresses of other hosts that are connected to this port
 """
 
 import fcntl
@@ -11,10 +12,12 @@ import struct
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from distgpt.errors import Interrupted, UsageError, main_guard
 
 SIOCGIFADDR = 0x8915
+ESTABLISHED = "01"  # a state in /proc/net/tcp
 # Documentation's own network (RFC 5737): nothing is sent to it, it only makes the kernel choose a route.
 SOMEWHERE = "192.0.2.1"
 
@@ -82,6 +85,18 @@ def wait_for_port(host: str, ports: list[int], *, seconds: float) -> int:
         time.sleep(0.2)
 
 
+def guests(port: int) -> list[str]:
+    """The IPv4 addresses of other hosts that are connected to this port of ours."""
+    found = set()
+    for table in ("tcp", "tcp6"):
+        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+            _, local, remote, state, *_ = line.split()
+            if int(local.rpartition(":")[2], 16) == port and state == ESTABLISHED:
+                # Of IPv6, the last 32 bits: IPv4 in its clothes.
+                found.add(socket.inet_ntoa(struct.pack("=I", int(remote.partition(":")[0][-8:], 16))))
+    return sorted(address for address in found if not _is_ours(address))
+
+
 def _is_ours(address: str) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
@@ -109,8 +124,12 @@ def main(arguments: list[str]) -> None:
             print(int(route.is_here), route.address, route.interface)
         case ["wait", host, seconds, *ports]:
             print(wait_for_port(host, [int(port) for port in ports], seconds=float(seconds)))
+        case ["guests", port]:
+            print(*guests(int(port)))
         case _:
-            raise UsageError("usage: python -m distgpt.cluster.network route HOST | wait HOST SECONDS PORT...")
+            raise UsageError(
+                "usage: python -m distgpt.cluster.network route HOST | wait HOST SECONDS PORT... | guests PORT"
+            )
 
 
 if __name__ == "__main__":

@@ -258,6 +258,17 @@ def test_a_signal_is_answered_at_once_and_only_a_second_ctrl_c_ends_the_rank_uns
             assert process.wait() == jobs.exit_report(tmp_path)["code"] == 0
 
 
+@pytest.mark.parametrize("end", [", run it again to go on", ": run it again to go on"])
+def test_a_rank_leaves_advice_to_its_launcher(
+    end: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A host that joins has all ranks stopped, and torchrun goes on: nobody is to run anything again."""
+    health.say_end(75, f"step 4 is saved{end}")
+    monkeypatch.setenv("DISTGPT_EXIT_FILE", "exit.json")
+    health.say_end(75, f"step 4 is saved{end}")
+    assert capsys.readouterr().err == f"distgpt: step 4 is saved{end}\ndistgpt: step 4 is saved\n"
+
+
 AGENT = """
 import os, subprocess, sys, time
 import torch

@@ -207,3 +207,14 @@ def test_waiting_for_a_port() -> None:
         assert network.wait_for_port("127.0.0.1", [other, port], seconds=60) == port
     with pytest.raises(Interrupted, match="did not answer for 0 s"):
         network.wait_for_port("127.0.0.1", [port], seconds=0)
+
+
+def test_the_guests_at_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server for IPv6 as well, as torchrun's is. Those of this host are none."""
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
+        port = server.getsockname()[1]
+        assert network.guests(port) == []
+        with socket.create_connection(("127.0.0.1", port)):
+            assert network.guests(port) == []
+            monkeypatch.setattr(network, "_is_ours", lambda address: False)
+            assert network.guests(port) == ["127.0.0.1"]

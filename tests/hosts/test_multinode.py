@@ -118,6 +118,38 @@ def test_a_batch_that_some_number_of_hosts_cannot_share_starts_nothing(installed
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("HEAD", "localhost:99999"),
+        ("HEAD", "localhost"),
+        ("NODES", "0"),
+        ("NODES", "two"),
+        ("NPROC_PER_NODE", "0"),
+        ("JOIN_SECONDS", "10m"),
+        ("TRIES", "x"),
+    ],
+)
+def test_a_setting_that_cannot_be_starts_nothing(installed: None, tmp_path: Path, name: str, value: str) -> None:
+    settings = {"HEAD": "localhost:29400", "NODES": "2", name: value}
+    done = jobs.run([str(jobs.PROJECT / "launch" / "multinode.sh"), f"--run.dir={tmp_path / 'run'}"], **settings)
+    assert done.code == 2, done
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"distgpt: error: {name}={value}")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_head_that_stays_alone_says_so_once(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
+    hosts = make_network(2)
+    arguments = [*SHAPE, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}"]
+    done = multinode(hosts, arguments, on=["n1"], nodes="2", JOIN_SECONDS="3", TRIES="2")["n1"].finish()
+    line = "distgpt: 1 of 2 hosts came within 3 s (this one): start the same command on the missing ones"
+    assert (done.code, done.stdout) == (75, "")
+    # Torch itself warns of a name that it cannot look up.
+    assert [said for said in done.stderr.splitlines() if "socket.cpp" not in said] == [line]
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_port_that_is_taken_starts_nothing(installed: None, tmp_path: Path) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -137,7 +169,7 @@ def test_another_job_at_the_same_head_is_left_out(
     running = multinode(hosts, [*arguments, f"--run.dir={run}"], on=["n1", "n2"], **settings)
     running["n1"].read_until("step  20/120")
     others = [*arguments, f"--run.dir={tmp_path / 'other'}"]
-    stranger = multinode(hosts, others, on=["n3"], **settings, JOIN_SECONDS="10", TRIES="0")["n3"]
+    stranger = multinode(hosts, others, on=["n3"], **settings, JOIN_SECONDS="3", TRIES="1")["n3"]
     with ThreadPoolExecutor(1) as pool:
         ending = pool.submit(stranger.finish)
         # The first job moves on, or it would have no step at which to let the other in.
@@ -146,7 +178,7 @@ def test_another_job_at_the_same_head_is_left_out(
             running["n1"].read_slowly_until(f"step {next(steps):3}/120")
     endings = finish(running)
     assert ending.result().code == 75, ending.result()
-    assert "have all hosts the same run.dir?" in ending.result().stderr
+    assert "2 hosts did not meet at n2 within 3 s: have all of them the same run.dir" in ending.result().stderr
     assert not (tmp_path / "other").exists()
     assert_finished(endings, run, one_process)
     assert "going on from step" not in endings["n1"].stdout

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests import jobs
 from tests.launch.launching import launch
 
@@ -20,3 +22,10 @@ def test_a_mistake_is_one_line(tmp_path: Path) -> None:
     done = launch(tmp_path, "local.sh", "--train.step=5")
     assert (done.code, done.stdout) == (2, "")
     assert done.stderr == "distgpt: error: unknown key train.step: did you mean train.steps?\n"
+
+
+@pytest.mark.parametrize(("name", "value"), [("NPROC_PER_NODE", "0"), ("NPROC_PER_NODE", "x"), ("TRIES", "x")])
+def test_a_count_that_is_none_is_one_line(tmp_path: Path, name: str, value: str) -> None:
+    done = launch(tmp_path, "local.sh", **{name: value})
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr == f"distgpt: error: {name}={value}: it must be a whole number from 1\n"
