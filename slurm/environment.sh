@@ -13,11 +13,11 @@ say() {
     echo "distgpt: $*" >&2
 }
 
-# fail CODE CAUSE: end the job, and do not start it again. On a node of the job its first node hears of it by exit.json.
+# fail CODE CAUSE: end the job, and do not start it again. What fails on a node is told to train.sh as by a rank.
 fail() {
     local cause=${2//\\/\\\\}
     say "error: $2"
-    if [[ -n ${DISTGPT_EXIT_FILE:-} && ! -e $DISTGPT_EXIT_FILE ]]; then
+    if [[ $0 == */node.sh && ! -e ${DISTGPT_EXIT_FILE:?} ]]; then
         printf '{"code": %d, "cause": "%s"}\n' "$1" "${cause//\"/\\\"}" 2>/dev/null >"$DISTGPT_EXIT_FILE" || true
     fi
     exit "$1"

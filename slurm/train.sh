@@ -43,6 +43,9 @@ done
 }
 . "$home/slurm/environment.sh"
 require_python
+for name in NPROC_PER_NODE TRIES; do
+    [[ ${!name:-1} =~ ^[1-9][0-9]{0,8}$ ]] || fail 2 "$name=${!name}: it must be a whole number from 1"
+done
 
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     [[ -r ${DISTGPT_SWEEP:-} ]] ||

@@ -186,6 +186,7 @@ def test_what_cannot_succeed_ends_with_one_line(runs: Runs) -> None:
             "2",
             r"gave up after 2 attempts that got no further than no checkpoint.*",
         ),
+        runs.submit("mistake", TRIES="x"): (2, "0", "TRIES=x: it must be a whole number from 1"),
         runs.submit("mistake", "--run.dri=x"): (2, "0", r"unknown key run\.dri: did you mean run\.dir\?"),
         runs.submit("mistake", "--data.path=nowhere"): (
             65,
