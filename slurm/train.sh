@@ -124,7 +124,7 @@ require_shared_directory() {
     local blind
     # shellcheck disable=SC2016 # for the other shell
     # For a while: a network file system may show a new directory late.
-    blind=$("${task_a_node[@]}" bash -c 'for _ in {1..25}; do
+    blind=$("${task_a_node[@]}" bash -c 'for _ in {1..10}; do
             if { : >>"$1/$SLURMD_NODENAME.log"; } 2>/dev/null; then exit; fi
             sleep 1
         done
