@@ -32,7 +32,7 @@ trap 'stopped=$SECONDS' USR1
 
 # sbatch runs a copy of this file; Slurm remembers its name as it was given, with the options after it.
 home=${DISTGPT_HOME:-}
-read -ra typed < <(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p')
+read -ra typed < <(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=//p') || typed=()
 for ((words = 1; words <= ${#typed[@]}; words++)); do
     file=$(cd "$SLURM_SUBMIT_DIR" && readlink -e -- "${typed[*]:0:words}") || continue
     if [[ -z $home && $file == */slurm/train.sh ]]; then home=${file%/slurm/train.sh}; fi
