@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 from torch.distributed.checkpoint.staging import DefaultStager
 
 from distgpt.cluster import store
@@ -150,14 +151,14 @@ def test_every_save_is_staged_in_the_same_memory(
 ) -> None:
     subject = trainee(tmp_path, dataset)
     staged, copies = list[Any](), list[Any]()
-    stage = DefaultStager.stage
+    stage = StateDictStager.stage
 
-    def spy(stager: DefaultStager, tensors: dict[str, Any]) -> object:
+    def spy(stager: StateDictStager, tensors: dict[str, Any]) -> object:
         copies.append(stage(stager, tensors))
         staged.append(tensors)
         return copies[-1]
 
-    monkeypatch.setattr(DefaultStager, "stage", spy)
+    monkeypatch.setattr(StateDictStager, "stage", spy)
     for step in (1, 2, 3):
         subject.learn()
         subject.checkpointer.save(step, val_loss=None)

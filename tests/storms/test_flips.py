@@ -24,6 +24,7 @@ from tests.storms.conftest import Storm, Table
 
 pytestmark = pytest.mark.storm
 TITLE = "Bits flipped, files cut short, files deleted"
+UNREAD = ("train.bin", "val.bin", "meta.pkl")  # what a dataset holds for nanoGPT alone
 
 
 def cut(file: Path, draw: random.Random) -> None:
@@ -92,7 +93,7 @@ def test_damaged_data_is_refused(dataset: Dataset, tmp_path: Path, storm: Storm,
     draw = random.Random(storm.seed)
     found: Counter[tuple[str, str]] = Counter()
     copy = Path(shutil.copytree(dataset.path, tmp_path / "data", ignore=shutil.ignore_patterns(".verified.json")))
-    files = sorted(copy.iterdir())
+    files = sorted(file for file in copy.iterdir() if file.name not in UNREAD)
     for _ in range(storm.size(short=20, long=300)):
         file, harm = draw.choice(files), draw.choice(sorted(HARMS))
         whole = file.read_bytes()
