@@ -8,16 +8,17 @@ export PYTHONSAFEPATH=1
 home=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
 # environment [EXTRA,...]: install once, and again only when the requirements change, so that a later start needs no network.
+# With DISTGPT_TORCH=VERSION that torch is used, in an environment of its own.
 environment() {
-    local extras=${1:-} venv=$home/.venv wanted
+    local extras=${1:-} venv=$home/.venv${DISTGPT_TORCH:+-torch-$DISTGPT_TORCH} wanted
     wanted="$extras $(cat "$home/pyproject.toml" "$home/requirements.lock" | cksum)"
     # Not from the start of the line: what was installed with extras serves without them, too.
     if [[ ! -x $venv/bin/python ]] || ! grep -qF "$wanted" "$venv/distgpt-installed" 2>/dev/null; then
         # What was broken off half way has a python and no pip.
         "$venv/bin/pip" --version &>/dev/null || make_venv "$venv"
-        echo "installing the pinned packages into .venv (PyTorch is large: this can take minutes)"
+        echo "installing the pinned packages into ${venv##*/} (PyTorch is large: this can take minutes)"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-            --constraint "$home/requirements.lock" --editable "${home}[parquet,zstd${extras:+,$extras}]"
+            --constraint <(sed "${DISTGPT_TORCH:+s/^torch==.*/torch==$DISTGPT_TORCH/}" "$home/requirements.lock") --editable "${home}[parquet,zstd${extras:+,$extras}]"
         echo "$wanted" >>"$venv/distgpt-installed"
     fi
     PATH=$venv/bin:$PATH

@@ -3,6 +3,7 @@
 #   launch/test.sh                     everything; --storms runs the storms at their full length
 #   launch/test.sh --fast              lint, types and the tests that start no training: under a minute
 #   launch/test.sh -k NAME, or a file  only those tests, with any options of pytest
+#   DISTGPT_TORCH=2.11.0 launch/test.sh  the same with another torch, in an environment of its own
 . "$(dirname "$0")/environment.sh"
 environment test
 cd "$home"

@@ -180,7 +180,9 @@ def all_at_once(jobs: Mapping[str, Callable[[], Ended]]) -> dict[str, Ended]:
 
 def environment(**variables: str) -> dict[str, str]:
     """This one without what is meant for other jobs, and with a thread a rank: tests share few cores."""
-    kept = {name: value for name, value in os.environ.items() if not name.startswith(FOREIGN)}
+    kept = {
+        name: value for name, value in os.environ.items() if name == "DISTGPT_TORCH" or not name.startswith(FOREIGN)
+    }
     return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": FORK_RANKS, **variables}
 
 

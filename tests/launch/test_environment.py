@@ -66,6 +66,14 @@ def test_a_venv_that_was_broken_off_is_made_again(project: Path, path: str) -> N
     assert (third.code, third.stdout, third.stderr) == (0, "", "")
 
 
+def test_another_torch_has_an_environment_of_its_own(project: Path, path: str) -> None:
+    command = ["bash", "-c", '. "$0/launch/environment.sh"; environment', str(project)]
+    assert jobs.run(command, PATH=path, DISTGPT_TORCH="2.11.0").code == 1  # -m venv breaks off
+    done = jobs.run(command, PATH=path, DISTGPT_TORCH="2.11.0")
+    assert done.stdout.endswith(f"installed by {project}/.venv-torch-2.11.0/bin/python\n"), done
+    assert not (project / ".venv").exists()
+
+
 def test_a_python_that_is_too_old_is_passed_over(project: Path, tmp_path: Path) -> None:
     executable(tmp_path / "bin" / "python3", "#!/bin/sh\nexit 1\n")
     executable(tmp_path / "bin" / "python3.14", PYTHON.replace('test -e "$0.broke"', "true"))
