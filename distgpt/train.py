@@ -29,7 +29,7 @@ import math
 import os
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from torch import nn
@@ -102,7 +102,7 @@ def main(config: Config) -> None:
             asked = to_dict(config)
             del asked["run"]["fresh"]  # which a launcher that starts again takes back
             require_agreement({**asked, "data": dataset.fingerprint}, runtime)
-            owner = from_rank_zero(run.owner, runtime)
+            owner = Owner(**from_rank_zero(asdict(run.owner) if run.owner else {}, runtime))
             require_shared(run, owner, runtime)
             run.joined(owner)
             train(config, run, watchdog, runtime, dataset, micro_batch)

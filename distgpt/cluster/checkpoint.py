@@ -45,9 +45,11 @@ from distgpt.cluster.manifest import (
     step_of,
 )
 from distgpt.cluster.mesh import replicas_apart
+from distgpt.cluster.messages import all_gather
 from distgpt.cluster.parallel import micro_batch_size
 from distgpt.cluster.retention import best_of, surplus
 from distgpt.cluster.runtime import Runtime
+from distgpt.cluster.saving import Saving
 from distgpt.cluster.store import Store
 from distgpt.config import Config, from_dict, to_dict
 from distgpt.corpus.shards import Dataset, write_file
@@ -62,10 +64,6 @@ FREE_KEYS = ("model.loss_chunk",)
 T = TypeVar("T")
 
 log = logging.getLogger(__name__)
-
-
-class _Failure(str):
-    """One line from a rank whose part went wrong, as it travels to the others."""
 
 
 class Checkpointer:
@@ -217,7 +215,10 @@ class Checkpointer:
         try:
             needed = _bytes_of(staged) + (self._replicas - 1) * _bytes_of(staged.get("replica", {}))
             self._on_rank_zero(partial(self._store.open, state.step, needed))
-            self._together(partial(self._write_tensors, staged, writer), look=False)
+            saving = Saving(staged, writer, self._runtime.rank)
+            plans = self._together(saving.plan)
+            written = self._together(partial(saving.write, plans))
+            self._on_rank_zero(partial(saving.finish, written))
             shares = self._together(partial(self._finish_files, staging, state))
             files = {name: entry for share in shares for name, entry in share.items()}
             self._on_rank_zero(partial(self._store.commit, state.step, files))
@@ -226,9 +227,6 @@ class Checkpointer:
         finally:
             if self._runtime.rank == 0:
                 self._store.close()
-
-    def _write_tensors(self, staged: dict[str, Any], writer: "_TimedWriter") -> None:
-        dcp.save(staged, storage_writer=writer, process_group=self._group, no_dist=self._group is None)
 
     def _finish_files(self, staging: Path, state: RunState) -> dict[str, dict[str, Any]]:
         """Size and SHA-256 of the files that this rank wrote."""
@@ -244,7 +242,9 @@ class Checkpointer:
         """Remove what need not be kept, if the checkpoint just saved, read once more, can stand for it."""
         problems: list[str] = []
         try:
-            old = self._on_rank_zero(partial(surplus, self._directory, keep=self._config.checkpoint.keep))
+            keep = self._config.checkpoint.keep
+            names = self._on_rank_zero(lambda: [checkpoint.name for checkpoint in surplus(self._directory, keep=keep)])
+            old = [self._directory / name for name in names]
             problems = self._damage(saved) if old else []
             if old and not problems:
                 self._on_rank_zero(partial(self._store.remove, old))
@@ -263,28 +263,26 @@ class Checkpointer:
         first, *_ = self._together(action if self._runtime.rank == 0 else _nothing)
         return cast(T, first)
 
-    def _together(self, action: Callable[[], T], *, look: bool = True) -> list[T]:
-        """Run `action` on every rank and give every rank all results. Raises StorageError on all if any failed.
+    def _together(self, action: Callable[[], T]) -> list[T]:
+        """Run `action` on every rank and give every rank all results, as JSON has them.
 
-        `look` first whether the directory is still ours; not before collectives, which a rank that cannot would miss.
+        Raises StorageError on all if any failed, or found that the directory is no longer ours.
         """
-        mine: T | _Failure
+        failed, mine = "", None
         try:
-            if look:
-                self._run.require_owned()
+            self._run.require_owned()
             mine = action()
         except (Exception, dcp.CheckpointException) as error:  # whatever it is, the other ranks wait to hear of it
             log.exception("checkpoint")
             cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
-            mine = _Failure(one_line(cause))
-        results: list[Any] = [mine]
+            failed = one_line(cause)
+        told: list[Any] = [(failed, mine)]
         if self._runtime.distributed:
-            results = [None] * self._runtime.world_size
-            dist.all_gather_object(results, mine, group=self._group)
-        for result in results:
-            if isinstance(result, _Failure):
-                raise StorageError(str(result))
-        return results
+            told = all_gather((failed, mine), self._group)
+        for failed, _ in told:
+            if failed:
+                raise StorageError(failed)
+        return [result for _, result in told]
 
 
 class _TimedWriter(dcp.FileSystemWriter):

@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from distgpt.cluster import links, network
+from distgpt.cluster.messages import all_gather
 from distgpt.cluster.preflight import Finding, check_machine, existing, failure, found, warning
 from distgpt.cluster.runtime import Runtime
 from distgpt.config import PACKAGE, Config, to_dict
@@ -75,7 +76,7 @@ class Board:
             raise StorageError(f"{socket.gethostname()} cannot reach {address} ({why}): {OPEN_PORTS}") from None
         self.store = dist.PrefixStore("distgpt-preflight", store)
         self.runtime = runtime
-        self.listener = socket.create_server(("", 0), backlog=1024)
+        self.listener = socket.create_server(("127.0.0.1" if nodes() == 1 else "", 0), backlog=1024)
 
     def post(self, key: str, value: Any) -> None:
         self.store.set(key, json.dumps(value))
@@ -259,8 +260,7 @@ def connect(config: Config, board: Board) -> Iterator[Finding]:
     )
     if on_gpu:
         torch.cuda.set_device(runtime.device)
-    host_of: list[int] = [0] * runtime.world_size
-    dist.all_gather_object(host_of, node())
+    host_of = all_gather(node()) if runtime.distributed else [node()]
     offsets = clock_offsets(runtime, host_of)
     all_reduce, measured = (
         links.measure(runtime) if runtime.distributed else (found("links", "one rank, none to measure"), [])

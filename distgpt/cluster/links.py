@@ -4,6 +4,7 @@ All links of a direction are measured at once, so that the time does not grow wi
 by its receiver. Amounts grow until the slowest link takes a good part of a second, and no further.
 """
 
+import dataclasses
 import statistics
 import time
 from collections.abc import Mapping, Sequence
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from distgpt.cluster.messages import all_gather
 from distgpt.cluster.preflight import Finding, found, warning
 from distgpt.cluster.runtime import Runtime
 
@@ -45,9 +47,8 @@ def measure(runtime: Runtime) -> tuple[Finding, list[Link]]:
         rate = _bandwidth(runtime, shift)
         near = source if shift == 1 else runtime.rank
         mine.append(Link(source, runtime.rank, rate, latencies[near]))
-    everyone: list[list[Link]] = [[]] * runtime.world_size
-    dist.all_gather_object(everyone, mine)
-    return _all_reduce(runtime), [link for links in everyone for link in links]
+    everyone = all_gather([dataclasses.astuple(link) for link in mine])
+    return _all_reduce(runtime), [Link(*link) for links in everyone for link in links]
 
 
 def judge(links: Sequence[Link], *, host_of: Sequence[int], names: Mapping[int, str]) -> list[Finding]:

@@ -3,13 +3,14 @@
 import math
 import socket
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from distgpt.cluster.messages import all_gather
 from distgpt.cluster.runtime import Runtime
 from distgpt.errors import UsageError
 
@@ -47,8 +48,7 @@ def require_agreement(facts: dict[str, Any], runtime: Runtime) -> None:
     """Raise UsageError on all ranks, naming the first that differs from rank 0 and in what."""
     if not runtime.distributed:
         return
-    everyone: list[Any] = [None] * runtime.world_size
-    dist.all_gather_object(everyone, (socket.gethostname(), facts))
+    everyone = all_gather((socket.gethostname(), facts))
     _, expected = everyone[0]
     for rank, (host, theirs) in enumerate(everyone):
         different = [key for key in expected if theirs[key] != expected[key]]
@@ -57,11 +57,8 @@ def require_agreement(facts: dict[str, Any], runtime: Runtime) -> None:
 
 
 def from_rank_zero(value: T, runtime: Runtime) -> T:
-    """Rank 0's value, on every rank; it is pickled."""
-    holder = [value]
-    if runtime.distributed:
-        dist.broadcast_object_list(holder)
-    return holder[0]
+    """Rank 0's value, on every rank, as JSON has it."""
+    return cast(T, all_gather(value if runtime.rank == 0 else None)[0]) if runtime.distributed else value
 
 
 def sum_over_ranks(values: Tensor, runtime: Runtime) -> Tensor:
@@ -81,8 +78,4 @@ def gathered(row: Sequence[float], runtime: Runtime) -> list[list[float]]:
 
 def hosts_of_ranks(runtime: Runtime) -> list[str]:
     """The name of every rank's host, by rank."""
-    hosts: list[Any] = [socket.gethostname()]
-    if runtime.distributed:
-        hosts = [None] * runtime.world_size
-        dist.all_gather_object(hosts, socket.gethostname())
-    return hosts
+    return all_gather(socket.gethostname()) if runtime.distributed else [socket.gethostname()]

@@ -15,6 +15,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from distgpt.cluster import ownership
 from distgpt.cluster.checkpoint import Checkpointer
 from distgpt.cluster.health import Run
+from distgpt.cluster.ownership import Owner
 from distgpt.cluster.parallel import build_model
 from distgpt.cluster.reduction import from_rank_zero
 from distgpt.cluster.run_directory import RunPaths
@@ -129,7 +131,7 @@ def life(directory: Path, dataset: Dataset, *, rank: int, world: int, report: Pa
         if world > 1:
             store = dist.FileStore(str(report.with_suffix(".store")), world)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-        run.joined(from_rank_zero(run.owner, runtime))
+        run.joined(Owner(**from_rank_zero(asdict(run.owner) if run.owner else {}, runtime)))
         model = build_model(
             config,
             runtime,
