@@ -25,7 +25,10 @@ launch() {
     rm -f "$DISTGPT_EXIT_FILE"
     status=0 cause=
     # torchrun passes on only the signals it is told of, and SIGUSR1 would kill it.
-    run torchrun --standalone --nproc_per_node="$ranks" --max-restarts=3 \
+    # A file, where --standalone would listen on all interfaces: whoever reaches that can have torchrun run his code.
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 run torchrun --nproc_per_node="$ranks" --max-restarts=3 \
+        --rdzv-backend=c10d --rdzv-endpoint="$(mktemp -p "$(dirname "$DISTGPT_EXIT_FILE")")" --rdzv-id=local \
+        --rdzv-conf=store_type=file,keep_alive_interval=3600 --local-addr=127.0.0.1 \
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
         -m distgpt.train "$@" || status=$?
     if ((status == 0)); then return; fi

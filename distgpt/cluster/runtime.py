@@ -3,6 +3,8 @@
 import ctypes
 import gc
 import os
+import socket
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,6 +26,7 @@ CHECKS_TIMEOUT = timedelta(days=1)
 SLOWEST_DISK = 1e6
 # The last collectives of each rank that torch remembers, for the watchdog to write down.
 FLIGHT_RECORDER_EVENTS = "2000"
+LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,10 @@ class Runtime:
     @property
     def distributed(self) -> bool:
         return self.world_size > 1
+
+    @property
+    def on_one_host(self) -> bool:
+        return self.world_size == self.local_world_size
 
 
 def this_rank() -> Runtime:
@@ -81,7 +88,9 @@ def joined(
         yield
         return
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)
-    store = shared_store()
+    if runtime.on_one_host:  # strangers on the network have no business here
+        os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK
+    store = shared_store(runtime)
     met(store)
     _await_rank_zero(runtime, store)
     on_gpu = runtime.device.type == "cuda"
@@ -99,12 +108,26 @@ def joined(
     dist.destroy_process_group()
 
 
-def shared_store() -> dist.Store:
+def shared_store(runtime: Runtime) -> dist.Store:
     """A store of this attempt's ranks alone: in one of torchrun's, those that it restarted left what gloo waits for."""
+    if runtime.on_one_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return _store_on_loopback(runtime)
     store: dist.Store = next(dist.rendezvous("env://", timeout=CHECKS_TIMEOUT))[0]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return store  # new with each rank 0; and the agents of several hosts may have counted unlike restarts
     return dist.PrefixStore(f"distgpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _store_on_loopback(runtime: Runtime) -> dist.Store:
+    """A store that rank 0 keeps; torch's own would listen on all interfaces."""
+    port = int(os.environ["MASTER_PORT"])
+    if runtime.rank:
+        return dist.TCPStore("127.0.0.1", port, timeout=CHECKS_TIMEOUT)
+    # The store closes it itself.
+    fd = socket.create_server(("127.0.0.1", port), backlog=1024).detach()
+    return dist.TCPStore(
+        "127.0.0.1", port, is_master=True, timeout=CHECKS_TIMEOUT, wait_for_workers=False, master_listen_fd=fd
+    )
 
 
 def _await_rank_zero(runtime: Runtime, store: dist.Store) -> None:
