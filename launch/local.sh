@@ -22,12 +22,14 @@ export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}
 
 # launch OPTION ...: train until the end of torchrun. Leaves the exit code in `status` and, unless that is 0, `cause`.
 launch() {
+    local rendezvous
+    rendezvous=$(mktemp -p "$(dirname "$DISTGPT_EXIT_FILE")")
     rm -f "$DISTGPT_EXIT_FILE"
     status=0 cause=
     # torchrun passes on only the signals it is told of, and SIGUSR1 would kill it.
     # A file, where --standalone would listen on all interfaces: whoever reaches that can have torchrun run his code.
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 run torchrun --nproc_per_node="$ranks" --max-restarts=3 \
-        --rdzv-backend=c10d --rdzv-endpoint="$(mktemp -p "$(dirname "$DISTGPT_EXIT_FILE")")" --rdzv-id=local \
+        --rdzv-backend=c10d --rdzv-endpoint="$rendezvous" --rdzv-id="${rendezvous##*/}" \
         --rdzv-conf=store_type=file,keep_alive_interval=3600 --local-addr=127.0.0.1 \
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
         -m distgpt.train "$@" || status=$?

@@ -46,7 +46,7 @@ LINGER = 0.2
 LATEST = 4.0
 # A look that comes this late was not the scheduler's doing: the process was suspended, which is no hang.
 SUSPENDED = 10.0
-CALL = "watchdog/call"
+CALL, LEFT = "watchdog/call", "watchdog/left"
 # What rank 0 does, having checked the rest, when it waits for ranks that may never come.
 JOINING = "waiting for the other ranks to join"
 
@@ -98,6 +98,7 @@ class Watchdog:
         if self._listener is not None and error is None:
             # If it is still in the store when Python ends and the store goes away, the process is aborted.
             self._listener.join(ANSWER)
+            self._leave_store()
 
     def connect(self, store: "Store") -> None:
         """From here on the ranks can be called together. `store` is one that all of them share."""
@@ -107,6 +108,16 @@ class Watchdog:
         self._beats = 0
         self._listener = threading.Thread(target=self._listen, args=(calls,), name="watchdog-calls", daemon=True)
         self._listener.start()
+
+    def _leave_store(self) -> None:
+        """Be the last to leave if this rank keeps the store: torch prints an error for each that finds it gone."""
+        assert self._store is not None
+        deadline = time.monotonic() + ANSWER
+        with suppress(RuntimeError):
+            left = self._store.add(LEFT, 1)
+            while self._run.rank == 0 and left < self._world_size and time.monotonic() < deadline:
+                time.sleep(0.02)
+                left = self._store.add(LEFT, 0)
 
     def beat(self, doing: str, limit: float | None = None) -> None:
         """The rank got somewhere, and goes on with what may take `limit` seconds, None: as many as what it did before.
