@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distgpt.cluster.runtime import compute_dtype, shared_store, this_rank, threads_per_rank
+from distgpt.cluster.runtime import Runtime, compute_dtype, shared_store, this_rank, threads_per_rank
 from distgpt.errors import UsageError
 from tests import jobs
 
@@ -76,7 +76,7 @@ def test_ranks_meet_in_a_new_store_and_not_those_before_them_in_an_old_one(
         variables |= {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": restarts, "TORCHELASTIC_USE_AGENT_STORE": shared}
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        stores.append(shared_store(this_rank()))
+        stores.append(shared_store(Runtime(rank, 0, 2, 1, torch.device("cpu"))))
     stores[0].set("here", "yes")
     stores[0].get("here")  # set() does not wait
     assert stores[1].check(["here"]) == met
