@@ -9,6 +9,7 @@ from xdist.remote import Producer
 from xdist.scheduler import LoadScopeScheduling
 
 from tests import jobs
+from tests.once import made_once
 
 pytest_plugins = ["tests.timing"]
 SHAKESPEARE = jobs.PROJECT.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -87,7 +88,9 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus, char-level."""
-    directory = tmp_path_factory.mktemp("data") / "corpus"
-    done = jobs.door("prepare", "--input", corpus, "--output", directory, "--tokenizer", "char")
-    assert done.code == 0, done
-    return directory
+
+    def prepare(directory: Path) -> None:
+        done = jobs.door("prepare", "--input", corpus, "--output", directory, "--tokenizer", "char")
+        assert done.code == 0, done
+
+    return made_once(tmp_path_factory, "corpus", prepare)

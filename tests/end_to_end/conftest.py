@@ -1,8 +1,6 @@
 """Runs that were never interrupted, to compare others with; each is trained once and only where a test asks for it."""
 
-import fcntl
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -10,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests import jobs
+from tests.once import made_once
 
 RANKS = {"single": 1, "ddp": 2, "ddp4": 4, "fsdp": 2, "hsdp": 4, "diloco": 4}
 # "single" is one process, whatever it is asked for. Two ways to save, so that each is compared with the other.
@@ -38,21 +37,15 @@ class Trained:
 @pytest.fixture(scope="session")
 def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
     """60 steps of jobs.TINY without a break, with dropout: whole("fsdp"). Do not change these directories."""
-    base = tmp_path_factory.getbasetemp()
-    # The workers of one test run have directories side by side, and what one has trained serves all.
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "whole"
-    root.mkdir(exist_ok=True)
 
     def trained(strategy: str) -> Trained:
-        told = root / f"{strategy}.json"
-        with (root / f"{strategy}.lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            if not told.exists():
-                arguments = [*tiny(prepared, root / strategy), *ARGUMENTS[strategy]]
-                ended = jobs.train(RANKS[strategy], *arguments)
-                assert ended.code == 0, ended
-                told.write_text(json.dumps(asdict(ended)))
-        return Trained(root / strategy, jobs.Ended(**json.loads(told.read_text())))
+        def train(root: Path) -> None:
+            ended = jobs.train(RANKS[strategy], *tiny(prepared, root / "run"), *ARGUMENTS[strategy])
+            assert ended.code == 0, ended
+            (root / "ended.json").write_text(json.dumps(asdict(ended)))
+
+        root = made_once(tmp_path_factory, f"whole-{strategy}", train)
+        return Trained(root / "run", jobs.Ended(**json.loads((root / "ended.json").read_text())))
 
     return trained
 

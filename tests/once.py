@@ -1,0 +1,23 @@
+"""What several workers of a test run need is made by the first of them."""
+
+import fcntl
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+
+def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """Return a directory that `make` has filled, here or in another worker of this test run. Do not change it."""
+    base = factory.getbasetemp()
+    # The workers of a run have directories side by side.
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    root.mkdir(exist_ok=True)
+    directory, made = root / name, root / f"{name}.made"
+    with (root / f"{name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not made.exists():
+            make(directory)
+            made.touch()
+    return directory
