@@ -236,7 +236,8 @@ def reach(config: Config, board: Board) -> Iterator[Finding]:
     if broken:
         yield failure("network", StorageError(f"{'; '.join(broken[:6])}: {OPEN_PORTS}"))
     else:
-        yield found("network", f"all {nodes()} hosts can connect to each other")
+        trust = "they trust each other, so no stranger may reach their TCP ports"
+        yield found("network", f"all {nodes()} hosts can connect to each other; {trust}")
     blind = {name: answer["directory"] for name, answer in of_host.items() if answer["directory"]}
     if blind:
         told = "; ".join(f"{name}: {why}" for name, why in blind.items())
