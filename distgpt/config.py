@@ -40,6 +40,12 @@ NOT_NEGATIVE = (
     *("optim.weight_decay", "optim.grad_clip", "train.micro_batch", "parallel.shard"),
     *("eval.every", "eval.sample_tokens", "checkpoint.every", "health.skip_z"),
 )
+# More than any model or batch has, and few enough to try all divisors.
+LARGEST = 2**24
+BOUNDED = (
+    *("model.n_layer", "model.n_head", "model.n_kv_head", "model.n_embd", "model.mlp_hidden", "model.block_size"),
+    *("model.vocab_multiple", "train.global_batch", "train.micro_batch"),
+)
 
 # What other trainers call a key or a preset.
 OTHER_NAMES = {
@@ -308,6 +314,8 @@ def check(config: Config) -> None:
     for key in NOT_NEGATIVE:
         value = value_at(config, key)
         _require(isinstance(value, str) or value >= 0, f"{key} is {value}: it cannot be negative")
+    for key in BOUNDED:
+        _require(value_at(config, key) <= LARGEST, f"{key} is {value_at(config, key)}: it can be {LARGEST:,} at most")
     seed = config.run.seed
     _require(abs(seed) < 2**62, f"run.seed is {seed}: it must lie between -2^62 and 2^62")
     if model.n_embd % model.n_head:

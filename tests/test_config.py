@@ -129,6 +129,12 @@ def test_every_name_that_others_use_stands_for_a_key_or_preset() -> None:
     assert set(config.OTHER_PRESETS.values()) <= set(config.preset_names())
 
 
+@pytest.mark.parametrize("key", ["model.n_embd", "model.n_layer", "model.block_size", "train.global_batch"])
+def test_numbers_beyond_any_model_are_refused_at_once(key: str) -> None:
+    """Not after a search for the divisors of each of them."""
+    assert refusal(f"--{key}={10**15}", "--train.micro_batch=7") == f"{key} is {10**15}: it can be 16,777,216 at most"
+
+
 def test_a_value_may_follow_its_key_after_a_space() -> None:
     found = resolve(["--data.path", "books", "seed", "--optim.lr", "1e-3", "--run.fresh", "--train.compile", "no"], {})
     assert (found.data.path, found.optim.lr, found.run.fresh, found.train.compile) == ("books", 1e-3, True, False)
