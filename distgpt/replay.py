@@ -41,7 +41,14 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from distgpt.cluster.loading import choose, is_checkpoint, load_for_training, newest_good, open_data_of_run
+from distgpt.cluster.loading import (
+    choose,
+    is_checkpoint,
+    load_for_training,
+    newest_good,
+    open_data_of_run,
+    require_model,
+)
 from distgpt.cluster.manifest import STATE, RunState, committed, listed, read_state, step_of
 from distgpt.cluster.parallel import build_model, micro_batch_size
 from distgpt.cluster.reduction import grad_norm_of
@@ -146,6 +153,8 @@ def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> Non
     config, dtype = start.config, compute_dtype(start.config.train.dtype, runtime.device)
     micro_batch = config.train.micro_batch or (start.state.micro_batch if start.state else 0)
     micro_batch = micro_batch or micro_batch_size(config, runtime)
+    if start.checkpoint is not None:
+        require_model(start.checkpoint, config, dataset.vocab_size)
     model = build_model(
         config,
         runtime,

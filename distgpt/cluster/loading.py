@@ -2,11 +2,15 @@
 
 import errno
 import io
+import os
 import pickle
+import pickletools
+import re
 import struct
 import sys
 import warnings
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +35,7 @@ from distgpt.cluster.index import read_index, require_tensors
 from distgpt.cluster.manifest import (
     INDEX,
     MANIFEST,
+    NAME,
     STATE,
     TOKENIZER,
     RunState,
@@ -46,14 +51,23 @@ from distgpt.cluster.manifest import (
     step_of,
 )
 from distgpt.cluster.retention import best_of
-from distgpt.config import from_dict
+from distgpt.config import Config, from_dict
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.errors import DataError, StorageError, UsageError
 from distgpt.model.gpt import GPT
 
-# Bytes of a stored tensor besides its numbers: of what describes it, where no pickle nests deep, and in all.
+# Bytes of a stored tensor besides its numbers: of what describes it, and in all.
 LARGEST_HEADER, LARGEST_EXTRA = 2**12, 2**14
+# All that torch.save() needs for the record of one tensor. None takes a value from the memo: a short record that names
+# tuples again and again takes years to hash.
+_OPERATIONS = frozenset(
+    (
+        *("PROTO", "GLOBAL", "BINPUT", "MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE", "BINPERSID"),
+        *("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "NEWTRUE", "NEWFALSE", "REDUCE", "STOP"),
+    )
+)
+_GLOBALS = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch [A-Z][A-Za-z0-9]*Storage")
 
 # One process saving or loading on its own is what we ask for.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -64,11 +78,26 @@ def load_for_inference(run: Path, device: torch.device, choice: str = NEWEST) ->
     checkpoint = choose(run, choice)
     state = read_state(checkpoint)
     config = from_dict(state.config, source=str(checkpoint / STATE))
+    require_model(checkpoint, config, state.vocab_size)
     model = GPT(config.model, state.vocab_size, state.eot_id)
     read_tensors({"model": model.state_dict()}, checkpoint, None)
     if sha256_of(checkpoint / TOKENIZER) != state.tokenizer_sha256:
         raise DataError(f"{checkpoint / TOKENIZER} is not the one that the model was trained with")
     return model.to(device).eval(), load_tokenizer(checkpoint / TOKENIZER), state
+
+
+def require_model(checkpoint: Path, config: Config, vocab_size: int) -> None:
+    """Raise DataError unless a checkpoint holds the model of a config, before anything is allocated for one."""
+    index = read_index(checkpoint)
+    wrong = DataError(f"{checkpoint / STATE} has a config of another model than the one stored")
+    if config.model.n_layer > len(index.state_dict_metadata):
+        raise wrong
+    try:
+        with torch.device("meta"):
+            model = GPT(replace(config.model, document_mask=False), vocab_size)
+    except (RuntimeError, TypeError, OverflowError):  # numbers that no tensor has
+        raise wrong from None
+    require_tensors(index, {"model": model.state_dict()}, checkpoint / INDEX)
 
 
 def open_data_of_run(recorded: str, given: str | None, *, fingerprint: str | None) -> Dataset:
@@ -95,9 +124,9 @@ def choose(run: Path, choice: str = NEWEST) -> Path:
     if is_checkpoint(run):
         if choice != NEWEST:
             raise UsageError(f"{run} is a checkpoint already: leave out --checkpoint={choice}")
-        return _require_good(run)
+        return _require_good(run.resolve())  # "." and links have other names
     if choice not in (BEST, NEWEST) and is_checkpoint(Path(choice)):
-        return _require_good(Path(choice))
+        return _require_good(Path(choice).resolve())
     directory = run / "checkpoints"
     steps = [step_of(checkpoint) for checkpoint in committed(directory)]
     if choice == NEWEST or not steps:
@@ -107,8 +136,8 @@ def choose(run: Path, choice: str = NEWEST) -> Path:
         if best is None:
             raise UsageError(f"no checkpoint of {run} has a validation loss: take --checkpoint={NEWEST}")
         return _require_good(best)
-    step = choice.removeprefix("step-")
-    if step.isdecimal() and int(step) in steps:
+    step = choice.removeprefix("step-").lstrip("0") or "0"
+    if step in map(str, steps):
         return _require_good(path_of(directory, int(step)))
     there = ", ".join(map(str, reversed(steps)))
     raise UsageError(f"--checkpoint is {choice}: {run} has {BEST}, {NEWEST} and those of the steps {there}")
@@ -116,7 +145,9 @@ def choose(run: Path, choice: str = NEWEST) -> Path:
 
 def is_checkpoint(directory: Path) -> bool:
     """Whether a path names a checkpoint, whole or damaged, rather than a run."""
-    return directory.is_dir() and ((directory / MANIFEST).exists() or directory.name.startswith("step-"))
+    # A path may be too long to be one, of which Path.is_dir() makes an error.
+    there = os.path.isdir(directory)
+    return there and ((directory / MANIFEST).exists() or NAME.fullmatch(directory.resolve().name) is not None)
 
 
 def _newest_of(run: Path) -> Path:
@@ -250,12 +281,13 @@ class _Slice(io.RawIOBase):
 def _require_tensor(stored: _Slice, size: int, name: str) -> None:
     """Raise DataError unless what torch.load() will read is no longer than a tensor of `size` bytes is.
 
-    It reads tensors alone, but out of what may be packed a thousandfold or nested without end.
+    It reads tensors alone, but out of what may be packed a thousandfold, and runs what asks for any memory and time.
     """
     if stored.length > size + LARGEST_EXTRA:
         raise DataError(f"{name} is stored in {stored.length} bytes, and is a tensor of {size}")
+    file = io.BufferedReader(stored)
     try:
-        with zipfile.ZipFile(io.BufferedReader(stored)) as archive:
+        with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
         raise DataError(f"{name} is not stored as a tensor: {one_line(error)}") from None
@@ -264,3 +296,18 @@ def _require_tensor(stored: _Slice, size: int, name: str) -> None:
     packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
     if packed or len(data) != 1 or data[0].file_size != size or sum(m.file_size for m in others) > LARGEST_HEADER:
         raise DataError(f"{name} is not stored as a tensor of {size} bytes")
+    try:
+        file.seek(0)
+        # As torch.load() finds it, which is not how Python reads every zip file.
+        _require_record(torch._C.PyTorchFileReader(file).get_record("data.pkl"), name)
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"{name} is not stored as a tensor: {one_line(error)[:200]}") from None
+
+
+def _require_record(record: bytes, name: str) -> None:
+    """Raise DataError unless a pickle asks for nothing but one tensor. Raises ValueError if it is none."""
+    for operation, argument, _ in pickletools.genops(record):
+        if operation.name not in _OPERATIONS:
+            raise DataError(f"{name} is not stored as a tensor: its record holds {operation.name}")
+        if operation.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
+            raise DataError(f"{name} is not stored as a tensor: its record asks for {argument}"[:300])

@@ -19,13 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from distgpt.config import from_dict
+from distgpt.config import check, from_dict
 from distgpt.errors import DataError, StorageError, UsageError
 
 FORMAT_VERSION = 1
 # What file systems say of a bad sector, a checksum that is wrong and an inode that makes no sense.
 BAD_DISK = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 MANIFEST, STATE, TOKENIZER, INDEX = "manifest.json", "train.json", "tokenizer.json", ".metadata"
+NAME = re.compile(r"step-\d{8}|step-[1-9]\d{8,29}")
 LARGEST_JSON = 2**26  # bytes; a rank takes 150 in manifest.json
 LARGEST_STEP, LARGEST_VOCABULARY = 2**50, 2**31
 
@@ -53,12 +54,16 @@ def path_of(directory: Path, step: int) -> Path:
 
 def committed(directory: Path) -> list[Path]:
     """The checkpoints of a run, newest first."""
-    found = [d for d in directory.glob("step-*") if re.fullmatch(r"step-\d{8}|step-[1-9]\d{8,29}", d.name)]
+    found = [d for d in directory.glob("step-*") if NAME.fullmatch(d.name)]
     return sorted(filter(Path.is_dir, found), key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint is named after."""
+    """The step that a checkpoint is named after. Raises DataError if it has another name."""
+    if not NAME.fullmatch(checkpoint.name):
+        raise DataError(
+            f"{checkpoint} has no step in its name: call a copy of a checkpoint as it was, like step-00001000"
+        )
     return int(checkpoint.name.removeprefix("step-"))
 
 
@@ -166,21 +171,24 @@ def _require_sense(state: RunState, file: Path) -> None:
         value = getattr(state, name)
         if value is not None and not least <= value <= most:
             raise DataError(f"{file} is not a checkpoint's: its {name} is {str(value)[:30]}")
-    _require_guard(state.guard, file)
+    _require_numbers(state, file)
     try:
-        from_dict(state.config, source=str(file))
+        check(from_dict(state.config, source=str(file)))
     except UsageError as error:
-        raise DataError(str(error)) from None
+        raise DataError(f"{file} is not a checkpoint's: {error}") from None
 
 
-def _require_guard(guard: dict[str, Any], file: Path) -> None:
-    """What Guard.restore() takes."""
-    lists = [guard.get(name, []) for name in ("losses", "grad_norms")]
-    numbers = [guard.get("skips", 0)]
-    for values in lists:
-        numbers += values if isinstance(values, list) else [values]
-    if not all(isinstance(number, int | float) for number in numbers):
-        raise DataError(f"{file} is not a checkpoint's: its guard holds what is no number")
+def _require_numbers(state: RunState, file: Path) -> None:
+    """The losses are such that floats can hold, and the guard's state is one that Guard.restore() takes."""
+    figures: list[Any] = [0 if state.val_loss is None else state.val_loss]
+    for name in ("losses", "grad_norms"):
+        values = state.guard.get(name, [])
+        figures += values if isinstance(values, list) else [values]
+    skips = state.guard.get("skips", 0)
+    if not all(type(figure) is float or (type(figure) is int and abs(figure) < LARGEST_STEP) for figure in figures):
+        raise DataError(f"{file} is not a checkpoint's: it holds a loss or a gradient norm that is no number")
+    if type(skips) is not int or not 0 <= skips < LARGEST_STEP:
+        raise DataError(f"{file} is not a checkpoint's: its guard counts {str(skips)[:30]} skipped updates")
 
 
 def manifest_bytes(files: dict[str, dict[str, Any]]) -> bytes:

@@ -144,6 +144,21 @@ def nested(levels: int, tuple_of: bytes = b"\x85") -> bytes:
     return b"\x80\x04}(" + b")" + tuple_of * levels + b"Nu."
 
 
+def doubled(levels: int) -> bytes:
+    """As the key of a dict, whose hash would take 2^levels steps."""
+    return b"\x80\x02})" + b"q\x00h\x00\x86" * levels + b"Ns."
+
+
+class Sized:
+    """As many bytes when it is unpickled, with what torch.load() allows."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+
+    def __reduce__(self) -> tuple[Any, tuple[int]]:
+        return bytearray, (self.size,)
+
+
 def in_place_of(name: str, make: Callable[[Path], None]) -> Callable[[Path, Payload], None]:
     """Something else than a file lies where a file should; the manifest stays."""
 
@@ -170,6 +185,17 @@ def says(**fields: Any) -> Callable[[Path, Payload], None]:
     def attack(checkpoint: Path, _: Payload) -> None:
         state = json.loads((checkpoint / "train.json").read_text())
         (checkpoint / "train.json").write_text(json.dumps(state | fields))
+
+    return attack
+
+
+def configured(**fields: Any) -> Callable[[Path, Payload], None]:
+    """The config in train.json has another model."""
+
+    def attack(checkpoint: Path, _: Payload) -> None:
+        state = json.loads((checkpoint / "train.json").read_text())
+        state["config"]["model"] |= fields
+        (checkpoint / "train.json").write_text(json.dumps(state))
 
     return attack
 
@@ -201,6 +227,12 @@ ATTACKS: dict[str, Callable[..., None]] = {
     "a dict for a tensor": with_payload(lambda *_: saved_with({"a": torch.ones(2)})),
     "a tensor of another shape": with_payload(lambda *_: saved_with(torch.ones(3))),
     "a tensor that is packed": with_payload(lambda stored, _: packed(stored, zipfile.ZIP_DEFLATED)),
+    "a record that names a tuple again and again": with_payload(
+        lambda stored, _: packed(stored, zipfile.ZIP_STORED, "data.pkl", doubled(60))
+    ),
+    "a record that asks for 200 GB": with_payload(
+        lambda stored, _: packed(stored, zipfile.ZIP_STORED, "data.pkl", pickle.dumps(Sized(2 * 10**11), protocol=2))
+    ),
     "no zip file at all": with_payload(lambda *_: b"junk" * 100),
     "a file above": moved(relative_path="../../../elsewhere"),
     "an absolute path": moved(relative_path="/dev/zero"),
@@ -237,10 +269,25 @@ ATTACKS: dict[str, Callable[..., None]] = {
     "a config that is none": says(config=[1]),
     "a config of garbage": says(config={"model": 3}),
     "a vocabulary of 10^12": says(vocab_size=10**12),
+    "a model of 10^9 layers": configured(n_layer=10**9),
+    "a model of 0 heads": configured(n_head=0),
+    "a window of 10^30": configured(block_size=10**30),
+    "a loss of 10^400": says(val_loss=10**400),
     "a guard of garbage": says(guard={"losses": "a"}),
+    "a guard of 10^400": says(guard={"losses": [10**400]}),
+    "a guard that skipped NaN": says(guard={"skips": float("nan")}),
     "a state of garbage": state_is("garbage"),
     "a state that is a list": state_is("[1, 2]"),
     "a state without end": state_is("[" * 1_000_000),
+}
+
+
+# The tensors are as they should be; who trains with a config of his own does not look at the one that is stored.
+OTHER_MODELS: dict[str, Callable[[Path, Payload], None]] = {
+    "a model of 10^7 layers": configured(n_layer=10**7),
+    "a model that is too wide": configured(n_embd=2**24),
+    "a hidden layer of 2^24": configured(mlp_hidden=2**24),
+    "a vocabulary of 2^31": says(vocab_size=2**31 - 1),
 }
 
 
@@ -278,6 +325,17 @@ def test_a_crafted_checkpoint_is_refused_in_one_line(run: Path, dataset: Dataset
         assert len(str(refused.value)) < 1000
     assert time.monotonic() - began < SECONDS
     assert not marker.exists()
+
+
+@pytest.mark.parametrize("name", OTHER_MODELS)
+def test_a_model_that_is_not_stored_is_not_made(run: Path, name: str) -> None:
+    """By sample, evaluate and replay, which take the config of the checkpoint."""
+    OTHER_MODELS[name](newest(run), Payload(""))
+    sign_again(newest(run))
+    began = time.monotonic()
+    with pytest.raises(DataError, match=r"has a config of another model|and the model has"):
+        load_for_inference(run, CPU)
+    assert time.monotonic() - began < SECONDS
 
 
 def sign(checkpoint: Path) -> None:

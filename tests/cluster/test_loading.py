@@ -3,6 +3,7 @@
 import errno
 import os
 import pickle
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,20 @@ def test_the_best_the_newest_and_any_other_checkpoint_can_be_chosen(saved: Path,
     assert load_for_inference(saved, CPU, choice.format(saved))[2].step == step
 
 
+def test_a_checkpoint_is_known_by_its_own_name(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by that of a link or of the working directory, and a run may be called like one."""
+    checkpoint = saved / "checkpoints" / "step-00000001"
+    (tmp_path / "link").symlink_to(checkpoint)
+    assert choose(tmp_path / "link") == checkpoint.resolve()
+    monkeypatch.chdir(checkpoint)
+    assert choose(Path()) == checkpoint.resolve()
+    (tmp_path / "step-decay").symlink_to(saved)
+    assert choose(tmp_path / "step-decay").name == "step-00000002"
+    shutil.copytree(checkpoint, tmp_path / "mine")
+    with pytest.raises(DataError, match=r"mine has no step in its name: call a copy of a checkpoint as it was, like"):
+        load_for_inference(tmp_path / "mine", CPU)
+
+
 def test_a_checkpoint_that_cannot_be_chosen_is_told(run: Path, tmp_path: Path) -> None:
     older, newer = (run / "checkpoints" / f"step-0000000{step}" for step in (1, 2))
     for choice in ("3", "worst", str(tmp_path / "nowhere")):
@@ -115,6 +130,8 @@ def test_a_checkpoint_that_cannot_be_chosen_is_told(run: Path, tmp_path: Path) -
         choose(older, "best")
     with pytest.raises(DataError, match="holds no checkpoint"):
         choose(tmp_path / "nowhere", "best")
+    with pytest.raises(UsageError, match=r"--checkpoint is 9{5000}: "):
+        choose(run, "9" * 5000)
     (older / "manifest.json").unlink()
     for path, choice in ((run, "1"), (older, "newest")):
         with pytest.raises(DataError, match=r"step-00000001 is damaged \(manifest.json is missing\)"):
