@@ -172,8 +172,8 @@ class EvalConfig:
 class CheckpointConfig:
     every: int | Literal["auto"] = option(
         500,
-        "steps between checkpoints, besides one at each new best evaluation, at the end and when interrupted; "
-        "0: only those; auto: by their cost and failures seen",
+        "steps between checkpoints, besides each best evaluation and the end; "
+        "0: only those; auto: by their cost and failures",
     )
     keep: int = option(3, "newest checkpoints kept, besides that of the lowest validation loss")
     async_save: bool = option(True, "write in the background while training goes on")
