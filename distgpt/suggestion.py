@@ -6,7 +6,7 @@ from pathlib import Path
 from distgpt.config import resolve
 from distgpt.machine import available_gpus, default_ranks
 
-# From then on a model learns mostly by heart.
+# Muennighoff et al. 2023, arXiv:2305.16264: text that is read again is worth less each time, and little after 10 times.
 MANY_EPOCHS = 10
 # Fewer steps show nothing, however short the text.
 LEAST_STEPS = 100

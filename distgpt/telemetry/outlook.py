@@ -1,6 +1,5 @@
 """What a run is about to do, in words, before its first step: its size, its length, and what looks like a mistake."""
 
-import math
 from collections.abc import Iterator
 
 import torch
@@ -11,11 +10,10 @@ from distgpt.cluster.runtime import Runtime
 from distgpt.config import Config, from_dict, keys, value_at
 from distgpt.corpus.shards import Dataset
 from distgpt.model.optim import lr_at
+from distgpt.suggestion import MANY_EPOCHS, steps_of_many_epochs
 
 # What may differ from one attempt to the next without a word: where the run is, and what launchers take back.
 PLACE_KEYS = ("run.dir", "run.fresh")
-# Muennighoff et al. 2023, arXiv:2305.16264: text that is read again is worth less each time, and little after 10 times.
-MANY_EPOCHS = 10
 LARGE_JUMP = 2.0
 
 
@@ -54,7 +52,7 @@ def warnings(config: Config, train_tokens: int) -> Iterator[str]:
     """Lines about values that can work but are hardly meant."""
     steps, optim = config.train.steps, config.optim
     if epochs(config, train_tokens) > MANY_EPOCHS:
-        enough = math.ceil(MANY_EPOCHS * train_tokens / tokens_per_step(config))
+        enough = steps_of_many_epochs(train_tokens // config.model.block_size, config.train.global_batch)
         times = _count(epochs(config, train_tokens))
         yield (
             f"the run reads its {train_tokens:,} training tokens {times} times (epochs), "

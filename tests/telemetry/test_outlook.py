@@ -19,8 +19,9 @@ def test_a_run_of_more_than_ten_epochs_is_warned_of() -> None:
     (line,) = warnings(run, 2_000)
     assert line == (
         "the run reads its 2,000 training tokens 128 times (epochs), and little is learned after 10: "
-        "--train.steps=79 or more text will do"
+        "--train.steps=77 or more text will do"
     )
+    assert list(warnings(config("--train.steps=77"), 2_000)) == []  # what it advises is not warned of again
 
 
 def test_a_warm_up_longer_than_the_run_is_warned_of() -> None:
