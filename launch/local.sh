@@ -49,7 +49,7 @@ for ((try = 1; try <= ${TRIES:-3}; try++)); do
     launch "$@"
     # The last line says what happened, below torchrun's own report.
     if [[ $signalled || $status != 75 ]]; then
-        if [[ -n $cause ]]; then say "$cause"; fi
+        if [[ -n $cause ]]; then say_end "$status" "$cause"; fi
         exit "$status"
     fi
     newest=$(newest_checkpoint)

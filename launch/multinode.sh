@@ -166,8 +166,8 @@ while true; do
     [[ $signalled ]] && say "stopped by SIG$signalled on this host${cause:+: $cause}" && status=75 && break
     case $code in
         75 | '') ;;
-        73) ((attempts > 2)) || { status=73; say "$cause"; break; } ;; # later, ranks of ours that are cut off hold it
-        *) status=$code; say "$cause"; break ;;
+        73) ((attempts > 2)) || { status=73; say_end 73 "$cause"; break; } ;; # later, ranks of ours that are cut off hold it
+        *) status=$code; say_end "$code" "$cause"; break ;;
     esac
     cause=${cause:-no rank could say why, see above}
     cause=${cause%[,:] run it again to go on}

@@ -2,6 +2,8 @@
 # it cannot end by itself.
 # shellcheck shell=bash
 say() { echo "distgpt: $*" >&2 || true; } # a terminal may be gone
+# say_end CODE CAUSE: why a run ended, as its ranks would say it.
+say_end() { case $1 in 0 | 75) say "$2" ;; *) say "error: $2" ;; esac }
 
 child='' signalled='' told_at=0
 # told SIGNAL: pass on the first alone: told twice, torchrun breaks off what it does about it, and the save with it. A

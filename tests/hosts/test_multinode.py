@@ -103,7 +103,7 @@ def test_a_mistake_on_one_host_ends_it_on_all(make_network: MakeNetwork, prepare
     assert [ended.code for ended in endings.values()] == [2, 2], endings
     line = "same config: optim.beta2: n1 has 0.999, n2 has 0.5: start the same command on all hosts"
     for ended in endings.values():
-        assert f"distgpt: {line}" in ended.stderr, ended
+        assert f"distgpt: error: {line}" in ended.stderr, ended
     assert not (tmp_path / "run").exists()
 
 
