@@ -13,7 +13,10 @@ def parse_arguments() -> argparse.Namespace:
     add_option(parser, default="the newest good one")
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
     parser.add_argument("--sequences", type=int, metavar="N", help="validation windows (default: all)")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.sequences is not None and arguments.sequences < 1:
+        parser.error(f"--sequences is {arguments.sequences}: it must be positive")
+    return arguments
 
 
 if __name__ == "__main__":
@@ -35,8 +38,6 @@ from distgpt.errors import DataError, UsageError
 
 def main(arguments: argparse.Namespace) -> None:
     """Load, evaluate in one process, print one line."""
-    if arguments.sequences is not None and arguments.sequences < 1:
-        raise UsageError(f"--sequences is {arguments.sequences}: it must be positive")
     runtime = this_rank()
     if runtime.distributed:
         raise UsageError("evaluate is one process: start it without torchrun")

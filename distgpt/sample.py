@@ -1,6 +1,7 @@
 """Write text with a trained model: `python -m distgpt.sample RUN --prompt TEXT`."""
 
 import argparse
+import math
 
 from distgpt.cluster.choice import add_option
 from distgpt.errors import Parser, enter, main_guard, user_path
@@ -23,6 +24,13 @@ def parse_arguments() -> argparse.Namespace:
         "--seed", type=int, default=0, metavar="S", help="the same seed writes the same text (default: 0)"
     )
     arguments = parser.parse_args()
+    for name in ("tokens", "top_k"):
+        if getattr(arguments, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(arguments, name)}: it cannot be negative")
+    if not 0 <= arguments.temperature < math.inf:
+        parser.error(f"--temperature is {arguments.temperature}: it must be 0 (greedy) or a positive number")
+    if not 0 < arguments.top_p <= 1:
+        parser.error(f"--top-p is {arguments.top_p}: it must be above 0 and at most 1")
     if arguments.samples < 1:
         parser.error(f"--samples is {arguments.samples}: it must be positive")
     if not 0 <= arguments.seed < 2**63:

@@ -11,6 +11,8 @@ import pytest
 
 from distgpt import evaluate, replay
 from distgpt.cluster.run_directory import RunPaths
+from distgpt.errors import UsageError
+from distgpt.sample import parse_arguments
 from tests import jobs
 from tests.end_to_end.conftest import Trained, tiny
 
@@ -69,7 +71,7 @@ def test_an_unknown_character_is_one_clear_line(sampled: dict[str, jobs.Ended]) 
 
 @pytest.mark.parametrize(
     ("name", "line"),
-    [("bad temperature", "temperature -1"), ("no samples", "--samples is 0"), ("bad seed", "--seed is 184467")],
+    [("bad temperature", "--temperature is -1"), ("no samples", "--samples is 0"), ("bad seed", "--seed is 184467")],
 )
 def test_what_cannot_be_is_one_clear_line(sampled: dict[str, jobs.Ended], name: str, line: str) -> None:
     ended = sampled[name]
@@ -77,6 +79,23 @@ def test_what_cannot_be_is_one_clear_line(sampled: dict[str, jobs.Ended], name: 
     assert ended.stderr.startswith("distgpt: error: ")
     assert line in ended.stderr
     assert ended.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("flag", "line"),
+    [
+        ("--tokens=-3", "--tokens is -3: it cannot be negative"),
+        ("--top-k=-1", "--top-k is -1: it cannot be negative"),
+        ("--top-p=0", "--top-p is 0.0: it must be above 0 and at most 1"),
+        ("--temperature=nan", "--temperature is nan: it must be 0 (greedy) or a positive number"),
+    ],
+)
+def test_a_flag_that_cannot_be_is_named(monkeypatch: pytest.MonkeyPatch, flag: str, line: str) -> None:
+    """By its own name, before the model is loaded."""
+    monkeypatch.setattr(sys, "argv", ["sample", "run", flag])
+    with pytest.raises(UsageError) as refused:
+        parse_arguments()
+    assert str(refused.value) == f"{line} (--help shows the options)"
 
 
 def test_a_directory_that_is_no_run_is_one_clear_line(sampled: dict[str, jobs.Ended]) -> None:
