@@ -205,6 +205,8 @@ def _checked_encoding(name: str) -> str:
     try:
         "".encode(name or "utf-8")
         usual = codecs.lookup(name or "utf-8").name
+        # Those of host names take no other error handler: they are not for text that may be bad.
+        codecs.getincrementaldecoder(usual)(sources.MARK_BAD).decode(b"a", final=True)
     except (LookupError, UnicodeError, ValueError):
         raise UsageError(f"--encoding {name}: no such encoding of text, as latin-1, cp1252 or utf-16") from None
     return "" if usual == "utf-8" else usual

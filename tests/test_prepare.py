@@ -368,7 +368,7 @@ def test_an_option_without_effect_on_any_input_is_an_error(
         door.inputs_of(door.parse([*options, "--output", "out"]), tmp_path / "out")
 
 
-@pytest.mark.parametrize("name", ["latin-9x", "base64", "\0"])
+@pytest.mark.parametrize("name", ["latin-9x", "base64", "idna", "punycode", "\0"])
 def test_an_encoding_that_is_none_of_text_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="no such encoding of text"):
         door.parse(["--input", "in.txt", "--output", "out", "--encoding", name])

@@ -37,6 +37,7 @@ HEAD_BYTES = 2**16  # of a file, to see whether it is JSON
 SEPARATED_BYTES = 2**30  # the longest document before a separator, all of which is in memory at a time
 
 STDIN = "-"
+MARK_BAD = "distgpt-bad"  # the name of a codec error handler
 TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cc", ".cpp", ".cu", ".java", ".js"),
     *(".ts", ".go", ".rs", ".sh"),
@@ -429,12 +430,16 @@ def _content_of(source: Source, file: BinaryIO) -> _Content:
     return _Stream(source, file) if source.compression or source.encoding else _File(file)
 
 
-def _mark_bad(error: UnicodeError) -> tuple[str, int]:
-    assert isinstance(error, UnicodeDecodeError)
-    return "\udcff", error.end  # a byte that is not UTF-8
+def _mark_bad(error: UnicodeError) -> tuple[str | bytes, int]:
+    """A byte 0xFF, which UTF-8 does not have, for what cannot be decoded and for half a character."""
+    if isinstance(error, UnicodeDecodeError):
+        return HALF_FOR_BAD, error.end
+    assert isinstance(error, UnicodeEncodeError)
+    return b"\xff" * (error.end - error.start), error.end
 
 
-codecs.register_error("distgpt-bad", _mark_bad)
+HALF_FOR_BAD = "\udcff"
+codecs.register_error(MARK_BAD, _mark_bad)
 
 
 class _Recoded(io.RawIOBase):
@@ -442,7 +447,7 @@ class _Recoded(io.RawIOBase):
 
     def __init__(self, stream: Any, encoding: str) -> None:
         self._stream = stream
-        self._decoder = codecs.getincrementaldecoder(encoding)("distgpt-bad")
+        self._decoder = codecs.getincrementaldecoder(encoding)(MARK_BAD)
         self._ended = False
 
     def read(self, size: int = -1) -> bytes:
@@ -450,8 +455,12 @@ class _Recoded(io.RawIOBase):
         while not self._ended:
             raw = self._stream.read(size)
             self._ended = not raw
-            if text := self._decoder.decode(raw, final=self._ended):
-                return text.encode("utf-8", "surrogateescape")
+            try:
+                text = self._decoder.decode(raw, final=self._ended)
+            except UnicodeError:  # no byte order mark: nothing can be decoded
+                text, self._ended = HALF_FOR_BAD, True
+            if text:
+                return text.encode("utf-8", MARK_BAD)
         return b""
 
 
@@ -516,8 +525,9 @@ class _Bytes:
         if start == 0 and raw.startswith(codecs.BOM_UTF8):  # which marks the encoding and is no part of the text
             raw, start = raw.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
         digest = hashlib.sha256(f"{self._source.format}\n{self._source.text_key}\n".encode() + raw).digest()
-        if piece.start == 0 and _is_utf16(raw):
-            return _content(self._source, [("", UTF16)], digest)
+        if piece.start == 0 and (utf16 := _utf16_in(raw)):
+            reason = f"is UTF-16, not UTF-8: --encoding {utf16} reads it, where all of the input is"
+            return _content(self._source, [("", reason)], digest)
         if self._source.format == "jsonl":
             return _content(self._source, (_json_text(self._source, line) for line in _lines(raw)), digest)
         if self._source.format == "json":
@@ -578,7 +588,6 @@ class _Bytes:
         return self._content.end
 
 
-UTF16 = "is UTF-16, not UTF-8: --encoding utf-16 reads it, where all of the input is"
 # Lines that others write between the documents of a text file.
 _SEPARATOR_LINES = re.compile(rb"(?m)^(?:<\|endoftext\|>|<\|end_of_text\|>|</s>)[ \t\r]*$")
 _JSON_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}"]', re.DOTALL)
@@ -598,11 +607,13 @@ def _content(source: Source, documents: Iterable[tuple[str, str]], digest: bytes
     return Content(texts, digest, bad, separators)
 
 
-def _is_utf16(raw: bytes) -> bool:
-    """Whether a file that begins like this is UTF-16: by its mark, or by the zeros in Latin letters."""
+def _utf16_in(raw: bytes) -> str:
+    """The UTF-16 of a file that begins like this: by its mark, or by the zeros in Latin letters; "" for none."""
+    if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        return "utf-16"
     head = raw[:1000]
-    zeros = max(head[0::2].count(0), head[1::2].count(0))
-    return raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) or zeros > max(len(head) // 4, 1)
+    zeros, name = max((head[0::2].count(0), "utf-16-be"), (head[1::2].count(0), "utf-16-le"))
+    return name if zeros > max(len(head) // 4, 1) else ""
 
 
 def _separators_in(raw: bytes) -> int:
@@ -648,7 +659,8 @@ def _decoded(source: Source, raw: bytes, start: int | None = None) -> tuple[str,
         at, reason = error.start, error.reason
     text = raw.decode(errors="replace")
     if source.encoding:
-        return text, f"is not {source.encoding}"
+        hint = f" (without a byte order mark: {source.encoding}-le or {source.encoding}-be)"
+        return text, f"is not {source.encoding}{hint if source.encoding in ('utf-16', 'utf-32') else ''}"
     if start is None:
         return text, f"not UTF-8, byte {at:,} of the document ({reason})"
     inside = " of its decompressed content" if source.compression else ""

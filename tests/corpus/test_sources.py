@@ -19,6 +19,7 @@ import pyarrow.parquet
 import pytest
 import zstandard
 
+from distgpt import prepare
 from distgpt.corpus import pipeline, sources
 from distgpt.corpus.sources import Piece, Source
 from distgpt.corpus.tokenizer import train_bpe
@@ -489,7 +490,7 @@ def test_nested_keys_and_keys_with_dots_are_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
 def test_utf16_is_named_as_such(name: str, encoding: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes('{"text": "some words"}'.encode(encoding))
-    assert "UTF-16, not UTF-8: --encoding utf-16" in bad_places(expand(tmp_path / name)[0])[0]
+    assert f"UTF-16, not UTF-8: --encoding {encoding} reads it" in bad_places(expand(tmp_path / name)[0])[0]
 
 
 @pytest.mark.usefixtures("small_units")
@@ -504,6 +505,23 @@ def test_text_in_another_encoding_is_read(suffix: str, encoding: str, tmp_path: 
     (tmp_path / f"t.txt{suffix}").write_bytes(PACK[suffix](b"good \x81"))
     if encoding != "utf-16":
         assert bad_places(source) == [f"{source.name} is not {encoding}"]
+
+
+@pytest.mark.parametrize(
+    ("encoding", "raw", "reason"),
+    [
+        ("utf-7", b"half +2AA- a character", "is not utf-7"),
+        ("unicode_escape", rb"half \ud800 a character", "is not unicode-escape"),
+        ("utf-16", b"no mark ", "is not utf-16 (without a byte order mark: utf-16-le or utf-16-be)"),
+    ],
+)
+def test_what_an_encoding_cannot_decode_is_a_bad_document(
+    encoding: str, raw: bytes, reason: str, tmp_path: Path
+) -> None:
+    (tmp_path / "t.txt").write_bytes(raw)
+    usual = prepare.parse(["--input", "t.txt", "--output", "out", "--encoding", encoding]).encoding
+    [source] = sources.expand([str(tmp_path)], text_key="text", stdin=STDIN, encoding=usual)
+    assert bad_places(source) == [f"{source.name} {reason}"]
 
 
 @pytest.mark.usefixtures("small_units")
