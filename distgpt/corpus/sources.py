@@ -14,6 +14,7 @@ import io
 import json
 import os
 import re
+import shlex
 import sysconfig
 import zlib
 from collections import Counter, deque
@@ -218,7 +219,9 @@ def _conversion(path: Path, suffix: str) -> str:
         "import csv, json, sys; csv.field_size_limit(2**31 - 1); "
         f"[print(json.dumps(row)) for row in csv.DictReader(sys.stdin, delimiter={delimiter})]"
     )
-    return f'convert it, unpacked: python -c "{program}" < {path.name} > {path.name.split(".")[0]}.jsonl'
+    plain = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    read, written = shlex.quote(str(plain)), shlex.quote(str(plain.with_suffix(".jsonl")))
+    return f'convert it, unpacked: python -c "{program}" < {read} > {written}'
 
 
 def _is_json(source: Source, text_key: str) -> bool:
