@@ -274,7 +274,7 @@ def _prepare_share(
 
 def inputs_of(options: argparse.Namespace, output: Path) -> list[Source]:
     """The sources; `options.ignored` counts what folders hold besides. Raises DataError, UsageError, OSError."""
-    options.ignored = Counter()
+    ignored: dict[str, str] = {}
     if not options.input:
         found = sources.standard_library()
     else:
@@ -292,13 +292,15 @@ def inputs_of(options: argparse.Namespace, output: Path) -> list[Source]:
                 stdin=replace(stdin, on_bad=options.on_bad_document),
                 left_out=own,
                 on_bad=options.on_bad_document,
-                ignored=options.ignored,
+                ignored=ignored,
                 **reading,
             )
 
         found = expand(options.input)
         if options.val_input:
             found = _with_validation(found, expand(options.val_input))
+    read = {os.path.realpath(source.path) for source in found}
+    options.ignored = Counter(suffix for path, suffix in ignored.items() if path not in read)
     _check_effects(options, found)
     return found
 

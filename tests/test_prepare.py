@@ -382,6 +382,16 @@ def test_the_summary_says_what_folders_hold_besides_text() -> None:
     ]
 
 
+def test_a_file_of_two_folders_is_left_out_once_and_one_that_is_named_is_read(tmp_path: Path) -> None:
+    (tmp_path / "in/val").mkdir(parents=True)
+    for name in ("a.txt", "val/b.txt", "val/book.epub", "README", "LICENSE"):
+        (tmp_path / "in" / name).write_text("x")
+    inputs = ["--input", f"{tmp_path}/in", f"{tmp_path}/in/README", "--val-input", f"{tmp_path}/in/val"]
+    options = door.parse([*inputs, "--output", "out"])
+    assert len(door.inputs_of(options, tmp_path / "out")) == 3
+    assert options.ignored == {".epub": 1, "": 1}
+
+
 def test_learning_a_vocabulary_shows_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
     may_end = threading.Event()
 

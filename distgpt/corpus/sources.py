@@ -17,7 +17,7 @@ import re
 import shlex
 import sysconfig
 import zlib
-from collections import Counter, deque
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -133,15 +133,15 @@ def expand(
     separator: str = "",
     encoding: str = "",
     on_bad: OnBad = "stop",
-    ignored: Counter[str] | None = None,
+    ignored: dict[str, str] | None = None,
 ) -> list[Source]:
     """The sources that these --input values name, in order, each file once; `stdin` is what STDIN stands for.
 
-    Nothing in `left_out`, real paths, is input. `ignored` counts the files of folders that are no text, by suffix.
-    Raises DataError for what is missing or holds no text, UsageError for what is not to be read, OSError for what
-    cannot be.
+    Nothing in `left_out`, real paths, is input. `ignored` takes the real paths of files in folders that are no text,
+    and the suffix of each. Raises DataError for what is missing or holds no text, UsageError for what is not to be
+    read, OSError for what cannot be.
     """
-    ignored = Counter() if ignored is None else ignored
+    ignored = {} if ignored is None else ignored
     sources: dict[str, Source] = {}
     for value in inputs:
         if value == STDIN:
@@ -272,7 +272,9 @@ def text_hash(text: bytes) -> int:
     return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big")
 
 
-def _files_of(value: str, left_out: Sequence[Path], text_key: str, encoding: str, ignored: Counter[str]) -> list[Path]:
+def _files_of(
+    value: str, left_out: Sequence[Path], text_key: str, encoding: str, ignored: dict[str, str]
+) -> list[Path]:
     """The files that an --input value names. Raises DataError where there is none, UsageError, OSError."""
     if not value:
         raise UsageError("an --input is empty: name a file, a folder or a pattern")
@@ -288,17 +290,19 @@ def _files_of(value: str, left_out: Sequence[Path], text_key: str, encoding: str
         key = f" (.json where it begins with an object that has the key {text_key!r}: --text-key names another)"
         raise DataError(
             f"{value} holds no text: of a folder, files count that end in {', '.join(folder_suffixes())}"
-            f"{key if any('.json' in suffix for suffix in ignored) else ''}"
+            f"{key if any('.json' in suffix for suffix in ignored.values()) else ''}"
         )
     return found
 
 
-def _files_in(path: Path, left_out: Sequence[Path], text_key: str, encoding: str, ignored: Counter[str]) -> list[Path]:
+def _files_in(
+    path: Path, left_out: Sequence[Path], text_key: str, encoding: str, ignored: dict[str, str]
+) -> list[Path]:
     """The file, or the files below the folder that count; hidden ones do not. Raises OSError."""
     if _is_in(path, left_out):
         return []
     if not path.exists():
-        ignored[DANGLING] += 1
+        ignored[os.path.realpath(path)] = DANGLING
         return []
     if not path.is_dir():
         return [path]
@@ -307,11 +311,12 @@ def _files_in(path: Path, left_out: Sequence[Path], text_key: str, encoding: str
         if file.name.startswith("."):
             continue
         if not file.exists():
-            ignored[DANGLING] += 1
+            ignored[os.path.realpath(file)] = DANGLING
         elif _counts(file, text_key, encoding):
             found.append(file)
         else:
-            ignored["".join(file.suffixes[-2:] if file.suffix in COMPRESSIONS else [file.suffix])] += 1
+            suffixes = file.suffixes[-2:] if file.suffix in COMPRESSIONS else [file.suffix]
+            ignored[os.path.realpath(file)] = "".join(suffixes)
     return found
 
 

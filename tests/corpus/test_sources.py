@@ -418,10 +418,10 @@ def test_what_a_folder_holds_besides_text_is_counted(tmp_path: Path) -> None:
         (tmp_path / name).write_text("x")
     (tmp_path / "package.json").write_text('{"name": "x"}')
     (tmp_path / "gone.txt").symlink_to("nowhere.txt")
-    ignored: Counter[str] = Counter()
+    ignored: dict[str, str] = {}
     found = sources.expand([str(tmp_path)], text_key="text", stdin=STDIN, ignored=ignored)
     assert [Path(source.path).name for source in found] == ["a.txt"]
-    assert ignored == {".epub": 2, "": 1, ".tar.gz": 1, ".csv": 1, ".json": 1, "link to nothing": 1}
+    assert Counter(ignored.values()) == {".epub": 2, "": 1, ".tar.gz": 1, ".csv": 1, ".json": 1, "link to nothing": 1}
 
 
 def test_a_folder_of_json_without_the_key_names_the_option(tmp_path: Path) -> None:
