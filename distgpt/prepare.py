@@ -58,12 +58,15 @@ standard library, one character a token, to {DEFAULT_OUTPUT}.
 
 A text file is one document, or several with --document-separator; an object of JSON, one a line or in an array, and a
 row of .parquet is one document each. All but .parquet may be compressed (.gz, .zst). Files that are named, or matched
-by a pattern, are read whatever their name ends in; of a folder, searched to the bottom and through links, these count
-(.json where it begins with an object that has the --text-key):
+by a pattern, are read whatever their name ends in. A folder is searched to the bottom and through links; these files
+of it count:
 {" ".join(sources.folder_suffixes())}
-Hidden files, empty documents, second mentions of a file and the output are left out. A single document is split at the
-end of its training part; several are split by a hash of their text, few ones so that validation comes near its share,
-with an end-of-text token after each. A special token of a tokenizer file that stands in a text is ordinary text there.
+of .json, those that begin with an object that has the --text-key. A .txt that begins with two lines of such objects is
+JSON as well. Hidden files, empty documents, second mentions of a file and the output are left out.
+
+A single document is split at the end of its training part. Several are split by a hash of their text, or, where that
+is far from the share asked for, so that it is as near as can be; an end-of-text token follows each. A special token of
+a tokenizer file that stands in a text is ordinary text there.
 """
 EPILOG = """\
 Run again after an interruption, it goes on where it stopped. Exit codes: 0 done, or done before; 2 usage; 65 bad
@@ -101,7 +104,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         nargs="+",
         type=user_path,
         metavar="PATH",
-        help="files, folders, patterns, or - for standard input (one text)",
+        help="files, folders, patterns, or - for standard input (one text, or JSON)",
     )
     add("--output", type=_path, metavar="DIR", help=f"directory to make (default with no input: {DEFAULT_OUTPUT})")
     add(
@@ -393,6 +396,8 @@ def _spool(inputs: Sequence[Source], directory: Path) -> list[Source]:
                     advance(len(chunk))
             if source.format == "jsonl":
                 kept[index] = sources.as_json(source, source.text_key)
+            else:
+                kept[index] = sources.by_content(source, "text")
     return kept
 
 

@@ -288,9 +288,11 @@ def test_standard_input_and_a_saved_tokenizer(prepare: Run, tmp_path: Path) -> N
     array = b'[{"body": "be"},\n {"body": "or not"}]'
     prepare(*arguments[:-1], "array", input=array)
     assert sorted(all_texts(open_dataset(tmp_path / "array"))) == ["be", "or not"]
+    prepare("--input", "-", "--output", "lines", input=b'{"text": "be"}\n{"text": "or not"}\n')
+    assert sorted(all_texts(open_dataset(tmp_path / "lines"))) == ["be", "or not"]
     done = prepare(*arguments[:-1], "three", input=b'{"body": "or"}\n{"body": "nut"}\n', code=65)
     assert "standard input holds the character 'u' (U+0075)" in error_line(done)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["array", "one", "two"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["array", "lines", "one", "two"]
 
 
 def test_an_end_of_text_in_the_text_is_text(prepare: Run, tmp_path: Path) -> None:
@@ -806,9 +808,9 @@ def test_gpt2_offline_names_the_file_and_the_variable(prepare: Run, tmp_path: Pa
         assert part in line
 
 
-@pytest.mark.parametrize(("module", "name"), [("pyarrow", "t.parquet"), ("zstandard", "t.txt.zst")])
+@pytest.mark.parametrize(("module", "name"), [("pyarrow", "t.parquet"), ("zstandard", "t.txt.zst"), ("zstandard", ".")])
 def test_a_missing_optional_package_is_one_line(module: str, name: str, tmp_path: Path) -> None:
-    (tmp_path / name).touch()
+    (tmp_path / ("t.json.zst" if name == "." else name)).touch()
     program = (
         f"import sys; sys.modules[{module!r}] = None; sys.argv[1:] = ['--input', {name!r}, '--output', 'out'];"
         "from distgpt.errors import main_guard; from distgpt.prepare import main; main_guard(main)"

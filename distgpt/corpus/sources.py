@@ -43,6 +43,7 @@ TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cc", ".cpp", ".cu", ".java", ".js"),
     *(".ts", ".go", ".rs", ".sh"),
 )
+PROSE_SUFFIXES = (".txt", ".text")  # which say nothing of what is in them
 JSONL_SUFFIXES = (".jsonl", ".ndjson")
 JSON_SUFFIXES = (*JSONL_SUFFIXES, ".json")
 COMPRESSIONS: dict[str, Literal[".gz", ".zst"]] = {".gz": ".gz", ".zst": ".zst", ".zstd": ".zst"}
@@ -193,14 +194,21 @@ def source_of(path: Path, *, text_key: str, separator: str = "", encoding: str =
         encoding=encoding,
         on_bad=on_bad,
     )
-    if inner in JSON_SUFFIXES or (inner not in TEXT_SUFFIXES and _is_json(as_text, text_key)):
+    if inner in JSON_SUFFIXES or (inner not in TEXT_SUFFIXES and _is_json(_head(as_text) or b"", text_key)):
         return as_json(as_text, text_key)
-    return as_text
+    return by_content(as_text, text_key) if inner in PROSE_SUFFIXES else as_text
+
+
+def by_content(source: Source, text_key: str) -> Source:
+    """A text file, as JSON where its first lines are objects of JSON that have this key: no prose begins so."""
+    first, _, second = (_head(source) or b"").lstrip().partition(b"\n")
+    text, wrong = _json_text(replace(source, text_key=text_key), first)
+    return as_json(source, text_key) if text and not wrong and second.startswith(b"{") else source
 
 
 def as_json(source: Source, text_key: str) -> Source:
     """The same file as objects of JSON: one a line, or in an array or over several lines as its beginning shows."""
-    head = _head(source).lstrip()
+    head = (_head(source) or b"").lstrip()
     is_whole = head.startswith(b"[") or head.partition(b"\n")[0].rstrip() == b"{"
     return replace(source, format="json" if is_whole else "jsonl", text_key=text_key, separator="")
 
@@ -224,20 +232,20 @@ def _conversion(path: Path, suffix: str) -> str:
     return f'convert it, unpacked: python -c "{program}" < {read} > {written}'
 
 
-def _is_json(source: Source, text_key: str) -> bool:
-    """Whether the file begins like objects of JSON that have this key."""
-    head, key = _head(source), text_key.split(".")[-1]
+def _is_json(head: bytes, text_key: str) -> bool:
+    """Whether a file that begins like this is objects of JSON that have this key."""
+    key = text_key.split(".")[-1]
     forms = (json.dumps(key).encode(), json.dumps(key, ensure_ascii=False).encode())
     return head.lstrip()[:1] in (b"{", b"[") and any(form in head for form in forms)
 
 
-def _head(source: Source) -> bytes:
-    """How the file begins, without a byte order mark; nothing where that cannot be read, which opening it says."""
+def _head(source: Source) -> bytes | None:
+    """How the file begins, without a byte order mark; None where that cannot be read, which opening it says."""
     try:
         with open(source.path, "rb") as file:
             return _content_of(source, file).peek(0, HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
     except (DataError, EOFError, OSError, zlib.error):
-        return b""
+        return None
 
 
 @contextmanager
@@ -354,7 +362,10 @@ def folder_suffixes() -> list[str]:
 def _counts(path: Path, text_key: str, encoding: str) -> bool:
     inner, compression = _suffixes(path)
     if inner == ".json":  # which settings are as well
-        return _is_json(Source(str(path), str(path), "text", compression, encoding=encoding), text_key)
+        if compression == ".zst":
+            _require("zstandard", path)
+        head = _head(Source(str(path), str(path), "text", compression, encoding=encoding))
+        return head is None or _is_json(head, text_key)  # what cannot be read is not left out without a word
     return inner in folder_suffixes() and not (compression and inner == ".parquet")
 
 

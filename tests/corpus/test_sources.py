@@ -393,8 +393,18 @@ def test_a_file_of_another_name_that_holds_json_is_read_as_json(tmp_path: Path) 
         raw = b'{"text": "one"}\n{"text": "two"}\n'
         (tmp_path / name).write_bytes(gzip.compress(raw) if name.endswith(".gz") else raw)
         assert texts_of(expand(tmp_path / name)[0]) == ["one", "two"]
-    (tmp_path / "story.txt").write_text('{"text": "a story about JSON"}')
-    assert expand(tmp_path / "story.txt")[0].format == "text"
+    for text in ('{"text": "a story about JSON"}', '{"text": 1}\n{"text": "2"}', '{"text": "a story"}\nof JSON'):
+        (tmp_path / "story.txt").write_text(text)
+        assert expand(tmp_path / "story.txt")[0].format == "text"
+    (tmp_path / "export.txt").write_text('{"body": "one"}\n{"body": "two"}\n')
+    assert texts_of(expand(tmp_path / "export.txt", text_key="body")[0]) == ["one", "two"]
+
+
+def test_json_of_a_folder_that_is_damaged_is_not_left_out(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.json.gz").write_bytes(b"damaged")
+    with pytest.raises(DataError, match=r"b\.json\.gz: damaged or cut short"):
+        list(map(read, expand(tmp_path)))
 
 
 @pytest.mark.parametrize("name", ["t.csv", "t.tsv.gz"])
