@@ -530,6 +530,7 @@ def _summary(options: argparse.Namespace, meta: dict[str, Any], found: Scan, sec
     splits = [shards.shards_of(meta, [name]) for name in shards.SPLITS]
     tokens = [sum(shard.tokens for shard in split) for split in splits]
     documents = [sum(shard.documents for shard in split) for split in splits]
+    longest = min(max(shard.tokens for shard in split) for split in splits)
     eot = "no end-of-text" if meta["eot_id"] is None else f"end-of-text {meta['eot_id']}"
     documents_line = f"{found.documents:,}: {documents[0]:,} for training, {documents[1]:,} for validation"
     speed = found.text_bytes / 1e6 / seconds
@@ -543,7 +544,7 @@ def _summary(options: argparse.Namespace, meta: dict[str, Any], found: Scan, sec
             *left_out_lines(options, found),
             f"text        {found.text_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {speed:,.1f} MB/s",
             f"prepared    {options.output}",
-            f"next        {training_command(options.output, train_tokens=tokens[0], val_tokens=tokens[1])}",
+            f"next        {training_command(options.output, train_tokens=tokens[0], longest=longest)}",
         )
     )
 

@@ -14,8 +14,11 @@ LEAST_STEPS = 100
 ON_GPU = {"modern-125m": 250_000_000, "seed": 22_000_000, "quickstart": 0}
 
 
-def training_command(data: Path, *, train_tokens: int, val_tokens: int) -> str:
-    """The command that trains on `data`: the preset, no more than MANY_EPOCHS of steps, a rank for each device."""
+def training_command(data: Path, *, train_tokens: int, longest: int) -> str:
+    """The command that trains on `data`: the preset, no more than MANY_EPOCHS of steps, a rank for each device.
+
+    `longest`: the tokens of the longest shard, of the split where that is the shorter, in which a window has to fit.
+    """
     preset = next(name for name, least in ON_GPU.items() if train_tokens >= least) if available_gpus() else "quickstart"
     config = resolve([preset], {})
     flags = []
@@ -24,8 +27,8 @@ def training_command(data: Path, *, train_tokens: int, val_tokens: int) -> str:
         if config.run.dir:
             flags.append(f"--run.dir={Path('runs', data.resolve().name)}")
     block_size, batch = config.model.block_size, config.train.global_batch
-    if val_tokens <= block_size:
-        block_size = 2 ** max(0, (val_tokens - 1).bit_length() - 1)
+    if longest <= block_size:
+        block_size = 2 ** max(0, (longest - 1).bit_length() - 1)
         flags.append(f"--model.block_size={block_size}")
     steps = max(LEAST_STEPS, steps_of_many_epochs(train_tokens // block_size, batch))
     if steps < config.train.steps:

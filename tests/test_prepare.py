@@ -220,6 +220,12 @@ def test_a_single_text_is_split_at_its_end_whatever_its_units(prepare: Run, tmp_
             (tmp_path / name).rmdir()
 
 
+def test_the_next_command_fits_the_longest_shard(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": words(i, 10)[:40]}) + "\n" for i in range(100)))
+    done = prepare("--input", "in.jsonl", "--output", "out", "--tokenizer", "bytes", "--shard-tokens", 40)
+    assert "--model.block_size=32" in done.stdout.decode()
+
+
 def test_few_documents_validate_near_the_fraction_or_it_is_said(prepare: Run, tmp_path: Path) -> None:
     for seed in (1, 3):  # the hash of the training text comes first, and last
         (tmp_path / f"in{seed}").mkdir()

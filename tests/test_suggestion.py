@@ -29,7 +29,7 @@ def config_of(command: str) -> Config:
 
 
 def test_on_cpus_the_next_command_takes_minutes(cpus: None) -> None:
-    command = training_command(Path("data/my books"), train_tokens=90_000_000, val_tokens=9_000_000)
+    command = training_command(Path("data/my books"), train_tokens=90_000_000, longest=9_000_000)
     assert command == (
         "torchrun --standalone --nproc_per_node=2 -m distgpt.train quickstart "
         "'--data.path=data/my books' '--run.dir=runs/my books'"
@@ -39,7 +39,7 @@ def test_on_cpus_the_next_command_takes_minutes(cpus: None) -> None:
 
 def test_the_quickstart_needs_no_flags(cpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_cpus", lambda: 1)
-    command = training_command(Path("data/stdlib"), train_tokens=9_000_000, val_tokens=900_000)
+    command = training_command(Path("data/stdlib"), train_tokens=9_000_000, longest=900_000)
     assert command == "python -m distgpt.train quickstart"
 
 
@@ -48,7 +48,7 @@ def test_the_quickstart_needs_no_flags(cpus: None, monkeypatch: pytest.MonkeyPat
     [(1_000_000, "quickstart"), (30_000_000, "seed"), (10**9, "modern-125m"), (10**12, "modern-125m")],
 )
 def test_on_gpus_the_next_command_names_a_preset_that_fits_the_text(gpus: None, tokens: int, preset: str) -> None:
-    command = training_command(Path("data/mine"), train_tokens=tokens, val_tokens=tokens // 10)
+    command = training_command(Path("data/mine"), train_tokens=tokens, longest=tokens // 10)
     config = config_of(command)
     assert config.model == resolve([preset], {}).model
     ranks = re.search("nproc_per_node=([0-9]+)", command)
@@ -59,14 +59,14 @@ def test_on_gpus_the_next_command_names_a_preset_that_fits_the_text(gpus: None, 
 
 @pytest.mark.parametrize("tokens", [300_000, 2_000_000, 25_000_000, 300_000_000, 10**10])
 def test_the_next_command_sees_the_text_ten_times_at_most(gpus: None, tokens: int) -> None:
-    config = config_of(training_command(Path("data/mine"), train_tokens=tokens, val_tokens=tokens // 10))
+    config = config_of(training_command(Path("data/mine"), train_tokens=tokens, longest=tokens // 10))
     seen = config.train.steps * config.train.global_batch * config.model.block_size
     assert seen <= suggestion.MANY_EPOCHS * tokens
     assert config.optim.warmup_steps < config.train.steps
 
 
-def test_a_validation_split_shorter_than_a_block_gets_a_shorter_block(cpus: None) -> None:
-    config = config_of(training_command(Path("data/mine"), train_tokens=900, val_tokens=100))
+def test_shards_shorter_than_a_block_get_a_shorter_block(cpus: None) -> None:
+    config = config_of(training_command(Path("data/mine"), train_tokens=900, longest=100))
     assert (config.model.block_size, config.train.steps) == (64, suggestion.LEAST_STEPS)
 
 

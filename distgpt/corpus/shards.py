@@ -106,11 +106,14 @@ def open_dataset(path: Path) -> Dataset:
 
 def read_meta(path: Path) -> dict[str, Any]:
     """The content of meta.json. Raises DataError where there is none that this version reads."""
-    if not path.exists():
-        raise NotWholeError(f"no prepared data in {path}: run python -m distgpt.prepare --input ... --output {path}")
     try:
         meta = json.loads((path / META).read_bytes())
     except (FileNotFoundError, NotADirectoryError):
+        if not path.exists():
+            made = shlex.quote(str(path))
+            raise NotWholeError(
+                f"no prepared data in {path}: run python -m distgpt.prepare --input ... --output {made}"
+            ) from None
         raise NotWholeError(f"{path} is not a dataset, it has no {META}: {_what_to_take(path)}") from None
     except OSError as error:
         raise DataError(f"cannot read {path / META}: {error.strerror}") from None
@@ -129,7 +132,7 @@ def _what_to_take(path: Path) -> str:
         inside = list(itertools.islice(path.iterdir(), 1000))
     except OSError:  # a file, or a directory that is not to be listed
         inside = [path]
-    if datasets := sorted(child for child in inside if (child / META).is_file()):
+    if datasets := sorted(child for child in inside if os.path.isfile(child / META)):
         return f"did you mean {datasets[0]}?"
     name = path.resolve().stem if path.is_file() else path.resolve().name
     outputs = (Path("data", name if number == 1 else f"{name}-{number}") for number in itertools.count(1))

@@ -163,6 +163,11 @@ def test_what_is_not_whole_is_not_opened(damage: Callable[[Path], object], reaso
         open_dataset(tmp_path / "data")
 
 
+def test_a_path_that_cannot_be_looked_at_is_one_line() -> None:
+    with pytest.raises(DataError, match=r"cannot read \S+: File name too long"):
+        open_dataset(Path("x" * 300))
+
+
 @pytest.mark.parametrize(("soft", "hard", "opens"), [(60, 4096, True), (60, 60, False)])
 def test_more_shards_than_open_files_are_allowed(soft: int, hard: int, opens: bool, tmp_path: Path) -> None:
     write(tmp_path / "data", shard_tokens=1)  # 40 of them
