@@ -223,7 +223,7 @@ class Config:
 
 
 def config_from_command_line(arguments: Sequence[str], *, prog: str, about: str) -> Config:
-    """Resolve the command line of a door that takes a config.
+    """Resolve the command line of a command that takes a config.
 
     Prints and exits 0 for --help and --print-config. Raises UsageError for anything that cannot be a run.
     """

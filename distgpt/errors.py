@@ -72,9 +72,9 @@ class Interrupted(DistgptError):
 
 
 def enter() -> None:
-    """The first line of a door that imports torch: what asks it to stop ends it without a word, meanwhile as well.
+    """The first line of a command that imports torch: a signal to stop ends it silently, also during the imports.
 
-    What it says is said with "?" for a character that whoever reads it cannot show.
+    Characters that the encoding of stdout lacks are printed as "?".
     """
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it

@@ -143,8 +143,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "--on-bad-document",
         choices=get_args(sources.OnBad),
         default="stop",
-        help="no text, or not in the encoding: stop and list the first; skip it; replace what is bad by U+FFFD, and "
-        "skip it where there is no text (default: stop)",
+        help="where a document has no text, or is not in the encoding: stop and list the first ones; skip it; or "
+        "replace bad characters by U+FFFD and skip it only if it has no text (default: stop)",
     )
     add(
         "--task",
@@ -411,8 +411,8 @@ def _scan(inputs: Sequence[Source], given: Tokenizer | None, options: argparse.N
         raise DataError(f"--document-separator {options.document_separator!r} is in no text of the input")
     if found.separators and not options.document_separator:
         _say(
-            f"{found.separators:,} lines of the text look as if they stood between documents, such as <|endoftext|>: "
-            "--document-separator '<|endoftext|>' makes a document of what is between them"
+            f"{found.separators:,} lines of the text look like separators of documents, such as <|endoftext|>: "
+            "--document-separator '<|endoftext|>' makes a document of each part between them"
         )
     return found
 

@@ -348,7 +348,7 @@ def test_lines_between_documents_are_said_and_a_separator_makes_documents(prepar
     stories = [f"Once upon a time, story {index}. The end." for index in range(200)]
     (tmp_path / "in.txt").write_text("\n<|endoftext|>\n".join(stories))
     done = prepare("--input", "in.txt", "--output", "one", "--tokenizer", "bytes")
-    assert "199 lines of the text look as if they stood between documents" in done.stderr.decode()
+    assert "199 lines of the text look like separators of documents" in done.stderr.decode()
     assert open_dataset(tmp_path / "one").meta["input"]["documents"] == 1
     separated = ["--input", "in.txt", "--tokenizer", "bytes", "--document-separator"]
     assert prepare(*separated, "<|endoftext|>", "--output", "many").stderr == b""
@@ -407,7 +407,7 @@ def test_learning_a_vocabulary_shows_that_it_goes_on(monkeypatch: pytest.MonkeyP
         may_end.wait()
         return SimpleNamespace(to_json=lambda: "learned")
 
-    monkeypatch.setattr(pipeline, "BEAT_SECONDS", 0.001)
+    monkeypatch.setattr(pipeline, "PROGRESS_SECONDS", 0.001)
     monkeypatch.setattr(pipeline, "train_bpe", slow)
     steps = pipeline.train_task(([], 300))
     assert [next(steps), next(steps)] == [0, 0]

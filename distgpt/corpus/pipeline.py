@@ -27,7 +27,7 @@ from distgpt.errors import DataError, StorageError
 BPE_SAMPLE_BYTES = 256 * 2**20
 MAX_PLACES = 10
 ON_BAD_HINT = "--on-bad-document=skip leaves such documents out"
-BEAT_SECONDS = 1.0
+PROGRESS_SECONDS = 1.0
 DIGEST_BYTES = hashlib.sha256().digest_size
 CHECKED_CHARACTERS = 2**15  # of each part: about 3% of the time that its encoding takes
 
@@ -417,7 +417,7 @@ def train_task(task: tuple[Sequence[Scanned], int]) -> Iterator[int | str]:
 
     with ThreadPoolExecutor(1) as thread:
         learning = thread.submit(train_bpe, texts(), vocab_size)
-        while not wait([learning], timeout=BEAT_SECONDS).done:
+        while not wait([learning], timeout=PROGRESS_SECONDS).done:
             now = read
             yield now - said
             said = now

@@ -741,7 +741,8 @@ def _odd_json_text(key: str, raw: bytes) -> tuple[str, str]:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        return "", wrong or f"not JSON ({error})"
+        # An array of texts comes in one.
+        return "", wrong or ("not a JSON object but str" if line.startswith('"') else f"not JSON ({error})")
     if not isinstance(content, dict):
         return "", wrong or f"not a JSON object but {type(content).__name__}"
     try:

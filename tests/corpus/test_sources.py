@@ -388,6 +388,11 @@ def test_what_is_no_object_in_an_array_is_named(tmp_path: Path) -> None:
     ]
 
 
+def test_an_array_of_texts_is_said_to_hold_no_object(tmp_path: Path) -> None:
+    (tmp_path / "in.json").write_text('["one", "two"]')
+    assert bad_places(expand(tmp_path / "in.json")[0])[0].endswith("object 1: not a JSON object but str")
+
+
 def test_a_file_of_another_name_that_holds_json_is_read_as_json(tmp_path: Path) -> None:
     for name in ("part-00000", "dump.log", "c4.gz"):
         raw = b'{"text": "one"}\n{"text": "two"}\n'
