@@ -425,6 +425,8 @@ def _key_in_environment(name: str) -> str | None:
 
 
 def _read_toml(argument: str) -> dict[str, Any]:
+    if not argument:
+        raise UsageError("an argument is empty: name a preset or a .toml file, or leave it out")
     preset = _PRESETS / f"{argument}.toml"
     try:
         if argument in preset_names():

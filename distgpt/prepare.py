@@ -408,7 +408,8 @@ def _scan(inputs: Sequence[Source], given: Tokenizer | None, options: argparse.N
     if given is not None:
         pipeline.check_characters(found, given)
     if options.document_separator and not found.separators:
-        raise DataError(f"--document-separator {options.document_separator!r} is in no text of the input")
+        hint = r": a shell writes a line end as $'\n'" if "\\" in options.document_separator else ""
+        raise DataError(f"--document-separator {options.document_separator!r} is in no text of the input{hint}")
     if found.separators and not options.document_separator:
         _say(
             f"{found.separators:,} lines of the text look like separators of documents, such as <|endoftext|>: "

@@ -120,6 +120,10 @@ def test_a_wrong_type_or_choice_says_what_it_must_be(argument: str, expected: st
     assert refusal(argument) == expected
 
 
+def test_an_empty_argument_is_named_as_such() -> None:
+    assert refusal("") == "an argument is empty: name a preset or a .toml file, or leave it out"
+
+
 def test_a_directory_is_no_preset(tmp_path: Path) -> None:
     assert refusal(str(tmp_path)) == f"{tmp_path} is a directory, no preset: for data write --data.path={tmp_path}"
 

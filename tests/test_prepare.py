@@ -354,6 +354,8 @@ def test_lines_between_documents_are_said_and_a_separator_makes_documents(prepar
     assert prepare(*separated, "<|endoftext|>", "--output", "many").stderr == b""
     assert sorted(all_texts(open_dataset(tmp_path / "many"))) == sorted(stories)
     assert "is in no text of the input" in error_line(prepare(*separated, "<|eot|>", "--output", "none", code=65))
+    line = error_line(prepare(*separated, r"\n\n", "--output", "none", code=65))
+    assert line.endswith(r"is in no text of the input: a shell writes a line end as $'\n'")
 
 
 @pytest.mark.parametrize(

@@ -32,7 +32,9 @@ def nearest(hashes: Hashes, sizes: npt.NDArray[np.int64], fraction: float) -> Ha
     """
     texts, index = np.unique(hashes, return_inverse=True)
     if texts.size < 2:
-        raise DataError("all documents of the input hold the same text: there is nothing to validate on")
+        raise DataError(
+            "all documents of the input hold the same text: name other text to validate on with --val-input"
+        )
     tokens = np.bincount(index, weights=sizes)
     room = fraction * tokens.sum()
     limit = max(room, tokens.sum() / 2)

@@ -434,7 +434,7 @@ def _checked_bpe_model(content: Mapping[str, Any]) -> dict[str, Any]:
     model: dict[str, Any] = content.get("model") or {}
     pre = content.get("pre_tokenizer") or {}
     plain = not any(
-        (content.get("normalizer"), model.get("dropout"), *(model.get(f"{end}") for end in _AFFIXES)),
+        (content.get("normalizer"), model.get("dropout"), *map(model.get, _AFFIXES)),
     )
     byte_level = pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space") and pre.get("use_regex", True)
     # Files of 2020, as GPT-2's own, do not name the type.
