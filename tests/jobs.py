@@ -191,7 +191,7 @@ def poll(probe: Callable[[], T | None], seconds: float = 120.0) -> T:
     deadline = time.monotonic() + seconds
     while not (found := probe()):
         assert time.monotonic() < deadline, "it did not happen"
-        time.sleep(0.01)
+        time.sleep(0.05)  # some probes look through all of /proc
     return found
 
 

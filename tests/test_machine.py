@@ -101,12 +101,12 @@ def test_threads_and_workers_keep_to_the_quota(quota: None, monkeypatch: pytest.
 
 
 def test_sample_keeps_to_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(run: Path, device: torch.device) -> None:
+    def stop(run: Path, device: torch.device, choice: str) -> None:
         raise InterruptedError
 
     monkeypatch.setattr(sample, "load_for_inference", stop)
     with pytest.raises(InterruptedError):
-        sample.main(argparse.Namespace(run="run"))
+        sample.main(argparse.Namespace(run="run", checkpoint="newest"))
     assert torch.get_num_threads() == 3
 
 

@@ -35,18 +35,20 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Print the slowest tests, and the CPU and wall seconds of each directory, summed over the workers."""
     if not config.getoption("numprocesses"):
         return  # no full run
-    wall, cpu, tests = defaultdict[str, float](float), defaultdict[str, float](float), defaultdict[str, float](float)
+    wall, cpu = defaultdict[str, float](float), defaultdict[str, float](float)
+    tests: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
     for report in (report for reports in terminalreporter.stats.values() for report in reports):
         if isinstance(report, pytest.TestReport):
             parts = report.nodeid.split("::")[0].split("/")
             directory = parts[1] if len(parts) > 2 else parts[0]
+            used = report.__dict__[CPU_SECONDS]
             wall[directory] += report.duration
-            cpu[directory] += report.__dict__[CPU_SECONDS]
-            tests[report.nodeid] += report.duration
+            cpu[directory] += used
+            tests[report.nodeid] = (tests[report.nodeid][0] + report.duration, tests[report.nodeid][1] + used)
     terminalreporter.section("where the time went")
-    for test, seconds in sorted(tests.items(), key=lambda item: -item[1])[:SLOWEST]:
-        terminalreporter.write_line(f"{seconds:7.1f} s  {test}")
-    terminalreporter.write_line(f"{'directory':12} {'CPU s':>8} {'wall s':>8}")
-    for directory in sorted(wall, key=lambda name: -cpu[name]):
-        terminalreporter.write_line(f"{directory:12} {cpu[directory]:8.1f} {wall[directory]:8.1f}")
-    terminalreporter.write_line(f"{'all':12} {sum(cpu.values()):8.1f} {sum(wall.values()):8.1f}")
+    rows = [(directory, wall[directory], cpu[directory]) for directory in sorted(wall, key=lambda name: -cpu[name])]
+    rows.append(("all", sum(wall.values()), sum(cpu.values())))
+    rows += [(test, *tests[test]) for test in sorted(tests, key=lambda name: tests[name], reverse=True)[:SLOWEST]]
+    terminalreporter.write_line(f"{'wall s':>8} {'CPU s':>8}")
+    for name, wall_seconds, seconds in rows:
+        terminalreporter.write_line(f"{wall_seconds:8.1f} {seconds:8.1f}  {name}")
