@@ -63,7 +63,7 @@ def family(pid: int) -> list[int]:
 
 
 def listening(pid: int) -> list[IPv4Address | IPv6Address]:
-    """The addresses on which a process takes connections or datagrams."""
+    """The addresses on which a process takes connections or datagrams; none of one that has ended meanwhile."""
     mine = set()
     for link in Path(f"/proc/{pid}/fd").glob("*"):
         try:
@@ -72,7 +72,11 @@ def listening(pid: int) -> list[IPv4Address | IPv6Address]:
             continue
     found = []
     for protocol, states in (("tcp", "0A"), ("tcp6", "0A"), ("udp", "07"), ("udp6", "07")):
-        for line in Path(f"/proc/{pid}/net/{protocol}").read_text().splitlines()[1:]:
+        try:
+            lines = Path(f"/proc/{pid}/net/{protocol}").read_text().splitlines()[1:]
+        except OSError:
+            continue
+        for line in lines:
             fields = line.split()
             if fields[3] == states and f"socket:[{fields[9]}]" in mine:
                 raw = fields[1].partition(":")[0]
