@@ -167,7 +167,7 @@ def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> Non
     optimizer = build_optimizer(model, config.optim, runtime.device.type)
     guard = Guard(config.health)
     if start.checkpoint is not None and start.state is not None:
-        load_for_training(start.checkpoint, model, optimizer, None)
+        load_for_training(start.checkpoint, model, optimizer)
         guard.restore(start.state.guard)
     origin = start.checkpoint.name if start.checkpoint else "the initial weights"
     print(f"from      {origin}, {str(dtype).removeprefix('torch.')} on {runtime.device.type}", flush=True)

@@ -126,7 +126,7 @@ class Checkpointer:
             if broken:
                 raise DataError(f"{self._directory} {all_broken(broken)}; move it away to start over")
             return 0
-        load_for_training(checkpoint, self._model, self._optimizer, self._group, self._outer)
+        load_for_training(checkpoint, self._model, self._optimizer, self._outer)
         if broken:
             self._on_rank_zero(self._store.begin)
             self._on_rank_zero(partial(self._store.set_aside, list(reversed(broken))))

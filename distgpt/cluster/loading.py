@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
@@ -80,7 +79,7 @@ def load_for_inference(run: Path, device: torch.device, choice: str = NEWEST) ->
     config = from_dict(state.config, source=str(checkpoint / STATE))
     require_model(checkpoint, config, state.vocab_size)
     model = GPT(config.model, state.vocab_size, state.eot_id)
-    read_tensors({"model": model.state_dict()}, checkpoint, None)
+    read_tensors({"model": model.state_dict()}, checkpoint)
     if sha256_of(checkpoint / TOKENIZER) != state.tokenizer_sha256:
         raise DataError(f"{checkpoint / TOKENIZER} is not the one that the model was trained with")
     return model.to(device).eval(), load_tokenizer(checkpoint / TOKENIZER), state
@@ -186,15 +185,14 @@ def load_for_training(
     checkpoint: Path,
     model: nn.Module,
     optimizer: torch.optim.Optimizer,
-    group: dist.ProcessGroup | None,
     outer: OuterOptimizer | None = None,
 ) -> None:
-    """Fill a model and its optimizers, on all ranks of the group."""
+    """Fill a model and its optimizers; each rank reads its own share."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     optim = get_optimizer_state_dict(model, optimizer, options=options)
     tensors = training_tensors(model, optimizer)
     apart = read_state(checkpoint).replicas > 1
-    read_tensors(outer.in_checkpoint(tensors) if outer and apart else tensors, checkpoint, group)
+    read_tensors(outer.in_checkpoint(tensors) if outer and apart else tensors, checkpoint)
     set_model_state_dict(model, tensors["model"])
     set_optimizer_state_dict(model, optimizer, {**optim, **tensors["optim"]}, options=options)
     if outer and not apart:
@@ -211,7 +209,7 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
     }
 
 
-def read_tensors(tensors: dict[str, Any], checkpoint: Path, group: dist.ProcessGroup | None) -> None:
+def read_tensors(tensors: dict[str, Any], checkpoint: Path) -> None:
     """Fill `tensors` in place, whatever their sharding now and then. Raises DataError, StorageError."""
     index = read_index(checkpoint)  # here a DataError is one; dcp.load would wrap it in its own
     require_tensors(index, tensors, checkpoint / INDEX)
