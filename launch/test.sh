@@ -8,6 +8,8 @@
 environment test
 cd "$home"
 
+# Hundreds of processes import the same modules: each is compiled once.
+unset PYTHONDONTWRITEBYTECODE
 # More workers than cores, since many tests wait.
 workers=(--numprocesses=4 --dist=loadscope --no-loadscope-reorder)
 case ${1:-} in

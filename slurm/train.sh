@@ -116,7 +116,7 @@ comment() {
 }
 
 # One task for each node, which may use every CPU: a cluster that binds tasks to CPUs would give it one.
-task_a_node=(srun --export=ALL --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1)
+task_a_node=(srun --quiet --export=ALL --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1)
 if [[ $(scontrol show config) =~ TaskPlugin[\ =]+[a-z/,]*(affinity|cgroup) ]]; then task_a_node+=(--cpu-bind=none); fi
 
 # require_shared_directory: end the job if a node cannot write its log, because it does not see what this one does.

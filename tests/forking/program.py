@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import NoReturn
 
 PRODUCT = "distgpt"
-# What the commands import, at the top or on the way.
+# What the commands import, at the top or on the way; torch imports its compiler when a model is first made.
 COMMANDS = ("train", "evaluate", "sample", "replay", "doctor", "prepare")
 IMPORTED_LATE = (
-    *("torch.distributed.run", "matplotlib.figure", "matplotlib.backends.backend_agg", "tokenizers", "tiktoken"),
+    *("torch.distributed.run", "torch._dynamo"),
+    *("matplotlib.figure", "matplotlib.backends.backend_agg", "tokenizers", "tiktoken"),
 )
 
 
