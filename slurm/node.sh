@@ -14,22 +14,29 @@ ranks=${NPROC_PER_NODE:-$((gpus > 0 ? gpus : cpus > 1 ? 2 : 1))}
 
 # Threads of a rank: its share of the CPUs that Slurm gave, not of all that the node has.
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > ranks ? cpus / ranks : 1))}
-# Both libraries would else pick an interface by the host's name, on some clusters a loopback or management network.
-# NCCL only bootstraps over it and finds InfiniBand by itself.
-address=$(own_address)
-interface=$(ip -o -4 address show to "$address" 2>/dev/null | awk 'NR == 1 { print $2 }') || interface=
-if [[ -n $interface ]]; then
-    export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
-fi
 # Says what went wrong where NCCL would only return an error; costs nothing while nothing does.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-# is_host and --local-addr: torchrun compares host names to find out who it is, which fails where they do not resolve.
-# read_timeout: from a busy network file system Python starts minutes later on one node than on another.
+# torchrun's rendezvous c10d unpickles what is in its store, and so runs the code of whoever reaches that: on one node it is
+# a private file, and all that listens does so on loopback; several nodes meet without pickles.
+if ((SLURM_NNODES == 1)); then
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    rendezvous=(--rdzv-backend=c10d --rdzv-conf="store_type=file,keep_alive_interval=3600" --local-addr=127.0.0.1)
+else
+    # Both libraries would else pick an interface by the host's name, on some clusters a loopback or management network.
+    # NCCL only bootstraps over it and finds InfiniBand by itself.
+    address=$(own_address)
+    interface=$(ip -o -4 address show to "$address" 2>/dev/null | awk 'NR == 1 { print $2 }') || interface=
+    if [[ -n $interface ]]; then
+        export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
+    fi
+    # timeout: from a busy network file system Python starts minutes later on one node than on another.
+    rendezvous=(--rdzv-backend=static --rdzv-conf="timeout=600" --node-rank="$SLURM_NODEID" --local-addr="$address")
+fi
+
 # The shutdown timeout is the time to finish a step and save it in, before SIGKILL.
 exec "${python[@]}" -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --nproc_per_node="$ranks" --max-restarts=0 \
-    --rdzv-backend=c10d --rdzv-endpoint="$RENDEZVOUS_ENDPOINT" --rdzv-id="$RENDEZVOUS_ID" \
-    --rdzv-conf="is_host=$((SLURM_NODEID == 0)),read_timeout=600" --local-addr="$address" \
+    "${rendezvous[@]}" --rdzv-endpoint="$RENDEZVOUS_ENDPOINT" --rdzv-id="$RENDEZVOUS_ID" \
     --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=150 \
     -m "$@"

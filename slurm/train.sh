@@ -144,7 +144,7 @@ on_all_nodes() {
     local status=0 code="" step="" cause="no rank could say how it ended, see $mine" ended
     # A port that depends on the job and the attempt, and that is free on this node, the first one.
     while port=$((port + 1)) && (: <"/dev/tcp/$address/$port") 2>/dev/null; do :; done
-    export RENDEZVOUS_ENDPOINT=$address:$port RENDEZVOUS_ID=$SLURM_JOB_ID.$attempt.$1
+    export RENDEZVOUS_ENDPOINT=${rendezvous_file:-$address:$port} RENDEZVOUS_ID=$SLURM_JOB_ID.$attempt.$1
     # Of all ranks, the first to know why this ends says so here.
     DISTGPT_EXIT_FILE=$(realpath "$mine")/exit.json
     export DISTGPT_EXIT_FILE
@@ -180,13 +180,18 @@ require_progress "$logs/progress" "$(newest_checkpoint)"
 address=$(own_address)
 port=$((10000 + (SLURM_JOB_ID * 101 + attempt * 7) % 20000))
 say "attempt $attempt from $(newest_checkpoint) on $SLURM_JOB_NODELIST: tail -F $(printf %q "$mine")/*.log"
-if ((SLURM_NNODES > 1)); then require_shared_directory; fi
+commenting='' rendezvous_file=''
+trap 'kill $commenting 2>/dev/null || true; comment; rm -f "$rendezvous_file"' EXIT
+if ((SLURM_NNODES == 1)); then
+    rendezvous_file=$(mktemp) || fail 74 "cannot make a file in ${TMPDIR:-/tmp} of $SLURMD_NODENAME: make room and submit it again"
+else
+    require_shared_directory
+fi
 if ((SLURM_NNODES > 1)) && [[ ${DISTGPT_PREFLIGHT:-yes} != no ]]; then
     on_all_nodes distgpt.doctor --distributed "$@"
 fi
 # Often at first, then once a minute.
 for ((pause = 2; ; pause = pause < 60 ? 2 * pause : 60)); do sleep "$pause" && comment; done &
 commenting=$!
-trap 'kill "$commenting" 2>/dev/null || true; comment' EXIT
 on_all_nodes distgpt.train "$@"
 say "done: $run_dir is at $(newest_checkpoint)"

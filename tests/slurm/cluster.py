@@ -104,9 +104,10 @@ class Cluster:
     def power_off(self, node: str) -> None:
         """End everything on a node, at once and without a word."""
         daemon = self._processes.pop(node)
-        tasks = _processes_with(f"SLURMD_NODENAME={node}", f"SLURM_CONF={self._conf}")
-        # Each slurmstepd is the parent of a task; it has none of its environment.
-        keepers = {_parent(pid) for pid in tasks} - {1, daemon.pid, *tasks}
+        known = {"SLURMD_NODENAME": node, "SLURM_CONF": str(self._conf)}
+        tasks = [pid for pid, variables in _processes().items() if known.items() <= variables.items()]
+        # Each slurmstepd is the parent of a task; it has none of its environment. What is forked has another parent.
+        keepers = {parent for pid in tasks if _name(parent := _parent(pid)) == "slurmstepd"}
         daemon.kill()
         daemon.wait()
         for pid in [*keepers, *tasks]:
@@ -154,6 +155,12 @@ class Cluster:
         """What the batch script said, in all attempts."""
         path = self.work / f"slurm-{job}.out"
         return path.read_text() if path.exists() else ""
+
+    def tasks(self, job: str) -> dict[int, dict[str, str]]:
+        """The variables of each process that a job runs on its nodes, by the process's id."""
+        known = {"SLURM_CONF": str(self._conf), "SLURM_JOB_ID": job}
+        found = _processes()
+        return {pid: its for pid, its in found.items() if "SLURM_STEP_NODELIST" in its and known.items() <= its.items()}
 
     def _configure(self) -> None:
         host, ports = socket.gethostname(), _free_ports(1 + len(NODES))
@@ -221,17 +228,20 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _processes_with(*variables: str) -> list[int]:
-    """The ids of the processes that have all of these in their environment."""
-    found = []
+def _processes() -> dict[int, dict[str, str]]:
+    """The variables of each process on this machine that may be looked at, by its id."""
+    found = {}
     for directory in Path("/proc").glob("[0-9]*"):
         try:
-            environment = (directory / "environ").read_bytes().split(b"\0")
+            variables = (directory / "environ").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        if all(variable.encode() in environment for variable in variables):
-            found.append(int(directory.name))
+        found[int(directory.name)] = dict(variable.split("=", 1) for variable in variables if "=" in variable)
     return found
+
+
+def _name(pid: int) -> str:
+    return Path(f"/proc/{pid}/comm").read_text().strip()
 
 
 def _parent(pid: int) -> int:

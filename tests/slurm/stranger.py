@@ -1,0 +1,44 @@
+"""Another user of the cluster, who writes into the store of a job what runs a command of theirs where it is unpickled.
+
+`python -m tests.slurm.stranger PORT PROOF`: the command makes the file PROOF. Prints how many keys there were.
+"""
+
+import base64
+import os
+import pickle
+import sys
+from datetime import timedelta
+from typing import Any
+
+from torch.distributed import TCPStore
+
+NOBODY = 65534
+
+
+class Command:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self._command = command
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.system, (self._command,)
+
+
+def main(port: int, proof: str) -> None:
+    os.setgroups([])
+    os.setgid(NOBODY)
+    os.setuid(NOBODY)
+    pickled = pickle.dumps(Command(f"touch '{proof}'"))
+    store: Any = TCPStore(  # its set() takes bytes as well
+        "127.0.0.1", port, timeout=timedelta(seconds=60), wait_for_workers=False
+    )
+    keys = store.list_keys()
+    for key in keys:
+        # torchrun's agents decode what they read under its own name.
+        store.set(key, base64.b64encode(pickled) if "torch.rendezvous" in key else pickled)
+    print(len(keys))
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), sys.argv[2])
