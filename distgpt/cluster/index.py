@@ -27,7 +27,10 @@ from torch.distributed.checkpoint.metadata import (
 from distgpt.cluster.manifest import INDEX, file_size, one_line, read_file
 from distgpt.errors import DataError
 
-LARGEST_INDEX = 2**27  # bytes; a chunk of a tensor takes some 200
+# Bytes for each file of tensors, and in all. A chunk of a tensor takes some 200.
+LARGEST_PART, LARGEST_INDEX = 2**23, 2**27
+# Values that wait for their place: pickle writes a dict or a list by the thousand.
+DEEPEST_STACK = 2**14
 LARGEST_TENSOR, MOST_DIMS = 2**60, 8  # elements
 SHARD = re.compile(r"__\d+_\d+\.distcp")
 
@@ -126,6 +129,7 @@ class _IndexReader:
                 self._actions[name]()
             elif name not in _SILENT and name != "STOP":
                 raise _Refused(f"it holds {name}")
+            _require(len(self._stack) <= DEEPEST_STACK, "it is not written as pickle writes it")
         return self._pop()
 
     def _pop(self) -> Any:
@@ -196,7 +200,8 @@ _IGNORED = {(m, n) for m, names in _OTHERS.items() for n in names if n not in _D
 def read_index(checkpoint: Path) -> Metadata:
     """Which tensors a checkpoint holds, and where. Raises DataError if that is not all that its index says."""
     path = checkpoint / INDEX
-    content = read_file(path, LARGEST_INDEX)
+    parts = sum(SHARD.fullmatch(file.name) is not None for file in checkpoint.iterdir())
+    content = read_file(path, min(LARGEST_PART * max(1, parts), LARGEST_INDEX))
     try:
         fields = _fields(_IndexReader().read(content), "Metadata")
         places = dict(_place(key, record) for key, record in _typed(fields["storage_data"], dict).items())
@@ -262,12 +267,22 @@ def _tensor(name: str, record: Any) -> TensorStorageMetadata:
     size = _size(fields["size"])
     chunks = [_chunk(chunk) for chunk in _typed(fields["chunks"], list)]
     _require(math.prod(size) < LARGEST_TENSOR, f"{name} is too large")
-    _require(sum(math.prod(chunk.sizes) for chunk in chunks) == math.prod(size), f"{name} is not all there")
-    for chunk in chunks:
-        _require(len(size) == len(chunk.sizes) == len(chunk.offsets), f"{name} has chunks of another shape")
-        ends = [offset + length for offset, length in zip(chunk.offsets, chunk.sizes, strict=True)]
-        _require(all(end <= whole for end, whole in zip(ends, size, strict=True)), f"{name} has chunks outside of it")
+    same = all(len(size) == len(chunk.sizes) == len(chunk.offsets) for chunk in chunks)
+    _require(same, f"{name} has chunks of another shape")
+    _require(_fill(chunks, size), f"{name} is not all there once")
     return TensorStorageMetadata(TensorProperties(getattr(torch, dtype.name)), size, chunks)
+
+
+def _fill(chunks: list[ChunkStorageMetadata], size: torch.Size) -> bool:
+    """Whether the chunks fill a tensor, each part once. Ours are cut along one dim."""
+    cut = [dim for dim in range(len(size)) if any(chunk.sizes[dim] != size[dim] for chunk in chunks)]
+    if len(cut) > 1 or any(chunk.offsets[dim] for chunk in chunks for dim in range(len(size)) if dim not in cut):
+        return False
+    if not cut:
+        return len(chunks) == 1
+    spans = sorted((chunk.offsets[cut[0]], chunk.offsets[cut[0]] + chunk.sizes[cut[0]]) for chunk in chunks)
+    edges = [0, *(end for _, end in spans)]
+    return [start for start, _ in spans] == edges[:-1] and edges[-1] == size[cut[0]]
 
 
 def _chunk(record: Any) -> ChunkStorageMetadata:

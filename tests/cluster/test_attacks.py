@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkStorageMetadata, Metadata, MetadataIndex
 
 from distgpt.cluster.checkpoint import require_same_run
 from distgpt.cluster.index import read_index
@@ -121,6 +121,20 @@ def in_planner_data(index: Metadata, payload: Payload) -> None:
 def in_a_size(index: Metadata, payload: Payload) -> None:
     tensor: Any = index.state_dict_metadata[WEIGHT]
     tensor.size = payload
+
+
+def in_chunks_that_overlap(index: Metadata, _: Payload) -> None:
+    """As many numbers in all as the tensor has, the first row twice and the last one not at all."""
+    key, place = place_of(index)
+    tensor: Any = index.state_dict_metadata[WEIGHT]
+    rows, columns = tensor.size
+    half = place.length // 2
+    spans = [(0, rows - 1, place.offset, half), (rows - 2, 1, place.offset + half, place.length - half)]
+    tensor.chunks = [ChunkStorageMetadata(torch.Size([at, 0]), torch.Size([n, columns])) for at, n, _, _ in spans]
+    del index.storage_data[key]
+    for at, _, offset, length in spans:
+        moved_to = _StorageInfo(place.relative_path, offset, length)
+        index.storage_data[MetadataIndex(WEIGHT, torch.Size([at, 0]))] = moved_to
 
 
 def of_another_dtype(index: Metadata, _: Payload) -> None:
@@ -245,10 +259,13 @@ ATTACKS: dict[str, Callable[..., None]] = {
     "a tensor of 2^60 numbers": with_index(lambda index, _: resized(index, 2**30, 2**30)),
     "a tensor of another size": with_index(lambda index, _: resized(index, 7, 16)),
     "a tensor of another dtype": with_index(of_another_dtype),
+    "chunks that overlap": with_index(in_chunks_that_overlap),
     "a tensor too many": with_index(with_one_more),
     "a tensor too few": with_index(without_one),
     "tuples in each other": with_index(lambda *_: nested(1_000_000)),
     "lists in each other": with_index(lambda *_: b"\x80\x04" + b"(]" * 1_000_000 + b"e" * 1_000_000 + b"."),
+    "a long index of garbage": with_index(lambda *_: b"\x80\x04" + b"]" * 2**25 + b"."),
+    "dicts by the million": with_index(lambda *_: b"\x80\x04" + b"}" * 2_000_000 + b"."),
     "a memo of 2^31": with_index(lambda *_: b"\x80\x04Nr\xff\xff\xff\x7f."),
     "a string of 2^62 bytes": with_index(lambda *_: b"\x80\x04\x8d" + (2**62).to_bytes(8, "little") + b"a."),
     "an extension code": with_index(lambda *_: b"\x80\x04\x82\x01."),
