@@ -32,7 +32,7 @@ def accumulate_gradients(
     """
     loss_sum = torch.zeros((), device=runtime.device)
     for index, (x_BT, y_BT) in enumerate(micro_batches):
-        torch.manual_seed(dropout_seed(config.run.seed, step, runtime.rank * len(micro_batches) + index))
+        seed_dropout(runtime.device, dropout_seed(config.run.seed, step, runtime.rank * len(micro_batches) + index))
         with gradient_sync(model, last=index == len(micro_batches) - 1):
             with autocast(runtime.device, dtype):
                 loss = model(x_BT, y_BT).mean() / len(micro_batches)
@@ -72,6 +72,17 @@ class StopCheck:
         self._left = max(1, int(CHECK_SECONDS / max(each, 1e-6)))
         self._waited(self._last - now)
         return bool(stop)
+
+
+def seed_dropout(device: torch.device, seed: int) -> None:
+    """Have dropout on this device draw from `seed`.
+
+    torch.manual_seed would take a millisecond more, for the kinds of device that are not there.
+    """
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
+    else:
+        torch.default_generator.manual_seed(seed)
 
 
 def dropout_seed(seed: int, step: int, micro_batch_index: int) -> int:
