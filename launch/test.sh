@@ -11,7 +11,7 @@ cd "$home"
 # Hundreds of processes import the same modules: each is compiled once.
 unset PYTHONDONTWRITEBYTECODE
 # More workers than cores, since many tests wait.
-workers=(--numprocesses=4 --dist=loadscope --no-loadscope-reorder)
+workers=(--numprocesses=6 --dist=loadscope --no-loadscope-reorder)
 case ${1:-} in
     "" | --storms | --storm-seed*) ;;
     --fast) set -- -m "not slow" ;;

@@ -28,10 +28,13 @@ def pytest_configure() -> None:
 
 # What takes longest comes first, so that no worker is left with it at the end; the rest follow in any order.
 LONGEST = (
-    *("slurm", "hosts/test_multinode.py", "end_to_end/test_resume.py", "end_to_end/test_train.py"),
-    *("storms/test_stops.py", "storms/test_save_kills.py", "storms/test_kills.py", "storms/test_signals.py"),
-    *("end_to_end", "hosts", "test_prepare_tasks.py", "test_doctor.py", "cluster/test_watchdog.py", "launch", "storms"),
+    *("slurm", "hosts/test_multinode.py::test_a_host_joins", "storms/test_stops.py", "hosts/test_multinode.py"),
+    *("end_to_end/test_resume.py", "end_to_end/test_train.py", "storms/test_save_kills.py", "storms/test_kills.py"),
+    *("storms/test_signals.py", "end_to_end", "test_scaling.py", "hosts", "test_prepare_tasks.py", "test_doctor.py"),
+    *("cluster/test_watchdog.py", "launch", "storms"),
 )
+# Their tests may run at the same time.
+APART = ("hosts/test_multinode.py", "storms/test_stops.py", "end_to_end/test_resume.py", "end_to_end/test_train.py")
 
 # Start no training and wait for nothing: the tests of launch/test.sh --fast.
 FAST = ("model/", "corpus/", "telemetry/", "cluster/", "test_config.py", "test_errors.py", "test_presets.py")
@@ -43,15 +46,17 @@ BUT_NOT = (
 )
 
 
-def scope_of(path: str) -> str:
-    """Return the part of a test's path below tests/ that one worker takes as a whole: all of slurm/, else a file."""
-    inside = path.removeprefix("tests/")
-    return "slurm" if inside.startswith("slurm/") else inside
+def scope_of(test: str) -> str:
+    """Return what one worker takes as a whole, below tests/: all of slurm/, else a file, or a single test of APART."""
+    inside = test.removeprefix("tests/")
+    if inside.startswith("slurm/"):
+        return "slurm"
+    return inside if inside.startswith(APART) else inside.split("::")[0]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     def place(item: pytest.Item) -> int:
-        scope = scope_of(item.nodeid.split("::")[0])
+        scope = scope_of(item.nodeid)
         return next((at for at, name in enumerate(LONGEST) if scope.startswith(name)), len(LONGEST))
 
     items.sort(key=place)
@@ -65,7 +70,7 @@ class ByScope(LoadScopeScheduling):  # type: ignore[misc]
     """The tests of a file share what they have trained, those of slurm/ a cluster."""
 
     def _split_scope(self, nodeid: str) -> str:
-        return scope_of(nodeid.split("::")[0])
+        return scope_of(nodeid)
 
 
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByScope:

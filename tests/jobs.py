@@ -24,10 +24,11 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from tests.forking import client, program
+from tests.forking.relay import RELAY
 
 PROJECT = client.PROJECT
-# For PYTHONPATH: torchrun, whatever starts it, forks its ranks.
-FORK_RANKS = f"{PROJECT}:{PROJECT / 'tests' / 'forking' / 'hook'}"
+# For PYTHONPATH: torchrun, whatever starts it, is a fork.
+FORKED = f"{PROJECT}:{PROJECT / 'tests' / 'forking' / 'hook'}"
 
 # Milliseconds a step, with everything that a resume could get wrong: dropout, accumulation, clipping.
 TINY = (
@@ -42,6 +43,8 @@ FOREIGN = ("DISTGPT_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_
 
 # The variables of a command that must start as a person starts it, and not as a fork: jobs.door("train", **jobs.REAL).
 REAL = {"PYTHONPATH": ""}
+# Those of a script whose torchrun is no fork, only its ranks are: it looks after the processes of that torchrun.
+REAL_AGENT = {"FORK_SERVER": ""}
 
 T = TypeVar("T")
 
@@ -183,7 +186,8 @@ def environment(**variables: str) -> dict[str, str]:
     kept = {
         name: value for name, value in os.environ.items() if name == "DISTGPT_TORCH" or not name.startswith(FOREIGN)
     }
-    return {**kept, "OMP_NUM_THREADS": "1", "PYTHONPATH": FORK_RANKS, **variables}
+    forking = {"PYTHONPATH": FORKED, "FORK_SERVER": client.server().address}
+    return {**kept, "OMP_NUM_THREADS": "1", **forking, **variables}
 
 
 def poll(probe: Callable[[], T | None], seconds: float = 120.0) -> T:
@@ -285,13 +289,19 @@ def _once(pairs: Any) -> dict[int, float]:
 
 
 def ranks_of(agent: int) -> dict[int, int]:
-    """Process ids of the ranks that an agent started, by rank."""
-    found: dict[int, int] = {}
+    """Process ids of the ranks that an agent started, by rank; the agent may be a relay that stands for it."""
+    parents, variables, agents = dict[int, int](), dict[int, list[bytes]](), {agent}
     for directory in Path("/proc").glob("[0-9]*"):
         try:
-            parent = int((directory / "stat").read_text().rpartition(")")[2].split()[1])
-            variables = (directory / "environ").read_bytes().split(b"\0") if parent == agent else []
-        except (OSError, ValueError):
+            pid, stat = int(directory.name), (directory / "stat").read_text()
+            variables[pid] = (directory / "environ").read_bytes().split(b"\0")
+        except OSError:
             continue
-        found |= {int(v[5:]): int(directory.name) for v in variables if v.startswith(b"RANK=")}
-    return found
+        parents[pid] = int(stat.rpartition(")")[2].split()[1])
+        if f"{RELAY}={agent}".encode() in variables[pid] and not _rank_in(variables[pid]):
+            agents.add(pid)
+    return {rank: pid for pid in parents if parents[pid] in agents for rank in _rank_in(variables[pid])}
+
+
+def _rank_in(variables: Sequence[bytes]) -> list[int]:
+    return [int(variable[5:]) for variable in variables if variable.startswith(b"RANK=")]

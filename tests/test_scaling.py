@@ -11,6 +11,13 @@ from tests import jobs
 from tests.hosts.network import INTERFACE, network, why_not
 
 
+@pytest.fixture(autouse=True)
+def forked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The torchruns that the benchmark starts are forks."""
+    for name, value in jobs.environment().items():
+        monkeypatch.setenv(name, value)
+
+
 @pytest.fixture(scope="module")
 def scaling() -> ModuleType:
     spec = importlib.util.spec_from_file_location("scaling", jobs.PROJECT / "bench" / "scaling.py")

@@ -21,7 +21,7 @@ def assert_is_the_whole(run: Path, reference: Trained) -> None:
 
 
 @jobs.linux_only
-@pytest.mark.parametrize(("strategy", "name"), [("ddp4", "SIGTERM"), ("fsdp", "SIGINT"), ("diloco", "SIGUSR1")])
+@pytest.mark.parametrize(("strategy", "name"), [("ddp", "SIGTERM"), ("fsdp", "SIGINT"), ("diloco", "SIGUSR1")])
 def test_an_interrupted_run_goes_on_exactly(
     whole: Callable[[str], Trained], prepared: Path, tmp_path: Path, strategy: str, name: str
 ) -> None:

@@ -3,15 +3,19 @@
 import atexit
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
+# The longest environment that a fork can show.
+ROOM = 2**14
 
 
 class Clock:
@@ -44,14 +48,17 @@ class _Server:
     """The server and this end of the socket to it."""
 
     def __init__(self) -> None:
+        self._directory = tempfile.mkdtemp(prefix="distgpt-test-")
+        self.address = f"{self._directory}/server"
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "ROOM": " " * ROOM}
         with theirs:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.forking.server", str(theirs.fileno())],
+                [sys.executable, "-m", "tests.forking.server", str(theirs.fileno()), self.address],
                 pass_fds=[theirs.fileno()],
                 cwd=PROJECT,
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT)},
+                env=variables,
             )
         atexit.register(self._stop)
 
@@ -64,18 +71,25 @@ class _Server:
     def _stop(self) -> None:
         self._requests.close()
         self._process.wait()
+        shutil.rmtree(self._directory)
 
 
 _server: _Server | None = None
 _starting = threading.Lock()
 
 
+def server() -> _Server:
+    """The one of this process."""
+    global _server
+    with _starting:
+        _server = _server or _Server()
+    return _server
+
+
 def start(
     command: Sequence[str], *, env: Mapping[str, str], streams: tuple[int, int, int], core: int | None = None
 ) -> Forked:
     """Start `command`, a Python module or file, with these standard streams, on one core or on all."""
-    global _server
-    with _starting:
-        _server = _server or _Server()
-    request = {"command": list(command), "env": dict(env), "cwd": os.getcwd(), "core": core}
-    return _server.start(json.dumps(request), streams)
+    cores = None if core is None else [core]
+    request = {"command": list(command), "env": dict(env), "cwd": os.getcwd(), "cores": cores, "relay": None}
+    return server().start(json.dumps(request), streams)

@@ -2,7 +2,6 @@
 
 import atexit
 import ctypes
-import functools
 import importlib
 import io
 import os
@@ -17,21 +16,18 @@ from pathlib import Path
 from typing import NoReturn
 
 PRODUCT = "distgpt"
-# What the commands import, at the top or on the way; torch imports its compiler when a model is first made.
 COMMANDS = ("train", "evaluate", "sample", "replay", "doctor", "prepare")
+# What they import on the way; torch imports its compiler when a model is first made.
+COMPILER = "torch._dynamo"
 IMPORTED_LATE = (
-    *("torch.distributed.run", "torch._dynamo"),
+    *("torch.distributed.run", COMPILER),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "tokenizers", "tiktoken"),
 )
 
 
-@functools.cache
-def import_packages() -> None:
-    """Import all that the commands import, and forget distgpt's own modules: each process has its own state in them.
-
-    Does it once; a fork has it from its parent.
-    """
-    for name in (*(f"{PRODUCT}.{command}" for command in COMMANDS), *IMPORTED_LATE):
+def import_packages(late: Sequence[str] = IMPORTED_LATE) -> None:
+    """Import all that the commands import, and forget distgpt's own modules: each process has its own state in them."""
+    for name in (*(f"{PRODUCT}.{command}" for command in COMMANDS), *late):
         importlib.import_module(name)
     for name in [name for name in sys.modules if name.partition(".")[0] == PRODUCT]:
         del sys.modules[name]
@@ -49,6 +45,7 @@ def run(command: Sequence[str], *, env: Mapping[str, str], cwd: str | None) -> N
     try:
         unbuffered, arguments = command[1] == "-u", list(command[2 if command[1] == "-u" else 1 :])
         _forget_the_parent(env, cwd, unbuffered=unbuffered or "PYTHONUNBUFFERED" in env)
+        _customize(env)
         code = _run(arguments)
     finally:
         os._exit(code)
@@ -71,6 +68,14 @@ def _forget_the_parent(env: Mapping[str, str], cwd: str | None, *, unbuffered: b
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 (for the life of the process)
     sys.stdout = _stream(1, "strict", unbuffered=unbuffered)
     sys.stderr = _stream(2, "backslashreplace", unbuffered=unbuffered)
+
+
+def _customize(env: Mapping[str, str]) -> None:
+    """Run the first sitecustomize of PYTHONPATH, as Python does."""
+    for entry in filter(None, env.get("PYTHONPATH", "").split(":")):
+        if (file := Path(entry) / "sitecustomize.py").exists():
+            runpy.run_path(str(file))
+            break
 
 
 def _show_environment(env: Mapping[str, str]) -> None:

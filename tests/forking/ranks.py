@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -48,7 +49,8 @@ def _start(args: Sequence[str], *, env: Mapping[str, str], stdout: Any, stderr: 
     """Stand for Popen in torchrun."""
     if not program.is_python(args):
         return subprocess.Popen(args, env=env, stdout=stdout, stderr=stderr, start_new_session=start_new_session)
-    program.import_packages()
+    if program.COMPILER not in sys.modules and "distgpt.train" in args:  # no fork of the server
+        program.import_packages([program.COMPILER])
     return ForkedRank(args, env=env, stdout=stdout, stderr=stderr)
 
 

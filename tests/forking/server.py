@@ -1,10 +1,12 @@
-"""Forks programs for a test process: `python -m tests.forking.server FD`, a socket to it.
+"""Forks programs for a test process and for what it starts: `python -m tests.forking.server FD ADDRESS`.
 
-A request is one message: JSON with the command, its variables, directory and core, and four file descriptors: the
-standard streams, and a socket for the answers: a line with the process id, then one with the exit code and the CPU
-seconds that it took.
+FD is a socket to the test process, ADDRESS where others connect. A request is one message: JSON with the command, its
+variables, directory and cores, and four file descriptors: the standard streams, and a socket for the answers. These are
+a line with the process id, then one with the exit code and the CPU seconds that it took. What is forked for a relay
+(relay.py) runs in the namespaces of that process, and is killed when it is gone.
 """
 
+import ctypes
 import json
 import os
 import selectors
@@ -12,11 +14,93 @@ import signal
 import socket
 import sys
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 
 from tests.forking import program, ranks
 
 LONGEST_REQUEST = 2**17
+
+
+@dataclass(eq=False)
+class Child:
+    """A program that runs, and the socket to whom it runs for."""
+
+    pid: int
+    ended: int
+    answers: socket.socket
+    relayed: bool
+
+
+class Server:
+    """Serves until the test process closes its end."""
+
+    def __init__(self, requests: socket.socket, address: str) -> None:
+        self._requests = requests
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self._listener.bind(address)
+        self._listener.listen()
+        self._selector = selectors.DefaultSelector()
+        for one in (requests, self._listener):
+            self._selector.register(one, selectors.EVENT_READ)
+        self._children: list[Child] = []
+        self._seconds = 0.0  # of what was forked for relays, until the test process is told
+
+    def serve(self) -> None:
+        try:
+            while True:
+                for key, _ in self._selector.select():
+                    if key.fileobj is self._requests:
+                        if not self._fork(self._requests):
+                            return
+                    elif key.fileobj is self._listener:
+                        with self._listener.accept()[0] as relay:
+                            self._fork(relay)
+                    elif key.data not in self._children:
+                        pass  # it ended in this round
+                    elif key.fd == key.data.ended:
+                        self._reap(key.data)
+                    else:  # the relay is gone
+                        self._selector.unregister(key.fileobj)
+                        os.kill(key.data.pid, signal.SIGKILL)
+        finally:
+            for child in self._children:
+                if child.relayed:
+                    os.kill(child.pid, signal.SIGKILL)
+
+    def _fork(self, requests: socket.socket) -> bool:
+        message, received, _, _ = socket.recv_fds(requests, LONGEST_REQUEST, 4)
+        if not message:
+            return False
+        request = json.loads(message)
+        *streams, answers = received
+        pid = fork(request, streams)
+        for stream in streams:
+            os.close(stream)
+        child = Child(pid, os.pidfd_open(pid), socket.socket(fileno=answers), request["relay"] is not None)
+        self._children.append(child)
+        self._tell(child, f"{pid}")
+        self._selector.register(child.ended, selectors.EVENT_READ, child)
+        if child.relayed:
+            self._selector.register(child.answers, selectors.EVENT_READ, child)
+        return True
+
+    def _reap(self, child: Child) -> None:
+        self._children.remove(child)
+        self._selector.unregister(child.ended)
+        with suppress(KeyError):
+            self._selector.unregister(child.answers)
+        os.close(child.ended)
+        _, status, used = os.wait4(child.pid, 0)
+        self._seconds += used.ru_utime + used.ru_stime
+        self._tell(child, f"{os.waitstatus_to_exitcode(status)} {self._seconds}")
+        if not child.relayed:
+            self._seconds = 0.0
+        child.answers.close()
+
+    def _tell(self, child: Child, line: str) -> None:
+        with suppress(BrokenPipeError):  # nobody may be left to hear it
+            child.answers.send(f"{line}\n".encode())
 
 
 def fork(request: dict[str, Any], streams: list[int]) -> int:
@@ -27,8 +111,11 @@ def fork(request: dict[str, Any], streams: list[int]) -> int:
     try:
         for number, stream in enumerate(streams):
             os.dup2(stream, number)
-        if request["core"] is not None:
-            os.sched_setaffinity(0, {request["core"]})
+        if request["relay"] is not None:
+            os.setpgid(0, 0)
+            enter_namespaces(request["relay"])
+        if request["cores"] is not None:
+            os.sched_setaffinity(0, request["cores"])
         if "torch.distributed.run" in request["command"]:
             ranks.fork_ranks()
         program.run(request["command"], env=request["env"], cwd=request["cwd"])
@@ -36,33 +123,21 @@ def fork(request: dict[str, Any], streams: list[int]) -> int:
         os._exit(70)
 
 
-def main(requests: socket.socket) -> None:
-    """Serve until the test process closes its end."""
-    program.import_packages()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    selector = selectors.DefaultSelector()
-    selector.register(requests, selectors.EVENT_READ)
-    while True:
-        for key, _ in selector.select():
-            if key.fileobj is requests:
-                message, received, _, _ = socket.recv_fds(requests, LONGEST_REQUEST, 4)
-                if not message:
-                    return
-                *streams, answers = received
-                answer = socket.socket(fileno=answers)
-                pid = fork(json.loads(message), streams)
-                for stream in streams:
-                    os.close(stream)
-                answer.send(f"{pid}\n".encode())
-                selector.register(os.pidfd_open(pid), selectors.EVENT_READ, (pid, answer))
-            else:
-                pid, answer = key.data
-                selector.unregister(key.fileobj)
-                os.close(key.fd)
-                _, status, used = os.wait4(pid, 0)
-                with answer, suppress(BrokenPipeError):  # the test may have left
-                    answer.send(f"{os.waitstatus_to_exitcode(status)} {used.ru_utime + used.ru_stime}\n".encode())
+def enter_namespaces(pid: int) -> None:
+    """Enter those of a process: its host name, its network, its mounts."""
+    other = [name for name in ("uts", "net", "mnt") if _namespace("self", name) != _namespace(str(pid), name)]
+    descriptors = [os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY) for name in other]
+    libc = ctypes.CDLL(None, use_errno=True)
+    for descriptor in descriptors:
+        if libc.setns(descriptor, 0):
+            raise OSError(ctypes.get_errno(), "setns")
+
+
+def _namespace(pid: str, name: str) -> str:
+    return os.readlink(f"/proc/{pid}/ns/{name}")
 
 
 if __name__ == "__main__":
-    main(socket.socket(fileno=int(sys.argv[1])))
+    program.import_packages()
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    Server(socket.socket(fileno=int(sys.argv[1])), sys.argv[2]).serve()

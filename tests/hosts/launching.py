@@ -31,7 +31,7 @@ def multinode(
         "HEAD": f"{head}:29400",
         "NODES": nodes or str(len(hosts.hosts)),
         "NPROC_PER_NODE": "1",
-        "JOIN_SECONDS": "120",
+        "JOIN_SECONDS": "600",
         **variables,
     }
     script = str(jobs.PROJECT / "launch" / "multinode.sh")

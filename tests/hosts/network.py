@@ -127,7 +127,7 @@ class Network:
         found = []
         for pid in _output("ip", "netns", "pids", self._space(host)).split():
             with suppress(OSError):
-                if b"\0RANK=" in Path(f"/proc/{pid}/environ").read_bytes():
+                if b"\0RANK=" in b"\0" + Path(f"/proc/{pid}/environ").read_bytes():
                     found.append(int(pid))
         return found
 

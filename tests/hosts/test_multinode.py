@@ -18,13 +18,14 @@ from tests import jobs
 from tests.hosts.conftest import MakeNetwork
 from tests.hosts.launching import multinode
 from tests.hosts.network import Network
+from tests.once import made_once
 
-# Divides over 1, 2, 3, 4 and 6 ranks, in the same micro-batches. GELU: a single ReLU at its kink makes much of the last
+# Divides over 1, 2, 3 and 6 ranks, in the same micro-batches. GELU: a single ReLU at its kink makes much of the last
 # bit, in which sums over other numbers of ranks differ.
 SHAPE = (
     "--model.mlp=gelu",
     *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=16", "--model.dropout=0.1"),
-    *("--train.global_batch=24", "--train.micro_batch=2", "--train.steps=120", "--train.dtype=float32"),
+    *("--train.global_batch=12", "--train.micro_batch=2", "--train.steps=120", "--train.dtype=float32"),
     *("--optim.lr=1e-3", "--optim.grad_clip=1.0", "--eval.every=60", "--eval.sequences=30", "--eval.sample_tokens=0"),
     *("--checkpoint.every=10", "--log.every=1"),
 )
@@ -40,13 +41,15 @@ main_guard(lambda: RunLock(RunPaths(Path(sys.argv[1]))))
 """
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def one_process(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run directory of one process."""
-    run = tmp_path_factory.mktemp("one") / "run"
-    done = jobs.door("train", *SHAPE, f"--data.path={prepared}", f"--run.dir={run}")
-    assert done.code == 0, done
-    return run
+
+    def train(directory: Path) -> None:
+        done = jobs.door("train", *SHAPE, f"--data.path={prepared}", f"--run.dir={directory / 'run'}")
+        assert done.code == 0, done
+
+    return made_once(tmp_path_factory, "one-process", train) / "run"
 
 
 def has_no_rank(hosts: Network, host: str) -> bool:
@@ -81,7 +84,7 @@ def assert_same_run(run: Path, one_process: Path) -> None:
 def test_four_hosts_train_as_one_process_and_the_slow_host_is_named(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path
 ) -> None:
-    arguments = [*SHAPE, "--train.steps=20", "--eval.every=10", f"--data.path={prepared}"]
+    arguments = [*SHAPE, "--train.global_batch=16", "--train.steps=20", "--eval.every=10", f"--data.path={prepared}"]
     alone = jobs.door("train", *arguments, f"--run.dir={tmp_path / 'alone'}")
     assert alone.code == 0, alone
     hosts = make_network(4)
@@ -142,7 +145,9 @@ def test_a_setting_that_cannot_be_starts_nothing(installed: None, tmp_path: Path
 def test_a_head_that_stays_alone_says_so_once(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
     hosts = make_network(2)
     arguments = [*SHAPE, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}"]
-    done = multinode(hosts, arguments, on=["n1"], nodes="2", JOIN_SECONDS="3", TRIES="2")["n1"].finish()
+    done = multinode(hosts, arguments, on=["n1"], nodes="2", JOIN_SECONDS="3", TRIES="2", **jobs.REAL_AGENT)[
+        "n1"
+    ].finish()
     line = "distgpt: 1 of 2 hosts came within 3 s (this one): start the same command on the missing ones"
     assert (done.code, done.stdout) == (75, "")
     # Torch itself warns of a name that it cannot look up.
@@ -165,7 +170,7 @@ def test_another_job_at_the_same_head_is_left_out(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path
 ) -> None:
     hosts, run = make_network(3), tmp_path / "run"
-    arguments, settings = [*SHAPE, f"--data.path={prepared}"], {"head": "n2", "nodes": "2:3"}
+    arguments, settings = [*SHAPE, f"--data.path={prepared}"], {"head": "n2", "nodes": "2:3", **jobs.REAL_AGENT}
     running = multinode(hosts, [*arguments, f"--run.dir={run}"], on=["n1", "n2"], **settings)
     running["n1"].read_until("step  20/120")
     others = [*arguments, f"--run.dir={tmp_path / 'other'}"]
@@ -211,9 +216,9 @@ def test_a_host_joins_is_lost_and_comes_back(
     hosts, run = make_network(3), tmp_path / "run"
     # Ranks that start again, here or because a host joined, are no second run.
     arguments = [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}", "--run.fresh"]
-    settings = {"head": "n2", "nodes": "2:3"}
+    settings = {"head": "n2", "nodes": "2:3", **jobs.REAL_AGENT}
     running = multinode(hosts, arguments, on=["n1", "n2"], **settings)
-    two, three = "= 2 ranks x 2 x 6 accumulation steps", "= 3 ranks x 2 x 4 accumulation steps"
+    two, three = "= 2 ranks x 2 x 3 accumulation steps", "= 3 ranks x 2 x 2 accumulation steps"
     running["n1"].read_until(two)
     running |= multinode(hosts, arguments, on=["n3"], **settings)
     running["n1"].read_slowly_until(three)
@@ -230,7 +235,7 @@ def test_a_host_is_cut_off_for_good(
     """The hardest one to lose: n1 has the lowest address, so rank 0 runs there, which writes and holds the lock."""
     hosts, run = make_network(3), tmp_path / "run"
     arguments = [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}"]
-    running = multinode(hosts, arguments, head="n2", nodes="2:3")
+    running = multinode(hosts, arguments, head="n2", nodes="2:3", **jobs.REAL_AGENT)
     running["n1"].read_until("step  20/120")
     assert owner(run) == "n1"
 
@@ -255,7 +260,7 @@ def test_a_host_is_cut_off_for_good(
 def test_a_link_that_heals(make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path) -> None:
     """Three seconds are not noticed. After a longer cut each host ends its attempt in time, and they start again."""
     hosts, run = make_network(2), tmp_path / "run"
-    running = multinode(hosts, [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}"])
+    running = multinode(hosts, [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}"], **jobs.REAL_AGENT)
     running["n1"].read_until("step  20/120")
     first = hosts.ranks("n1")
     hosts.cut("n2")

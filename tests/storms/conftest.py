@@ -8,6 +8,7 @@ import pytest
 
 from distgpt.corpus.shards import Dataset
 from tests.cluster.conftest import make_dataset
+from tests.once import made_once
 from tests.storms.launched import STEPS_A_STRIKE, Launched
 from tests.storms.living import Lives
 
@@ -72,13 +73,13 @@ def lives(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Iterato
 @pytest.fixture(scope="session")
 def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
     """undisturbed(steps): the directory of a run of so many steps under launch/local.sh that was left in peace."""
-    root = tmp_path_factory.mktemp("undisturbed")
 
     def trained(steps: int) -> Path:
-        run = root / str(steps)
-        if not run.exists():
-            job = Launched(run, prepared, f"--train.steps={steps}")
+        def train(directory: Path) -> None:
+            directory.mkdir()
+            job = Launched(directory / "run", prepared, f"--train.steps={steps}")
             assert job.code() == 0, job.output()
-        return run
+
+        return made_once(tmp_path_factory, f"undisturbed-{steps}", train) / "run"
 
     return trained

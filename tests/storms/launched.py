@@ -23,8 +23,10 @@ STEPS_A_STRIKE = 24
 class Launched:
     """launch/local.sh with two ranks in `run`, started again whenever it has ended before the run was done."""
 
-    def __init__(self, run: Path, data: Path, *flags: str) -> None:
+    def __init__(self, run: Path, data: Path, *flags: str, **variables: str) -> None:
         self.run = run
+        # Restart however often the storm strikes at the start.
+        self._variables = {"NPROC_PER_NODE": "2", "TRIES": "1000000", **variables}
         self._flags = [*jobs.TINY, f"--data.path={data}", f"--run.dir={run}", f"--eval.every={EVALUATE_EVERY}", *flags]
         self._output = run.with_name(f"{run.name}.output")
         self.start()
@@ -36,8 +38,7 @@ class Launched:
                 [LOCAL, *self._flags],
                 stdout=output,
                 stderr=output,
-                # Restart however often the storm strikes at the start.
-                env=jobs.environment(NPROC_PER_NODE="2", TRIES="1000000"),
+                env=jobs.environment(**self._variables),
             )
 
     @property

@@ -28,7 +28,7 @@ pytestmark = [pytest.mark.storm, jobs.linux_only]
 def test_kills_change_nothing(
     prepared: Path, undisturbed: Callable[[int], Path], tmp_path: Path, storm: Storm, table: Table
 ) -> None:
-    count = storm.size(short=3, long=200)
+    count = storm.size(short=2, long=200)
     steps = storm.steps(count)
     job = launched.Launched(tmp_path / "storm", prepared, f"--train.steps={steps}")
     counted, recoveries = Counter[tuple[str, str]](), []

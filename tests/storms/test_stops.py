@@ -31,9 +31,10 @@ def is_named(job: launched.Launched, victim: str, *, more_than: int) -> bool:
 def test_ranks_that_are_stopped_are_named_and_ended(
     prepared: Path, undisturbed: Callable[[int], Path], tmp_path: Path, storm: Storm, table: Table
 ) -> None:
-    count = storm.size(short=2, long=50)
+    count = storm.size(short=1, long=50)
     steps = storm.steps(count)
-    job = launched.Launched(tmp_path / "storm", prepared, f"--train.steps={steps}", f"--health.timeout={LIMIT}")
+    flags = (f"--train.steps={steps}", f"--health.timeout={LIMIT}")
+    job = launched.Launched(tmp_path / "storm", prepared, *flags, **jobs.REAL_AGENT)
     counted, ends = Counter[tuple[str, str]](), []
     for name, victim, pid in launched.strikes(count, job, ("rank 0", "rank 1"), random.Random(storm.seed)):
         named, attempt = job.output().count(f"{victim} of "), {pid, *job.ranks().values()}
@@ -60,7 +61,7 @@ def test_ranks_that_are_all_stopped_are_ended(
     """No rank is left to name them, and torchrun waits for the end of those that it tells to end."""
     steps = storm.steps(2)
     flags = (f"--train.steps={steps}", f"--health.timeout={LIMIT}", "--run.fresh")
-    job = launched.Launched(tmp_path / "storm", prepared, *flags)
+    job = launched.Launched(tmp_path / "storm", prepared, *flags, **jobs.REAL_AGENT)
     for strike in (signal.SIGSTOP, signal.SIGKILL):
         launched.moment("step", job, random.Random(storm.seed))
         ranks = job.ranks()

@@ -1,8 +1,22 @@
-"""For the PYTHONPATH of scripts under test, after the project: torchrun forks its ranks, see tests/forking."""
+"""For the PYTHONPATH of scripts under test, after the project.
 
+torchrun is forked by the server of the tests; without FORK_SERVER it runs here, and forks its ranks.
+"""
+
+import os
 import sys
 
-if any(argument.endswith(("/torchrun", "torch.distributed.run")) for argument in sys.orig_argv[1:3]):
+_launcher = next((at for at in (1, 2) if sys.orig_argv[at : at + 1] and sys.orig_argv[at].endswith("torchrun")), 0)
+if sys.orig_argv[1:3] == ["-m", "torch.distributed.run"]:
+    _launcher = 2
+if _launcher and os.environ.get("FORK_SERVER"):
+    from tests.forking.relay import relay
+
+    try:
+        relay(os.environ["FORK_SERVER"], sys.orig_argv[_launcher + 1 :])
+    finally:
+        os._exit(70)  # Python would go on after an error here
+elif _launcher:
     from tests.forking.ranks import fork_ranks
 
     fork_ranks()

@@ -1,0 +1,54 @@
+"""Stands where a script starts torchrun: the server of the tests forks it, which has torch imported.
+
+It runs in the namespaces and on the cores of this process, which passes on signals and the exit code. When this process
+is killed, so is it.
+"""
+
+import json
+import os
+import signal
+import socket
+import sys
+from collections.abc import Sequence
+from contextlib import suppress
+from typing import Any, NoReturn
+
+PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
+# Of the torchrun and its ranks: the id of the process that stands for it.
+RELAY = "FORKED_FOR"
+
+
+def relay(server: str, arguments: Sequence[str]) -> NoReturn:
+    """Be `torchrun ARGUMENTS` until its end."""
+    agent, early = 0, list[int]()
+
+    def pass_on(number: int, _: Any) -> None:
+        if agent:
+            os.kill(agent, number)
+        else:
+            early.append(number)
+
+    for number in PASSED_ON:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, pass_on)
+    ours, theirs = socket.socketpair()
+    request = {
+        "command": [sys.executable, "-m", "torch.distributed.run", *arguments],
+        "env": {**os.environ, RELAY: str(os.getpid())},
+        "cwd": os.getcwd(),
+        "cores": sorted(os.sched_getaffinity(0)),
+        "relay": os.getpid(),
+    }
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as connection, theirs:
+        connection.connect(server)
+        socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2, theirs.fileno()])
+    answers = ours.makefile()
+    agent = int(answers.readline())
+    for told in early:
+        os.kill(agent, told)
+    code = int(answers.readline().split()[0])
+    if code < 0:
+        with suppress(OSError):  # SIGKILL has no handler
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    os._exit(code)
