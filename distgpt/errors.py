@@ -147,4 +147,11 @@ def user_path(text: str) -> str:
         raise UsageError(f"no home directory is known for {text}: for a file of that name write ./{text}")
     if "$" in text and not os.path.lexists(path):
         raise UsageError(f"{text!r} holds a $, and variables are not expanded here: write the path itself")
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"{path[:80]}... has {len(path)} characters, more than a path can have here") from None
+    except ValueError:
+        raise UsageError(f"{path!r} holds a NUL character, which no path can have") from None
     return path

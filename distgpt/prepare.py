@@ -175,6 +175,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError("--verify DIR goes without --input and --output")
     if options.input and options.output is None:
         raise UsageError("--input needs --output DIR, the directory to make")
+    if options.on_bad_document != "stop" and not options.input:
+        raise UsageError("--on-bad-document has no effect without --input")
     options.output = options.output or DEFAULT_OUTPUT
     if not Path(os.path.realpath(options.output)).name:
         raise UsageError(f"--output {options.output} cannot become a dataset")

@@ -74,6 +74,9 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1}
 # When a host joins, the agents restart their ranks; with the store of before, gloo would find stale addresses in it.
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
+# The seconds that ranks have to save once they are told to stop; torchrun kills them after 30 by default.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-120}
+
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
@@ -81,8 +84,7 @@ trap 'rm -rf "$scratch"' EXIT
 # Hosts find each other by their run directory: one of another job waits for its own, and leaves the others alone.
 # Every attempt has a store of its own, which ends with the head's torchrun, and no restart inside of it
 # (--max-restarts=0): after a network failure such a restart would wait for agents that cannot hear each other, and a
-# new attempt takes no longer. torchrun passes on only the signals it is told of, SIGUSR1 would kill it; and a large
-# model is not saved within the 30 seconds that it would wait.
+# new attempt takes no longer. torchrun passes on only the signals it is told of, SIGUSR1 would kill it.
 on_all_hosts() {
     local rendezvous=$1 last_call=$2 id
     shift 2
@@ -90,7 +92,7 @@ on_all_hosts() {
     DISTGPT_EXIT_FILE=$report run torchrun --nnodes="$NODES" --nproc_per_node="$ranks" \
         --rdzv-backend=c10d --rdzv-endpoint="$head:$rendezvous" --rdzv-id="${id%% *}" --local-addr="$address" \
         --rdzv-conf="is_host=$is_host,join_timeout=$((2 * JOIN_SECONDS + 600)),last_call_timeout=$last_call" \
-        --max-restarts=0 --monitor-interval=0.1 --shutdown-timeout=120 \
+        --max-restarts=0 --monitor-interval=0.1 \
         --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
         -m "$@"
 }

@@ -34,9 +34,11 @@ else
     rendezvous=(--rdzv-backend=static --rdzv-conf="timeout=600" --node-rank="$SLURM_NODEID" --local-addr="$address")
 fi
 
-# The shutdown timeout is the time to finish a step and save it in, before SIGKILL.
+# The seconds that ranks have to finish a step and save it once they are told to stop; torchrun kills them after 30 by
+# default.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-150}
 exec "${python[@]}" -m torch.distributed.run \
     --nnodes="$SLURM_NNODES" --nproc_per_node="$ranks" --max-restarts=0 \
     "${rendezvous[@]}" --rdzv-endpoint="$RENDEZVOUS_ENDPOINT" --rdzv-id="$RENDEZVOUS_ID" \
-    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout=150 \
+    --signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 \
     -m "$@"

@@ -10,6 +10,7 @@ import pytest
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 
 from distgpt import errors
+from distgpt.errors import UsageError, user_path
 
 OTHER_RANK = {"RANK": "1", "MASTER_ADDR": "node1"}
 
@@ -116,3 +117,9 @@ def test_a_reader_that_leaves_is_no_error_to_tell() -> None:
     done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(write)
     assert (done.returncode, done.stderr) == (74, "")
+
+
+@pytest.mark.parametrize(("path", "message"), [("a" * 300, "300 characters, more than"), ("a\0b", "a NUL character")])
+def test_a_path_that_cannot_be_is_refused(path: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        user_path(path)

@@ -271,6 +271,7 @@ def test_validation_text_that_cannot_be_is_one_line(prepare: Run, tmp_path: Path
     assert "no such input: nowhere" in error_line(prepare(*arguments, "nowhere", code=65))
     for values, said in (
         ([*arguments, "-"], "--val-input needs --input beside it"),
+        (["--on-bad-document", "skip"], "--on-bad-document has no effect without --input"),
         (["--val-input", "in.txt"], "--val-input needs --input"),
         ([*arguments, "in.txt", "--val-fraction", "0.2"], "--val-fraction: not allowed with argument --val-input"),
     ):

@@ -17,8 +17,9 @@ def test_the_manifest_saves_what_an_evicted_pod_has_learned() -> None:
     [patch] = job["spec"]["runtimePatches"]
     [node] = patch["trainingRuntimeSpec"]["template"]["spec"]["replicatedJobs"]
     pod = node["template"]["spec"]["template"]["spec"]
-    shutdown = next(arg for arg in trainer["args"] if arg.startswith("--shutdown-timeout="))
-    assert int(shutdown.split("=")[1]) < pod["terminationGracePeriodSeconds"]
+    [shutdown] = trainer["env"]
+    assert shutdown["name"] == "TORCH_ELASTIC_SHUTDOWN_TIMEOUT"
+    assert int(shutdown["value"]) < pod["terminationGracePeriodSeconds"]
     [container] = pod["containers"]
     assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
     roots = [mount["mountPath"] for mount in container["volumeMounts"]]
