@@ -8,7 +8,7 @@
 environment test
 cd "$home"
 
-# Hundreds of processes import the same modules: each is compiled once.
+# Hundreds of processes import the same modules: keep their bytecode.
 unset PYTHONDONTWRITEBYTECODE
 # More workers than cores, since many tests wait.
 workers=(--numprocesses=6 --dist=loadscope --no-loadscope-reorder)

@@ -17,21 +17,23 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cpus > ranks ? cpus / ranks : 1))}
 # Says what went wrong where NCCL would only return an error; costs nothing while nothing does.
 export NCCL_DEBUG=${NCCL_DEBUG:-WARN}
 
-# torchrun's rendezvous c10d unpickles what is in its store, and so runs the code of whoever reaches that: on one node it is
-# a private file, and all that listens does so on loopback; several nodes meet without pickles.
+# torchrun's rendezvous c10d unpickles what it reads from its store, so anyone who can write there can run code. On one node
+# the store is therefore a private file, and the job listens on loopback only: the ranks have a store of their own. On
+# several nodes the static rendezvous is used, which reads no pickles.
 if ((SLURM_NNODES == 1)); then
     export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
+    # Each keep-alive makes the file longer.
     rendezvous=(--rdzv-backend=c10d --rdzv-conf="store_type=file,keep_alive_interval=3600" --local-addr=127.0.0.1)
 else
-    # Both libraries would else pick an interface by the host's name, on some clusters a loopback or management network.
+    # Both libraries would otherwise pick an interface by the host's name, on some clusters a loopback or management network.
     # NCCL only bootstraps over it and finds InfiniBand by itself.
     address=$(own_address)
     interface=$(ip -o -4 address show to "$address" 2>/dev/null | awk 'NR == 1 { print $2 }') || interface=
     if [[ -n $interface ]]; then
         export GLOO_SOCKET_IFNAME=${GLOO_SOCKET_IFNAME:-$interface} NCCL_SOCKET_IFNAME=${NCCL_SOCKET_IFNAME:-$interface}
     fi
-    # timeout: from a busy network file system Python starts minutes later on one node than on another.
-    rendezvous=(--rdzv-backend=static --rdzv-conf="timeout=600" --node-rank="$SLURM_NODEID" --local-addr="$address")
+    # timeout: on a busy network file system Python may start minutes later on one node than on another.
+    rendezvous=(--rdzv-backend=static --rdzv-conf="timeout=600" --node-rank="$SLURM_NODEID")
 fi
 
 # The seconds that ranks have to finish a step and save it once they are told to stop; torchrun kills them after 30 by

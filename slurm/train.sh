@@ -181,9 +181,12 @@ address=$(own_address)
 port=$((10000 + (SLURM_JOB_ID * 101 + attempt * 7) % 20000))
 say "attempt $attempt from $(newest_checkpoint) on $SLURM_JOB_NODELIST: tail -F $(printf %q "$mine")/*.log"
 commenting='' rendezvous_file=''
-trap 'kill $commenting 2>/dev/null || true; comment; rm -f "$rendezvous_file"' EXIT
+trap 'rm -f "$rendezvous_file"; kill $commenting 2>/dev/null || true; comment || true' EXIT
 if ((SLURM_NNODES == 1)); then
-    rendezvous_file=$(mktemp) || fail 74 "cannot make a file in ${TMPDIR:-/tmp} of $SLURMD_NODENAME: make room and submit it again"
+    # Where torchrun sees it, which may run in a container.
+    rendezvous_file=$("${python[@]}" -c 'import tempfile; print(tempfile.mkstemp()[1])') ||
+        fail 74 "cannot create a temporary file on $SLURMD_NODENAME: free some space or set TMPDIR, then submit the job again"
+    rendezvous_file=${rendezvous_file##*$'\n'}
 else
     require_shared_directory
 fi

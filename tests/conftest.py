@@ -33,8 +33,13 @@ LONGEST = (
     *("storms/test_signals.py", "end_to_end", "test_scaling.py", "hosts", "test_prepare_tasks.py", "test_doctor.py"),
     *("cluster/test_watchdog.py", "launch", "storms"),
 )
-# Their tests may run at the same time.
-APART = ("hosts/test_multinode.py", "storms/test_stops.py", "end_to_end/test_resume.py", "end_to_end/test_train.py")
+# Files whose tests may be given to different workers.
+SPLIT_BY_TEST = (
+    "hosts/test_multinode.py",
+    "storms/test_stops.py",
+    "end_to_end/test_resume.py",
+    "end_to_end/test_train.py",
+)
 
 # Start no training and wait for nothing: the tests of launch/test.sh --fast.
 FAST = ("model/", "corpus/", "telemetry/", "cluster/", "test_config.py", "test_errors.py", "test_presets.py")
@@ -47,11 +52,11 @@ BUT_NOT = (
 
 
 def scope_of(test: str) -> str:
-    """Return what one worker takes as a whole, below tests/: all of slurm/, else a file, or a single test of APART."""
+    """Return the unit that is given to one worker: all of tests/slurm, a file, or a single test of SPLIT_BY_TEST."""
     inside = test.removeprefix("tests/")
     if inside.startswith("slurm/"):
         return "slurm"
-    return inside if inside.startswith(APART) else inside.split("::")[0]
+    return inside if inside.startswith(SPLIT_BY_TEST) else inside.split("::")[0]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

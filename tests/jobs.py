@@ -27,7 +27,7 @@ from tests.forking import client, program
 from tests.forking.relay import RELAY
 
 PROJECT = client.PROJECT
-# For PYTHONPATH: torchrun, whatever starts it, is a fork.
+# For PYTHONPATH: any torchrun is replaced by a fork.
 FORKED = f"{PROJECT}:{PROJECT / 'tests' / 'forking' / 'hook'}"
 
 # Milliseconds a step, with everything that a resume could get wrong: dropout, accumulation, clipping.
@@ -43,7 +43,7 @@ FOREIGN = ("DISTGPT_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_
 
 # The variables of a command that must start as a person starts it, and not as a fork: jobs.door("train", **jobs.REAL).
 REAL = {"PYTHONPATH": ""}
-# Those of a script whose torchrun is no fork, only its ranks are: it looks after the processes of that torchrun.
+# Those of a script that looks for the children of its torchrun, which then is no fork; only its ranks are.
 REAL_AGENT = {"FORK_SERVER": ""}
 
 T = TypeVar("T")

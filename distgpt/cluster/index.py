@@ -27,10 +27,12 @@ from torch.distributed.checkpoint.metadata import (
 from distgpt.cluster.manifest import INDEX, file_size, one_line, read_file
 from distgpt.errors import DataError
 
-# Bytes for each file of tensors, and in all. A chunk of a tensor takes some 200.
-LARGEST_PART, LARGEST_INDEX = 2**23, 2**27
-# Values that wait for their place: pickle writes a dict or a list by the thousand.
+# The largest index in bytes: for each file of tensors, and in total. A chunk of a tensor takes some 150.
+LARGEST_INDEX_PER_FILE, LARGEST_INDEX = 2**23, 2**27
+# The most values on the stack. pickle fills dicts and lists in batches of 1000, so a real index stays far below this.
 DEEPEST_STACK = 2**14
+# At least so many bytes for each dict, list, tuple, record or note in the memo. A real index takes eight or more.
+BYTES_PER_OBJECT, FREE_OBJECTS = 4, 1000
 LARGEST_TENSOR, MOST_DIMS = 2**60, 8  # elements
 SHARD = re.compile(r"__\d+_\d+\.distcp")
 
@@ -89,6 +91,9 @@ _VALUES = frozenset(
     )
 )
 _SILENT = frozenset(("PROTO", "FRAME"))
+_MAKING = frozenset(
+    ("EMPTY_DICT", "EMPTY_LIST", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NEWOBJ", "REDUCE", "GLOBAL", "STACK_GLOBAL")
+)
 _PUT, _GET = frozenset(("MEMOIZE", "BINPUT", "LONG_BINPUT")), frozenset(("BINGET", "LONG_BINGET"))
 
 
@@ -115,8 +120,11 @@ class _IndexReader:
         }
 
     def read(self, content: bytes) -> Any:
+        made, most = 0, FREE_OBJECTS + len(content) // BYTES_PER_OBJECT
         for operation, found, _ in pickletools.genops(content):
             name, argument = operation.name, cast(Any, found)
+            made += name in _MAKING
+            _require(max(made, len(self._memo)) <= most, "it holds too many objects for its size")
             if name in _VALUES:
                 self._stack.append(_VALUE_OF.get(name, argument))
             elif name in _PUT:
@@ -129,7 +137,7 @@ class _IndexReader:
                 self._actions[name]()
             elif name not in _SILENT and name != "STOP":
                 raise _Refused(f"it holds {name}")
-            _require(len(self._stack) <= DEEPEST_STACK, "it is not written as pickle writes it")
+            _require(len(self._stack) <= DEEPEST_STACK, "it puts too many values on the stack")
         return self._pop()
 
     def _pop(self) -> Any:
@@ -200,8 +208,8 @@ _IGNORED = {(m, n) for m, names in _OTHERS.items() for n in names if n not in _D
 def read_index(checkpoint: Path) -> Metadata:
     """Which tensors a checkpoint holds, and where. Raises DataError if that is not all that its index says."""
     path = checkpoint / INDEX
-    parts = sum(SHARD.fullmatch(file.name) is not None for file in checkpoint.iterdir())
-    content = read_file(path, min(LARGEST_PART * max(1, parts), LARGEST_INDEX))
+    files = sum(SHARD.fullmatch(file.name) is not None for file in checkpoint.iterdir())
+    content = read_file(path, min(LARGEST_INDEX_PER_FILE * max(1, files), LARGEST_INDEX))
     try:
         fields = _fields(_IndexReader().read(content), "Metadata")
         places = dict(_place(key, record) for key, record in _typed(fields["storage_data"], dict).items())
@@ -267,14 +275,14 @@ def _tensor(name: str, record: Any) -> TensorStorageMetadata:
     size = _size(fields["size"])
     chunks = [_chunk(chunk) for chunk in _typed(fields["chunks"], list)]
     _require(math.prod(size) < LARGEST_TENSOR, f"{name} is too large")
-    same = all(len(size) == len(chunk.sizes) == len(chunk.offsets) for chunk in chunks)
-    _require(same, f"{name} has chunks of another shape")
-    _require(_fill(chunks, size), f"{name} is not all there once")
+    same_dims = all(len(size) == len(chunk.sizes) == len(chunk.offsets) for chunk in chunks)
+    _require(same_dims, f"{name} has chunks of another shape")
+    _require(_covers_once(chunks, size), f"{name} has chunks that overlap or leave gaps")
     return TensorStorageMetadata(TensorProperties(getattr(torch, dtype.name)), size, chunks)
 
 
-def _fill(chunks: list[ChunkStorageMetadata], size: torch.Size) -> bool:
-    """Whether the chunks fill a tensor, each part once. Ours are cut along one dim."""
+def _covers_once(chunks: list[ChunkStorageMetadata], size: torch.Size) -> bool:
+    """Return whether the chunks cover each part of a tensor exactly once. distgpt shards along one dim only."""
     cut = [dim for dim in range(len(size)) if any(chunk.sizes[dim] != size[dim] for chunk in chunks)]
     if len(cut) > 1 or any(chunk.offsets[dim] for chunk in chunks for dim in range(len(size)) if dim not in cut):
         return False

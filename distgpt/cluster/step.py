@@ -77,7 +77,7 @@ class StopCheck:
 def seed_dropout(device: torch.device, seed: int) -> None:
     """Have dropout on this device draw from `seed`.
 
-    torch.manual_seed would take a millisecond more, for the kinds of device that are not there.
+    torch.manual_seed also seeds every other type of device, which takes a millisecond.
     """
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)

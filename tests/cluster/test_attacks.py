@@ -265,6 +265,8 @@ ATTACKS: dict[str, Callable[..., None]] = {
     "tuples in each other": with_index(lambda *_: nested(1_000_000)),
     "lists in each other": with_index(lambda *_: b"\x80\x04" + b"(]" * 1_000_000 + b"e" * 1_000_000 + b"."),
     "a long index of garbage": with_index(lambda *_: b"\x80\x04" + b"]" * 2**25 + b"."),
+    "a memo of a million": with_index(lambda *_: b"\x80\x04]" + b"\x94" * 1_000_000 + b"."),
+    "a list of a million dicts": with_index(lambda *_: b"\x80\x04]" + (b"(" + b"}" * 10_000 + b"e") * 100 + b"."),
     "dicts by the million": with_index(lambda *_: b"\x80\x04" + b"}" * 2_000_000 + b"."),
     "a memo of 2^31": with_index(lambda *_: b"\x80\x04Nr\xff\xff\xff\x7f."),
     "a string of 2^62 bytes": with_index(lambda *_: b"\x80\x04\x8d" + (2**62).to_bytes(8, "little") + b"a."),

@@ -12,6 +12,7 @@ from distgpt.config import resolve
 from distgpt.corpus.shards import open_dataset
 from tests import jobs
 from tests.end_to_end.conftest import ARGUMENTS, RANKS, Trained, tiny
+from tests.once import made_once
 
 # The ancestor's shape, smaller, without dropout.
 SEED_SHAPED = (
@@ -24,14 +25,21 @@ MICRO_BATCH = {"single": 16, "ddp": 4, "fsdp": 8}
 TOLERANCE = 1e-4
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def seed_shaped(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """The run directories of 50 steps of one process, of two with DDP and of two with FSDP."""
-    root = tmp_path_factory.mktemp("seed-shaped")
-    for strategy, micro_batch in MICRO_BATCH.items():
-        arguments = [f"--data.path={prepared}", f"--run.dir={root / strategy}", f"--train.micro_batch={micro_batch}"]
-        ended = jobs.train(RANKS[strategy], *SEED_SHAPED, *arguments, *ARGUMENTS[strategy])
-        assert ended.code == 0, ended
+
+    def train(root: Path) -> None:
+        for strategy, micro_batch in MICRO_BATCH.items():
+            arguments = [
+                f"--data.path={prepared}",
+                f"--run.dir={root / strategy}",
+                f"--train.micro_batch={micro_batch}",
+            ]
+            ended = jobs.train(RANKS[strategy], *SEED_SHAPED, *arguments, *ARGUMENTS[strategy])
+            assert ended.code == 0, ended
+
+    root = made_once(tmp_path_factory, "seed-shaped", train)
     return {strategy: root / strategy for strategy in MICRO_BATCH}
 
 

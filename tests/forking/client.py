@@ -3,7 +3,6 @@
 import atexit
 import json
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -48,8 +47,7 @@ class _Server:
     """The server and this end of the socket to it."""
 
     def __init__(self) -> None:
-        self._directory = tempfile.mkdtemp(prefix="distgpt-test-")
-        self.address = f"{self._directory}/server"
+        self.address = f"{tempfile.mkdtemp(prefix='distgpt-test-')}/server"
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "ROOM": " " * ROOM}
         with theirs:
@@ -71,7 +69,6 @@ class _Server:
     def _stop(self) -> None:
         self._requests.close()
         self._process.wait()
-        shutil.rmtree(self._directory)
 
 
 _server: _Server | None = None

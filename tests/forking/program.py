@@ -74,7 +74,10 @@ def _customize(env: Mapping[str, str]) -> None:
     """Run the first sitecustomize of PYTHONPATH, as Python does."""
     for entry in filter(None, env.get("PYTHONPATH", "").split(":")):
         if (file := Path(entry) / "sitecustomize.py").exists():
-            runpy.run_path(str(file))
+            try:
+                runpy.run_path(str(file))
+            except Exception:
+                traceback.print_exc()  # and goes on
             break
 
 

@@ -49,7 +49,7 @@ def _start(args: Sequence[str], *, env: Mapping[str, str], stdout: Any, stderr: 
     """Stand for Popen in torchrun."""
     if not program.is_python(args):
         return subprocess.Popen(args, env=env, stdout=stdout, stderr=stderr, start_new_session=start_new_session)
-    if program.COMPILER not in sys.modules and "distgpt.train" in args:  # no fork of the server
+    if program.COMPILER not in sys.modules and "distgpt.train" in args:  # this torchrun was not forked by the server
         program.import_packages([program.COMPILER])
     return ForkedRank(args, env=env, stdout=stdout, stderr=stderr)
 

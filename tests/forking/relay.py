@@ -1,7 +1,7 @@
-"""Stands where a script starts torchrun: the server of the tests forks it, which has torch imported.
+"""Replaces torchrun in scripts under test.
 
-It runs in the namespaces and on the cores of this process, which passes on signals and the exit code. When this process
-is killed, so is it.
+The real torchrun is forked by the test server, which already has torch imported, and runs in this process's namespaces
+and on its cores. This process forwards signals and returns the exit code; if it is killed, torchrun is killed too.
 """
 
 import json
@@ -22,11 +22,12 @@ def relay(server: str, arguments: Sequence[str]) -> NoReturn:
     """Be `torchrun ARGUMENTS` until its end."""
     agent, early = 0, list[int]()
 
-    def pass_on(number: int, _: Any) -> None:
-        if agent:
-            os.kill(agent, number)
-        else:
+    def pass_on(number: int, _: Any = None) -> None:
+        if not agent:
             early.append(number)
+            return
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(agent, number)
 
     for number in PASSED_ON:
         if signal.getsignal(number) != signal.SIG_IGN:
@@ -44,8 +45,8 @@ def relay(server: str, arguments: Sequence[str]) -> NoReturn:
         socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2, theirs.fileno()])
     answers = ours.makefile()
     agent = int(answers.readline())
-    for told in early:
-        os.kill(agent, told)
+    for missed in early:
+        pass_on(missed)
     code = int(answers.readline().split()[0])
     if code < 0:
         with suppress(OSError):  # SIGKILL has no handler

@@ -10,9 +10,11 @@ import ctypes
 import json
 import os
 import selectors
+import shutil
 import signal
 import socket
 import sys
+import traceback
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -24,10 +26,10 @@ LONGEST_REQUEST = 2**17
 
 @dataclass(eq=False)
 class Child:
-    """A program that runs, and the socket to whom it runs for."""
+    """A program that runs, and the socket to the process that asked for it."""
 
     pid: int
-    ended: int
+    pidfd: int
     answers: socket.socket
     relayed: bool
 
@@ -44,7 +46,7 @@ class Server:
         for one in (requests, self._listener):
             self._selector.register(one, selectors.EVENT_READ)
         self._children: list[Child] = []
-        self._seconds = 0.0  # of what was forked for relays, until the test process is told
+        self._seconds = 0.0  # CPU seconds of relayed programs that were not yet reported
 
     def serve(self) -> None:
         try:
@@ -58,7 +60,7 @@ class Server:
                             self._fork(relay)
                     elif key.data not in self._children:
                         pass  # it ended in this round
-                    elif key.fd == key.data.ended:
+                    elif key.fd == key.data.pidfd:
                         self._reap(key.data)
                     else:  # the relay is gone
                         self._selector.unregister(key.fileobj)
@@ -67,6 +69,8 @@ class Server:
             for child in self._children:
                 if child.relayed:
                     os.kill(child.pid, signal.SIGKILL)
+            # Here, since a test process that is killed cannot do it.
+            shutil.rmtree(os.path.dirname(self._listener.getsockname()))
 
     def _fork(self, requests: socket.socket) -> bool:
         message, received, _, _ = socket.recv_fds(requests, LONGEST_REQUEST, 4)
@@ -80,17 +84,17 @@ class Server:
         child = Child(pid, os.pidfd_open(pid), socket.socket(fileno=answers), request["relay"] is not None)
         self._children.append(child)
         self._tell(child, f"{pid}")
-        self._selector.register(child.ended, selectors.EVENT_READ, child)
+        self._selector.register(child.pidfd, selectors.EVENT_READ, child)
         if child.relayed:
             self._selector.register(child.answers, selectors.EVENT_READ, child)
         return True
 
     def _reap(self, child: Child) -> None:
         self._children.remove(child)
-        self._selector.unregister(child.ended)
+        self._selector.unregister(child.pidfd)
         with suppress(KeyError):
             self._selector.unregister(child.answers)
-        os.close(child.ended)
+        os.close(child.pidfd)
         _, status, used = os.wait4(child.pid, 0)
         self._seconds += used.ru_utime + used.ru_stime
         self._tell(child, f"{os.waitstatus_to_exitcode(status)} {self._seconds}")
@@ -99,7 +103,7 @@ class Server:
         child.answers.close()
 
     def _tell(self, child: Child, line: str) -> None:
-        with suppress(BrokenPipeError):  # nobody may be left to hear it
+        with suppress(BrokenPipeError):  # the other end may be closed
             child.answers.send(f"{line}\n".encode())
 
 
@@ -119,6 +123,8 @@ def fork(request: dict[str, Any], streams: list[int]) -> int:
         if "torch.distributed.run" in request["command"]:
             ranks.fork_ranks()
         program.run(request["command"], env=request["env"], cwd=request["cwd"])
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(70)
 

@@ -31,6 +31,12 @@ test "$*" != "check ." || test ! -e "${0%/*}/fail"
 """
 
 
+@pytest.fixture(autouse=True)
+def usual_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever torch the tests run with."""
+    monkeypatch.delenv("DISTGPT_TORCH", raising=False)
+
+
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
     """A copy of what the scripts need, and no .venv."""

@@ -106,7 +106,7 @@ class Cluster:
         daemon = self._processes.pop(node)
         known = {"SLURMD_NODENAME": node, "SLURM_CONF": str(self._conf)}
         tasks = [pid for pid, variables in _processes().items() if known.items() <= variables.items()]
-        # Each slurmstepd is the parent of a task; it has none of its environment. What is forked has another parent.
+        # Each slurmstepd is the parent of a task; it has none of its environment. A forked torchrun has another parent.
         keepers = {parent for pid in tasks if _name(parent := _parent(pid)) == "slurmstepd"}
         daemon.kill()
         daemon.wait()
@@ -241,7 +241,10 @@ def _processes() -> dict[int, dict[str, str]]:
 
 
 def _name(pid: int) -> str:
-    return Path(f"/proc/{pid}/comm").read_text().strip()
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
 
 
 def _parent(pid: int) -> int:

@@ -1,4 +1,4 @@
-"""Another user of the cluster, who writes into the store of a job what runs a command of theirs where it is unpickled.
+"""Another user of the cluster, who writes pickles into a job's store that run a command when they are unpickled.
 
 `python -m tests.slurm.stranger PORT PROOF`: the command makes the file PROOF. Prints how many keys there were.
 """

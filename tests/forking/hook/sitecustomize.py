@@ -6,9 +6,10 @@ torchrun is forked by the server of the tests; without FORK_SERVER it runs here,
 import os
 import sys
 
-_launcher = next((at for at in (1, 2) if sys.orig_argv[at : at + 1] and sys.orig_argv[at].endswith("torchrun")), 0)
-if sys.orig_argv[1:3] == ["-m", "torch.distributed.run"]:
-    _launcher = 2
+# Its place in the command line: python [-u] .../torchrun, or python -m torch.distributed.run.
+_launcher = 2 if sys.orig_argv[1][:1] == "-" else 1
+if not sys.orig_argv[_launcher].endswith(("/torchrun", "torch.distributed.run")):
+    _launcher = 0
 if _launcher and os.environ.get("FORK_SERVER"):
     from tests.forking.relay import relay
 
