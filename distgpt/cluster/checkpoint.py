@@ -98,7 +98,8 @@ class Checkpointer:
         self._tokenizer = _tokenizer_of(dataset)
         # A group of its own: a save in the background must not mix its messages with training's.
         timeout = timedelta(seconds=config.health.collective_timeout)
-        self._group = dist.new_group(backend="gloo", timeout=timeout) if runtime.distributed else None
+        # Of a type that differs between versions of torch.
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if runtime.distributed else None
         # Not DefaultStager, which in torch 2.11 can stage once only.
         self._stager = StateDictStager()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")

@@ -33,7 +33,7 @@ class OuterOptimizer:
         timeout = timedelta(seconds=config.health.collective_timeout)
         # The ranks that hold the same shard in each replica. Everybody has to make the groups of all.
         peers = [dist.new_group(range(shard, runtime.world_size, ranks), timeout) for shard in range(ranks)]
-        self._peers = peers[runtime.rank % ranks]
+        self._peers: Any = peers[runtime.rank % ranks]  # of a type that differs between versions of torch
 
     @torch.no_grad()
     def step(self) -> None:

@@ -23,7 +23,7 @@ from dataclasses import asdict, dataclass
 from io import RawIOBase
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from distgpt.cluster import backstop
 from distgpt.cluster.backstop import STACKS_SIGNAL, WRITING, state_of
@@ -102,8 +102,9 @@ class Watchdog:
 
     def connect(self, store: "Store") -> None:
         """From here on the ranks can be called together. `store` is one that all of them share."""
-        # Clients of their own, one a thread: a call in one blocks it. The stubs of torch lack clone().
-        self._store, calls = store.clone(), store.clone()  # type: ignore[attr-defined]
+        shared: Any = store  # some stubs of torch lack clone()
+        # Clients of their own, one a thread: a call in one blocks it.
+        self._store, calls = shared.clone(), shared.clone()
         # From here on all ranks do the same; rank 0 had more to do.
         self._beats = 0
         self._listener = threading.Thread(target=self._listen, args=(calls,), name="watchdog-calls", daemon=True)
