@@ -7,6 +7,7 @@ when both devices are there.
 """
 
 import ctypes
+import errno
 import fcntl
 import os
 import select
@@ -46,7 +47,11 @@ class Direction:
         while self._waiting and self._waiting[0][0] <= time.monotonic():
             _, frame = self._waiting.popleft()
             self._bytes -= len(frame)
-            os.write(self._target, frame)
+            try:
+                os.write(self._target, frame)
+            except OSError as error:
+                if error.errno != errno.EIO:  # the device is not up yet: its frame is lost
+                    raise
         return max(0.0, self._waiting[0][0] - time.monotonic()) if self._waiting else 1.0
 
 
