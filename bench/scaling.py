@@ -47,7 +47,7 @@ import torch
 import torch.distributed as dist
 
 from distgpt.cluster.diloco import OuterOptimizer
-from distgpt.cluster.parallel import bare, build_model
+from distgpt.cluster.parallel import build_model, unwrap_model
 from distgpt.cluster.reduction import agreed, grad_norm_of
 from distgpt.cluster.runtime import Runtime, joined, this_rank
 from distgpt.cluster.step import accumulate_gradients, update
@@ -209,7 +209,7 @@ def measure(job: Job, runtime: Runtime) -> Measured:
         dtype=torch.float32,
     )
     optimizer = build_optimizer(model, config.optim, runtime.device.type)
-    outer = OuterOptimizer(bare(model), config, runtime) if strategy == "diloco" else None
+    outer = OuterOptimizer(unwrap_model(model), config, runtime) if strategy == "diloco" else None
     tokens = torch.randint(VOCABULARY, (job.micro_batch, BLOCK_SIZE + 1))
     micro_batches = [(tokens[:, :-1], tokens[:, 1:])] * job.micro_batches
     seconds, before = [], 0
@@ -231,7 +231,7 @@ def measure(job: Job, runtime: Runtime) -> Measured:
     if runtime.distributed:
         dist.barrier()
     sent = (wire_bytes(job.interface) - before) / job.steps
-    gpt = bare(model)
+    gpt = unwrap_model(model)
     blocks = sum(p.numel() for p in gpt.blocks.parameters()) * 4
     total = sum(p.numel() for p in gpt.parameters()) * 4
     return Measured(statistics.median(seconds), sent, blocks, total - blocks)

@@ -32,7 +32,7 @@ EXIT_INTERRUPTED = 75
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 # Seconds that a rank leaves rank 0 to find the same mistake and say it: the first rank to end has torchrun end all.
-PATIENCE = 30.0
+RANK_ZERO_SECONDS = 30.0
 
 
 class DistgptError(Exception):
@@ -94,7 +94,7 @@ def main_guard(main: Callable[[], T]) -> T:
         return main()
     except DistgptError as error:
         if "MASTER_ADDR" in os.environ and os.environ.get("RANK", "0") != "0":
-            time.sleep(PATIENCE)  # by then torchrun has ended this rank, unless it alone found the mistake
+            time.sleep(RANK_ZERO_SECONDS)  # by then torchrun has ended this rank, unless it alone found the mistake
         print_cause(f"distgpt: error: {error}")
         sys.exit(error.code)
     except KeyboardInterrupt:

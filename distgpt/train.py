@@ -8,7 +8,7 @@ position in the global batch), whatever the number of ranks and however often th
 
 import sys
 
-from distgpt.cluster.health import SIGHT, Run, die_with_agent, leave_if_hopeless
+from distgpt.cluster.health import NFS_ATTRIBUTE_CACHE_SECONDS, Run, die_with_agent, exit_if_restart_cannot_help
 from distgpt.cluster.run_directory import RunPaths
 from distgpt.config import Config, config_from_command_line, to_dict, to_toml, with_absolute_data
 from distgpt.errors import enter, main_guard
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     die_with_agent()
     CONFIG = main_guard(lambda: config_from_command_line(sys.argv[1:], prog="distgpt.train", about=ABOUT))
     main_guard(place_in_job)
-    main_guard(lambda: leave_if_hopeless(RunPaths(CONFIG.run_dir)))
+    main_guard(lambda: exit_if_restart_cannot_help(RunPaths(CONFIG.run_dir)))
 
 import logging
 import math
@@ -42,10 +42,10 @@ from distgpt.cluster.manifest import committed
 from distgpt.cluster.mesh import replicas_apart
 from distgpt.cluster.ownership import Owner
 from distgpt.cluster.parallel import (
-    bare,
     build_model,
     choose_strategy,
     micro_batch_size,
+    unwrap_model,
 )
 from distgpt.cluster.reduction import (
     agreed,
@@ -98,7 +98,7 @@ def main(config: Config) -> None:
         else:
             watchdog.beat("waiting for rank 0 to check the data", math.inf)
         with joined(runtime, timeout=health.collective_timeout, met=watchdog.connect):
-            watchdog.beat("agreeing with the other ranks", health.start_timeout + SIGHT)
+            watchdog.beat("agreeing with the other ranks", health.start_timeout + NFS_ATTRIBUTE_CACHE_SECONDS)
             asked = to_dict(config)
             del asked["run"]["fresh"]  # which a launcher that starts again takes back
             require_agreement({**asked, "data": dataset.fingerprint}, runtime)
@@ -139,7 +139,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
         dtype=dtype,
     )
     optimizer = build_optimizer(model, config.optim, runtime.device.type)
-    outer = OuterOptimizer(bare(model), config, runtime) if strategy == "diloco" else None
+    outer = OuterOptimizer(unwrap_model(model), config, runtime) if strategy == "diloco" else None
     guard = Guard(config.health)
     checkpointer = Checkpointer(
         run,
@@ -237,7 +237,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
 
         stops = StopCheck(lambda: run.stop_requested is not None, runtime, waited=progress.waited)
         run.training()
-        watchdog.follow(model, bare(model))
+        watchdog.follow(model, unwrap_model(model))
         watchdog.beat("waiting for data", health.start_timeout)
         for step in range(start + 1, last + 1):
             lr = set_lr(optimizer, lr_at(step - 1, config.optim, last))

@@ -39,18 +39,18 @@ make_venv() {
     exit 2
 }
 
-# settle OPTION ...: answer --help and --print-config, or say what is wrong in one line, which would drown in torchrun's
+# resolve_config OPTION ...: answer --help and --print-config, or say what is wrong in one line, which would drown in torchrun's
 # report. Sets `run_dir`, and `timeout` to health.timeout in whole seconds.
-settle() {
-    local settled
+resolve_config() {
+    local resolved
     case " $* " in *" --help "* | *" -h "* | *" --print-config "*) exec python -m distgpt.train "$@" ;; esac
-    settled=$(python -c 'import math, os, sys
+    resolved=$(python -c 'import math, os, sys
 from distgpt.config import resolve
 from distgpt.errors import main_guard
 config = main_guard(lambda: resolve(sys.argv[1:], os.environ))
 print(math.ceil(config.health.timeout), config.run_dir)' "$@")
     # shellcheck disable=SC2034 # for the scripts that source this
-    read -r timeout run_dir <<<"$settled"
+    read -r timeout run_dir <<<"$resolved"
 }
 
 # require_counts NAME ...: end if one of these variables is set and no whole number from 1.

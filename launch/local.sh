@@ -7,7 +7,7 @@
 . "$(dirname "$0")/environment.sh"
 environment ""
 . "$home/launch/supervise.sh"
-settle "$@"
+resolve_config "$@"
 require_counts NPROC_PER_NODE TRIES
 
 ranks=${NPROC_PER_NODE:-$(default_ranks)}

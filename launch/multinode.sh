@@ -18,7 +18,7 @@
 . "$(dirname "$0")/environment.sh"
 environment ""
 . "$home/launch/supervise.sh"
-settle "$@"
+resolve_config "$@"
 require_counts NPROC_PER_NODE JOIN_SECONDS TRIES
 
 JOIN_SECONDS=${JOIN_SECONDS:-600}

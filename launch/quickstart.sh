@@ -4,7 +4,7 @@
 # What it makes, data/stdlib and runs/quickstart, is in the directory where it is started.
 . "$(dirname "$0")/environment.sh"
 environment ""
-settle quickstart "$@"
+resolve_config quickstart "$@"
 
 python -m distgpt.prepare
 "$home/launch/local.sh" quickstart "$@"

@@ -26,11 +26,11 @@ trap 'signalled=QUIT; kill -QUIT $child 2>/dev/null || true' QUIT
 # Where the script itself is killed, what it started saves and ends.
 if setpriv --pdeathsig TERM true 2>/dev/null; then orphaned=(setpriv --pdeathsig TERM); else orphaned=(env); fi
 
-# run COMMAND ...: to its end; gives its exit code. Needs `timeout`, see settle.
+# run COMMAND ...: to its end; gives its exit code. Needs `timeout`, see resolve_config.
 run() {
     local status=0 watch
     start "$@"
-    end_if_deaf "$child" >/dev/null &
+    terminate_unresponsive_agent "$child" >/dev/null &
     watch=$!
     finish || status=$?
     kill "$watch" 2>/dev/null || true
@@ -57,11 +57,11 @@ finish() {
     return "$status"
 }
 
-# end_if_deaf AGENT: a torchrun that the network cut off from the head waits for its answer for ever, deaf to signals and
-# to the end of its ranks. Once it has had ranks, and none for a while, it is killed; and so it is where all of them are
-# stopped for health.timeout, which would not end when it tells them to. One that never has any is ended when
-# `nobody_comes SECONDS`, where a script defines it, says why after so many.
-end_if_deaf() {
+# terminate_unresponsive_agent AGENT: a torchrun that the network cut off from the head waits for its answer for ever, and
+# notices neither signals nor the end of its ranks. It is killed once it has had ranks and has had none for a while. It is
+# also killed when all its ranks are stopped for health.timeout: they would not end when it tells them to. One that never
+# has any is ended when `nobody_comes SECONDS`, where a script defines it, says why after so many.
+terminate_unresponsive_agent() {
     local agent=$1 had_ranks='' seconds=0 limit began=$SECONDS
     while kill -0 "$agent" 2>/dev/null; do
         if has_ranks "$agent" ZT; then

@@ -17,7 +17,7 @@ OTHER_RANK = {"RANK": "1", "MASTER_ADDR": "node1"}
 
 def ended(body: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """A door whose main is `body`, and with which no rank has patience."""
-    quick = "import distgpt.errors; distgpt.errors.PATIENCE = 0"
+    quick = "import distgpt.errors; distgpt.errors.RANK_ZERO_SECONDS = 0"
     program = f"from distgpt.errors import *\n{quick}\ndef main():\n    {body}\nmain_guard(main)\n"
     environment = {name: value for name, value in os.environ.items() if name != "RANK"} | variables
     return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)

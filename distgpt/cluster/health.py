@@ -37,7 +37,7 @@ from distgpt.errors import (
     EXIT_IO,
     EXIT_OK,
     EXIT_USAGE,
-    PATIENCE,
+    RANK_ZERO_SECONDS,
     STOP_SIGNALS,
     DistgptError,
     Interrupted,
@@ -60,7 +60,7 @@ LATEST_SECONDS = 10.0
 # What CUDA says of a GPU that broke or was lost; launchers give up where starting again does not help.
 LOST_DEVICE = ("ECC", "unspecified launch failure", "unknown error", "busy or unavailable", "hardware", "NVLink")
 # Seconds for which a network file system may answer from what it remembers of a directory: acdirmax of nfs(5).
-SIGHT = 60.0
+NFS_ATTRIBUTE_CACHE_SECONDS = 60.0
 
 
 def die_with_agent() -> None:
@@ -100,7 +100,7 @@ def _runs_torch(pid: int) -> bool:
         return pid != 1
 
 
-def leave_if_hopeless(paths: RunPaths) -> None:
+def exit_if_restart_cannot_help(paths: RunPaths) -> None:
     """torchrun starts all ranks again whatever ended them: leave if that cannot help; rank 0 says again why."""
     if this_attempt():
         code, cause = ending_of_this_job(paths) or (EXIT_OK, "")
@@ -110,7 +110,7 @@ def leave_if_hopeless(paths: RunPaths) -> None:
             sys.exit(code)
 
 
-class _Unheard:
+class _LossyStream:
     """stdout or stderr, whose reader may go away, as a terminal that is closed: what nobody can read is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
@@ -154,7 +154,7 @@ class Run:
 
     def __enter__(self) -> Self:
         forget_last_attempt()
-        sys.stdout, sys.stderr = _Unheard(sys.stdout), _Unheard(sys.stderr)
+        sys.stdout, sys.stderr = _LossyStream(sys.stdout), _LossyStream(sys.stderr)
         # Kept open for the life of the process.
         self._wakeup = socket.socketpair()
         self._wakeup[1].setblocking(False)
@@ -190,8 +190,11 @@ class Run:
         faulthandler.register(STACKS_SIGNAL, stream)
 
     def sees(self, owner: Owner | None) -> bool:
-        """Whether the run directory of this rank is the one that rank 0 took as `owner`; may take SIGHT seconds."""
-        deadline = time.monotonic() + SIGHT
+        """Whether the run directory of this rank is the one that rank 0 took as `owner`.
+
+        May take NFS_ATTRIBUTE_CACHE_SECONDS.
+        """
+        deadline = time.monotonic() + NFS_ATTRIBUTE_CACHE_SECONDS
         while True:
             with suppress(OSError):
                 if owner is None or loss_of(self.paths, owner) is None:
@@ -233,7 +236,7 @@ class Run:
         if told:
             say_end(code, cause)
         if alone:
-            time.sleep(PATIENCE)  # until torchrun's SIGTERM, as soon as rank 0 has left
+            time.sleep(RANK_ZERO_SECONDS)  # until torchrun's SIGTERM, as soon as rank 0 has left
             # It has not: what went wrong did so here alone.
             if self.report(code, cause, for_host=True) and not told:
                 say_end(code, cause)

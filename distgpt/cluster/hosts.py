@@ -33,8 +33,8 @@ from distgpt.corpus.shards import Split, open_dataset
 from distgpt.errors import EXIT_DATA, EXIT_USAGE, DirectoryError, DistgptError, Interrupted, StorageError, UsageError
 
 # The longest that one host waits for another, and that all checks take; a preflight is done in seconds.
-PATIENCE_SECONDS = 60.0
-LONGEST_SECONDS = 3 * PATIENCE_SECONDS
+ANSWER_SECONDS = 60.0
+LONGEST_SECONDS = 3 * ANSWER_SECONDS
 CONNECT_SECONDS = 5.0
 OPEN_PORTS = "open all TCP ports between the hosts, check their routes"
 CLOCK_SECONDS = 1.0
@@ -65,9 +65,9 @@ class Board:
 
     def __init__(self, runtime: Runtime) -> None:
         # Rank 0, which judges, gives up first, so that the others still hear from it why.
-        self.patience = timedelta(seconds=PATIENCE_SECONDS * (1 if runtime.rank == 0 else 1.5))
+        self.timeout = timedelta(seconds=ANSWER_SECONDS * (1 if runtime.rank == 0 else 1.5))
         try:
-            store: dist.Store = next(rendezvous("env://", timeout=timedelta(seconds=PATIENCE_SECONDS)))[0]
+            store: dist.Store = next(rendezvous("env://", timeout=timedelta(seconds=ANSWER_SECONDS)))[0]
         except (dist.DistError, RuntimeError):
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
             why = network.can_connect(address, port, timeout=CONNECT_SECONDS)
@@ -84,17 +84,17 @@ class Board:
     def read(self, key: str) -> Any:
         """What was posted under `key`, when it is there. Raises Interrupted if it does not come: its host may hang."""
         try:
-            self.store.wait([key], self.patience)
+            self.store.wait([key], self.timeout)
         except dist.DistError:
-            raise Interrupted(f"no {key} within {self.patience.seconds} s: see what that one says") from None
+            raise Interrupted(f"no {key} within {self.timeout.seconds} s: see the log of that host") from None
         return json.loads(self.store.get(key))
 
     def leave_together(self) -> None:
-        """The store dies with the host that holds it, so nobody leaves before everybody has read the verdict."""
+        """The store dies with the host that holds it, so nobody leaves before everybody has read the findings."""
         with suppress(dist.DistError):
             if self.store.add("leaving", 1) == self.runtime.world_size:
                 self.post("all leave", True)
-            self.store.wait(["all leave"], self.patience)
+            self.store.wait(["all leave"], self.timeout)
 
 
 def check_hosts(config: Config, runtime: Runtime, *, say: Say, conclude: Callable[[list[Finding]], None]) -> None:
@@ -115,10 +115,10 @@ def check_hosts(config: Config, runtime: Runtime, *, say: Say, conclude: Callabl
                 raise
             told.append(failure("hosts", error))
             say(told[-1])
-        verdict = f"word from the first host ({stage.__name__})"
+        key = f"answer of the first host ({stage.__name__})"
         if runtime.rank == 0:
-            board.post(verdict, [dataclasses.asdict(finding) for finding in told])
-        findings = [Finding(**finding) for finding in board.read(verdict)]
+            board.post(key, [dataclasses.asdict(finding) for finding in told])
+        findings = [Finding(**finding) for finding in board.read(key)]
         failures = [finding for finding in findings if finding.level == "FAIL"]
         if failures:
             break
@@ -256,7 +256,7 @@ def connect(config: Config, board: Board) -> Iterator[Finding]:
         store=dist.PrefixStore("group", board.store),
         rank=runtime.rank,
         world_size=runtime.world_size,
-        timeout=timedelta(seconds=PATIENCE_SECONDS),
+        timeout=timedelta(seconds=ANSWER_SECONDS),
         device_id=runtime.device if on_gpu else None,
     )
     if on_gpu:
@@ -301,7 +301,7 @@ def post_facts(config: Config, board: Board) -> None:
 
 
 def _facts_of(number: int) -> str:
-    return f"word from host {number + 1} of {nodes()}"
+    return f"answer of host {number + 1} of {nodes()}"
 
 
 def own_name(address: str) -> Iterator[Finding]:

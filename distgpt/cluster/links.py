@@ -82,10 +82,10 @@ def _judge(
         return found(check, f"{summary}; slowest {_told(worst, label)}")
     odd = sorted({*slow, *late}, key=lambda link: (link.bytes_per_second, -link.latency))
     hosts = set.intersection(*({host_of[link.source], host_of[link.destination]} for link in odd))
-    culprit = f"{names[hosts.pop()]} is slow: " if len(odd) > 1 and len(hosts) == 1 else "slow: "
+    slow_host = f"{names[hosts.pop()]} is slow: " if len(odd) > 1 and len(hosts) == 1 else "slow: "
     return warning(
         check,
-        f"{culprit}{', '.join(_told(link, label) for link in odd[:4])} ({summary}): the slowest link sets the pace "
+        f"{slow_host}{', '.join(_told(link, label) for link in odd[:4])} ({summary}): the slowest link sets the pace "
         "of all; look at its cable, port and driver, or leave that host out",
     )
 

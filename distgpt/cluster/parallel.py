@@ -104,14 +104,14 @@ def build_model(
         return model
     device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
     replicated = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    _settle_buckets(replicated, config, runtime, micro_batch=micro_batch, dtype=dtype)
+    _rebuild_buckets(replicated, config, runtime, micro_batch=micro_batch, dtype=dtype)
     return replicated
 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[GPT]:
     """The GPT itself, in eval mode and without gradients. A sharded one needs every rank in each forward."""
-    gpt = bare(model)
+    gpt = unwrap_model(model)
     gpt.eval()
     with torch.no_grad():
         yield gpt
@@ -120,7 +120,7 @@ def inference(model: nn.Module) -> Iterator[GPT]:
         gpt.reshard()  # the root waits for a backward pass to do so, and here none came
 
 
-def bare(model: nn.Module) -> GPT:
+def unwrap_model(model: nn.Module) -> GPT:
     """The GPT inside of what spreads it over the ranks."""
     module = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(module, GPT):
@@ -177,7 +177,7 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return recomputed
 
 
-def _settle_buckets(
+def _rebuild_buckets(
     model: DistributedDataParallel, config: Config, runtime: Runtime, *, micro_batch: int, dtype: torch.dtype
 ) -> None:
     """One backward pass whose gradients are dropped: DDP packs its buckets anew after the first one.

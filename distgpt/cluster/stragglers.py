@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from distgpt.cluster.parallel import bare
+from distgpt.cluster.parallel import unwrap_model
 
 # What a rank is judged by: its own work is so much longer than that of the others' median, and no less than the floor.
 SLOWER, FLOOR_SECONDS, SAVE_FLOOR_SECONDS = 1.5, 0.010, 0.5
@@ -48,7 +48,7 @@ class OwnWork:
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
-        gpt = bare(model)
+        gpt = unwrap_model(model)
         sharded = isinstance(gpt, FSDPModule)
         self._stopwatch: _Stopwatch | _CudaStopwatch
         self._stopwatch = _CudaStopwatch() if device.type == "cuda" and not sharded else _Stopwatch()

@@ -52,7 +52,7 @@ JOINING = "waiting for the other ranks to join"
 
 
 @dataclass(frozen=True)
-class Whereabouts:
+class RankProgress:
     """How far a rank has come, counted in beats, what it does now, and in which line of Python."""
 
     rank: int
@@ -199,12 +199,12 @@ class Watchdog:
                     return
 
     def _end(self, stopped: Sequence[int], gone: Sequence[int]) -> None:
-        mine = Whereabouts(self._run.rank, socket.gethostname(), os.getpid(), self._beats, self._doing, current_line())
+        mine = RankProgress(self._run.rank, socket.gethostname(), os.getpid(), self._beats, self._doing, current_line())
         waited = time.monotonic() - self._last_beat
         threading.Thread(target=self._end_regardless, args=(mine,), daemon=True).start()
         self._write_stacks(f"no progress for {waited:.0f} s while {mine.doing}")
         answers = self._ask_all(mine, {*stopped, *gone})
-        named = culprits(answers, self._world_size, stopped, gone)
+        named = hanging_ranks(answers, self._world_size, stopped, gone)
         alone = self._store is None and not stopped and not gone
         if alone:
             waits = self._doing == JOINING and self._world_size > 1
@@ -223,7 +223,7 @@ class Watchdog:
         _end_neighbours(silent)
         os._exit(EXIT_INTERRUPTED)
 
-    def _end_regardless(self, mine: Whereabouts) -> None:
+    def _end_regardless(self, mine: RankProgress) -> None:
         time.sleep(LATEST)
         cause = f"{mine} makes no progress, nor can say so in {self._run.paths.root}: run it again to go on"
         # It may be stderr that nobody reads.
@@ -241,7 +241,7 @@ class Watchdog:
         with suppress(OSError):
             write_flight_recorders(self._run.paths.logs, self._run.rank)
 
-    def _ask_all(self, mine: Whereabouts, silent: set[int]) -> list[Whereabouts]:
+    def _ask_all(self, mine: RankProgress, silent: set[int]) -> list[RankProgress]:
         """The answers that come in time; the store itself may be with the rank that hangs."""
         answers = {self._run.rank: mine}
 
@@ -254,7 +254,7 @@ class Watchdog:
                 while missing := set(range(self._world_size)) - answers.keys() - silent:
                     for rank in missing:
                         if self._store.check([_key(rank)]):
-                            answers[rank] = Whereabouts(**json.loads(self._store.get(_key(rank))))
+                            answers[rank] = RankProgress(**json.loads(self._store.get(_key(rank))))
                     time.sleep(0.05)
 
         asking = threading.Thread(target=ask, daemon=True)
@@ -274,8 +274,8 @@ def _start_backstop(logs: Path) -> RawIOBase:
     return os.fdopen(write, "wb", buffering=0)
 
 
-def culprits(
-    answers: Sequence[Whereabouts], world_size: int, stopped: Sequence[int] = (), gone: Sequence[int] = ()
+def hanging_ranks(
+    answers: Sequence[RankProgress], world_size: int, stopped: Sequence[int] = (), gone: Sequence[int] = ()
 ) -> str:
     """Who halts all the others, in words."""
     if gone:
@@ -355,7 +355,7 @@ def current_line() -> str:
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
-def _lines(answers: Sequence[Whereabouts]) -> str:
+def _lines(answers: Sequence[RankProgress]) -> str:
     """Which ranks are in which line, the fewest first: in a backward pass or among shards, no beats tell them apart."""
     ranks: dict[str, list[int]] = {}
     for answer in answers:

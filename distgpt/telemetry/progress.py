@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from distgpt.cluster.evaluation import Evaluation
-from distgpt.cluster.parallel import bare
+from distgpt.cluster.parallel import unwrap_model
 from distgpt.cluster.reduction import gathered, hosts_of_ranks, sum_over_ranks
 from distgpt.cluster.run_directory import RunPaths
 from distgpt.cluster.runtime import Runtime
@@ -51,7 +51,7 @@ class Progress:
     ) -> None:
         """`require_owned` is called before each write to the run directory, see `Run.require_owned`."""
         self._paths, self._config, self._runtime = paths, config, runtime
-        self._flops_per_token = bare(model).flops_per_token()
+        self._flops_per_token = unwrap_model(model).flops_per_token()
         self._peak_flops = _peak_of_all(runtime, dtype)
         enabled = runtime.rank == 0
         self._require_owned = require_owned

@@ -155,7 +155,8 @@ def test_a_rank_that_alone_fails_says_so_in_the_run_directory_of_its_job(tmp_pat
     rank_0 = f"os.environ['TORCHELASTIC_RUN_ID'] = '{job}'; RunLock(run.paths)"
     done = rank(
         tmp_path,
-        f"{rank_0}; os.environ['TORCHELASTIC_RUN_ID'] = 'x'; health.PATIENCE = 0; raise RuntimeError('broken GPU')",
+        f"{rank_0}; os.environ['TORCHELASTIC_RUN_ID'] = 'x'; health.RANK_ZERO_SECONDS = 0; "
+        "raise RuntimeError('broken GPU')",
         number=1,
         LOCAL_RANK="1",
         TORCHELASTIC_RUN_ID="x",
@@ -192,7 +193,7 @@ def test_the_report_of_the_attempt_before_does_not_silence_a_rank(
 
 
 def test_a_directory_that_is_not_rank_0s_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "SIGHT", 0.0)
+    monkeypatch.setattr(health, "NFS_ATTRIBUTE_CACHE_SECONDS", 0.0)
     shared, own = RunPaths(tmp_path / "shared"), RunPaths(tmp_path / "own")
     lock = RunLock(shared)
     assert Run(shared, 1).sees(lock.owner)

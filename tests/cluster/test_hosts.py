@@ -122,19 +122,19 @@ def test_a_host_that_says_nothing_may_just_hang(
     board: hosts.Board, config: configuration.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in training, that is worth another start; what no start can mend is not."""
-    monkeypatch.setattr(hosts, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(hosts, "ANSWER_SECONDS", 0.2)
     told: list[Finding] = []
     hosts.check_hosts(config, board.runtime, say=lambda finding: None, conclude=told.extend)
     (finding,) = told
-    assert (finding.code, finding.text.split(" within")[0]) == (75, "no word from host 2 of 2")
+    assert (finding.code, finding.text.split(" within")[0]) == (75, "no answer of host 2 of 2")
 
 
 def test_a_rank_that_hears_nothing_from_the_first_one(
     board: hosts.Board, config: configuration.Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(hosts, "PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(hosts, "ANSWER_SECONDS", 0.2)
     second = dataclasses.replace(board.runtime, rank=1, local_rank=1)
-    with pytest.raises(Interrupted, match=r"no word from the first host \(compare\) within"):
+    with pytest.raises(Interrupted, match=r"no answer of the first host \(compare\) within"):
         hosts.check_hosts(config, second, say=lambda finding: None, conclude=lambda failures: None)
 
 

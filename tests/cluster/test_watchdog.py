@@ -18,7 +18,7 @@ import pytest
 
 from distgpt.cluster.backstop import MORE, state_of
 from distgpt.cluster.runtime import FLIGHT_RECORDER_EVENTS
-from distgpt.cluster.watchdog import JOINING, SUSPENDED, Whereabouts, culprits, current_line
+from distgpt.cluster.watchdog import JOINING, SUSPENDED, RankProgress, current_line, hanging_ranks
 from tests import jobs
 
 # Torn from its place in train.py, without torch.
@@ -35,8 +35,8 @@ with Run(RunPaths(Path(sys.argv[1])), {rank}) as run, Watchdog(run, HealthConfig
 JOINED = "run.own()\nrun.joined(None)\n"
 
 
-def here(rank: int, beats: int, line: str = "a.py:1 in f") -> Whereabouts:
-    return Whereabouts(rank=rank, host=f"n{rank}", pid=100 + rank, beats=beats, doing="in a forward pass", line=line)
+def here(rank: int, beats: int, line: str = "a.py:1 in f") -> RankProgress:
+    return RankProgress(rank=rank, host=f"n{rank}", pid=100 + rank, beats=beats, doing="in a forward pass", line=line)
 
 
 @pytest.mark.parametrize(
@@ -55,8 +55,8 @@ def here(rank: int, beats: int, line: str = "a.py:1 in f") -> Whereabouts:
         ([here(0, 7)], 2, [1], "rank 1 of "),
     ],
 )
-def test_who_is_named(answers: list[Whereabouts], world_size: int, stopped: list[int], named: str) -> None:
-    assert culprits(answers, world_size, stopped).startswith(named)
+def test_who_is_named(answers: list[RankProgress], world_size: int, stopped: list[int], named: str) -> None:
+    assert hanging_ranks(answers, world_size, stopped).startswith(named)
 
 
 def watched(directory: Path, body: str) -> jobs.Ended:

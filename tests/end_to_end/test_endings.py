@@ -44,7 +44,7 @@ ODD = """
 import os, runpy, time
 import torch
 from distgpt.cluster import health
-health.SIGHT = health.PATIENCE = 1.0
+health.NFS_ATTRIBUTE_CACHE_SECONDS = health.RANK_ZERO_SECONDS = 1.0
 if os.environ["RANK"] == "1":
     {wrong}
 runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)

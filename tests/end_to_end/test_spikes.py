@@ -18,12 +18,12 @@ FAULTY = """
 import hashlib, os, runpy, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
 from distgpt.cluster import step as room
-from distgpt.cluster.parallel import bare
+from distgpt.cluster.parallel import unwrap_model
 
 rank, correct = os.environ["RANK"], room.accumulate_gradients
 
 def faulty(model, micro_batches, step, *others):
-    broken = bare(model).blocks[1].mlp if (rank, step) == ("1", 3) else None
+    broken = unwrap_model(model).blocks[1].mlp if (rank, step) == ("1", 3) else None
     hook = broken and broken.register_forward_hook(lambda module, given, out: out * float("nan"))
     loss = correct(model, micro_batches, step, *others)
     if hook:

@@ -183,7 +183,7 @@ def test_what_cannot_succeed_ends_with_one_line(runs: Runs) -> None:
     (runs.cluster.work / "container").write_text(f'{known}DISTGPT_RUN="bash {runs.cluster.work / "killer"}"\n')
     (runs.cluster.work / "packages").write_text("DISTGPT_RUN=no-such-command\n")
     endings = {
-        runs.submit("hopeless", DISTGPT_ENV="container", TRIES="2"): (
+        runs.submit("always-killed", DISTGPT_ENV="container", TRIES="2"): (
             75,
             "2",
             r"gave up after 2 attempts that got no further than no checkpoint.*",
