@@ -27,8 +27,8 @@ from torch.distributed.checkpoint.metadata import (
 from distgpt.cluster.manifest import INDEX, file_size, one_line, read_file
 from distgpt.errors import DataError
 
-# The largest index in bytes: for each file of tensors, and in total. A chunk of a tensor takes some 150.
-LARGEST_INDEX_PER_FILE, LARGEST_INDEX = 2**23, 2**27
+# The most bytes of an index: for each file of tensors, and for a small checkpoint. A chunk of a tensor takes some 150.
+LARGEST_PER_FILE, LARGEST_OF_SMALL = 2**23, 2**20
 # The most values on the stack. pickle fills dicts and lists in batches of 1000, so a real index stays far below this.
 DEEPEST_STACK = 2**14
 # At least so many bytes for each dict, list, tuple, record or note in the memo. A real index takes eight or more.
@@ -208,8 +208,7 @@ _IGNORED = {(m, n) for m, names in _OTHERS.items() for n in names if n not in _D
 def read_index(checkpoint: Path) -> Metadata:
     """Which tensors a checkpoint holds, and where. Raises DataError if that is not all that its index says."""
     path = checkpoint / INDEX
-    files = sum(SHARD.fullmatch(file.name) is not None for file in checkpoint.iterdir())
-    content = read_file(path, min(LARGEST_INDEX_PER_FILE * max(1, files), LARGEST_INDEX))
+    content = read_file(path, _largest_index(checkpoint))
     try:
         fields = _fields(_IndexReader().read(content), "Metadata")
         places = dict(_place(key, record) for key, record in _typed(fields["storage_data"], dict).items())
@@ -220,6 +219,12 @@ def read_index(checkpoint: Path) -> Metadata:
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is not a checkpoint index of ours: {one_line(error)[:200]}") from None
     return Metadata({**tensors}, storage_data=places)
+
+
+def _largest_index(checkpoint: Path) -> int:
+    """Return the most bytes that the index of these files of tensors can have: always fewer than the files have."""
+    sizes = [file_size(file) for file in checkpoint.iterdir() if SHARD.fullmatch(file.name)]
+    return max(LARGEST_OF_SMALL, min(sum(sizes), LARGEST_PER_FILE * len(sizes)))
 
 
 def require_tensors(index: Metadata, wanted: Mapping[str, Any], path: Path) -> None:
