@@ -68,8 +68,11 @@ def test_the_account_is_that_of_an_observer(prepared: Path, tmp_path: Path) -> N
     assert account.total == pytest.approx(total, rel=0.01, abs=0.5)
     steps = [finished.between(step - 1, step) for step in range(30, 61) if step != 41]
     one_step = statistics.median(steps)
-    # How late an observer may be on a machine with other work, by the same steps: most of them take as long.
-    tolerance = 0.02 * total + 2 * (max(steps) - one_step)
+    steps += [killed.between(step - 1, step) for step in range(2, 31) if step != 21]
+    # How late an observer may be on a machine with other work, by the steps themselves: most of them take as long. From
+    # outside, saves after the last step look like evaluation.
+    saves = account.seconds["checkpoint"] + account.seconds["other"]
+    tolerance = 0.02 * total + 2 * (max(steps) - one_step) + saves
     seen = {
         "start": killed.told[1] - killed.began + finished.told[29] - finished.began,
         "recovery": finished.began - killed_at,
@@ -79,10 +82,7 @@ def test_the_account_is_that_of_an_observer(prepared: Path, tmp_path: Path) -> N
     seen["steps"] = killed.between(1, 20) + killed.between(21, 28) + one_step
     seen["steps"] += finished.between(29, 40) + finished.between(41, 60) + one_step
     assert {part: account.seconds[part] for part in seen} == pytest.approx(seen, abs=tolerance)
-    assert (
-        account.seconds["data_wait"] + account.seconds["checkpoint"] + account.seconds["other"]
-        < 0.05 * total + tolerance
-    )
+    assert account.seconds["data_wait"] + saves < 0.07 * total + 2 * (max(steps) - one_step)
     assert 0 < account.goodput < 1
     assert (account.attempts, account.failures) == (2, 1)
 
