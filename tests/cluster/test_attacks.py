@@ -30,21 +30,12 @@ from distgpt.corpus.shards import Dataset
 from distgpt.errors import DataError, StorageError
 from tests import jobs
 from tests.cluster.checkpoints import CPU, SMALL, newest, sign_again, trainee
+from tests.strangers import Payload
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 WEIGHT = "model.token_embedding.weight"
 SECONDS = 60.0  # far more than any of these takes, far less than waiting for ever
-
-
-class Payload:
-    """Runs a command when it is unpickled."""
-
-    def __init__(self, command: str) -> None:
-        self.command = command
-
-    def __reduce__(self) -> tuple[Any, tuple[str]]:
-        return os.system, (self.command,)
 
 
 def index_of(checkpoint: Path) -> Metadata:

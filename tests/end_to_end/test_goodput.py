@@ -72,7 +72,7 @@ def test_the_account_is_that_of_an_observer(prepared: Path, tmp_path: Path) -> N
     # How late an observer may be on a machine with other work, by the steps themselves: most of them take as long. From
     # outside, saves after the last step look like evaluation.
     saves = account.seconds["checkpoint"] + account.seconds["other"]
-    tolerance = 0.02 * total + 2 * (max(steps) - one_step) + saves
+    tolerance = 0.02 * total + 2 * (max(steps) - one_step)
     seen = {
         "start": killed.told[1] - killed.began + finished.told[29] - finished.began,
         "recovery": finished.began - killed_at,
@@ -81,8 +81,10 @@ def test_the_account_is_that_of_an_observer(prepared: Path, tmp_path: Path) -> N
     }
     seen["steps"] = killed.between(1, 20) + killed.between(21, 28) + one_step
     seen["steps"] += finished.between(29, 40) + finished.between(41, 60) + one_step
-    assert {part: account.seconds[part] for part in seen} == pytest.approx(seen, abs=tolerance)
-    assert account.seconds["data_wait"] + saves < 0.07 * total + 2 * (max(steps) - one_step)
+    for part, seconds in seen.items():
+        late = saves if part == "evaluation" else 0.0
+        assert account.seconds[part] == pytest.approx(seconds, abs=tolerance + late), part
+    assert account.seconds["data_wait"] + saves < 0.05 * total + tolerance
     assert 0 < account.goodput < 1
     assert (account.attempts, account.failures) == (2, 1)
 

@@ -12,24 +12,16 @@ from typing import Any
 
 from torch.distributed import TCPStore
 
+from tests.strangers import Payload
+
 NOBODY = 65534
-
-
-class Command:
-    """Runs a command where it is unpickled."""
-
-    def __init__(self, command: str) -> None:
-        self._command = command
-
-    def __reduce__(self) -> tuple[object, tuple[str]]:
-        return os.system, (self._command,)
 
 
 def main(port: int, proof: str) -> None:
     os.setgroups([])
     os.setgid(NOBODY)
     os.setuid(NOBODY)
-    pickled = pickle.dumps(Command(f"touch '{proof}'"))
+    pickled = pickle.dumps(Payload(f"touch '{proof}'"))
     store: Any = TCPStore(  # its set() takes bytes as well
         "127.0.0.1", port, timeout=timedelta(seconds=60), wait_for_workers=False
     )
