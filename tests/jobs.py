@@ -207,7 +207,7 @@ def contents(directory: Path) -> dict[str, str]:
 def alive(pid: int) -> bool:
     """Whether a process is there and not just waiting to be reaped."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in ("Z", "X")
+        return stat_of(pid)[0] not in ("Z", "X")
     except (FileNotFoundError, ProcessLookupError):
         return False
 
@@ -288,20 +288,30 @@ def _once(pairs: Any) -> dict[int, float]:
     return dict(listed)
 
 
-def ranks_of(agent: int) -> dict[int, int]:
-    """Process ids of the ranks that an agent started, by rank; the agent may be a relay that stands for it."""
-    parents, variables, agents = dict[int, int](), dict[int, list[bytes]](), {agent}
+def environments() -> dict[int, dict[str, str]]:
+    """The variables of each process on this machine that may be looked at, by its id."""
+    found = {}
     for directory in Path("/proc").glob("[0-9]*"):
         try:
-            pid, stat = int(directory.name), (directory / "stat").read_text()
-            variables[pid] = (directory / "environ").read_bytes().split(b"\0")
+            variables = (directory / "environ").read_bytes().decode(errors="replace").split("\0")
         except OSError:
             continue
-        parents[pid] = int(stat.rpartition(")")[2].split()[1])
-        if f"{RELAY}={agent}".encode() in variables[pid] and not _rank_in(variables[pid]):
-            agents.add(pid)
-    return {rank: pid for pid in parents if parents[pid] in agents for rank in _rank_in(variables[pid])}
+        found[int(directory.name)] = dict(variable.split("=", 1) for variable in variables if "=" in variable)
+    return found
 
 
-def _rank_in(variables: Sequence[bytes]) -> list[int]:
-    return [int(variable[5:]) for variable in variables if variable.startswith(b"RANK=")]
+def stat_of(pid: int) -> list[str]:
+    """The fields of /proc/PID/stat behind the name: state, parent and so on. Raises OSError where it has ended."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def ranks_of(agent: int) -> dict[int, int]:
+    """Process ids of the ranks that an agent started, by rank; the agent may be a relay that stands for it."""
+    found = environments()
+    agents = {pid for pid, its in found.items() if its.get(RELAY) == str(agent) and "RANK" not in its} | {agent}
+    ranks = {}
+    for pid, its in found.items():
+        with suppress(OSError):
+            if "RANK" in its and int(stat_of(pid)[1]) in agents:
+                ranks[int(its["RANK"])] = pid
+    return ranks

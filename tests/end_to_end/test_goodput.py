@@ -39,7 +39,7 @@ class Watched:
 
 def age(pid: int) -> float:
     """Return the seconds since a process was started."""
-    started = int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    started = int(jobs.stat_of(pid)[19]) / os.sysconf("SC_CLK_TCK")
     return float(Path("/proc/uptime").read_text().split()[0]) - started
 
 

@@ -105,9 +105,9 @@ class Cluster:
         """End everything on a node, at once and without a word."""
         daemon = self._processes.pop(node)
         known = {"SLURMD_NODENAME": node, "SLURM_CONF": str(self._conf)}
-        tasks = [pid for pid, variables in _processes().items() if known.items() <= variables.items()]
+        tasks = [pid for pid, variables in jobs.environments().items() if known.items() <= variables.items()]
         # Each slurmstepd is the parent of a task; it has none of its environment. A forked torchrun has another parent.
-        keepers = {parent for pid in tasks if _name(parent := _parent(pid)) == "slurmstepd"}
+        keepers = {parent for pid in tasks if _name(parent := int(jobs.stat_of(pid)[1])) == "slurmstepd"}
         daemon.kill()
         daemon.wait()
         for pid in [*keepers, *tasks]:
@@ -159,7 +159,7 @@ class Cluster:
     def tasks(self, job: str) -> dict[int, dict[str, str]]:
         """The variables of each process that a job runs on its nodes, by the process's id."""
         known = {"SLURM_CONF": str(self._conf), "SLURM_JOB_ID": job}
-        found = _processes()
+        found = jobs.environments()
         return {pid: its for pid, its in found.items() if "SLURM_STEP_NODELIST" in its and known.items() <= its.items()}
 
     def _configure(self) -> None:
@@ -228,24 +228,8 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
-def _processes() -> dict[int, dict[str, str]]:
-    """The variables of each process on this machine that may be looked at, by its id."""
-    found = {}
-    for directory in Path("/proc").glob("[0-9]*"):
-        try:
-            variables = (directory / "environ").read_bytes().decode(errors="replace").split("\0")
-        except OSError:
-            continue
-        found[int(directory.name)] = dict(variable.split("=", 1) for variable in variables if "=" in variable)
-    return found
-
-
 def _name(pid: int) -> str:
     try:
         return Path(f"/proc/{pid}/comm").read_text().strip()
     except OSError:
         return ""
-
-
-def _parent(pid: int) -> int:
-    return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
