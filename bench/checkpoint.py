@@ -22,18 +22,18 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
-from distgpt.cluster.checkpoint import Checkpointer
-from distgpt.cluster.health import Run
-from distgpt.cluster.loading import training_tensors
-from distgpt.cluster.parallel import build_model
-from distgpt.cluster.run_directory import RunPaths
-from distgpt.cluster.runtime import this_rank
+from distgpt.checkpoint.checkpointer import Checkpointer
+from distgpt.checkpoint.reader import training_tensors
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset, Documents, open_dataset, write_dataset
 from distgpt.corpus.tokenizer import ByteTokenizer
+from distgpt.distributed.parallelize import build_model
+from distgpt.distributed.runtime import this_rank
+from distgpt.health.outliers import Guard
 from distgpt.model.gpt import count_parameters
 from distgpt.model.optim import build_optimizer
-from distgpt.model.outliers import Guard
+from distgpt.run.paths import RunPaths
+from distgpt.run.session import Run
 
 # What the share of training time is given for: a save every ten minutes.
 INTERVAL_SECONDS = 600.0

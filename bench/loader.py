@@ -18,9 +18,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from distgpt.cluster.runtime import joined, this_rank
 from distgpt.corpus.loader import Loader
 from distgpt.corpus.shards import Split
+from distgpt.distributed.process_group import joined
+from distgpt.distributed.runtime import this_rank
 
 TOKENS = 100_000_000
 SHAPES = ((12, 1024), (32, 1024), (64, 256))

@@ -46,14 +46,15 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from distgpt.cluster.diloco import OuterOptimizer
-from distgpt.cluster.parallel import build_model, unwrap_model
-from distgpt.cluster.reduction import agreed, grad_norm_of
-from distgpt.cluster.runtime import Runtime, joined, this_rank
-from distgpt.cluster.step import accumulate_gradients, update
 from distgpt.config import resolve
+from distgpt.distributed.collectives import agreed, grad_norm_of
+from distgpt.distributed.diloco import OuterOptimizer
+from distgpt.distributed.parallelize import build_model, unwrap_model
+from distgpt.distributed.process_group import joined
+from distgpt.distributed.runtime import Runtime, this_rank
 from distgpt.machine import available_cpus
 from distgpt.model.optim import build_optimizer
+from distgpt.training.step import accumulate_gradients, update
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))

@@ -19,7 +19,8 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from distgpt.errors import UsageError, user_path
+from distgpt.errors import UsageError
+from distgpt.files import user_path
 
 # The code that runs. importlib.resources would take the folder of that name in the directory above a clone.
 PACKAGE = Path(__file__).parent

@@ -9,8 +9,9 @@ The exit code is that of the first failure.
 import os
 import sys
 
+from distgpt.cli import enter, main_guard
 from distgpt.config import Config, config_from_command_line
-from distgpt.errors import UsageError, enter, main_guard
+from distgpt.errors import UsageError
 
 FLAG = "--distributed"
 ABOUT = (
@@ -41,12 +42,14 @@ import socket
 import threading
 import traceback
 
-from distgpt.cluster.health import die_with_agent, outcome
-from distgpt.cluster.hosts import LONGEST_SECONDS, check_hosts
-from distgpt.cluster.preflight import Finding, all_local_devices, check_machine, exit_code
-from distgpt.cluster.run_directory import write_exit_report
-from distgpt.cluster.runtime import this_rank
-from distgpt.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK, record_cause
+from distgpt.distributed.runtime import this_rank
+from distgpt.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK
+from distgpt.preflight.finding import Finding, exit_code
+from distgpt.preflight.hosts import LONGEST_SECONDS, check_hosts
+from distgpt.preflight.machine import all_local_devices, check_machine
+from distgpt.run.exit_report import write_exit_report
+from distgpt.run.outcome import outcome
+from distgpt.torchrun import die_with_agent, record_cause
 
 
 def main(config: Config, *, distributed: bool) -> int:

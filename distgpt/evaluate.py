@@ -2,8 +2,9 @@
 
 import argparse
 
-from distgpt.cluster.choice import add_option
-from distgpt.errors import Parser, enter, main_guard, user_path
+from distgpt.checkpoint.choice import add_option
+from distgpt.cli import Parser, enter, main_guard
+from distgpt.files import user_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -27,13 +28,16 @@ if __name__ == "__main__":
 import sys
 from pathlib import Path
 
-from distgpt.cluster.evaluation import evaluate
-from distgpt.cluster.loading import load_for_inference, open_data_of_run
-from distgpt.cluster.parallel import micro_batch_size
-from distgpt.cluster.runtime import compute_dtype, joined, this_rank
+from distgpt.checkpoint.reader import load_for_inference
 from distgpt.config import from_dict
 from distgpt.corpus.loader import EvaluationBatches
+from distgpt.distributed.device import compute_dtype
+from distgpt.distributed.plan import micro_batch_size
+from distgpt.distributed.process_group import joined
+from distgpt.distributed.runtime import this_rank
 from distgpt.errors import DataError, UsageError
+from distgpt.training.evaluation import evaluate
+from distgpt.training.startup import open_data_of_run
 
 
 def main(arguments: argparse.Namespace) -> None:

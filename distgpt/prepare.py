@@ -18,6 +18,7 @@ from typing import Any, Self, get_args
 
 from tqdm import tqdm
 
+from distgpt.cli import Parser, main_guard
 from distgpt.corpus import pipeline, shards, sources, split, staging
 from distgpt.corpus.pipeline import Encoder, Scan, Unit
 from distgpt.corpus.sources import STDIN, Source
@@ -32,17 +33,8 @@ from distgpt.corpus.tokenizer import (
     tokenizer_from_json,
 )
 from distgpt.corpus.workers import Workers
-from distgpt.errors import (
-    DISK_FULL,
-    DataError,
-    DirectoryError,
-    Interrupted,
-    Parser,
-    StorageError,
-    UsageError,
-    main_guard,
-    user_path,
-)
+from distgpt.errors import DISK_FULL, DataError, DirectoryError, Interrupted, StorageError, UsageError
+from distgpt.files import user_path, write_file
 from distgpt.machine import available_cpus
 from distgpt.suggestion import training_command
 
@@ -508,8 +500,8 @@ def _tokenizer(
             )
         tokenizer = trained.with_end_of_text() if several else trained
     raw = tokenizer.to_json().encode()
-    shards.write_file(directory / TOKENIZER, raw)
-    shards.write_file(directory / TOKENIZER_HASH, hashlib.sha256(raw).hexdigest().encode())
+    write_file(directory / TOKENIZER, raw)
+    write_file(directory / TOKENIZER_HASH, hashlib.sha256(raw).hexdigest().encode())
     return tokenizer
 
 

@@ -8,8 +8,9 @@ It leaves the run directory as it is.
 
 import argparse
 
-from distgpt.cluster.choice import NEWEST, add_option
-from distgpt.errors import Parser, enter, main_guard, user_path
+from distgpt.checkpoint.choice import NEWEST, add_option
+from distgpt.cli import Parser, enter, main_guard
+from distgpt.files import user_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -41,28 +42,26 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-from distgpt.cluster.loading import (
-    choose,
-    is_checkpoint,
-    load_for_training,
-    newest_good,
-    open_data_of_run,
-    require_model,
-)
-from distgpt.cluster.manifest import STATE, RunState, committed, listed, read_state, step_of
-from distgpt.cluster.parallel import build_model, micro_batch_size
-from distgpt.cluster.reduction import grad_norm_of
-from distgpt.cluster.run_directory import RunPaths
-from distgpt.cluster.runtime import Runtime, compute_dtype, joined, this_rank
-from distgpt.cluster.step import accumulate_gradients, update
+from distgpt.checkpoint.choice import choose, is_checkpoint, newest_good
+from distgpt.checkpoint.manifest import STATE, RunState, committed, listed, read_state, step_of
+from distgpt.checkpoint.reader import load_for_training, require_model
 from distgpt.config import Config, from_dict, resolve
 from distgpt.corpus.loader import Loader
 from distgpt.corpus.shards import Dataset
+from distgpt.distributed.collectives import grad_norm_of
+from distgpt.distributed.device import compute_dtype
+from distgpt.distributed.parallelize import build_model
+from distgpt.distributed.plan import micro_batch_size
+from distgpt.distributed.process_group import joined
+from distgpt.distributed.runtime import Runtime, this_rank
 from distgpt.errors import DataError, UsageError
+from distgpt.health.outliers import Guard
 from distgpt.model.optim import build_optimizer, lr_at, set_lr
-from distgpt.model.outliers import Guard
 from distgpt.model.probe import Finding, Probe
+from distgpt.run.paths import RunPaths
 from distgpt.telemetry.metrics import read_metrics
+from distgpt.training.startup import open_data_of_run
+from distgpt.training.step import accumulate_gradients, update
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,9 @@
 import argparse
 import math
 
-from distgpt.cluster.choice import add_option
-from distgpt.errors import Parser, enter, main_guard, user_path
+from distgpt.checkpoint.choice import add_option
+from distgpt.cli import Parser, enter, main_guard
+from distgpt.files import user_path
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -48,8 +49,8 @@ from pathlib import Path
 
 import torch
 
-from distgpt.cluster.loading import load_for_inference
-from distgpt.cluster.runtime import threads_per_rank
+from distgpt.checkpoint.reader import load_for_inference
+from distgpt.distributed.device import threads_per_rank
 from distgpt.errors import DataError, UsageError
 from distgpt.model.generate import generate
 

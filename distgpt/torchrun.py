@@ -1,11 +1,91 @@
-"""What torchrun's environment says of this process. Imports no torch."""
+"""What torchrun says of this process, and what this process tells torchrun. Imports no torch."""
 
+import ctypes
+import json
 import os
+import signal
+import socket
+import sys
+import time
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
-from distgpt.errors import UsageError
+from distgpt.errors import EXIT_USAGE, UsageError
+from distgpt.files import parent_of, start_ticks
 
+PR_SET_PDEATHSIG = 1
+# Seconds that a rank leaves rank 0 to find the same mistake and say it: the first rank to end has torchrun end all.
+RANK_ZERO_SECONDS = 30.0
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
+
+
+def this_job() -> str | None:
+    """What this torchrun has in common with no other, None without one."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    if job != "none":  # so is every one called that was given no id
+        return job
+    with suppress(OSError):
+        agent = os.getppid()
+        return f"{socket.gethostname()}, pid {agent}, {start_ticks(agent)}"
+    return None
+
+
+def this_attempt() -> int:
+    """Count how often this torchrun has started all ranks again."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def die_with_agent() -> None:
+    """Under torchrun: have the kernel SIGKILL this rank when its agent dies, so that none trains on as an orphan."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
+        return
+    agent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    # It may have died before the call above took effect, or even before this process had got so far.
+    if os.getppid() != agent:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if not _is_under_torch(agent):
+        with suppress(OSError):
+            print_cause("distgpt: error: TORCHELASTIC_RUN_ID is set, but no torchrun is above this process: unset it")
+        os._exit(EXIT_USAGE)
+
+
+def _is_under_torch(pid: int) -> bool:
+    """Whether a process or one above it can be torchrun: there may be a wrapper between it and its ranks."""
+    while pid:
+        if _runs_torch(pid):
+            return True
+        try:
+            pid = parent_of(pid)
+        except OSError:
+            return False
+    return False
+
+
+def _runs_torch(pid: int) -> bool:
+    """Whether a process can be torchrun. What takes in orphans, an init as a rule, is another's or has no torch."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid == os.getuid() and "libtorch" in Path(f"/proc/{pid}/maps").read_text()
+    except FileNotFoundError:
+        return False
+    except PermissionError:
+        return pid != 1
+
+
+def print_cause(line: str) -> None:
+    """Print why this process ends on stderr, and have torchrun say so too."""
+    print(line, file=sys.stderr, flush=True)
+    record_cause(line)
+
+
+def record_cause(line: str) -> None:
+    """Have torchrun say why this rank ended at the end of its own report, which stands far below what a rank prints."""
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
+        # The format of torch.distributed.elastic.multiprocessing.errors.
+        error = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
+        with suppress(OSError):
+            Path(file).write_text(json.dumps({"message": error}))
 
 
 @dataclass(frozen=True)

@@ -8,11 +8,12 @@ position in the global batch), whatever the number of ranks and however often th
 
 import sys
 
-from distgpt.cluster.health import NFS_ATTRIBUTE_CACHE_SECONDS, Run, die_with_agent, exit_if_restart_cannot_help
-from distgpt.cluster.run_directory import RunPaths
+from distgpt.cli import enter, main_guard
 from distgpt.config import Config, config_from_command_line, to_dict, to_toml, with_absolute_data
-from distgpt.errors import enter, main_guard
-from distgpt.torchrun import place_in_job
+from distgpt.run.exit_report import exit_if_restart_cannot_help
+from distgpt.run.paths import RunPaths
+from distgpt.run.session import NFS_ATTRIBUTE_CACHE_SECONDS, Run
+from distgpt.torchrun import die_with_agent, place_in_job
 
 ABOUT = "Train a GPT on a prepared corpus, or go on with the run in its run directory."
 
@@ -35,19 +36,16 @@ from pathlib import Path
 from torch import nn
 from tqdm import tqdm
 
-from distgpt.cluster.checkpoint import Checkpointer, require_same_run
-from distgpt.cluster.diloco import OuterOptimizer
-from distgpt.cluster.evaluation import evaluate, sample_text
-from distgpt.cluster.manifest import committed
-from distgpt.cluster.mesh import replicas_apart
-from distgpt.cluster.ownership import Owner
-from distgpt.cluster.parallel import (
-    build_model,
-    choose_strategy,
-    micro_batch_size,
-    unwrap_model,
-)
-from distgpt.cluster.reduction import (
+from distgpt.checkpoint.checkpointer import Checkpointer
+from distgpt.checkpoint.compatibility import require_same_run
+from distgpt.checkpoint.interval import SaveInterval
+from distgpt.checkpoint.manifest import committed
+from distgpt.checkpoint.retention import checkpoint_bytes, require_space
+from distgpt.checkpoint.store import require_writable
+from distgpt.corpus.loader import EvaluationBatches, Loader
+from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
+from distgpt.corpus.tokenizer import load_tokenizer
+from distgpt.distributed.collectives import (
     agreed,
     from_rank_zero,
     gathered,
@@ -56,21 +54,23 @@ from distgpt.cluster.reduction import (
     require_agreement,
     weights_are_finite,
 )
-from distgpt.cluster.retention import checkpoint_bytes, require_space
-from distgpt.cluster.runtime import SLOWEST_DISK, Runtime, compute_dtype, joined, restarted, this_rank
-from distgpt.cluster.save_interval import SaveInterval
-from distgpt.cluster.step import StopCheck, accumulate_gradients, update
-from distgpt.cluster.store import require_writable
-from distgpt.cluster.watchdog import JOINING, Watchdog
-from distgpt.corpus.loader import EvaluationBatches, Loader
-from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset, write_file
-from distgpt.corpus.tokenizer import load_tokenizer
+from distgpt.distributed.device import compute_dtype
+from distgpt.distributed.diloco import OuterOptimizer
+from distgpt.distributed.parallelize import build_model, unwrap_model
+from distgpt.distributed.plan import choose_strategy, micro_batch_size, replicas_apart
+from distgpt.distributed.process_group import joined
+from distgpt.distributed.runtime import Runtime, restarted, this_rank
 from distgpt.errors import DataError, DirectoryError, StorageError
+from distgpt.files import write_file
+from distgpt.health.outliers import Guard, Verdict
+from distgpt.health.watchdog import JOINING, Watchdog
 from distgpt.model.gpt import count_parameters
 from distgpt.model.optim import build_optimizer, lr_at, set_lr
-from distgpt.model.outliers import Guard, Verdict
-from distgpt.telemetry.outlook import describe, outlook
+from distgpt.run.lock import Owner
 from distgpt.telemetry.progress import Progress
+from distgpt.training.evaluation import evaluate, sample_text
+from distgpt.training.startup import SLOWEST_DISK, describe, outlook
+from distgpt.training.step import StopCheck, accumulate_gradients, update
 
 log = logging.getLogger("distgpt")
 

@@ -45,8 +45,8 @@ resolve_config() {
     local resolved
     case " $* " in *" --help "* | *" -h "* | *" --print-config "*) exec python -m distgpt.train "$@" ;; esac
     resolved=$(python -c 'import math, os, sys
+from distgpt.cli import main_guard
 from distgpt.config import resolve
-from distgpt.errors import main_guard
 config = main_guard(lambda: resolve(sys.argv[1:], os.environ))
 print(math.ceil(config.health.timeout), config.run_dir)' "$@")
     # shellcheck disable=SC2034 # for the scripts that source this

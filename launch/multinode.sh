@@ -40,7 +40,8 @@ ranks=${NPROC_PER_NODE:-$(default_ranks)}
 python - "$least" "$most" "$ranks" "$@" <<'PYTHON'
 import math, os, sys
 from distgpt.config import resolve
-from distgpt.errors import UsageError, main_guard
+from distgpt.cli import main_guard
+from distgpt.errors import UsageError
 least, most, ranks = map(int, sys.argv[1:4])
 def check() -> None:
     config = resolve(sys.argv[4:], os.environ)
@@ -58,7 +59,7 @@ main_guard(check)
 PYTHON
 
 # Told explicitly, since guessing from the hostname goes wrong where names are shared, missing or mean 127.0.1.1.
-route=$(python -m distgpt.cluster.network route "$head")
+route=$(python -m distgpt.preflight.network route "$head")
 read -r is_host address interface <<<"$route"
 # Two jobs at one rendezvous would wait for each other's hosts without a word.
 for taken in "$port" "$((port + 1))"; do
@@ -102,7 +103,7 @@ on_all_hosts() {
 nobody_comes() {
     local came=()
     ((least > 1 && $1 >= JOIN_SECONDS)) || return 1
-    if ((is_host)); then read -ra came < <(python -m distgpt.cluster.network guests "$rendezvous"); fi
+    if ((is_host)); then read -ra came < <(python -m distgpt.preflight.network guests "$rendezvous"); fi
     if ((is_host && ${#came[@]} + 1 < least)); then
         say "$((${#came[@]} + 1)) of $least hosts came within $JOIN_SECONDS s (this one${came[*]:+, ${came[*]}}): start the same command on the missing ones"
     elif (($1 >= JOIN_SECONDS + 15)); then # they may just have met, and wait for more
@@ -150,7 +151,7 @@ while true; do
         # that was restarted finds the others ready to go through the preflight with it.
         ports=("$port")
         [[ $checked ]] || ports+=("$((port + 1))")
-        run python -m distgpt.cluster.network wait "$head" "$JOIN_SECONDS" "${ports[@]}" >"$scratch/open" || status=75
+        run python -m distgpt.preflight.network wait "$head" "$JOIN_SECONDS" "${ports[@]}" >"$scratch/open" || status=75
         ((status == 0)) || break
         (($(<"$scratch/open") == port)) || phase=preflight
     fi

@@ -52,7 +52,8 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
         fail 2 "DISTGPT_SWEEP=${DISTGPT_SWEEP:-} cannot be read: it must name a file with a line of flags for each task"
     # Quotes as in a shell, ends of lines as any editor writes them.
     mapfile -d '' -t flags < <("${python[@]}" -c 'import itertools, shlex, sys
-from distgpt.errors import UsageError, main_guard
+from distgpt.cli import main_guard
+from distgpt.errors import UsageError
 path, task = sys.argv[1], int(sys.argv[2])
 def flags() -> list[str]:
     why: object = "no flags"
@@ -83,7 +84,7 @@ plan=$("${python[@]}" -c 'import os, sys
 from pathlib import Path
 from distgpt.config import resolve
 from distgpt.corpus.shards import open_dataset
-from distgpt.errors import main_guard
+from distgpt.cli import main_guard
 config = main_guard(lambda: resolve(sys.argv[1:], os.environ))
 main_guard(lambda: open_dataset(Path(config.data.path)))
 print(config.train.steps, config.run_dir)' "$@")

@@ -3,6 +3,7 @@
 import random
 import signal
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from xdist.remote import Producer
@@ -10,6 +11,10 @@ from xdist.scheduler import LoadScopeScheduling
 
 from tests import jobs
 from tests.once import made_once
+
+if TYPE_CHECKING:
+    from distgpt.corpus.shards import Dataset
+    from distgpt.distributed.runtime import Runtime
 
 pytest_plugins = ["tests.timing"]
 SHAKESPEARE = jobs.PROJECT.parent / "shared" / "data" / "tinyshakespeare.txt"
@@ -32,7 +37,7 @@ LONGEST = (
     *("slurm", "hosts/test_multinode.py::test_a_host_joins", "storms/test_stops.py", "hosts/test_multinode.py"),
     *("end_to_end/test_resume.py", "end_to_end/test_train.py", "storms/test_save_kills.py", "storms/test_kills.py"),
     *("storms/test_signals.py", "end_to_end", "test_scaling.py", "hosts", "test_prepare_tasks.py", "test_doctor.py"),
-    *("cluster/test_watchdog.py", "launch", "storms"),
+    *("health/test_watchdog.py", "launch", "storms"),
 )
 # Files whose tests may be given to different workers.
 SPLIT_BY_TEST = (
@@ -43,13 +48,11 @@ SPLIT_BY_TEST = (
 )
 
 # Start no training and wait for nothing: the tests of launch/test.sh --fast.
-FAST = ("model/", "corpus/", "telemetry/", "cluster/", "test_config.py", "test_errors.py", "test_presets.py")
-BUT_NOT = (
-    "cluster/test_watchdog.py",
-    "cluster/test_evaluation.py",
-    "cluster/test_ownership.py",
-    "corpus/test_workers.py",
+FAST = (
+    *("model/", "corpus/", "distributed/", "run/", "checkpoint/", "health/", "telemetry/", "training/", "preflight/"),
+    *("test_config.py", "test_cli.py", "test_presets.py"),
 )
+BUT_NOT = ("health/test_watchdog.py", "training/test_evaluation.py", "run/test_lock.py", "corpus/test_workers.py")
 
 
 def scope_of(test: str) -> str:
@@ -105,3 +108,28 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         assert done.code == 0, done
 
     return made_once(tmp_path_factory, "corpus", prepare)
+
+
+@pytest.fixture(scope="session")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> "Dataset":
+    """Random characters, some of two bytes: 4,000 tokens for training and 1,001 for validation."""
+    from tests.datasets import make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("random"), seed=0)
+
+
+@pytest.fixture(scope="session")
+def other_dataset(tmp_path_factory: pytest.TempPathFactory) -> "Dataset":
+    """The same with other text."""
+    from tests.datasets import make_dataset
+
+    return make_dataset(tmp_path_factory.mktemp("other"), seed=1)
+
+
+@pytest.fixture
+def one_process() -> "Runtime":
+    import torch
+
+    from distgpt.distributed.runtime import Runtime
+
+    return Runtime(0, 0, 1, 1, torch.device("cpu"))

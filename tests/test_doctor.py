@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from distgpt.cluster.ownership import RunLock
-from distgpt.cluster.run_directory import RunPaths
+from distgpt.run.lock import RunLock
+from distgpt.run.paths import RunPaths
 from tests import jobs
 
 # The doctor, soon out of patience.
 HASTY = """
 import os, sys
 from distgpt import config
-from distgpt.cluster import hosts
+from distgpt.preflight import hosts
 hosts.LONGEST_SECONDS = 2.0
 from distgpt import doctor
 sys.exit(doctor.main(config.resolve(sys.argv[1:], os.environ), distributed=True))

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from distgpt import machine, prepare, sample
-from distgpt.cluster.runtime import Runtime, joined, threads_per_rank
+from distgpt.distributed.device import threads_per_rank
+from distgpt.distributed.process_group import joined
+from distgpt.distributed.runtime import Runtime
 from distgpt.machine import available_cpus, available_gpus, default_ranks
 from tests import jobs
 

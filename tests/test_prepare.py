@@ -40,7 +40,7 @@ SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.t
 # The same command with units of 64 KiB, so that a small corpus has many; workers import this file too.
 SMALL_UNITS = """
 from distgpt.corpus import sources
-from distgpt.errors import main_guard
+from distgpt.cli import main_guard
 from distgpt.prepare import main
 
 sources.UNIT_BYTES = 2**16
@@ -560,7 +560,7 @@ def test_an_output_that_another_process_has_just_made_is_not_replaced(prepare: R
         prepare(*arguments, f"{name}-ready", *flags)
         # The other process commits between the first look at the output and the lock.
         program = (
-            "import os; from distgpt.corpus import staging; from distgpt.errors import main_guard\n"
+            "import os; from distgpt.corpus import staging; from distgpt.cli import main_guard\n"
             "from distgpt.prepare import main\n"
             "held = staging.staging\n"
             f"staging.staging = lambda output: (os.rename('{name}-ready', output), held(output))[1]\n"
@@ -822,7 +822,7 @@ def test_a_missing_optional_package_is_one_line(module: str, name: str, tmp_path
     (tmp_path / ("t.json.zst" if name == "." else name)).touch()
     program = (
         f"import sys; sys.modules[{module!r}] = None; sys.argv[1:] = ['--input', {name!r}, '--output', 'out'];"
-        "from distgpt.errors import main_guard; from distgpt.prepare import main; main_guard(main)"
+        "from distgpt.cli import main_guard; from distgpt.prepare import main; main_guard(main)"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, check=False)
     assert done.returncode == 2

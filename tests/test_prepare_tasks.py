@@ -13,7 +13,7 @@ from tests import jobs
 # The same command with units of 64 KiB, so that a small corpus has many; workers import this file too.
 SMALL_UNITS = """
 from distgpt.corpus import sources
-from distgpt.errors import main_guard
+from distgpt.cli import main_guard
 from distgpt.prepare import main
 
 sources.UNIT_BYTES = 2**16

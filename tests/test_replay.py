@@ -9,15 +9,15 @@ import pytest
 import torch
 
 from distgpt import replay
-from distgpt.cluster.run_directory import RunPaths
-from distgpt.cluster.runtime import Runtime
 from distgpt.config import resolve, to_toml
 from distgpt.corpus.loader import Loader
 from distgpt.corpus.shards import Dataset, open_dataset
+from distgpt.distributed.runtime import Runtime
 from distgpt.errors import DataError, UsageError
+from distgpt.run.paths import RunPaths
 from tests import jobs
-from tests.cluster.checkpoints import SMALL, Trainee, newest, trainee
-from tests.cluster.conftest import make_dataset
+from tests.checkpoint.checkpoints import SMALL, Trainee, newest, trainee
+from tests.datasets import make_dataset
 
 ONE_PROCESS = Runtime(0, 0, 1, 1, torch.device("cpu"))
 BATCH = ("--train.global_batch=4", "--train.micro_batch=2", "--train.dtype=float32", "--model.dropout=0.2")

@@ -18,11 +18,12 @@ import numpy as np
 import numpy.typing as npt
 
 from distgpt.corpus import sources, split
-from distgpt.corpus.shards import Documents, SplitName, write_file
+from distgpt.corpus.shards import Documents, SplitName
 from distgpt.corpus.sources import Bad, Content, Piece, Source
 from distgpt.corpus.tokenizer import BpeTokenizer, CharTokenizer, Tokenizer, describe, load_tokenizer, train_bpe
 from distgpt.corpus.workers import Workers
 from distgpt.errors import DataError, StorageError
+from distgpt.files import write_file
 
 BPE_SAMPLE_BYTES = 256 * 2**20
 MAX_PLACES = 10

@@ -28,6 +28,7 @@ import numpy.typing as npt
 from distgpt.corpus.tokenizer import FILE_NAME as TOKENIZER
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.errors import DataError
+from distgpt.files import sync, write_file
 
 META = "meta.json"
 VERIFIED = ".verified.json"
@@ -249,30 +250,6 @@ def _add_for_nanogpt(directory: Path, tokenizer: Tokenizer) -> None:
     ids = {text: id_ for id_, text in reversed(list(enumerate(texts)))}
     content = {"vocab_size": tokenizer.vocab_size, "itos": dict(enumerate(texts)), "stoi": ids}
     write_file(directory / "meta.pkl", pickle.dumps(content, protocol=4))
-
-
-def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole, and on disk, or not there under this name. Raises OSError."""
-    staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(staged, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(staged, path)
-    except BaseException:
-        staged.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(directory: Path) -> None:
-    """Bring a directory's entries to disk. Raises OSError."""
-    descriptor = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 _AGAIN = "prepare it again with --overwrite"

@@ -15,8 +15,8 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from distgpt.corpus.shards import sync, write_file
 from distgpt.errors import DataError, DirectoryError
+from distgpt.files import sync, write_file
 
 STDIN_NAME = "stdin"
 LOCK_NAME = "lock"

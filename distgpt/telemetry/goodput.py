@@ -19,7 +19,8 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from distgpt.telemetry.events import append_whole, put_anew
+from distgpt.files import process_age
+from distgpt.telemetry.tensorboard import append_whole, put_anew
 
 Part = Literal["start", "steps", "data_wait", "checkpoint", "evaluation", "other"]
 End = Literal["done", "interrupted", "failed"]
@@ -151,15 +152,6 @@ class Ledger:
         finally:
             os.close(file)
         self._opened = True
-
-
-def process_age() -> float:
-    """Seconds since this process began, imports and all; 0 where the system does not tell."""
-    try:
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
-    except (OSError, ValueError, IndexError, AttributeError):
-        return 0.0
 
 
 def _repeated(attempts: Iterable[Sequence[Line]]) -> float:

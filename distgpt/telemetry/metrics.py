@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from distgpt.errors import StorageError
-from distgpt.telemetry.events import EventFile, append_whole, put_in_place
+from distgpt.telemetry.tensorboard import EventFile, append_whole, put_in_place
 
 METRICS_FILE = "metrics.jsonl"
 GIB = 2**30
@@ -31,7 +31,7 @@ class StepFigures:
     loss: float  # the global batch's mean, in nats per token
     lr: float
     grad_norm: float
-    loss_z: float | None  # standard deviations above the mean of the last steps, see model/outliers.py
+    loss_z: float | None  # standard deviations above the mean of the last steps, see health/outliers.py
     grad_norm_z: float | None
     skipped: bool  # the update was left out
     tokens: int  # of the whole run

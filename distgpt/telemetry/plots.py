@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distgpt.errors import StorageError
-from distgpt.telemetry.events import put_in_place
 from distgpt.telemetry.metrics import read_metrics
+from distgpt.telemetry.tensorboard import put_in_place
 
 Floats = NDArray[np.float64]
 

@@ -12,21 +12,21 @@ from typing import Self
 import torch
 from torch import nn
 
-from distgpt.cluster.evaluation import Evaluation
-from distgpt.cluster.parallel import unwrap_model
-from distgpt.cluster.reduction import gathered, hosts_of_ranks, sum_over_ranks
-from distgpt.cluster.run_directory import RunPaths
-from distgpt.cluster.runtime import Runtime
-from distgpt.cluster.save_interval import SaveCost, SaveInterval, seconds_between_failures
-from distgpt.cluster.stragglers import OwnWork, Watch, Work
+from distgpt.checkpoint.interval import SaveCost, SaveInterval, seconds_between_failures
 from distgpt.config import Config, to_toml
+from distgpt.distributed.collectives import gathered, hosts_of_ranks, sum_over_ranks
+from distgpt.distributed.parallelize import unwrap_model
+from distgpt.distributed.runtime import Runtime
 from distgpt.errors import Interrupted, StorageError
-from distgpt.model.outliers import Verdict
+from distgpt.health.outliers import Verdict
+from distgpt.health.stragglers import OwnWork, Watch, Work
+from distgpt.run.paths import RunPaths
 from distgpt.telemetry.console import Console, duration, step_time
 from distgpt.telemetry.goodput import End, Ledger
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity
 from distgpt.telemetry.peaks import device_peak_flops, mfu
 from distgpt.telemetry.plots import plot_losses
+from distgpt.training.evaluation import Evaluation
 
 log = logging.getLogger("distgpt")
 

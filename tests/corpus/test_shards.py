@@ -13,14 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from distgpt.corpus.shards import (
-    Dataset,
-    Documents,
-    is_dataset_file,
-    open_dataset,
-    verify_dataset,
-    write_dataset,
-)
+from distgpt.corpus.shards import Dataset, Documents, is_dataset_file, open_dataset, verify_dataset, write_dataset
 from distgpt.corpus.tokenizer import ByteTokenizer
 from distgpt.errors import DataError
 
@@ -174,7 +167,7 @@ def test_more_shards_than_open_files_are_allowed(soft: int, hard: int, opens: bo
     for _ in range(3):
         edit_meta(tmp_path / "data", lambda meta: meta["splits"]["train"].extend(meta["splits"]["train"]))
     program = (
-        "import resource, sys; from pathlib import Path; from distgpt.errors import main_guard;"
+        "import resource, sys; from pathlib import Path; from distgpt.cli import main_guard;"
         "from distgpt.corpus.shards import open_dataset;"
         f"resource.setrlimit(resource.RLIMIT_NOFILE, ({soft}, {hard}));"
         "main_guard(lambda: open_dataset(Path(sys.argv[1])))"

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from distgpt.cluster.ownership import RunLock
-from distgpt.cluster.run_directory import RunPaths
+from distgpt.run.lock import RunLock
+from distgpt.run.paths import RunPaths
 from tests import jobs
 from tests.end_to_end.conftest import Trained, tiny
 

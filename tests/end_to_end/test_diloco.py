@@ -8,14 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from distgpt.cluster.reduction import grad_norm_of
-from distgpt.cluster.runtime import Runtime
-from distgpt.cluster.step import accumulate_gradients, update
 from distgpt.config import Config, resolve
 from distgpt.corpus.loader import Loader, MicroBatch
 from distgpt.corpus.shards import open_dataset
+from distgpt.distributed.collectives import grad_norm_of
+from distgpt.distributed.runtime import Runtime
 from distgpt.model.gpt import GPT
 from distgpt.model.optim import build_optimizer
+from distgpt.training.step import accumulate_gradients, update
 from tests import jobs
 from tests.end_to_end.conftest import ARGUMENTS, tiny
 

@@ -43,7 +43,7 @@ def test_a_signal_while_the_ranks_find_each_other(prepared: Path, tmp_path: Path
 ODD = """
 import os, runpy, time
 import torch
-from distgpt.cluster import health
+from distgpt.run import session as health
 health.NFS_ATTRIBUTE_CACHE_SECONDS = health.RANK_ZERO_SECONDS = 1.0
 if os.environ["RANK"] == "1":
     {wrong}
@@ -112,7 +112,7 @@ def test_a_plain_process_stops_at_a_step_as_well(prepared: Path, tmp_path: Path)
 # distgpt.train where each micro-batch of a step is a line, and the ranks ask each other after each whether to stop.
 LONG_STEPS = """
 import runpy
-from distgpt.cluster import step
+from distgpt.training import step
 from distgpt.telemetry import console
 step.CHECK_SECONDS = console.QUIET_SECONDS = 0
 runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)

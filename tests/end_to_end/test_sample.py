@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from distgpt import evaluate, replay
-from distgpt.cluster.run_directory import RunPaths
 from distgpt.errors import UsageError
+from distgpt.run.paths import RunPaths
 from distgpt.sample import parse_arguments
 from tests import jobs
 from tests.end_to_end.conftest import Trained, tiny

@@ -17,8 +17,8 @@ from tests.end_to_end.conftest import tiny
 FAULTY = """
 import hashlib, os, runpy, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from distgpt.cluster import step as room
-from distgpt.cluster.parallel import unwrap_model
+from distgpt.training import step as room
+from distgpt.distributed.parallelize import unwrap_model
 
 rank, correct = os.environ["RANK"], room.accumulate_gradients
 

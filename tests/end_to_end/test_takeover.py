@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from distgpt.cluster.ownership import BOOT_ID
+from distgpt.run.lock import BOOT_ID
 from tests import jobs
 from tests.end_to_end.conftest import Trained, tiny
 

@@ -34,9 +34,9 @@ NOTICED = ("--health.timeout=15", "--health.eval_timeout=15", "--health.checkpoi
 OPEN_LOCK = """
 import sys
 from pathlib import Path
-from distgpt.cluster.ownership import RunLock
-from distgpt.cluster.run_directory import RunPaths
-from distgpt.errors import main_guard
+from distgpt.run.lock import RunLock
+from distgpt.run.paths import RunPaths
+from distgpt.cli import main_guard
 main_guard(lambda: RunLock(RunPaths(Path(sys.argv[1]))))
 """
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
-from distgpt.cluster.health import PR_SET_PDEATHSIG
+from distgpt.torchrun import PR_SET_PDEATHSIG
 from tests import jobs
 
 NODES = ("n1", "n2", "n3", "n4", "n5")

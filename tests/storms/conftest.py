@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from distgpt.corpus.shards import Dataset
-from tests.cluster.conftest import make_dataset
+from tests.datasets import make_dataset
 from tests.once import made_once
 from tests.storms.launched import STEPS_A_STRIKE, Launched
 from tests.storms.living import Lives

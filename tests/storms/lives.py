@@ -23,20 +23,20 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 
-from distgpt.cluster import ownership
-from distgpt.cluster.checkpoint import Checkpointer
-from distgpt.cluster.health import Run
-from distgpt.cluster.ownership import Owner
-from distgpt.cluster.parallel import build_model
-from distgpt.cluster.reduction import from_rank_zero
-from distgpt.cluster.run_directory import RunPaths
-from distgpt.cluster.runtime import Runtime
+from distgpt.checkpoint.checkpointer import Checkpointer
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset, open_dataset
+from distgpt.distributed.collectives import from_rank_zero
+from distgpt.distributed.parallelize import build_model
+from distgpt.distributed.runtime import Runtime
+from distgpt.health.outliers import Guard
 from distgpt.model.optim import build_optimizer
-from distgpt.model.outliers import Guard
+from distgpt.run import lock as ownership
+from distgpt.run.lock import Owner
+from distgpt.run.paths import RunPaths
+from distgpt.run.session import Run
 from distgpt.telemetry.metrics import Metrics
-from tests.cluster.checkpoints import SMALL
+from tests.checkpoint.checkpoints import SMALL
 
 CHANGES = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "ftruncate", "truncate", "fsync")
 OPEN = open

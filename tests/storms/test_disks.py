@@ -11,7 +11,7 @@ import pytest
 
 from distgpt.corpus.shards import Dataset
 from tests import jobs
-from tests.cluster.checkpoints import trainee
+from tests.checkpoint.checkpoints import trainee
 from tests.end_to_end.conftest import tiny
 from tests.storms.conftest import Table
 

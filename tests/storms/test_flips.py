@@ -11,15 +11,15 @@ from pathlib import Path
 
 import pytest
 
-from distgpt.cluster.checkpoint import require_same_run
-from distgpt.cluster.loading import load_for_inference
-from distgpt.cluster.manifest import committed
-from distgpt.cluster.runtime import Runtime
+from distgpt.checkpoint.compatibility import require_same_run
+from distgpt.checkpoint.manifest import committed
+from distgpt.checkpoint.reader import load_for_inference
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
+from distgpt.distributed.runtime import Runtime
 from distgpt.errors import DataError
 from tests import jobs
-from tests.cluster.checkpoints import CPU, SMALL, flip_bit, trainee
+from tests.checkpoint.checkpoints import CPU, SMALL, flip_bit, trainee
 from tests.storms.conftest import Storm, Table
 
 pytestmark = pytest.mark.storm

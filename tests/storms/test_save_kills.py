@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from distgpt.cluster.manifest import committed, damage
-from distgpt.cluster.run_directory import RunPaths
+from distgpt.checkpoint.manifest import committed, damage
+from distgpt.run.paths import RunPaths
 from tests import jobs
-from tests.cluster.checkpoints import flip_bit
+from tests.checkpoint.checkpoints import flip_bit
 from tests.storms.conftest import Storm, Table
 from tests.storms.living import Ended, Lives
 

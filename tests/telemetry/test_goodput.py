@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from distgpt.files import process_age
 from distgpt.telemetry import goodput
-from distgpt.telemetry.goodput import Ledger, Line, account_of, process_age, read_ledger
+from distgpt.telemetry.goodput import Ledger, Line, account_of, read_ledger
 
 
 def owned() -> None:
@@ -237,7 +238,7 @@ def test_a_line_that_cannot_be_written_loses_nothing_once_the_next_one_can(tmp_p
 def test_the_age_of_a_process_counts_from_its_very_start() -> None:
     if sys.platform != "linux":
         pytest.skip("reads /proc")
-    program = "import time; time.sleep(0.5); from distgpt.telemetry.goodput import process_age; print(process_age())"
+    program = "import time; time.sleep(0.5); from distgpt.files import process_age; print(process_age())"
     started = time.monotonic()
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 0.5 <= float(done.stdout) <= time.monotonic() - started + 0.02

@@ -13,9 +13,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distgpt.cluster.ownership import RunLock
-from distgpt.cluster.run_directory import RunPaths
 from distgpt.errors import StorageError
+from distgpt.run.lock import RunLock
+from distgpt.run.paths import RunPaths
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity, read_metrics
 from tests import jobs
 

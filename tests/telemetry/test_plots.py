@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distgpt.cluster.ownership import RunLock
-from distgpt.cluster.run_directory import RunPaths
 from distgpt.errors import StorageError
+from distgpt.run.lock import RunLock
+from distgpt.run.paths import RunPaths
 from distgpt.telemetry.plots import plot_losses, smoothed
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"

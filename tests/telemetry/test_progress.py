@@ -8,13 +8,13 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import Tensor
 
-from distgpt.cluster.run_directory import RunPaths
-from distgpt.cluster.runtime import Runtime
-from distgpt.cluster.save_interval import SaveInterval
+from distgpt.checkpoint.interval import SaveInterval
 from distgpt.config import Config, ModelConfig, resolve
+from distgpt.distributed.runtime import Runtime
 from distgpt.errors import DataError, Interrupted
+from distgpt.health.outliers import Guard
 from distgpt.model.gpt import GPT
-from distgpt.model.outliers import Guard
+from distgpt.run.paths import RunPaths
 from distgpt.telemetry.goodput import PARTS, read_ledger
 from distgpt.telemetry.progress import Progress
 

@@ -1,0 +1,53 @@
+"""Whether a run directory's checkpoints are of the run that is about to start."""
+
+from pathlib import Path
+
+from distgpt.checkpoint.manifest import STATE, RunState, committed, read_state
+from distgpt.config import Config, from_dict, to_dict
+from distgpt.corpus.shards import Dataset
+from distgpt.distributed.plan import replicas_apart
+from distgpt.distributed.runtime import Runtime
+from distgpt.errors import DataError, UsageError
+
+# Keys outside of model.* that are part of what a run learns.
+FIXED_KEYS = ("run.seed", "train.global_batch")
+# Keys of model.* that only say how it is computed.
+FREE_KEYS = ("model.loss_chunk",)
+
+
+def require_same_run(directory: Path, config: Config, dataset: Dataset, runtime: Runtime) -> None:
+    """Raise UsageError with a diff if the newest checkpoint is of another model, data, seed or global batch.
+
+    Or of another number of replicas that learn apart: each has an optimizer of its own.
+    """
+    replicas = replicas_apart(config, runtime)
+    for checkpoint in committed(directory):
+        try:
+            state = read_state(checkpoint)
+        except DataError:
+            continue  # restore() says what is wrong with it
+        differences = _differences(state, config, dataset)
+        if state.replicas not in (1, replicas):
+            differences.append(f"replicas of diloco {state.replicas} -> {replicas}")
+        if differences:
+            raise UsageError(
+                f"{checkpoint} was made by another run: {'; '.join(differences)}; "
+                "resume with the same values or choose another --run.dir"
+            )
+        return
+
+
+def _differences(state: RunState, config: Config, dataset: Dataset) -> list[str]:
+    then, now = from_dict(state.config, source=STATE), config
+    model_keys = (f"model.{name}" for name in to_dict(config)["model"])
+    differences = []
+    for key in (*model_keys, *FIXED_KEYS):
+        section, name = key.split(".")
+        old, new = (to_dict(c)[section][name] for c in (then, now))
+        if old != new and key not in FREE_KEYS:
+            differences.append(f"{key} {old} -> {new}")
+    if state.vocab_size != dataset.vocab_size:
+        differences.append(f"vocabulary {state.vocab_size} -> {dataset.vocab_size}")
+    if state.data_fingerprint != dataset.fingerprint:
+        differences.append(f"data {state.data_fingerprint[:12]} -> {dataset.fingerprint[:12]} ({dataset.path})")
+    return differences

@@ -1,0 +1,208 @@
+"""Tensors back from a checkpoint, whatever their sharding then and now; no code that it might bring is run."""
+
+import errno
+import io
+import pickle
+import pickletools
+import re
+import struct
+import warnings
+import zipfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+from torch import nn
+from torch.distributed.checkpoint.metadata import Metadata, MetadataIndex, TensorStorageMetadata
+from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.futures import Future
+
+from distgpt.checkpoint.choice import NEWEST, choose
+from distgpt.checkpoint.index import read_index, require_tensors
+from distgpt.checkpoint.manifest import INDEX, STATE, TOKENIZER, RunState, one_line, open_file, read_state, sha256_of
+from distgpt.config import Config, from_dict
+from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
+from distgpt.distributed.diloco import OuterOptimizer
+from distgpt.errors import DataError, StorageError
+from distgpt.model.gpt import GPT
+
+# Bytes of a stored tensor besides its numbers: of what describes it, and in all.
+LARGEST_HEADER, LARGEST_EXTRA = 2**12, 2**14
+# All that torch.save() needs for the record of one tensor. None takes a value from the memo: a short record that names
+# tuples again and again takes years to hash.
+_OPERATIONS = frozenset(
+    (
+        *("PROTO", "GLOBAL", "BINPUT", "MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE", "BINPERSID"),
+        *("BINUNICODE", "BININT", "BININT1", "BININT2", "LONG1", "NEWTRUE", "NEWFALSE", "REDUCE", "STOP"),
+    )
+)
+_GLOBALS = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch [A-Z][A-Za-z0-9]*Storage")
+
+# One process saving or loading on its own is what we ask for.
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
+
+
+def load_for_inference(run: Path, device: torch.device, choice: str = NEWEST) -> tuple[GPT, Tokenizer, RunState]:
+    """The model of a run's checkpoint, see choose(), in eval mode, with its tokenizer. One process."""
+    checkpoint = choose(run, choice)
+    state = read_state(checkpoint)
+    config = from_dict(state.config, source=str(checkpoint / STATE))
+    require_model(checkpoint, config, state.vocab_size)
+    model = GPT(config.model, state.vocab_size, state.eot_id)
+    read_tensors({"model": model.state_dict()}, checkpoint)
+    if sha256_of(checkpoint / TOKENIZER) != state.tokenizer_sha256:
+        raise DataError(f"{checkpoint / TOKENIZER} is not the one that the model was trained with")
+    return model.to(device).eval(), load_tokenizer(checkpoint / TOKENIZER), state
+
+
+def require_model(checkpoint: Path, config: Config, vocab_size: int) -> None:
+    """Raise DataError unless a checkpoint holds the model of a config, before anything is allocated for one."""
+    index = read_index(checkpoint)
+    wrong = DataError(f"{checkpoint / STATE} has a config of another model than the one stored")
+    if config.model.n_layer > len(index.state_dict_metadata):
+        raise wrong
+    try:
+        with torch.device("meta"):
+            model = GPT(replace(config.model, document_mask=False), vocab_size)
+    except (RuntimeError, TypeError, OverflowError):  # numbers that no tensor has
+        raise wrong from None
+    require_tensors(index, {"model": model.state_dict()}, checkpoint / INDEX)
+
+
+def load_for_training(
+    checkpoint: Path,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    outer: OuterOptimizer | None = None,
+) -> None:
+    """Fill a model and its optimizers; each rank reads its own share."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    optim = get_optimizer_state_dict(model, optimizer, options=options)
+    tensors = training_tensors(model, optimizer)
+    apart = read_state(checkpoint).replicas > 1
+    read_tensors(outer.in_checkpoint(tensors) if outer and apart else tensors, checkpoint)
+    set_model_state_dict(model, tensors["model"])
+    set_optimizer_state_dict(model, optimizer, {**optim, **tensors["optim"]}, options=options)
+    if outer and not apart:
+        outer.start_from_here()
+
+
+def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """Model and optimizer state by name. Hyper-parameters stay out: the config and the step give them."""
+    options = StateDictOptions(flatten_optimizer_state_dict=True)
+    optim = get_optimizer_state_dict(model, optimizer, options=options)
+    return {
+        "model": get_model_state_dict(model),
+        "optim": {name: value for name, value in optim.items() if name.startswith("state.")},
+    }
+
+
+def read_tensors(tensors: dict[str, Any], checkpoint: Path) -> None:
+    """Fill `tensors` in place, whatever their sharding now and then. Raises DataError, StorageError."""
+    index = read_index(checkpoint)  # here a DataError is one; dcp.load would wrap it in its own
+    require_tensors(index, tensors, checkpoint / INDEX)
+    reader = _Reader(checkpoint, index)
+    try:
+        dcp.load(tensors, storage_reader=reader, no_dist=True)  # which would exchange pickles
+    except dcp.CheckpointException as error:
+        cause, _ = next(iter(error.failures.values()))
+        if isinstance(cause, DataError | AssertionError | RuntimeError | ValueError | pickle.UnpicklingError):
+            raise DataError(f"{checkpoint} cannot be read: {one_line(cause)[:200]}") from None
+        if not isinstance(cause, OSError):
+            raise
+        raise StorageError(f"{checkpoint} cannot be read: {one_line(cause)}") from None
+
+
+class _Reader(dcp.FileSystemReader):
+    """Reads an index once, as data, and payloads that are plain tensors."""
+
+    def __init__(self, checkpoint: Path, index: Metadata) -> None:
+        super().__init__(checkpoint)
+        self._index = index
+        self._sizes = {
+            MetadataIndex(name, chunk.offsets): chunk.sizes.numel() * tensor.properties.dtype.itemsize
+            for name, tensor in index.state_dict_metadata.items()
+            if isinstance(tensor, TensorStorageMetadata)
+            for chunk in tensor.chunks
+        }
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return self._index
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        for item in plan.items:
+            place = self._index.storage_data[item.storage_index]
+            with open_file(Path(self.path) / place.relative_path) as file:
+                stored = _Slice(file, place.offset, place.length)
+                _require_tensor(stored, self._sizes[item.storage_index], item.storage_index.fqn)
+        return super().read_data(plan, planner)
+
+
+class _Slice(io.RawIOBase):
+    """A part of a file, as a file."""
+
+    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
+        self._file, self._start, self.length, self._at = file, start, length, 0
+
+    def seekable(self) -> bool:
+        return True
+
+    def readable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence] + offset
+        if self._at < 0:
+            raise OSError(errno.EINVAL, "before its begin")
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        self._file.seek(self._start + self._at)
+        content = self._file.read(max(0, min(len(buffer), self.length - self._at)))
+        buffer[: len(content)] = content
+        self._at += len(content)
+        return len(content)
+
+
+def _require_tensor(stored: _Slice, size: int, name: str) -> None:
+    """Raise DataError unless what torch.load() will read is no longer than a tensor of `size` bytes is.
+
+    It reads tensors alone, but out of what may be packed a thousandfold, and runs what asks for any memory and time.
+    """
+    if stored.length > size + LARGEST_EXTRA:
+        raise DataError(f"{name} is stored in {stored.length} bytes, and is a tensor of {size}")
+    file = io.BufferedReader(stored)
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, struct.error) as error:
+        raise DataError(f"{name} is not stored as a tensor: {one_line(error)}") from None
+    data = [member for member in members if "/data/" in member.filename]
+    others = [member for member in members if member not in data]
+    packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
+    if packed or len(data) != 1 or data[0].file_size != size or sum(m.file_size for m in others) > LARGEST_HEADER:
+        raise DataError(f"{name} is not stored as a tensor of {size} bytes")
+    try:
+        file.seek(0)
+        # As torch.load() finds it, which is not how Python reads every zip file.
+        _require_record(torch._C.PyTorchFileReader(file).get_record("data.pkl"), name)
+    except (RuntimeError, ValueError) as error:
+        raise DataError(f"{name} is not stored as a tensor: {one_line(error)[:200]}") from None
+
+
+def _require_record(record: bytes, name: str) -> None:
+    """Raise DataError unless a pickle asks for nothing but one tensor. Raises ValueError if it is none."""
+    for operation, argument, _ in pickletools.genops(record):
+        if operation.name not in _OPERATIONS:
+            raise DataError(f"{name} is not stored as a tensor: its record holds {operation.name}")
+        if operation.name == "GLOBAL" and not _GLOBALS.fullmatch(str(argument)):
+            raise DataError(f"{name} is not stored as a tensor: its record asks for {argument}"[:300])

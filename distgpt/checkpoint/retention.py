@@ -1,0 +1,76 @@
+"""Which checkpoints stay, and whether there is room for one more."""
+
+import logging
+import math
+import shutil
+from pathlib import Path
+
+from distgpt.checkpoint.manifest import MANIFEST, committed, one_line, read_manifest, read_state
+from distgpt.errors import DataError, StorageError
+
+CHECKPOINT_BYTES = 12  # a parameter: a float32 weight and AdamW's two moments
+OUTER_BYTES = 8  # a parameter, where replicas learn apart: the weight that they share and its momentum
+
+log = logging.getLogger(__name__)
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Raise StorageError unless the disk has room for `needed` bytes and a little more."""
+    free = shutil.disk_usage(directory).free
+    wanted = needed * 1.02 + 2**20
+    if free < wanted:
+        # Rounded away from each other: two equal figures would explain nothing.
+        there, takes = math.floor(free / 2**20 * 10) / 10, math.ceil(wanted / 2**20 * 10) / 10
+        raise StorageError(
+            f"{directory} has {there:.1f} MiB free and a checkpoint takes {takes:.1f} MiB with 1 MiB to spare: "
+            "free some space or lower checkpoint.keep"
+        )
+
+
+def checkpoint_bytes(parameters: int, replicas: int) -> int:
+    """The size of a checkpoint of so many replicas that learn apart."""
+    return parameters * (CHECKPOINT_BYTES * replicas + (OUTER_BYTES if replicas > 1 else 0))
+
+
+def surplus(directory: Path, *, keep: int) -> list[Path]:
+    """The checkpoints to remove: all but the newest `keep` and the one with the lowest validation loss.
+
+    One that holds a file that is not in its manifest, whose manifest is damaged, or that cannot be read now, is left
+    alone.
+    """
+    losses = _losses(directory)
+    best = _best(losses)
+    found = []
+    for checkpoint in committed(directory)[keep:]:
+        try:
+            ours = {MANIFEST, *read_manifest(checkpoint)}
+            if checkpoint in losses and checkpoint != best and {file.name for file in checkpoint.iterdir()} == ours:
+                found.append(checkpoint)
+        except (OSError, DataError, StorageError) as error:
+            log.warning("%s stays: %s", checkpoint, one_line(error))
+    return found
+
+
+def best_of(directory: Path) -> Path | None:
+    """The checkpoint with the lowest validation loss, None if there is none. A damaged train.json counts not."""
+    return _best(_losses(directory))
+
+
+def _losses(directory: Path) -> dict[Path, float]:
+    """The validation losses of the checkpoints that can be read now, NaN where there is none or it is damaged."""
+    losses = {}
+    for checkpoint in committed(directory):
+        try:
+            loss = read_state(checkpoint).val_loss
+        except DataError:
+            loss = None
+        except StorageError as error:
+            log.warning("%s", error)
+            continue
+        losses[checkpoint] = math.nan if loss is None else loss
+    return losses
+
+
+def _best(losses: dict[Path, float]) -> Path | None:
+    finite = {checkpoint: loss for checkpoint, loss in losses.items() if math.isfinite(loss)}
+    return min(finite, key=lambda checkpoint: finite[checkpoint]) if finite else None

@@ -1,1 +1,0 @@
-"""Ranks, meshes, sharding, checkpoints, failures."""

@@ -1,0 +1,101 @@
+"""What ranks tell each other besides gradients: scalars, rows of numbers, and JSON.
+
+JSON travels in tensors. A pickle would let whoever sends it run code here."""
+
+import json
+import math
+import socket
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from distgpt.distributed.runtime import Runtime
+from distgpt.errors import Interrupted, UsageError
+
+T = TypeVar("T")
+
+
+def all_gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Every rank's value, by rank. Raises Interrupted if one is no JSON."""
+    gpu = dist.get_backend(group) == "nccl"
+    device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
+    text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
+    sizes = [torch.zeros(1, dtype=torch.int64, device=device) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(sizes, torch.tensor([len(text)], device=device), group=group)
+    longest = max(int(size) for size in sizes)
+    padded = torch.zeros(longest, dtype=torch.uint8, device=device)
+    padded[: len(text)] = text
+    texts = [torch.empty_like(padded) for _ in sizes]
+    dist.all_gather(texts, padded, group=group)
+    try:
+        return [json.loads(bytes(t[: int(size)].tolist())) for t, size in zip(texts, sizes, strict=True)]
+    except ValueError as error:
+        raise Interrupted(f"a rank sent what is no JSON: {error}") from None
+
+
+def agreed(loss: Tensor, grad_norm: Tensor, flag: bool, runtime: Runtime) -> tuple[float, float, bool]:
+    """The means of two scalars over ranks, and whether any rank raised `flag`.
+
+    One message, and what is decided by its values is decided alike on all ranks, also where unlike devices round a
+    norm that is the same for all differently.
+    """
+    values = torch.stack((loss.float(), grad_norm.float(), torch.tensor(float(flag), device=loss.device)))
+    if runtime.distributed:
+        dist.all_reduce(values)
+    losses, norms, flags = values.tolist()
+    return losses / runtime.world_size, norms / runtime.world_size, flags > 0
+
+
+def grad_norm_of(model: nn.Module) -> Tensor:
+    """The L2 norm of all gradients, over all shards; the same value on every rank."""
+    gradients = [p.grad for p in model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients)
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def weights_are_finite(model: nn.Module, runtime: Runtime) -> bool:
+    """Whether all weights are, on all ranks; the same answer on every rank."""
+    norm = nn.utils.get_total_norm([p.detach() for p in model.parameters()])
+    whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    return math.isfinite(sum_over_ranks(whole.clone(), runtime).item())
+
+
+def require_agreement(facts: dict[str, Any], runtime: Runtime) -> None:
+    """Raise UsageError on all ranks, naming the first that differs from rank 0 and in what."""
+    if not runtime.distributed:
+        return
+    everyone = all_gather((socket.gethostname(), facts))
+    _, expected = everyone[0]
+    for rank, (host, theirs) in enumerate(everyone):
+        different = [key for key in expected if theirs[key] != expected[key]]
+        if different:
+            raise UsageError(f"rank {rank} on {host} was started with another {', '.join(different)} than rank 0")
+
+
+def from_rank_zero(value: T, runtime: Runtime) -> T:
+    """Rank 0's value, on every rank, as JSON has it."""
+    return cast(T, all_gather(value if runtime.rank == 0 else None)[0]) if runtime.distributed else value
+
+
+def sum_over_ranks(values: Tensor, runtime: Runtime) -> Tensor:
+    """The elementwise sum, in place. Exact where at most one rank has a value that is not zero."""
+    if runtime.distributed:
+        dist.all_reduce(values)
+    return values
+
+
+def gathered(row: Sequence[float], runtime: Runtime) -> list[list[float]]:
+    """Every rank's row, by rank; all of the same length."""
+    rows = torch.zeros(runtime.world_size, len(row), dtype=torch.float64, device=runtime.device)
+    rows[runtime.rank] = torch.tensor(row, dtype=torch.float64)
+    found: list[list[float]] = sum_over_ranks(rows, runtime).tolist()
+    return found
+
+
+def hosts_of_ranks(runtime: Runtime) -> list[str]:
+    """The name of every rank's host, by rank."""
+    return all_gather(socket.gethostname()) if runtime.distributed else [socket.gethostname()]

@@ -1,0 +1,98 @@
+"""How a run is laid out over its ranks: strategy, micro-batch and groups, decided once."""
+
+from distgpt.config import Config
+from distgpt.distributed.device import device_memory
+from distgpt.distributed.runtime import Runtime
+from distgpt.errors import UsageError
+from distgpt.model.gpt import count_parameters
+
+# float32 weights, gradients and AdamW's two moments
+BYTES_PER_PARAMETER = 16
+# What replicas may take of a device; the rest is for activations.
+REPLICA_SHARE = 0.6
+# Tokens per forward when train.micro_batch is 0: a CPU's caches hold no more, and a GPU is busy with these.
+AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+
+
+def ranks_per_replica(strategy: str, config: Config, runtime: Runtime) -> int:
+    """Ranks that hold a replica together. hsdp, diloco: parallel.shard, or the ranks of one node.
+
+    Raises UsageError naming the sizes that divide the ranks.
+    """
+    ranks = runtime.world_size
+    if strategy not in ("hsdp", "diloco"):
+        return ranks if strategy == "fsdp" else 1
+    size = config.parallel.shard or runtime.local_world_size
+    if ranks % size:
+        divisors = " or ".join(str(s) for s in range(1, ranks + 1) if ranks % s == 0)
+        raise UsageError(f"parallel.shard is {size}, which does not divide {ranks} ranks: take {divisors}")
+    return size
+
+
+def replicas_apart(config: Config, runtime: Runtime) -> int:
+    """Replicas that learn apart from each other: those of diloco, one under any other strategy.
+
+    Raises UsageError if diloco had only one.
+    """
+    if config.parallel.strategy != "diloco":
+        return 1
+    ranks, size = runtime.world_size, ranks_per_replica("diloco", config, runtime)
+    if size == ranks:
+        fix = "take parallel.shard=1" if ranks > 1 else "start it under torchrun on several devices"
+        raise UsageError(f"diloco needs two replicas or more, and the number of ranks is {ranks}, all in one: {fix}")
+    return ranks // size
+
+
+def micro_batch_size(config: Config, runtime: Runtime) -> int:
+    """Sequences per forward on one rank, so that ranks x micro_batch x accumulation steps = global_batch.
+
+    Raises UsageError, saying which values would divide.
+    """
+    ranks, global_batch = runtime.world_size, config.train.global_batch
+    if global_batch % ranks:
+        below, above = global_batch // ranks * ranks, (global_batch // ranks + 1) * ranks
+        near = f"{below} or {above}" if below else str(above)
+        divisors = [r for r in range(1, global_batch + 1) if global_batch % r == 0]
+        raise UsageError(
+            f"train.global_batch {global_batch} does not divide over {ranks} ranks: take a global_batch of {near}, "
+            f"or {_some(divisors, near=ranks)} ranks"
+        )
+    per_rank = global_batch // ranks
+    divisors = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
+    asked = config.train.micro_batch
+    if not asked:
+        limit = AUTO_MICRO_BATCH_TOKENS[runtime.device.type] // config.model.block_size
+        return max(m for m in divisors if m <= max(1, limit))
+    if per_rank % asked:
+        raise UsageError(
+            f"train.micro_batch {asked} does not divide the {per_rank} sequences of each rank "
+            f"(train.global_batch {global_batch} over {ranks} ranks): take {_some(divisors, near=asked)}"
+        )
+    return asked
+
+
+def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tuple[str, str]:
+    """The strategy and, in words, why. "single" is one process, which shares with nobody."""
+    asked = config.parallel.strategy
+    if not runtime.distributed:
+        return "single", "one process"
+    if asked in ("hsdp", "diloco"):
+        size = ranks_per_replica(asked, config, runtime)
+        why = f"as asked, {runtime.world_size // size} replicas of {size} shards"
+        return asked, f"{why} that meet every {config.parallel.outer_every} steps" if asked == "diloco" else why
+    if asked != "auto":
+        return asked, "as asked"
+    need = BYTES_PER_PARAMETER * count_parameters(config.model, vocab_size)
+    room = REPLICA_SHARE * device_memory(runtime)
+    sizes = f"weights, gradients and moments take {need / 2**30:.1f} of {room / 2**30:.1f} GiB a rank"
+    if need <= room:
+        return "ddp", f"{sizes}: every rank holds a whole replica"
+    nodes = runtime.world_size // runtime.local_world_size
+    if nodes > 1 and need / runtime.local_world_size <= room and not runtime.world_size % runtime.local_world_size:
+        return "hsdp", f"{sizes}: sharded within a node, replicated across {nodes}"
+    return "fsdp", f"{sizes}: sharded over all ranks"
+
+
+def _some(values: list[int], *, near: int) -> str:
+    """Up to six of `values`, the nearest ones, in order."""
+    return " or ".join(map(str, sorted(sorted(values, key=lambda v: abs(v - near))[:6])))

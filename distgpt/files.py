@@ -1,0 +1,76 @@
+"""Paths as a person wrote them, files that are on the disk when a call returns, and /proc. Imports no torch."""
+
+import errno
+import os
+import time
+from pathlib import Path
+
+from distgpt.errors import UsageError
+
+
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file so that it is either whole, and on disk, or not there under this name. Raises OSError."""
+    staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(staged, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(staged, path)
+    except BaseException:
+        staged.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def sync(directory: Path) -> None:
+    """Bring a directory's entries to disk. Raises OSError."""
+    descriptor = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def user_path(text: str) -> str:
+    """A path as a person wrote it, with ~ expanded, for flags and files that no shell expands it in. Raises UsageError.
+
+    A variable is refused unless there is a file of that very name: a directory that is called $HOME helps nobody.
+    """
+    path = os.path.expanduser(text)
+    if path.startswith("~"):
+        raise UsageError(f"no home directory is known for {text}: for a file of that name write ./{text}")
+    if "$" in text and not os.path.lexists(path):
+        raise UsageError(f"{text!r} holds a $, and variables are not expanded here: write the path itself")
+    try:
+        os.lstat(path)
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise UsageError(f"{path[:80]}... has {len(path)} characters, more than a path can have here") from None
+    except ValueError:
+        raise UsageError(f"{path!r} holds a NUL character, which no path can have") from None
+    return path
+
+
+def process_stat(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat behind the program's name: state, parent, ... Raises OSError."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+
+
+def parent_of(pid: int) -> int:
+    """Return the process id of a process's parent. Raises OSError where there is no /proc."""
+    return int(process_stat(pid)[1])
+
+
+def start_ticks(pid: int) -> int:
+    """Return when a process started, in ticks since the boot of its kernel. Raises OSError where there is no /proc."""
+    return int(process_stat(pid)[19])
+
+
+def process_age() -> float:
+    """Return the seconds since this process began, its imports included; 0 where the system does not tell."""
+    try:
+        ticks = start_ticks(os.getpid())
+        return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))
+    except (OSError, ValueError, IndexError, AttributeError):
+        return 0.0

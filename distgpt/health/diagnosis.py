@@ -1,0 +1,83 @@
+"""What a hanging rank can say: how far it came, where it stands, and which ranks hold up the others."""
+
+import socket
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class RankProgress:
+    """How far a rank has come, counted in beats, what it does now, and in which line of Python."""
+
+    rank: int
+    host: str
+    pid: int
+    beats: int
+    doing: str
+    line: str
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} (pid {self.pid} on {self.host}, {self.doing})"
+
+
+def hanging_ranks(
+    answers: Sequence[RankProgress], world_size: int, stopped: Sequence[int] = (), gone: Sequence[int] = ()
+) -> str:
+    """Who halts all the others, in words."""
+    if gone:
+        return f"{_ranks(gone)} of {socket.gethostname()} gone"
+    if stopped:
+        return f"{_ranks(stopped)} of {socket.gethostname()} stopped by a signal"
+    silent = sorted(set(range(world_size)) - {answer.rank for answer in answers})
+    if silent:
+        return f"{_ranks(silent)} did not answer: stopped, dead or cut off"
+    behind = min(answer.beats for answer in answers)
+    last = [str(answer) for answer in answers if answer.beats == behind]
+    if len(last) < world_size:
+        return f"{', '.join(last)} came less far than the others"
+    return f"all ranks came equally far ({answers[0].doing}): {_lines(answers)}" if world_size > 1 else last[0]
+
+
+def write_flight_recorders(logs: Path, rank: int) -> None:
+    """The last collectives of this rank, for torch's `torchfrtrace`: those of gloo, and those of NCCL."""
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_initialized():
+        # Private, but it is what the documentation of torch's flight recorder calls; NCCL's is in builds for GPUs only.
+        c10d = torch._C._distributed_c10d
+        for name, dump in (("", "_dump_fr_trace"), ("nccl-", "_dump_nccl_trace")):
+            if hasattr(c10d, dump):
+                (logs / f"flight-recorder-{name}rank-{rank}").write_bytes(getattr(c10d, dump)())
+
+
+def current_line() -> str:
+    """The innermost line of Python that the main thread is in, or that which writes the checkpoint it waits for."""
+    frames = sys._current_frames()
+    frame = frames[threading.main_thread().ident or 0]
+    # Not traceback's, which opens the source files: their disk may be what hangs.
+    files, caller = [], frame.f_back
+    while caller is not None:
+        files.append(Path(caller.f_code.co_filename).name)
+        caller = caller.f_back
+    if "checkpointer.py" in files and Path(frame.f_code.co_filename).name == "threading.py":
+        saving = [
+            frames[t.ident] for t in threading.enumerate() if t.name.startswith("checkpoint") and t.ident in frames
+        ]
+        # An idle thread of the pool is in its own loop.
+        frame = next((busy for busy in saving if Path(busy.f_code.co_filename).name != "thread.py"), frame)
+    return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
+
+
+def _lines(answers: Sequence[RankProgress]) -> str:
+    """Which ranks are in which line, the fewest first: in a backward pass or among shards, no beats tell them apart."""
+    ranks: dict[str, list[int]] = {}
+    for answer in answers:
+        ranks.setdefault(answer.line, []).append(answer.rank)
+    together = sorted(ranks.items(), key=lambda item: len(item[1]))
+    return "; ".join(f"{_ranks(sorted(those))} at {line}" for line, those in together)
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

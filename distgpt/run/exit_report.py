@@ -1,0 +1,121 @@
+"""exit.json: why a run ended, written once by the rank that knew first."""
+
+import errno
+import json
+import os
+import socket
+import sys
+import time
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from distgpt.errors import EXIT_CANNOT_CREATE, EXIT_DATA, EXIT_OK, EXIT_USAGE
+from distgpt.files import process_age
+from distgpt.run.paths import RunPaths
+from distgpt.torchrun import record_cause, this_attempt, this_job
+
+EXIT_FILE_VARIABLE = "DISTGPT_EXIT_FILE"
+# What a file system answers that has no hard links.
+NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
+
+
+def write_exit_report(
+    paths: RunPaths | None, *, code: int, cause: str, rank: int, step: int | None, fence: int = 0
+) -> bool:
+    """Write exit.json, and a copy to $DISTGPT_EXIT_FILE where a launcher names one.
+
+    The first cause stands, but not one of an earlier owner of the run directory, with a lower `fence`, who was asleep.
+
+    Returns whether this was the first report of the run directory (or, with no directory, of the launcher's file).
+    """
+    report = {
+        "code": code,
+        "cause": cause,
+        "rank": rank,
+        "host": socket.gethostname(),
+        "step": step,
+        "fence": fence,
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "job": this_job(),
+    }
+    targets = [(paths.exit_report, fence)] if paths else []
+    if launcher_file := os.environ.get(EXIT_FILE_VARIABLE):
+        targets.append((Path(launcher_file), 0))
+    answers = [_write_once(target, report, least_fence) for target, least_fence in reversed(targets)]
+    # The run directory's counts most, but its disk may be full. A cause that no file can hold must still be told.
+    return next((first for first in reversed(answers) if first is not None), True)
+
+
+def forget_last_attempt() -> None:
+    """Remove the launcher's copy of a report from before this process: torchrun started all ranks of the host anew.
+
+    For every rank, as soon as it starts: any may come to be the one that reports. A report of another host stays,
+    where launchers of several share a file: it has another clock, and may have started earlier.
+    """
+    launcher_file = Path(os.environ.get(EXIT_FILE_VARIABLE, ""))
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        # Ranks start together: none reports before the last one has started.
+        before = launcher_file.stat().st_mtime < time.time() - process_age()
+        if before and json.loads(launcher_file.read_text())["host"] == socket.gethostname():
+            launcher_file.unlink()
+
+
+def ending_of_this_job(paths: RunPaths) -> tuple[int, str] | None:
+    """The exit code and cause that an earlier attempt of this same torchrun reported, None if it did not."""
+    for file in (Path(os.environ.get(EXIT_FILE_VARIABLE, "")), paths.exit_report):
+        with suppress(OSError, ValueError):
+            report = json.loads(file.read_text())
+            if isinstance(report, dict) and report.get("job") == this_job():
+                return int(report["code"]), str(report["cause"])
+    return None
+
+
+def _write_once(target: Path, report: dict[str, Any], least_fence: int) -> bool | None:
+    """Whether `target` is now this report; False where one stood already, None where none can be written.
+
+    One of a lower fence than the least does not stand.
+    """
+    staged = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
+    try:
+        staged.write_text(json.dumps(report) + "\n")
+        try:
+            _name_once(staged, target)
+        except FileExistsError:
+            if _fence_of(target) >= least_fence:
+                return False
+            os.replace(staged, target)
+    except OSError:
+        return None
+    finally:
+        with suppress(OSError):
+            staged.unlink(missing_ok=True)
+    return True
+
+
+def _name_once(staged: Path, target: Path) -> None:
+    """Have `target` say what `staged` does. Raises FileExistsError if it is there already."""
+    try:
+        os.link(staged, target)  # atomic, and never replaces
+    except OSError as error:
+        if error.errno not in NO_LINKS:
+            raise
+        with target.open("x") as file:  # who reads it now sees less
+            file.write(staged.read_text())
+
+
+def _fence_of(report: Path) -> int:
+    try:
+        return int(json.loads(report.read_text())["fence"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+def exit_if_restart_cannot_help(paths: RunPaths) -> None:
+    """torchrun starts all ranks again whatever ended them: leave if that cannot help; rank 0 says again why."""
+    if this_attempt():
+        code, cause = ending_of_this_job(paths) or (EXIT_OK, "")
+        if code in (EXIT_USAGE, EXIT_DATA, EXIT_CANNOT_CREATE):
+            if os.environ.get("RANK", "0") == "0":
+                record_cause(f"distgpt: error: {cause}")
+            sys.exit(code)

@@ -1,0 +1,58 @@
+"""The exit code and the line for whatever ended a run. Imports no torch."""
+
+import os
+import re
+
+from distgpt.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, EXIT_USAGE, DistgptError
+from distgpt.run.exit_report import EXIT_FILE_VARIABLE
+from distgpt.torchrun import print_cause
+
+# What CUDA says of a GPU that broke or was lost; launchers give up where starting again does not help.
+LOST_DEVICE = ("ECC", "unspecified launch failure", "unknown error", "busy or unavailable", "hardware", "NVLink")
+
+
+def say_end(code: int, cause: str) -> None:
+    if code == EXIT_INTERRUPTED and EXIT_FILE_VARIABLE in os.environ:
+        # Its launcher decides whether to go on, and says so below. Where a host joins, torchrun does without a word.
+        cause = re.sub("[,:] run it again to go on$", "", cause)
+    print_cause(f"distgpt: {cause}" if code == EXIT_INTERRUPTED else f"distgpt: error: {cause}")
+
+
+def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:
+    """The exit code and the line for whatever ended a run, `training` or still starting."""
+    if isinstance(error, DistgptError):
+        return error.code, str(error)
+    text = str(error)
+    first_line = next(iter(text.splitlines()), type(error).__name__)
+    if _is_lost_peer(error, training):
+        # Without the place in gloo's sources before it and its advice after it.
+        what = re.sub(r"^\[[^]]*\] ", "", first_line).split(". ")[0]
+        return EXIT_INTERRUPTED, f"lost contact with the other ranks ({what}): run it again to go on"
+    out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
+    if out_of_memory or "DefaultCPUAllocator" in text or "CUDA error: out of memory" in text:
+        return EXIT_USAGE, f"out of memory ({first_line}): lower train.micro_batch or shard with parallel.strategy=fsdp"
+    if first_line.startswith("CUDA error") and any(sign in first_line for sign in LOST_DEVICE):
+        return EXIT_INTERRUPTED, f"{first_line}: run it again to go on"
+    if "InvalidCxxCompiler" in text:
+        return EXIT_USAGE, "torch.compile found no C++ compiler that works: install g++, or set train.compile=false"
+    if isinstance(error, OSError):
+        return EXIT_IO, f"{error.strerror or first_line}{f': {error.filename}' if error.filename else ''}"
+    return EXIT_BUG, f"{type(error).__name__}: {first_line}"
+
+
+def _is_lost_peer(error: BaseException, training: bool) -> bool:
+    """Whether a collective failed because another rank is gone; gloo says so in a plain RuntimeError.
+
+    In training, all that gloo complains of is that; before, it may be an interface or a host name that is wrong.
+    """
+    if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
+        return True
+    signs: tuple[str, ...] = (
+        "Connection closed by peer",
+        "Connection reset by peer",
+        "Broken pipe",
+        "Timed out waiting",
+    )
+    if training:
+        signs = (*signs, "gloo")
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)

@@ -1,0 +1,112 @@
+"""Small runs with checkpoints for the tests, and ways to break them."""
+
+import hashlib
+import json
+import random
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from distgpt.checkpoint.checkpointer import Checkpointer
+from distgpt.checkpoint.manifest import committed, damage
+from distgpt.config import resolve
+from distgpt.corpus.shards import Dataset
+from distgpt.distributed.parallelize import build_model
+from distgpt.distributed.runtime import Runtime
+from distgpt.health.outliers import Guard
+from distgpt.model.gpt import GPT
+from distgpt.model.optim import build_optimizer
+from distgpt.run.lock import Owner
+from distgpt.run.paths import RunPaths
+from distgpt.run.session import Run
+from tests import jobs
+
+SMALL = ("--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=8", "--checkpoint.keep=2")
+CPU = torch.device("cpu")
+FILES = ["__0_0.distcp", ".metadata", "train.json", "tokenizer.json", "manifest.json"]
+
+
+class OnlyRun(Run):
+    """A run whose directory no other job can take."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__(RunPaths(directory), 0)
+        self.owner = Owner(1, "here", "now", 1, "today")
+
+    def require_owned(self) -> None:
+        pass
+
+
+@dataclass
+class Trainee:
+    """A model that can take steps, and the Checkpointer of its run."""
+
+    model: GPT
+    optimizer: torch.optim.Optimizer
+    guard: Guard
+    checkpointer: Checkpointer
+    said: list[str] = field(default_factory=list)
+
+    def learn(self) -> None:
+        """A step, so that weights and moments are none that a new model has."""
+        tokens_BT = torch.randint(0, 20, (4, 9), generator=torch.Generator().manual_seed(3))
+        self.model(tokens_BT[:, :-1], tokens_BT[:, 1:]).mean().backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def trainee(run: Path, dataset: Dataset, *arguments: str) -> Trainee:
+    config = resolve([*SMALL, *arguments], {})
+    runtime = Runtime(0, 0, 1, 1, CPU)
+    model = build_model(
+        config,
+        runtime,
+        strategy="single",
+        vocab_size=dataset.vocab_size,
+        eot_id=None,
+        micro_batch=1,
+        dtype=torch.float32,
+    )
+    assert isinstance(model, GPT)
+    optimizer = build_optimizer(model, config.optim, "cpu")
+    guard = Guard(config.health)
+    said: list[str] = []
+    checkpointer = Checkpointer(
+        OnlyRun(run),
+        config=config,
+        dataset=dataset,
+        model=model,
+        optimizer=optimizer,
+        guard=guard,
+        runtime=runtime,
+        say=said.append,
+    )
+    return Trainee(model, optimizer, guard, checkpointer, said)
+
+
+def newest(run: Path) -> Path:
+    return committed(run / "checkpoints")[0]
+
+
+def names(run: Path) -> list[str]:
+    return jobs.checkpoints(run)
+
+
+def flip_bit(file: Path, draw: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    content[draw.randrange(len(content))] ^= 1 << draw.randrange(8)
+    file.write_bytes(content)
+
+
+def sign_again(directory: Path) -> None:
+    """Make the manifest agree with the files as they are now, as someone who means harm would."""
+    manifest = json.loads((directory / "manifest.json").read_text())
+    for name, entry in manifest["files"].items():
+        content = (directory / name).read_bytes()
+        entry |= {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    del manifest["sha256"]
+    own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
+    signed = {**manifest, "sha256": own}
+    (directory / "manifest.json").write_text(json.dumps(signed, sort_keys=True, indent=1))
+    assert damage(directory) == []

@@ -1,0 +1,47 @@
+"""How ranks are grouped. The meshes themselves are at work in tests/end_to_end."""
+
+import pytest
+import torch
+
+from distgpt.config import Config, resolve
+from distgpt.distributed.plan import ranks_per_replica, replicas_apart
+from distgpt.distributed.runtime import Runtime
+from distgpt.errors import UsageError
+
+
+def runtime(ranks: int, per_node: int = 8) -> Runtime:
+    return Runtime(0, 0, ranks, per_node, torch.device("cpu"))
+
+
+def config(strategy: str, shard: int) -> Config:
+    return resolve([f"--parallel.strategy={strategy}", f"--parallel.shard={shard}"], {})
+
+
+@pytest.mark.parametrize("strategy", ["hsdp", "diloco"])
+def test_a_replica_is_as_asked_or_a_node(strategy: str) -> None:
+    sizes = [ranks_per_replica(strategy, config(strategy, shard), runtime(16)) for shard in (0, 2, 16)]
+    assert sizes == [8, 2, 16]
+
+
+def test_other_strategies_shard_over_all_or_none() -> None:
+    for strategy, ranks in {"single": 1, "ddp": 1, "fsdp": 16}.items():
+        assert ranks_per_replica(strategy, config("auto", 2), runtime(16)) == ranks
+
+
+@pytest.mark.parametrize("shard", [5, 24])
+def test_a_group_that_does_not_divide_names_those_that_do(shard: int) -> None:
+    with pytest.raises(UsageError, match=f"parallel.shard is {shard}, .* 12 ranks: take 1 or 2 or 3 or 4 or 6 or 12$"):
+        ranks_per_replica("hsdp", config("hsdp", shard), runtime(12))
+
+
+def test_only_replicas_of_diloco_learn_apart() -> None:
+    assert replicas_apart(config("diloco", 0), runtime(16)) == 2
+    assert replicas_apart(config("diloco", 1), runtime(2, per_node=2)) == 2
+    assert [replicas_apart(config(other, 1), runtime(16)) for other in ("auto", "ddp", "fsdp", "hsdp")] == [1, 1, 1, 1]
+
+
+def test_diloco_with_one_replica_is_refused_with_the_fix() -> None:
+    with pytest.raises(UsageError, match=r"the number of ranks is 8, all in one: take parallel.shard=1$"):
+        replicas_apart(config("diloco", 0), runtime(8))
+    with pytest.raises(UsageError, match=r"the number of ranks is 1, .* under torchrun on several devices$"):
+        replicas_apart(config("diloco", 0), runtime(1, per_node=1))

@@ -1,0 +1,90 @@
+"""How a run is laid out over its ranks."""
+
+import pytest
+import torch
+
+from distgpt.config import Config, resolve
+from distgpt.distributed import plan
+from distgpt.distributed.plan import choose_strategy, micro_batch_size
+from distgpt.distributed.runtime import Runtime
+from distgpt.errors import UsageError
+from distgpt.model.gpt import count_parameters
+
+
+def runtime(ranks: int, per_node: int | None = None) -> Runtime:
+    return Runtime(0, 0, ranks, per_node or ranks, torch.device("cpu"))
+
+
+def config(*arguments: str) -> Config:
+    return resolve(arguments, {})
+
+
+def refusal(ranks: int, *arguments: str) -> str:
+    with pytest.raises(UsageError) as caught:
+        micro_batch_size(config(*arguments), runtime(ranks))
+    return str(caught.value)
+
+
+def test_micro_batch_is_the_one_asked_for() -> None:
+    asked = config("--train.global_batch=24", "--train.micro_batch=3")
+    assert [micro_batch_size(asked, runtime(ranks)) for ranks in (1, 2, 4, 8)] == [3, 3, 3, 3]
+
+
+def test_micro_batch_is_by_itself_the_largest_that_divides_and_fits() -> None:
+    limit = plan.AUTO_MICRO_BATCH_TOKENS["cpu"] // 256
+    for ranks, expected in {1: 16, 2: 12, 3: 16, 8: 6, 48: 1}.items():
+        found = micro_batch_size(config("--train.global_batch=48", "--model.block_size=256"), runtime(ranks))
+        assert found == expected <= limit
+    assert micro_batch_size(config("--model.block_size=100000"), runtime(1)) == 1  # one sequence must fit
+
+
+def test_a_global_batch_that_does_not_divide_says_which_would() -> None:
+    assert refusal(7, "--train.global_batch=64") == (
+        "train.global_batch 64 does not divide over 7 ranks: take a global_batch of 63 or 70, or "
+        "1 or 2 or 4 or 8 or 16 or 32 ranks"
+    )
+    assert refusal(8, "--train.global_batch=3") == (
+        "train.global_batch 3 does not divide over 8 ranks: take a global_batch of 8, or 1 or 3 ranks"
+    )
+
+
+def test_a_micro_batch_that_does_not_divide_says_which_would() -> None:
+    assert refusal(4, "--train.global_batch=48", "--train.micro_batch=8") == (
+        "train.micro_batch 8 does not divide the 12 sequences of each rank (train.global_batch 48 over 4 ranks): "
+        "take 1 or 2 or 3 or 4 or 6 or 12"
+    )
+
+
+def test_what_is_recommended_works() -> None:
+    for global_batch in (63, 70):
+        micro_batch_size(config(f"--train.global_batch={global_batch}"), runtime(7))
+    for ranks in (1, 2, 4, 8, 16, 32):
+        micro_batch_size(config("--train.global_batch=64"), runtime(ranks))
+
+
+def test_auto_takes_what_fits_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    parameters = count_parameters(config().model, 65)
+    whole = parameters * plan.BYTES_PER_PARAMETER
+
+    def chosen(memory: float, ranks: Runtime, *arguments: str) -> tuple[str, str]:
+        monkeypatch.setattr(plan, "device_memory", lambda runtime: memory)
+        return choose_strategy(config(*arguments), ranks, vocab_size=65)
+
+    room, tight = 2 * whole, 0.5 * whole
+    assert chosen(room, runtime(1), "--parallel.strategy=fsdp") == ("single", "one process")
+    strategy, why = chosen(room, runtime(2))
+    assert (strategy, why.endswith("every rank holds a whole replica")) == ("ddp", True)
+    strategy, why = chosen(tight, runtime(8, per_node=4))
+    assert (strategy, why.endswith("sharded within a node, replicated across 2")) == ("hsdp", True)
+    assert chosen(tight, runtime(4, per_node=4))[0] == "fsdp"  # one node: nothing to replicate across
+    assert chosen(0.1 * whole, runtime(8, per_node=4))[0] == "fsdp"  # a node is too small
+    for asked in ("ddp", "fsdp"):
+        assert chosen(tight, runtime(8, per_node=4), f"--parallel.strategy={asked}") == (asked, "as asked")
+    arguments = ("--parallel.strategy=hsdp", "--parallel.shard=2")
+    assert chosen(room, runtime(8, per_node=4), *arguments) == ("hsdp", "as asked, 4 replicas of 2 shards")
+
+
+def test_hsdp_with_a_group_that_does_not_divide_is_refused() -> None:
+    asked = config("--parallel.strategy=hsdp", "--parallel.shard=3")
+    with pytest.raises(UsageError, match=r"parallel.shard is 3, which does not divide 8 ranks"):
+        choose_strategy(asked, runtime(8), vocab_size=65)

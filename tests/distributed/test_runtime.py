@@ -1,0 +1,137 @@
+"""The facts about a rank: its share of the cores, what it computes in."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from distgpt.distributed.device import compute_dtype, threads_per_rank
+from distgpt.distributed.process_group import shared_store
+from distgpt.distributed.runtime import Runtime, this_rank
+from distgpt.errors import UsageError
+from tests import jobs
+
+CPU = torch.device("cpu")
+GLOO = "pt_gloo_runloop"
+TRAIN_AND_LEAVE = """
+import time
+from contextlib import suppress
+from pathlib import Path
+from torch import nn, ones
+# All that torch imports for it before there is a group.
+from distgpt.distributed.parallelize import DistributedDataParallel
+from distgpt.distributed.process_group import joined
+from distgpt.distributed.runtime import this_rank
+
+def threads():
+    found = set()
+    for task in Path("/proc/self/task").iterdir():
+        with suppress(OSError):  # it may have ended since
+            found.add((task / "comm").read_text().strip())
+    return found
+
+def step():
+    model = DistributedDataParallel(nn.Linear(1, 1))
+    model.cycle = [model]
+    model(ones(1)).backward()
+    return threads()
+
+with joined(this_rank(), timeout=60):
+    print(*step())
+for _ in range(100):  # a thread that was joined is listed for a moment more
+    if "pt_gloo_runloop" in threads():
+        time.sleep(0.05)
+print(*threads())
+"""
+
+
+def test_one_process_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    runtime = this_rank()
+    assert (runtime.rank, runtime.local_rank, runtime.world_size, runtime.local_world_size) == (0, 0, 1, 1)
+    assert not runtime.distributed
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="wants more ranks than GPUs")
+def test_torchrun_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
+    for name, value in {**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    runtime = this_rank()
+    assert (runtime.rank, runtime.local_rank, runtime.world_size, runtime.local_world_size) == (5, 1, 8, 4)
+    assert runtime.distributed
+
+
+@pytest.mark.parametrize(("shared", "met"), [("False", True), ("True", False)])
+def test_ranks_meet_in_a_new_store_and_not_those_before_them_in_an_old_one(
+    monkeypatch: pytest.MonkeyPatch, shared: str, met: bool
+) -> None:
+    """The agent of a host that came late has counted fewer restarts than the others."""
+    agents = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    port = agents.port if shared == "True" else free_port()
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "1"}
+    stores = []
+    for rank, restarts in enumerate(("1", "0")):
+        variables |= {"RANK": str(rank), "TORCHELASTIC_RESTART_COUNT": restarts, "TORCHELASTIC_USE_AGENT_STORE": shared}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        stores.append(shared_store(Runtime(rank, 0, 2, 1, torch.device("cpu"))))
+    stores[0].set("here", "yes")
+    stores[0].get("here")  # set() does not wait
+    assert stores[1].check(["here"]) == met
+
+
+@jobs.linux_only
+def test_no_model_outlives_the_process_group() -> None:
+    """Else the model's end is the group's, with Python's lock held, for which a thread of the group may wait."""
+    variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
+    command = [sys.executable, "-c", TRAIN_AND_LEAVE]
+    ranks = [
+        subprocess.Popen(command, env=jobs.environment(RANK=rank, **variables), stdout=subprocess.PIPE, text=True)
+        for rank in ("0", "1")
+    ]
+    for rank in ranks:
+        inside, after = rank.communicate(timeout=120)[0].splitlines()
+        assert (GLOO in inside.split(), GLOO in after.split()) == (True, False)
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def test_more_ranks_than_gpus_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(UsageError, match=r"4 ranks on this host but 2 GPUs: use --nproc_per_node=2"):
+        this_rank()
+
+
+def test_local_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    assert [threads_per_rank(n) for n in (1, 2, 3, 8, 100)] == [8, 4, 2, 1, 1]
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    assert threads_per_rank(1) == 1
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun's own default, not a wish
+    assert threads_per_rank(2) == 4
+    monkeypatch.setenv("OMP_NUM_THREADS", "3")
+    assert threads_per_rank(8) == 3
+
+
+def test_dtype_as_asked_or_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert compute_dtype("float32", CPU) == torch.float32
+    assert compute_dtype("bfloat16", CPU) == torch.bfloat16
+    monkeypatch.setattr("distgpt.distributed.device.cpu_has_amx", lambda: True)
+    assert compute_dtype("auto", CPU) == torch.bfloat16
+    monkeypatch.setattr("distgpt.distributed.device.cpu_has_amx", lambda: False)
+    assert compute_dtype("auto", CPU) == torch.float32

@@ -1,0 +1,104 @@
+"""Which updates are left out: z-scores as numpy has them, and a judge that goes on exactly where another left off."""
+
+import json
+import math
+import random
+
+import numpy as np
+import pytest
+
+from distgpt.config import HealthConfig, help_text
+from distgpt.health.outliers import FULL_ENOUGH, MOST_SKIPS, WINDOW, Guard, Verdict, Window
+
+SKIP = HealthConfig(on_nonfinite="skip")
+
+
+def figures(count: int, *, seed: int = 0) -> list[tuple[float, float]]:
+    """Losses that fall and gradient norms, with noise."""
+    draw = random.Random(seed)
+    return [(4.0 / (1 + step / 50) + draw.gauss(0, 0.1), draw.lognormvariate(0, 0.3)) for step in range(count)]
+
+
+def judged(guard: Guard, values: list[tuple[float, float]]) -> list[Verdict]:
+    return [guard.judge(loss=loss, grad_norm=norm) for loss, norm in values]
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e6])
+def test_z_scores_are_numpys(offset: float) -> None:
+    draw = random.Random(1)
+    values = [offset + draw.gauss(3, 2) for _ in range(3 * WINDOW)]
+    window = Window()
+    for index, value in enumerate(values):
+        before = np.array(values[max(0, index - WINDOW) : index])
+        z = window.z_score(value)
+        if index < FULL_ENOUGH:
+            assert z is None
+        else:
+            assert z == pytest.approx((value - before.mean()) / before.std(), abs=1e-6)
+        window.add(value)
+    assert window.values() == values[-WINDOW:]
+
+
+def test_there_is_no_z_score_among_equal_values_nor_for_what_is_no_number() -> None:
+    equal = Window([2.0] * WINDOW)
+    assert equal.z_score(2.0) is None
+    assert equal.z_score(3.0) is None
+    window = Window(range(WINDOW))
+    assert window.z_score(1.0) is not None
+    assert [window.z_score(value) for value in (math.nan, math.inf, -math.inf)] == [None] * 3
+
+
+@pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (2.0, math.inf), (math.nan, math.nan)])
+def test_a_step_that_is_not_finite_stops_or_is_skipped_as_configured(loss: float, grad_norm: float) -> None:
+    stopped = Guard(HealthConfig()).judge(loss=loss, grad_norm=grad_norm)
+    assert stopped == Verdict(None, None, "stop", f"loss {loss:.6g} and gradient norm {grad_norm:.6g}", 0)
+    assert Guard(SKIP).judge(loss=loss, grad_norm=grad_norm).action == "skip"
+
+
+@pytest.mark.parametrize("spike", [(9.0, 1.0), (2.0, 30.0)])
+def test_a_spike_of_either_is_skipped_and_does_not_count(spike: tuple[float, float]) -> None:
+    guard, calm = Guard(HealthConfig(skip_z=6.0)), Guard(HealthConfig(skip_z=6.0))
+    values = figures(100)
+    assert judged(guard, values) == judged(calm, values)
+    verdict = guard.judge(loss=spike[0], grad_norm=spike[1])
+    assert verdict.action == "skip"
+    assert max(verdict.loss_z or 0.0, verdict.grad_norm_z or 0.0) > 6.0
+    assert f"(z {verdict.loss_z:.1f}) and gradient norm {spike[1]:g} (z {verdict.grad_norm_z:.1f})" in verdict.objection
+    more = figures(20, seed=1)
+    assert judged(guard, more) == judged(calm, more)
+
+
+def test_what_lies_far_below_is_no_spike_and_without_skip_z_nothing_is() -> None:
+    guard = Guard(HealthConfig(skip_z=3.0))
+    judged(guard, figures(100))
+    low = guard.judge(loss=-50.0, grad_norm=0.0)
+    assert low.action == "update"
+    assert low.loss_z is not None
+    assert low.loss_z < -3.0
+    indifferent = Guard(HealthConfig())
+    judged(indifferent, figures(100))
+    assert indifferent.judge(loss=50.0, grad_norm=50.0).action == "update"
+
+
+def test_so_many_skips_in_a_row_and_no_more() -> None:
+    guard = Guard(SKIP)
+    for _ in range(2):
+        assert {verdict.action for verdict in judged(guard, [(math.nan, 1.0)] * MOST_SKIPS)} == {"skip"}
+        assert guard.judge(loss=1.0, grad_norm=1.0).action == "update"
+    last = judged(guard, [(math.nan, 1.0)] * (MOST_SKIPS + 1))[-1]
+    assert (last.action, last.skips) == ("stop", MOST_SKIPS)
+    assert f"at most {MOST_SKIPS} in a row" in help_text("train", "")
+
+
+def test_a_judge_goes_on_exactly_where_its_state_was_taken() -> None:
+    config = HealthConfig(on_nonfinite="skip", skip_z=1.5)
+    values = figures(300)
+    for index in (5, 50, 51, 52, 200):
+        values[index] = (math.nan, 1.0)
+    whole = judged(Guard(config), values)
+    assert {verdict.action for verdict in whole} == {"update", "skip"}
+    for cut in (0, 1, 20, 52, 201):
+        first, second = Guard(config), Guard(config)
+        head = judged(first, values[:cut])
+        second.restore(json.loads(json.dumps(first.state(), allow_nan=False)))
+        assert head + judged(second, values[cut:]) == whole

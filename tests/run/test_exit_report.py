@@ -1,0 +1,111 @@
+"""The first report of how a run ended."""
+
+import errno
+import json
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from distgpt.errors import UsageError
+from distgpt.run.exit_report import ending_of_this_job, forget_last_attempt, write_exit_report
+from distgpt.run.paths import RunPaths
+
+
+def report(directory: Path) -> dict[str, object]:
+    found: dict[str, object] = json.loads((directory / "exit.json").read_text())
+    return found
+
+
+def test_the_first_report_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DISTGPT_EXIT_FILE", raising=False)
+    paths = RunPaths(tmp_path)
+    assert write_exit_report(paths, code=65, cause="the loss", rank=1, step=7)
+    assert not write_exit_report(paths, code=75, cause="lost contact", rank=0, step=7)
+    found = report(tmp_path)
+    assert found.pop("time")
+    assert found.pop("host") == socket.gethostname()
+    assert found == {"code": 65, "cause": "the loss", "rank": 1, "step": 7, "fence": 0, "job": None}
+    assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
+
+
+def test_a_report_of_an_owner_who_was_asleep_gives_way_to_that_of_the_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DISTGPT_EXIT_FILE", str(tmp_path / "copy.json"))
+    paths = RunPaths(tmp_path)
+    assert write_exit_report(paths, code=0, cause="done", rank=0, step=9, fence=3)
+    assert write_exit_report(paths, code=74, cause="disk", rank=0, step=7, fence=4)
+    assert report(tmp_path)["code"] == 74
+    assert not write_exit_report(paths, code=0, cause="done", rank=0, step=9, fence=3)
+    assert not write_exit_report(paths, code=75, cause="lost contact", rank=1, step=7, fence=4)
+    assert report(tmp_path)["code"] == 74
+    # Of a launcher's own ranks the first one is right, come what may.
+    assert json.loads((tmp_path / "copy.json").read_text())["code"] == 0
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["copy.json", "exit.json"]
+
+
+def test_a_launcher_gets_a_copy_even_without_a_run_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DISTGPT_EXIT_FILE", str(tmp_path / "copy.json"))
+    assert write_exit_report(None, code=73, cause="in use", rank=0, step=None)
+    assert not write_exit_report(None, code=75, cause="interrupted", rank=1, step=None)
+    assert json.loads((tmp_path / "copy.json").read_text())["code"] == 73
+    assert write_exit_report(RunPaths(tmp_path), code=0, cause="done", rank=0, step=1)
+    assert json.loads((tmp_path / "copy.json").read_text())["code"] == 73
+
+
+def test_a_report_that_cannot_be_written_is_still_to_be_told(tmp_path: Path) -> None:
+    assert write_exit_report(RunPaths(tmp_path / "gone"), code=74, cause="disk", rank=0, step=None)
+
+
+def test_a_report_of_an_earlier_attempt_is_forgotten_and_one_of_this_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = tmp_path / "copy.json"
+    monkeypatch.setenv("DISTGPT_EXIT_FILE", str(copy))
+    assert write_exit_report(None, code=75, cause="a host joined", rank=0, step=None)
+    forget_last_attempt()
+    assert copy.exists()
+    os.utime(copy, (0, 0))  # before this process
+    monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
+    forget_last_attempt()
+    assert copy.exists()
+    monkeypatch.undo()
+    monkeypatch.setenv("DISTGPT_EXIT_FILE", str(copy))
+    forget_last_attempt()
+    assert not copy.exists()
+
+
+def test_a_report_of_a_file_system_without_links_is_the_first_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.delenv("DISTGPT_EXIT_FILE", raising=False)
+    monkeypatch.setattr(os, "link", refuse)
+    paths = RunPaths(tmp_path)
+    assert write_exit_report(paths, code=65, cause="the loss", rank=1, step=7, fence=1)
+    assert not write_exit_report(paths, code=75, cause="lost contact", rank=0, step=7, fence=1)
+    assert report(tmp_path)["code"] == 65
+    assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
+
+
+def test_a_report_is_only_of_the_job_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every torchrun that was given no id calls itself none."""
+    monkeypatch.delenv("DISTGPT_EXIT_FILE", raising=False)
+    for job, known_to_the_next in (("none", None), ("mine", (65, "the loss"))):
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
+        paths = RunPaths(tmp_path / job)
+        paths.root.mkdir()
+        write_exit_report(paths, code=65, cause="the loss", rank=0, step=7)
+        assert ending_of_this_job(paths) == (65, "the loss")
+        with monkeypatch.context() as another:
+            another.setattr(os, "getppid", lambda: 1)
+            assert ending_of_this_job(paths) == known_to_the_next
+
+
+def test_a_directory_whose_name_is_no_text_is_refused() -> None:
+    with pytest.raises(UsageError, match=r"run\.dir is 'runs/\\udcff', which is not UTF-8"):
+        RunPaths(Path(os.fsdecode(b"runs/\xff")))

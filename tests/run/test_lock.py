@@ -1,0 +1,255 @@
+"""One owner of a run directory at a time, on one host by the lock, between hosts by the lease, always by the fence.
+
+Here another host is a process that is told of another boot id. With training jobs: tests/end_to_end/test_takeover.py.
+"""
+
+import fcntl
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from distgpt.checkpoint.store import Store
+from distgpt.errors import DirectoryError
+from distgpt.run.lock import BOOT_ID, LEASE, RENEWAL, RunLock, lock_holder, loss_of
+from distgpt.run.paths import RunPaths
+from tests import jobs
+
+# Owns a directory, renews often, and commits there all the time as long as it may. Arguments: directory, file with the
+# boot id, and "local" for a file system whose locks do not reach from host to host.
+OWNER = """
+import fcntl, sys
+from contextlib import suppress
+from pathlib import Path
+from distgpt.run import session as health, lock as ownership
+from distgpt.run.paths import RunPaths
+from distgpt.checkpoint.store import Store
+from distgpt.errors import Interrupted
+directory, ownership.BOOT_ID, locks = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+if locks == "local":
+    fcntl.flock = lambda fd, how: None
+with health.Run(RunPaths(directory), 0) as run:
+    run.own(renewal=0.05)
+    run.training()
+    print("held", flush=True)
+    store, step = Store(run.paths.checkpoints, run.owner), 0
+    while not run.stop_requested:
+        step += 1
+        with suppress(OSError):
+            run.require_owned()
+            store.open(step, 0)
+            run.require_owned()
+            store.commit(step, {})
+    raise Interrupted("told to")
+"""
+
+
+@dataclass
+class Process:
+    """An owner that can be stopped."""
+
+    process: subprocess.Popen[str]
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+    def ended(self) -> tuple[int, str]:
+        """Its exit code and what it said on stderr."""
+        stderr = self.process.communicate()[1]
+        return self.process.returncode, stderr
+
+
+@pytest.fixture
+def own(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
+    """Have a process own tmp_path: own(elsewhere=True, locks="local")."""
+    started: list[Process] = []
+    other_boot = tmp_path_factory.mktemp("elsewhere") / "boot_id"
+    other_boot.write_text("elsewhere\n")
+
+    def start(*, elsewhere: bool, locks: str = "shared") -> Process:
+        process = subprocess.Popen(
+            [sys.executable, "-c", OWNER, tmp_path, other_boot if elsewhere else BOOT_ID, locks],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=jobs.environment(),
+        )
+        started.append(Process(process))
+        assert process.stdout is not None
+        assert process.stdout.readline() == "held\n"
+        return started[-1]
+
+    yield start
+    for owner in started:
+        with owner.process:
+            owner.process.kill()
+
+
+@pytest.fixture
+def paths(tmp_path: Path) -> RunPaths:
+    return RunPaths(tmp_path)
+
+
+def record(paths: RunPaths) -> dict[str, object]:
+    found: dict[str, object] = json.loads(paths.lock.read_text())
+    return found
+
+
+def committed(paths: RunPaths) -> list[Path]:
+    return sorted(paths.checkpoints.glob("step-*/*"))
+
+
+def test_a_second_owner_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
+    paths = RunPaths(tmp_path / "deep" / "run")
+    lock = RunLock(paths)
+    paths.exit_report.write_text("{}")
+    with pytest.raises(DirectoryError) as caught:
+        RunLock(paths, lease=0.1)
+    owner = rf"in use by pid {os.getpid()} on {re.escape(socket.gethostname())} since \d{{4}}-\d\d-\d\d \d\d:\d\d:\d\d"
+    assert re.search(owner, str(caught.value))
+    assert str(paths.root) in str(caught.value)
+    assert paths.exit_report.exists()  # the owner's
+    lock.release()
+    RunLock(paths).release()
+    assert record(paths)["fence"] == 2
+
+
+def test_the_lock_is_free_after_the_owner_was_killed(own: Callable[..., Process], paths: RunPaths) -> None:
+    owner = own(elsewhere=False)
+    with pytest.raises(DirectoryError, match=rf"pid {owner.process.pid} on"):
+        RunLock(paths)
+    owner.signal(signal.SIGKILL)
+    assert owner.ended()[0] == -signal.SIGKILL
+    lock = RunLock(paths, wait=False)
+    assert (lock.owner.fence, record(paths)["pid"]) == (2, os.getpid())
+    lock.release()
+
+
+def test_an_owner_that_takes_its_time_to_die_is_waited_for(paths: RunPaths) -> None:
+    """As one does that was killed in a write to a slow disk: its lock is held until that is done."""
+    lock = RunLock(paths)
+    alive = paths.lock.read_bytes()
+    lock.release()
+    paths.lock.write_bytes(alive)
+    dying = os.open(paths.lock, os.O_RDWR)
+    fcntl.flock(dying, fcntl.LOCK_EX)
+    with pytest.raises(DirectoryError, match="in use by"):
+        RunLock(paths, wait=False)
+    threading.Timer(0.3, os.close, [dying]).start()
+    lock = RunLock(paths, lease=60)
+    assert lock.owner.fence == 2
+    lock.release()
+
+
+def test_an_owner_that_is_stopped_on_this_host_keeps_its_lock(own: Callable[..., Process], paths: RunPaths) -> None:
+    owner = own(elsewhere=False)
+    owner.signal(signal.SIGSTOP)
+    with pytest.raises(DirectoryError, match=rf"pid {owner.process.pid} on"):
+        RunLock(paths, lease=0.1)
+
+
+@pytest.mark.parametrize("locks", ["shared", "local"])
+def test_an_owner_on_another_host_that_renews_is_not_disturbed(
+    own: Callable[..., Process], paths: RunPaths, locks: str
+) -> None:
+    owner = own(elsewhere=True, locks=locks)
+    holder = f"pid {owner.process.pid} on {socket.gethostname()} since "
+    with pytest.raises(DirectoryError, match=f"in use by {holder}"):
+        RunLock(paths)
+    assert (lock_holder(paths) or "").startswith(holder)
+    assert record(paths)["fence"] == 1
+
+
+@pytest.mark.parametrize("locks", ["shared", "local"])
+def test_who_wakes_up_after_another_took_over_writes_nothing_more(
+    own: Callable[..., Process], paths: RunPaths, locks: str
+) -> None:
+    """With "shared" the lock of the stopped owner is still held, as one is whose host is gone."""
+    owner = own(elsewhere=True, locks=locks)
+    owner.signal(signal.SIGSTOP)
+    with pytest.raises(DirectoryError, match="in use by"):
+        RunLock(paths, wait=False)
+    lock = RunLock(paths, lease=0.5)
+    assert lock.owner.fence == 2
+    Store(paths.checkpoints, lock.owner).remove_left_overs()
+    before = committed(paths), record(paths)
+    owner.signal(signal.SIGCONT)
+    code, stderr = owner.ended()
+    assert code == 73
+    line = f"lost the run directory {paths.root} to {lock.owner}: nothing more is written there"
+    assert stderr == f"distgpt: error: {line}\n"
+    assert (committed(paths), record(paths)) == before
+    lock.release()
+
+
+def test_a_dead_owner_of_another_host_is_waited_for_unless_it_left_in_order(
+    own: Callable[..., Process], paths: RunPaths
+) -> None:
+    owner = own(elsewhere=True)
+    owner.signal(signal.SIGKILL)
+    owner.ended()
+    with pytest.raises(DirectoryError, match="in use by"):
+        RunLock(paths, wait=False)
+    RunLock(paths, lease=0.5).release()
+    owner = own(elsewhere=True)
+    owner.signal(signal.SIGTERM)
+    assert owner.ended()[0] == 75
+    lock = RunLock(paths, wait=False)
+    assert lock.owner.fence == 4
+    lock.release()
+
+
+def test_an_owner_whose_lock_was_removed_ends(own: Callable[..., Process], paths: RunPaths) -> None:
+    owner = own(elsewhere=False)
+    paths.lock.unlink()
+    code, stderr = owner.ended()
+    assert code == 73
+    assert re.fullmatch(r"distgpt: error: lost the run directory \S+ \(its LOCK was removed or damaged\): .*\n", stderr)
+
+
+def test_any_rank_can_ask(paths: RunPaths) -> None:
+    first = RunLock(paths)
+    assert loss_of(paths, first.owner) is None
+    first.release()
+    assert loss_of(paths, first.owner) is None
+    second = RunLock(paths)
+    assert str(second.owner) in (loss_of(paths, first.owner) or "")
+    second.release()
+
+
+def test_a_lock_without_a_readable_owner_is_still_a_lock(paths: RunPaths) -> None:
+    lock = RunLock(paths)
+    paths.lock.write_text("???")
+    with pytest.raises(DirectoryError, match="in use by another job"):
+        RunLock(paths)
+    lock.release()
+    after = RunLock(paths)
+    assert after.owner.fence > 10**9  # above any that came before
+    after.release()
+
+
+def test_a_new_owner_forgets_how_the_last_run_ended(paths: RunPaths) -> None:
+    paths.exit_report.write_text("{}")
+    (paths.root / ".LOCK.000001-elsewhere-7.tmp").touch()  # of one that was killed before its LOCK was in place
+    RunLock(paths).release()
+    assert [file.name for file in paths.root.iterdir()] == ["LOCK"]
+
+
+def test_a_directory_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "run"):
+        with pytest.raises(DirectoryError, match=rf"cannot write to the run directory {root}: .*--run.dir=DIR"):
+            RunLock(RunPaths(root))
+
+
+def test_a_lease_outlasts_several_renewals() -> None:
+    assert LEASE >= 4 * RENEWAL

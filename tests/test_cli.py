@@ -1,0 +1,131 @@
+"""How a door ends: its exit code and its one line on stderr."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+
+from distgpt import errors
+from distgpt.errors import UsageError
+from distgpt.files import user_path
+
+OTHER_RANK = {"RANK": "1", "MASTER_ADDR": "node1"}
+
+
+def ended(body: str, **variables: str) -> subprocess.CompletedProcess[str]:
+    """A door whose main is `body`, and with which no rank has patience."""
+    quick = "import distgpt.cli; distgpt.cli.RANK_ZERO_SECONDS = 0"
+    program = (
+        f"from distgpt.cli import *\nfrom distgpt.errors import *\n{quick}\ndef main():\n    {body}\nmain_guard(main)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "RANK"} | variables
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=60)
+
+
+@pytest.mark.parametrize(
+    ("name", "code"),
+    [
+        ("UsageError", 2),
+        ("DataError", 65),
+        ("DirectoryError", 73),
+        ("StorageError", 74),
+        ("Interrupted", 75),
+    ],
+)
+def test_what_a_user_can_act_on_is_one_line_and_an_exit_code(name: str, code: int) -> None:
+    assert getattr(errors, name).code == code
+    done = ended(f"raise {name}('do this')")
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", "distgpt: error: do this\n")
+
+
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_alone_finds_a_mistake_says_so(rank: str) -> None:
+    done = ended("raise UsageError('do this')", RANK=rank, MASTER_ADDR="node1")
+    assert (done.returncode, done.stderr) == (2, "distgpt: error: do this\n")
+
+
+def test_another_rank_leaves_rank_0_time_to_speak() -> None:
+    body = "import sys; print('found', file=sys.stderr, flush=True); raise UsageError('do this')"
+    program = f"from distgpt.cli import *\nfrom distgpt.errors import *\ndef main():\n    {body}\nmain_guard(main)\n"
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | OTHER_RANK) as process:
+        assert process.stderr is not None
+        assert process.stderr.readline() == "found\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(timeout=1)
+        process.terminate()
+        assert process.stderr.read() == ""
+        assert process.wait() == -signal.SIGTERM
+
+
+def test_a_stale_rank_waits_for_nobody() -> None:
+    program = (
+        "from distgpt.cli import *\nfrom distgpt.errors import *\n"
+        "def main():\n    raise UsageError('do this')\nmain_guard(main)\n"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "MASTER_ADDR"} | {"RANK": "3"}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, env=environment, timeout=20)
+    assert (done.returncode, done.stderr) == (2, "distgpt: error: do this\n")
+
+
+def test_torchrun_s_report_ends_with_the_cause(tmp_path: Path) -> None:
+    """In the words of the agent, which prints the error file of the rank that failed first below all else."""
+    done = ended("raise UsageError('do this')", TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
+    assert (done.returncode, done.stderr) == (2, "distgpt: error: do this\n")
+    failure = ProcessFailure(local_rank=0, pid=os.getpid(), exitcode=2, error_file=str(tmp_path / "error.json"))
+    report = str(ChildFailedError("distgpt.train", {0: failure})).splitlines()
+    assert report[-2] == "  traceback : distgpt: error: do this"
+
+
+def test_a_bug_keeps_its_traceback() -> None:
+    done = ended("raise KeyError('x')")
+    assert done.returncode == 70
+    assert "Traceback" in done.stderr
+
+
+def test_control_c_is_quiet() -> None:
+    done = ended("raise KeyboardInterrupt")
+    assert (done.returncode, done.stderr) == (75, "")
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
+def test_a_signal_ends_a_door_that_has_only_been_entered(name: str) -> None:
+    done = ended(f"import signal; enter(); signal.raise_signal(signal.{name})")
+    assert (done.returncode, done.stderr) == (75, "")
+
+
+def test_a_signal_that_is_ignored_stays_so() -> None:
+    hang_up = "signal.SIGHUP"  # as nohup does
+    done = ended(f"import signal; signal.signal({hang_up}, signal.SIG_IGN); enter(); signal.raise_signal({hang_up})")
+    assert done.returncode == 0
+
+
+def test_what_stdout_cannot_show_is_no_error() -> None:
+    done = ended("enter(); print('run_ü')", PYTHONIOENCODING="ascii")
+    assert (done.returncode, done.stdout) == (0, "run_?\n")
+
+
+def test_a_full_disk_behind_stdout_is_one_clear_line() -> None:
+    with open("/dev/full", "w") as full:
+        program = "from distgpt.errors import main_guard\nmain_guard(lambda: print('x' * 10**6, flush=True))\n"
+        done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
+    assert (done.returncode, done.stderr) == (74, "distgpt: error: cannot write: No space left on device\n")
+
+
+def test_a_reader_that_leaves_is_no_error_to_tell() -> None:
+    read, write = os.pipe()
+    os.close(read)
+    program = "from distgpt.errors import main_guard\nmain_guard(lambda: print('x' * 10**6, flush=True))\n"
+    done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (74, "")
+
+
+@pytest.mark.parametrize(("path", "message"), [("a" * 300, "300 characters, more than"), ("a\0b", "a NUL character")])
+def test_a_path_that_cannot_be_is_refused(path: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        user_path(path)

@@ -1,0 +1,86 @@
+"""The validation loss is the mean over its windows, whoever computes them."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from distgpt.config import resolve
+from distgpt.corpus.loader import EvaluationBatches
+from distgpt.corpus.shards import Dataset
+from distgpt.corpus.tokenizer import load_tokenizer
+from distgpt.distributed.parallelize import build_model
+from distgpt.distributed.runtime import Runtime
+from distgpt.model.gpt import GPT
+from distgpt.training.evaluation import evaluate
+
+SMALL = ("--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=20", "--model.dropout=0.5")
+WINDOWS = 13
+
+
+@pytest.fixture
+def model(dataset: Dataset, one_process: Runtime) -> torch.nn.Module:
+    return build_model(
+        resolve(SMALL, {}),
+        one_process,
+        strategy="single",
+        vocab_size=dataset.vocab_size,
+        eot_id=None,
+        micro_batch=1,
+        dtype=torch.float32,
+    )
+
+
+def batches(dataset: Dataset, *, rank: int = 0, world_size: int = 1, micro_batch: int = 2) -> EvaluationBatches:
+    return EvaluationBatches(
+        dataset.val,
+        block_size=20,
+        sequences=WINDOWS,
+        micro_batch=micro_batch,
+        rank=rank,
+        world_size=world_size,
+        device=torch.device("cpu"),
+    )
+
+
+def test_it_is_the_mean_over_windows_and_bits_per_byte_follow(
+    model: GPT, dataset: Dataset, one_process: Runtime
+) -> None:
+    tokenizer = load_tokenizer(dataset.path)
+    found = evaluate(model, batches(dataset), tokenizer=tokenizer, runtime=one_process, dtype=torch.float32)
+    losses, text_bytes, seen = [], 0, []
+    model.eval()
+    for indices, x_BT, y_BT in batches(dataset):
+        logits_BTV = model(x_BT)
+        loss = torch.nn.functional.cross_entropy(logits_BTV.flatten(0, 1), y_BT.flatten(), reduction="none")
+        losses += loss.reshape(y_BT.shape).mean(dim=1).tolist()
+        text_bytes += sum(len(tokenizer.decode(row).encode()) for row in y_BT.tolist())
+        seen += indices.tolist()
+    assert seen == list(range(WINDOWS))
+    assert found.val_loss == pytest.approx(np.mean(losses), abs=1e-6)
+    assert text_bytes > WINDOWS * 20  # some characters take two bytes
+    nats = np.sum(losses) * 20
+    assert found.val_bits_per_byte == pytest.approx(nats / math.log(2) / text_bytes, abs=1e-6)
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 16])
+def test_the_parts_of_several_ranks_sum_to_the_same(
+    model: GPT, dataset: Dataset, one_process: Runtime, world_size: int
+) -> None:
+    tokenizer = load_tokenizer(dataset.path)
+
+    def part(rank: int, ranks: int) -> float:
+        mine = batches(dataset, rank=rank, world_size=ranks)
+        return evaluate(model, mine, tokenizer=tokenizer, runtime=one_process, dtype=torch.float32).val_loss
+
+    # Each divides by all windows, so the parts add up.
+    assert sum(part(rank, world_size) for rank in range(world_size)) == pytest.approx(part(0, 1), rel=1e-12)
+
+
+def test_training_goes_on_as_if_it_had_not_been(model: GPT, dataset: Dataset, one_process: Runtime) -> None:
+    before = torch.random.get_rng_state()
+    evaluate(model, batches(dataset), tokenizer=load_tokenizer(dataset.path), runtime=one_process, dtype=torch.float32)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert model.training
+    assert all(p.grad is None for p in model.parameters())
