@@ -45,7 +45,7 @@ def test_a_fit_machine(data: str, tmp_path: Path) -> None:
     assert set(checks(done).values()) <= {"ok", "warn"}
     expected = ["python", "torch", "devices", "batch", "shared memory", "data", "windows", "run directory", "disk"]
     assert list(checks(done)) == [*expected, "memory"]
-    assert "every hash right" in done.stdout
+    assert "all checksums match" in done.stdout
     assert files(tmp_path) == []
 
 

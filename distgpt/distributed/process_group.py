@@ -49,6 +49,15 @@ def joined(
     store = shared_store(runtime)
     met(store)
     _await_rank_zero(runtime, store)
+    init_process_group(runtime, store, timeout)
+    yield
+    gc.collect()  # models that hooks and torch.compile tied into cycles
+    # Not in a finally: after a failure of a peer this would wait for it.
+    dist.destroy_process_group()
+
+
+def init_process_group(runtime: Runtime, store: dist.Store, timeout: float) -> None:
+    """Create torch's default process group of all ranks. `timeout`: seconds that a collective waits for a rank."""
     on_gpu = runtime.device.type == "cuda"
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
@@ -58,10 +67,6 @@ def joined(
         timeout=timedelta(seconds=timeout),
         device_id=runtime.device if on_gpu else None,
     )
-    yield
-    gc.collect()  # models that hooks and torch.compile tied into cycles
-    # Not in a finally: after a failure of a peer this would wait for it.
-    dist.destroy_process_group()
 
 
 def shared_store(runtime: Runtime) -> dist.Store:

@@ -1,4 +1,4 @@
-"""A finding of a check: ok, a warning, or a failure with its fix and exit code."""
+"""The result of a check: ok, a warning, or a failure with its fix and exit code."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ Level = Literal["ok", "warn", "FAIL"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What a check found. `code`: the exit code that it stands for where it failed."""
+    """The result of a check. `code`: the exit code of a failure, else 0."""
 
     check: str
     level: Level
@@ -22,30 +22,30 @@ class Finding:
         return f"{self.level:<5} {self.check:<14} {self.text}"
 
 
-def found(check: str, text: str) -> Finding:
-    """All is well."""
+def ok(check: str, text: str) -> Finding:
+    """Report a check that passed."""
     return Finding(check, "ok", text)
 
 
 def warning(check: str, text: str) -> Finding:
-    """Training can start, but a person should know."""
+    """Report a problem that does not prevent training."""
     return Finding(check, "warn", text)
 
 
 def failure(check: str, error: Exception) -> Finding:
-    """Training cannot start."""
+    """Report a problem that prevents training."""
     if isinstance(error, DistgptError):
         return Finding(check, "FAIL", str(error), error.code)
     return Finding(check, "FAIL", f"{type(error).__name__}: {error}", EXIT_IO)
 
 
 def exit_code(findings: list[Finding]) -> int:
-    """That of the first failure."""
+    """Return the exit code of the first failure, 0 if there is none."""
     return next((finding.code for finding in findings if finding.level == "FAIL"), EXIT_OK)
 
 
-def attempt(name: str, check: Callable[[], Finding]) -> Finding:
-    """What `check` finds, or the failure that it raises."""
+def run_check(name: str, check: Callable[[], Finding]) -> Finding:
+    """Run `check` and return its finding; an error that it raises becomes a failure."""
     try:
         return check()
     except (DistgptError, OSError) as error:

@@ -1,7 +1,7 @@
-"""Do the hosts of a job fit together: one code, config and data, one clock, one run directory, all in reach?
+"""Checks of all hosts of a job: same code, config and data, equal clocks, one run directory, open connections.
 
-Until each host is known to reach all others they talk through torchrun's store alone, which all of them reach: a
-process group that cannot form would only say that it timed out, not who is to blame.
+The checks run in three stages. The first two use only torchrun's store, which every host can reach: a process group
+that cannot form reports a timeout, but not which host is the cause. The third stage creates the process group.
 """
 
 import dataclasses
@@ -27,162 +27,166 @@ from torch.distributed.rendezvous import rendezvous
 from distgpt.config import PACKAGE, Config, to_dict
 from distgpt.corpus.shards import Split, open_dataset
 from distgpt.distributed.collectives import all_gather
+from distgpt.distributed.process_group import init_process_group
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import EXIT_DATA, EXIT_USAGE, DirectoryError, DistgptError, Interrupted, StorageError, UsageError
 from distgpt.preflight import links, network
-from distgpt.preflight.finding import Finding, failure, found, warning
-from distgpt.preflight.machine import check_machine, existing
+from distgpt.preflight.finding import Finding, failure, ok, warning
+from distgpt.preflight.machine import check_machine, nearest_directory
 
-# The longest that one host waits for another, and that all checks take; a preflight is done in seconds.
+# A host waits this long for another one, and all checks together may take LONGEST_SECONDS. They usually take seconds.
 ANSWER_SECONDS = 60.0
 LONGEST_SECONDS = 3 * ANSWER_SECONDS
 CONNECT_SECONDS = 5.0
-OPEN_PORTS = "open all TCP ports between the hosts, check their routes"
-CLOCK_SECONDS = 1.0
-# A network file system may show a new file late.
-VISIBLE_SECONDS = 10.0
+OPEN_PORTS = "open all TCP ports between the hosts and check their routes"
+MAX_CLOCK_DIFFERENCE_SECONDS = 1.0
+# A network file system may show a new file this late on other hosts.
+NFS_DIRECTORY_CACHE_SECONDS = 10.0
 SAMPLES, SAMPLE_TOKENS = 256, 2048
-# What may differ: where each host has its copy of the data, and whether its launcher started again.
+# These may differ: each host can have its own copy of the data, and a launcher clears run.fresh when it restarts.
 LOCAL_KEYS = ("data.path", "run.fresh")
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What a host says of itself."""
+class HostReport:
+    """HostReport about one host and the findings of its own checks. `port`: an open port for the other hosts to try."""
 
     host: str
     address: str
     port: int
     findings: list[dict[str, Any]]
-    same: dict[str, str] = field(default_factory=dict)  # check -> what must be equal everywhere
+    must_match: dict[str, str] = field(default_factory=dict)  # by check: a value that must be equal on all hosts
     config: dict[str, str] = field(default_factory=dict)
 
 
-Say = Callable[[Finding], None]
+class SharedStore:
+    """JSON values that all ranks share in torchrun's store, and an open port for the other hosts to try.
 
-
-class Board:
-    """Notes between ranks in torchrun's store, and a port for the other hosts to try."""
+    Raises Interrupted or StorageError if torchrun's store cannot be reached.
+    """
 
     def __init__(self, runtime: Runtime) -> None:
-        # Rank 0, which judges, gives up first, so that the others still hear from it why.
+        # Rank 0 makes the findings. It gives up first, so that the others can still read the reason from it.
         self.timeout = timedelta(seconds=ANSWER_SECONDS * (1 if runtime.rank == 0 else 1.5))
         try:
             store: dist.Store = next(rendezvous("env://", timeout=timedelta(seconds=ANSWER_SECONDS)))[0]
         except (dist.DistError, RuntimeError):
             address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-            why = network.can_connect(address, port, timeout=CONNECT_SECONDS)
-            if why is None:
-                raise Interrupted(f"{address} does not answer: it hangs or has ended") from None
-            raise StorageError(f"{socket.gethostname()} cannot reach {address} ({why}): {OPEN_PORTS}") from None
+            error = network.connection_error(address, port, timeout=CONNECT_SECONDS)
+            if error is None:
+                raise Interrupted(f"{address} does not answer: torchrun on that host hangs or has ended") from None
+            raise StorageError(f"{socket.gethostname()} cannot reach {address} ({error}): {OPEN_PORTS}") from None
         self.store = dist.PrefixStore("distgpt-preflight", store)
         self.runtime = runtime
-        self.listener = socket.create_server(("127.0.0.1" if nodes() == 1 else "", 0), backlog=1024)
+        self.listener = socket.create_server(("127.0.0.1" if node_count() == 1 else "", 0), backlog=1024)
 
-    def post(self, key: str, value: Any) -> None:
+    def set(self, key: str, value: Any) -> None:
         self.store.set(key, json.dumps(value))
 
-    def read(self, key: str) -> Any:
-        """What was posted under `key`, when it is there. Raises Interrupted if it does not come: its host may hang."""
+    def get(self, key: str) -> Any:
+        """Wait for the value of `key` and return it. Raises Interrupted after `timeout`; its host may hang."""
         try:
             self.store.wait([key], self.timeout)
         except dist.DistError:
-            raise Interrupted(f"no {key} within {self.timeout.seconds} s: see the log of that host") from None
+            raise Interrupted(f"no {key} within {self.timeout.seconds} s: read the log of that host") from None
         return json.loads(self.store.get(key))
 
-    def leave_together(self) -> None:
-        """The store dies with the host that holds it, so nobody leaves before everybody has read the findings."""
+    def wait_for_all(self) -> None:
+        """Wait until all ranks call this: the host that holds the store must not leave before all have read it."""
         with suppress(dist.DistError):
-            if self.store.add("leaving", 1) == self.runtime.world_size:
-                self.post("all leave", True)
-            self.store.wait(["all leave"], self.timeout)
+            if self.store.add("ready to leave", 1) == self.runtime.world_size:
+                self.set("all ready", True)
+            self.store.wait(["all ready"], self.timeout)
 
 
-def check_hosts(config: Config, runtime: Runtime, *, say: Say, conclude: Callable[[list[Finding]], None]) -> None:
-    """Every check that takes all hosts, with those of each one. All ranks call it; rank 0 alone says what it found.
+def check_hosts(
+    config: Config, runtime: Runtime, *, say: Callable[[Finding], None], conclude: Callable[[list[Finding]], None]
+) -> None:
+    """Run all checks, those of each host and those that compare hosts. Collective: all ranks call it.
 
-    Each rank is told the failures that ended it, or none, by `conclude`, before any of them leaves.
+    Rank 0 passes each finding to `say`. Every rank passes the failures, if any, to `conclude` before any rank leaves.
+    Raises Interrupted on the other ranks if one of them, or rank 0, does not answer.
     """
-    board = Board(runtime)
+    store = SharedStore(runtime)
     failures: list[Finding] = []
-    for stage in (compare, reach, connect):
-        told = []
+    for stage in (compare_hosts, check_connections, measure_network):
+        said = []
         try:
-            for finding in stage(config, board):
+            for finding in stage(config, store):
                 say(finding)
-                told.append(finding)
+                said.append(finding)
         except Interrupted as error:
             if runtime.rank:
                 raise
-            told.append(failure("hosts", error))
-            say(told[-1])
-        key = f"answer of the first host ({stage.__name__})"
+            said.append(failure("hosts", error))
+            say(said[-1])
+        key = f"findings from rank 0 ({stage.__name__})"
         if runtime.rank == 0:
-            board.post(key, [dataclasses.asdict(finding) for finding in told])
-        findings = [Finding(**finding) for finding in board.read(key)]
+            store.set(key, [dataclasses.asdict(finding) for finding in said])
+        findings = [Finding(**finding) for finding in store.get(key)]
         failures = [finding for finding in findings if finding.level == "FAIL"]
         if failures:
             break
     conclude(failures)
-    board.leave_together()
+    store.wait_for_all()
     if dist.is_initialized() and not failures:
         dist.destroy_process_group()
 
 
-def node() -> int:
-    """The number of this host in the job."""
+def node_rank() -> int:
+    """Return the number of this host in the job, from 0."""
     return int(os.environ.get("GROUP_RANK", "0"))
 
 
-def nodes() -> int:
-    """The number of hosts."""
+def node_count() -> int:
+    """Return the number of hosts in the job."""
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
-def labels(everyone: Sequence[Facts]) -> list[str]:
-    """A name for each host, with its address, and its number too, where the name alone would not tell."""
-    counts = Counter(facts.host for facts in everyone)
-    names = [facts.host if counts[facts.host] == 1 else f"{facts.host} ({facts.address})" for facts in everyone]
+def host_labels(reports: Sequence[HostReport]) -> list[str]:
+    """Return a different name for each host: its hostname; if hosts share it, with the address or number added."""
+    counts = Counter(report.host for report in reports)
+    names = [report.host if counts[report.host] == 1 else f"{report.host} ({report.address})" for report in reports]
     return [name if names.count(name) == 1 else f"{name} #{number}" for number, name in enumerate(names, 1)]
 
 
-def agreement(check: str, values: Mapping[str, str], *, fix: str, code: int = EXIT_USAGE) -> Finding:
-    """That all hosts have the same value; otherwise, who has another one. `values`: by host."""
+def check_equal(check: str, values: Mapping[str, str], *, fix: str, code: int = EXIT_USAGE) -> Finding:
+    """Check that all hosts have the same value, and name those that differ. `values`: by host."""
     counts = Counter(values.values())
     if len(counts) == 1:
-        return found(check, f"{next(iter(counts))} on all {len(values)} hosts")
-    (common, times), (_, next_times) = counts.most_common(2)
-    odd = {host: value for host, value in values.items() if value != common}
-    if times == next_times:
-        told = ", ".join(f"{host} has {value}" for host, value in values.items())
-    else:
-        told = ", ".join(f"{host} has {value}" for host, value in odd.items()) + f", the other {times} {common}"
-    return Finding(check, "FAIL", f"{told}: {fix}", code)
+        return ok(check, f"{next(iter(counts))} on all {len(values)} hosts")
+    (common, count), (_, next_count) = counts.most_common(2)
+    has_majority = count > next_count
+    listed = [f"{host} has {value}" for host, value in values.items() if value != common or not has_majority]
+    if has_majority:
+        listed.append(f"the other {count} have {common}")
+    return Finding(check, "FAIL", f"{', '.join(listed)}: {fix}", code)
 
 
-def judge_clocks(offsets: Mapping[str, float]) -> Finding:
-    """How far the clocks are apart; `offsets` in seconds against the first host's, by host."""
-    first, last = min(offsets, key=lambda h: offsets[h]), max(offsets, key=lambda h: offsets[h])
-    spread = offsets[last] - offsets[first]
-    text = f"{spread:.3f} s apart on all {len(offsets)} hosts"
-    if spread <= CLOCK_SECONDS:
-        return found("clocks", text)
+def check_clocks(offsets: Mapping[str, float]) -> Finding:
+    """Check that the clocks agree. `offsets`: seconds ahead of the first host's clock, by host."""
+    slowest, fastest = min(offsets, key=lambda h: offsets[h]), max(offsets, key=lambda h: offsets[h])
+    difference = offsets[fastest] - offsets[slowest]
+    text = f"the clocks of {len(offsets)} hosts differ by up to {difference:.3f} s"
+    if difference <= MAX_CLOCK_DIFFERENCE_SECONDS:
+        return ok("clocks", text)
     return warning(
         "clocks",
-        f"{text}: {last} is ahead of {first}; torchrun takes a host that is behind for dead: run chrony or ntpd",
+        f"{text}: {fastest} is ahead of {slowest}; torchrun may treat a host whose clock is behind as dead: "
+        "run chrony or ntpd on all hosts",
     )
 
 
 def package_hash() -> str:
-    """Of the code that runs: every file of the package."""
+    """Return a short hash of the code that runs: all .py and .toml files of the package."""
     digest = hashlib.sha256()
     for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".toml")):
         digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes() + b"\0")
     return digest.hexdigest()[:12]
 
 
-def data_sample(split: Split) -> str:
-    """A hash over places spread evenly over the tokens: reading all of them is the thorough check's business."""
+def sample_hash(split: Split) -> str:
+    """Return a short hash of samples spread evenly over the tokens. Reading all tokens would take too long here."""
     digest = hashlib.sha256()
     samples = max(1, SAMPLES // len(split.shards))
     for shard in split.shards:
@@ -192,122 +196,110 @@ def data_sample(split: Split) -> str:
     return digest.hexdigest()[:12]
 
 
-def compare(config: Config, board: Board) -> Iterator[Finding]:
-    """What each host says of itself, side by side."""
-    runtime = board.runtime
+def compare_hosts(config: Config, store: SharedStore) -> Iterator[Finding]:
+    """Check each host by itself, then compare their versions, data and configs."""
+    runtime = store.runtime
     if runtime.local_rank == 0:
-        post_facts(config, board)
+        send_report(config, store)
     if runtime.rank:
         return
-    everyone = [Facts(**board.read(_facts_of(number))) for number in range(nodes())]
-    names = labels(everyone)
-    board.post("hosts", [(name, facts.address, facts.port) for name, facts in zip(names, everyone, strict=True)])
-    yield from _merged(names, everyone)
-    if nodes() == 1:
+    reports = [HostReport(**store.get(_report_key(number))) for number in range(node_count())]
+    names = host_labels(reports)
+    store.set("hosts", [(name, report.address, report.port) for name, report in zip(names, reports, strict=True)])
+    yield from _merge_findings(names, reports)
+    if node_count() == 1:
         return
     for check, fix, code in (
-        ("python", "install the same on all hosts", EXIT_USAGE),
-        ("torch", "install the same on all hosts", EXIT_USAGE),
-        ("distgpt", "bring the same code to all hosts", EXIT_USAGE),
+        ("python", "install the same version on all hosts", EXIT_USAGE),
+        ("torch", "install the same version on all hosts", EXIT_USAGE),
+        ("distgpt", "copy the same code to all hosts", EXIT_USAGE),
         ("data", "prepare it once and copy it, or share one directory", EXIT_DATA),
     ):
-        if all(check in facts.same for facts in everyone):
-            values = {name: facts.same[check] for name, facts in zip(names, everyone, strict=True)}
-            yield agreement(f"same {check}", values, fix=fix, code=code)
-    yield from _same_config(names, everyone)
+        if all(check in report.must_match for report in reports):
+            values = {name: report.must_match[check] for name, report in zip(names, reports, strict=True)}
+            yield check_equal(f"same {check}", values, fix=fix, code=code)
+    yield from _compare_configs(names, reports)
 
 
-def reach(config: Config, board: Board) -> Iterator[Finding]:
-    """Each host connects to all others, and sees the run directory of the first."""
-    runtime = board.runtime
-    if nodes() == 1:
+def check_connections(config: Config, store: SharedStore) -> Iterator[Finding]:
+    """Check that each host can connect to all others and can write to the run directory of the first one."""
+    runtime = store.runtime
+    if node_count() == 1:
         return
     answers = []
-    with _marker(config, board) if runtime.rank == 0 else nullcontext():
+    with _marker_file(config, store) if runtime.rank == 0 else nullcontext():
         if runtime.local_rank == 0:
-            answer = {"unreachable": _unreachable(board), "directory": sees_run_directory(board)}
-            board.post(f"answer from host {node() + 1}", answer)
+            answer = {"unreachable": _unreachable_hosts(store), "directory": run_directory_problem(store)}
+            store.set(f"answer from host {node_rank() + 1}", answer)
         if runtime.rank == 0:
-            answers = [board.read(f"answer from host {number + 1}") for number in range(nodes())]
+            answers = [store.get(f"answer from host {number + 1}") for number in range(node_count())]
     if runtime.rank:
         return
-    names = _names(board)
-    of_host = dict(zip(names, answers, strict=True))
-    broken = [f"{name} cannot reach {other}" for name, answer in of_host.items() for other in answer["unreachable"]]
+    names = _names(store)
+    by_host = dict(zip(names, answers, strict=True))
+    broken = [f"{name} cannot reach {other}" for name, answer in by_host.items() for other in answer["unreachable"]]
     if broken:
         yield failure("network", StorageError(f"{'; '.join(broken[:6])}: {OPEN_PORTS}"))
     else:
-        trust = "they trust each other, so no stranger may reach their TCP ports"
-        yield found("network", f"all {nodes()} hosts can connect to each other; {trust}")
-    blind = {name: answer["directory"] for name, answer in of_host.items() if answer["directory"]}
-    if blind:
-        told = "; ".join(f"{name}: {why}" for name, why in blind.items())
-        fix = "--run.dir must lie on a file system that all hosts share and can write to"
-        yield failure("run directory", DirectoryError(f"{told}; {fix}"))
+        trust = "their TCP ports have no authentication, so no other machine may reach them"
+        yield ok("network", f"all {node_count()} hosts can connect to each other; {trust}")
+    problems = [f"{name}: {answer['directory']}" for name, answer in by_host.items() if answer["directory"]]
+    if problems:
+        fix = "--run.dir must be on a file system that all hosts share and can write to"
+        yield failure("run directory", DirectoryError(f"{'; '.join(problems)}; {fix}"))
     else:
-        yield found("shared run dir", f"{config.run_dir} is the same, and can be written, on all {nodes()} hosts")
+        yield ok("shared run dir", f"all {node_count()} hosts share {config.run_dir} and can write to it")
 
 
-def connect(config: Config, board: Board) -> Iterator[Finding]:
-    """With a process group: clocks, all-reduce, links."""
-    runtime = board.runtime
-    on_gpu = runtime.device.type == "cuda"
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
-        store=dist.PrefixStore("group", board.store),
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        timeout=timedelta(seconds=ANSWER_SECONDS),
-        device_id=runtime.device if on_gpu else None,
-    )
-    if on_gpu:
+def measure_network(config: Config, store: SharedStore) -> Iterator[Finding]:
+    """Create the process group; check the clocks and measure the all-reduce and the links."""
+    runtime = store.runtime
+    init_process_group(runtime, dist.PrefixStore("group", store.store), ANSWER_SECONDS)
+    if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
-    host_of = all_gather(node()) if runtime.distributed else [node()]
+    host_of = all_gather(node_rank()) if runtime.distributed else [node_rank()]
     offsets = clock_offsets(runtime, host_of)
-    all_reduce, measured = (
-        links.measure(runtime) if runtime.distributed else (found("links", "one rank, none to measure"), [])
-    )
+    all_reduce, measured = links.measure(runtime)
     if runtime.rank:
         return
-    names = _names(board)
+    names = _names(store)
     if len(names) > 1:
-        yield judge_clocks({names[number]: offset for number, offset in offsets.items()})
+        yield check_clocks({names[number]: offset for number, offset in offsets.items()})
     yield all_reduce
-    yield from links.judge(measured, host_of=host_of, names=dict(enumerate(names)))
+    yield from links.check_links(measured, host_of=host_of, names=dict(enumerate(names)))
 
 
-def post_facts(config: Config, board: Board) -> None:
-    """Local rank 0: everything this host can tell without the others."""
+def send_report(config: Config, store: SharedStore) -> None:
+    """Check this host by itself and share the report. Local rank 0 calls it."""
     address = network.route_to(os.environ["MASTER_ADDR"]).address
-    findings = [dataclasses.asdict(f) for f in check_machine(config, board.runtime, thorough=False)]
-    findings += [dataclasses.asdict(f) for f in own_name(address)]
-    same = {
-        "python": platform.python_version(),
-        "torch": torch_build(),
-        "distgpt": package_hash(),
-    }
-    with suppress(DistgptError):  # check_machine said so
+    findings = [dataclasses.asdict(f) for f in check_machine(config, store.runtime, thorough=False)]
+    findings += [dataclasses.asdict(f) for f in check_own_address(address)]
+    must_match = {"python": platform.python_version(), "torch": torch_build(), "distgpt": package_hash()}
+    with suppress(DistgptError):  # check_machine reports it
         dataset = open_dataset(Path(config.data.path))
-        same["data"] = " ".join((dataset.fingerprint[:12], data_sample(dataset.train), data_sample(dataset.val)))
+        must_match["data"] = " ".join((dataset.fingerprint[:12], sample_hash(dataset.train), sample_hash(dataset.val)))
     flat = {f"{section}.{key}": str(value) for section, keys in to_dict(config).items() for key, value in keys.items()}
-    facts = Facts(
+    report = HostReport(
         socket.gethostname(),
         address,
-        board.listener.getsockname()[1],
+        store.listener.getsockname()[1],
         findings,
-        same,
+        must_match,
         {key: value for key, value in flat.items() if key not in LOCAL_KEYS},
     )
-    board.post(_facts_of(node()), dataclasses.asdict(facts))
+    store.set(_report_key(node_rank()), dataclasses.asdict(report))
 
 
-def _facts_of(number: int) -> str:
-    return f"answer of host {number + 1} of {nodes()}"
+def _report_key(number: int) -> str:
+    return f"report from host {number + 1} of {node_count()}"
 
 
-def own_name(address: str) -> Iterator[Finding]:
-    """gloo and NCCL tell the others the address of their interface, or, if they are told none, of the hostname."""
-    if nodes() == 1 or os.environ.get("GLOO_SOCKET_IFNAME"):
+def check_own_address(address: str) -> Iterator[Finding]:
+    """Check that this host's name stands for `address`, at which the others reach it.
+
+    Without GLOO_SOCKET_IFNAME, gloo gives the others the address that the hostname stands for.
+    """
+    if node_count() == 1 or os.environ.get("GLOO_SOCKET_IFNAME"):
         return
     name = socket.gethostname()
     try:
@@ -319,7 +311,7 @@ def own_name(address: str) -> Iterator[Finding]:
         yield failure(
             "own address",
             UsageError(
-                f"the name {name} means {own} here, but the others know this host as {address}: "
+                f"this host resolves its name {name} to {own}, but the other hosts reach it at {address}: "
                 f"set GLOO_SOCKET_IFNAME={interface}, or correct /etc/hosts"
             ),
         )
@@ -332,68 +324,67 @@ def torch_build() -> str:
     return " ".join(map(str, parts))
 
 
-def _merged(names: Sequence[str], everyone: Sequence[Facts]) -> Iterator[Finding]:
-    """The findings of all hosts, one line a check: the first host's where all is well, else those that stand out."""
+def _merge_findings(names: Sequence[str], reports: Sequence[HostReport]) -> Iterator[Finding]:
+    """Merge the findings of all hosts, one per check: the first host's if all are ok, else those of the worst level."""
     by_check: dict[str, dict[str, Finding]] = {}
-    for name, facts in zip(names, everyone, strict=True):
-        for finding in facts.findings:
+    for name, report in zip(names, reports, strict=True):
+        for finding in report.findings:
             by_check.setdefault(finding["check"], {})[name] = Finding(**finding)
-    for check, of_host in by_check.items():
-        worst = next((level for level in ("FAIL", "warn") if any(f.level == level for f in of_host.values())), None)
-        if worst is None:
-            yield next(iter(of_host.values()))
-            continue
-        odd = {name: finding for name, finding in of_host.items() if finding.level == worst}
-        texts = {finding.text for finding in odd.values()}
-        if len(everyone) == 1:
-            told = texts.pop()
+    for by_host in by_check.values():
+        levels = {finding.level for finding in by_host.values()}
+        worst = next((level for level in ("FAIL", "warn") if level in levels), "ok")
+        worst_findings = {name: finding for name, finding in by_host.items() if finding.level == worst}
+        first = next(iter(worst_findings.values()))
+        texts = {finding.text for finding in worst_findings.values()}
+        if worst == "ok" or len(reports) == 1:
+            text = first.text
         elif len(texts) == 1:
-            told = f"{', '.join(odd)}: {texts.pop()}"
+            text = f"{', '.join(worst_findings)}: {first.text}"
         else:
-            told = "; ".join(f"{name}: {finding.text}" for name, finding in odd.items())
-        yield dataclasses.replace(next(iter(odd.values())), text=told, check=check)
+            text = "; ".join(f"{name}: {finding.text}" for name, finding in worst_findings.items())
+        yield dataclasses.replace(first, text=text)
 
 
-def _same_config(names: Sequence[str], everyone: Sequence[Facts]) -> Iterator[Finding]:
-    keys = [key for key in everyone[0].config if len({facts.config.get(key) for facts in everyone}) > 1]
+def _compare_configs(names: Sequence[str], reports: Sequence[HostReport]) -> Iterator[Finding]:
+    keys = [key for key in reports[0].config if len({report.config.get(key) for report in reports}) > 1]
     if not keys:
-        yield found("same config", f"on all {len(names)} hosts")
+        yield ok("same config", f"on all {len(names)} hosts")
     for key in keys:
-        values = {name: facts.config.get(key, "no such key") for name, facts in zip(names, everyone, strict=True)}
-        finding = agreement("same config", values, fix="start the same command on all hosts")
+        values = {name: report.config.get(key, "no such key") for name, report in zip(names, reports, strict=True)}
+        finding = check_equal("same config", values, fix="start the same command on all hosts")
         yield dataclasses.replace(finding, text=f"{key}: {finding.text}")
 
 
-def _unreachable(board: Board) -> list[str]:
-    """Who cannot be connected to from here, and why."""
-    others = [host for number, host in enumerate(board.read("hosts")) if number != node()]
+def _unreachable_hosts(store: SharedStore) -> list[str]:
+    """Return the hosts to which this one cannot connect, each with the reason."""
+    others = [host for number, host in enumerate(store.get("hosts")) if number != node_rank()]
 
-    def why_not(host: tuple[str, str, int]) -> str | None:
+    def try_host(host: tuple[str, str, int]) -> str | None:
         name, address, port = host
-        why = network.can_connect(address, port, timeout=CONNECT_SECONDS)
-        return why and f"{name} at {address} ({why})"
+        error = network.connection_error(address, port, timeout=CONNECT_SECONDS)
+        return error and f"{name} at {address} ({error})"
 
     with ThreadPoolExecutor(32) as pool:
-        return [reason for reason in pool.map(why_not, others) if reason]
+        return [problem for problem in pool.map(try_host, others) if problem]
 
 
 @contextmanager
-def _marker(config: Config, board: Board) -> Iterator[None]:
-    """A file of rank 0 in the run directory, or where that will be, for the others to find."""
-    path = existing(config.run_dir) / f".distgpt-preflight-{socket.gethostname()}-{os.getpid()}"
+def _marker_file(config: Config, store: SharedStore) -> Iterator[None]:
+    """Create a file in rank 0's run directory, or in the directory that will hold it, for the other hosts to find."""
+    path = nearest_directory(config.run_dir) / f".distgpt-preflight-{socket.gethostname()}-{os.getpid()}"
     path.touch()
-    board.post("marker", str(path))
+    store.set("marker file", str(path))
     try:
         yield
     finally:
-        for made in path.parent.glob(f"{path.name}*"):
-            made.unlink(missing_ok=True)
+        for created in path.parent.glob(f"{path.name}*"):
+            created.unlink(missing_ok=True)
 
 
-def sees_run_directory(board: Board) -> str:
-    """Why this host cannot use the run directory of the first one; empty if it can."""
-    marker = Path(board.read("marker"))
-    deadline = time.monotonic() + VISIBLE_SECONDS
+def run_directory_problem(store: SharedStore) -> str | None:
+    """Return why this host cannot use the run directory of the first host, None if it can."""
+    marker = Path(store.get("marker file"))
+    deadline = time.monotonic() + NFS_DIRECTORY_CACHE_SECONDS
     while True:
         try:
             if marker.name in os.listdir(marker.parent):
@@ -401,22 +392,25 @@ def sees_run_directory(board: Board) -> str:
         except OSError as error:
             return f"{marker.parent}: {error.strerror}"
         if time.monotonic() > deadline:
-            return f"{marker.parent} is another directory than the first host's"
+            return f"{marker.parent} is not the same directory as on the first host"
         time.sleep(0.2)
     try:
-        marker.with_name(f"{marker.name}-{node()}").touch()
+        marker.with_name(f"{marker.name}-{node_rank()}").touch()
     except OSError as error:
         return f"cannot write to {marker.parent}: {error.strerror}"
-    return ""
+    return None
 
 
 def clock_offsets(runtime: Runtime, host_of: Sequence[int]) -> dict[int, float]:
-    """By host, seconds that its clock is ahead of the first host's: the reply to the quickest of a few questions."""
+    """Return on rank 0, by host, how many seconds its clock is ahead of the first host's.
+
+    Rank 0 asks the first rank of each host for the time and uses the answer with the shortest round trip.
+    """
     offsets = {host_of[0]: 0.0}
     now = torch.zeros(1, dtype=torch.float64)
     for number in sorted(set(host_of)):
         rank = host_of.index(number)
-        quickest = float("inf")
+        shortest = float("inf")
         for _ in range(5 if rank and runtime.rank in (0, rank) else 0):
             if runtime.rank == rank:
                 dist.recv(now, 0)
@@ -426,11 +420,11 @@ def clock_offsets(runtime: Runtime, host_of: Sequence[int]) -> dict[int, float]:
             dist.send(now, rank)
             dist.recv(now, rank)
             answered = time.time()
-            if answered - asked < quickest:
-                quickest = answered - asked
+            if answered - asked < shortest:
+                shortest = answered - asked
                 offsets[number] = now.item() - (asked + answered) / 2
     return offsets
 
 
-def _names(board: Board) -> list[str]:
-    return [name for name, _, _ in board.read("hosts")]
+def _names(store: SharedStore) -> list[str]:
+    return [name for name, _, _ in store.get("hosts")]

@@ -1,4 +1,4 @@
-"""How this host reaches the others, told without torch: launchers ask before they start anything.
+"""Routes and ports of this host. Imports no torch: launchers use it before they start any rank.
 
 python -m distgpt.preflight.network route HOST            is it this host (1 or 0), own address, own interface
 python -m distgpt.preflight.network wait HOST SECONDS PORT...     the first of these ports that answers
@@ -19,13 +19,13 @@ from distgpt.errors import Interrupted, UsageError
 
 SIOCGIFADDR = 0x8915
 ESTABLISHED = "01"  # a state in /proc/net/tcp
-# Documentation's own network (RFC 5737): nothing is sent to it, it only makes the kernel choose a route.
-SOMEWHERE = "192.0.2.1"
+# An address reserved for documentation (RFC 5737). Nothing is sent to it; the kernel only chooses a route to it.
+DOCUMENTATION_ADDRESS = "192.0.2.1"
 
 
 @dataclass(frozen=True)
 class Route:
-    """From this host to another one. `is_here`: that other one is this host."""
+    """The route to a host. `is_here`: it is this host. `address`, `interface`: those of this host on that route."""
 
     is_here: bool
     address: str
@@ -33,40 +33,40 @@ class Route:
 
 
 def route_to(host: str) -> Route:
-    """The address that the others see of this host, and its interface. Raises UsageError."""
+    """Return the address and interface that this host uses towards `host`. Raises UsageError if there is no route."""
     target = resolve(host)
-    here = _is_ours(target)
-    # Debian gives a host's own name the address 127.0.1.1, at which nobody else finds it.
-    named = here and ipaddress.ip_address(target).is_loopback and host != target and host != "localhost"
-    address = _source_address(SOMEWHERE if named else target)
-    return Route(here, address, interface_of(address))
+    is_here = _is_own_address(target)
+    # Debian resolves a host's own name to 127.0.1.1, which other hosts cannot reach.
+    is_own_name = is_here and ipaddress.ip_address(target).is_loopback and host not in (target, "localhost")
+    address = _source_address(DOCUMENTATION_ADDRESS if is_own_name else target)
+    return Route(is_here, address, interface_of(address))
 
 
 def resolve(host: str) -> str:
-    """The IPv4 address of a name. Raises UsageError."""
+    """Return the IPv4 address of a hostname. Raises UsageError if it has none."""
     try:
         return socket.gethostbyname(host)
     except OSError as error:
         raise UsageError(
-            f"{host} has no address here ({error.strerror}): put it into /etc/hosts or DNS, or give its IP address"
+            f"cannot resolve {host} ({error.strerror}): add it to /etc/hosts or DNS, or give its IP address"
         ) from None
 
 
 def interface_of(address: str) -> str:
-    """The name of the interface that has this address. Raises UsageError."""
+    """Return the name of the interface that has this address. Raises UsageError if none has it."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 reply = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
             except OSError:
-                continue  # it has no IPv4 address
+                continue  # this interface has no IPv4 address
             if socket.inet_ntoa(reply[20:24]) == address:
                 return name
     raise UsageError(f"no interface of this host has the address {address}: set GLOO_SOCKET_IFNAME to the right one")
 
 
-def can_connect(address: str, port: int, *, timeout: float) -> str | None:
-    """None if a TCP connection can be made, else why not; `timeout` in seconds."""
+def connection_error(address: str, port: int, *, timeout: float) -> str | None:
+    """Try a TCP connection. Return the error, None if it succeeds. `timeout` in seconds."""
     try:
         socket.create_connection((address, port), timeout=timeout).close()
     except OSError as error:
@@ -75,11 +75,11 @@ def can_connect(address: str, port: int, *, timeout: float) -> str | None:
 
 
 def wait_for_port(host: str, ports: list[int], *, seconds: float) -> int:
-    """The first of `ports` that answers. Raises Interrupted if none does for so long."""
+    """Wait until one of `ports` accepts a connection and return it. Raises Interrupted after `seconds`."""
     deadline = time.monotonic() + seconds
     while True:
         for port in ports:
-            if can_connect(host, port, timeout=2) is None:
+            if connection_error(host, port, timeout=2) is None:
                 return port
         if time.monotonic() > deadline:
             raise Interrupted(f"{host}:{ports[0]} did not answer for {seconds:.0f} s: start the same command there")
@@ -87,18 +87,18 @@ def wait_for_port(host: str, ports: list[int], *, seconds: float) -> int:
 
 
 def guests(port: int) -> list[str]:
-    """The IPv4 addresses of other hosts that are connected to this port of ours."""
-    found = set()
+    """Return the IPv4 addresses of other hosts that are connected to this port of this host."""
+    addresses = set()
     for table in ("tcp", "tcp6"):
         for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
             _, local, remote, state, *_ = line.split()
             if int(local.rpartition(":")[2], 16) == port and state == ESTABLISHED:
-                # Of IPv6, the last 32 bits: IPv4 in its clothes.
-                found.add(socket.inet_ntoa(struct.pack("=I", int(remote.partition(":")[0][-8:], 16))))
-    return sorted(address for address in found if not _is_ours(address))
+                # The last 32 bits of an IPv6 address: they hold the IPv4 address of a client that uses IPv4.
+                addresses.add(socket.inet_ntoa(struct.pack("=I", int(remote.partition(":")[0][-8:], 16))))
+    return sorted(address for address in addresses if not _is_own_address(address))
 
 
-def _is_ours(address: str) -> bool:
+def _is_own_address(address: str) -> bool:
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.bind((address, 0))
@@ -118,7 +118,7 @@ def _source_address(target: str) -> str:
 
 
 def main(arguments: list[str]) -> None:
-    """One line on stdout for a shell script to read."""
+    """Print one line for a shell script to read."""
     match arguments:
         case ["route", host]:
             route = route_to(host)
