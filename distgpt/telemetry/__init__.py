@@ -1,7 +1,7 @@
-"""What a person sees of a run. The room writes and shows; it decides nothing.
+"""Output of a run for people: console lines, files and plots. This room writes; it decides nothing.
 
-Reading order: progress (times the steps and hands out what was measured), console, metrics (metrics.jsonl), tensorboard
-(event files), goodput (where the time went), plots (the loss curve), peaks (the speed that a device could reach).
+Reading order: progress (times the steps and passes the measurements on), console, metrics (metrics.jsonl), tensorboard
+(event files), goodput (how the time was spent), plots (the loss curve), peaks (the peak speed of a device, MFU).
 
-It may import run, distributed, model, corpus and the modules beside the rooms.
+This room may import run, distributed, model, corpus and the modules beside the rooms.
 """

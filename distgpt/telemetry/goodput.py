@@ -1,10 +1,10 @@
-"""Where the time of a run went, over all its attempts: goodput.jsonl in the run directory, written by rank 0.
+"""An account of how a run's time was spent, over all its attempts: goodput.jsonl, written by rank 0.
 
-Each line tells what the attempt that wrote it has spent so far, so a line that is lost loses nothing once the next one
-is written. Seconds within an attempt are the monotonic clock's and add up to its length; between attempts there is only
-the wall clock, which may have been set back or be another host's, so a pause is never less than nothing.
+An attempt is one start of the training processes. Each line holds all seconds that its attempt has spent so far, so a
+lost line costs nothing once the next one is written. Within an attempt the monotonic clock counts. Between attempts
+there is only the wall clock, which may be set back or belong to another host; a negative pause counts as 0.
 
-What a killed attempt did after its last line counts as recovery, as does an attempt that never came to train.
+The time of a killed attempt after its last line counts as recovery, and so does an attempt that never trained.
 """
 
 import bisect
@@ -20,40 +20,43 @@ from typing import Literal, get_args
 import numpy as np
 
 from distgpt.files import process_age
-from distgpt.telemetry.tensorboard import append_whole, put_anew
+from distgpt.telemetry.tensorboard import append_or_undo, replace_with_copy
 
 Part = Literal["start", "steps", "data_wait", "checkpoint", "evaluation", "other"]
 End = Literal["done", "interrupted", "failed"]
 PARTS: tuple[Part, ...] = get_args(Part)
 
-# A line once this many seconds have passed since the last one, or this share of the attempt: a kill loses no more.
+# A line is due after this many seconds, or after this share of the attempt if that is less. A kill loses at most that.
 LINE_SECONDS, LINE_SHARE = 10.0, 0.01
 
 
 @dataclass(frozen=True)
 class Line:
-    """A line of goodput.jsonl: the seconds that an attempt has spent so far, by part."""
+    """One line of goodput.jsonl: the seconds that an attempt has spent so far, by part."""
 
     attempt: int
     at: float  # wall clock, seconds since 1970
-    step: int  # the last one finished, or in an attempt's first line the one that it goes on from
+    step: int  # the last finished step; in an attempt's first line the step of the checkpoint that it resumes
     start: float = 0.0  # from the start of the process to the end of its first step, which compiles and warms up
     steps: float = 0.0
-    data_wait: float = 0.0  # rank 0's; that of other ranks shows in the steps, as they wait for each other
-    checkpoint: float = 0.0  # training stood still for it
+    data_wait: float = 0.0  # of rank 0; the other ranks' data wait is part of `steps`, since rank 0 waits for them
+    checkpoint: float = 0.0  # while training waited for a save
     evaluation: float = 0.0
     other: float = 0.0
     end: End | None = None
 
     @property
     def spent(self) -> float:
-        """The length of the attempt so far."""
+        """The seconds of the attempt so far."""
         return float(sum(getattr(self, part) for part in PARTS))
 
 
 @dataclass(frozen=True)
 class Account:
-    """The seconds of a run by part: those of a Line; `repeated`, steps that had to be done again; `recovery`."""
+    """The seconds of a run by part: the parts of a Line, `repeated` and `recovery`.
+
+    `repeated`: steps that were lost and done again. `recovery`: from an attempt's last line to the next attempt.
+    """
 
     seconds: Mapping[str, float]
     attempts: int
@@ -65,37 +68,40 @@ class Account:
 
     @property
     def goodput(self) -> float:
-        """The share of the time, 0 to 1, that went into steps that were not done again later."""
+        """The share of the time, 0 to 1, spent in steps that were not lost and done again."""
         return self.seconds["steps"] / self.total if self.total else 0.0
 
 
 def account_of(lines: Sequence[Line]) -> Account:
-    """What the lines of a ledger add up to. The time between "done" and an attempt to go further is not the run's."""
-    # Sorted: a process that was given up for dead may have written once more.
+    """Add up the lines of a ledger. The time between "done" and a later attempt to train more steps does not count."""
+    # Sorted, since a process that was replaced because it hung may have written one more line later.
     by_attempt = itertools.groupby(sorted(lines, key=lambda line: line.attempt), key=lambda line: line.attempt)
     attempts = [list(group) for _, group in by_attempt]
     seconds: dict[str, float] = {part: sum(getattr(attempt[-1], part) for attempt in attempts) for part in PARTS}
-    seconds["repeated"] = _repeated(attempts)
+    seconds["repeated"] = _repeated_seconds(attempts)
     seconds["steps"] -= seconds["repeated"]
-    seconds["recovery"] = sum(_pause(a[-1], b[0]) for a, b in itertools.pairwise(attempts))
+    seconds["recovery"] = sum(_seconds_between(a[-1], b[0]) for a, b in itertools.pairwise(attempts))
     failures = sum(attempt[-1].end not in ("done", "interrupted") for attempt in attempts[:-1])
     return Account(seconds, len(attempts), failures)
 
 
 def read_ledger(path: Path) -> list[Line]:
-    """The whole lines of a ledger, none where there is no file; a line that is torn or not ours is left out."""
+    """Return the lines of a ledger, none if there is no file. Incomplete and foreign lines are left out."""
     try:
         content = path.read_bytes()
     except OSError:
         return []
-    return [line for text in content.splitlines() if (line := _parsed(text)) is not None]
+    return [line for text in content.splitlines() if (line := _parse_line(text)) is not None]
 
 
 class Ledger:
-    """The account of the attempt under way, which began with this process, on top of those before it."""
+    """The account of the current attempt, which began with this process, added to the attempts before it."""
 
     def __init__(self, path: Path | None, *, start_step: int, require_owned: Callable[[], object]) -> None:
-        """`path` is rank 0's; without it nothing is read or written. `require_owned` is called before each write."""
+        """Read the earlier attempts from `path`. With None, as on other ranks, nothing is read or written.
+
+        `require_owned` is called before each write.
+        """
         self._path = path
         self._require_owned = require_owned
         age = process_age()
@@ -111,29 +117,32 @@ class Ledger:
         self.spend("start")
 
     def spend(self, part: Part) -> float:
-        """All time since the last call, or since the process began, went into `part`; its seconds."""
+        """Attribute the time since the last call, or since the process began, to `part`; return its seconds."""
         now = time.monotonic()
         seconds, self._marked = now - self._marked, now
         self._spent[part] += seconds
         return seconds
 
     def step(self, step: int, *, data_wait: float) -> float:
-        """The time since the last call went into a step that is now finished, or into waiting for data; its seconds."""
+        """Attribute the time since the last call to a finished step and its data wait; return its seconds."""
         first, self._step = self._step == self._opening.step, step
         seconds = self.spend("start" if first else "steps")
         if not first:
-            moved = min(data_wait, seconds)
-            self._spent["steps"] -= moved
-            self._spent["data_wait"] += moved
+            waited = min(data_wait, seconds)
+            self._spent["steps"] -= waited
+            self._spent["data_wait"] += waited
         return seconds
 
     def account(self) -> Account:
-        """The account of the whole run up to the last call of spend or step."""
+        """Return the account of the whole run up to the last call of spend or step."""
         seconds = {part: before + self._spent.get(part, 0.0) for part, before in self._before.seconds.items()}
         return Account(seconds, self._before.attempts, self._before.failures)
 
     def write(self, *, end: End | None = None) -> None:
-        """Append a line if one is due, as the first and the last one are. Raises OSError and leaves the file whole."""
+        """Append a line if one is due; the first and the last line always are.
+
+        Raises OSError if that fails; the file then holds no part of the line.
+        """
         now = time.monotonic()
         if self._path is None or (end is None and now < self._due):
             return
@@ -143,20 +152,23 @@ class Ledger:
         lines = [line] if self._opened else [self._opening, line]
         text = "".join(f"{json.dumps(asdict(line))}\n" for line in lines)
         if not self._opened and self._path.exists():
-            put_anew(self._path, require_owned=self._require_owned)
+            replace_with_copy(self._path, require_owned=self._require_owned)
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            # After it was opened: from here on the next owner puts another file in its place.
+            # The file is open before this check, because a later owner first replaces the file with a copy.
             self._require_owned()
-            append_whole(file, (_missing_newline(file) + text).encode())
+            append_or_undo(file, (_missing_newline(file) + text).encode())
         finally:
             os.close(file)
         self._opened = True
 
 
-def _repeated(attempts: Iterable[Sequence[Line]]) -> float:
-    """Seconds of steps after one that the run later went on from; between two lines, in proportion."""
-    # What the steps that still count took, by the last of them.
+def _repeated_seconds(attempts: Iterable[Sequence[Line]]) -> float:
+    """Return the seconds of lost steps: those after the checkpoint that a later attempt resumed.
+
+    Between two lines the steps are taken as equally long.
+    """
+    # Total seconds of the steps that are not lost, by the number of the last one.
     steps, seconds = [0], [0.0]
     repeated = 0.0
     for attempt in attempts:
@@ -173,12 +185,12 @@ def _repeated(attempts: Iterable[Sequence[Line]]) -> float:
     return repeated
 
 
-def _pause(last: Line, first: Line) -> float:
-    """Seconds from the last sign of an attempt to the start of the next."""
+def _seconds_between(last: Line, first: Line) -> float:
+    """Return the seconds from the last line of an attempt to the start of the next attempt."""
     return 0.0 if last.end == "done" else max(0.0, first.at - first.spent - last.at)
 
 
-def _parsed(text: bytes) -> Line | None:
+def _parse_line(text: bytes) -> Line | None:
     try:
         values = json.loads(text)
     except ValueError:
@@ -190,6 +202,6 @@ def _parsed(text: bytes) -> Line | None:
 
 
 def _missing_newline(file: int) -> str:
-    """What ends a line that was torn, so that the next one is whole."""
+    """Return a newline if the file ends in an incomplete line, so that the next line starts on its own."""
     size = os.fstat(file).st_size
     return "\n" if size and os.pread(file, 1, size - 1) != b"\n" else ""

@@ -1,4 +1,4 @@
-"""How fast a device could multiply matrices, and which share of that a run reaches."""
+"""The peak speed of a device in matrix products, and model FLOPs utilization (MFU), a run's share of it."""
 
 import re
 import time
@@ -8,8 +8,8 @@ import torch
 TERA = 1e12
 
 # Dense peaks in TFLOP/s from NVIDIA's data sheets and whitepapers, without sparsity, accumulating in float32:
-# bfloat16, float32 on the tensor cores (TF32), float32. None: the device has none. The whole name must match, so that
-# a MIG slice, a laptop's part or a variant that is not listed gives no figure rather than a wrong one.
+# bfloat16, float32 on the tensor cores (TF32), float32. None: the device does not support it. The whole name must
+# match: a MIG slice, a laptop GPU or a variant that is not listed has no figure instead of a wrong one.
 PEAKS: tuple[tuple[str, float | None, float | None, float], ...] = (
     (r"GB200", 2500, 1250, 80),
     (r"B200", 2250, 1125, 75),
@@ -36,18 +36,18 @@ PEAKS: tuple[tuple[str, float | None, float | None, float], ...] = (
     (r"RTX 5090", 209.5, 104.8, 104.8),
 )
 
-# A CPU's matrix product is timed at growing sizes while the next one fits into this many seconds.
+# A CPU is measured with larger and larger matrices as long as the next size fits into this many seconds.
 MEASURE_SECONDS = 0.2
 REPEATS = 4
 
 
 def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
-    """Peak FLOP/s of matrix products in `dtype` (bfloat16 or float32) on this device; None where it is unknown.
+    """Return the peak FLOP/s of matrix products in `dtype` (bfloat16 or float32) on `device`; None if it is unknown.
 
     A GPU's peak comes from the table; a CPU's is measured, in at most 0.3 s, with the threads that torch now uses.
     """
     if device.type == "cpu":
-        return _measured_peak(dtype)
+        return _measure_peak(dtype)
     if device.type != "cuda":
         return None
     tf32 = torch.backends.cuda.matmul.fp32_precision == "tf32"
@@ -55,7 +55,7 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 
 def named_peak_flops(name: str, dtype: torch.dtype, *, tf32: bool) -> float | None:
-    """Peak FLOP/s of the GPU of this name; `tf32` says whether float32 products may run on the tensor cores."""
+    """Return the peak FLOP/s of a GPU by its name. `tf32`: float32 products may run on the tensor cores."""
     model = re.sub(r"^(NVIDIA |Tesla |GeForce )*", "", name)
     for pattern, bfloat16, tensor_float32, float32 in PEAKS:
         if re.fullmatch(pattern, model):
@@ -65,27 +65,27 @@ def named_peak_flops(name: str, dtype: torch.dtype, *, tf32: bool) -> float | No
 
 
 def mfu(*, tokens_per_second: float, flops_per_token: float, peak_flops: float | None) -> float | None:
-    """Model FLOPs utilization, 0 to 1: tokens_per_second * flops_per_token / peak_flops, all of the same devices.
+    """Return model FLOPs utilization, 0 to 1: tokens_per_second * flops_per_token / peak_flops of the same devices.
 
-    Work that the model does not need, such as recomputed activations, does not count. None where the peak is unknown.
+    Work that the model does not need, such as recomputed activations, does not count. None if the peak is unknown.
     """
     return None if peak_flops is None else tokens_per_second * flops_per_token / peak_flops
 
 
-def _measured_peak(dtype: torch.dtype) -> float:
-    """The best FLOP/s of square matrix products, over sizes and repeats."""
+def _measure_peak(dtype: torch.dtype) -> float:
+    """Return the best FLOP/s of square matrix products, over sizes and repeats."""
     deadline = time.perf_counter() + MEASURE_SECONDS
     best, size = 0.0, 256
     while True:
-        fastest = _product_seconds(size, dtype)
+        fastest = _time_product(size, dtype)
         best = max(best, 2 * size**3 / fastest)
         if time.perf_counter() + 8 * fastest * (REPEATS + 1) > deadline:
             return best
         size *= 2
 
 
-def _product_seconds(size: int, dtype: torch.dtype) -> float:
-    """The shortest time of a product of two [size, size] matrices."""
+def _time_product(size: int, dtype: torch.dtype) -> float:
+    """Return the shortest time in seconds of a product of two [size, size] matrices."""
     left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
     times = []
     for _ in range(REPEATS):

@@ -1,4 +1,4 @@
-"""The loss curves of a run as a picture."""
+"""A plot of the loss curves of a run."""
 
 import io
 import os
@@ -11,22 +11,22 @@ from numpy.typing import NDArray
 
 from distgpt.errors import StorageError
 from distgpt.telemetry.metrics import read_metrics
-from distgpt.telemetry.tensorboard import put_in_place
+from distgpt.telemetry.tensorboard import replace_file
 
 Floats = NDArray[np.float64]
 
 BLUE, ORANGE, GREY = "#3b6fb6", "#d9662b", "#6b7280"
 
-# The smoothed curve averages over this share of the run on either side.
+# The smoothed curve averages over this share of the run on both sides of a step.
 SMOOTHING = 1 / 50
 
 
 def plot_losses(metrics_file: Path, picture: Path, *, require_owned: Callable[[], object]) -> None:
-    """Draw training and validation loss over the steps as a PNG, replaced atomically. Raises StorageError.
+    """Draw training and validation loss over the steps and replace the PNG `picture`. Raises StorageError.
 
-    `require_owned` is called before it is replaced.
+    `require_owned` is called before the file is replaced.
     """
-    # Slow to import, and only needed for a picture. The Figure is used without pyplot, which keeps state of its own.
+    # Imported here because it is slow to import. A Figure needs no pyplot, which keeps global state.
     from matplotlib.figure import Figure
 
     lines = read_metrics(metrics_file)
@@ -34,24 +34,24 @@ def plot_losses(metrics_file: Path, picture: Path, *, require_owned: Callable[[]
     axes = figure.add_subplot()
     _draw_training(axes, *_series(lines, "loss"))
     _draw_validation(axes, *_series(lines, "val_loss"))
-    _decorate(axes, title=metrics_file.resolve().parent.name)
+    _add_labels(axes, title=metrics_file.resolve().parent.name)
     _save(figure, picture, require_owned)
 
 
-def smoothed(values: Sequence[float] | NDArray[np.floating]) -> Floats:
-    """The mean over a window centred on each value, narrower towards the ends so that it stays centred."""
+def smooth(values: Sequence[float] | NDArray[np.floating]) -> Floats:
+    """Return the mean over a window centred on each value. Near both ends the window is narrower, to stay centred."""
     count = len(values)
     index = np.arange(count)
-    reach = np.minimum(round(count * SMOOTHING), np.minimum(index, count - 1 - index))
+    half = np.minimum(round(count * SMOOTHING), np.minimum(index, count - 1 - index))
     sums = np.concatenate([[0.0], np.cumsum(values, dtype=np.float64)])
-    means: Floats = (sums[index + reach + 1] - sums[index - reach]) / (2 * reach + 1)
+    means: Floats = (sums[index + half + 1] - sums[index - half]) / (2 * half + 1)
     return means
 
 
 def _series(lines: Sequence[dict[str, Any]], name: str) -> tuple[Floats, Floats]:
-    """Steps and values of the lines that hold this figure; null stands for one that was not finite."""
-    found = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
-    steps, values = np.array(found, dtype=np.float64).reshape(-1, 2).T
+    """Return the steps and values of the lines that have this figure. A null stands for NaN or infinity: no point."""
+    points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
+    steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T
     return steps, values
 
 
@@ -59,7 +59,7 @@ def _draw_training(axes: Any, steps: Floats, losses: Floats) -> None:
     if len(steps):
         marker = "o" if len(steps) == 1 else None
         axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1)
-        axes.plot(steps, smoothed(losses), color=BLUE, linewidth=1.8, marker=marker, label="training (smoothed)")
+        axes.plot(steps, smooth(losses), color=BLUE, linewidth=1.8, marker=marker, label="training (smoothed)")
 
 
 def _draw_validation(axes: Any, steps: Floats, losses: Floats) -> None:
@@ -77,7 +77,7 @@ def _draw_validation(axes: Any, steps: Floats, losses: Floats) -> None:
     )
 
 
-def _decorate(axes: Any, *, title: str) -> None:
+def _add_labels(axes: Any, *, title: str) -> None:
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("loss (nats per token)")
@@ -94,6 +94,6 @@ def _save(figure: Any, picture: Path, require_owned: Callable[[], object]) -> No
     figure.savefig(png, format="png")
     try:
         picture.parent.mkdir(parents=True, exist_ok=True)
-        os.close(put_in_place(picture, png.getvalue(), require_owned=require_owned))
+        os.close(replace_file(picture, png.getvalue(), require_owned=require_owned))
     except OSError as error:
         raise StorageError(f"cannot write {picture}: {error.strerror}") from error

@@ -1,7 +1,7 @@
-"""TensorBoard's event files, written record by record.
+"""A writer of TensorBoard's event files, record by record.
 
-Not by torch's SummaryWriter: its thread leaves half a record behind on a full disk, stays broken when there is space
-again, prints tracebacks and raises into training; it also takes seconds to import. Needs no more than tensorboard.
+torch's SummaryWriter is not used: on a full disk its thread leaves half a record behind, prints tracebacks, raises into
+training and does not recover when there is space again. It also takes seconds to import.
 """
 
 import io
@@ -20,34 +20,34 @@ from tensorboard.compat.proto.tensor_pb2 import TensorProto
 from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
 from tensorboard.summary.writer.record_writer import RecordWriter
 
-STAMP = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
+FILE_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
 
 
 class EventFile:
-    """A new event file in `directory`; what earlier files hold from `first_step` on is hidden.
+    """A new event file in `directory`. TensorBoard hides what earlier files hold from `first_step` on.
 
-    Each method appends one record or raises OSError and leaves the file as it was, so that later records are read.
-    `require_owned` is called before each write.
+    Each method appends one record. If that fails it raises OSError and leaves the file as it was, so that later records
+    can be read. `require_owned` is called before each write.
     """
 
     def __init__(self, directory: Path, *, first_step: int, require_owned: Callable[[], object]) -> None:
         self._require_owned = require_owned
-        # TensorBoard reads the files of a directory by name, and a clock may have been set back since the last one.
-        earlier = {int(match[1]): file for file in directory.glob("*") if (match := STAMP.match(file.name))}
+        # TensorBoard reads the files in the order of their names, and the clock may have been set back.
+        earlier = {int(match[1]): file for file in directory.glob("*") if (match := FILE_NAME.match(file.name))}
         stamp = max([time.time_ns() // 10**9, *(stamp + 1 for stamp in earlier)])
         if earlier:
-            put_anew(earlier[max(earlier)], require_owned=require_owned)
+            replace_with_copy(earlier[max(earlier)], require_owned=require_owned)
         self._path = directory / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
         self._first_step = first_step
         self._file: int | None = None
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Points of several curves at the same step."""
+        """Add one point to each of several curves."""
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
         self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
 
     def text(self, tag: str, text: str, step: int) -> None:
-        """A text, shown verbatim."""
+        """Add a text, which TensorBoard shows verbatim."""
         longest = max(map(len, re.findall("`+", text)), default=0)
         fence = "`" * max(3, longest + 1)
         markdown = TensorProto(
@@ -60,64 +60,64 @@ class EventFile:
         self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=[value])))
 
     def close(self) -> None:
-        """Close the file; every record is already written."""
+        """Close the file. Every record is already written."""
         if self._file is not None:
             os.close(self._file)
             self._file = None
 
     def _append(self, event: Any) -> None:
         if self._file is None:
-            self._file = self._opened()
+            self._file = self._create()
         record = _record(event)
         self._require_owned()
-        append_whole(self._file, record)
+        append_or_undo(self._file, record)
 
-    def _opened(self) -> int:
-        """The file with the records that must come first."""
+    def _create(self) -> int:
+        """Create the file with the records that must come first; return its descriptor."""
         now = time.time()
         version = Event(wall_time=now, file_version="brain.Event:2")
         start = Event(wall_time=now, step=self._first_step, session_log=SessionLog(status=SessionLog.START))
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        return put_in_place(self._path, _record(version) + _record(start), require_owned=self._require_owned)
+        return replace_file(self._path, _record(version) + _record(start), require_owned=self._require_owned)
 
 
-def put_in_place(path: Path, content: bytes, *, require_owned: Callable[[], object]) -> int:
-    """Give a new file this name; it is open for appending. Raises OSError and leaves what had the name.
+def replace_file(path: Path, content: bytes, *, require_owned: Callable[[], object]) -> int:
+    """Replace `path` by a new file; return its descriptor, open for appending. Raises OSError and keeps the old file.
 
-    An earlier owner of the run directory, who was asleep, can change nothing any more: in a file that it has open it
-    writes to what nobody reads, and its rename of a file fails, whose staged one the next owner removed.
+    This keeps out an earlier owner of the run directory that was suspended and wakes up: a file that it has open is no
+    longer the one at `path`, and its rename fails because the next owner has removed its staging file.
     """
     require_owned()
     staged = path.with_name(f".staged.{os.getpid()}.tmp")
     file = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
     try:
-        append_whole(file, content)
+        append_or_undo(file, content)
         os.fsync(file)
         require_owned()
         os.replace(staged, path)
     except BaseException:
         os.close(file)
         staged.unlink(missing_ok=True)
-        require_owned()  # a staged file that has gone was taken by the next owner
+        require_owned()  # if the staging file is gone, the next owner has removed it
         raise
     return file
 
 
-def put_anew(path: Path, *, require_owned: Callable[[], object]) -> None:
-    """Put a copy of a file in its place, so that no earlier owner of the run directory adds to it."""
-    with suppress(OSError):  # a full disk has no room for a copy
-        os.close(put_in_place(path, path.read_bytes(), require_owned=require_owned))
+def replace_with_copy(path: Path, *, require_owned: Callable[[], object]) -> None:
+    """Replace a file by a copy, so that no earlier owner of the run directory can append to it."""
+    with suppress(OSError):  # a full disk has no space for a copy
+        os.close(replace_file(path, path.read_bytes(), require_owned=require_owned))
 
 
-def append_whole(file: int, data: bytes) -> None:
-    """Append all of `data` to a file open with O_APPEND, or nothing and raise OSError."""
+def append_or_undo(file: int, data: bytes) -> None:
+    """Append `data` to a file open with O_APPEND. If that fails, remove the part written and raise OSError."""
     end = os.fstat(file).st_size
     try:
         written = 0
         while written < len(data):
             written += os.write(file, data[written:])
     except OSError:
-        # What was written would spoil the next record as well.
+        # Half a record would make the next one unreadable.
         with suppress(OSError):
             os.ftruncate(file, end)
         raise

@@ -1,4 +1,4 @@
-"""The console: plain lines in a log file, lines above a bar on a terminal, silence on other ranks."""
+"""The console: plain lines in a log file, lines above a bar on a terminal, no output on other ranks."""
 
 import fcntl
 import os
@@ -35,7 +35,7 @@ FIGURES = StepFigures(
 )
 
 
-def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     with closing(Console(5000, 0, True)) as console:
         console.advance()
         console.train(replace(FIGURES, step=100, mfu=0.412))
@@ -54,7 +54,7 @@ def test_lines(capsys: pytest.CaptureFixture[str]) -> None:
         "step  500/5000 | val loss 1.6543 | ppl 5.23",
         "hello",
     ]
-    assert output.err == "", "no bar without a terminal"
+    assert output.err == "", "there is no bar without a terminal"
 
 
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
@@ -65,14 +65,14 @@ def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr() == ("", "")
 
 
-def test_a_loss_that_is_not_a_number_prints(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_nan_loss_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
     figures = replace(FIGURES, loss=float("nan"), seconds=float("inf"), tokens_per_second=0.0)
     Console(10, 0, True).train(figures)
     assert capsys.readouterr().out == "step  1/10 | loss nan | lr 3.00e-04 | norm 0.81 | inf s | 0 tok/s | eta ?\n"
 
 
-def on_a_terminal(program: str) -> str:
-    """All that a program wrote to one of 120 columns."""
+def output_on_a_terminal(program: str) -> str:
+    """Return all output of a program on a terminal with 120 columns."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 120, 0, 0))
     subprocess.run([sys.executable, "-c", program], stdout=theirs, stderr=theirs, check=True, timeout=60)
@@ -92,11 +92,11 @@ with closing(Console(20, 5, True)) as console:
         console.advance()
         console.train(StepFigures(step, 2.5, 3e-4, 0.8, None, None, False, 100, 999.5e3, None, 1.0, 2**30, 0.0, 0.0))
 """
-    screen = on_a_terminal(program)
+    screen = output_on_a_terminal(program)
     written = [part for part in re.split(r"[\r\n]+", screen) if part.strip()]
     assert sum(part.startswith("step ") for part in written) == 2
     assert any(re.search(r"35% \|.*\| 7/20, loss 2\.5000 \| 999\.5k tok/s \| eta 13s", part) for part in written)
-    assert screen.rstrip(" ").endswith("\r"), "the bar is gone at the end"
+    assert screen.rstrip(" ").endswith("\r"), "the bar is removed at the end"
 
 
 def test_the_bar_moves_by_micro_batch() -> None:
@@ -107,17 +107,19 @@ from distgpt.telemetry.console import Console
 with closing(Console(2, 0, True)) as console:
     for done in (1, 2, 3):
         console.micro_batch(done, 4)
-        time.sleep(0.2)  # as often as a bar is drawn
+        time.sleep(0.2)  # a bar is redrawn at most every 0.1 s
     console.advance()
     time.sleep(0.2)
     console.advance()
 """
-    screen = on_a_terminal(program)
+    screen = output_on_a_terminal(program)
     for part in ("0% |", "| 0/2", "25% |", "| 0/2, micro-batch 2/4", "38% |", "| 0/2, micro-batch 3/4"):
         assert part in screen
 
 
-def test_a_long_step_says_how_far_it_is(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_step_prints_its_finished_micro_batches(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     quiet = Console(20, 4, True)
     quiet.micro_batch(1, 8)
     assert capsys.readouterr().out == ""

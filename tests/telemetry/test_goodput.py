@@ -1,4 +1,4 @@
-"""The account of a run: every second once, over several attempts, torn lines and clocks that were set back."""
+"""The account of a run: each second counts once, over several attempts, incomplete lines and clocks set back."""
 
 import json
 import subprocess
@@ -15,10 +15,10 @@ from distgpt.telemetry.goodput import Ledger, Line, account_of, read_ledger
 
 
 def owned() -> None:
-    """No other job takes this run directory."""
+    """Pass: no other job owns this run directory."""
 
 
-def test_an_attempt_is_what_its_last_line_says() -> None:
+def test_the_last_line_of_an_attempt_counts() -> None:
     lines = [
         Line(1, at=1000.0, step=0),
         Line(1, at=1010.0, step=1, start=10.0),
@@ -40,7 +40,7 @@ def test_an_attempt_is_what_its_last_line_says() -> None:
     assert account.goodput == pytest.approx(20 / 41)
 
 
-def test_nothing_is_no_account() -> None:
+def test_no_lines_give_an_account_of_zero() -> None:
     assert account_of([]).total == 0.0
     assert account_of([]).goodput == 0.0
 
@@ -51,7 +51,7 @@ def test_steps_after_the_checkpoint_are_repeated_and_the_pause_is_recovery() -> 
         Line(1, at=1010.0, step=1, start=10.0),
         Line(1, at=1020.0, step=11, start=10.0, steps=10.0),
         Line(1, at=1040.0, step=21, start=10.0, steps=30.0),  # killed
-        Line(2, at=1100.0, step=16),  # half of the last ten steps, which took 20 s
+        Line(2, at=1100.0, step=16),  # resumes in the middle of the last ten steps, which took 20 s
         Line(2, at=1115.0, step=17, start=15.0),
         Line(2, at=1145.0, step=47, start=15.0, steps=30.0, end="done"),
     ]
@@ -64,20 +64,20 @@ def test_steps_after_the_checkpoint_are_repeated_and_the_pause_is_recovery() -> 
     assert (account.attempts, account.failures) == (2, 1)
 
 
-def test_falling_back_twice_counts_what_the_first_attempt_did_after_that_too() -> None:
+def test_an_older_checkpoint_repeats_steps_of_both_attempts_before() -> None:
     lines = [
         *(Line(1, at=0.0, step=0), Line(1, at=50.0, step=50, steps=50.0)),
         *(Line(2, at=50.0, step=40), Line(2, at=70.0, step=60, steps=20.0)),
         *(Line(3, at=70.0, step=30), Line(3, at=71.0, step=31, steps=1.0)),
     ]
     account = account_of(lines)
-    # Steps 41 to 50 of the first attempt, then 31 to 40 of it and all 20 of the second.
+    # Steps 41 to 50 of the first attempt, then its steps 31 to 40 and all 20 of the second attempt.
     assert account.seconds["repeated"] == pytest.approx(10.0 + 10.0 + 20.0)
     assert account.seconds["steps"] == pytest.approx(31.0)
     assert account.failures == 2
 
 
-def test_going_back_within_an_attempt_repeats_as_well() -> None:
+def test_going_back_within_an_attempt_repeats_steps() -> None:
     lines = [
         *(Line(1, at=0.0, step=0), Line(1, at=50.0, step=50, steps=50.0)),
         *(Line(1, at=50.0, step=30, steps=50.0), Line(1, at=60.0, step=40, steps=60.0)),
@@ -86,7 +86,7 @@ def test_going_back_within_an_attempt_repeats_as_well() -> None:
     assert account_of(lines).seconds["steps"] == pytest.approx(40.0)
 
 
-def test_a_checkpoint_may_be_newer_than_the_last_line() -> None:
+def test_a_checkpoint_newer_than_the_last_line_repeats_nothing() -> None:
     lines = [Line(1, at=0.0, step=0), Line(1, at=5.0, step=5, steps=5.0), Line(2, at=9.0, step=7)]
     assert account_of(lines).seconds["repeated"] == 0.0
 
@@ -101,25 +101,25 @@ def test_an_interrupted_attempt_is_no_failure_and_repeats_nothing() -> None:
     assert account.seconds["steps"] == 10.0
 
 
-def test_time_between_done_and_going_further_is_not_the_runs() -> None:
+def test_time_between_done_and_the_next_attempt_does_not_count() -> None:
     lines = [Line(1, at=5.0, step=5, steps=5.0, end="done"), Line(2, at=90000.0, step=5)]
     assert account_of(lines).total == 5.0
 
 
-def test_a_clock_set_back_makes_no_pause_shorter_than_nothing() -> None:
+def test_a_clock_set_back_makes_no_negative_pause() -> None:
     lines = [Line(1, at=5000.0, step=5, steps=5.0), Line(2, at=1000.0, step=5), Line(2, at=1001.0, step=6, start=1.0)]
     account = account_of(lines)
     assert account.seconds["recovery"] == 0.0
     assert account.total == 6.0
 
 
-def test_a_line_of_an_attempt_given_up_for_dead_is_that_attempts() -> None:
+def test_a_late_line_of_a_replaced_attempt_counts_for_that_attempt() -> None:
     lines = [Line(1, at=0.0, step=0), Line(2, at=5.0, step=0), Line(1, at=8.0, step=0, start=8.0), Line(2, 9.0, 0, 4.0)]
     account = account_of(lines)
     assert (account.attempts, account.seconds["start"], account.seconds["recovery"]) == (2, 12.0, 0.0)
 
 
-def test_an_attempt_after_a_late_line_of_an_earlier_one_is_one_more(tmp_path: Path) -> None:
+def test_the_attempt_number_grows_after_a_late_line_of_an_earlier_attempt(tmp_path: Path) -> None:
     path = tmp_path / "goodput.jsonl"
     lines = [Line(1, at=0.0, step=0), Line(2, at=60.0, step=0), Line(1, at=70.0, step=1, start=1.0)]
     path.write_text("".join(f"{json.dumps(asdict(line))}\n" for line in lines))
@@ -129,34 +129,34 @@ def test_an_attempt_after_a_late_line_of_an_earlier_one_is_one_more(tmp_path: Pa
     assert ledger.account().attempts == 3
 
 
-def test_the_first_line_of_an_attempt_may_be_lost() -> None:
+def test_the_pause_is_known_without_the_first_line_of_an_attempt() -> None:
     lines = [Line(1, at=10.0, step=5, steps=5.0), Line(2, at=30.0, step=6, start=8.0, steps=2.0)]
     assert account_of(lines).seconds["recovery"] == pytest.approx(10.0)
 
 
-@pytest.mark.parametrize("torn", ['{"attempt": 1, "at"', '{"attempt": 1}', "\0\0\0", "[1]", '"x"', "7", "\udcff"])
-def test_lines_that_are_torn_or_not_ours_are_left_out_and_end_there(tmp_path: Path, torn: str) -> None:
+@pytest.mark.parametrize("bad", ['{"attempt": 1, "at"', '{"attempt": 1}', "\0\0\0", "[1]", '"x"', "7", "\udcff"])
+def test_incomplete_or_foreign_lines_are_left_out_and_terminated(tmp_path: Path, bad: str) -> None:
     path = tmp_path / "goodput.jsonl"
     first = Line(1, at=5.0, step=5, steps=5.0)
-    path.write_bytes(f"{json.dumps(asdict(first))}\n{torn}".encode(errors="surrogateescape"))
+    path.write_bytes(f"{json.dumps(asdict(first))}\n{bad}".encode(errors="surrogateescape"))
     assert read_ledger(path) == [first]
     Ledger(path, start_step=3, require_owned=owned).write()
-    found = read_ledger(path)
-    assert [(line.attempt, line.step) for line in found] == [(1, 5), (2, 3), (2, 3)]
-    assert found[1].spent == 0.0
+    lines = read_ledger(path)
+    assert [(line.attempt, line.step) for line in lines] == [(1, 5), (2, 3), (2, 3)]
+    assert lines[1].spent == 0.0
 
 
-def test_a_number_that_is_none_is_not_ours(tmp_path: Path) -> None:
+def test_a_line_with_null_for_a_number_is_left_out(tmp_path: Path) -> None:
     path = tmp_path / "goodput.jsonl"
     path.write_text(json.dumps(asdict(Line(1, at=5.0, step=5)) | {"steps": None}) + "\n")
     assert read_ledger(path) == []
 
 
-def test_no_file_is_an_empty_ledger(tmp_path: Path) -> None:
+def test_a_missing_file_is_an_empty_ledger(tmp_path: Path) -> None:
     assert read_ledger(tmp_path / "goodput.jsonl") == []
 
 
-def test_an_attempt_that_is_killed_in_its_first_step_has_spent_its_start(tmp_path: Path) -> None:
+def test_an_attempt_killed_in_its_first_step_counts_as_start(tmp_path: Path) -> None:
     path = tmp_path / "goodput.jsonl"
     Ledger(path, start_step=0, require_owned=owned).write()
     first, again = read_ledger(path)[-1], Ledger(path, start_step=0, require_owned=owned)
@@ -179,7 +179,7 @@ def test_a_ledger_accounts_for_every_second_since_the_process_began(tmp_path: Pa
     ledger.write(end="done")
     account = ledger.account()
     assert account.seconds["evaluation"] == evaluated >= 0.02
-    assert account.seconds["data_wait"] == pytest.approx(0.015), "that of the first step belongs to the start"
+    assert account.seconds["data_wait"] == pytest.approx(0.015), "the data wait of the first step belongs to the start"
     assert account.seconds["steps"] >= 0.06 - 0.015
     assert account.total == pytest.approx(process_age(), rel=0.01)
     written = account_of(read_ledger(path))
@@ -187,7 +187,7 @@ def test_a_ledger_accounts_for_every_second_since_the_process_began(tmp_path: Pa
     assert (written.attempts, read_ledger(path)[-1].step, read_ledger(path)[-1].end) == (1, 14, "done")
 
 
-def test_lines_come_when_they_are_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lines_are_written_when_they_are_due(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "goodput.jsonl"
     monkeypatch.setattr(goodput, "LINE_SECONDS", 3600.0)
     monkeypatch.setattr(goodput, "LINE_SHARE", 1.0)
@@ -195,7 +195,7 @@ def test_lines_come_when_they_are_due(tmp_path: Path, monkeypatch: pytest.Monkey
     for step in range(1, 100):
         ledger.write()
         ledger.step(step, data_wait=0.0)
-    assert len(read_ledger(path)) == 2, "the opening and the first one, no line a step"
+    assert len(read_ledger(path)) == 2, "the opening line and the first one, not one for each step"
     monkeypatch.setattr(goodput, "LINE_SECONDS", 0.0)
     again = Ledger(path, start_step=99, require_owned=owned)
     for _ in range(3):
@@ -203,27 +203,25 @@ def test_lines_come_when_they_are_due(tmp_path: Path, monkeypatch: pytest.Monkey
     assert len(read_ledger(path)) == 2 + 4
 
 
-def test_an_owner_that_is_asleep_when_another_takes_over_writes_no_line_more(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It has just looked whether the run directory is still its own."""
-    path, found = tmp_path / "goodput.jsonl", list[bytes]()
+def test_a_suspended_owner_writes_no_line_after_a_takeover(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The takeover happens right after the owner has checked that the run directory is still its own."""
+    path, after_takeover = tmp_path / "goodput.jsonl", list[bytes]()
     monkeypatch.setattr(goodput, "LINE_SECONDS", 0.0)
 
-    def taken_over() -> None:
-        if asleep:
+    def take_over_if_suspended() -> None:
+        if suspended:
             Ledger(path, start_step=1, require_owned=owned).write()
-            found.append(path.read_bytes())
+            after_takeover.append(path.read_bytes())
 
-    asleep = False
-    earlier = Ledger(path, start_step=0, require_owned=taken_over)
+    suspended = False
+    earlier = Ledger(path, start_step=0, require_owned=take_over_if_suspended)
     earlier.write()
-    asleep = True
+    suspended = True
     earlier.write()
-    assert found == [path.read_bytes()]
+    assert after_takeover == [path.read_bytes()]
 
 
-def test_a_line_that_cannot_be_written_loses_nothing_once_the_next_one_can(tmp_path: Path) -> None:
+def test_a_line_that_cannot_be_written_is_made_up_for_by_the_next_one(tmp_path: Path) -> None:
     path = tmp_path / "missing" / "goodput.jsonl"
     ledger = Ledger(path, start_step=0, require_owned=owned)
     with pytest.raises(OSError, match="No such file"):
@@ -235,7 +233,7 @@ def test_a_line_that_cannot_be_written_loses_nothing_once_the_next_one_can(tmp_p
     assert account_of(read_ledger(path)).total == pytest.approx(ledger.account().total, abs=0.01)
 
 
-def test_the_age_of_a_process_counts_from_its_very_start() -> None:
+def test_the_age_of_a_process_includes_the_start_of_the_interpreter() -> None:
     if sys.platform != "linux":
         pytest.skip("reads /proc")
     program = "import time; time.sleep(0.5); from distgpt.files import process_age; print(process_age())"

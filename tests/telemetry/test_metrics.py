@@ -1,4 +1,4 @@
-"""metrics.jsonl and TensorBoard: each step once, whatever was killed, and no full disk ends a run."""
+"""metrics.jsonl and TensorBoard: each step is logged once, also after a kill, and a full disk does not end a run."""
 
 import json
 import math
@@ -21,7 +21,7 @@ from tests import jobs
 
 
 def owned() -> None:
-    """No other job takes this run directory."""
+    """Pass: no other job owns this run directory."""
 
 
 def log_step(
@@ -61,32 +61,32 @@ def tensorboard(run_dir: Path) -> EventAccumulator:
 
 
 @contextmanager
-def full_disk(path: Path, *, room: int) -> Iterator[None]:
-    """No file may grow beyond the size of `path` and `room` bytes: the next write is cut short, the one after fails."""
+def full_disk(path: Path, *, free: int) -> Iterator[None]:
+    """Limit all files to the size of `path` plus `free` bytes: the next write is cut short, the one after it fails."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + room, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + free, hard))
     try:
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_lines_hold_the_contract_fields(tmp_path: Path) -> None:
+def test_lines_have_the_documented_fields(tmp_path: Path) -> None:
     with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
         log_step(metrics, 1, mfu=0.4)
-        assert len(lines(tmp_path)) == 1, "a line must be on the disk at once"
+        assert len(lines(tmp_path)) == 1, "a line must be in the file at once"
         metrics.evaluation(step=1, val_loss=1.5, val_bits_per_byte=2.2)
         metrics.evaluation(step=2, val_loss=1.5, val_bits_per_byte=None)
     training, evaluation, without_bytes = lines(tmp_path)
-    contract = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds"}
-    assert contract <= training.keys()
+    documented = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds"}
+    assert documented <= training.keys()
     assert training["mfu"] == 0.4
     assert evaluation == {"step": 1, "val_loss": 1.5, "val_perplexity": math.exp(1.5), "val_bits_per_byte": 2.2}
     assert without_bytes.keys() == {"step", "val_loss", "val_perplexity"}
     assert metrics.dropped == 0
 
 
-def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
+def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
     with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
         log_step(metrics, 1, loss=math.nan, skipped=True)
         metrics.evaluation(step=1, val_loss=5000.0, val_bits_per_byte=math.inf)
@@ -99,7 +99,7 @@ def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
 
 
 def test_no_step_is_logged_twice_after_a_kill(tmp_path: Path) -> None:
-    # Not closed, as after a kill; the last line is torn.
+    # After a kill the files are not closed and the last line is incomplete.
     killed = Metrics(tmp_path, resume_step=0, require_owned=owned)
     for step in range(1, 9):
         log_step(killed, step, loss=9.0)
@@ -115,16 +115,16 @@ def test_no_step_is_logged_twice_after_a_kill(tmp_path: Path) -> None:
     assert [(p.step, p.value) for p in points] == [(s, 9.0 if s < 6 else 1.0) for s in range(1, 11)]
 
 
-@pytest.mark.parametrize("torn", [b'{"step": 6', b'{"step": 6}', b"\0\0\0\0\n", b"[6]\n"])
-def test_a_torn_end_is_cut_off(tmp_path: Path, torn: bytes) -> None:
+@pytest.mark.parametrize("incomplete", [b'{"step": 6', b'{"step": 6}', b"\0\0\0\0\n", b"[6]\n"])
+def test_an_incomplete_last_line_is_removed(tmp_path: Path, incomplete: bytes) -> None:
     good = b'{"step": 4}\n{"step": 5}\n'
-    (tmp_path / "metrics.jsonl").write_bytes(good + torn)
+    (tmp_path / "metrics.jsonl").write_bytes(good + incomplete)
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 5]
     Metrics(tmp_path, resume_step=6, require_owned=owned).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == good
 
 
-def test_a_damaged_line_hides_no_other(tmp_path: Path) -> None:
+def test_a_damaged_line_does_not_hide_other_lines(tmp_path: Path) -> None:
     before, damaged, after = b'{"step": 4}\n', b'{"step": 5\xfd\n', b'{"step": 6}\n'
     (tmp_path / "metrics.jsonl").write_bytes(before + damaged + after + b'{"step": 7}\n')
     assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 6, 7]
@@ -132,7 +132,7 @@ def test_a_damaged_line_hides_no_other(tmp_path: Path) -> None:
     assert (tmp_path / "metrics.jsonl").read_bytes() == before + damaged + after
 
 
-def test_tensorboard_shows_a_run_that_was_resumed_after_the_clock_was_set_back(
+def test_tensorboard_shows_a_run_resumed_after_the_clock_was_set_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("time.time_ns", lambda: 2_000_000_000 * 10**9)
@@ -142,7 +142,7 @@ def test_tensorboard_shows_a_run_that_was_resumed_after_the_clock_was_set_back(
     assert [point.step for point in tensorboard(tmp_path).Scalars("train/loss")] == [1, 2]
 
 
-def test_a_run_killed_before_its_first_checkpoint_starts_with_an_empty_file(tmp_path: Path) -> None:
+def test_a_run_killed_before_its_first_checkpoint_restarts_with_an_empty_file(tmp_path: Path) -> None:
     for _ in range(2):
         metrics = Metrics(tmp_path, resume_step=0, require_owned=owned)
         metrics.evaluation(step=0, val_loss=4.0, val_bits_per_byte=None)
@@ -156,24 +156,24 @@ def test_tensorboard_has_curves_and_verbatim_text(tmp_path: Path) -> None:
         log_step(metrics, 3, mfu=0.25, skipped=True)
         metrics.evaluation(step=3, val_loss=1.5, val_bits_per_byte=2.0)
         metrics.text("sample", "# no heading\n```\n*no* emphasis \udcff", 3)
-    found = tensorboard(tmp_path)
-    tags = found.Tags()
+    events = tensorboard(tmp_path)
+    tags = events.Tags()
     assert {"train/loss", "train/lr", "eval/loss", "eval/perplexity", "eval/bits_per_byte"} <= set(tags["scalars"])
     assert {"perf/mfu", "perf/memory_gib", "perf/checkpoint_stall_s"} <= set(tags["scalars"])
-    assert found.Scalars("perf/memory_gib")[0].value == 1.0
-    assert found.Scalars("train/grad_norm_z")[0].value == -0.5
-    assert found.Scalars("train/skipped")[0].value == 1.0
+    assert events.Scalars("perf/memory_gib")[0].value == 1.0
+    assert events.Scalars("train/grad_norm_z")[0].value == -0.5
+    assert events.Scalars("train/skipped")[0].value == 1.0
     assert "train/loss_z" not in tags["scalars"], "it has no value yet"
     assert tags["tensors"] == ["sample/text_summary"]
-    text = found.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode()
+    text = events.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text == "````\n# no heading\n```\n*no* emphasis ?\n````"
 
 
-def test_a_full_disk_costs_figures_and_not_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_full_disk_loses_figures_but_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
         log_step(metrics, 1)
         [events] = (tmp_path / "tb").iterdir()
-        with full_disk(tmp_path / "metrics.jsonl", room=30):
+        with full_disk(tmp_path / "metrics.jsonl", free=30):
             log_step(metrics, 2)
             metrics.text("sample", "x" * 10_000, 2)
             log_step(metrics, 3)
@@ -181,16 +181,16 @@ def test_a_full_disk_costs_figures_and_not_the_run(tmp_path: Path, capsys: pytes
         assert lost >= 3
         log_step(metrics, 4)
         assert metrics.dropped == lost
-    assert [line["step"] for line in lines(tmp_path)] == [1, 4], "half a line must not stay behind"
+    assert [line["step"] for line in lines(tmp_path)] == [1, 4], "half a line must not remain"
     steps = [point.step for point in tensorboard(tmp_path).Scalars("train/loss")]
     assert steps[0] == 1
-    assert steps[-1] == 4, "half a record would hide all that come later"
+    assert steps[-1] == 4, "half a record would hide all later ones"
     assert events.stat().st_size > 0
     assert capsys.readouterr().err.count("metrics are being lost") == 1
 
 
-def test_tensorboard_comes_back_when_its_directory_could_not_be_made(tmp_path: Path) -> None:
-    (tmp_path / "tb").write_text("in the way")
+def test_tensorboard_recovers_when_its_directory_can_be_created(tmp_path: Path) -> None:
+    (tmp_path / "tb").write_text("a file")
     with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
         log_step(metrics, 1)
         assert metrics.dropped == 1
@@ -207,9 +207,9 @@ def test_a_run_directory_that_cannot_be_written_is_a_storage_error(tmp_path: Pat
         read_metrics(tmp_path / "missing")
 
 
-def test_memory_grows_with_what_is_held() -> None:
+def test_memory_grows_with_an_allocation() -> None:
     before = memory_bytes(torch.device("cpu"))
-    # Not from malloc, which may have kept as much since an earlier test.
+    # mmap, because malloc may reuse memory that an earlier test has freed.
     with mmap.mmap(-1, 64 * 2**20) as held:
         held.write(bytes(range(256)) * (64 * 2**12))
         assert memory_bytes(torch.device("cpu")) - before > 48 * 2**20
@@ -221,46 +221,44 @@ def test_perplexity() -> None:
     assert math.isnan(perplexity(math.nan))
 
 
-@pytest.mark.parametrize("look", [1, 2, 3])
+@pytest.mark.parametrize("takeover_at", [1, 2, 3])
 @pytest.mark.parametrize("logged", [0, 1])
-def test_an_owner_that_is_asleep_when_another_takes_over_writes_nothing_more(
-    tmp_path: Path, logged: int, look: int
-) -> None:
-    """It falls asleep at this look whether the run directory is still its own, having found that it is."""
-    found: list[dict[str, bytes]] = []
-    looks = 0
+def test_a_suspended_owner_writes_nothing_after_a_takeover(tmp_path: Path, logged: int, takeover_at: int) -> None:
+    """The owner is suspended right after this check that the run directory is still its own."""
+    after_takeover: list[dict[str, bytes]] = []
+    checks = 0
 
     class Lost(Exception):
         pass
 
-    def looked() -> None:
-        nonlocal looks
-        looks += falling_asleep
-        if looks == look:
+    def require_owned() -> None:
+        nonlocal checks
+        checks += counting
+        if checks == takeover_at:
             RunLock(RunPaths(tmp_path)).release()
             with closing(Metrics(tmp_path, resume_step=logged, require_owned=owned)) as later:
                 log_step(later, logged + 1)
-            found.append(contents(tmp_path))
-        elif looks > look:
+            after_takeover.append(contents(tmp_path))
+        elif checks > takeover_at:
             raise Lost
 
-    falling_asleep = False
-    with closing(Metrics(tmp_path, resume_step=0, require_owned=looked)) as earlier:
+    counting = False
+    with closing(Metrics(tmp_path, resume_step=0, require_owned=require_owned)) as earlier:
         for step in range(1, logged + 1):
             log_step(earlier, step)
-        falling_asleep = True
+        counting = True
         with suppress(Lost):
             for step in range(logged + 1, logged + 5):
                 earlier.scalars(step, {"train/loss": 9.0})
-    assert looks > look
-    assert found == [contents(tmp_path)]
+    assert checks > takeover_at
+    assert after_takeover == [contents(tmp_path)]
 
 
 def contents(directory: Path) -> dict[str, bytes]:
     return {str(file): file.read_bytes() for file in directory.rglob("*") if file.is_file()}
 
 
-def test_an_earlier_owner_writes_to_what_nobody_reads(tmp_path: Path) -> None:
+def test_writes_of_an_earlier_owner_do_not_reach_the_new_files(tmp_path: Path) -> None:
     earlier = Metrics(tmp_path, resume_step=0, require_owned=owned)
     log_step(earlier, 1)
     log_step(earlier, 2)
@@ -271,7 +269,7 @@ def test_an_earlier_owner_writes_to_what_nobody_reads(tmp_path: Path) -> None:
     assert not list(tmp_path.glob(".*"))
 
 
-def test_who_no_longer_owns_the_directory_writes_nothing(tmp_path: Path) -> None:
+def test_a_process_that_lost_the_run_directory_writes_nothing(tmp_path: Path) -> None:
     class Lost(Exception):
         pass
 
@@ -283,7 +281,7 @@ def test_who_no_longer_owns_the_directory_writes_nothing(tmp_path: Path) -> None
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_resume_on_a_full_disk_cuts_the_file_itself(tmp_path: Path) -> None:
+def test_a_resume_on_a_full_disk_truncates_the_file_in_place(tmp_path: Path) -> None:
     with jobs.disk(tmp_path / "disk", "size=1m") as disk:
         (disk / "metrics.jsonl").write_bytes(b'{"step": 4}\n' * 1000 + b'{"step": 5}\n')
         jobs.fill(disk / "filler")

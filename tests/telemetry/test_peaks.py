@@ -1,4 +1,4 @@
-"""Peaks: the listed devices exactly, no figure for any other."""
+"""Peak speeds: exact figures for the listed devices, none for other devices."""
 
 import time
 
@@ -45,7 +45,7 @@ def test_listed_devices(name: str, bfloat16: float | None, tf32: float, float32:
         "NVIDIA X900",
     ],
 )
-def test_another_device_has_no_figure(name: str) -> None:
+def test_an_unlisted_gpu_has_no_figure(name: str) -> None:
     assert named_peak_flops(name, torch.bfloat16, tf32=False) is None
 
 
@@ -59,7 +59,7 @@ def test_a_cpu_is_measured_quickly(dtype: torch.dtype) -> None:
     assert 1e8 < peak < 1e15
 
 
-def test_an_unknown_kind_of_device_has_no_figure() -> None:
+def test_an_unknown_type_of_device_has_no_figure() -> None:
     assert device_peak_flops(torch.device("meta"), torch.float32) is None
 
 

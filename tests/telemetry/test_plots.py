@@ -1,4 +1,4 @@
-"""The picture of the losses: whatever metrics.jsonl holds, a PNG comes out whole or not at all."""
+"""The plot of the losses: any metrics.jsonl gives a complete PNG or leaves the old one."""
 
 import json
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ import pytest
 from distgpt.errors import StorageError
 from distgpt.run.lock import RunLock
 from distgpt.run.paths import RunPaths
-from distgpt.telemetry.plots import plot_losses, smoothed
+from distgpt.telemetry.plots import plot_losses, smooth
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 
@@ -21,7 +21,7 @@ def write(file: Path, *lines: Mapping[str, float | None]) -> Path:
 
 
 def owned() -> None:
-    """No other job takes this run directory."""
+    """Pass: no other job owns this run directory."""
 
 
 def blue_pixels(picture: Path) -> int:
@@ -51,13 +51,15 @@ def test_the_curves_are_drawn(tmp_path: Path) -> None:
         [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 2.0}, {"step": 2, "val_loss": None}],
     ],
 )
-def test_few_points(tmp_path: Path, lines: list[dict[str, float | None]], recwarn: pytest.WarningsRecorder) -> None:
+def test_few_points_are_drawn_without_warnings(
+    tmp_path: Path, lines: list[dict[str, float | None]], recwarn: pytest.WarningsRecorder
+) -> None:
     plot_losses(write(tmp_path / "metrics.jsonl", *lines), tmp_path / "loss.png", require_owned=owned)
     assert (tmp_path / "loss.png").read_bytes().startswith(SIGNATURE)
     assert not recwarn.list
 
 
-def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> None:
+def test_a_failed_write_leaves_the_old_picture(tmp_path: Path) -> None:
     metrics = write(tmp_path / "metrics.jsonl", {"step": 1, "loss": 2.0})
     (tmp_path / "loss.png").mkdir()
     with pytest.raises(StorageError, match=r"cannot write .*loss\.png"):
@@ -65,22 +67,22 @@ def test_a_picture_that_cannot_be_written_leaves_the_old_one(tmp_path: Path) -> 
     assert {path.name for path in tmp_path.iterdir()} == {"metrics.jsonl", "loss.png"}
 
 
-def test_an_owner_that_is_asleep_when_another_takes_over_leaves_its_picture(tmp_path: Path) -> None:
-    """It has just looked whether the run directory is still its own."""
+def test_a_suspended_owner_does_not_replace_the_next_owners_picture(tmp_path: Path) -> None:
+    """The takeover happens right after the owner has checked that the run directory is still its own."""
     metrics, picture = write(tmp_path / "metrics.jsonl", {"step": 1, "loss": 2.0}), tmp_path / "plots" / "loss.png"
 
-    def taken_over() -> None:
+    def take_over() -> None:
         RunLock(RunPaths(tmp_path)).release()
         picture.write_text("of the next owner")
 
     with pytest.raises(StorageError, match=r"cannot write .*loss\.png"):
-        plot_losses(metrics, picture, require_owned=taken_over)
+        plot_losses(metrics, picture, require_owned=take_over)
     assert [(file.name, file.read_text()) for file in picture.parent.iterdir()] == [("loss.png", "of the next owner")]
 
 
-def test_smoothing_keeps_lines_and_calms_noise() -> None:
+def test_smoothing_keeps_straight_lines_and_reduces_noise() -> None:
     line = np.arange(500) * 0.5
-    assert np.allclose(smoothed(line), line)
+    assert np.allclose(smooth(line), line)
     noise = np.random.default_rng(0).normal(size=500)
-    assert smoothed(noise)[20:-20].std() < 0.3
-    assert smoothed([3.0]).tolist() == [3.0]
+    assert smooth(noise)[20:-20].std() < 0.3
+    assert smooth([3.0]).tolist() == [3.0]
