@@ -1,7 +1,7 @@
-"""The network and how it learns. The room knows nothing of ranks.
+"""The network and its optimizer. This room knows nothing of ranks.
 
-Reading order: gpt (the network), optim (AdamW and learning rates), generate (text from a model), probe (find the first
-layer whose values are not finite).
+Reading order: gpt (the network), optim (AdamW and learning rates), generate (sampling), probe (finds the first module
+whose values are not finite).
 
-It may import only the modules beside the rooms: config, files, errors and their like.
+This room may import only the modules that lie beside the rooms, such as config, files and errors.
 """

@@ -1,7 +1,7 @@
-"""Sampling: new tokens from a model, one at a time, with a KV cache.
+"""Sampling of new tokens from a model, one at a time, with a KV cache.
 
-Calls GPT.forward and nothing else, so that it works on a sharded model too, where every rank calls it with the same
-arguments and an equally seeded generator, and all draw the same tokens.
+It calls GPT.forward alone, so it also works with a sharded model: every rank then calls it with the same arguments and
+a generator with the same seed, and all ranks draw the same tokens.
 """
 
 from collections.abc import Generator, Sequence
@@ -23,34 +23,37 @@ def generate(
     generator: torch.Generator,
     stop_at_eot: bool = False,
 ) -> Generator[int, None, None]:
-    """Continue a prompt: yields the next ids as they are drawn, at most `max_tokens`.
+    """Continue a prompt: yield each new id as it is drawn, at most `max_tokens` of them.
 
-    `temperature` 0 is greedy. `top_k` keeps the k likeliest ids (0: all), then `top_p` the smallest set of the
-    likeliest that reaches this probability (1: all; nucleus sampling, Holtzman et al. 2019, arXiv:1904.09751).
-    An empty prompt starts from the end-of-text id, or from id 0 where the vocabulary has none.
-    With `stop_at_eot` the end-of-text id is the last.
+    `temperature` 0 takes the most likely id. `top_k` keeps the k most likely ids (0: all). Of these `top_p` keeps the
+    smallest set of the most likely ids that reaches this probability (1: all; nucleus sampling, Holtzman et al. 2019,
+    arXiv:1904.09751). An empty prompt starts from the end-of-text id, or from id 0 if the vocabulary has none.
+    `stop_at_eot`: stop after the end-of-text id.
 
-    Context: at most the last block_size ids. When these are full, the last half of them becomes a new prompt at
-    position 0, so that one recomputation serves block_size / 2 tokens, with learned and rotary positions alike.
+    The context holds the last block_size ids at most. When it is full, its last half becomes a new prompt at position
+    0: one recomputation then serves block_size / 2 tokens, with learned and rotary positions alike.
 
-    Draws on the generator's device (a CPU generator gives the same stream for every device), in eval mode, which it
-    undoes when it is exhausted or closed. A compiled model recompiles for the growing cache: take the tokens inside
-    `torch.compiler.set_stance("force_eager")`. Raises ValueError for arguments that cannot work.
+    Ids are drawn on the generator's device; a CPU generator draws the same ids whatever the model's device. The model
+    is in eval mode until this generator is exhausted or closed, then in its former mode. A compiled model would
+    recompile for each length of the cache: consume the ids inside `torch.compiler.set_stance("force_eager")`.
+    Raises ValueError for an argument out of range.
     """
     if max_tokens < 0:
-        raise ValueError(f"max_tokens is {max_tokens}: at least 0")
+        raise ValueError(f"max_tokens is {max_tokens}: it must be at least 0")
     if not temperature >= 0 or top_k < 0 or not 0 < top_p <= 1:
-        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: at least 0, at least 0, 0 < p <= 1")
-    wrong = [i for i in prompt_ids if not 0 <= i < model.vocab_size]
-    if wrong:
-        raise ValueError(f"the prompt holds id {wrong[0]}, outside the vocabulary of {model.vocab_size}")
+        needed = "temperature and top_k must be at least 0, top_p above 0 and at most 1"
+        raise ValueError(f"temperature {temperature}, top_k {top_k}, top_p {top_p}: {needed}")
+    unknown = [i for i in prompt_ids if not 0 <= i < model.vocab_size]
+    if unknown:
+        raise ValueError(f"the prompt holds id {unknown[0]}, outside the vocabulary of {model.vocab_size}")
     prompt = list(prompt_ids) or [model.eot_id or 0]
     eot_id = model.eot_id if stop_at_eot else None
     return _generate(model, torch.tensor([prompt]), max_tokens, temperature, top_k, top_p, generator, eot_id)
 
 
-# no_grad and not inference_mode: FSDP2 keeps what it gathers in here for the training steps that follow, which then
-# fail with "Inference tensors do not track version counter". As a decorator it does not leak into the consumer.
+# Not inference_mode: FSDP2 keeps the parameters that it gathers here for later training steps, which would then fail
+# with "Inference tensors do not track version counter". As a decorator, no_grad does not apply to the caller's code
+# between two ids.
 @torch.no_grad()
 def _generate(
     model: GPT,
@@ -86,15 +89,16 @@ def _generate(
 
 
 def draw(logits_BV: Tensor, temperature: float, top_k: int, top_p: float, generator: torch.Generator) -> Tensor:
-    """One id per row of the logits, (B,), int64."""
+    """Draw one id for each row of the logits: (B,), int64."""
     if temperature == 0:
         return logits_BV.argmax(dim=-1)
     logits_BV, ids_BV = logits_BV.float().sort(dim=-1, descending=True, stable=True)
     if top_k:
         logits_BV = logits_BV[:, :top_k]
-    # From the likeliest downwards: what is divided by a tiny temperature is 0 there and not infinite.
+    # Relative to the largest logit, so that a tiny temperature gives 0 for it and not infinity.
     p_BV = torch.softmax((logits_BV - logits_BV[:, :1]) / temperature, dim=-1)
-    # What comes before an id in this order: the first is always kept, and the one that crosses top_p too.
+    # Keep an id if those before it have less than top_p in total. This always keeps the first id, and the one that
+    # crosses top_p.
     p_BV = p_BV.masked_fill(p_BV.cumsum(dim=-1) - p_BV >= top_p, 0.0)
     rank_B1 = torch.multinomial(p_BV, 1, generator=generator)
     return ids_BV.gather(1, rank_B1).squeeze(1)

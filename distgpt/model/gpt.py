@@ -1,10 +1,10 @@
-"""The network: the seed, GPT-2 and a modern GPT, told apart by ModelConfig alone.
+"""The network. ModelConfig selects its architecture: the small seed model, GPT-2, a modern GPT, or a mix of these.
 
 Shape suffixes:
     B batch      T time (tokens of this call)    S time with the cached tokens before them
     C n_embd     H heads    K key/value heads    D head size    F feed-forward width
-    V vocabulary, padded to vocab_multiple in the parameters, cut to its real size in everything that leaves
-    N tokens of a batch in one row (B*T)
+    V vocabulary, padded to a multiple of vocab_multiple in the parameters, without padding in logits and losses
+    N tokens of a batch, flattened (B*T)
 
 GPT-2: Radford et al. 2019. RoPE: Su et al. 2021, arXiv:2104.09864. RMSNorm: Zhang & Sennrich 2019, arXiv:1910.07467.
 SwiGLU: Shazeer 2020, arXiv:2002.05202. Squared ReLU: So et al. 2021, arXiv:2109.08668. GQA: Ainslie et al. 2023,
@@ -27,7 +27,7 @@ from distgpt.errors import UsageError
 INIT_STD = 0.02
 LAYERNORM_EPS = 1e-5
 RMSNORM_EPS = 1e-6
-# Projections that write to the residual stream, whose variance grows with their number (GPT-2, section 2.3).
+# Projections that add to the residual stream. Its variance grows with their number (GPT-2, section 2.3).
 RESIDUAL_PROJECTIONS = ("attention.output.weight", "mlp.down.weight")
 
 
@@ -35,27 +35,28 @@ class LayerNorm(nn.LayerNorm):
     """Layer normalization, Ba et al. 2016, arXiv:1607.06450."""
 
     def forward(self, x: Tensor) -> Tensor:
-        # In float32 whatever autocast or the sharding made of the input or of the parameters: no kernel mixes them.
+        # In float32, since autocast or sharding may give the input and the parameters different data types, which no
+        # kernel accepts.
         bias = None if self.bias is None else self.bias.float()
         return F.layer_norm(x.float(), self.normalized_shape, self.weight.float(), bias, self.eps).to(x.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
-    """Layer normalization without the mean, and float32 as there."""
+    """Layer normalization without the mean, also computed in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)
 
 
 class LayerCache:
-    """Keys and values of one layer, in room for `capacity` tokens, allocated at the first write."""
+    """Keys and values of one layer for up to `capacity` tokens, allocated at the first write."""
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
         self.length = 0
 
     def append(self, k_BKTD: Tensor, v_BKTD: Tensor) -> tuple[Tensor, Tensor]:
-        """Store these keys and values; all of them so far, (B, K, S, D) each."""
+        """Store these keys and values; return all keys and all values so far, (B, K, S, D) each."""
         if self.length == 0:
             B, K, _, D = k_BKTD.shape
             self.k_BKSD = k_BKTD.new_empty(B, K, self.capacity, D)
@@ -67,9 +68,9 @@ class LayerCache:
 
 
 class KVCache:
-    """What a model remembers of one batch of sequences: pass it to every forward of these, and only new tokens.
+    """The keys and values of one batch of sequences. Pass it to every forward, together with the new tokens alone.
 
-    Holds at most `block_size` tokens. Written in place: for use under torch.no_grad.
+    Holds at most block_size tokens. It is updated in place, so use it under torch.no_grad.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -78,18 +79,18 @@ class KVCache:
 
     @property
     def length(self) -> int:
-        """Tokens stored."""
+        """The number of tokens stored per sequence."""
         return self.layers[0].length
 
     def append_tokens(self, tokens_BT: Tensor) -> Tensor:
-        """Store the ids, which the document mask needs; all of them so far, (B, S)."""
-        seen = tokens_BT if self.tokens_BS is None else torch.cat((self.tokens_BS, tokens_BT), dim=1)
-        self.tokens_BS = seen
-        return seen
+        """Store the ids, which the document mask needs; return all ids so far, (B, S)."""
+        tokens_BS = tokens_BT if self.tokens_BS is None else torch.cat((self.tokens_BS, tokens_BT), dim=1)
+        self.tokens_BS = tokens_BS
+        return tokens_BS
 
 
 class Attention(nn.Module):
-    """Causal self-attention; groups of H / K query heads share a key and value head."""
+    """Causal self-attention. Each group of H / K query heads shares one key head and one value head."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -119,7 +120,7 @@ class Attention(nn.Module):
         if cache is not None:
             k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD)
         if mask is not None and K != H:
-            # On CUDA the kernel for masks knows no groups: with enable_gqa SDPA would form all (T, S) weights.
+            # CUDA's kernel for masks has no grouped heads: with enable_gqa, SDPA would store all (T, S) weights.
             k_BKTD, v_BKTD = (x.repeat_interleave(H // K, dim=1) for x in (k_BKTD, v_BKTD))
         y_BHTD = F.scaled_dot_product_attention(
             q_BHTD,
@@ -136,7 +137,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward branch."""
+    """The feed-forward network of a block."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -177,8 +178,10 @@ class Block(nn.Module):
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
     ) -> Tensor:
-        """`rope`: rope_tables of these tokens. `mask`: True where a query may see a key, broadcast to (B, H, T, S);
-        None is causal. `cache`: this layer's, of the tokens before these.
+        """Apply the block to (B, T, C).
+
+        `rope`: rope_tables of these tokens. `mask`: True where a query may attend to a key, broadcast to (B, H, T, S);
+        None: causal. `cache`: the keys and values of this layer for the tokens before these.
         """
         x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), rope, mask, cache)
         out: Tensor = x_BTC + self.mlp(self.mlp_norm(x_BTC))
@@ -186,10 +189,10 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """A decoder-only transformer. Allocates its parameters and leaves their values to init_weights or a checkpoint.
+    """A decoder-only transformer. Its parameters get their values from init_weights or a checkpoint.
 
-    Works under torch.device("meta"): there are no buffers, so nothing but parameters has to be materialized (the
-    rotary tables are computed from the positions in each forward, which costs less than a thousandth of a block).
+    Works under torch.device("meta"): there are no buffers, so only parameters have to be materialized. The rotary
+    tables are computed from the positions in each forward, which costs less than a thousandth of a block.
 
     Raises UsageError for a document mask without an end-of-text id.
     """
@@ -197,7 +200,10 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig, vocab_size: int, eot_id: int | None = None) -> None:
         super().__init__()
         if config.document_mask and eot_id is None:
-            raise UsageError("model.document_mask is set, but this data has no end-of-text token: it is one document")
+            raise UsageError(
+                "model.document_mask is set, but this data is one document without end-of-text tokens: "
+                "set --model.document_mask=false"
+            )
         self.config = config
         self.vocab_size = vocab_size
         self.eot_id = eot_id
@@ -211,12 +217,13 @@ class GPT(nn.Module):
         self.head = None if config.tied_head else nn.Linear(config.n_embd, padded, bias=config.head_bias)
 
     def initial_value(self, name: str, *, seed: int) -> Tensor:
-        """The whole float32 CPU tensor that the parameter `name` starts from.
+        """Return the initial value of the parameter `name`: the whole tensor, float32, on the CPU.
 
-        Depends on (seed, name, real shape) alone: not on the sharding, the order of calls, the padding of the
-        vocabulary, nor on wrappers around a block, whose names start with an underscore.
-        Weights N(0, 0.02), biases 0, norms 1; with init "scaled" residual projections N(0, 0.02 / sqrt(2 n_layer))
-        (GPT-2, section 2.3). Rows that pad the vocabulary are 0: nothing reads them. Raises AttributeError.
+        It depends on the seed, the name and the shape without padding alone: not on the sharding, on the order of
+        calls, or on wrappers around a block, whose names start with an underscore.
+        Weights are drawn from N(0, 0.02), biases are 0, norms are 1. With init "scaled", residual projections are drawn
+        from N(0, 0.02 / sqrt(2 n_layer)) (GPT-2, section 2.3). Rows that pad the vocabulary are 0 and never read.
+        Raises AttributeError if there is no such parameter.
         """
         shape = self.get_parameter(name).shape
         plain = ".".join(part for part in name.split(".") if not part.startswith("_"))
@@ -235,14 +242,14 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Fill every parameter, none of them sharded, from initial_value."""
+        """Set every parameter to its initial_value. The parameters must not be sharded."""
         for name, parameter in self.named_parameters():
             parameter.copy_(self.initial_value(name, seed=seed))
 
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
-        """Logits (B, T, V) without targets; with them the mean cross-entropy of each sequence in nats, float32, (B,).
+        """Return the logits (B, T, V); with targets, the mean cross-entropy of each sequence in nats, float32, (B,).
 
-        `cache` holds the tokens before these. Raises ValueError where they do not fit in block_size together.
+        `cache` holds the tokens before these. Raises ValueError if all of them together exceed block_size.
         """
         start = 0 if cache is None else cache.length
         end = start + tokens_BT.shape[1]
@@ -263,12 +270,13 @@ class GPT(nn.Module):
         return self._loss(x_BTC, targets_BT)
 
     def flops_per_token(self) -> float:
-        """Floating-point operations per token of a forward and backward pass over block_size tokens.
+        """Return the floating-point operations per token of a forward and backward pass over block_size tokens.
 
-        A weight of a matrix product costs a multiplication and an addition forward and twice that backward: 6 N.
-        Attention does Q K^T and its product with V, each 2 T C operations forward per token and layer with T keys and
-        H D = C: 4 L C T, times 3 with the backward pass: 12 L C T (PaLM, arXiv:2204.02311, appendix B, which does not
-        deduct what the causal mask skips). The embedding is a look-up; the head counts, tied or not, without padding.
+        Each of the N weights in matrix products costs a multiplication and an addition forward, and twice that
+        backward: 6 N. Attention computes Q K^T and its product with V: each costs 2 T C operations forward per token
+        and layer (T keys, H D = C). That is 4 L C T, and with the backward pass three times as much: 12 L C T (PaLM,
+        arXiv:2204.02311, appendix B, which also counts what the causal mask skips). Embeddings are look-ups and cost
+        nothing. The head counts, tied or not, without padding.
         """
         c = self.config
         outside = ("token_embedding.weight", "position_embedding.weight", "head.weight")
@@ -277,9 +285,9 @@ class GPT(nn.Module):
         return 6.0 * (matrices + head) + 12.0 * c.n_layer * c.n_embd * c.block_size
 
     def _attention_mask(self, tokens_BT: Tensor, positions_T: Tensor, cache: KVCache | None) -> Tensor | None:
-        """True where a query may see a key, (T, S) or (B, 1, T, S); None where SDPA's own causality says it all.
+        """Return True where a query may attend to a key, (T, S) or (B, 1, T, S); None if SDPA's causal mode suffices.
 
-        A document ends with its end-of-text token, which belongs to it.
+        A document ends with its end-of-text token, which is part of it.
         """
         T = tokens_BT.shape[1]
         start = 0 if cache is None else cache.length
@@ -308,8 +316,8 @@ class GPT(nn.Module):
         chunk = self.config.loss_chunk
         if chunk == 0:
             return self._token_losses(x_NC, targets_N, *parameters).view_as(targets_BT).mean(dim=1)
-        # The logits are the largest activation by far (V / C times the residual stream): forget each chunk's and
-        # compute them again in the backward pass, for a second head product.
+        # The logits are by far the largest activation, V / C times the residual stream. So the logits of each chunk
+        # are freed and computed again in the backward pass, at the cost of a second product with the head.
         losses = [
             checkpoint(self._token_losses, x, targets, *parameters, use_reentrant=False, preserve_rng_state=False)
             for x, targets in zip(torch.split(x_NC, chunk), torch.split(targets_N, chunk), strict=True)
@@ -322,14 +330,14 @@ class GPT(nn.Module):
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> int:
-    """Parameters at this vocabulary, a tied embedding once, padding of the vocabulary included. Allocates nothing."""
+    """Return the number of parameters, with the padding of the vocabulary and a tied head once. Allocates nothing."""
     with torch.device("meta"):
         model = GPT(dataclasses.replace(config, document_mask=False), vocab_size)
     return sum(p.numel() for p in model.parameters())
 
 
 def mlp_width(config: ModelConfig) -> int:
-    """F. SwiGLU has three matrices in place of two, so 8/3 in place of 4 keeps their parameters (Shazeer 2020)."""
+    """Return F. SwiGLU has three matrices, not two, so 8/3 C gives as many parameters as 4 C (Shazeer 2020)."""
     if config.mlp_hidden:
         return config.mlp_hidden
     if config.mlp == "swiglu":
@@ -338,14 +346,14 @@ def mlp_width(config: ModelConfig) -> int:
 
 
 def make_norm(config: ModelConfig) -> nn.Module:
-    """A normalization over C."""
+    """Build the normalization over C that the config selects."""
     if config.norm == "rmsnorm":
         return RMSNorm(config.n_embd, eps=RMSNORM_EPS)
     return LayerNorm(config.n_embd, eps=LAYERNORM_EPS, bias=config.bias)
 
 
 def rope_tables(positions_T: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary angles, (T, D/2) each, float32: position * theta^(-2i/D) for pair i."""
+    """Return cosine and sine, (T, D/2) each, float32, of the rotary angles: position * theta^(-2i/D) for pair i."""
     D = config.n_embd // config.n_head
     pair = torch.arange(0, D, 2, dtype=torch.float32, device=positions_T.device)
     angle = positions_T.float()[:, None] * config.rope_theta ** (-pair / D)
@@ -353,6 +361,6 @@ def rope_tables(positions_T: Tensor, config: ModelConfig) -> tuple[Tensor, Tenso
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (x[i], x[i + D/2]) of (..., T, D) by its angle: the half-split layout of Llama in transformers."""
+    """Rotate each pair (x[i], x[i + D/2]) of (..., T, D) by its angle. Llama in transformers pairs them in this way."""
     a, b = x.float().chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)

@@ -1,4 +1,4 @@
-"""How the network learns: parameter groups, AdamW, and learning rates as pure functions of the step.
+"""The optimizer: parameter groups, AdamW, and the learning rate as a pure function of the step.
 
 AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101.
 """
@@ -11,14 +11,14 @@ from torch import nn
 
 from distgpt.config import OptimConfig
 
-# Where one fused kernel updates all parameters, sharded ones (DTensor) included, in float32.
+# Devices with a fused kernel that updates all parameters at once, sharded ones (DTensor) included, in float32.
 FUSED_DEVICES = ("cuda", "cpu")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups: matrices, embeddings among them, which decay, and biases and norms, which do not (GPT-3, nanoGPT).
+    """Return two groups: matrices and embeddings with weight decay, biases and norms without (GPT-3, nanoGPT).
 
-    A sharded parameter counts by its whole shape, which is what a DTensor's ndim is.
+    For a sharded parameter the number of dims of the whole tensor counts, which is a DTensor's ndim.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
     return [
@@ -28,9 +28,9 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, An
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig, device_type: str) -> torch.optim.AdamW:
-    """AdamW over the model's parameters, fused on the devices that have it. Build it after sharding the model.
+    """Build AdamW over the model's parameters, fused if the device has a fused kernel. Call it after sharding.
 
-    The learning rate is the peak one until the caller writes lr_at of the step into the groups.
+    The learning rate is the peak, optim.lr, until the caller sets another one with set_lr.
     """
     return torch.optim.AdamW(
         parameter_groups(model, config.weight_decay),
@@ -42,22 +42,23 @@ def build_optimizer(model: nn.Module, config: OptimConfig, device_type: str) -> 
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:
-    """Give every parameter group this learning rate."""
+    """Set the learning rate of all parameter groups and return it."""
     for group in optimizer.param_groups:
         group["lr"] = lr
     return lr
 
 
 def lr_at(step: int, config: OptimConfig, steps: int) -> float:
-    """The learning rate of the update after `step` completed ones, in a run of `steps`.
+    """Return the learning rate of the update that follows `step` completed updates, in a run of `steps` updates.
 
-    Linear warm-up in equal increments, from lr / (warmup_steps + 1) at step 0 to lr at step warmup_steps. Then
-    constant: lr;
-    cosine: half a period from lr to min_lr at the last step (SGDR without restarts, Loshchilov & Hutter 2016,
-    arXiv:1608.03983);
-    wsd: lr, and over the last decay_fraction of the steps linearly to min_lr at the last one (warm-up, stable, decay:
-    MiniCPM, Hu et al. 2024, arXiv:2404.06395).
-    Steps past the end stay at the last step's rate.
+    The rate first warms up in equal increments, from lr / (warmup_steps + 1) at step 0 to lr at step warmup_steps.
+    Then, by schedule:
+    constant: it stays lr;
+    cosine: it falls along half a cosine period to min_lr at the last step (SGDR without restarts, Loshchilov & Hutter
+    2016, arXiv:1608.03983);
+    wsd: it stays lr and falls linearly over the last decay_fraction of the steps to min_lr at the last one (warm-up,
+    stable, decay: MiniCPM, Hu et al. 2024, arXiv:2404.06395).
+    After the last step it does not change any more.
     """
     if step < config.warmup_steps:
         return config.lr * (step + 1) / (config.warmup_steps + 1)
@@ -73,7 +74,7 @@ def lr_at(step: int, config: OptimConfig, steps: int) -> float:
 
 
 def _progress(step: int, start: int, end: int) -> float:
-    """0 up to `start`, 1 from `end` on, linear between them."""
+    """Return 0 up to `start`, 1 from `end` on, and rise linearly between them."""
     if step >= end:
         return 1.0
     return max(0, step - start) / (end - start)

@@ -1,4 +1,4 @@
-"""Where a forward and backward pass first stops being finite, by hooks on every module of a model."""
+"""A search for the first NaN or infinity in a forward and backward pass, with hooks on every module of a model."""
 
 import warnings
 from collections.abc import Callable, Iterator
@@ -15,14 +15,14 @@ Phase = Literal["forward", "backward"]
 class Finding:
     """The first tensor that holds a NaN or an infinity."""
 
-    module: str  # the name of the one that made it; empty: the model itself, outside of its layers
+    module: str  # the name of the module that computed it; empty: the model itself, outside of its submodules
     phase: Phase
-    tensor: str  # in words
-    call: int  # which forward pass of the model, or the backward pass of which, from 0
+    tensor: str  # a description in words, such as "its output"
+    call: int  # the number of the model's forward pass, from 0; a backward pass has the number of its forward pass
 
 
 class Probe:
-    """`finding` is None as long as all is finite."""
+    """A watcher of one model's values. `finding`: the first one that is not finite, None if there is none."""
 
     def __init__(self) -> None:
         self.finding: Finding | None = None
@@ -30,47 +30,47 @@ class Probe:
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Look at what every module and parameter of an unsharded model gets and gives, in this context.
+        """Check, inside the context, all inputs, outputs and gradients of the modules of an unsharded model.
 
-        A module whose input is already bad though no module's output was is not to blame: its parent is, which
-        computed the input from their outputs.
+        If the input of a module is not finite although all outputs so far were, its parent is the cause: the parent
+        computed that input.
         """
         with ExitStack() as hooks, warnings.catch_warnings():
-            # An embedding's input, whole numbers, has no gradient.
+            # An embedding's input is integer ids, which have no gradient.
             warnings.filterwarnings("ignore", message="Full backward hook is firing")
-            hooks.callback(model.register_forward_pre_hook(self._count).remove)
+            hooks.callback(model.register_forward_pre_hook(self._count_call).remove)
             for name, module in model.named_modules():
-                for handle in self._watch(name, module):
+                for handle in self._register_hooks(name, module):
                     hooks.callback(handle.remove)
             yield
 
-    def _watch(self, name: str, module: nn.Module) -> Iterator[Any]:
+    def _register_hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
         parent = name.rpartition(".")[0]
         yield module.register_forward_hook(lambda _, given, out: self._check(name, "forward", "its output", out))
         if name:
-            before, after = f"what it gives to {name}", f"the gradient that it gives to {name}"
+            before, after = f"the input that it passes to {name}", f"the gradient that it passes to {name}"
             yield module.register_forward_pre_hook(lambda _, given: self._check(parent, "forward", before, given))
             yield module.register_full_backward_pre_hook(lambda _, given: self._check(parent, "backward", after, given))
             yield module.register_full_backward_hook(
                 lambda _, out, given: self._check(name, "backward", "the gradient of its input", out)
             )
         for own, parameter in module.named_parameters(recurse=False):
-            register: Any = parameter.register_post_accumulate_grad_hook  # which torch leaves untyped
+            register: Any = parameter.register_post_accumulate_grad_hook  # it has no type in torch
             yield register(self._parameter_check(name, own))
 
     def _parameter_check(self, module: str, name: str) -> Callable[[Tensor], None]:
         return lambda parameter: self._check(module, "backward", f"the gradient of its {name}", parameter.grad)
 
-    def _count(self, model: nn.Module, given: object) -> None:
+    def _count_call(self, model: nn.Module, given: object) -> None:
         self._calls += 1
 
     def _check(self, module: str, phase: Phase, tensor: str, values: object) -> None:
-        if self.finding is None and not _finite(values):
+        if self.finding is None and not _is_finite(values):
             self.finding = Finding(module, phase, tensor, self._calls - 1)
 
 
-def _finite(values: object) -> bool:
-    """Whether all numbers are, in a tensor or nested tuples of tensors; anything else counts as finite."""
+def _is_finite(values: object) -> bool:
+    """Return True if a tensor, or all tensors in nested tuples, are finite. Other values count as finite."""
     if isinstance(values, tuple):
-        return all(map(_finite, values))
+        return all(map(_is_finite, values))
     return not isinstance(values, Tensor) or bool(values.isfinite().all())

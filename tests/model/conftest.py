@@ -1,4 +1,4 @@
-"""Tiny models: one thread computes them, since more only wait for one another where the processors are shared."""
+"""Fixtures for tiny models. They compute on one thread: more would only wait for each other on a busy machine."""
 
 from collections.abc import Iterator
 
@@ -17,7 +17,7 @@ def one_thread() -> Iterator[None]:
 
 @pytest.fixture
 def one_process_group() -> Iterator[None]:
-    """A gloo group of this process alone, as FSDP2 needs it."""
+    """A gloo process group of this process alone, which FSDP2 needs."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield
     dist.destroy_process_group()

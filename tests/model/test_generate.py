@@ -1,3 +1,5 @@
+"""Sampling: the context rule, truncation, seeds, and sharded models."""
+
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -24,7 +26,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def make(variant: str = "learned", eot_id: int | None = EOT) -> GPT:
-    """A model whose outputs vary: at the initial 0.02, logits of so small a network hardly depend on the tokens."""
+    """A model with large weights: with initial ones the logits of so small a network hardly depend on the tokens."""
     model = GPT(ModelConfig(**SHAPE, **VARIANTS[variant]), VOCAB, eot_id)
     model.init_weights(1)
     with torch.no_grad():
@@ -44,7 +46,7 @@ def greedy(model: GPT, prompt: Sequence[int], tokens: int) -> list[int]:
 
 @torch.no_grad()
 def greedy_recomputed(model: GPT, prompt: Sequence[int], tokens: int) -> list[int]:
-    """The documented context rule, without a cache."""
+    """Continue a prompt by the documented context rule, without a cache."""
     model.eval()
     size = model.config.block_size
     context, out = list(prompt)[-size:], []
@@ -58,14 +60,14 @@ def greedy_recomputed(model: GPT, prompt: Sequence[int], tokens: int) -> list[in
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("prompt", [[5], [1, 2, EOT, 4, 5, 6], list(range(25))])
-def test_greedy_equals_recomputation_within_and_beyond_the_block(variant: str, prompt: list[int]) -> None:
+def test_greedy_equals_recomputation_within_and_beyond_block_size(variant: str, prompt: list[int]) -> None:
     model = make(variant)
     expected = greedy_recomputed(model, prompt, 40)
     assert greedy(model, prompt, 40) == expected
     assert len(set(expected)) > 3
 
 
-def test_the_seed_decides() -> None:
+def test_the_seed_determines_the_tokens() -> None:
     model = make()
     runs = [list(generate(model, [1], max_tokens=20, generator=seeded(s))) for s in (5, 5, 6)]
     assert runs[0] == runs[1] != runs[2]
@@ -81,7 +83,7 @@ def test_no_padding_id_is_drawn() -> None:
     assert len(ids) > 20
 
 
-def test_stops_at_the_end_of_text() -> None:
+def test_generation_stops_at_end_of_text() -> None:
     model = make()
     plain = list(generate(model, [1], max_tokens=400, generator=seeded()))
     stopped = list(generate(model, [1], max_tokens=400, generator=seeded(), stop_at_eot=True))
@@ -89,18 +91,18 @@ def test_stops_at_the_end_of_text() -> None:
     assert stopped == plain[: plain.index(EOT) + 1]
 
 
-def test_without_an_end_of_text_id_nothing_stops() -> None:
+def test_generation_does_not_stop_without_an_end_of_text_id() -> None:
     assert len(list(generate(make(eot_id=None), [1], max_tokens=50, generator=seeded(), stop_at_eot=True))) == 50
 
 
 @pytest.mark.parametrize(("eot_id", "start"), [(EOT, EOT), (None, 0)])
-def test_empty_prompt(eot_id: int | None, start: int) -> None:
+def test_an_empty_prompt_starts_from_end_of_text_or_0(eot_id: int | None, start: int) -> None:
     model = make(eot_id=eot_id)
     assert greedy(model, [], 10) == greedy(model, [start], 10)
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_mode_is_restored_and_gradients_stay_the_callers_choice(training: bool) -> None:
+def test_the_mode_is_restored_and_gradients_stay_enabled_for_the_caller(training: bool) -> None:
     model = make().train(training)
     stream = generate(model, [1], max_tokens=5, generator=seeded())
     next(stream)
@@ -129,18 +131,18 @@ def test_dropout_is_off() -> None:
         {"top_p": 1.1},
     ],
 )
-def test_wrong_arguments_are_refused_at_the_call(wrong: dict[str, Any]) -> None:
+def test_arguments_out_of_range_are_refused_at_the_call(wrong: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         generate(make(), [1], **{"max_tokens": 1, "generator": seeded(), **wrong})
 
 
 @pytest.mark.parametrize("wrong", [-1, VOCAB])
-def test_prompt_outside_the_vocabulary_is_refused(wrong: int) -> None:
+def test_a_prompt_outside_the_vocabulary_is_refused(wrong: int) -> None:
     with pytest.raises(ValueError, match=f"id {wrong}, outside the vocabulary of {VOCAB}"):
         generate(make(), [1, wrong], max_tokens=1, generator=seeded())
 
 
-def test_zero_tokens() -> None:
+def test_zero_tokens_are_an_empty_result() -> None:
     assert list(generate(make(), [1], max_tokens=0, generator=seeded())) == []
 
 
@@ -169,12 +171,12 @@ def frequencies(*, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
     ],
 )
 def test_draw_follows_the_truncated_distribution(options: dict[str, Any], expected: list[float]) -> None:
-    found = frequencies(**options)
-    assert found.tolist() == pytest.approx(expected, abs=0.015)
-    assert ((found > 0) == (torch.tensor(expected) > 0)).all()
+    drawn = frequencies(**options)
+    assert drawn.tolist() == pytest.approx(expected, abs=0.015)
+    assert ((drawn > 0) == (torch.tensor(expected) > 0)).all()
 
 
-def test_greedy_takes_no_random_numbers() -> None:
+def test_greedy_uses_no_random_numbers() -> None:
     generator = seeded()
     before = generator.get_state()
     list(generate(make(), [1], max_tokens=3, temperature=0.0, generator=generator))
@@ -182,7 +184,7 @@ def test_greedy_takes_no_random_numbers() -> None:
 
 
 @pytest.mark.usefixtures("one_process_group")
-def test_a_sharded_model_generates_the_same_and_trains_on() -> None:
+def test_a_sharded_model_generates_the_same_tokens_and_can_train_afterwards() -> None:
     whole, sharded = make("modern"), make("modern")
     mesh = init_device_mesh("cpu", (1,))
     for block in sharded.blocks:

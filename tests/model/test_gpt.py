@@ -1,3 +1,5 @@
+"""The network: each option against a reference computation by hand, and what the parts promise together."""
+
 import copy
 import math
 from collections.abc import Callable
@@ -40,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 
 def make(*, spread: float = 5.0, seed: int = 0, **options: Any) -> GPT:
-    """A small model; weights `spread` times larger than at the start of training, so that every part matters."""
+    """A small model with weights `spread` times larger than initial ones, so that every part changes the output."""
     model = GPT(ModelConfig(**{**SHAPE, **options}), VOCAB, EOT)
     model.init_weights(seed)
     with torch.no_grad():
@@ -56,8 +58,8 @@ def blocks(model: GPT) -> list[Block]:
     return [cast(Block, block) for block in model.blocks]
 
 
-def about(name: str) -> Callable[[str], str]:
-    """The message of a comparison that failed, with the name of what was compared."""
+def naming(name: str) -> Callable[[str], str]:
+    """Add `name` to the message of a failed comparison."""
     return lambda message: f"{name}: {message}"
 
 
@@ -65,10 +67,10 @@ def some_tokens(*shape: int, seed: int = 0, vocab: int = VOCAB) -> Tensor:
     return torch.randint(vocab, shape, generator=torch.Generator().manual_seed(seed))
 
 
-# The ancestor, as its author wrote it on one screen: one module a head, an explicit mask, everything spelled out.
+# A plain reference implementation of the seed model: one module for each head, an explicit mask.
 
 
-class AncestorHead(nn.Module):
+class ReferenceHead(nn.Module):
     def __init__(self, n_embd: int, head_size: int) -> None:
         super().__init__()
         self.key = nn.Linear(n_embd, head_size, bias=False)
@@ -83,10 +85,10 @@ class AncestorHead(nn.Module):
         return cast(Tensor, F.softmax(weights, dim=-1) @ v)
 
 
-class AncestorBlock(nn.Module):
+class ReferenceBlock(nn.Module):
     def __init__(self, n_embd: int, n_head: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(AncestorHead(n_embd, n_embd // n_head) for _ in range(n_head))
+        self.heads = nn.ModuleList(ReferenceHead(n_embd, n_embd // n_head) for _ in range(n_head))
         self.proj = nn.Linear(n_embd, n_embd)
         self.net = nn.Sequential(nn.Linear(n_embd, 4 * n_embd), nn.ReLU(), nn.Linear(4 * n_embd, n_embd))
         self.ln1 = nn.LayerNorm(n_embd)
@@ -99,12 +101,12 @@ class AncestorBlock(nn.Module):
         return out
 
 
-class Ancestor(nn.Module):
+class ReferenceGPT(nn.Module):
     def __init__(self, vocab_size: int, n_layer: int, n_head: int, n_embd: int, block_size: int) -> None:
         super().__init__()
         self.tokens = nn.Embedding(vocab_size, n_embd)
         self.positions = nn.Embedding(block_size, n_embd)
-        self.blocks = nn.Sequential(*(AncestorBlock(n_embd, n_head) for _ in range(n_layer)))
+        self.blocks = nn.Sequential(*(ReferenceBlock(n_embd, n_head) for _ in range(n_layer)))
         self.ln_f = nn.LayerNorm(n_embd)
         self.lm_head = nn.Linear(n_embd, vocab_size)
 
@@ -114,17 +116,17 @@ class Ancestor(nn.Module):
         return logits, F.cross_entropy(logits.view(-1, logits.shape[-1]), targets.view(-1))
 
 
-def ancestor_parameters(ancestor: Ancestor) -> dict[str, list[nn.Parameter]]:
-    """GPT's name of each of its parameters -> the ancestor's parameters that it stacks by rows."""
+def reference_parameters(reference: ReferenceGPT) -> dict[str, list[nn.Parameter]]:
+    """Map the name of each parameter of GPT to the parameters of the reference that it stacks by rows."""
     pairs: dict[str, nn.Module] = {
-        "token_embedding": ancestor.tokens,
-        "position_embedding": ancestor.positions,
-        "norm": ancestor.ln_f,
-        "head": ancestor.lm_head,
+        "token_embedding": reference.tokens,
+        "position_embedding": reference.positions,
+        "norm": reference.ln_f,
+        "head": reference.lm_head,
     }
     stacked: dict[str, list[nn.Parameter]] = {}
-    for i, block in enumerate(ancestor.blocks):
-        assert isinstance(block, AncestorBlock)
+    for i, block in enumerate(reference.blocks):
+        assert isinstance(block, ReferenceBlock)
         pairs |= {
             f"blocks.{i}.attention_norm": block.ln1,
             f"blocks.{i}.attention.output": block.proj,
@@ -139,12 +141,12 @@ def ancestor_parameters(ancestor: Ancestor) -> dict[str, list[nn.Parameter]]:
 
 
 @pytest.mark.parametrize("spread", [1.0, 4.0])
-def test_seed_preset_is_the_ancestor(spread: float) -> None:
+def test_the_seed_preset_equals_the_reference(spread: float) -> None:
     config = resolve(["seed"], {}).model
     model = GPT(config, 65).eval()
     model.init_weights(1337)
-    ancestor = Ancestor(65, config.n_layer, config.n_head, config.n_embd, config.block_size)
-    theirs = ancestor_parameters(ancestor)
+    reference = ReferenceGPT(65, config.n_layer, config.n_head, config.n_embd, config.block_size)
+    theirs = reference_parameters(reference)
     ours = dict(model.named_parameters())
     assert theirs.keys() == ours.keys()
     with torch.no_grad():
@@ -157,7 +159,7 @@ def test_seed_preset_is_the_ancestor(spread: float) -> None:
             for part, value in zip(parts, ours[name].chunk(len(parts)), strict=True):
                 part.copy_(value)
     tokens, targets = some_tokens(2, 48, vocab=65), some_tokens(2, 48, seed=1, vocab=65)
-    logits, loss = ancestor(tokens, targets)
+    logits, loss = reference(tokens, targets)
     torch.testing.assert_close(model(tokens), logits, atol=1e-5, rtol=1e-5)
     our_loss = model(tokens, targets).mean()
     torch.testing.assert_close(our_loss, loss, atol=1e-5, rtol=0)
@@ -165,10 +167,10 @@ def test_seed_preset_is_the_ancestor(spread: float) -> None:
     our_loss.backward()
     for name, parts in theirs.items():
         gradient = torch.cat([part.grad for part in parts if part.grad is not None])
-        torch.testing.assert_close(ours[name].grad, gradient, atol=1e-5, rtol=1e-5, msg=about(name))
+        torch.testing.assert_close(ours[name].grad, gradient, atol=1e-5, rtol=1e-5, msg=naming(name))
 
 
-def test_seed_preset_has_the_ancestors_parameters() -> None:
+def test_the_seed_preset_has_the_references_parameters() -> None:
     assert count_parameters(resolve(["seed"], {}).model, 65) == 10_788_929
 
 
@@ -178,7 +180,7 @@ def test_a_tied_head_and_a_document_mask_count_nothing_more() -> None:
     assert all(p.device.type == "cpu" for p in GPT(ModelConfig(**SHAPE), VOCAB).parameters())
 
 
-def test_bias_keys() -> None:
+def test_bias_options_select_the_biases() -> None:
     def biased(**options: Any) -> set[str]:
         names = (name for name, _ in make(n_layer=1, **options).named_parameters())
         return {name.removeprefix("blocks.0.").removesuffix(".bias") for name in names if name.endswith(".bias")}
@@ -209,7 +211,7 @@ def test_initial_values() -> None:
     assert not torch.equal(model.get_parameter("blocks.0.mlp.up.weight"), model.get_parameter("blocks.1.mlp.up.weight"))
 
 
-def test_normal_init_does_not_scale() -> None:
+def test_normal_init_does_not_scale_residual_projections() -> None:
     value = GPT(ModelConfig(n_layer=8, n_head=4, n_embd=128), VOCAB).initial_value("blocks.7.mlp.down.weight", seed=0)
     assert value.std().item() == pytest.approx(0.02, rel=0.03)
 
@@ -249,7 +251,7 @@ def test_initial_values_do_not_depend_on_padding() -> None:
 
 
 @pytest.mark.parametrize("options", [{}, MODERN, GPT2])
-def test_meta_device_then_initial_values(options: dict[str, Any]) -> None:
+def test_a_model_on_the_meta_device_can_be_initialized(options: dict[str, Any]) -> None:
     config = ModelConfig(**{**SHAPE, **options})
     direct = GPT(config, VOCAB)
     direct.init_weights(3)
@@ -282,7 +284,7 @@ def test_no_token_sees_the_future_and_each_sees_the_past(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_every_parameter_learns(variant: str) -> None:
+def test_every_parameter_gets_a_gradient(variant: str) -> None:
     model = make(**VARIANTS[variant]).train()
     model(some_tokens(8, 16), some_tokens(8, 16, seed=1)).mean().backward()
     for name, p in model.named_parameters():
@@ -291,7 +293,7 @@ def test_every_parameter_learns(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_loss_is_each_sequences_mean_cross_entropy(variant: str) -> None:
+def test_the_loss_is_the_mean_cross_entropy_of_each_sequence(variant: str) -> None:
     model = make(**VARIANTS[variant])
     tokens, targets = some_tokens(3, 16), some_tokens(3, 16, seed=1)
     logits = model(tokens)
@@ -319,7 +321,7 @@ def test_a_model_in_bfloat16_computes_its_loss_in_float32(variant: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["modern", "documents"])
-def test_compiled_blocks_give_the_same(variant: str) -> None:
+def test_compiled_blocks_give_the_same_gradients(variant: str) -> None:
     model = make(**VARIANTS[variant])
     compiled = copy.deepcopy(model)
     for block in compiled.blocks:
@@ -328,12 +330,12 @@ def test_compiled_blocks_give_the_same(variant: str) -> None:
     for m in (model, compiled):
         m(tokens, targets).mean().backward()
     for (name, p), q in zip(model.named_parameters(), compiled.named_parameters(), strict=True):
-        torch.testing.assert_close(q[1].grad, p.grad, msg=about(name))
+        torch.testing.assert_close(q[1].grad, p.grad, msg=naming(name))
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("pieces", [[16], [1] * 16, [5, 1, 1, 4, 5]])
-def test_cache_equals_one_forward(variant: str, pieces: list[int]) -> None:
+def test_forwards_with_a_cache_equal_one_forward(variant: str, pieces: list[int]) -> None:
     model = make(**VARIANTS[variant])
     tokens = some_tokens(2, 16)
     tokens[0, 4] = tokens[0, 9] = tokens[1, 5] = EOT
@@ -346,12 +348,12 @@ def test_cache_equals_one_forward(variant: str, pieces: list[int]) -> None:
         model(tokens[:, :1], cache=cache)
 
 
-def test_more_than_a_block_is_refused() -> None:
+def test_more_than_block_size_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="17 tokens do not fit in block_size = 16"):
         make()(some_tokens(1, 17))
 
 
-# Options, one by one
+# One option at a time
 
 
 def test_dropout_on_attention_weights_branches_and_gpt2_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -372,7 +374,7 @@ def test_dropout_on_attention_weights_branches_and_gpt2_embedding(monkeypatch: p
 
 
 @pytest.mark.parametrize("branch", ["attention", "mlp"])
-def test_branch_dropout_zeroes_its_share(branch: str) -> None:
+def test_branch_dropout_zeroes_the_configured_share(branch: str) -> None:
     block = blocks(make(n_embd=256, dropout=0.25).train())[0]
     x = torch.randn(4, 16, 256, generator=torch.Generator().manual_seed(0))
     out = block.mlp(x) if branch == "mlp" else block.attention(x, None, None, None)
@@ -380,7 +382,7 @@ def test_branch_dropout_zeroes_its_share(branch: str) -> None:
 
 
 @pytest.mark.parametrize("embedding_dropout", [True, False])
-def test_embedding_dropout_is_gpt2s(embedding_dropout: bool) -> None:
+def test_embedding_dropout_is_optional(embedding_dropout: bool) -> None:
     model = make(n_layer=0, dropout=0.5, embedding_dropout=embedding_dropout)
     tokens = some_tokens(1, 16)
     assert torch.equal(model(tokens), model.train()(tokens)) is not embedding_dropout
@@ -415,7 +417,7 @@ def test_rope_is_a_rotation_that_depends_on_distance_alone() -> None:
     torch.testing.assert_close(rotate(q, cos[5], sin[5])[0], expected)
 
 
-def test_qk_norm_makes_attention_blind_to_the_size_of_queries_and_keys() -> None:
+def test_with_qk_norm_the_size_of_queries_and_keys_does_not_matter() -> None:
     tokens = some_tokens(1, 16)
     for qk_norm in (True, False):
         model = make(n_layer=1, qk_norm=qk_norm)
@@ -464,7 +466,7 @@ def test_mlp_width() -> None:
 
 @pytest.mark.parametrize("n_kv_head", [0, 2])
 def test_document_mask_hides_other_documents(n_kv_head: int) -> None:
-    """With rotary positions, which are relative, a document in a row is what it is alone."""
+    """Rotary positions are relative, so a document gives the same logits in a row of several and alone."""
     model = make(position="rope", document_mask=True, n_kv_head=n_kv_head)
     tokens = some_tokens(2, 16)
     tokens[tokens == EOT] = 4
@@ -483,7 +485,7 @@ def test_document_mask_needs_an_end_of_text_id() -> None:
         GPT(ModelConfig(**SHAPE, document_mask=True), VOCAB, None)
 
 
-def test_tied_head_is_the_embedding() -> None:
+def test_a_tied_head_is_the_embedding() -> None:
     model = make(tied_head=True, n_layer=0)
     assert not any("head" in name for name, _ in model.named_parameters())
     tokens = torch.tensor([[5, 6]])
@@ -494,7 +496,7 @@ def test_tied_head_is_the_embedding() -> None:
 
 @pytest.mark.parametrize("options", [{}, {"tied_head": True}, {"vocab_multiple": 64}])
 @pytest.mark.parametrize("chunk", [1, 5, 16, 1000])
-def test_chunked_loss_is_the_loss(options: dict[str, Any], chunk: int) -> None:
+def test_the_chunked_loss_equals_the_loss(options: dict[str, Any], chunk: int) -> None:
     whole, chunked = make(**options), make(**options, loss_chunk=chunk)
     tokens, targets = some_tokens(3, 16), some_tokens(3, 16, seed=1)
     weight_B = torch.tensor([1.0, 2.0, 3.0])
@@ -502,26 +504,26 @@ def test_chunked_loss_is_the_loss(options: dict[str, Any], chunk: int) -> None:
         (model(tokens, targets) * weight_B).sum().backward()
     torch.testing.assert_close(chunked(tokens, targets), whole(tokens, targets))
     for (name, p), q in zip(whole.named_parameters(), chunked.parameters(), strict=True):
-        torch.testing.assert_close(q.grad, p.grad, msg=about(name))
+        torch.testing.assert_close(q.grad, p.grad, msg=naming(name))
 
 
-def test_chunked_loss_keeps_no_logits() -> None:
-    def largest_kept(chunk: int) -> int:
-        kept: list[int] = []
+def test_the_chunked_loss_stores_no_logits() -> None:
+    def largest_stored(chunk: int) -> int:
+        stored: list[int] = []
 
         def pack(x: Tensor) -> Tensor:
             if not isinstance(x, nn.Parameter):
-                kept.append(x.numel())
+                stored.append(x.numel())
             return x
 
         model = GPT(ModelConfig(**SHAPE, loss_chunk=chunk), 5000)
         model.init_weights(0)
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             model(some_tokens(2, 16), some_tokens(2, 16))
-        return max(kept)
+        return max(stored)
 
-    assert largest_kept(0) == 2 * 16 * 5000
-    assert largest_kept(8) < 8 * 5000
+    assert largest_stored(0) == 2 * 16 * 5000
+    assert largest_stored(8) < 8 * 5000
 
 
 @pytest.mark.parametrize("tied_head", [True, False])
@@ -544,7 +546,7 @@ def test_padding_of_the_vocabulary_changes_nothing(tied_head: bool) -> None:
 
 
 @pytest.mark.parametrize("variant", ["seed", "gpt2", "modern"])
-def test_flops_per_token_are_what_torch_counts(variant: str) -> None:
+def test_flops_per_token_equal_torchs_count(variant: str) -> None:
     model = make(**{**VARIANTS[variant], "vocab_multiple": 1}).train()
     tokens = some_tokens(2, 16)
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:

@@ -1,3 +1,5 @@
+"""The optimizer: parameter groups, AdamW's update by hand, and the learning rate schedules."""
+
 import math
 from typing import Literal, cast
 
@@ -23,7 +25,7 @@ def small_model(seed: int = 0) -> GPT:
     return model
 
 
-def test_weight_decay_is_for_matrices_only() -> None:
+def test_only_matrices_have_weight_decay() -> None:
     model = small_model()
     decayed, others = parameter_groups(model, weight_decay=0.1)
     names = {id(p): name for name, p in model.named_parameters()}
@@ -35,7 +37,7 @@ def test_weight_decay_is_for_matrices_only() -> None:
     assert other_names == {n for n in names.values() if n.endswith("bias") or "norm" in n}
 
 
-def test_frozen_parameters_stay_out() -> None:
+def test_frozen_parameters_are_left_out() -> None:
     model = nn.Linear(2, 2)
     model.bias.requires_grad_(False)
     assert [len(group["params"]) for group in parameter_groups(model, 0.1)] == [1, 0]
@@ -49,8 +51,8 @@ def test_adamw_takes_its_options_from_the_config() -> None:
         assert (group["weight_decay"], group["fused"]) == (decay, True)
 
 
-def test_first_update_is_adamw() -> None:
-    """With m = (1 - b1) g and v = (1 - b2) g^2, bias correction leaves g / (|g| + eps), besides the decay."""
+def test_the_first_update_is_that_of_adamw() -> None:
+    """With m = (1 - b1) g and v = (1 - b2) g^2, bias correction gives g / (|g| + eps); weight decay comes on top."""
     model = nn.Linear(3, 2)
     before = {n: p.detach().clone() for n, p in model.named_parameters()}
     optimizer = build_optimizer(model, OptimConfig(lr=0.1, weight_decay=0.5), "cpu")
@@ -61,7 +63,7 @@ def test_first_update_is_adamw() -> None:
     torch.testing.assert_close(model.bias.detach(), before["bias"] + 0.1)
 
 
-def test_unknown_device_leaves_the_kernel_to_torch() -> None:
+def test_other_devices_leave_the_choice_of_kernel_to_torch() -> None:
     assert not build_optimizer(small_model(), OptimConfig(), "mps").param_groups[0]["fused"]
 
 
@@ -85,7 +87,7 @@ def test_fused_adamw_updates_sharded_parameters() -> None:
 
 
 @pytest.mark.parametrize("schedule", ["constant", "cosine", "wsd"])
-def test_warm_up_rises_in_equal_steps_to_the_peak(schedule: Schedule) -> None:
+def test_warm_up_rises_in_equal_increments_to_the_peak(schedule: Schedule) -> None:
     config = OptimConfig(lr=0.5, min_lr=0.1, warmup_steps=4, schedule=schedule)
     assert [lr_at(s, config, 100) for s in range(5)] == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5])
 
@@ -95,12 +97,12 @@ def test_without_warm_up_the_first_step_is_at_the_peak(schedule: Schedule) -> No
     assert lr_at(0, OptimConfig(lr=0.5, schedule=schedule), 100) == 0.5
 
 
-def test_constant_stays() -> None:
+def test_the_constant_schedule_does_not_change() -> None:
     config = OptimConfig(lr=0.5, min_lr=0.1)
     assert {lr_at(s, config, 10) for s in range(12)} == {0.5}
 
 
-def test_cosine_by_hand() -> None:
+def test_the_cosine_schedule_by_hand() -> None:
     config = OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=2, schedule="cosine")
     expected = [0.2 + 0.8 * 0.5 * (1 + math.cos(math.pi * (s - 2) / 8)) for s in range(2, 11)]
     assert [lr_at(s, config, 11) for s in range(2, 11)] == pytest.approx(expected)
@@ -109,7 +111,7 @@ def test_cosine_by_hand() -> None:
     assert lr_at(50, config, 11) == 0.2
 
 
-def test_wsd_by_hand() -> None:
+def test_the_wsd_schedule_by_hand() -> None:
     config = OptimConfig(lr=1.0, min_lr=0.2, warmup_steps=2, schedule="wsd", decay_fraction=0.4)
     rates = [lr_at(s, config, 10) for s in range(2, 12)]
     assert rates == pytest.approx([1.0, 1.0, 1.0, 1.0, 0.8, 0.6, 0.4, 0.2, 0.2, 0.2])
@@ -117,7 +119,7 @@ def test_wsd_by_hand() -> None:
 
 @pytest.mark.parametrize("schedule", ["cosine", "wsd"])
 @pytest.mark.parametrize(("warmup", "steps"), [(0, 1), (1, 1), (1, 2), (5, 5), (5, 6), (9, 5), (0, 2)])
-def test_short_runs_stay_within_bounds(schedule: Schedule, warmup: int, steps: int) -> None:
+def test_rates_of_short_runs_are_between_min_lr_and_lr(schedule: Schedule, warmup: int, steps: int) -> None:
     config = OptimConfig(lr=1.0, min_lr=0.1, warmup_steps=warmup, schedule=schedule, decay_fraction=1.0)
     rates = [lr_at(s, config, steps) for s in range(steps)]
     assert all(0.1 <= rate <= 1.0 for rate in rates)

@@ -1,4 +1,4 @@
-"""The probe names the module that made the first NaN or infinity, not one that was given it."""
+"""The probe names the module that computed the first NaN or infinity, not a later one that received it."""
 
 import pytest
 import torch
@@ -10,21 +10,21 @@ from distgpt.model.probe import Finding, Probe
 
 
 class Root(nn.Module):
-    """The square root, whose slope at 0 is infinite."""
+    """The square root; its derivative at 0 is infinite."""
 
     def forward(self, x: Tensor) -> Tensor:
         return x.sqrt()
 
 
 class Parent(nn.Module):
-    """A layer, and a computation of its own between that and the next."""
+    """Two layers, and a multiplication by `factor` between them."""
 
-    def __init__(self, own: float) -> None:
+    def __init__(self, factor: float) -> None:
         super().__init__()
-        self.first, self.second, self.own = nn.Linear(3, 3), nn.Linear(3, 3), own
+        self.first, self.second, self.factor = nn.Linear(3, 3), nn.Linear(3, 3), factor
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.second(self.first(x) * self.own)
+        out: Tensor = self.second(self.first(x) * self.factor)
         return out
 
 
@@ -53,7 +53,7 @@ def gpt_finding(model: GPT) -> Finding | None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_nothing_is_found_where_all_is_finite() -> None:
+def test_a_finite_pass_has_no_finding() -> None:
     assert gpt_finding(small_gpt()) is None
 
 
@@ -67,35 +67,35 @@ def test_nothing_is_found_where_all_is_finite() -> None:
         ("head.bias", "", "its output"),
     ],
 )
-def test_a_weight_that_is_not_finite_shows_in_its_module(parameter: str, module: str, tensor: str) -> None:
+def test_an_infinite_weight_names_its_module(parameter: str, module: str, tensor: str) -> None:
     model = small_gpt()
     with torch.no_grad():
         model.get_parameter(parameter).view(-1)[0] = torch.inf
     assert gpt_finding(model) == Finding(module, "forward", tensor, 0)
 
 
-def test_attention_that_overflows_is_the_attentions_and_not_of_the_layer_that_is_given_it() -> None:
+def test_an_overflow_in_attention_names_attention_and_not_its_output_layer() -> None:
     model = small_gpt()
     with torch.no_grad():
         model.get_parameter("blocks.1.attention.qkv.weight").fill_(1e25)
-    given = "what it gives to blocks.1.attention.output"
-    assert gpt_finding(model) == Finding("blocks.1.attention", "forward", given, 0)
+    passed = "the input that it passes to blocks.1.attention.output"
+    assert gpt_finding(model) == Finding("blocks.1.attention", "forward", passed, 0)
 
 
-def test_a_parent_answers_for_what_it_computes_between_its_layers() -> None:
-    overflowing = nn.Sequential(nn.Linear(3, 3), Parent(own=torch.inf))
-    assert finding(overflowing, torch.ones(2, 3)) == Finding("1", "forward", "what it gives to 1.second", 0)
-    # Its own factor is finite, but not its product with a gradient.
-    steep = nn.Sequential(nn.Linear(3, 3), Parent(own=1e30))
+def test_an_overflow_between_two_layers_names_their_parent() -> None:
+    overflowing = nn.Sequential(nn.Linear(3, 3), Parent(factor=torch.inf))
+    assert finding(overflowing, torch.ones(2, 3)) == Finding("1", "forward", "the input that it passes to 1.second", 0)
+    # The factor is finite, but its product with the gradient is not.
+    steep = nn.Sequential(nn.Linear(3, 3), Parent(factor=1e30))
     with torch.no_grad():
         for name in ("1.first.weight", "1.first.bias"):
             steep.get_parameter(name).fill_(1e-30)
         steep.get_parameter("1.second.weight").fill_(1e20)
-    found = finding(steep, torch.ones(2, 3))
-    assert found == Finding("1", "backward", "the gradient that it gives to 1.first", 0)
+    expected = Finding("1", "backward", "the gradient that it passes to 1.first", 0)
+    assert finding(steep, torch.ones(2, 3)) == expected
 
 
-def test_a_gradient_that_is_not_finite_shows_in_the_module_that_made_it() -> None:
+def test_an_infinite_gradient_names_the_module_that_computed_it() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.ReLU(), Root(), nn.Linear(3, 3))
     with torch.no_grad():
         model.get_parameter("0.weight").fill_(-1.0)
@@ -103,7 +103,7 @@ def test_a_gradient_that_is_not_finite_shows_in_the_module_that_made_it() -> Non
     assert finding(model, torch.ones(2, 3)) == Finding("2", "backward", "the gradient of its input", 0)
 
 
-def test_a_weights_own_gradient_counts_too() -> None:
+def test_the_gradient_of_a_weight_is_checked_too() -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     with torch.no_grad():
         model.get_parameter("0.weight").fill_(0.0)
@@ -111,10 +111,10 @@ def test_a_weights_own_gradient_counts_too() -> None:
     assert finding(model, x) == Finding("0", "backward", "the gradient of its weight", 0)
 
 
-def test_the_call_is_counted() -> None:
+def test_the_finding_has_the_number_of_the_forward_pass() -> None:
     model = nn.Sequential(nn.Linear(3, 3))
     with torch.no_grad():
         model.get_parameter("0.weight").fill_(0.0)
-    # The gradients of three calls add up to more than float32 holds.
+    # The sum of the gradients of three calls exceeds the largest float32.
     x = torch.full((1, 3), 1.5e38)
     assert finding(model, x, calls=3) == Finding("0", "backward", "the gradient of its weight", 2)
