@@ -1,11 +1,13 @@
-"""How long a save keeps training waiting, against torch's dcp.save and dcp.async_save: `python bench/checkpoint.py`.
+"""Benchmark of the time that training waits for a save: distgpt, torch's dcp.save and dcp.async_save.
 
-One process, one model, one optimizer; the three ways take turns within the same run, on the same disk, so that a busy
-machine slows all of them. Between two saves as many steps are trained as the save takes to be written, and not counted.
+    python bench/checkpoint.py [--preset seed] [--saves 7]
 
-Times are from the call until training may go on: for ours the copy into kept memory, for dcp.save all of the writing,
-for dcp.async_save (a thread, and torch's default stager) what its call takes until it returns. Only ours is hashed,
-verified and committed by a rename.
+One process, one model, one optimizer. The three methods take turns within one run, on the same disk, so that a busy
+machine slows all of them. Before each save one step is trained, which is not timed.
+
+The time is taken from the call until training can continue: for distgpt the copy into memory that it keeps, for
+dcp.save the whole write, for dcp.async_save (with a thread and torch's default stager) until the call returns. Only
+distgpt's checkpoint is hashed, verified and committed by a rename.
 """
 
 import argparse
@@ -35,22 +37,22 @@ from distgpt.model.optim import build_optimizer
 from distgpt.run.paths import RunPaths
 from distgpt.run.session import Run
 
-# What the share of training time is given for: a save every ten minutes.
+# The last column is the share of training time for one save in this interval.
 INTERVAL_SECONDS = 600.0
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="seed", help="the model (default: seed, 10.8 M parameters)")
-    parser.add_argument("--saves", type=int, default=7, help="saves of each way")
+    parser.add_argument("--preset", default="seed", help="model to save (default: seed, 10.8 M parameters)")
+    parser.add_argument("--saves", type=int, default=7, help="saves with each method (default: 7)")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        compare(Path(place), arguments.preset, arguments.saves)
+    with tempfile.TemporaryDirectory() as directory:
+        compare(Path(directory), arguments.preset, arguments.saves)
 
 
-def compare(place: Path, preset: str, saves: int) -> None:
-    config = resolve([preset, f"--run.dir={place / 'run'}", "--train.micro_batch=1", "--checkpoint.keep=1"], {})
-    dataset, runtime = small_dataset(place / "data"), this_rank()
+def compare(directory: Path, preset: str, saves: int) -> None:
+    config = resolve([preset, f"--run.dir={directory / 'run'}", "--train.micro_batch=1", "--checkpoint.keep=1"], {})
+    dataset, runtime = small_dataset(directory / "data"), this_rank()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     model = build_model(
         config,
@@ -62,7 +64,7 @@ def compare(place: Path, preset: str, saves: int) -> None:
         dtype=torch.float32,
     )
     optimizer = build_optimizer(model, config.optim, "cpu")
-    run = Run(RunPaths(place / "run"), 0)
+    run = Run(RunPaths(directory / "run"), 0)
     run.own()
     checkpointer = Checkpointer(
         run,
@@ -81,55 +83,55 @@ def compare(place: Path, preset: str, saves: int) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    def ours(step: int) -> Callable[[], object]:
+    def distgpt(step: int) -> Callable[[], object]:
         checkpointer.save(step, val_loss=None)
         return checkpointer.wait
 
     def synchronous(step: int) -> Callable[[], object]:
-        dcp.save(training_tensors(model, optimizer), checkpoint_id=place / f"sync-{step}")
-        return lambda: shutil.rmtree(place / f"sync-{step}")
+        dcp.save(training_tensors(model, optimizer), checkpoint_id=directory / f"sync-{step}")
+        return lambda: shutil.rmtree(directory / f"sync-{step}")
 
     def asynchronous(step: int) -> Callable[[], object]:
-        future = dcp.async_save(training_tensors(model, optimizer), checkpoint_id=place / f"async-{step}")
+        future = dcp.async_save(training_tensors(model, optimizer), checkpoint_id=directory / f"async-{step}")
         assert isinstance(future, Future)
 
         def finish() -> None:
             future.result()
-            shutil.rmtree(place / f"async-{step}")
+            shutil.rmtree(directory / f"async-{step}")
 
         return finish
 
-    ways = {"ours": ours, "dcp.save": synchronous, "dcp.async_save": asynchronous}
-    stalls: dict[str, list[float]] = {name: [] for name in ways}
-    wholes: dict[str, list[float]] = {name: [] for name in ways}
+    methods = {"distgpt": distgpt, "dcp.save": synchronous, "dcp.async_save": asynchronous}
+    stalls: dict[str, list[float]] = {name: [] for name in methods}
+    totals: dict[str, list[float]] = {name: [] for name in methods}
     train()
-    for step in range(1, saves + 2):  # the first of each warms up
-        for name, save in ways.items():
+    for step in range(1, saves + 2):  # the first save of each method warms up
+        for name, save in methods.items():
             train()
             started = time.perf_counter()
             finish = save(step)
             stalls[name].append(time.perf_counter() - started)
             finish()
-            wholes[name].append(time.perf_counter() - started)
+            totals[name].append(time.perf_counter() - started)
     dist.destroy_process_group()
-    report(count_parameters(config.model, dataset.vocab_size), stalls, wholes)
+    report(count_parameters(config.model, dataset.vocab_size), stalls, totals)
 
 
-def report(parameters: int, stalls: dict[str, list[float]], wholes: dict[str, list[float]]) -> None:
-    size, saves = 12 * parameters / 2**20, len(stalls["ours"]) - 1
-    print(f"{parameters:,} parameters, {size:.0f} MiB a checkpoint; medians of {saves}")
-    print("| | training waits | ratio to ours | until it is on the disk | share of ten minutes |")
+def report(parameters: int, stalls: dict[str, list[float]], totals: dict[str, list[float]]) -> None:
+    size, saves = 12 * parameters / 2**20, len(stalls["distgpt"]) - 1
+    print(f"{parameters:,} parameters, {size:.0f} MiB per checkpoint; medians of {saves}")
+    print("| | training waits | ratio to distgpt | until it is on the disk | share of ten minutes |")
     print("|---|---|---|---|---|")
     median = {name: statistics.median(times[1:]) for name, times in stalls.items()}
     for name, stall in median.items():
-        ratio, whole = stall / median["ours"], statistics.median(wholes[name][1:])
+        ratio, total = stall / median["distgpt"], statistics.median(totals[name][1:])
         share = stall / INTERVAL_SECONDS
-        print(f"| {name} | {stall * 1e3:.0f} ms | {ratio:.1f} | {whole * 1e3:.0f} ms | {share:.4%} |")
-    print(f"ours stays below 1% of training time for any interval over {100 * median['ours']:.1f} s")
+        print(f"| {name} | {stall * 1e3:.0f} ms | {ratio:.1f} | {total * 1e3:.0f} ms | {share:.4%} |")
+    print(f"distgpt's saves take less than 1% of training time if they are over {100 * median['distgpt']:.1f} s apart")
 
 
 def small_dataset(directory: Path) -> Dataset:
-    """A byte-level one, since a checkpoint holds its tokenizer and fingerprint."""
+    """Write a small byte-level dataset. A checkpoint contains its tokenizer and fingerprint."""
     directory.mkdir()
     tokens = np.arange(20_000, dtype=np.uint16) % 256
     parts = [Documents(split, tokens, np.array([tokens.size])) for split in ("train", "val")]

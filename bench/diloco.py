@@ -1,10 +1,11 @@
-"""DiLoCo against DDP over a long thin link: wall-clock, validation loss, and bytes between the hosts.
+"""Benchmark of DiLoCo and DDP over a slow link: time, validation loss, and bytes between the hosts.
 
     python bench/diloco.py [--steps 400] [--rate 100] [--round-trip 0.05]
 
-Two hosts of one rank each (network namespaces, so it needs root), joined by a link of so many Mbit/s and seconds there
-and back, train the same model on the same text for the same number of steps with the commands of distgpt.train, one
-strategy after the other. Time is that of the steps, as metrics.jsonl has it: without start, evaluation and checkpoints.
+Two hosts of one rank each (network namespaces, which need root) are connected by a link with --rate Mbit/s and a round
+trip of --round-trip seconds. They train the same model on the same text for the same number of steps with
+distgpt.train, with one strategy after the other. The time is that of the steps in metrics.jsonl: without start,
+evaluation and saves.
 """
 
 import argparse
@@ -36,8 +37,8 @@ STRATEGIES = {
 
 
 def train(hosts: Network, arguments: list[str]) -> float:
-    """A run to its end on all hosts; the bytes that went through the first one's port."""
-    before, started = hosts.bytes_through(hosts.hosts[0]), []
+    """Train to the end on all hosts; return the bytes that went through the first host's port."""
+    before, processes = hosts.bytes_through(hosts.hosts[0]), []
     variables = {**os.environ, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": INTERFACE}
     for number, host in enumerate(hosts.hosts):
         command = [
@@ -47,38 +48,38 @@ def train(hosts: Network, arguments: list[str]) -> float:
             *(f"--rdzv-conf=is_host={int(number == 0)}", "-m", "distgpt.train", *arguments),
         ]
         quiet = subprocess.DEVNULL
-        started.append(subprocess.Popen(hosts.command(host, *command), env=variables, stdout=quiet, stderr=quiet))
-    codes = [process.wait() for process in started]
+        processes.append(subprocess.Popen(hosts.command(host, *command), env=variables, stdout=quiet, stderr=quiet))
+    codes = [process.wait() for process in processes]
     assert codes == [0] * len(codes), codes
     return hosts.bytes_through(hosts.hosts[0]) - before
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="DiLoCo against DDP over a long thin link.")
-    parser.add_argument("--data", default="data/stdlib", help="prepared data (data/stdlib)")
-    parser.add_argument("--steps", type=int, default=400, help="steps, a multiple of 50 (400)")
-    parser.add_argument("--rate", type=float, default=100, help="Mbit/s each way (100)")
-    parser.add_argument("--round-trip", type=float, default=0.05, help="seconds there and back (0.05)")
+    parser = argparse.ArgumentParser(description="Compare DiLoCo and DDP over a slow link.")
+    parser.add_argument("--data", default="data/stdlib", help="data directory (default: data/stdlib)")
+    parser.add_argument("--steps", type=int, default=400, help="steps, a multiple of 50 (default: 400)")
+    parser.add_argument("--rate", type=float, default=100, help="Mbit/s in each direction (default: 100)")
+    parser.add_argument("--round-trip", type=float, default=0.05, help="round trip in seconds (default: 0.05)")
     arguments = parser.parse_args()
     if reason := why_not():
         sys.exit(f"not measured: {reason}")
-    print(f"two hosts, {arguments.rate:g} Mbit/s, {1000 * arguments.round_trip:g} ms there and back")
-    first = 0.0
+    print(f"two hosts, {arguments.rate:g} Mbit/s, {1000 * arguments.round_trip:g} ms round trip")
+    ddp_seconds = 0.0
     with tempfile.TemporaryDirectory() as directory, network(2, Path(directory)) as hosts:
         hosts.move_far_away("n2", megabits=arguments.rate, round_trip=arguments.round_trip)
         for number, (name, strategy) in enumerate(STRATEGIES.items()):
             run = Path(directory) / str(number)
             flags = [f"--data.path={arguments.data}", f"--run.dir={run}", f"--train.steps={arguments.steps}"]
-            crossed = train(hosts, [*SHAPE, *flags, *strategy])
+            sent = train(hosts, [*SHAPE, *flags, *strategy])
             lines = read_metrics(run / "metrics.jsonl")
             # The first step warms up.
             steps = [line for line in lines if "seconds" in line and line["step"] > 1]
             seconds = statistics.fmean(line["seconds"] for line in steps) * arguments.steps
-            first = first or seconds
+            ddp_seconds = ddp_seconds or seconds
             (val_loss,) = (line["val_loss"] for line in lines if "val_loss" in line)
             print(
-                f"{name:16} {seconds:6.0f} s, {first / seconds:4.1f} times as fast as ddp; val loss {val_loss:.4f}; "
-                f"{crossed / arguments.steps / 1e6:6.2f} MB a step between the hosts",
+                f"{name:16} {seconds:6.0f} s, {ddp_seconds / seconds:4.1f} times as fast; val loss {val_loss:.4f}; "
+                f"{sent / arguments.steps / 1e6:6.2f} MB per step between the hosts",
                 flush=True,
             )
 

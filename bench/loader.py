@@ -1,11 +1,11 @@
-"""The loader against nanoGPT's way of making a batch, in the same run: python bench/loader.py
+"""Benchmark of the loader and nanoGPT's get_batch, in the same run: python bench/loader.py
 
-nanoGPT's get_batch opens the memory map anew, draws random offsets, and stacks one int64 copy per sequence for the
-inputs and another for the targets. Both read the same file, from the page cache, and end with int64 tensors on the CPU.
-Rounds of either take turns; the figures are medians over the rounds, in microseconds a batch:
+nanoGPT's get_batch opens the memory map again for each batch, draws random offsets, and stacks one int64 copy per
+sequence for the inputs and another for the targets. Both read the same file from the page cache and return int64
+tensors on the CPU. They take turns; the figures are medians over the rounds, in microseconds per batch:
 
-  waiting   what a training loop waits for a batch while 10 ms of compute lie between two of them
-  CPU time  of all threads, batches back to back: what preparing them takes away from training on a CPU
+  waiting   time that a training loop waits for a batch, with 10 ms of compute between two batches
+  CPU time  of all threads, for batches without compute between them; training on a CPU loses this time
 """
 
 import statistics
@@ -32,7 +32,7 @@ Batch = Callable[[], object]
 
 
 def main() -> None:
-    # Threads and allocator as in training, for both.
+    # Both use the threads and the allocator of training.
     with joined(this_rank(), timeout=60), tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "train-00000.bin"
         np.random.default_rng(0).integers(0, 50_257, TOKENS, dtype=np.uint16).tofile(path)
@@ -55,16 +55,16 @@ def compare(path: Path, split: Split, rows: int, block_size: int) -> None:
         start_step=0,
     )
     with closing(loader):
-        ways: tuple[Batch, Batch] = (lambda: nanogpt_batch(path, rows, block_size), loader.next_step)
+        loaders: tuple[Batch, Batch] = (lambda: nanogpt_batch(path, rows, block_size), loader.next_step)
         for name, measure in (("waiting", waiting), ("CPU time", cpu_time)):
-            rounds = [[measure(way) * 1e6 for way in ways] for _ in range(ROUNDS)]
-            theirs, ours = (statistics.median(times) for times in zip(*rounds, strict=True))
-            ratio = statistics.median(them / us for them, us in rounds)
-            print(f"{rows:>4} x {block_size:<4} {name:<10}{theirs:>9.0f}{ours:>9.0f}{ratio:>7.1f}x")
+            rounds = [[measure(load) * 1e6 for load in loaders] for _ in range(ROUNDS)]
+            nanogpt, distgpt = (statistics.median(times) for times in zip(*rounds, strict=True))
+            ratio = statistics.median(theirs / ours for theirs, ours in rounds)
+            print(f"{rows:>4} x {block_size:<4} {name:<10}{nanogpt:>9.0f}{distgpt:>9.0f}{ratio:>7.1f}x")
 
 
 def waiting(batch: Batch) -> float:
-    """Seconds from asking for a batch to having it, between spells of compute that leave Python's lock free."""
+    """Return the seconds that a call waits for its batch. The compute before each call does not hold the GIL."""
     waited = 0.0
     for _ in range(BATCHES):
         compute()
@@ -75,7 +75,7 @@ def waiting(batch: Batch) -> float:
 
 
 def cpu_time(batch: Batch) -> float:
-    """Seconds of CPU a batch, over all threads."""
+    """Return the CPU seconds per batch, over all threads."""
     started = time.process_time()
     for _ in range(10 * BATCHES):
         batch()

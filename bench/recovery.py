@@ -1,12 +1,13 @@
-"""How soon a job trains again after SIGKILL of a rank: python bench/recovery.py
+"""Benchmark of the time until a job trains again after SIGKILL of a rank: python bench/recovery.py
 
-Two ranks under torchrun --max-restarts, killed in a step, in turn: distgpt.train, and a plain DistributedDataParallel
-loop that saves with torch.save and loads what it saved, as torchrun's tutorials have it. Both train a model of a few
-thousand parameters, so that a start is what Python, torch and the rendezvous take. Seconds, medians over the kills:
+Two ranks under torchrun --max-restarts are killed in a step, one after the other. The programs are distgpt.train and a
+plain DistributedDataParallel loop that saves with torch.save and resumes, as in torchrun's tutorials. Both train a
+model of a few thousand parameters, so a start takes the time of Python, torch and the rendezvous. The figures are
+seconds, medians over the kills:
 
   start     from the launch to the first step
-  recovery  from the kill to the next step, whatever step that is
-  the rest  recovery less what the ranks themselves need to start, a start less torchrun's own import
+  recovery  from the kill to the next step, whatever its number
+  the rest  recovery minus the start of the ranks (a start minus the import of torchrun)
 """
 
 import os
@@ -23,7 +24,7 @@ FLAGS = (
     *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=16", "--train.global_batch=8"),
     *("--train.steps=1000000", "--train.micro_batch=4", "--eval.every=0", "--checkpoint.every=20", "--log.every=1"),
 )
-PEER = """
+PLAIN_LOOP = """
 import os, sys, time
 import torch, torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
@@ -57,35 +58,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         (directory / "text.txt").write_text("To be, or not to be, that is the question. " * 2000)
-        (directory / "peer.py").write_text(PEER)
-        prepare = [
-            "distgpt.prepare",
-            "--input",
-            str(directory / "text.txt"),
-            "--output",
-            str(directory / "data"),
-            "--tokenizer=char",
-        ]
-        subprocess.run([sys.executable, "-m", *prepare], check=True, capture_output=True)
+        (directory / "plain_loop.py").write_text(PLAIN_LOOP)
+        flags = (f"--input={directory / 'text.txt'}", f"--output={directory / 'data'}", "--tokenizer=char")
+        subprocess.run([sys.executable, "-m", "distgpt.prepare", *flags], check=True, capture_output=True)
         paths = (f"--data.path={directory / 'data'}", f"--run.dir={directory / 'run'}")
-        imported = median_import()
+        import_seconds = median_import()
         print(f"{'':10}{'start':>8}{'recovery':>10}{'the rest':>10}")
-        ways: tuple[tuple[str, list[str], dict[str, str]], ...] = (
+        programs: tuple[tuple[str, list[str], dict[str, str]], ...] = (
             ("distgpt", ["-m", "distgpt.train", *paths, *FLAGS], {}),
-            # Without it gloo finds the addresses of the ranks before in torchrun's store, and most restarts fail.
+            # Without this gloo finds the addresses of the killed ranks in torchrun's store, and most restarts fail.
             (
                 "plain loop",
-                [str(directory / "peer.py"), str(directory / "saved.pt")],
+                [str(directory / "plain_loop.py"), str(directory / "saved.pt")],
                 {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
             ),
         )
-        for title, program, variables in ways:
+        for title, program, variables in programs:
             start, recovery = measure(program, variables)
-            print(f"{title:10}{start:8.1f}{recovery:10.1f}{recovery - (start - imported):10.1f}", flush=True)
+            print(f"{title:10}{start:8.1f}{recovery:10.1f}{recovery - (start - import_seconds):10.1f}", flush=True)
 
 
 def measure(program: list[str], variables: dict[str, str]) -> tuple[float, float]:
-    """Seconds from the launch to the first step, and the median from a kill to the next step."""
+    """Return the seconds from the launch to the first step, and the median from a kill to the next step."""
     launched = time.perf_counter()
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     with subprocess.Popen(
@@ -106,12 +100,12 @@ def measure(program: list[str], variables: dict[str, str]) -> tuple[float, float
             read_lines(job, "step ")
             recoveries.append(time.perf_counter() - killed)
         job.terminate()
-        job.communicate()  # ranks that nobody reads would wait to be, and not end
+        job.communicate()  # reads the rest, since a rank that cannot write to a full pipe does not end
     return start, statistics.median(recoveries)
 
 
 def read_lines(job: "subprocess.Popen[str]", beginning: str, count: int = 1) -> None:
-    """Read up to and with so many lines that begin so."""
+    """Read until `count` lines start with `beginning`."""
     assert job.stdout is not None
     while count:
         line = job.stdout.readline()
@@ -120,15 +114,15 @@ def read_lines(job: "subprocess.Popen[str]", beginning: str, count: int = 1) -> 
 
 
 def rank_of(agent: int, rank: int) -> int:
-    """The process id of a rank."""
+    """Return the process id of a rank, a child of `agent`."""
     for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
         if f"RANK={rank}".encode() in Path(f"/proc/{child}/environ").read_bytes().split(b"\0"):
             return int(child)
-    raise ProcessLookupError(f"rank {rank} of {agent}")
+    raise ProcessLookupError(f"process {agent} has no child with RANK={rank}")
 
 
 def median_import() -> float:
-    """Seconds that torchrun takes before it starts ranks."""
+    """Return the seconds that torchrun needs before it starts the ranks."""
     times = []
     for _ in range(3):
         started = time.perf_counter()

@@ -1,32 +1,34 @@
-"""How training scales over processes, and what it sends: python bench/scaling.py [bytes] [hosts] [timings] [--rounds N]
+"""Benchmark of scaling: bytes sent and step times for several numbers of ranks.
+
+    python bench/scaling.py [bytes] [hosts] [timings] [--rounds N]
 
 Bytes on the wire
-    S: bytes of all parameters in float32, of which S_b lie in the blocks and S_r in the root (embeddings, last norm,
-    head). n: ranks. A: micro-batches that a rank accumulates in a step. All counts are sums over all ranks.
+    S: bytes of all parameters in float32; S_b of them are in the blocks, S_r in the root (embeddings, last norm, head).
+    n: ranks. A: micro-batches that a rank accumulates in a step. All counts are sums over all ranks.
 
-    A ring all-gather of X bytes gives each of n ranks the n - 1 parts that it lacks, X / n each: (n - 1) X in all.
-    A ring all-reduce is a reduce-scatter and an all-gather, (n - 1) X each: 2 (n - 1) X. NCCL's reduce-scatter alone
-    takes (n - 1) X; gloo makes it of an all-reduce, so here it costs R = 2 of these, where NCCL has R = 1.
+    A ring all-gather of X bytes sends each of n ranks the n - 1 parts that it does not have, X / n each: (n - 1) X in
+    total. A ring all-reduce is a reduce-scatter and an all-gather, (n - 1) X each: 2 (n - 1) X. NCCL's reduce-scatter
+    sends (n - 1) X: R = 1. gloo's is a whole all-reduce, so it sends twice as much: R = 2.
 
-    ddp    one all-reduce of the gradients a step:                            2 (n - 1) S
+    ddp    one all-reduce of the gradients per step:                          2 (n - 1) S
     fsdp   each micro-batch gathers the blocks twice, forward and backward, and the root once, since it stays gathered
-           between the two; one reduce-scatter a step:                        (n - 1) (A (2 S_b + S_r) + R S)
-    hsdp   n / s groups of s ranks, fsdp in each; then every s-th part of the gradients is all-reduced over the n / s
-           groups:                                     (n / s) (s - 1) (A (2 S_b + S_r) + R S) + 2 (n / s - 1) S
+           between the two; one reduce-scatter per step:                      (n - 1) (A (2 S_b + S_r) + R S)
+    hsdp   n / s groups of s ranks with fsdp in each; then each of the s parts of the gradients is all-reduced over the
+           n / s groups:                               (n / s) (s - 1) (A (2 S_b + S_r) + R S) + 2 (n / s - 1) S
 
-    Across the link between two hosts of n / 2 ranks each (in rank order a ring crosses it twice, once each way, and
-    each crossing carries the (n - 1) / n of X that a rank sends):
+    Over the link between two hosts of n / 2 ranks each. A ring in rank order crosses it twice, once in each direction;
+    each crossing carries what one rank sends, (n - 1) / n of X:
     fsdp   2 (n - 1) / n (A (2 S_b + S_r) + R S)
-    hsdp   with a host a group: only the all-reduce between two groups, 2 S, however many ranks a host has.
-    diloco the same, but of weights and only after every H-th step: 2 S / H.
+    hsdp   with one host per group: only the all-reduce between two groups, 2 S, for any number of ranks per host
+    diloco the same, but of weights, and only after every H-th step: 2 S / H
 
-    The kernel's counters also see headers, acknowledgements and a step's three scalar reductions.
+    The kernel's counters also include headers, acknowledgements and three scalar reductions per step.
 
 Scaling
     weak     every rank has the same work; ideal: the time of a step does not change
     strong   all ranks share the same work; ideal: n ranks take 1 / n of the time
-    One core a rank. Numbers of ranks take turns within a round, and the figure is the median over rounds of the ratio
-    to one rank in the same round.
+    Each rank has one core. In each round all numbers of ranks take turns. The figure is the median over the rounds of
+    the ratio to one rank in the same round.
 """
 
 import argparse
@@ -70,16 +72,16 @@ BETWEEN_HOSTS: dict[str, dict[str, int]] = {
     "diloco": {"shard": 2, "outer_every": 5},
 }
 PARTS = ("bytes", "hosts", "timings")
-# gloo's reduce-scatter, in ring passes
+# bytes of gloo's reduce-scatter, as a multiple of (n - 1) X
 R = 2
 
 
 @dataclass(frozen=True)
 class Job:
-    """Some steps of training on random tokens.
+    """A number of training steps on random tokens.
 
-    `shard`: ranks of a group of hsdp or diloco. `outer_every`: H, steps is a multiple of it. `interface`: whose bytes
-    to count.
+    `shard`: ranks per group of hsdp or diloco. `outer_every`: H; `steps` is a multiple of it. `interface`: the network
+    interface whose bytes are counted.
     """
 
     strategy: str
@@ -93,13 +95,13 @@ class Job:
 
     @property
     def micro_batches(self) -> int:
-        """How many a rank accumulates in a step."""
+        """The number of micro-batches that a rank accumulates in a step."""
         return self.global_batch // (self.ranks * self.micro_batch)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """What a job reports: median seconds a step, bytes a step, and the sizes that the formulas take, in bytes."""
+    """The result of a job: median seconds per step, bytes per step, and the bytes of the blocks and of the root."""
 
     seconds: float
     wire_bytes: float
@@ -108,7 +110,7 @@ class Measured:
 
 
 def expected_bytes(job: Job, blocks: int, root: int) -> float:
-    """Bytes that a step sends, over all ranks."""
+    """Return the bytes that a step sends, over all ranks."""
     n, total = job.ranks, blocks + root
     if job.strategy == "ddp":
         return 2 * (n - 1) * total
@@ -120,7 +122,7 @@ def expected_bytes(job: Job, blocks: int, root: int) -> float:
 
 
 def expected_between_two_hosts(job: Job, blocks: int, root: int) -> float:
-    """Bytes that a step sends over the link between two hosts, both ways; hsdp, diloco: a host is a group."""
+    """Return the bytes per step over the link between two hosts, both ways. For hsdp and diloco a host is a group."""
     n, total = job.ranks, blocks + root
     if job.strategy in ("hsdp", "diloco"):
         return 2 * total / job.outer_every
@@ -128,7 +130,7 @@ def expected_between_two_hosts(job: Job, blocks: int, root: int) -> float:
 
 
 def run(job: Job) -> Measured:
-    """The job on this machine, a core a rank; as root with a loopback device of its own, which nobody else uses."""
+    """Run the job on this machine, one core per rank; as root with a loopback device that nothing else uses."""
     with tempfile.TemporaryDirectory() as directory:
         command = [*torchrun("--standalone", f"--nproc_per_node={job.ranks}"), *worker(job, Path(directory))]
         if job.interface == "lo" and why_not() is None:
@@ -142,9 +144,9 @@ def run(job: Job) -> Measured:
 
 
 def run_on(hosts: Network, job: Job) -> Measured:
-    """The job on two hosts of equally many ranks, counting at the first one's interface."""
+    """Run the job on two hosts with equal numbers of ranks; count at the interface of the first host."""
     with tempfile.TemporaryDirectory() as directory:
-        started = []
+        processes = []
         for number, host in enumerate(hosts.hosts):
             agent = torchrun(
                 *(f"--nnodes={len(hosts.hosts)}", f"--nproc_per_node={job.ranks // len(hosts.hosts)}"),
@@ -153,8 +155,8 @@ def run_on(hosts: Network, job: Job) -> Measured:
             )
             command = hosts.command(host, *agent, *worker(job, Path(directory)))
             variables = {**environment(), "GLOO_SOCKET_IFNAME": INTERFACE}
-            started.append(subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL))
-        codes = [process.wait() for process in started]
+            processes.append(subprocess.Popen(command, env=variables, stderr=subprocess.DEVNULL))
+        codes = [process.wait() for process in processes]
         assert codes == [0] * len(codes), codes
         return read_result(Path(directory))
 
@@ -176,7 +178,7 @@ def environment() -> dict[str, str]:
 
 
 def wire_bytes(interface: str) -> int:
-    """What an interface has carried, both ways; a loopback device, which receives what it sends, counts once."""
+    """Return the bytes that an interface has sent and received. On a loopback device these are the same bytes."""
     for line in Path("/proc/self/net/dev").read_text().splitlines():
         name, _, counters = line.partition(":")
         if name.strip() == interface:
@@ -186,7 +188,7 @@ def wire_bytes(interface: str) -> int:
 
 
 def work(job: Job, result: Path) -> None:
-    """One rank."""
+    """Run one rank of a job and write its result."""
     runtime = this_rank()
     with joined(runtime, timeout=120):
         measured = measure(job, runtime)
@@ -195,7 +197,7 @@ def work(job: Job, result: Path) -> None:
 
 
 def measure(job: Job, runtime: Runtime) -> Measured:
-    """The steps of distgpt.train on random tokens, timed and counted."""
+    """Take the steps of distgpt.train on random tokens; time them and count their bytes."""
     batch = (f"--train.global_batch={job.global_batch}", f"--train.micro_batch={job.micro_batch}")
     parallel = (f"--parallel.shard={job.shard}", f"--parallel.outer_every={job.outer_every}")
     config = resolve([*SHAPE, *batch, *parallel, "--train.dtype=float32"], {})
@@ -239,7 +241,7 @@ def measure(job: Job, runtime: Runtime) -> Measured:
 
 
 def show_bytes(ranks: Sequence[int]) -> None:
-    print("\nbytes on the wire a step, counted / formula")
+    print("\nbytes on the wire per step, counted / formula")
     for n in ranks:
         for strategy, shard in (("ddp", 0), ("fsdp", 0), ("hsdp", 2)):
             if shard >= n:
@@ -254,7 +256,7 @@ def show_between_hosts() -> None:
     if reason := why_not():
         print(f"\nbetween two hosts: not measured, {reason}")
         return
-    print("\nbytes between two hosts of two ranks a step, counted / formula")
+    print("\nbytes per step between two hosts of two ranks, counted / formula")
     with tempfile.TemporaryDirectory() as directory, network(2, Path(directory)) as hosts:
         for strategy, more in BETWEEN_HOSTS.items():
             for micro_batches in (1, 2):
@@ -264,10 +266,10 @@ def show_between_hosts() -> None:
                 show(f"{strategy:7}2 x 2 ranks", job, measured, expected)
 
 
-def show(what: str, job: Job, measured: Measured, expected: float) -> None:
+def show(label: str, job: Job, measured: Measured, expected: float) -> None:
     counted = measured.wire_bytes
-    what = f"{what}, micro-batches: {job.micro_batches}"
-    print(f"{what:36} {counted / 1e6:8.2f} MB / {expected / 1e6:8.2f} MB = {counted / expected:.3f}", flush=True)
+    label = f"{label}, micro-batches: {job.micro_batches}"
+    print(f"{label:36} {counted / 1e6:8.2f} MB / {expected / 1e6:8.2f} MB = {counted / expected:.3f}", flush=True)
 
 
 def show_timings(ranks: Sequence[int], rounds: int) -> None:
@@ -285,14 +287,14 @@ def show_timings(ranks: Sequence[int], rounds: int) -> None:
             for n in ranks[1:]:
                 median, ideal = statistics.median(ratios[n]), 1.0 if mode == "weak" else 1 / n
                 spread = f"{min(ratios[n]):.2f} to {max(ratios[n]):.2f}"
-                told = f"{median:.2f} of one rank's time ({spread}), ideal {ideal:.2f}: efficiency {ideal / median:.0%}"
-                print(f"{strategy:5} {mode:6} {n} ranks: {told}", flush=True)
+                text = f"{median:.2f} of one rank's time ({spread}), ideal {ideal:.2f}: efficiency {ideal / median:.0%}"
+                print(f"{strategy:5} {mode:6} {n} ranks: {text}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="How training scales over processes, and what it sends.")
-    parser.add_argument("parts", nargs="*", help=f"{', '.join(PARTS)} (all)")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds of the timings (5)")
+    parser = argparse.ArgumentParser(description="Measure the bytes that training sends and how its step time scales.")
+    parser.add_argument("parts", nargs="*", help=f"{', '.join(PARTS)} (default: all)")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of the timings (default: 5)")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -300,8 +302,8 @@ def main() -> None:
         work(Job(**json.loads(arguments.worker)), arguments.result)
         return
     cores = available_cpus()
-    quiet = "a loopback device of its own" if why_not() is None else "the machine's loopback device, others use it too"
-    print(f"{platform.system()} {platform.machine()}, {cores} cores; bytes counted on {quiet}")
+    device = "a separate loopback device" if why_not() is None else "the machine's loopback device, with other traffic"
+    print(f"{platform.system()} {platform.machine()}, {cores} cores; bytes counted on {device}")
     parts = arguments.parts or PARTS
     if "bytes" in parts:
         show_bytes([2, 4])

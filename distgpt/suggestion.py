@@ -1,4 +1,4 @@
-"""The training command that fits a prepared text and this machine. Imports no torch."""
+"""A training command that suits a prepared text and this machine. Imports no torch."""
 
 import shlex
 from pathlib import Path
@@ -6,20 +6,23 @@ from pathlib import Path
 from distgpt.config import resolve
 from distgpt.machine import available_gpus, default_ranks
 
-# Muennighoff et al. 2023, arXiv:2305.16264: text that is read again is worth less each time, and little after 10 times.
+# Each repetition of a text helps less, and after 10 of them little (Muennighoff et al. 2023, arXiv:2305.16264).
 MANY_EPOCHS = 10
-# Fewer steps show nothing, however short the text.
-LEAST_STEPS = 100
-# The training tokens from which a preset is worth its time on a GPU: MANY_EPOCHS are 20 tokens a parameter then.
-ON_GPU = {"modern-125m": 250_000_000, "seed": 22_000_000, "quickstart": 0}
+# With fewer steps nothing is learned, even from a short text.
+MIN_STEPS = 100
+# On a GPU, suggest the first preset for which there are at least this many training tokens. Then MANY_EPOCHS give 20
+# tokens per parameter.
+MIN_TOKENS_ON_GPU = {"modern-125m": 250_000_000, "seed": 22_000_000, "quickstart": 0}
 
 
 def training_command(data: Path, *, train_tokens: int, longest: int) -> str:
-    """The command that trains on `data`: the preset, no more than MANY_EPOCHS of steps, a rank for each device.
+    """Return the command that trains on `data`: a preset, at most MANY_EPOCHS of steps, one rank for each device.
 
-    `longest`: the tokens of the longest shard, of the split where that is the shorter, in which a window has to fit.
+    `longest`: the tokens of the longest shard of each split, the smaller of the two. A window must fit into it.
     """
-    preset = next(name for name, least in ON_GPU.items() if train_tokens >= least) if available_gpus() else "quickstart"
+    preset = "quickstart"
+    if available_gpus():
+        preset = next(name for name, least in MIN_TOKENS_ON_GPU.items() if train_tokens >= least)
     config = resolve([preset], {})
     flags = []
     if Path(config.data.path) != data:
@@ -30,7 +33,7 @@ def training_command(data: Path, *, train_tokens: int, longest: int) -> str:
     if longest <= block_size:
         block_size = 2 ** max(0, (longest - 1).bit_length() - 1)
         flags.append(f"--model.block_size={block_size}")
-    steps = max(LEAST_STEPS, steps_of_many_epochs(train_tokens // block_size, batch))
+    steps = max(MIN_STEPS, steps_of_many_epochs(train_tokens // block_size, batch))
     if steps < config.train.steps:
         flags.append(f"--train.steps={steps}")
     ranks = max(ranks for ranks in range(1, default_ranks() + 1) if batch % ranks == 0)
@@ -39,5 +42,5 @@ def training_command(data: Path, *, train_tokens: int, longest: int) -> str:
 
 
 def steps_of_many_epochs(windows: int, global_batch: int) -> int:
-    """The steps that see each of so many windows MANY_EPOCHS times."""
+    """Return the number of steps that use each window MANY_EPOCHS times."""
     return max(1, MANY_EPOCHS * windows // global_batch)

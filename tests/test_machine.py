@@ -1,4 +1,4 @@
-"""What this machine has to give: CPUs within a container's quota, GPUs."""
+"""CPUs and GPUs of this machine: the quota of a container limits the CPUs."""
 
 import argparse
 import os
@@ -29,7 +29,7 @@ def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def system(root: Path, version: tuple[str, str], files: dict[str, str], *, group: str, mounted: str) -> Path:
-    """A root directory in which this process is in `group`, of a mount that shows what is below `mounted`."""
+    """Make a root directory in which this process is in `group`; what is below `mounted` is mounted."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(version[0].format(group) + "\n")
     mounts = ("24 1 0:22 / /sys rw - sysfs sysfs rw", version[1].format(mounted))
@@ -69,7 +69,7 @@ def test_a_real_control_group_limits_the_cpus() -> None:
     try:
         group.mkdir()
     except OSError:
-        pytest.skip("making a control group takes root and version 1")
+        pytest.skip("creating a control group needs root and control groups version 1")
     try:
         (group / "cpu.cfs_period_us").write_text("100000")
         (group / "cpu.cfs_quota_us").write_text("100000")
@@ -84,7 +84,7 @@ def test_a_real_control_group_limits_the_cpus() -> None:
 
 @pytest.fixture
 def quota(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A container of 3 CPUs."""
+    """A container with a quota of 3 CPUs."""
     threads = torch.get_num_threads()
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(machine, "cpu_quotas", lambda root: [3.0])
@@ -92,7 +92,7 @@ def quota(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def test_threads_and_workers_keep_to_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_and_workers_respect_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [threads_per_rank(1), threads_per_rank(2)] == [3, 1]
     assert prepare.parse([]).workers == 3
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")
@@ -102,7 +102,7 @@ def test_threads_and_workers_keep_to_the_quota(quota: None, monkeypatch: pytest.
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
 
 
-def test_sample_keeps_to_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sample_respects_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch) -> None:
     def stop(run: Path, device: torch.device, choice: str) -> None:
         raise InterruptedError
 
@@ -112,7 +112,7 @@ def test_sample_keeps_to_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch)
     assert torch.get_num_threads() == 3
 
 
-def test_the_launch_scripts_keep_to_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_number_of_ranks_respects_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     assert default_ranks() == 2
     monkeypatch.setattr(machine, "cpu_quotas", lambda root: [1.5])

@@ -1,4 +1,4 @@
-"""Every preset resolves, passes the check and has the size that its comment states."""
+"""The presets: all are valid and have the sizes that their comments state."""
 
 import re
 import sys
@@ -10,14 +10,14 @@ from distgpt.config import PACKAGE, preset_names, resolve
 from distgpt.model.gpt import count_parameters
 from tests import jobs
 
-# Parameters at vocabulary 50,257 without padding: GPT-2's as published (Radford et al. 2019, and the released weights).
+# Published parameters of GPT-2 at vocabulary 50,257 without padding (Radford et al. 2019, and the released weights).
 GPT2_PARAMETERS = {
     "gpt2-124m": 124_439_808,
     "gpt2-350m": 354_823_168,
     "gpt2-774m": 774_030_080,
     "gpt2-1558m": 1_557_611_200,
 }
-NOMINAL = {"modern-125m": 125e6, "modern-1b": 1e9, "modern-7b": 7e9}
+NOMINAL_SIZES = {"modern-125m": 125e6, "modern-1b": 1e9, "modern-7b": 7e9}
 
 
 def text_of(name: str) -> str:
@@ -29,11 +29,11 @@ def number(text: str) -> int:
 
 
 def test_all_presets_are_packaged() -> None:
-    assert {"seed", *GPT2_PARAMETERS, *NOMINAL} <= set(preset_names())
+    assert {"seed", *GPT2_PARAMETERS, *NOMINAL_SIZES} <= set(preset_names())
 
 
 def test_presets_are_found_from_the_directory_above_a_clone(tmp_path: Path) -> None:
-    """To Python the folder of the clone is there a package `distgpt` that has no files of its own."""
+    """There Python takes the folder of the clone for a namespace package `distgpt`."""
     (tmp_path / "distgpt").mkdir()
     for option in ("--print-config", "--help"):
         command = [sys.executable, "-m", "distgpt.train", "quickstart", option]
@@ -42,12 +42,12 @@ def test_presets_are_found_from_the_directory_above_a_clone(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("name", preset_names())
-def test_preset_resolves(name: str) -> None:
+def test_a_preset_is_valid(name: str) -> None:
     resolve([name], {})
 
 
-@pytest.mark.parametrize("name", ["seed", *GPT2_PARAMETERS, *NOMINAL])
-def test_preset_states_its_size(name: str) -> None:
+@pytest.mark.parametrize("name", ["seed", *GPT2_PARAMETERS, *NOMINAL_SIZES])
+def test_a_preset_states_its_size(name: str) -> None:
     model = resolve([name], {}).model
     stated = re.search(r"([\d,]+) parameters at vocabulary ([\d,]+)(?:, ([\d,]+) of them padding)?\.", text_of(name))
     assert stated is not None
@@ -59,11 +59,11 @@ def test_preset_states_its_size(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "parameters"), GPT2_PARAMETERS.items())
-def test_gpt2_sizes_are_the_published_ones(name: str, parameters: int) -> None:
+def test_gpt2_presets_have_the_published_sizes(name: str, parameters: int) -> None:
     model = resolve([name, "--model.vocab_multiple=1"], {}).model
     assert count_parameters(model, 50_257) == parameters
 
 
-@pytest.mark.parametrize(("name", "nominal"), NOMINAL.items())
-def test_modern_sizes_are_near_their_names(name: str, nominal: float) -> None:
+@pytest.mark.parametrize(("name", "nominal"), NOMINAL_SIZES.items())
+def test_modern_presets_have_about_the_size_in_their_name(name: str, nominal: float) -> None:
     assert count_parameters(resolve([name], {}).model, 50_257) == pytest.approx(nominal, rel=0.02)

@@ -1,4 +1,4 @@
-"""The commands that are suggested: prepare's last line and the README's example fit the text and the machine."""
+"""The suggested commands, in prepare's last line and in the README, suit the text and the machine."""
 
 import re
 import shlex
@@ -28,7 +28,7 @@ def config_of(command: str) -> Config:
     return resolve(shlex.split(command.partition("-m distgpt.train ")[2]), {})
 
 
-def test_on_cpus_the_next_command_takes_minutes(cpus: None) -> None:
+def test_on_cpus_the_quickstart_preset_is_suggested(cpus: None) -> None:
     command = training_command(Path("data/my books"), train_tokens=90_000_000, longest=9_000_000)
     assert command == (
         "torchrun --standalone --nproc_per_node=2 -m distgpt.train quickstart "
@@ -37,7 +37,7 @@ def test_on_cpus_the_next_command_takes_minutes(cpus: None) -> None:
     assert config_of(command).train == resolve(["quickstart"], {}).train
 
 
-def test_the_quickstart_needs_no_flags(cpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_quickstart_data_needs_no_flags(cpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_cpus", lambda: 1)
     command = training_command(Path("data/stdlib"), train_tokens=9_000_000, longest=900_000)
     assert command == "python -m distgpt.train quickstart"
@@ -47,7 +47,7 @@ def test_the_quickstart_needs_no_flags(cpus: None, monkeypatch: pytest.MonkeyPat
     ("tokens", "preset"),
     [(1_000_000, "quickstart"), (30_000_000, "seed"), (10**9, "modern-125m"), (10**12, "modern-125m")],
 )
-def test_on_gpus_the_next_command_names_a_preset_that_fits_the_text(gpus: None, tokens: int, preset: str) -> None:
+def test_on_gpus_a_preset_that_suits_the_text_is_suggested(gpus: None, tokens: int, preset: str) -> None:
     command = training_command(Path("data/mine"), train_tokens=tokens, longest=tokens // 10)
     config = config_of(command)
     assert config.model == resolve([preset], {}).model
@@ -58,22 +58,22 @@ def test_on_gpus_the_next_command_names_a_preset_that_fits_the_text(gpus: None, 
 
 
 @pytest.mark.parametrize("tokens", [300_000, 2_000_000, 25_000_000, 300_000_000, 10**10])
-def test_the_next_command_sees_the_text_ten_times_at_most(gpus: None, tokens: int) -> None:
+def test_the_text_is_used_ten_times_at_most(gpus: None, tokens: int) -> None:
     config = config_of(training_command(Path("data/mine"), train_tokens=tokens, longest=tokens // 10))
-    seen = config.train.steps * config.train.global_batch * config.model.block_size
-    assert seen <= suggestion.MANY_EPOCHS * tokens
+    used = config.train.steps * config.train.global_batch * config.model.block_size
+    assert used <= suggestion.MANY_EPOCHS * tokens
     assert config.optim.warmup_steps < config.train.steps
 
 
-def test_shards_shorter_than_a_block_get_a_shorter_block(cpus: None) -> None:
+def test_short_shards_get_a_smaller_block_size(cpus: None) -> None:
     config = config_of(training_command(Path("data/mine"), train_tokens=900, longest=100))
-    assert (config.model.block_size, config.train.steps) == (64, suggestion.LEAST_STEPS)
+    assert (config.model.block_size, config.train.steps) == (64, suggestion.MIN_STEPS)
 
 
-def test_the_example_of_the_readme_is_not_years_long() -> None:
+def test_the_example_of_the_readme_takes_less_than_an_hour() -> None:
     section = (jobs.PROJECT / "README.md").read_text().partition("## Your own text")[2].partition("\n## ")[0]
     (command,) = re.findall(r"^.*-m distgpt\.train (?!--help).*--data\.path=data/mine.*$", section, re.MULTILINE)
     config = config_of(command.partition("#")[0])
     tokens = config.train.steps * config.train.global_batch * config.model.block_size
     operations = 6 * count_parameters(config.model, 8192) * tokens
-    assert operations / 20e9 < 3600, "an hour of a CPU that does 20 billion a second"
+    assert operations / 20e9 < 3600, "an hour on a CPU with 20 GFLOP/s"

@@ -28,7 +28,7 @@ EXPECTED = {
     "ranks over GPUs": (2, r"2 ranks on this host but 1 GPUs: use --nproc_per_node=1"),
     "stale variables": (2, r"the environment has RANK=3 WORLD_SIZE=8, but no launcher started this process: unset .*"),
     "micro batch": (2, r"train.micro_batch is 3, which does not divide train.global_batch = 8: take 1 or 2 or 4 or 8"),
-    "head count": (2, r"model.n_head is 3, which does not divide model.n_embd = 16: take 1 or 2 or 4 or 8 heads"),
+    "head count": (2, r"model.n_head is 3, which does not divide model.n_embd = 16: take 1 or 2 or 4 or 8"),
     "unknown key": (2, r"unknown key train.step: did you mean train.steps\?"),
     "wrong type": (2, r"train.steps is 'many': it must be a whole number"),
     "another model": (2, r"\S+/step-00000060 was made by another run: model.n_layer 2 -> 3; resume with the same .*"),
