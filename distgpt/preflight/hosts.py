@@ -34,7 +34,7 @@ from distgpt.preflight import links, network
 from distgpt.preflight.finding import Finding, failure, ok, warning
 from distgpt.preflight.machine import check_machine, nearest_directory
 
-# A host waits this long for another one, and all checks together may take LONGEST_SECONDS. They usually take seconds.
+# The longest wait for another host, and the longest time for all checks, which usually take a few seconds.
 ANSWER_SECONDS = 60.0
 LONGEST_SECONDS = 3 * ANSWER_SECONDS
 CONNECT_SECONDS = 5.0
@@ -42,6 +42,7 @@ OPEN_PORTS = "open all TCP ports between the hosts and check their routes"
 MAX_CLOCK_DIFFERENCE_SECONDS = 1.0
 # A network file system may show a new file this late on other hosts.
 NFS_DIRECTORY_CACHE_SECONDS = 10.0
+# Number and length of the samples of a split that are hashed.
 SAMPLES, SAMPLE_TOKENS = 256, 2048
 # These may differ: each host can have its own copy of the data, and a launcher clears run.fresh when it restarts.
 LOCAL_KEYS = ("data.path", "run.fresh")
@@ -49,7 +50,7 @@ LOCAL_KEYS = ("data.path", "run.fresh")
 
 @dataclass(frozen=True)
 class HostReport:
-    """HostReport about one host and the findings of its own checks. `port`: an open port for the other hosts to try."""
+    """Facts about one host and the findings of its own checks. `port`: an open port for the other hosts to try."""
 
     host: str
     address: str
@@ -66,7 +67,7 @@ class SharedStore:
     """
 
     def __init__(self, runtime: Runtime) -> None:
-        # Rank 0 makes the findings. It gives up first, so that the others can still read the reason from it.
+        # Rank 0 collects the findings. It gives up first, so that the other ranks can still read its reason.
         self.timeout = timedelta(seconds=ANSWER_SECONDS * (1 if runtime.rank == 0 else 1.5))
         try:
             store: dist.Store = next(rendezvous("env://", timeout=timedelta(seconds=ANSWER_SECONDS)))[0]
@@ -84,7 +85,7 @@ class SharedStore:
         self.store.set(key, json.dumps(value))
 
     def get(self, key: str) -> Any:
-        """Wait for the value of `key` and return it. Raises Interrupted after `timeout`; its host may hang."""
+        """Wait for the value of `key` and return it. Raises Interrupted after `timeout`: a host may hang."""
         try:
             self.store.wait([key], self.timeout)
         except dist.DistError:
@@ -105,7 +106,7 @@ def check_hosts(
     """Run all checks, those of each host and those that compare hosts. Collective: all ranks call it.
 
     Rank 0 passes each finding to `say`. Every rank passes the failures, if any, to `conclude` before any rank leaves.
-    Raises Interrupted on the other ranks if one of them, or rank 0, does not answer.
+    A rank that waits in vain for another one raises Interrupted; rank 0 makes this a failure instead.
     """
     store = SharedStore(runtime)
     failures: list[Finding] = []
@@ -144,7 +145,7 @@ def node_count() -> int:
 
 
 def host_labels(reports: Sequence[HostReport]) -> list[str]:
-    """Return a different name for each host: its hostname; if hosts share it, with the address or number added."""
+    """Return a unique name for each host: its hostname, with the address or a number added if hosts share it."""
     counts = Counter(report.host for report in reports)
     names = [report.host if counts[report.host] == 1 else f"{report.host} ({report.address})" for report in reports]
     return [name if names.count(name) == 1 else f"{name} #{number}" for number, name in enumerate(names, 1)]
@@ -165,14 +166,14 @@ def check_equal(check: str, values: Mapping[str, str], *, fix: str, code: int = 
 
 def check_clocks(offsets: Mapping[str, float]) -> Finding:
     """Check that the clocks agree. `offsets`: seconds ahead of the first host's clock, by host."""
-    slowest, fastest = min(offsets, key=lambda h: offsets[h]), max(offsets, key=lambda h: offsets[h])
-    difference = offsets[fastest] - offsets[slowest]
+    behind, ahead = min(offsets, key=lambda h: offsets[h]), max(offsets, key=lambda h: offsets[h])
+    difference = offsets[ahead] - offsets[behind]
     text = f"the clocks of {len(offsets)} hosts differ by up to {difference:.3f} s"
     if difference <= MAX_CLOCK_DIFFERENCE_SECONDS:
         return ok("clocks", text)
     return warning(
         "clocks",
-        f"{text}: {fastest} is ahead of {slowest}; torchrun may treat a host whose clock is behind as dead: "
+        f"{text}: {ahead} is ahead of {behind}; torchrun may treat a host whose clock is behind as dead: "
         "run chrony or ntpd on all hosts",
     )
 
@@ -235,13 +236,13 @@ def check_connections(config: Config, store: SharedStore) -> Iterator[Finding]:
             answers = [store.get(f"answer from host {number + 1}") for number in range(node_count())]
     if runtime.rank:
         return
-    names = _names(store)
+    names = _host_names(store)
     by_host = dict(zip(names, answers, strict=True))
     broken = [f"{name} cannot reach {other}" for name, answer in by_host.items() for other in answer["unreachable"]]
     if broken:
         yield failure("network", StorageError(f"{'; '.join(broken[:6])}: {OPEN_PORTS}"))
     else:
-        trust = "their TCP ports have no authentication, so no other machine may reach them"
+        trust = "their TCP ports are not protected: let no other machine reach them"
         yield ok("network", f"all {node_count()} hosts can connect to each other; {trust}")
     problems = [f"{name}: {answer['directory']}" for name, answer in by_host.items() if answer["directory"]]
     if problems:
@@ -262,7 +263,7 @@ def measure_network(config: Config, store: SharedStore) -> Iterator[Finding]:
     all_reduce, measured = links.measure(runtime)
     if runtime.rank:
         return
-    names = _names(store)
+    names = _host_names(store)
     if len(names) > 1:
         yield check_clocks({names[number]: offset for number, offset in offsets.items()})
     yield all_reduce
@@ -426,5 +427,5 @@ def clock_offsets(runtime: Runtime, host_of: Sequence[int]) -> dict[int, float]:
     return offsets
 
 
-def _names(store: SharedStore) -> list[str]:
+def _host_names(store: SharedStore) -> list[str]:
     return [name for name, _, _ in store.get("hosts")]

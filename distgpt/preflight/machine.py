@@ -89,10 +89,12 @@ def check_devices(config: Config, runtime: Runtime) -> Finding:
         return ok("devices", f"{listed}, {dtype}")
     if Path("/dev/nvidia0").exists():
         built = torch.version.cuda
-        why = f"PyTorch for CUDA {built} cannot use it: update the driver" if built else "PyTorch has no CUDA build"
-        return warning("devices", f"there is an NVIDIA GPU, but {why}; training on the CPU")
+        why = (
+            f"PyTorch for CUDA {built} cannot use it: update the driver" if built else "PyTorch was built without CUDA"
+        )
+        return warning("devices", f"this machine has an NVIDIA GPU, but {why}; training uses the CPU")
     threads = threads_per_rank(runtime.local_world_size)
-    return ok("devices", f"{runtime.local_world_size} x cpu of {threads} threads, {dtype}")
+    return ok("devices", f"{runtime.local_world_size} x CPU with {threads} threads, {dtype}")
 
 
 def check_batch(config: Config, runtime: Runtime) -> Finding:
@@ -112,7 +114,7 @@ def check_shared_memory(runtime: Runtime) -> Finding:
         return warning(name, f"{path} is missing or not writable: {fix}")
     free, wanted = shutil.disk_usage(path).free, SHARED_MEMORY_BYTES[runtime.device.type]
     if free < wanted:
-        return warning(name, f"{path} has {_size(free)} free, NCCL may need {_size(wanted)}: {fix}")
+        return warning(name, f"{path} has {_size(free)} free, the ranks may need {_size(wanted)}: {fix}")
     return ok(name, f"{path} has {_size(free)} free")
 
 
@@ -130,21 +132,21 @@ def check_data(dataset: Dataset, *, thorough: bool) -> Finding:
 def check_windows(config: Config, dataset: Dataset) -> Finding:
     """Count the windows of each split, and the epochs. Raises DataError if a split holds none."""
     block_size, train, val = config.model.block_size, dataset.train, dataset.val
-    order = Order(lengths(train), block_size=block_size, seed=config.run.seed, split=train.name)
-    evaluated, _ = evaluation_windows(lengths(val), block_size, config.eval.sequences, val.name)
+    order = Order(shard_lengths(train), block_size=block_size, seed=config.run.seed, split=train.name)
+    evaluated, _ = evaluation_windows(shard_lengths(val), block_size, config.eval.sequences, val.name)
     epochs = config.train.steps * config.train.global_batch / order.windows
-    text = f"{order.windows:,} of {block_size} tokens to train on, {len(evaluated):,} to evaluate on"
+    text = f"{order.windows:,} of {block_size} tokens for training, {len(evaluated):,} for evaluation"
     times = f"{epochs:.3g}" if epochs < 100 else f"{epochs:,.0f}"
-    text += f"; {config.train.steps:,} steps see the training text {times} times"
+    text += f"; {config.train.steps:,} steps read the training text {times} times"
     if epochs > MANY_EPOCHS:
         fewer = steps_of_many_epochs(order.windows, config.train.global_batch)
         return warning(
-            "windows", f"{text}: prepare more text, or see it {MANY_EPOCHS} times with --train.steps={fewer}"
+            "windows", f"{text}: prepare more text, or read it {MANY_EPOCHS} times with --train.steps={fewer}"
         )
     return ok("windows", text)
 
 
-def lengths(split: Split) -> list[int]:
+def shard_lengths(split: Split) -> list[int]:
     """Return the number of tokens of each shard."""
     return [len(shard) for shard in split.shards]
 
@@ -205,10 +207,10 @@ def check_memory(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     each = BYTES_PER_PARAMETER + outer + (0 if on_gpu else CHECKPOINT_BYTES + outer)
     need = parameters * each / shards
     room = torch.cuda.mem_get_info(runtime.device)[0] if on_gpu else free_memory() / runtime.local_world_size
-    text = f"{parameters:,} parameters, {strategy}: {_size(need)} of {_size(room)} free per rank"
+    text = f"{parameters:,} parameters, {strategy}: a rank needs {_size(need)} of {_size(room)} free"
     fix = "shard over more ranks with parallel.strategy=fsdp, or take a smaller model"
     if need > room:
-        raise UsageError(f"{text}, before activations: {fix}")
+        raise UsageError(f"{text}, without activations: {fix}")
     if need > MAX_STATE_SHARE * room:
         return warning("memory", f"{text}, little is left for activations: lower train.micro_batch, or {fix}")
     return ok("memory", text)

@@ -19,8 +19,9 @@ from distgpt.errors import Interrupted, UsageError
 
 SIOCGIFADDR = 0x8915
 ESTABLISHED = "01"  # a state in /proc/net/tcp
-# An address reserved for documentation (RFC 5737). Nothing is sent to it; the kernel only chooses a route to it.
-DOCUMENTATION_ADDRESS = "192.0.2.1"
+# An address outside this network, reserved for documentation (RFC 5737). The kernel chooses a route to it; nothing is
+# sent there.
+OUTSIDE_ADDRESS = "192.0.2.1"
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ def route_to(host: str) -> Route:
     is_here = _is_own_address(target)
     # Debian resolves a host's own name to 127.0.1.1, which other hosts cannot reach.
     is_own_name = is_here and ipaddress.ip_address(target).is_loopback and host not in (target, "localhost")
-    address = _source_address(DOCUMENTATION_ADDRESS if is_own_name else target)
+    address = _source_address(OUTSIDE_ADDRESS if is_own_name else target)
     return Route(is_here, address, interface_of(address))
 
 
@@ -82,7 +83,7 @@ def wait_for_port(host: str, ports: list[int], *, seconds: float) -> int:
             if connection_error(host, port, timeout=2) is None:
                 return port
         if time.monotonic() > deadline:
-            raise Interrupted(f"{host}:{ports[0]} did not answer for {seconds:.0f} s: start the same command there")
+            raise Interrupted(f"{host}:{ports[0]} did not answer for {seconds:.0f} s: start the same command on {host}")
         time.sleep(0.2)
 
 

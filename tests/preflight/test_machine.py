@@ -70,7 +70,7 @@ def test_too_little_memory_warns_or_fails(
         monkeypatch.setattr(machine, "free_memory", partial(float, available))
         assert machine.check_memory(wanted, one_process, dataset).level == level
     monkeypatch.setattr(machine, "free_memory", lambda: 0.9 * need)
-    with pytest.raises(UsageError, match="before activations: shard over more ranks"):
+    with pytest.raises(UsageError, match="without activations: shard over more ranks"):
         machine.check_memory(wanted, one_process, dataset)
 
 
@@ -99,7 +99,7 @@ def test_windows_are_counted_as_in_training(dataset: Dataset) -> None:
     wanted = config("--train.steps=3", "--train.global_batch=8", "--eval.sequences=5")
     drawn = Order([len(shard) for shard in dataset.train.shards], block_size=16, seed=0).windows
     assert machine.check_windows(wanted, dataset).text == (
-        f"{drawn:,} of 16 tokens to train on, 5 to evaluate on; 3 steps see the training text {24 / drawn:.3g} times"
+        f"{drawn:,} of 16 tokens for training, 5 for evaluation; 3 steps read the training text {24 / drawn:.3g} times"
     )
 
 
@@ -109,7 +109,7 @@ def test_more_than_ten_epochs_warn(dataset: Dataset) -> None:
     assert machine.check_windows(config(f"--train.steps={enough}", "--train.global_batch=8"), dataset).level == "ok"
     finding = machine.check_windows(config("--train.steps=572000", "--train.global_batch=8"), dataset)
     assert finding.level == "warn"
-    assert f"see the training text {572000 * 8 / windows:,.0f} times" in finding.text
+    assert f"read the training text {572000 * 8 / windows:,.0f} times" in finding.text
     assert f"with --train.steps={enough}" in finding.text
 
 
