@@ -41,7 +41,7 @@ NOT_NEGATIVE = (
     *("optim.weight_decay", "optim.grad_clip", "train.micro_batch", "parallel.shard"),
     *("eval.every", "eval.sample_tokens", "checkpoint.every", "health.skip_z"),
 )
-# Larger than any model or batch, and small enough to try all divisors.
+# Larger than any model or batch, and small enough to try all divisors quickly.
 MAX_SIZE = 2**24
 BOUNDED = (
     *("model.n_layer", "model.n_head", "model.n_kv_head", "model.n_embd", "model.mlp_hidden", "model.block_size"),
@@ -213,6 +213,8 @@ class HealthConfig:
 
 @dataclass(frozen=True)
 class Config:
+    """All sections of the configuration."""
+
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
@@ -226,6 +228,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
+        """run.dir or, if that is empty, runs/<name of the data directory>."""
         return Path(self.run.dir) if self.run.dir else Path("runs") / Path(self.data.path).resolve().name
 
 

@@ -8,7 +8,7 @@ from distgpt.machine import available_gpus, default_ranks
 
 # Each repetition of a text helps less, and after 10 of them little (Muennighoff et al. 2023, arXiv:2305.16264).
 MANY_EPOCHS = 10
-# With fewer steps nothing is learned, even from a short text.
+# Fewer steps are too few to learn anything, even from a short text.
 MIN_STEPS = 100
 # On a GPU, suggest the first preset for which there are at least this many training tokens. Then MANY_EPOCHS give 20
 # tokens per parameter.

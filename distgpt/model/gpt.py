@@ -42,7 +42,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Layer normalization without the mean, also computed in float32."""
+    """Layer normalization that does not subtract the mean, also computed in float32."""
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), self.normalized_shape, self.weight.float(), self.eps).to(x.dtype)

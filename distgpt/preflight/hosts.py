@@ -111,19 +111,19 @@ def check_hosts(
     store = SharedStore(runtime)
     failures: list[Finding] = []
     for stage in (compare_hosts, check_connections, measure_network):
-        said = []
+        made = []
         try:
             for finding in stage(config, store):
                 say(finding)
-                said.append(finding)
+                made.append(finding)
         except Interrupted as error:
             if runtime.rank:
                 raise
-            said.append(failure("hosts", error))
-            say(said[-1])
+            made.append(failure("hosts", error))
+            say(made[-1])
         key = f"findings from rank 0 ({stage.__name__})"
         if runtime.rank == 0:
-            store.set(key, [dataclasses.asdict(finding) for finding in said])
+            store.set(key, [dataclasses.asdict(finding) for finding in made])
         findings = [Finding(**finding) for finding in store.get(key)]
         failures = [finding for finding in findings if finding.level == "FAIL"]
         if failures:
@@ -296,9 +296,9 @@ def _report_key(number: int) -> str:
 
 
 def check_own_address(address: str) -> Iterator[Finding]:
-    """Check that this host's name stands for `address`, at which the others reach it.
+    """Check that this host's name resolves to `address`, at which the other hosts reach it.
 
-    Without GLOO_SOCKET_IFNAME, gloo gives the others the address that the hostname stands for.
+    Without GLOO_SOCKET_IFNAME, gloo gives the other hosts the address to which the hostname resolves.
     """
     if node_count() == 1 or os.environ.get("GLOO_SOCKET_IFNAME"):
         return

@@ -11,7 +11,7 @@ from tqdm import tqdm
 from distgpt.telemetry.goodput import Account
 from distgpt.telemetry.metrics import StepFigures
 
-# z-scores are shown from this value on. Normal noise reaches it once in 370 steps.
+# z-scores are shown from this value on. Normally distributed values reach it once in 370 steps.
 MIN_SHOWN_Z = 3.0
 
 BAR_FORMAT = "{percentage:3.0f}% |{bar}| {place}{postfix}"

@@ -1,8 +1,8 @@
-"""An account of how a run's time was spent, over all its attempts: goodput.jsonl, written by rank 0.
+"""An account of how a run's time was spent, over all its attempts. Rank 0 keeps it in a ledger, goodput.jsonl.
 
 An attempt is one start of the training processes. Each line holds all seconds that its attempt has spent so far, so a
-lost line costs nothing once the next one is written. Within an attempt the monotonic clock counts. Between attempts
-there is only the wall clock, which may be set back or belong to another host; a negative pause counts as 0.
+lost line costs nothing once the next one is written. Time within an attempt is measured with the monotonic clock. Time
+between attempts needs the wall clock, which may be set back or belong to another host; a negative pause counts as 0.
 
 The time of a killed attempt after its last line counts as recovery, and so does an attempt that never trained.
 """
@@ -74,7 +74,7 @@ class Account:
 
 def account_of(lines: Sequence[Line]) -> Account:
     """Add up the lines of a ledger. The time between "done" and a later attempt to train more steps does not count."""
-    # Sorted, since a process that was replaced because it hung may have written one more line later.
+    # Sorted, since a process that hung and was replaced may have written one more line later.
     by_attempt = itertools.groupby(sorted(lines, key=lambda line: line.attempt), key=lambda line: line.attempt)
     attempts = [list(group) for _, group in by_attempt]
     seconds: dict[str, float] = {part: sum(getattr(attempt[-1], part) for attempt in attempts) for part in PARTS}
@@ -107,27 +107,29 @@ class Ledger:
         age = process_age()
         earlier = read_ledger(path) if path else []
         attempt = 1 + max((line.attempt for line in earlier), default=0)
-        self._opening = Line(attempt, at=time.time() - age, step=start_step)
-        self._before = account_of([*earlier, self._opening])
+        self._first_line = Line(attempt, at=time.time() - age, step=start_step)
+        self._earlier = account_of([*earlier, self._first_line])
         self._spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._step = start_step
-        self._began = self._marked = time.monotonic() - age
-        self._due = self._began
-        self._opened = False
+        self._began = self._last_call = time.monotonic() - age
+        self._due_at = self._began
+        self._wrote_first_line = False
         self.spend("start")
 
     def spend(self, part: Part) -> float:
         """Attribute the time since the last call, or since the process began, to `part`; return its seconds."""
         now = time.monotonic()
-        seconds, self._marked = now - self._marked, now
+        seconds = now - self._last_call
+        self._last_call = now
         self._spent[part] += seconds
         return seconds
 
     def step(self, step: int, *, data_wait: float) -> float:
         """Attribute the time since the last call to a finished step and its data wait; return its seconds."""
-        first, self._step = self._step == self._opening.step, step
-        seconds = self.spend("start" if first else "steps")
-        if not first:
+        is_first = self._step == self._first_line.step
+        self._step = step
+        seconds = self.spend("start" if is_first else "steps")
+        if not is_first:
             waited = min(data_wait, seconds)
             self._spent["steps"] -= waited
             self._spent["data_wait"] += waited
@@ -135,8 +137,8 @@ class Ledger:
 
     def account(self) -> Account:
         """Return the account of the whole run up to the last call of spend or step."""
-        seconds = {part: before + self._spent.get(part, 0.0) for part, before in self._before.seconds.items()}
-        return Account(seconds, self._before.attempts, self._before.failures)
+        seconds = {part: before + self._spent.get(part, 0.0) for part, before in self._earlier.seconds.items()}
+        return Account(seconds, self._earlier.attempts, self._earlier.failures)
 
     def write(self, *, end: End | None = None) -> None:
         """Append a line if one is due; the first and the last line always are.
@@ -144,23 +146,24 @@ class Ledger:
         Raises OSError if that fails; the file then holds no part of the line.
         """
         now = time.monotonic()
-        if self._path is None or (end is None and now < self._due):
+        if self._path is None or (end is None and now < self._due_at):
             return
-        self._due = now + min(LINE_SECONDS, LINE_SHARE * (now - self._began))
+        self._due_at = now + min(LINE_SECONDS, LINE_SHARE * (now - self._began))
         spent = {part: round(seconds, 3) for part, seconds in self._spent.items()}
-        line = Line(self._opening.attempt, time.time(), self._step, end=end, **spent)
-        lines = [line] if self._opened else [self._opening, line]
+        line = Line(self._first_line.attempt, time.time(), self._step, end=end, **spent)
+        lines = [line] if self._wrote_first_line else [self._first_line, line]
         text = "".join(f"{json.dumps(asdict(line))}\n" for line in lines)
-        if not self._opened and self._path.exists():
+        if not self._wrote_first_line and self._path.exists():
             replace_with_copy(self._path, require_owned=self._require_owned)
         file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
         try:
-            # The file is open before this check, because a later owner first replaces the file with a copy.
+            # Checked once the file is open: an owner that takes over after this check replaces the file by a copy,
+            # which this write does not reach.
             self._require_owned()
             append_or_undo(file, (_missing_newline(file) + text).encode())
         finally:
             os.close(file)
-        self._opened = True
+        self._wrote_first_line = True
 
 
 def _repeated_seconds(attempts: Iterable[Sequence[Line]]) -> float:
@@ -168,7 +171,7 @@ def _repeated_seconds(attempts: Iterable[Sequence[Line]]) -> float:
 
     Between two lines the steps are taken as equally long.
     """
-    # Total seconds of the steps that are not lost, by the number of the last one.
+    # A curve: up to step steps[i], the steps that are not lost took seconds[i] in total.
     steps, seconds = [0], [0.0]
     repeated = 0.0
     for attempt in attempts:

@@ -112,7 +112,7 @@ class Metrics:
         os.close(self._file)
 
     def _write_line(self, values: Mapping[str, float | None]) -> None:
-        line = json.dumps({name: _finite(value) for name, value in values.items()})
+        line = json.dumps({name: _finite_or_none(value) for name, value in values.items()})
         with self.counting_drops():
             self._require_owned()
             append_or_undo(self._file, line.encode() + b"\n")
@@ -151,13 +151,13 @@ def memory_bytes(device: torch.device) -> int:
     try:
         resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:
-        # macOS has no /proc. It gives the peak, in bytes.
+        # macOS has no /proc; its getrusage gives the peak in bytes.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident_pages * resource.getpagesize()
 
 
 def _open_up_to(path: Path, step: int, require_owned: Callable[[], object]) -> int:
-    """Open metrics.jsonl for appending, with its lines up to `step` alone; return the descriptor. Empty if `step` is 0.
+    """Open metrics.jsonl for appending without the lines after `step`, or empty if `step` is 0; return the descriptor.
 
     Steps grow from line to line, so a run that resumes at `step` writes all removed lines again. The lines are copied
     to a new file, see `replace_file`; if a full disk has no space for a copy, the old file is truncated.
@@ -193,5 +193,5 @@ def _whole_lines(content: bytes) -> list[tuple[dict[str, Any], int]]:
     return objects
 
 
-def _finite(value: float | None) -> float | None:
+def _finite_or_none(value: float | None) -> float | None:
     return value if value is not None and math.isfinite(value) else None

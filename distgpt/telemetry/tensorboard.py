@@ -98,7 +98,7 @@ def replace_file(path: Path, content: bytes, *, require_owned: Callable[[], obje
     except BaseException:
         os.close(file)
         staged.unlink(missing_ok=True)
-        require_owned()  # if the staging file is gone, the next owner has removed it
+        require_owned()  # reports a takeover if that is why the staging file is gone
         raise
     return file
 
