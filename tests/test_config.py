@@ -273,7 +273,7 @@ def test_negative_values_are_refused_and_zero_is_not(key: str) -> None:
         ),
     ],
 )
-def test_the_error_for_values_that_do_not_fit_names_values_that_do(arguments: list[str], expected: str) -> None:
+def test_the_error_for_incompatible_values_suggests_others(arguments: list[str], expected: str) -> None:
     assert error_of(*arguments) == expected
 
 

@@ -28,7 +28,7 @@ def sixteen_cpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(16)), raising=False)
 
 
-def system(root: Path, version: tuple[str, str], files: dict[str, str], *, group: str, mounted: str) -> Path:
+def make_root(root: Path, version: tuple[str, str], files: dict[str, str], *, group: str, mounted: str) -> Path:
     """Make a root directory in which this process is in `group`; what is below `mounted` is mounted."""
     (root / "proc/self").mkdir(parents=True)
     (root / "proc/self/cgroup").write_text(version[0].format(group) + "\n")
@@ -45,19 +45,19 @@ def system(root: Path, version: tuple[str, str], files: dict[str, str], *, group
     [("200000 100000", 2), ("250000 100000", 2), ("50000 100000", 1), ("max 100000", 16), ("9900000 100000", 16)],
 )
 def test_a_container_of_control_groups_v2_limits_the_cpus(tmp_path: Path, quota: str, cpus: int) -> None:
-    assert available_cpus(system(tmp_path, V2, {"cpu.max": quota}, group="/", mounted="/")) == cpus
+    assert available_cpus(make_root(tmp_path, V2, {"cpu.max": quota}, group="/", mounted="/")) == cpus
 
 
 @pytest.mark.parametrize(("quota", "cpus"), [("300000", 3), ("-1", 16), ("40000", 1)])
 @pytest.mark.parametrize("group", ["/", "/docker/4f2a"])
 def test_a_container_of_control_groups_v1_limits_the_cpus(tmp_path: Path, quota: str, cpus: int, group: str) -> None:
     files = {"cpu/cpu.cfs_quota_us": quota, "cpu/cpu.cfs_period_us": "100000"}
-    assert available_cpus(system(tmp_path, V1, files, group=group, mounted=group)) == cpus
+    assert available_cpus(make_root(tmp_path, V1, files, group=group, mounted=group)) == cpus
 
 
 def test_the_smallest_quota_of_a_group_and_its_parents_counts(tmp_path: Path) -> None:
     files = {"job.slice/cpu.max": "400000 100000", "job.slice/step/cpu.max": "max 100000"}
-    assert available_cpus(system(tmp_path, V2, files, group="/job.slice/step", mounted="/")) == 4
+    assert available_cpus(make_root(tmp_path, V2, files, group="/job.slice/step", mounted="/")) == 4
 
 
 def test_without_control_groups_the_affinity_counts(tmp_path: Path) -> None:

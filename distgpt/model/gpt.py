@@ -108,6 +108,7 @@ class Attention(nn.Module):
     def forward(
         self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
+        """Apply attention and the output projection to (B, T, C). The other arguments are those of Block.forward."""
         B, T, C = x_BTC.shape
         H, K = self.n_head, self.n_kv_head
         qkv = self.qkv(x_BTC).view(B, T, H + 2 * K, self.head_size).transpose(1, 2)
@@ -149,6 +150,7 @@ class MLP(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
+        """Apply both projections and the activation to (B, T, C)."""
         h_BTF = self.up(x_BTC)
         if self.gate is not None:
             h_BTF = F.silu(self.gate(x_BTC)) * h_BTF

@@ -82,6 +82,7 @@ class SharedStore:
         self.listener = socket.create_server(("127.0.0.1" if node_count() == 1 else "", 0), backlog=1024)
 
     def set(self, key: str, value: Any) -> None:
+        """Share `value`, which must be JSON, with all ranks."""
         self.store.set(key, json.dumps(value))
 
     def get(self, key: str) -> Any:
@@ -319,6 +320,7 @@ def check_own_address(address: str) -> Iterator[Finding]:
 
 
 def torch_build() -> str:
+    """Return the versions of PyTorch and CUDA and the name of the GPU."""
     parts: list[object] = [torch.__version__]
     if torch.cuda.is_available():
         parts += ["CUDA", torch.version.cuda, "on", torch.cuda.get_device_name()]

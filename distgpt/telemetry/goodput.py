@@ -64,6 +64,7 @@ class Account:
 
     @property
     def total(self) -> float:
+        """The seconds of all parts."""
         return sum(self.seconds.values())
 
     @property

@@ -142,7 +142,7 @@ def test_a_prompt_outside_the_vocabulary_is_refused(wrong: int) -> None:
         generate(make(), [1, wrong], max_tokens=1, generator=seeded())
 
 
-def test_zero_tokens_are_an_empty_result() -> None:
+def test_max_tokens_0_draws_nothing() -> None:
     assert list(generate(make(), [1], max_tokens=0, generator=seeded())) == []
 
 

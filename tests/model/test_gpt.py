@@ -174,7 +174,7 @@ def test_the_seed_preset_has_the_references_parameters() -> None:
     assert count_parameters(resolve(["seed"], {}).model, 65) == 10_788_929
 
 
-def test_a_tied_head_and_a_document_mask_count_nothing_more() -> None:
+def test_a_tied_head_and_a_document_mask_add_no_parameters() -> None:
     config = ModelConfig(**SHAPE, tied_head=True, document_mask=True)
     assert count_parameters(config, VOCAB) == sum(p.numel() for p in make(tied_head=True).parameters())
     assert all(p.device.type == "cpu" for p in GPT(ModelConfig(**SHAPE), VOCAB).parameters())
@@ -356,7 +356,7 @@ def test_more_than_block_size_tokens_are_refused() -> None:
 # One option at a time
 
 
-def test_dropout_on_attention_weights_branches_and_gpt2_embedding(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dropout_applies_to_attention_weights_and_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     rates = []
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *, dropout_p: float, **_: Any) -> Tensor:

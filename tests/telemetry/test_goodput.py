@@ -64,7 +64,7 @@ def test_steps_after_the_checkpoint_are_repeated_and_the_pause_is_recovery() -> 
     assert (account.attempts, account.failures) == (2, 1)
 
 
-def test_an_older_checkpoint_repeats_steps_of_both_attempts_before() -> None:
+def test_going_back_twice_also_repeats_steps_of_the_first_attempt() -> None:
     lines = [
         *(Line(1, at=0.0, step=0), Line(1, at=50.0, step=50, steps=50.0)),
         *(Line(2, at=50.0, step=40), Line(2, at=70.0, step=60, steps=20.0)),
@@ -221,7 +221,7 @@ def test_a_suspended_owner_writes_no_line_after_a_takeover(tmp_path: Path, monke
     assert after_takeover == [path.read_bytes()]
 
 
-def test_a_line_that_cannot_be_written_is_made_up_for_by_the_next_one(tmp_path: Path) -> None:
+def test_the_next_line_makes_up_for_one_that_cannot_be_written(tmp_path: Path) -> None:
     path = tmp_path / "missing" / "goodput.jsonl"
     ledger = Ledger(path, start_step=0, require_owned=owned)
     with pytest.raises(OSError, match="No such file"):
