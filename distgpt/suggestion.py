@@ -10,7 +10,7 @@ from distgpt.machine import available_gpus, default_ranks
 MANY_EPOCHS = 10
 # Fewer steps are too few to learn anything, even from a short text.
 MIN_STEPS = 100
-# On a GPU, suggest the first preset for which there are at least this many training tokens. Then MANY_EPOCHS give 20
+# On a GPU, suggest the first preset for which there are this many training tokens. Read MANY_EPOCHS times, these are 20
 # tokens per parameter.
 MIN_TOKENS_ON_GPU = {"modern-125m": 250_000_000, "seed": 22_000_000, "quickstart": 0}
 

@@ -46,13 +46,15 @@ class Probe:
 
     def _register_hooks(self, name: str, module: nn.Module) -> Iterator[Any]:
         parent = name.rpartition(".")[0]
-        yield module.register_forward_hook(lambda _, given, out: self._check(name, "forward", "its output", out))
+        yield module.register_forward_hook(lambda _, inputs, output: self._check(name, "forward", "its output", output))
         if name:
-            before, after = f"the input that it passes to {name}", f"the gradient that it passes to {name}"
-            yield module.register_forward_pre_hook(lambda _, given: self._check(parent, "forward", before, given))
-            yield module.register_full_backward_pre_hook(lambda _, given: self._check(parent, "backward", after, given))
+            passed, returned = f"the input that it passes to {name}", f"the gradient that it passes to {name}"
+            yield module.register_forward_pre_hook(lambda _, inputs: self._check(parent, "forward", passed, inputs))
+            yield module.register_full_backward_pre_hook(
+                lambda _, gradients: self._check(parent, "backward", returned, gradients)
+            )
             yield module.register_full_backward_hook(
-                lambda _, out, given: self._check(name, "backward", "the gradient of its input", out)
+                lambda _, input_gradient, __: self._check(name, "backward", "the gradient of its input", input_gradient)
             )
         for own, parameter in module.named_parameters(recurse=False):
             register: Any = parameter.register_post_accumulate_grad_hook  # it has no type in torch
@@ -61,7 +63,7 @@ class Probe:
     def _parameter_check(self, module: str, name: str) -> Callable[[Tensor], None]:
         return lambda parameter: self._check(module, "backward", f"the gradient of its {name}", parameter.grad)
 
-    def _count_call(self, model: nn.Module, given: object) -> None:
+    def _count_call(self, model: nn.Module, inputs: object) -> None:
         self._calls += 1
 
     def _check(self, module: str, phase: Phase, tensor: str, values: object) -> None:
