@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from distgpt.config import PACKAGE, Config, to_dict
 from distgpt.corpus.shards import Split, open_dataset
-from distgpt.distributed.collectives import all_gather
+from distgpt.distributed.collectives import all_gather_json
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import EXIT_DATA, EXIT_USAGE, DirectoryError, DistgptError, Interrupted, StorageError, UsageError
 from distgpt.preflight import links, network
@@ -262,7 +262,7 @@ def connect(config: Config, board: Board) -> Iterator[Finding]:
     )
     if on_gpu:
         torch.cuda.set_device(runtime.device)
-    host_of = all_gather(node()) if runtime.distributed else [node()]
+    host_of = all_gather_json(node()) if runtime.distributed else [node()]
     offsets = clock_offsets(runtime, host_of)
     all_reduce, measured = (
         links.measure(runtime) if runtime.distributed else (found("links", "one rank, none to measure"), [])

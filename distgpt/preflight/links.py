@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distgpt.distributed.collectives import all_gather
+from distgpt.distributed.collectives import all_gather_json
 from distgpt.distributed.runtime import Runtime
 from distgpt.preflight.finding import Finding, found, warning
 
@@ -47,7 +47,7 @@ def measure(runtime: Runtime) -> tuple[Finding, list[Link]]:
         rate = _bandwidth(runtime, shift)
         near = source if shift == 1 else runtime.rank
         mine.append(Link(source, runtime.rank, rate, latencies[near]))
-    everyone = all_gather([dataclasses.astuple(link) for link in mine])
+    everyone = all_gather_json([dataclasses.astuple(link) for link in mine])
     return _all_reduce(runtime), [Link(*link) for links in everyone for link in links]
 
 

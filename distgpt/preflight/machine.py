@@ -27,9 +27,9 @@ from distgpt.distributed.device import compute_dtype, threads_per_rank
 from distgpt.distributed.plan import (
     BYTES_PER_PARAMETER,
     choose_strategy,
+    independent_replicas,
     micro_batch_size,
     ranks_per_replica,
-    replicas_apart,
 )
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import DirectoryError, DistgptError, UsageError
@@ -171,7 +171,7 @@ def run_directory(config: Config, runtime: Runtime, dataset: Dataset) -> Finding
         return found("run directory", f"{paths.root}, a new run")
     if config.run.fresh:
         raise DirectoryError(f"{paths.root} holds checkpoints: --run.fresh wants an empty run directory")
-    require_same_run(paths.checkpoints, config, dataset, runtime)
+    require_same_run(paths.checkpoints, config, dataset, replicas=independent_replicas(config, runtime))
     return found("run directory", f"{paths.root}, to be resumed from {checkpoints[0].name}")
 
 
@@ -179,7 +179,7 @@ def disk(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     """Room for the checkpoints. Raises StorageError if there is none for a single one."""
     paths = RunPaths(config.run_dir)
     nearest = existing(paths.root)
-    one = checkpoint_bytes(count_parameters(config.model, dataset.vocab_size), replicas_apart(config, runtime))
+    one = checkpoint_bytes(count_parameters(config.model, dataset.vocab_size), independent_replicas(config, runtime))
     # The newest ones, the best one, and the one that is being written.
     wanted = config.checkpoint.keep + 2
     missing = max(1, wanted - len(committed(paths.checkpoints)))

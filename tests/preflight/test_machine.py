@@ -17,11 +17,10 @@ from distgpt.corpus.shards import Dataset
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import DirectoryError, Interrupted, StorageError, UsageError
 from distgpt.model.gpt import count_parameters
-from distgpt.preflight import hosts, links, network
-from distgpt.preflight import machine as preflight
+from distgpt.preflight import hosts, links, machine, network
 from distgpt.preflight.finding import Finding
 from distgpt.preflight.links import Link
-from distgpt.run import lock as ownership
+from distgpt.run import lock
 from distgpt.run.lock import RunLock, lock_holder
 from distgpt.run.paths import RunPaths
 
@@ -40,14 +39,14 @@ def test_too_little_disk(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.M
     wanted = config(f"--run.dir={tmp_path / 'run'}", "--checkpoint.keep=3")
     one = 12 * count_parameters(wanted.model, dataset.vocab_size)
     room(monkeypatch, disk=6 * one)
-    assert preflight.disk(wanted, ONE_PROCESS, dataset).level == "ok"
+    assert machine.disk(wanted, ONE_PROCESS, dataset).level == "ok"
     room(monkeypatch, disk=4 * one)
-    finding = preflight.disk(wanted, ONE_PROCESS, dataset)
+    finding = machine.disk(wanted, ONE_PROCESS, dataset)
     assert finding.level == "warn"
     assert "up to 5 are kept" in finding.text
     room(monkeypatch, disk=one // 2)
     with pytest.raises(StorageError, match="MiB free and a checkpoint takes"):
-        preflight.disk(wanted, ONE_PROCESS, dataset)
+        machine.disk(wanted, ONE_PROCESS, dataset)
 
 
 def test_checkpoints_that_are_there_need_no_more_room(
@@ -57,18 +56,18 @@ def test_checkpoints_that_are_there_need_no_more_room(
     for step in range(4):
         (tmp_path / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
     room(monkeypatch, disk=2 * 12 * count_parameters(wanted.model, dataset.vocab_size))
-    assert preflight.disk(wanted, ONE_PROCESS, dataset).level == "ok"
+    assert machine.disk(wanted, ONE_PROCESS, dataset).level == "ok"
 
 
 def test_too_little_memory(dataset: Dataset, one_process: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = config()
     need = 28 * count_parameters(wanted.model, dataset.vocab_size)
     for available, level in ((2 * need, "ok"), (1.2 * need, "warn")):
-        monkeypatch.setattr(preflight, "free_memory", partial(float, available))
-        assert preflight.memory(wanted, one_process, dataset).level == level
-    monkeypatch.setattr(preflight, "free_memory", lambda: 0.9 * need)
+        monkeypatch.setattr(machine, "free_memory", partial(float, available))
+        assert machine.memory(wanted, one_process, dataset).level == level
+    monkeypatch.setattr(machine, "free_memory", lambda: 0.9 * need)
     with pytest.raises(UsageError, match="before activations: shard over more ranks"):
-        preflight.memory(wanted, one_process, dataset)
+        machine.memory(wanted, one_process, dataset)
 
 
 @pytest.mark.parametrize(("strategy", "shards"), [("ddp", 1), ("fsdp", 4), ("hsdp", 2)])
@@ -78,16 +77,16 @@ def test_memory_counts_the_shards(
     wanted = config(f"--parallel.strategy={strategy}")
     runtime = dataclasses.replace(one_process, world_size=4, local_world_size=2)
     need = 28 * count_parameters(wanted.model, dataset.vocab_size) / shards
-    monkeypatch.setattr(preflight, "free_memory", lambda: 2 * need * 1.01)
-    assert preflight.memory(wanted, runtime, dataset).level == "warn"
-    monkeypatch.setattr(preflight, "free_memory", lambda: 2 * need * 0.99)
+    monkeypatch.setattr(machine, "free_memory", lambda: 2 * need * 1.01)
+    assert machine.memory(wanted, runtime, dataset).level == "warn"
+    monkeypatch.setattr(machine, "free_memory", lambda: 2 * need * 0.99)
     with pytest.raises(UsageError, match=strategy):
-        preflight.memory(wanted, runtime, dataset)
+        machine.memory(wanted, runtime, dataset)
 
 
 def test_too_little_shared_memory(one_process: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     room(monkeypatch, disk=2**20)
-    finding = preflight.shared_memory(one_process)
+    finding = machine.shared_memory(one_process)
     assert finding.level == "warn"
     assert "--shm-size" in finding.text
 
@@ -95,7 +94,7 @@ def test_too_little_shared_memory(one_process: Runtime, monkeypatch: pytest.Monk
 def test_windows_are_counted_as_training_draws_them(dataset: Dataset) -> None:
     wanted = config("--train.steps=3", "--train.global_batch=8", "--eval.sequences=5")
     drawn = Order([len(shard) for shard in dataset.train.shards], block_size=16, seed=0).windows
-    assert preflight.windows(wanted, dataset).text == (
+    assert machine.windows(wanted, dataset).text == (
         f"{drawn:,} of 16 tokens to train on, 5 to evaluate on; 3 steps see the training text {24 / drawn:.3g} times"
     )
 
@@ -103,31 +102,31 @@ def test_windows_are_counted_as_training_draws_them(dataset: Dataset) -> None:
 def test_more_than_ten_epochs_are_a_warning(dataset: Dataset) -> None:
     windows = Order([len(shard) for shard in dataset.train.shards], block_size=16, seed=0).windows
     enough = 10 * windows // 8
-    assert preflight.windows(config(f"--train.steps={enough}", "--train.global_batch=8"), dataset).level == "ok"
-    finding = preflight.windows(config("--train.steps=572000", "--train.global_batch=8"), dataset)
+    assert machine.windows(config(f"--train.steps={enough}", "--train.global_batch=8"), dataset).level == "ok"
+    finding = machine.windows(config("--train.steps=572000", "--train.global_batch=8"), dataset)
     assert finding.level == "warn"
     assert f"see the training text {572000 * 8 / windows:,.0f} times" in finding.text
     assert f"with --train.steps={enough}" in finding.text
 
 
 def test_the_run_directory_is_left_as_it_was(dataset: Dataset, tmp_path: Path) -> None:
-    finding = preflight.run_directory(config(f"--run.dir={tmp_path / 'a' / 'b'}"), ONE_PROCESS, dataset)
+    finding = machine.run_directory(config(f"--run.dir={tmp_path / 'a' / 'b'}"), ONE_PROCESS, dataset)
     assert (finding.level, list(tmp_path.iterdir())) == ("ok", [])
     (tmp_path / "file").write_text("")
     with pytest.raises(DirectoryError, match="is in the way"):
-        preflight.run_directory(config(f"--run.dir={tmp_path / 'file' / 'run'}"), ONE_PROCESS, dataset)
+        machine.run_directory(config(f"--run.dir={tmp_path / 'file' / 'run'}"), ONE_PROCESS, dataset)
 
 
 def test_who_holds_a_lock(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ownership, "LEASE", 0.5)  # for as long a living owner is watched
+    monkeypatch.setattr(lock, "LEASE", 0.5)  # for as long a living owner is watched
     paths = RunPaths(tmp_path)
     assert lock_holder(paths) is None
     assert list(tmp_path.iterdir()) == []
-    lock = RunLock(paths)
+    held = RunLock(paths)
     assert (lock_holder(paths) or "").startswith(f"pid {os.getpid()} on ")
     with pytest.raises(DirectoryError, match="in use by pid"):
-        preflight.run_directory(config(f"--run.dir={tmp_path}"), ONE_PROCESS, None)  # type: ignore[arg-type]
-    lock.release()
+        machine.run_directory(config(f"--run.dir={tmp_path}"), ONE_PROCESS, None)  # type: ignore[arg-type]
+    held.release()
     assert lock_holder(paths) is None
 
 
