@@ -70,11 +70,11 @@ COVERED = {
 }
 
 # What the commands that run here train, whatever the preset: flags would win over these.
-SMALL = {
-    **{"model.n_layer": 1, "model.n_head": 2, "model.n_embd": 16, "model.block_size": 16, "optim.warmup_steps": 0},
-    **{"train.steps": 4, "train.global_batch": 8, "train.dtype": "float32", "eval.every": 2, "eval.sequences": 8},
-    **{"eval.sample_tokens": 0, "checkpoint.every": 2, "log.every": 1},
-}
+SMALL = (
+    *("model.n_layer=1", "model.n_head=2", "model.n_embd=16", "model.block_size=16", "optim.warmup_steps=0"),
+    *("train.steps=4", "train.global_batch=8", "train.dtype=float32", "eval.every=2", "eval.sequences=8"),
+    *("eval.sample_tokens=0", "checkpoint.every=2", "log.every=1"),
+)
 # Programs whose arguments are a config, up to where it begins.
 TAKES_CONFIG = re.compile(
     r"-m distgpt\.(?:train|doctor)\b|launch/(?:quickstart|local|multinode)\.sh\b|slurm/train\.sh\b"
@@ -119,11 +119,12 @@ def code_spans() -> Iterator[tuple[str, str]]:
 @pytest.fixture
 def clone(tmp_path: Path) -> Path:
     """A directory as a clone of the project, with the texts that the docs prepare."""
-    for name in ("launch", "slurm", "distgpt", "docs", "pyproject.toml", "requirements.lock"):
-        (tmp_path / name).symlink_to(jobs.PROJECT / name)
-    environment = Path(sys.executable).parents[1]
-    for name in {".venv", environment.name}:
-        (tmp_path / name).symlink_to(environment)
+    (tmp_path / "launch").mkdir()
+    for script in jobs.PROJECT.glob("launch/*.sh"):
+        # Not a link: from its own place the script would install that place into .venv.
+        (tmp_path / "launch" / script.name).write_text(f'#!/bin/sh\nexec {shlex.quote(str(script))} "$@"\n')
+        (tmp_path / "launch" / script.name).chmod(0o755)
+    (tmp_path / ".venv").symlink_to(Path(sys.executable).parents[1])
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 6))) for _ in range(200)]
     texts = [" ".join(draw.choices(words, k=2000)) for _ in range(4)]
@@ -142,8 +143,8 @@ def clone(tmp_path: Path) -> Path:
 
 def run_in(clone: Path, script: str, *, data: Path) -> jobs.Ended:
     """Run a script of bash there up to the first command that fails; `data` is what a run without --data.path reads."""
-    values = {**SMALL, "data.path": data}
-    small = {f"DISTGPT_{key.replace('.', '__').upper()}": str(value) for key, value in values.items()}
+    values = dict(setting.split("=") for setting in (*SMALL, f"data.path={data}"))
+    small = {f"DISTGPT_{key.replace('.', '__').upper()}": value for key, value in values.items()}
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     command = ["bash", "-exo", "pipefail", "-c", f'cd "$0"\n{script}', str(clone)]
     return jobs.run(command, PATH=path, CUDA_VISIBLE_DEVICES="", PYTHONSAFEPATH="1", **small)
