@@ -30,6 +30,7 @@ LOCAL = "tests/launch/test_local.py::test_paths_are_those_of_the_caller"
 HOSTS = "tests/hosts/test_multinode.py::test_four_hosts_train_as_one_process_and_the_slow_host_is_named"
 GO_FURTHER = "tests/end_to_end/test_resume.py::test_a_run_goes_on_in_any_other_topology"
 STANDARD_LIBRARY = "tests/test_prepare.py::test_without_arguments_the_standard_library_once"
+EVALUATE = "tests/end_to_end/test_sample.py::test_evaluate_finds_the_loss_that_the_run_logged"
 PREFLIGHT = "tests/test_doctor.py::test_distributed_on_one_host"
 SLURM = "tests/slurm/test_train.py::test_several_nodes_learn_what_one_learns"
 SLURM_PREPARE = "tests/slurm/test_prepare.py::test_an_array_writes_what_one_process_writes"
@@ -57,6 +58,7 @@ COVERED = {
     "HEAD=node1:29500 NODES=4 launch/multinode.sh gpt2-1558m --data.path=/shared/data/mine "
     "--run.dir=/shared/runs/mine": HOSTS,
     "python -m distgpt.prepare": STANDARD_LIBRARY,
+    "python -m distgpt.evaluate runs/mine": EVALUATE,
     "torchrun --standalone --nproc_per_node=2 -m distgpt.doctor --distributed quickstart": PREFLIGHT,
     "git clone URL distgpt && cd distgpt": INSTALLATION,
     'python3 -m venv .venv && .venv/bin/pip install -c requirements.lock -e ".[parquet,zstd]"': INSTALLATION,
@@ -230,6 +232,8 @@ def test_each_file_in_the_text_is_there() -> None:
         text = file.read_text(encoding="utf-8")
         for path in re.findall(rf"(?<![\w/.-])((?:{rooms})/\w+\.py)\b", text):
             assert (jobs.PROJECT / "distgpt" / path).is_file(), f"{file.name}: {path}"
+        for name in re.findall(r"-m distgpt\.([\w.]+\w)", text):
+            assert importlib.util.find_spec(f"distgpt.{name}"), f"{file.name}: distgpt.{name}"
         for path in re.findall(r"(?<![\w/.-])((?:distgpt|launch|slurm|tests|docs|bench)/[\w/.-]*\w\.\w+)", text):
             assert "NAME" in path or (jobs.PROJECT / path).exists(), f"{file.name}: {path}"
 
