@@ -56,7 +56,9 @@ def main(config: Config) -> None:
             train(config, plan, dataset, session, watchdog)
 
 
-def train(config: Config, plan: Plan, dataset: Dataset, session: RunSession, watchdog: Watchdog) -> None:
+def train(  # noqa: C901, PLR0915  the order of events, top to bottom
+    config: Config, plan: Plan, dataset: Dataset, session: RunSession, watchdog: Watchdog
+) -> None:
     """Build the model, resume, and train to the last step."""
     health, runtime, last = config.health, plan.runtime, config.train.steps
     watchdog.heartbeat("building the model", health.start_timeout)

@@ -13,7 +13,7 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def threads_per_rank(local_world_size: int) -> int:
-    """Return OMP_NUM_THREADS, or an even share of the CPUs. (1 under torchrun is torchrun's default, not a wish.)"""
+    """Return OMP_NUM_THREADS, or an even share of the CPUs where it is 1 by the default of torchrun."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and (int(asked) > 1 or "TORCHELASTIC_RUN_ID" not in os.environ):
         return max(1, int(asked))
