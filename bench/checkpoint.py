@@ -30,12 +30,13 @@ from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset, Documents, open_dataset, write_dataset
 from distgpt.corpus.tokenizer import ByteTokenizer
 from distgpt.distributed.parallelize import build_model
+from distgpt.distributed.plan import make_plan
 from distgpt.distributed.runtime import this_rank
-from distgpt.health.outliers import Guard
+from distgpt.health.outliers import OutlierFilter
 from distgpt.model.gpt import count_parameters
 from distgpt.model.optim import build_optimizer
 from distgpt.run.paths import RunPaths
-from distgpt.run.session import Run
+from distgpt.run.session import RunSession
 
 # The last column is the share of training time for one save in this interval.
 INTERVAL_SECONDS = 600.0
@@ -51,30 +52,23 @@ def main() -> None:
 
 
 def compare(directory: Path, preset: str, saves: int) -> None:
-    config = resolve([preset, f"--run.dir={directory / 'run'}", "--train.micro_batch=1", "--checkpoint.keep=1"], {})
+    flags = ("--train.micro_batch=1", "--train.dtype=float32", "--checkpoint.keep=1")
+    config = resolve([preset, f"--run.dir={directory / 'run'}", *flags], {})
     dataset, runtime = small_dataset(directory / "data"), this_rank()
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    model = build_model(
-        config,
-        runtime,
-        strategy="single",
-        vocab_size=dataset.vocab_size,
-        eot_id=None,
-        micro_batch=1,
-        dtype=torch.float32,
-    )
+    plan = make_plan(config, runtime, vocab_size=dataset.vocab_size)
+    model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=None)
     optimizer = build_optimizer(model, config.optim, "cpu")
-    run = Run(RunPaths(directory / "run"), 0)
-    run.own()
+    session = RunSession(RunPaths(directory / "run"), 0)
+    session.acquire()
     checkpointer = Checkpointer(
-        run,
+        session,
         config=config,
+        plan=plan,
         dataset=dataset,
         model=model,
         optimizer=optimizer,
-        guard=Guard(config.health),
-        runtime=runtime,
-        say=print,
+        outliers=OutlierFilter(config.health),
     )
 
     def train() -> None:

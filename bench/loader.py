@@ -20,7 +20,7 @@ import torch
 
 from distgpt.corpus.loader import Loader
 from distgpt.corpus.shards import Split
-from distgpt.distributed.process_group import joined
+from distgpt.distributed.process_group import process_group
 from distgpt.distributed.runtime import this_rank
 
 TOKENS = 100_000_000
@@ -33,7 +33,7 @@ Batch = Callable[[], object]
 
 def main() -> None:
     # Both use the threads and the allocator of training.
-    with joined(this_rank(), timeout=60), tempfile.TemporaryDirectory() as directory:
+    with process_group(this_rank(), timeout=60), tempfile.TemporaryDirectory() as directory:
         path = Path(directory) / "train-00000.bin"
         np.random.default_rng(0).integers(0, 50_257, TOKENS, dtype=np.uint16).tofile(path)
         split = Split("train", (np.memmap(path, dtype=np.uint16, mode="r"),))

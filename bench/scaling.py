@@ -49,14 +49,15 @@ import torch
 import torch.distributed as dist
 
 from distgpt.config import resolve
-from distgpt.distributed.collectives import agreed, grad_norm_of
+from distgpt.distributed.collectives import grad_norm_of, reduce_scalars
 from distgpt.distributed.diloco import OuterOptimizer
 from distgpt.distributed.parallelize import build_model, unwrap_model
-from distgpt.distributed.process_group import joined
+from distgpt.distributed.plan import make_plan
+from distgpt.distributed.process_group import process_group
 from distgpt.distributed.runtime import Runtime, this_rank
 from distgpt.machine import available_cpus
 from distgpt.model.optim import build_optimizer
-from distgpt.training.step import accumulate_gradients, update
+from distgpt.training.step import accumulate_gradients, apply_update
 
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
@@ -190,7 +191,7 @@ def wire_bytes(interface: str) -> int:
 def work(job: Job, result: Path) -> None:
     """Run one rank of a job and write its result."""
     runtime = this_rank()
-    with joined(runtime, timeout=120):
+    with process_group(runtime, timeout=120):
         measured = measure(job, runtime)
     if runtime.rank == 0:
         result.write_text(json.dumps(asdict(measured)))
@@ -199,20 +200,16 @@ def work(job: Job, result: Path) -> None:
 def measure(job: Job, runtime: Runtime) -> Measured:
     """Take the steps of distgpt.train on random tokens; time them and count their bytes."""
     batch = (f"--train.global_batch={job.global_batch}", f"--train.micro_batch={job.micro_batch}")
-    parallel = (f"--parallel.shard={job.shard}", f"--parallel.outer_every={job.outer_every}")
-    config = resolve([*SHAPE, *batch, *parallel, "--train.dtype=float32"], {})
-    strategy = job.strategy if runtime.distributed else "single"
-    model = build_model(
-        config,
-        runtime,
-        strategy=strategy,
-        vocab_size=VOCABULARY,
-        eot_id=None,
-        micro_batch=job.micro_batch,
-        dtype=torch.float32,
+    parallel = (
+        f"--parallel.strategy={job.strategy}",
+        f"--parallel.shard={job.shard}",
+        f"--parallel.outer_every={job.outer_every}",
     )
+    config = resolve([*SHAPE, *batch, *parallel, "--train.dtype=float32"], {})
+    plan = make_plan(config, runtime, vocab_size=VOCABULARY)
+    model = build_model(config, plan, vocab_size=VOCABULARY, eot_id=None)
     optimizer = build_optimizer(model, config.optim, runtime.device.type)
-    outer = OuterOptimizer(unwrap_model(model), config, runtime) if strategy == "diloco" else None
+    outer = OuterOptimizer(unwrap_model(model), config, plan) if plan.strategy == "diloco" else None
     tokens = torch.randint(VOCABULARY, (job.micro_batch, BLOCK_SIZE + 1))
     micro_batches = [(tokens[:, :-1], tokens[:, 1:])] * job.micro_batches
     seconds, before = [], 0
@@ -222,10 +219,10 @@ def measure(job: Job, runtime: Runtime) -> Measured:
                 dist.barrier()
             before = wire_bytes(job.interface)
         started = time.perf_counter()
-        loss = accumulate_gradients(model, micro_batches, step, config, runtime, torch.float32)
+        loss = accumulate_gradients(model, micro_batches, step, plan, seed=config.run.seed)
         grad_norm = grad_norm_of(model)
-        agreed(loss, grad_norm, False, runtime)
-        update(model, optimizer, grad_norm, clip=config.optim.grad_clip)
+        reduce_scalars(loss, grad_norm, False, runtime)
+        apply_update(model, optimizer, grad_norm, clip=config.optim.grad_clip)
         optimizer.zero_grad()
         if outer is not None and step % job.outer_every == 0:
             outer.step()

@@ -1,24 +1,132 @@
-"""What all commands share: exit codes, signals before torch is imported, the parser of options. Imports no torch."""
+"""What all commands share: their options, exit codes, and signals before torch is imported. Imports no torch.
+
+`python -m distgpt.COMMAND` calls run() first of all. Importing torch takes seconds, and run() comes before it: --help
+and a mistyped option answer at once, a signal to stop ends the command silently, and no rank outlives its torchrun.
+"""
 
 import argparse
+import importlib
 import io
+import math
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from distgpt.checkpoint.choice import add_option
+from distgpt.config import Config, config_from_command_line
 from distgpt.errors import DISK_FULL, EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, STOP_SIGNALS, DistgptError, T, UsageError
-from distgpt.torchrun import RANK_ZERO_SECONDS, print_cause
+from distgpt.files import user_path
+from distgpt.run.exit_report import exit_if_restart_cannot_help
+from distgpt.run.paths import RunPaths
+from distgpt.torchrun import RANK_ZERO_SECONDS, die_with_agent, place_in_job, print_cause
+
+DISTRIBUTED_FLAG = "--distributed"
+
+
+def run(command: str) -> NoReturn:
+    """Run `distgpt.COMMAND` to its end: parse the options, then import the module and call its main()."""
+    enter()
+    arguments = main_guard(lambda: OPTIONS[command](sys.argv[1:]))
+    module = importlib.import_module(f"distgpt.{command}")
+    sys.exit(main_guard(lambda: module.main(*arguments)))
+
+
+def train_options(arguments: Sequence[str]) -> tuple[Config]:
+    """Read the config of a run, on a rank that dies with its torchrun. Raises UsageError."""
+    die_with_agent()
+    about = "Train a GPT on a prepared corpus, or go on with the run in its run directory."
+    config = config_from_command_line(arguments, prog="distgpt.train", about=about)
+    place_in_job()
+    exit_if_restart_cannot_help(RunPaths(config.run_dir))
+    return (config,)
+
+
+def doctor_options(arguments: Sequence[str]) -> tuple[Config, bool]:
+    """Read the config, and whether to check all hosts. Raises UsageError."""
+    distributed = DISTRIBUTED_FLAG in arguments
+    about = (
+        "Check that this machine, the data and the run directory are fit to train, a line a check, with the fix.\n"
+        f"{DISTRIBUTED_FLAG}, under torchrun: check also that all hosts fit together, and name the slow link or host."
+    )
+    of_config = [argument for argument in arguments if argument != DISTRIBUTED_FLAG]
+    config = config_from_command_line(of_config, prog="distgpt.doctor", about=about)
+    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+    if distributed and not under_torchrun:
+        torchrun = f"torchrun --nproc_per_node=2 -m distgpt.doctor {DISTRIBUTED_FLAG}"
+        raise UsageError(f"{DISTRIBUTED_FLAG} needs torchrun: {torchrun}")
+    if under_torchrun and not distributed:
+        raise UsageError(f"under torchrun, add {DISTRIBUTED_FLAG}")
+    return config, distributed
+
+
+def evaluate_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
+    """Parse the options of distgpt.evaluate. Raises UsageError."""
+    parser = Parser(prog="python -m distgpt.evaluate", description="Print the validation loss of a checkpoint.")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
+    add_option(parser, default="the newest good one")
+    parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
+    parser.add_argument("--sequences", type=int, metavar="N", help="validation windows (default: all)")
+    options = parser.parse_args(arguments)
+    if options.sequences is not None and options.sequences < 1:
+        parser.error(f"--sequences is {options.sequences}: it must be positive")
+    return (options,)
+
+
+def sample_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
+    """Parse the options of distgpt.sample. Raises UsageError."""
+    parser = Parser(prog="python -m distgpt.sample", description="Write text with a trained model.")
+    parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
+    add_option(parser, default="the newest good one")
+    parser.add_argument("--prompt", default="", help="text to go on from (default: none)")
+    parser.add_argument("--tokens", type=int, default=500, metavar="N", help="tokens to write (default: 500)")
+    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts to write (default: 1)")
+    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: 0.8)")
+    parser.add_argument(
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0: all (default: 0)"
+    )
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that reach P")
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="the same seed writes the same text (default: 0)"
+    )
+    options = parser.parse_args(arguments)
+    for name in ("tokens", "top_k"):
+        if getattr(options, name) < 0:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}: it cannot be negative")
+    if not 0 <= options.temperature < math.inf:
+        parser.error(f"--temperature is {options.temperature}: it must be 0 (greedy) or a positive number")
+    if not 0 < options.top_p <= 1:
+        parser.error(f"--top-p is {options.top_p}: it must be above 0 and at most 1")
+    if options.samples < 1:
+        parser.error(f"--samples is {options.samples}: it must be positive")
+    if not 0 <= options.seed < 2**63:
+        parser.error(f"--seed is {options.seed}: it must lie between 0 and 2^63")
+    return (options,)
+
+
+def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
+    """Parse the options of distgpt.replay. Raises UsageError."""
+    parser = Parser(
+        prog="python -m distgpt.replay",
+        description="Compute a step of a run again, and name the first layer where it is not finite.",
+    )
+    parser.add_argument(
+        "run", type=user_path, metavar="RUN", help="run directory, or the checkpoint of it to set out from"
+    )
+    add_option(parser, default="the newest good one before S")
+    parser.add_argument("--step", type=int, required=True, metavar="S", help="the step, as metrics.jsonl counts them")
+    parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
+    return (parser.parse_args(arguments),)
 
 
 def enter() -> None:
-    """The first line of a command that imports torch: a signal to stop ends it silently, also during the imports.
+    """Make a signal to stop end this process silently, also while it imports, and print "?" for unknown characters.
 
-    Characters that the encoding of stdout lacks are printed as "?".
+    "?" stands for the characters that the encoding of stdout lacks.
     """
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
@@ -28,12 +136,12 @@ def enter() -> None:
 
 
 def _leave_interrupted(number: int, frame: FrameType | None) -> NoReturn:
-    # Not by an exception: what imports would print it, or go on without what it was importing.
+    # Not by an exception: an import would print it, or go on without the module that it was importing.
     os._exit(EXIT_INTERRUPTED)
 
 
 def main_guard(main: Callable[[], T]) -> T:
-    """Return `main()`, or end the process with a DistgptError's code and its line on stderr, from rank 0 if it can."""
+    """Return `main()`, or end the process with the code of a DistgptError and its line, from rank 0 if possible."""
     try:
         return main()
     except DistgptError as error:
@@ -64,3 +172,12 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help shows the options)")
+
+
+OPTIONS: dict[str, Callable[[Sequence[str]], tuple[Any, ...]]] = {
+    "train": train_options,
+    "doctor": doctor_options,
+    "evaluate": evaluate_options,
+    "sample": sample_options,
+    "replay": replay_options,
+}

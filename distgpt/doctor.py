@@ -6,42 +6,19 @@ With --distributed under torchrun: do the hosts fit together, and which link or 
 The exit code is that of the first failure.
 """
 
-import os
-import sys
-
-from distgpt.cli import enter, main_guard
-from distgpt.config import Config, config_from_command_line
-from distgpt.errors import UsageError
-
-FLAG = "--distributed"
-ABOUT = (
-    "Check that this machine, the data and the run directory are fit to train, a line a check, with the fix.\n"
-    f"{FLAG}, under torchrun: check as well that all hosts fit together, and name the slow link or host."
-)
-
-
-def parse(arguments: list[str]) -> tuple[Config, bool]:
-    """The config, and whether to look at all hosts. Raises UsageError."""
-    distributed = FLAG in arguments
-    config = config_from_command_line([a for a in arguments if a != FLAG], prog="distgpt.doctor", about=ABOUT)
-    under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
-    if distributed and not under_torchrun:
-        raise UsageError(f"{FLAG} needs torchrun: torchrun --nproc_per_node=2 -m distgpt.doctor {FLAG}")
-    if under_torchrun and not distributed:
-        raise UsageError(f"under torchrun, add {FLAG}")
-    return config, distributed
-
+from distgpt import cli
 
 if __name__ == "__main__":
-    # Before torch, which takes seconds to import: --help and a mistyped key answer at once.
-    enter()
-    CONFIG, DISTRIBUTED = main_guard(lambda: parse(sys.argv[1:]))
+    cli.run("doctor")
 
+import os
 import signal
 import socket
+import sys
 import threading
 import traceback
 
+from distgpt.config import Config
 from distgpt.distributed.runtime import this_rank
 from distgpt.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK
 from distgpt.preflight.finding import Finding, exit_code
@@ -52,10 +29,10 @@ from distgpt.run.outcome import outcome
 from distgpt.torchrun import die_with_agent, record_cause
 
 
-def main(config: Config, *, distributed: bool) -> int:
-    """Print what is found; the exit code."""
+def main(config: Config, distributed: bool) -> int:
+    """Print a line for each check and return the exit code; `distributed`: check all hosts together."""
     if distributed:
-        return together(config)
+        return check_together(config)
     findings = []
     for finding in check_machine(config, all_local_devices(this_rank()), thorough=True):
         say(finding)
@@ -63,8 +40,8 @@ def main(config: Config, *, distributed: bool) -> int:
     return exit_code(findings)
 
 
-def together(config: Config) -> int:
-    """One rank of all; whatever it ends with is told to this host's launcher, since torchrun flattens it to 1."""
+def check_together(config: Config) -> int:
+    """Check all hosts, as one rank of all, and report the exit code to the launcher: torchrun flattens it to 1."""
     die_with_agent()
     limit = threading.Timer(LONGEST_SECONDS, give_up)
     limit.daemon = True
@@ -87,27 +64,23 @@ def together(config: Config) -> int:
 
 
 def give_up() -> None:
-    """End this host's part: where the host that has torchrun's store hangs, every call to it waits without a limit."""
+    """End the part of this host: if the host with torchrun's store hangs, every call to it waits without a limit."""
     waited = f"{socket.gethostname()} has waited {LONGEST_SECONDS:.0f} s for the other hosts"
     cause = f"{waited}: one of them hangs, perhaps {os.environ['MASTER_ADDR']}; run it again to go on"
     report(EXIT_INTERRUPTED, cause)
     print(f"distgpt: {cause}", file=sys.stderr, flush=True)
-    # torchrun as well, which would call that store before it ends. Its ranks end with it.
+    # End torchrun, too, which would call that store before it ends. Its ranks end with it.
     os.kill(os.getppid(), signal.SIGKILL)
     os._exit(EXIT_INTERRUPTED)
 
 
 def report(code: int, cause: str) -> None:
-    """What stands in the launcher's file afterwards, if this rank is the first of its host that failed."""
+    """Write a failure to the file of the launcher, if this rank is the first of its host that failed."""
     if code:
         write_exit_report(None, code=code, cause=cause, rank=int(os.environ["RANK"]), step=None)
         record_cause(f"distgpt: error: {cause}")
 
 
 def say(finding: Finding) -> None:
-    """One line."""
+    """Print a finding on a line."""
     print(finding, flush=True)
-
-
-if __name__ == "__main__":
-    sys.exit(main_guard(lambda: main(CONFIG, distributed=DISTRIBUTED)))

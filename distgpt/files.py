@@ -1,4 +1,4 @@
-"""Paths as a person wrote them, files that are on the disk when a call returns, and /proc. Imports no torch."""
+"""Paths as a person wrote them, durable writes, and /proc. Imports no torch."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from distgpt.errors import UsageError
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file so that it is either whole, and on disk, or not there under this name. Raises OSError."""
+    """Write a file that is whole and on the disk once it has this name. Raises OSError."""
     staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(staged, "wb") as file:
@@ -24,7 +24,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def sync(directory: Path) -> None:
-    """Bring a directory's entries to disk. Raises OSError."""
+    """Bring the entries of a directory to the disk. Raises OSError."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,9 +33,9 @@ def sync(directory: Path) -> None:
 
 
 def user_path(text: str) -> str:
-    """A path as a person wrote it, with ~ expanded, for flags and files that no shell expands it in. Raises UsageError.
+    """Expand ~ in a path that a person wrote in a flag or file, where no shell does. Raises UsageError.
 
-    A variable is refused unless there is a file of that very name: a directory that is called $HOME helps nobody.
+    A path with a variable is refused, unless there is a file of that very name.
     """
     path = os.path.expanduser(text)
     if path.startswith("~"):

@@ -1,4 +1,4 @@
-"""What torchrun says of this process, and what this process tells torchrun. Imports no torch."""
+"""Between this process and its torchrun: its place in the job, its parent, the cause it reports. Imports no torch."""
 
 import ctypes
 import json
@@ -15,15 +15,15 @@ from distgpt.errors import EXIT_USAGE, UsageError
 from distgpt.files import parent_of, start_ticks
 
 PR_SET_PDEATHSIG = 1
-# Seconds that a rank leaves rank 0 to find the same mistake and say it: the first rank to end has torchrun end all.
+# Seconds that a rank gives rank 0 to find and print the same mistake: once the first rank ends, torchrun ends all.
 RANK_ZERO_SECONDS = 30.0
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 def this_job() -> str | None:
-    """What this torchrun has in common with no other, None without one."""
+    """Return what identifies the torchrun of this process, None without one."""
     job = os.environ.get("TORCHELASTIC_RUN_ID")
-    if job != "none":  # so is every one called that was given no id
+    if job != "none":  # the id of every torchrun that was given none
         return job
     with suppress(OSError):
         agent = os.getppid()
@@ -37,12 +37,12 @@ def this_attempt() -> int:
 
 
 def die_with_agent() -> None:
-    """Under torchrun: have the kernel SIGKILL this rank when its agent dies, so that none trains on as an orphan."""
+    """Let the kernel SIGKILL this rank when its torchrun dies, so that it does not train on as an orphan."""
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return
     agent = os.getppid()
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-    # It may have died before the call above took effect, or even before this process had got so far.
+    # The agent may have died before the call above took effect.
     if os.getppid() != agent:
         os.kill(os.getpid(), signal.SIGKILL)
     if not _is_under_torch(agent):
@@ -52,7 +52,7 @@ def die_with_agent() -> None:
 
 
 def _is_under_torch(pid: int) -> bool:
-    """Whether a process or one above it can be torchrun: there may be a wrapper between it and its ranks."""
+    """Tell whether a process or an ancestor can be torchrun: there may be a wrapper between it and its ranks."""
     while pid:
         if _runs_torch(pid):
             return True
@@ -64,7 +64,7 @@ def _is_under_torch(pid: int) -> bool:
 
 
 def _runs_torch(pid: int) -> bool:
-    """Whether a process can be torchrun. What takes in orphans, an init as a rule, is another's or has no torch."""
+    """Tell whether a process can be torchrun. An init, which adopts orphans, is of another user or has no torch."""
     try:
         return os.stat(f"/proc/{pid}").st_uid == os.getuid() and "libtorch" in Path(f"/proc/{pid}/maps").read_text()
     except FileNotFoundError:
@@ -74,13 +74,13 @@ def _runs_torch(pid: int) -> bool:
 
 
 def print_cause(line: str) -> None:
-    """Print why this process ends on stderr, and have torchrun say so too."""
+    """Print on stderr why this process ends, and make torchrun print it, too."""
     print(line, file=sys.stderr, flush=True)
     record_cause(line)
 
 
 def record_cause(line: str) -> None:
-    """Have torchrun say why this rank ended at the end of its own report, which stands far below what a rank prints."""
+    """Make torchrun print why this rank ended at the end of its own report, far below what the rank prints."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # The format of torch.distributed.elastic.multiprocessing.errors.
         error = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
@@ -99,7 +99,7 @@ class Place:
 
 
 def place_in_job() -> Place:
-    """The place that a launcher gave to this process, alone without one. Raises UsageError where it makes no sense."""
+    """Return the place that a launcher gave to this process, or that of a single one. Raises UsageError."""
     given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     listed = " ".join(f"{name}={value}" for name, value in given.items())
     unset = f"unset {' '.join(given)}, or start it with torchrun"

@@ -111,7 +111,7 @@ def test_what_stdout_cannot_show_is_no_error() -> None:
 
 def test_a_full_disk_behind_stdout_is_one_clear_line() -> None:
     with open("/dev/full", "w") as full:
-        program = "from distgpt.errors import main_guard\nmain_guard(lambda: print('x' * 10**6, flush=True))\n"
+        program = "from distgpt.cli import main_guard\nmain_guard(lambda: print('x' * 10**6, flush=True))\n"
         done = subprocess.run([sys.executable, "-c", program], stdout=full, stderr=subprocess.PIPE, text=True)
     assert (done.returncode, done.stderr) == (74, "distgpt: error: cannot write: No space left on device\n")
 
@@ -119,7 +119,7 @@ def test_a_full_disk_behind_stdout_is_one_clear_line() -> None:
 def test_a_reader_that_leaves_is_no_error_to_tell() -> None:
     read, write = os.pipe()
     os.close(read)
-    program = "from distgpt.errors import main_guard\nmain_guard(lambda: print('x' * 10**6, flush=True))\n"
+    program = "from distgpt.cli import main_guard\nmain_guard(lambda: print('x' * 10**6, flush=True))\n"
     done = subprocess.run([sys.executable, "-c", program], stdout=write, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(write)
     assert (done.returncode, done.stderr) == (74, "")

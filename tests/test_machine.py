@@ -11,7 +11,7 @@ import torch
 
 from distgpt import machine, prepare, sample
 from distgpt.distributed.device import threads_per_rank
-from distgpt.distributed.process_group import joined
+from distgpt.distributed.process_group import process_group
 from distgpt.distributed.runtime import Runtime
 from distgpt.machine import available_cpus, available_gpus, default_ranks
 from tests import jobs
@@ -97,7 +97,7 @@ def test_threads_and_workers_respect_the_quota(quota: None, monkeypatch: pytest.
     assert prepare.parse([]).workers == 3
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
-    with joined(Runtime(0, 0, 1, 1, torch.device("cpu")), timeout=0):
+    with process_group(Runtime(0, 0, 1, 1, torch.device("cpu")), timeout=0):
         assert torch.get_num_threads() == 3
     assert os.environ["TORCHINDUCTOR_COMPILE_THREADS"] == "3"
 

@@ -1,12 +1,11 @@
 """Paths as a person writes them: ~ is expanded and a $ refused, by every command and every option that takes a path."""
 
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from distgpt import evaluate, prepare, replay, sample
+from distgpt import cli, prepare
 from distgpt.errors import UsageError
 
 
@@ -15,13 +14,8 @@ def prepare_arguments(*arguments: str) -> list[object]:
     return [*(options.input or []), *(options.val_input or []), options.output, options.tokenizer, options.verify]
 
 
-def of_command(parse: Callable[[], object]) -> Callable[..., list[object]]:
-    def values(*arguments: str) -> list[object]:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(sys, "argv", ["command", *arguments])
-            return list(vars(parse()).values())
-
-    return values
+def of_command(name: str) -> Callable[..., list[object]]:
+    return lambda *arguments: list(vars(*cli.OPTIONS[name](arguments)).values())
 
 
 PATHS: dict[str, tuple[Callable[..., list[object]], list[str]]] = {
@@ -31,11 +25,11 @@ PATHS: dict[str, tuple[Callable[..., list[object]], list[str]]] = {
     "prepare --output=": (prepare_arguments, ["--input", "-", "--output={}"]),
     "prepare --tokenizer": (prepare_arguments, ["--tokenizer", "{}"]),
     "prepare --verify": (prepare_arguments, ["--verify", "{}"]),
-    "evaluate RUN": (of_command(evaluate.parse_arguments), ["{}"]),
-    "evaluate --data": (of_command(evaluate.parse_arguments), ["run", "--data={}"]),
-    "sample RUN": (of_command(sample.parse_arguments), ["{}"]),
-    "replay RUN": (of_command(replay.parse_arguments), ["{}", "--step=1"]),
-    "replay --data": (of_command(replay.parse_arguments), ["run", "--step=1", "--data={}"]),
+    "evaluate RUN": (of_command("evaluate"), ["{}"]),
+    "evaluate --data": (of_command("evaluate"), ["run", "--data={}"]),
+    "sample RUN": (of_command("sample"), ["{}"]),
+    "replay RUN": (of_command("replay"), ["{}", "--step=1"]),
+    "replay --data": (of_command("replay"), ["run", "--step=1", "--data={}"]),
 }
 
 

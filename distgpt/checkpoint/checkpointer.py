@@ -10,6 +10,7 @@ import logging
 import socket
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import timedelta
 from functools import partial
@@ -22,14 +23,15 @@ import torch.distributed.checkpoint as dcp
 from torch import nn
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
+from distgpt.checkpoint.choice import newest_good
 from distgpt.checkpoint.manifest import (
     INDEX,
     STATE,
     TOKENIZER,
     RunState,
-    all_broken,
+    all_damaged,
     committed,
-    damage,
+    find_damage,
     listed,
     one_line,
     path_of,
@@ -38,19 +40,18 @@ from distgpt.checkpoint.manifest import (
     step_of,
 )
 from distgpt.checkpoint.reader import load_for_training, training_tensors
-from distgpt.checkpoint.retention import best_of, surplus
+from distgpt.checkpoint.retention import best_of, prunable
 from distgpt.checkpoint.store import Store
-from distgpt.checkpoint.writer import Saving, _TimedWriter
+from distgpt.checkpoint.writer import ShareWriter
 from distgpt.config import Config, to_dict
 from distgpt.corpus.shards import Dataset
-from distgpt.distributed.collectives import all_gather
+from distgpt.distributed.collectives import all_gather_json
 from distgpt.distributed.diloco import OuterOptimizer
-from distgpt.distributed.plan import micro_batch_size, replicas_apart
-from distgpt.distributed.runtime import Runtime
+from distgpt.distributed.plan import Plan
 from distgpt.errors import DataError, StorageError
 from distgpt.files import write_file
-from distgpt.health.outliers import Guard
-from distgpt.run.session import Run
+from distgpt.health.outliers import OutlierFilter
+from distgpt.run.session import RunSession
 
 T = TypeVar("T")
 
@@ -62,74 +63,61 @@ class Checkpointer:
 
     def __init__(
         self,
-        run: Run,
+        session: RunSession,
         *,
         config: Config,
+        plan: Plan,
         dataset: Dataset,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        guard: Guard,
-        runtime: Runtime,
-        say: Callable[[str], None],
+        outliers: OutlierFilter,
         outer: OuterOptimizer | None = None,
     ) -> None:
-        """`say` shows a person one line. `outer`: that of diloco."""
-        self._run = run
-        self._directory = run.paths.checkpoints
-        assert run.owner, "the run directory is owned before anything is written there"
-        self._store = Store(self._directory, run.owner)
-        self._config = config
-        self._dataset = dataset
-        self._model = model
-        self._optimizer, self._outer = optimizer, outer
-        self._replicas = replicas_apart(config, runtime)
-        self._guard = guard
-        self._runtime = runtime
-        self._say = say
+        """`outer`: the outer optimizer of diloco. Raises DataError if another tokenizer lies beside the data by now."""
+        self._session, self._config, self._plan, self._dataset = session, config, plan, dataset
+        self._model, self._optimizer, self._outer, self._outliers = model, optimizer, outer, outliers
+        self._directory = session.paths.checkpoints
+        assert session.owner, "the run directory is owned before anything is written there"
+        self._store = Store(self._directory, session.owner)
         self._tokenizer = _tokenizer_of(dataset)
-        # A group of its own: a save in the background must not mix its messages with training's.
+        # A group of its own: a save in the background must not mix its messages with those of training.
         timeout = timedelta(seconds=config.health.collective_timeout)
-        # Of a type that differs between versions of torch.
-        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if runtime.distributed else None
-        # Not DefaultStager, which in torch 2.11 can stage once only.
+        # Its type differs between versions of torch.
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if plan.runtime.distributed else None
+        # DefaultStager of torch 2.11 can stage only once.
         self._stager = StateDictStager()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._pending: Future[tuple[int, _TimedWriter]] | None = None
-        self._written = 0.0, 0.0
-        self.restored: RunState | None = None  # what the checkpoint that restore() loaded knows
+        self._pending: Future[tuple[int, ShareWriter]] | None = None
+        self._write_stats = 0.0, 0.0
+        self.restored: RunState | None = None  # the state of the checkpoint that restore() loaded
         self._saved: int | None = None  # the step of the last save, once it is known to be good
 
     def restore(self) -> int:
-        """Load the newest good checkpoint into the model, optimizer and guard; its step, 0 where there is none at all.
+        """Load the newest good checkpoint into the model, optimizers and outlier filter.
 
-        Says in one line what it skipped and why, and moves that aside. Raises DataError if every one is broken.
+        Returns its step, 0 if there is no checkpoint. Says in one line which damaged ones it skipped and why, and moves
+        them aside. Raises DataError if all are damaged.
         """
         self._on_rank_zero(self._store.remove_left_overs)
-        broken: dict[str, str] = {}
-        # Rank 0's list: on a network file system another rank's may be stale, and each would take another checkpoint.
-        for name in self._on_rank_zero(lambda: [checkpoint.name for checkpoint in committed(self._directory)]):
-            checkpoint = self._directory / name
-            self._together(partial(_require_visible, checkpoint))
-            problems = self._damage(checkpoint)
-            if not problems:
-                break
-            broken[checkpoint.name] = problems[0]
-        else:
-            if broken:
-                raise DataError(f"{self._directory} {all_broken(broken)}; move it away to start over")
+        # The list of rank 0: on a network file system that of another rank may be stale, and differ.
+        names = self._on_rank_zero(lambda: [checkpoint.name for checkpoint in committed(self._directory)])
+        checkpoint, damaged = newest_good([self._directory / name for name in names], self._find_damage)
+        if checkpoint is None and damaged:
+            raise DataError(f"{self._directory} {all_damaged(damaged)}; move it away to start over")
+        if checkpoint is None:
             return 0
         load_for_training(checkpoint, self._model, self._optimizer, self._outer)
-        if broken:
+        if damaged:
             self._on_rank_zero(self._store.begin)
-            self._on_rank_zero(partial(self._store.set_aside, list(reversed(broken))))
-            self._say(f"going on from {checkpoint.name}; skipped {listed(broken)}")
+            self._on_rank_zero(partial(self._store.set_aside, list(reversed(damaged))))
+            self._session.say(f"going on from {checkpoint.name}; skipped {listed(damaged)}")
         state = read_state(checkpoint)
-        self._guard.restore(state.guard)
+        self._outliers.restore(state.guard)
         self.restored = state
         return state.step
 
     def best_val_loss(self) -> float | None:
-        """The lowest validation loss of any checkpoint kept, as rank 0 finds it."""
+        """Return the lowest validation loss of all checkpoints, as rank 0 finds it."""
 
         def find() -> float | None:
             best = best_of(self._directory)
@@ -138,13 +126,13 @@ class Checkpointer:
         return self._on_rank_zero(find)
 
     def save(self, step: int, *, val_loss: float | None) -> None:
-        """Stage a copy now and write it in the background; wait first for a save that is still being written.
+        """Stage a copy now and write it in the background, after a save that is still being written.
 
-        A save that fails is told loudly and training goes on.
+        If a save fails, rank 0 says so and training goes on.
         """
         self.wait()
         tensors = training_tensors(self._model, self._optimizer)
-        staged = self._stager.stage(self._outer.in_checkpoint(tensors) if self._outer else tensors)
+        staged = self._stager.stage(self._outer.checkpoint_tensors(tensors) if self._outer else tensors)
         state = RunState(
             step=step,
             val_loss=val_loss,
@@ -153,9 +141,9 @@ class Checkpointer:
             tokenizer_sha256=self._dataset.meta["tokenizer"]["sha256"],
             vocab_size=self._dataset.vocab_size,
             eot_id=self._dataset.eot_id,
-            micro_batch=micro_batch_size(self._config, self._runtime),
-            guard=self._guard.state(),
-            replicas=self._replicas,
+            micro_batch=self._plan.micro_batch,
+            guard=self._outliers.state(),
+            replicas=self._plan.independent_replicas,
         )
         self._pending = self._thread.submit(self._write_and_commit, staged, state)
         self._saved = None
@@ -169,27 +157,27 @@ class Checkpointer:
         pending, self._pending = self._pending, None
         try:
             self._saved, writer = pending.result()
-            self._written = self._written[0] + writer.seconds, self._written[1] + writer.bytes
+            self._write_stats = self._write_stats[0] + writer.seconds, self._write_stats[1] + writer.bytes
         except StorageError as error:
-            self._say(f"CHECKPOINT NOT SAVED, training goes on: {error}")
+            self._session.say(f"CHECKPOINT NOT SAVED, training goes on: {error}")
 
     @property
     def writing(self) -> bool:
-        """Whether a save is under way, as far as the last poll() or wait() found."""
+        """Tell whether a save is under way, as far as the last poll() or wait() found."""
         return self._pending is not None
 
     def poll(self) -> None:
-        """Tell of a save in the background that failed, once it has."""
+        """Say so if a save in the background has failed."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
-    def take_saved(self) -> tuple[float, float]:
-        """Seconds and bytes of this rank's own writing in the saves that came to their end since the last call."""
-        written, self._written = self._written, (0.0, 0.0)
-        return written
+    def pop_write_stats(self) -> tuple[float, float]:
+        """Return the seconds and bytes that this rank wrote in saves that ended since the last call; reset them."""
+        stats, self._write_stats = self._write_stats, (0.0, 0.0)
+        return stats
 
     def require_saved(self, step: int) -> None:
-        """Wait for the save under way, the last one. Raises StorageError if it is not of `step`, or failed."""
+        """Wait for the last save. Raises StorageError if it is not of `step`, or failed."""
         self.wait()
         if self._saved != step:
             newest = next((c.name for c in committed(self._directory) if step_of(c) != step), "none")
@@ -197,47 +185,44 @@ class Checkpointer:
                 f"step {step} could not be saved in {self._directory}: the newest checkpoint is {newest}"
             )
 
-    def _write_and_commit(self, staged: dict[str, Any], state: RunState) -> tuple[int, "_TimedWriter"]:
-        """On every rank, in the background: write, hash, fsync; rank 0 then commits. Raises StorageError on all.
+    def _write_and_commit(self, staged: dict[str, Any], state: RunState) -> tuple[int, ShareWriter]:
+        """Write the share of this rank, in the background; rank 0 then commits. Raises StorageError on all ranks.
 
-        Returns the step, and what wrote this rank's share.
+        Returns the step and the writer of the share.
         """
-        staging = self._store.staging(state.step)
-        writer = _TimedWriter(staging, single_file_per_rank=True, sync_files=True)
+        writer = ShareWriter(staged, self._store.staging(state.step), self._plan.runtime.rank)
         try:
-            needed = _bytes_of(staged) + (self._replicas - 1) * _bytes_of(staged.get("replica", {}))
+            others = self._plan.independent_replicas - 1
+            needed = _bytes_of(staged) + others * _bytes_of(staged.get("replica", {}))
             self._on_rank_zero(partial(self._store.open, state.step, needed))
-            saving = Saving(staged, writer, self._runtime.rank)
-            plans = self._together(saving.plan)
-            written = self._together(partial(saving.write, plans))
-            self._on_rank_zero(partial(saving.finish, written))
-            shares = self._together(partial(self._finish_files, staging, state))
-            files = {name: entry for share in shares for name, entry in share.items()}
-            self._on_rank_zero(partial(self._store.commit, state.step, files))
+            plans = self._together(writer.plan)
+            written = self._together(partial(writer.write, plans))
+            self._on_rank_zero(partial(self._commit, writer, written, state))
             self._prune(path_of(self._directory, state.step))
             return state.step, writer
         finally:
-            if self._runtime.rank == 0:
+            if self._plan.runtime.rank == 0:
                 self._store.close()
 
-    def _finish_files(self, staging: Path, state: RunState) -> dict[str, dict[str, Any]]:
-        """Size and SHA-256 of the files that this rank wrote."""
-        rank = self._runtime.rank
-        files = sorted(staging.glob(f"__{rank}_*"))
-        if rank == 0:
-            write_file(staging / STATE, json.dumps(asdict(state), indent=1).encode())
-            write_file(staging / TOKENIZER, self._tokenizer)
-            files += [staging / name for name in (INDEX, STATE, TOKENIZER)]
-        return {file.name: {"bytes": file.stat().st_size, "sha256": sha256_of(file)} for file in files}
+    def _commit(self, writer: ShareWriter, written: list[dict[str, Any]], state: RunState) -> None:
+        """Add what rank 0 alone writes, and give the checkpoint its manifest and its name."""
+        staging = self._store.staging(state.step)
+        writer.finish(written)
+        write_file(staging / STATE, json.dumps(asdict(state), indent=1).encode())
+        write_file(staging / TOKENIZER, self._tokenizer)
+        files = {name: entry for share in written for name, entry in share["files"].items()}
+        for name in (INDEX, STATE, TOKENIZER):
+            files[name] = {"bytes": (staging / name).stat().st_size, "sha256": sha256_of(staging / name)}
+        self._store.commit(state.step, files)
 
     def _prune(self, saved: Path) -> None:
-        """Remove what need not be kept, if the checkpoint just saved, read once more, can stand for it."""
+        """Remove checkpoints that need not be kept, once the one just saved was read again and is good."""
         problems: list[str] = []
         try:
             keep = self._config.checkpoint.keep
-            names = self._on_rank_zero(lambda: [checkpoint.name for checkpoint in surplus(self._directory, keep=keep)])
+            names = self._on_rank_zero(lambda: [checkpoint.name for checkpoint in prunable(self._directory, keep=keep)])
             old = [self._directory / name for name in names]
-            problems = self._damage(saved) if old else []
+            problems = self._find_damage(saved) if old else []
             if old and not problems:
                 self._on_rank_zero(partial(self._store.remove, old))
         except StorageError as error:
@@ -245,40 +230,48 @@ class Checkpointer:
         if problems:
             raise StorageError(f"{saved} is damaged already ({problems[0]}); no older checkpoint was removed")
 
-    def _damage(self, checkpoint: Path) -> list[str]:
-        """What is wrong with a checkpoint; each rank reads a share of it."""
-        shares = self._together(partial(damage, checkpoint, self._runtime.rank, self._runtime.world_size))
+    def _find_damage(self, checkpoint: Path) -> list[str]:
+        """List what is wrong with a checkpoint; each rank reads a share of it. All ranks call it."""
+        runtime = self._plan.runtime
+
+        def damage_of_share() -> list[str]:
+            _require_visible(checkpoint)
+            return find_damage(checkpoint, runtime.rank, runtime.world_size)
+
+        shares = self._together(damage_of_share)
         return [problem for share in shares for problem in share]
 
     def _on_rank_zero(self, action: Callable[[], T]) -> T:
-        """What `action` gives on rank 0, on every rank. Raises StorageError on all if it failed."""
-        first, *_ = self._together(action if self._runtime.rank == 0 else _nothing)
+        """Run `action` on rank 0 and return its result on every rank. Raises StorageError on all if it failed."""
+        first, *_ = self._together(action if self._plan.runtime.rank == 0 else _nothing)
         return cast(T, first)
 
     def _together(self, action: Callable[[], T]) -> list[T]:
-        """Run `action` on every rank and give every rank all results, as JSON has them.
+        """Run `action` on every rank and return all results, as JSON has them, on every rank.
 
-        Raises StorageError on all if any failed, or found that the directory is no longer ours.
+        Raises StorageError on all if any failed. Ends the process if another job has the run directory.
         """
         failed, mine = "", None
         try:
-            self._run.require_owned()
+            self._session.require_owned()
             mine = action()
-        except (Exception, dcp.CheckpointException) as error:  # whatever it is, the other ranks wait to hear of it
+        except (Exception, dcp.CheckpointException) as error:  # any error: the other ranks wait for an answer
+            with suppress(OSError):
+                self._session.require_owned()  # a new owner takes away what this one has staged
             log.exception("checkpoint")
             cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
             failed = one_line(cause)
-        told: list[Any] = [(failed, mine)]
-        if self._runtime.distributed:
-            told = all_gather((failed, mine), self._group)
-        for failed, _ in told:
+        answers: list[Any] = [(failed, mine)]
+        if self._plan.runtime.distributed:
+            answers = all_gather_json((failed, mine), self._group)
+        for failed, _ in answers:
             if failed:
                 raise StorageError(failed)
-        return [result for _, result in told]
+        return [result for _, result in answers]
 
 
 def _tokenizer_of(dataset: Dataset) -> bytes:
-    """Its file, read before another dataset can stand in its place. Raises DataError if one does."""
+    """Read the tokenizer before another dataset can replace it. Raises DataError if one already did."""
     content = (dataset.path / TOKENIZER).read_bytes()
     if hashlib.sha256(content).hexdigest() != dataset.meta["tokenizer"]["sha256"]:
         raise DataError(f"{dataset.path / TOKENIZER} is not the one that the data was prepared with")
@@ -286,15 +279,15 @@ def _tokenizer_of(dataset: Dataset) -> bytes:
 
 
 def _require_visible(checkpoint: Path) -> None:
-    """Raise StorageError if this rank does not see what rank 0 sees; that says nothing against the checkpoint."""
+    """Raise StorageError if this rank does not see a checkpoint of rank 0, which does not make it a damaged one."""
     if not checkpoint.is_dir():
         raise StorageError(f"{socket.gethostname()} does not see {checkpoint}: is the run directory on a shared disk?")
 
 
 def _nothing() -> None:
-    """What the other ranks do meanwhile."""
+    """Do nothing, on the other ranks."""
 
 
 def _bytes_of(tensors: dict[str, Any]) -> int:
-    """Bytes of a nested dict of tensors, all shards together."""
+    """Return the bytes of a nested dict of tensors, all shards together."""
     return sum(_bytes_of(v) if isinstance(v, dict) else v.numel() * v.element_size() for v in tensors.values())

@@ -3,9 +3,10 @@
 import argparse
 import os
 import sys
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from distgpt.checkpoint.manifest import MANIFEST, NAME, all_broken, committed, damage, listed, path_of, step_of
+from distgpt.checkpoint.manifest import MANIFEST, NAME, all_damaged, committed, find_damage, listed, path_of, step_of
 from distgpt.checkpoint.retention import best_of
 from distgpt.errors import DataError, UsageError
 
@@ -23,10 +24,10 @@ def add_option(parser: argparse.ArgumentParser, *, default: str) -> None:
 
 
 def choose(run: Path, choice: str = NEWEST) -> Path:
-    """The checkpoint that a command reads: a run directory's newest good one, its best one or that of a step.
+    """Find the checkpoint that a command reads: the newest good one of a run directory, its best one, or one of a step.
 
-    `run` or `choice` may be the directory of a checkpoint as well. Says on stderr in one line what it skipped and why.
-    Raises UsageError if there is none as chosen, DataError if it is damaged or if the run has none at all.
+    `run` or `choice` may also be the directory of a checkpoint. Says on stderr in one line what it skipped and why.
+    Raises UsageError if the run has no such checkpoint, DataError if it is damaged or the run has no checkpoint at all.
     """
     if is_checkpoint(run):
         if choice != NEWEST:
@@ -51,39 +52,39 @@ def choose(run: Path, choice: str = NEWEST) -> Path:
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Whether a path names a checkpoint, whole or damaged, rather than a run."""
-    # A path may be too long to be one, of which Path.is_dir() makes an error.
+    """Tell whether a path names a checkpoint, whole or damaged, and not a run."""
+    # Path.is_dir() raises an error for a path that is too long.
     there = os.path.isdir(directory)
     return there and ((directory / MANIFEST).exists() or NAME.fullmatch(directory.resolve().name) is not None)
 
 
 def _newest_of(run: Path) -> Path:
-    checkpoint, broken = newest_good(run / "checkpoints")
-    if checkpoint is None and broken:
-        raise DataError(f"{run} {all_broken(broken)}")
+    checkpoint, damaged = newest_good(committed(run / "checkpoints"))
+    if checkpoint is None and damaged:
+        raise DataError(f"{run} {all_damaged(damaged)}")
     if checkpoint is None:
         raise DataError(f"{run} holds no checkpoint: train one with python -m distgpt.train --run.dir={run}")
-    if broken:
-        print(f"distgpt: reading {checkpoint}; skipped {listed(broken)}", file=sys.stderr)
+    if damaged:
+        print(f"distgpt: reading {checkpoint}; skipped {listed(damaged)}", file=sys.stderr)
     return checkpoint
 
 
 def _require_good(checkpoint: Path) -> Path:
-    """A checkpoint that was asked for by name. Raises DataError if it is damaged."""
-    problems = damage(checkpoint)
+    """Return a checkpoint that was asked for by name. Raises DataError if it is damaged."""
+    problems = find_damage(checkpoint)
     if problems:
         raise DataError(f"{checkpoint} is damaged ({problems[0]}): choose another with --checkpoint")
     return checkpoint
 
 
-def newest_good(directory: Path, *, before: int | None = None) -> tuple[Path | None, dict[str, str]]:
-    """The newest whole checkpoint, of a step below `before` where that is given, and what is wrong with newer ones."""
-    broken: dict[str, str] = {}
-    for checkpoint in committed(directory):
-        if before is not None and step_of(checkpoint) >= before:
-            continue
-        problems = damage(checkpoint)
+def newest_good(
+    newest_first: Iterable[Path], damage_of: Callable[[Path], list[str]] = find_damage
+) -> tuple[Path | None, dict[str, str]]:
+    """Return the first checkpoint that is good, None if there is none, and what is wrong with those before it."""
+    damaged: dict[str, str] = {}
+    for checkpoint in newest_first:
+        problems = damage_of(checkpoint)
         if not problems:
-            return checkpoint, broken
-        broken[checkpoint.name] = problems[0]
-    return None, broken
+            return checkpoint, damaged
+        damaged[checkpoint.name] = problems[0]
+    return None, damaged

@@ -1,26 +1,23 @@
-"""Whether a run directory's checkpoints are of the run that is about to start."""
+"""Check that the checkpoints of a run directory belong to the run that is about to start."""
 
 from pathlib import Path
 
 from distgpt.checkpoint.manifest import STATE, RunState, committed, read_state
 from distgpt.config import Config, from_dict, to_dict
 from distgpt.corpus.shards import Dataset
-from distgpt.distributed.plan import replicas_apart
-from distgpt.distributed.runtime import Runtime
 from distgpt.errors import DataError, UsageError
 
 # Keys outside of model.* that are part of what a run learns.
 FIXED_KEYS = ("run.seed", "train.global_batch")
-# Keys of model.* that only say how it is computed.
+# Keys of model.* that do not change the result.
 FREE_KEYS = ("model.loss_chunk",)
 
 
-def require_same_run(directory: Path, config: Config, dataset: Dataset, runtime: Runtime) -> None:
+def require_same_run(directory: Path, config: Config, dataset: Dataset, *, replicas: int) -> None:
     """Raise UsageError with a diff if the newest checkpoint is of another model, data, seed or global batch.
 
-    Or of another number of replicas that learn apart: each has an optimizer of its own.
+    Another number of independent `replicas` is refused too: each has an optimizer of its own.
     """
-    replicas = replicas_apart(config, runtime)
     for checkpoint in committed(directory):
         try:
             state = read_state(checkpoint)

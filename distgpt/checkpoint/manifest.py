@@ -1,4 +1,4 @@
-"""What a checkpoint is on disk, and whether it is whole.
+"""The files of a checkpoint, and the checks that it is whole.
 
 checkpoints/step-00001000/     whole, or it would not have this name
     __0_0.distcp ...           tensors, sharded (torch.distributed.checkpoint), one file a rank
@@ -23,7 +23,7 @@ from distgpt.config import check, from_dict
 from distgpt.errors import DataError, StorageError, UsageError
 
 FORMAT_VERSION = 1
-# What file systems say of a bad sector, a checksum that is wrong and an inode that makes no sense.
+# Errors of file systems for a bad sector, a wrong checksum and a damaged inode.
 BAD_DISK = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 MANIFEST, STATE, TOKENIZER, INDEX = "manifest.json", "train.json", "tokenizer.json", ".metadata"
 NAME = re.compile(r"step-\d{8}|step-[1-9]\d{8,29}")
@@ -33,7 +33,7 @@ LARGEST_STEP, LARGEST_VOCABULARY = 2**50, 2**31
 
 @dataclass(frozen=True)
 class RunState:
-    """What a checkpoint knows besides its tensors."""
+    """The content of train.json: what a checkpoint holds besides its tensors."""
 
     step: int
     val_loss: float | None
@@ -42,24 +42,24 @@ class RunState:
     tokenizer_sha256: str
     vocab_size: int
     eot_id: int | None
-    micro_batch: int = 0  # sequences per forward; 0 in checkpoints from before it was kept, as is what follows
-    guard: dict[str, Any] = field(default_factory=dict)  # Guard.state()
-    replicas: int = 1  # replicas_apart()
+    micro_batch: int = 0  # sequences per forward; old checkpoints lack it and the keys below
+    guard: dict[str, Any] = field(default_factory=dict)  # state of the OutlierFilter
+    replicas: int = 1  # Plan.independent_replicas
 
 
 def path_of(directory: Path, step: int) -> Path:
-    """Where the checkpoint of a step lies."""
+    """Return the directory of the checkpoint of a step."""
     return directory / f"step-{step:08d}"
 
 
 def committed(directory: Path) -> list[Path]:
-    """The checkpoints of a run, newest first."""
-    found = [d for d in directory.glob("step-*") if NAME.fullmatch(d.name)]
-    return sorted(filter(Path.is_dir, found), key=step_of, reverse=True)
+    """List the checkpoints of a run, the newest first."""
+    named = [d for d in directory.glob("step-*") if NAME.fullmatch(d.name)]
+    return sorted(filter(Path.is_dir, named), key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
-    """The step that a checkpoint is named after. Raises DataError if it has another name."""
+    """Return the step in the name of a checkpoint. Raises DataError if it has another name."""
     if not NAME.fullmatch(checkpoint.name):
         raise DataError(
             f"{checkpoint} has no step in its name: call a copy of a checkpoint as it was, like step-00001000"
@@ -68,9 +68,9 @@ def step_of(checkpoint: Path) -> int:
 
 
 def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """By name, bytes and SHA-256 of a checkpoint's other files. Raises DataError unless its own hash is right.
+    """Read size and SHA-256 of the other files of a checkpoint, by name. Raises DataError if its own hash is wrong.
 
-    Raises StorageError if it cannot be read now, as damage() does.
+    Raises StorageError if it cannot be read now, as find_damage() does.
     """
     try:
         content = read_file(checkpoint / MANIFEST, LARGEST_JSON)
@@ -81,7 +81,7 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     except FileNotFoundError:
         raise DataError(f"{MANIFEST} is missing") from None
     except OSError as error:
-        raise DataError(f"{MANIFEST} cannot be read ({_harm(checkpoint / MANIFEST, error)})") from None
+        raise DataError(f"{MANIFEST} cannot be read ({_describe_error(checkpoint / MANIFEST, error)})") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{MANIFEST} cannot be read ({one_line(error)})") from None
     return files
@@ -95,10 +95,10 @@ def _require_our_files(files: dict[str, dict[str, Any]]) -> None:
             raise DataError(f"{MANIFEST} has no size and hash of {name}")
 
 
-def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
-    """What is wrong with a checkpoint, as far as this rank's share of its files shows; empty if nothing is.
+def find_damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
+    """List what is wrong with this rank's share of the files of a checkpoint; empty if nothing is.
 
-    Raises StorageError if a file cannot be read now for a reason that says nothing of what is in it.
+    Raises StorageError if a file cannot be read now but may be whole.
     """
     try:
         files = read_manifest(checkpoint)
@@ -115,28 +115,28 @@ def damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
             elif name == STATE:
                 read_state(checkpoint)
         except OSError as error:
-            problems.append(f"{name}: {_harm(checkpoint / name, error)}")
+            problems.append(f"{name}: {_describe_error(checkpoint / name, error)}")
         except DataError as error:
             problems.append(str(error))
     return problems
 
 
-def _harm(file: Path, error: OSError) -> str:
-    """What has become of a file. Raises StorageError where it may be whole: a server is away, it is another user's."""
+def _describe_error(file: Path, error: OSError) -> str:
+    """Describe the damage of a file. Raises StorageError if it may be whole: a server is away, another user owns it."""
     if isinstance(error, NotAFileError | FileNotFoundError) or error.errno in BAD_DISK:
         return str(error.strerror)
     raise StorageError(f"cannot read {file}: {error.strerror}") from None
 
 
 def is_file_of_ours(name: str) -> bool:
-    """Whether a file in a checkpoint, whole or not, has a name that we give."""
+    """Tell whether a file in a checkpoint has a name that we give."""
     return re.fullmatch(r"__\d+_\d+\.distcp|\.metadata|(train|tokenizer|manifest)\.json", name) is not None
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """What a checkpoint says of itself in train.json. Raises StorageError as damage().
+    """Read train.json. Raises StorageError as find_damage().
 
-    Raises DataError unless it is as the manifest has it, of the step in the directory's name, and makes sense.
+    Raises DataError unless it matches the manifest, is of the step in the name of the directory, and makes sense.
     """
     file = checkpoint / STATE
     try:
@@ -146,7 +146,7 @@ def read_state(checkpoint: Path) -> RunState:
         state = RunState(**json.loads(content))
         _require_sense(state, file)
     except OSError as error:
-        raise DataError(f"{file} cannot be read: {_harm(file, error)}") from None
+        raise DataError(f"{file} cannot be read: {_describe_error(file, error)}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {one_line(error)[:200]}") from None
     if state.step != step_of(checkpoint):
@@ -155,7 +155,7 @@ def read_state(checkpoint: Path) -> RunState:
 
 
 def _require_sense(state: RunState, file: Path) -> None:
-    """Raise DataError if a field is of another type than it should be, or a number that no run has."""
+    """Raise DataError if a field has a wrong type, or a number that no run has."""
     kinds = get_type_hints(RunState) | {"val_loss": int | float | None, "config": dict, "guard": dict}
     for name, value in vars(state).items():
         if not isinstance(value, kinds[name]) or isinstance(value, bool):
@@ -179,7 +179,7 @@ def _require_sense(state: RunState, file: Path) -> None:
 
 
 def _require_numbers(state: RunState, file: Path) -> None:
-    """The losses are such that floats can hold, and the guard's state is one that Guard.restore() takes."""
+    """Raise DataError unless losses are floats, and OutlierFilter.restore() takes the state in `guard`."""
     figures: list[Any] = [0 if state.val_loss is None else state.val_loss]
     for name in ("losses", "grad_norms"):
         values = state.guard.get(name, [])
@@ -192,14 +192,14 @@ def _require_numbers(state: RunState, file: Path) -> None:
 
 
 def manifest_bytes(files: dict[str, dict[str, Any]]) -> bytes:
-    """manifest.json: canonical, and with a hash of itself, so that a flipped bit in it shows too."""
+    """Return manifest.json: canonical, and with a hash of itself, so that a flipped bit in it shows, too."""
     body = {"format_version": FORMAT_VERSION, "files": files}
     own_hash = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": own_hash}, sort_keys=True, indent=1).encode()
 
 
 def sha256_of(file: Path) -> str:
-    """Of a file's content, in hexadecimal. Raises OSError, NotAFileError as open_file()."""
+    """Return the SHA-256 of a file, in hexadecimal. Raises OSError, NotAFileError as open_file()."""
     with open_file(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
@@ -209,17 +209,17 @@ class NotAFileError(OSError):
 
 
 def open_file(file: Path) -> io.BufferedReader:
-    """Open a file of a checkpoint to read. Raises OSError, NotAFileError without waiting for what is none."""
+    """Open a file of a checkpoint to read. Raises OSError, and NotAFileError without waiting for a pipe or device."""
     file_size(file)
-    return io.open(file, "rb", opener=_open_without_waiting)  # noqa: UP020  what tests put faults into
+    return io.open(file, "rb", opener=_open_without_waiting)  # noqa: UP020  tests put faults into it
 
 
 def file_size(file: Path) -> int:
-    """In bytes. Raises OSError, NotAFileError if it is none."""
-    found = file.lstat()
-    if not stat.S_ISREG(found.st_mode):
-        raise NotAFileError(errno.EINVAL, "it is a link" if stat.S_ISLNK(found.st_mode) else "it is not a file")
-    return found.st_size
+    """Return the bytes of a file. Raises OSError, NotAFileError if it is not a file."""
+    status = file.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise NotAFileError(errno.EINVAL, "it is a link" if stat.S_ISLNK(status.st_mode) else "it is not a file")
+    return status.st_size
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -228,7 +228,7 @@ def _open_without_waiting(path: str, flags: int) -> int:
 
 
 def read_file(file: Path, most: int) -> bytes:
-    """All of it. Raises OSError as open_file(), DataError if it is larger than one of its kind can be."""
+    """Read a file of at most `most` bytes. Raises OSError as open_file(), DataError if it is larger."""
     with open_file(file) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
@@ -236,18 +236,18 @@ def read_file(file: Path, most: int) -> bytes:
     return content
 
 
-def all_broken(broken: dict[str, str]) -> str:
-    """What to say where each checkpoint, by name, has something wrong."""
-    return f"holds no whole checkpoint ({listed(broken)})"
+def all_damaged(damaged: dict[str, str]) -> str:
+    """Describe a directory whose checkpoints are all damaged."""
+    return f"holds no whole checkpoint ({listed(damaged)})"
 
 
-def listed(broken: dict[str, str]) -> str:
-    """Checkpoints and what is wrong with each, in one line."""
-    return "; ".join(f"{name}: {why}" for name, why in broken.items())
+def listed(damaged: dict[str, str]) -> str:
+    """List damaged checkpoints and what is wrong with each, in one line."""
+    return "; ".join(f"{name}: {why}" for name, why in damaged.items())
 
 
 def one_line(error: BaseException) -> str:
-    """What an exception says, in one line."""
+    """Return the message of an exception, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return next(iter(str(error).splitlines()), "") or type(error).__name__

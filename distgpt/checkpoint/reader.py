@@ -89,11 +89,11 @@ def load_for_training(
     optim = get_optimizer_state_dict(model, optimizer, options=options)
     tensors = training_tensors(model, optimizer)
     apart = read_state(checkpoint).replicas > 1
-    read_tensors(outer.in_checkpoint(tensors) if outer and apart else tensors, checkpoint)
+    read_tensors(outer.checkpoint_tensors(tensors) if outer and apart else tensors, checkpoint)
     set_model_state_dict(model, tensors["model"])
     set_optimizer_state_dict(model, optimizer, {**optim, **tensors["optim"]}, options=options)
     if outer and not apart:
-        outer.start_from_here()
+        outer.reset()
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:

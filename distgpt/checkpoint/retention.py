@@ -1,4 +1,4 @@
-"""Which checkpoints stay, and whether there is room for one more."""
+"""Decide which checkpoints stay, and check that there is room for one more."""
 
 import logging
 import math
@@ -9,7 +9,7 @@ from distgpt.checkpoint.manifest import MANIFEST, committed, one_line, read_mani
 from distgpt.errors import DataError, StorageError
 
 CHECKPOINT_BYTES = 12  # a parameter: a float32 weight and AdamW's two moments
-OUTER_BYTES = 8  # a parameter, where replicas learn apart: the weight that they share and its momentum
+OUTER_BYTES = 8  # a parameter, with independent replicas: the shared weight and its momentum
 
 log = logging.getLogger(__name__)
 
@@ -28,36 +28,38 @@ def require_space(directory: Path, needed: int) -> None:
 
 
 def checkpoint_bytes(parameters: int, replicas: int) -> int:
-    """The size of a checkpoint of so many replicas that learn apart."""
+    """Return the size of a checkpoint of so many independent replicas, in bytes."""
     return parameters * (CHECKPOINT_BYTES * replicas + (OUTER_BYTES if replicas > 1 else 0))
 
 
-def surplus(directory: Path, *, keep: int) -> list[Path]:
-    """The checkpoints to remove: all but the newest `keep` and the one with the lowest validation loss.
+def prunable(directory: Path, *, keep: int) -> list[Path]:
+    """List the checkpoints to remove: all but the newest `keep` and the one with the lowest validation loss.
 
-    One that holds a file that is not in its manifest, whose manifest is damaged, or that cannot be read now, is left
-    alone.
+    Checkpoints that hold a file that is not in the manifest, have a damaged manifest, or cannot be read now, stay.
     """
     losses = _losses(directory)
     best = _best(losses)
-    found = []
+    removable = []
     for checkpoint in committed(directory)[keep:]:
         try:
             ours = {MANIFEST, *read_manifest(checkpoint)}
             if checkpoint in losses and checkpoint != best and {file.name for file in checkpoint.iterdir()} == ours:
-                found.append(checkpoint)
+                removable.append(checkpoint)
         except (OSError, DataError, StorageError) as error:
             log.warning("%s stays: %s", checkpoint, one_line(error))
-    return found
+    return removable
 
 
 def best_of(directory: Path) -> Path | None:
-    """The checkpoint with the lowest validation loss, None if there is none. A damaged train.json counts not."""
+    """Return the checkpoint with the lowest validation loss, None if there is none.
+
+    Checkpoints with a damaged train.json are ignored.
+    """
     return _best(_losses(directory))
 
 
 def _losses(directory: Path) -> dict[Path, float]:
-    """The validation losses of the checkpoints that can be read now, NaN where there is none or it is damaged."""
+    """Read the validation losses of the checkpoints that can be read now; NaN where it is missing or damaged."""
     losses = {}
     for checkpoint in committed(directory):
         try:

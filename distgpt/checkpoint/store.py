@@ -1,7 +1,7 @@
-"""How rank 0 changes the directory of checkpoints, so that a kill at any moment leaves each one whole or not there.
+"""Change the directory of checkpoints, on rank 0, so that a kill at any moment leaves each one whole or not there.
 
-What is not finished, and what is being removed, lies in a directory named after the run directory's owner. The next
-owner moves that away before it starts: a rename that the earlier one was about to make then has no source.
+Unfinished checkpoints, and those being removed, lie in a staging directory named after the owner of the run directory.
+The next owner moves that away before it starts, so a rename that the earlier owner was about to make has no source.
 """
 
 import os
@@ -19,11 +19,11 @@ from distgpt.errors import DISK_FULL, DirectoryError, StorageError
 from distgpt.files import sync, write_file
 from distgpt.run.lock import Owner
 
-STAGING, BROKEN = ".staging-", "broken-"  # how the names of directories begin that are no checkpoints
+STAGING, BROKEN = ".staging-", "broken-"  # beginnings of the names of directories that are no checkpoints
 
 
 def require_writable(directory: Path) -> None:
-    """Raise DirectoryError if checkpoints cannot be written there, which must not show at the first save."""
+    """Raise DirectoryError if checkpoints cannot be written there: the first save would be too late to find out."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryDirectory(prefix=STAGING, dir=directory).cleanup()
@@ -33,7 +33,7 @@ def require_writable(directory: Path) -> None:
 
 
 class Store:
-    """The checkpoints of a run in the hands of its owner. Methods raise OSError."""
+    """The checkpoints of a run, changed by its owner. Methods raise OSError."""
 
     def __init__(self, directory: Path, owner: Owner) -> None:
         self.directory = directory
@@ -41,7 +41,7 @@ class Store:
         self._fence = owner.fence
 
     def staging(self, step: int) -> Path:
-        """Where the checkpoint of a step is written."""
+        """Return where the checkpoint of a step is written."""
         return self._own / path_of(self.directory, step).name
 
     def open(self, step: int, needed: int) -> None:
@@ -54,7 +54,7 @@ class Store:
         self.staging(step).mkdir()
 
     def commit(self, step: int, files: dict[str, dict[str, Any]]) -> None:
-        """Give a staged checkpoint, whose other files are on the disk, its manifest and its name."""
+        """Give a staged checkpoint its manifest and its name. Its other files are on the disk already."""
         staging = self.staging(step)
         write_file(staging / MANIFEST, manifest_bytes(files))
         target = path_of(self.directory, step)
@@ -71,21 +71,21 @@ class Store:
         shutil.rmtree(self._own, ignore_errors=True)
 
     def remove(self, checkpoints: Sequence[Path]) -> None:
-        """Remove these checkpoints, during a save. A kill leaves no half of one under a whole one's name."""
+        """Remove these checkpoints, during a save. A kill leaves no half of one under its name."""
         for checkpoint in checkpoints:
             shutil.rmtree(checkpoint.rename(self._own / f"removed-{checkpoint.name}"))
 
     def begin(self) -> None:
-        """Make this owner's directory. Before what follows, look whether it still is the owner."""
+        """Make the staging directory. The caller then checks that it still owns the run directory."""
         self._own.mkdir(exist_ok=True)
 
     def set_aside(self, names: Sequence[str]) -> None:
-        """Rename broken checkpoints, the newest last, for a person to look at; that one stays and earlier ones go.
+        """Rename damaged checkpoints, the newest last, for a person to look at; only the newest one stays.
 
-        After begin().
+        Call begin() first.
         """
         for name in names:
-            # Through a directory that the next owner takes away first: it may have made another of this name since.
+            # By way of the staging directory, which the next owner takes away: it may have made another of this name.
             held = (self.directory / name).rename(self._own / name)
             held.rename(self.directory / f"{BROKEN}{name}-{time.time_ns()}")
         self._remove_all_but_newest_broken()
@@ -99,12 +99,12 @@ class Store:
             self.remove([d for d in earlier if all(is_file_of_ours(file.name) for file in d.iterdir())])
 
     def remove_left_overs(self) -> None:
-        """Take from earlier owners what they did not finish, dead or asleep. Not from a later one."""
+        """Remove what earlier owners, dead or suspended, did not finish. What a later one stages stays."""
         for left_over in self.directory.glob(f"{STAGING}*"):
             fence = re.match(r"(\d+)-", left_over.name.removeprefix(STAGING))
             if left_over != self._own and (fence is None or int(fence[1]) <= self._fence):
                 self.begin()
-                # By one rename, so that from here on nothing can be written or renamed under the old name.
+                # By one rename, after which nothing can be written or renamed under the old name.
                 left_over.rename(self._own / left_over.name)
         self._remove_all_but_newest_broken()
         self.close()

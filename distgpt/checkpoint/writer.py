@@ -1,52 +1,118 @@
-"""The ranks' shares of one checkpoint, planned by DCP. What ranks tell each other is JSON, where DCP's save pickles."""
+"""The share of one rank of one checkpoint: planned by DCP, hashed while it is written.
 
+Ranks exchange JSON, where DCP's own save exchanges pickles.
+"""
+
+import hashlib
+import io
+import os
 import time
-from typing import Any
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
-from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future as TorchFuture
+
+if TYPE_CHECKING:
+    from _typeshed import ReadableBuffer
 
 _PLACE = ("relative_path", "offset", "length")
 
 
-class Saving:
-    """One save on one rank: plan, write with all ranks' plans, then finish on rank 0 with all ranks' writes."""
+class ShareWriter:
+    """One save on one rank: plan, write with the plans of all ranks, then finish on rank 0 with what all wrote."""
 
-    def __init__(self, tensors: dict[str, Any], writer: dcp.FileSystemWriter, rank: int) -> None:
-        self._tensors, self._writer, self._rank = tensors, writer, rank
+    def __init__(self, tensors: dict[str, Any], directory: Path, rank: int) -> None:
+        self._tensors, self._rank = tensors, rank
+        self._files = _HashingFileSystem()
+        self._writer = dcp.FileSystemWriter(directory, sync_files=False)  # the files below sync themselves
+        self._writer.fs = self._files
         self._planner = dcp.DefaultSavePlanner()
         self._metadata: Metadata | None = None
+        self.seconds, self.bytes = 0.0, 0  # of the writing of this rank alone, without waits for the others
 
     def plan(self) -> dict[str, Any]:
-        """What this rank holds."""
+        """Return what this rank holds."""
         first = self._rank == 0
         self._planner.set_up_planner(self._tensors, self._writer.storage_meta(), first)
         self._writer.set_up_storage_writer(first, rank=self._rank, use_collectives=True)
         plan = self._writer.prepare_local_plan(self._planner.create_local_plan())
         return {"items": [_item_to_json(item) for item in plan.items], "names": plan.planner_data}
 
-    def write(self, plans: list[dict[str, Any]]) -> list[list[Any]]:
-        """Write this rank's share; every rank divides the work alike. What was written where."""
+    def write(self, plans: list[dict[str, Any]]) -> dict[str, Any]:
+        """Write the share of this rank, given the plans of all; every rank divides the work alike.
+
+        Returns where each tensor lies, and size and SHA-256 of each file.
+        """
         parsed = [
             SavePlan([_item_from_json(item) for item in plan["items"]], planner_data=_names_from_json(plan["names"]))
             for plan in plans
         ]
         shares, self._metadata = self._planner.create_global_plan(parsed)
         mine = self._planner.finish_plan(self._writer.prepare_global_plan(shares)[self._rank])
-        written = self._writer.write_data(mine, self._planner).wait()
-        return [
-            [*_index_to_json(r.index), r.size_in_bytes, *(getattr(r.storage_data, k) for k in _PLACE)] for r in written
+        started = time.perf_counter()
+        results = self._writer.write_data(mine, self._planner).wait()
+        self.seconds, self.bytes = time.perf_counter() - started, sum(result.size_in_bytes for result in results)
+        tensors = [
+            [*_index_to_json(r.index), r.size_in_bytes, *(getattr(r.storage_data, k) for k in _PLACE)] for r in results
         ]
+        return {"tensors": tensors, "files": dict(self._files.written)}
 
-    def finish(self, results: list[list[list[Any]]]) -> None:
-        """Write the index."""
+    def finish(self, written: list[dict[str, Any]]) -> None:
+        """Write the index, given what write() returned on every rank."""
         assert self._metadata is not None, "write() comes first"
-        self._writer.finish(self._metadata, [[_result_from_json(*r) for r in written] for written in results])
+        self._writer.finish(self._metadata, [[_result_from_json(*r) for r in rank["tensors"]] for rank in written])
+
+
+class _HashingFileSystem(FileSystem):
+    """Files that are on the disk once they are closed, hashed while they are written."""
+
+    def __init__(self) -> None:
+        self.written: dict[str, dict[str, Any]] = {}  # by name, as in a manifest
+
+    @contextmanager
+    def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
+        """Open a file; `mode` is "wb"."""
+        assert mode == "wb", mode
+        with _HashingFile(path) as file:
+            yield file
+        self.written[Path(path).name] = {"bytes": file.bytes, "sha256": file.digest.hexdigest()}
+
+
+class _HashingFile(io.BufferedIOBase):
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._file = open(path, "wb")  # noqa: SIM115  close() closes it
+        self.digest, self.bytes = hashlib.sha256(), 0
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: "ReadableBuffer") -> int:
+        self.digest.update(data)
+        self.bytes += memoryview(data).nbytes
+        return self._file.write(data)
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def flush(self) -> None:
+        if not self._file.closed:
+            self._file.flush()
+
+    def close(self) -> None:
+        try:
+            if not self._file.closed:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+        finally:
+            self._file.close()
+            super().close()
 
 
 def _index_to_json(index: MetadataIndex) -> list[Any]:
@@ -82,16 +148,3 @@ def _item_from_json(item: list[Any]) -> WriteItem:
 
 def _names_from_json(names: dict[str, list[Any]]) -> dict[str, tuple[Any, ...]]:
     return {name: tuple(path) for name, path in names.items()}
-
-
-class _TimedWriter(dcp.FileSystemWriter):
-    """Knows how much this rank wrote itself and how long that took, without what it waits for the others."""
-
-    seconds, bytes = 0.0, 0
-
-    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
-        started = time.perf_counter()
-        written = super().write_data(plan, planner)
-        self.bytes = sum(result.size_in_bytes for result in written.wait())
-        self.seconds = time.perf_counter() - started
-        return written

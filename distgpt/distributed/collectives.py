@@ -1,6 +1,7 @@
-"""What ranks tell each other besides gradients: scalars, rows of numbers, and JSON.
+"""Exchange values between ranks, besides gradients: scalars, rows of numbers, and JSON.
 
-JSON travels in tensors. A pickle would let whoever sends it run code here."""
+JSON travels in tensors. A pickle would let its sender run code here.
+"""
 
 import json
 import math
@@ -19,8 +20,8 @@ from distgpt.errors import Interrupted, UsageError
 T = TypeVar("T")
 
 
-def all_gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Every rank's value, by rank. Raises Interrupted if one is no JSON."""
+def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
+    """Return the value of every rank, by rank. Raises Interrupted if one is not JSON."""
     gpu = dist.get_backend(group) == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
@@ -34,14 +35,13 @@ def all_gather(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
     try:
         return [json.loads(bytes(t[: int(size)].tolist())) for t, size in zip(texts, sizes, strict=True)]
     except ValueError as error:
-        raise Interrupted(f"a rank sent what is no JSON: {error}") from None
+        raise Interrupted(f"a rank sent a message that is not JSON: {error}") from None
 
 
-def agreed(loss: Tensor, grad_norm: Tensor, flag: bool, runtime: Runtime) -> tuple[float, float, bool]:
-    """The means of two scalars over ranks, and whether any rank raised `flag`.
+def reduce_scalars(loss: Tensor, grad_norm: Tensor, flag: bool, runtime: Runtime) -> tuple[float, float, bool]:
+    """Return the means of two scalars over ranks, and whether any rank raised `flag`, with one all-reduce.
 
-    One message, and what is decided by its values is decided alike on all ranks, also where unlike devices round a
-    norm that is the same for all differently.
+    Every rank gets identical values, so decisions agree even where different devices round differently.
     """
     values = torch.stack((loss.float(), grad_norm.float(), torch.tensor(float(flag), device=loss.device)))
     if runtime.distributed:
@@ -51,24 +51,24 @@ def agreed(loss: Tensor, grad_norm: Tensor, flag: bool, runtime: Runtime) -> tup
 
 
 def grad_norm_of(model: nn.Module) -> Tensor:
-    """The L2 norm of all gradients, over all shards; the same value on every rank."""
+    """Return the L2 norm of all gradients, over all shards; the same value on every rank."""
     gradients = [p.grad for p in model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(gradients)
     return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def weights_are_finite(model: nn.Module, runtime: Runtime) -> bool:
-    """Whether all weights are, on all ranks; the same answer on every rank."""
+    """Check the weights of all ranks; the same answer on every rank."""
     norm = nn.utils.get_total_norm([p.detach() for p in model.parameters()])
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return math.isfinite(sum_over_ranks(whole.clone(), runtime).item())
 
 
 def require_agreement(facts: dict[str, Any], runtime: Runtime) -> None:
-    """Raise UsageError on all ranks, naming the first that differs from rank 0 and in what."""
+    """Raise UsageError on all ranks if one has other facts than rank 0, naming it and the facts."""
     if not runtime.distributed:
         return
-    everyone = all_gather((socket.gethostname(), facts))
+    everyone = all_gather_json((socket.gethostname(), facts))
     _, expected = everyone[0]
     for rank, (host, theirs) in enumerate(everyone):
         different = [key for key in expected if theirs[key] != expected[key]]
@@ -76,26 +76,26 @@ def require_agreement(facts: dict[str, Any], runtime: Runtime) -> None:
             raise UsageError(f"rank {rank} on {host} was started with another {', '.join(different)} than rank 0")
 
 
-def from_rank_zero(value: T, runtime: Runtime) -> T:
-    """Rank 0's value, on every rank, as JSON has it."""
-    return cast(T, all_gather(value if runtime.rank == 0 else None)[0]) if runtime.distributed else value
+def broadcast_from_rank_zero(value: T, runtime: Runtime) -> T:
+    """Return the value of rank 0 on every rank, as JSON has it."""
+    return cast(T, all_gather_json(value if runtime.rank == 0 else None)[0]) if runtime.distributed else value
 
 
 def sum_over_ranks(values: Tensor, runtime: Runtime) -> Tensor:
-    """The elementwise sum, in place. Exact where at most one rank has a value that is not zero."""
+    """Sum elementwise over ranks, in place. Exact where at most one rank has a value that is not zero."""
     if runtime.distributed:
         dist.all_reduce(values)
     return values
 
 
-def gathered(row: Sequence[float], runtime: Runtime) -> list[list[float]]:
-    """Every rank's row, by rank; all of the same length."""
+def all_gather_row(row: Sequence[float], runtime: Runtime) -> list[list[float]]:
+    """Return the row of every rank, by rank; all of the same length."""
     rows = torch.zeros(runtime.world_size, len(row), dtype=torch.float64, device=runtime.device)
     rows[runtime.rank] = torch.tensor(row, dtype=torch.float64)
-    found: list[list[float]] = sum_over_ranks(rows, runtime).tolist()
-    return found
+    gathered: list[list[float]] = sum_over_ranks(rows, runtime).tolist()
+    return gathered
 
 
 def hosts_of_ranks(runtime: Runtime) -> list[str]:
-    """The name of every rank's host, by rank."""
-    return all_gather(socket.gethostname()) if runtime.distributed else [socket.gethostname()]
+    """Return the name of the host of every rank, by rank."""
+    return all_gather_json(socket.gethostname()) if runtime.distributed else [socket.gethostname()]

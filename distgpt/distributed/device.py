@@ -13,19 +13,20 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def threads_per_rank(local_world_size: int) -> int:
-    """OMP_NUM_THREADS, or an even share of the CPUs this process may use: 1 under torchrun is torchrun's default."""
+    """Return OMP_NUM_THREADS, or an even share of the CPUs where it is 1 by the default of torchrun."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and (int(asked) > 1 or "TORCHELASTIC_RUN_ID" not in os.environ):
         return max(1, int(asked))
-    return _share_of_cpus(local_world_size)
+    return share_of_cpus(local_world_size)
 
 
-def _share_of_cpus(local_world_size: int) -> int:
+def share_of_cpus(local_world_size: int) -> int:
+    """Return an even share of the CPUs that this process may use, at least 1."""
     return max(1, available_cpus() // local_world_size)
 
 
 def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """`train.dtype` on this device: auto is bfloat16 on GPUs that have it and on CPUs with AMX, else float32."""
+    """Resolve `train.dtype`: auto is bfloat16 on GPUs that have it and on CPUs with AMX, else float32."""
     if asked != "auto":
         return torch.bfloat16 if asked == "bfloat16" else torch.float32
     fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_amx()
@@ -33,6 +34,7 @@ def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_amx() -> bool:
+    """Look for AMX instructions of bfloat16 in /proc/cpuinfo."""
     try:
         with open("/proc/cpuinfo") as cpuinfo:
             return "amx_bf16" in cpuinfo.read()
@@ -40,8 +42,8 @@ def cpu_has_amx() -> bool:
         return False
 
 
-def _keep_freed_memory() -> None:
-    """Have glibc keep large freed blocks: returning them to the kernel costs a page fault per page, every step."""
+def keep_freed_memory() -> None:
+    """Make glibc keep large freed blocks: returning them to the kernel costs a page fault per page, every step."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
@@ -50,7 +52,7 @@ def _keep_freed_memory() -> None:
 
 
 def device_memory(runtime: Runtime) -> float:
-    """Bytes that this rank may call its own."""
+    """Return the bytes of memory that this rank may use."""
     if runtime.device.type == "cuda":
         return float(torch.cuda.get_device_properties(runtime.device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / runtime.local_world_size

@@ -2,18 +2,16 @@
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from distgpt.config import Config
-from distgpt.distributed.plan import ranks_per_replica
-from distgpt.distributed.runtime import Runtime
+from distgpt.distributed.plan import Plan
 
 
-def build_mesh(strategy: str, config: Config, runtime: Runtime) -> DeviceMesh:
-    """What FSDP shards over. fsdp: ("shard",), all ranks; hsdp: ("replicate", "shard"); diloco: its own ("shard",).
+def build_mesh(plan: Plan) -> DeviceMesh:
+    """Build the mesh that FSDP shards over. All ranks call it. Neighbouring ranks are a shard group.
 
-    Neighbouring ranks are a shard group.
+    fsdp: ("shard",), all ranks; hsdp: ("replicate", "shard"); diloco: ("shard",), the ranks of this replica.
     """
-    ranks, size, device = runtime.world_size, ranks_per_replica(strategy, config, runtime), runtime.device.type
-    if strategy == "fsdp":
+    ranks, size, device = plan.runtime.world_size, plan.ranks_per_replica, plan.runtime.device.type
+    if plan.strategy == "fsdp":
         return init_device_mesh(device, (ranks,), mesh_dim_names=("shard",))
     mesh = init_device_mesh(device, (ranks // size, size), mesh_dim_names=("replicate", "shard"))
-    return mesh["shard"] if strategy == "diloco" else mesh
+    return mesh["shard"] if plan.strategy == "diloco" else mesh

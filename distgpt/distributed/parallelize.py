@@ -13,22 +13,13 @@ from torch.utils.checkpoint import checkpoint
 
 from distgpt.config import Config
 from distgpt.distributed.mesh import build_mesh
-from distgpt.distributed.runtime import Runtime
+from distgpt.distributed.plan import Plan
 from distgpt.model.gpt import GPT
 
 
-def build_model(
-    config: Config,
-    runtime: Runtime,
-    *,
-    strategy: str,
-    vocab_size: int,
-    eot_id: int | None,
-    micro_batch: int,
-    dtype: torch.dtype,
-) -> nn.Module:
-    """The GPT with its initial weights, spread over the ranks; the same weights for every strategy and world size."""
-    sharded = strategy in ("fsdp", "hsdp", "diloco")
+def build_model(config: Config, plan: Plan, *, vocab_size: int, eot_id: int | None) -> nn.Module:
+    """Build the GPT with its initial weights, spread over the ranks. Every plan gives the same weights."""
+    sharded = plan.strategy in ("fsdp", "hsdp", "diloco")
     with torch.device("meta" if sharded else "cpu"):
         model = GPT(config.model, vocab_size, eot_id)
     for block in model.blocks:
@@ -38,20 +29,20 @@ def build_model(
         if config.train.compile:
             block.compile()
     if sharded:
-        return _shard(model, config, runtime, strategy=strategy, dtype=dtype)
+        return _shard(model, config, plan)
     model.init_weights(config.run.seed)
-    model.to(runtime.device)
-    if strategy == "single":
+    model.to(plan.runtime.device)
+    if plan.strategy == "single":
         return model
-    device_ids = [runtime.local_rank] if runtime.device.type == "cuda" else None
+    device_ids = [plan.runtime.local_rank] if plan.runtime.device.type == "cuda" else None
     replicated = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    _rebuild_buckets(replicated, config, runtime, micro_batch=micro_batch, dtype=dtype)
+    _warm_up_buckets(replicated, plan, block_size=config.model.block_size)
     return replicated
 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[GPT]:
-    """The GPT itself, in eval mode and without gradients. A sharded one needs every rank in each forward."""
+    """Give the GPT itself, in eval mode and without gradients. A sharded one needs every rank in each forward."""
     gpt = unwrap_model(model)
     gpt.eval()
     with torch.no_grad():
@@ -62,7 +53,7 @@ def inference(model: nn.Module) -> Iterator[GPT]:
 
 
 def unwrap_model(model: nn.Module) -> GPT:
-    """The GPT inside of what spreads it over the ranks."""
+    """Return the GPT inside of what spreads it over the ranks."""
     module = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(module, GPT):
         raise TypeError(f"expected a GPT, got {type(module).__name__}")
@@ -71,7 +62,7 @@ def unwrap_model(model: nn.Module) -> GPT:
 
 @contextmanager
 def gradient_sync(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Around forward and backward of a micro-batch: gradients cross the network on the last one alone."""
+    """Wrap forward and backward of a micro-batch: gradients cross the network on the last one alone."""
     context: AbstractContextManager[None] = nullcontext()
     if isinstance(model, DistributedDataParallel) and not last:
         context = model.no_sync()
@@ -83,32 +74,34 @@ def gradient_sync(model: nn.Module, *, last: bool) -> Iterator[None]:
 
 
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Mixed precision: matrix products in `dtype`, weights and reductions in float32."""
+    """Enter mixed precision: matrix products in `dtype`, weights and reductions in float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
 
 
-def _shard(model: GPT, config: Config, runtime: Runtime, *, strategy: str, dtype: torch.dtype) -> nn.Module:
-    mesh = build_mesh(strategy, config, runtime)
+def _shard(model: GPT, config: Config, plan: Plan) -> nn.Module:
+    mesh = build_mesh(plan)
     # Blocks gather in the compute dtype; the residual stream, embeddings and head stay float32 as autocast has it
     # under DDP, so that the strategy does not change what is learned.
     in_blocks = MixedPrecisionPolicy(
-        param_dtype=None if dtype == torch.float32 else dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
+        param_dtype=None if plan.dtype == torch.float32 else plan.dtype,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
     )
     for block in model.blocks:
         fully_shard(block, mesh=mesh, mp_policy=in_blocks)
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    model.to_empty(device=runtime.device)
+    model.to_empty(device=plan.runtime.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor)
-            full = model.initial_value(name, seed=config.run.seed).to(runtime.device)
+            full = model.initial_value(name, seed=config.run.seed).to(plan.runtime.device)
             # src_data_rank=None: every rank has the full value and cuts its own part, nothing is sent.
             parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
     return model
 
 
 def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """`forward`, whose activations are computed again in the backward pass."""
+    """Wrap `forward` so that its activations are computed again in the backward pass."""
 
     # A function: torch.compile takes nothing else for a block's forward, and silently compiles none of a partial.
     def recomputed(*arguments: Any) -> Tensor:
@@ -118,16 +111,14 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return recomputed
 
 
-def _rebuild_buckets(
-    model: DistributedDataParallel, config: Config, runtime: Runtime, *, micro_batch: int, dtype: torch.dtype
-) -> None:
-    """One backward pass whose gradients are dropped: DDP packs its buckets anew after the first one.
+def _warm_up_buckets(model: DistributedDataParallel, plan: Plan, *, block_size: int) -> None:
+    """Run one backward pass and drop its gradients: DDP packs its buckets anew after the first one.
 
     From three ranks on, the order in which an all-reduce adds up a value depends on its place in a bucket, so a
     resumed run's first step would round differently from the same step in a run that was never interrupted.
     """
-    tokens_BT = torch.zeros(micro_batch, config.model.block_size, dtype=torch.int64, device=runtime.device)
-    with autocast(runtime.device, dtype):
+    tokens_BT = torch.zeros(plan.micro_batch, block_size, dtype=torch.int64, device=plan.runtime.device)
+    with autocast(plan.runtime.device, plan.dtype):
         loss = model(tokens_BT, tokens_BT).mean()
     loss.backward()
     model.zero_grad()

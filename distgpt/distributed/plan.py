@@ -1,50 +1,56 @@
-"""How a run is laid out over its ranks: strategy, micro-batch and groups, decided once."""
+"""How a run is laid out over its ranks: decided once, before a model exists, and the same on every rank."""
+
+from dataclasses import dataclass
+
+import torch
 
 from distgpt.config import Config
-from distgpt.distributed.device import device_memory
+from distgpt.distributed.device import compute_dtype, device_memory
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import UsageError
 from distgpt.model.gpt import count_parameters
 
 # float32 weights, gradients and AdamW's two moments
 BYTES_PER_PARAMETER = 16
-# What replicas may take of a device; the rest is for activations.
+# The share of a device's memory that a replica may take; the rest is for activations.
 REPLICA_SHARE = 0.6
 # Tokens per forward when train.micro_batch is 0: a CPU's caches hold no more, and a GPU is busy with these.
 AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
-def ranks_per_replica(strategy: str, config: Config, runtime: Runtime) -> int:
-    """Ranks that hold a replica together. hsdp, diloco: parallel.shard, or the ranks of one node.
+@dataclass(frozen=True)
+class Plan:
+    """The layout of a run. Equal on all ranks but for `runtime`, the facts about this one."""
 
-    Raises UsageError naming the sizes that divide the ranks.
-    """
-    ranks = runtime.world_size
-    if strategy not in ("hsdp", "diloco"):
-        return ranks if strategy == "fsdp" else 1
-    size = config.parallel.shard or runtime.local_world_size
-    if ranks % size:
-        divisors = " or ".join(str(s) for s in range(1, ranks + 1) if ranks % s == 0)
-        raise UsageError(f"parallel.shard is {size}, which does not divide {ranks} ranks: take {divisors}")
-    return size
+    runtime: Runtime
+    strategy: str  # single, ddp, fsdp, hsdp or diloco
+    reason: str  # why that one, for a person
+    micro_batch: int  # sequences per forward on one rank
+    accumulation: int  # micro-batches of a rank in a step
+    ranks_per_replica: int  # ranks that hold the shards of one replica
+    independent_replicas: int  # replicas that train independently between outer steps (diloco), else 1
+    dtype: torch.dtype  # of matrix products; weights are float32
 
 
-def replicas_apart(config: Config, runtime: Runtime) -> int:
-    """Replicas that learn apart from each other: those of diloco, one under any other strategy.
-
-    Raises UsageError if diloco had only one.
-    """
-    if config.parallel.strategy != "diloco":
-        return 1
-    ranks, size = runtime.world_size, ranks_per_replica("diloco", config, runtime)
-    if size == ranks:
-        fix = "take parallel.shard=1" if ranks > 1 else "start it under torchrun on several devices"
-        raise UsageError(f"diloco needs two replicas or more, and the number of ranks is {ranks}, all in one: {fix}")
-    return ranks // size
+def make_plan(config: Config, runtime: Runtime, *, vocab_size: int) -> Plan:
+    """Lay out a run. Raises UsageError, saying which values would divide, if it cannot be laid out over the ranks."""
+    micro_batch = micro_batch_size(config, runtime)
+    independent = independent_replicas(config, runtime)
+    strategy, reason = choose_strategy(config, runtime, vocab_size=vocab_size)
+    return Plan(
+        runtime=runtime,
+        strategy=strategy,
+        reason=reason,
+        micro_batch=micro_batch,
+        accumulation=config.train.global_batch // (micro_batch * runtime.world_size),
+        ranks_per_replica=ranks_per_replica(strategy, config, runtime),
+        independent_replicas=independent,
+        dtype=compute_dtype(config.train.dtype, runtime.device),
+    )
 
 
 def micro_batch_size(config: Config, runtime: Runtime) -> int:
-    """Sequences per forward on one rank, so that ranks x micro_batch x accumulation steps = global_batch.
+    """Return the sequences per forward on one rank: ranks x micro_batch x accumulation steps = global_batch.
 
     Raises UsageError, saying which values would divide.
     """
@@ -71,8 +77,37 @@ def micro_batch_size(config: Config, runtime: Runtime) -> int:
     return asked
 
 
+def ranks_per_replica(strategy: str, config: Config, runtime: Runtime) -> int:
+    """Return how many ranks hold a replica together. hsdp, diloco: parallel.shard, or the ranks of one node.
+
+    Raises UsageError naming the sizes that divide the ranks.
+    """
+    ranks = runtime.world_size
+    if strategy not in ("hsdp", "diloco"):
+        return ranks if strategy == "fsdp" else 1
+    size = config.parallel.shard or runtime.local_world_size
+    if ranks % size:
+        divisors = " or ".join(str(s) for s in range(1, ranks + 1) if ranks % s == 0)
+        raise UsageError(f"parallel.shard is {size}, which does not divide {ranks} ranks: take {divisors}")
+    return size
+
+
+def independent_replicas(config: Config, runtime: Runtime) -> int:
+    """Return how many replicas train independently between outer steps: those of diloco, else one.
+
+    Raises UsageError if diloco had only one.
+    """
+    if config.parallel.strategy != "diloco":
+        return 1
+    ranks, size = runtime.world_size, ranks_per_replica("diloco", config, runtime)
+    if size == ranks:
+        fix = "take parallel.shard=1" if ranks > 1 else "start it under torchrun on several devices"
+        raise UsageError(f"diloco needs two replicas or more, and the number of ranks is {ranks}, all in one: {fix}")
+    return ranks // size
+
+
 def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tuple[str, str]:
-    """The strategy and, in words, why. "single" is one process, which shares with nobody."""
+    """Return the strategy and, for a person, why that one. "single" is one process, which shares with nobody."""
     asked = config.parallel.strategy
     if not runtime.distributed:
         return "single", "one process"
@@ -94,5 +129,5 @@ def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tup
 
 
 def _some(values: list[int], *, near: int) -> str:
-    """Up to six of `values`, the nearest ones, in order."""
+    """Return up to six of `values`, the nearest ones, in order."""
     return " or ".join(map(str, sorted(sorted(values, key=lambda v: abs(v - near))[:6])))

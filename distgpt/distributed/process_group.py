@@ -11,43 +11,41 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from distgpt.distributed.device import _keep_freed_memory, _share_of_cpus, threads_per_rank
+from distgpt.distributed.device import keep_freed_memory, share_of_cpus, threads_per_rank
 from distgpt.distributed.runtime import Runtime
 
 # Hashing a corpus for the first time runs at the speed of its disk.
 CHECKS_TIMEOUT = timedelta(days=1)
-
-
 # The last collectives of each rank that torch remembers, for the watchdog to write down.
 FLIGHT_RECORDER_EVENTS = "2000"
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
 
 @contextmanager
-def joined(
-    runtime: Runtime, *, timeout: float, met: Callable[[dist.Store], None] = lambda store: None
+def process_group(
+    runtime: Runtime, *, timeout: float, on_store: Callable[[dist.Store], None] = lambda store: None
 ) -> Iterator[None]:
-    """Set this process up for its device and, with several ranks, be in their process group; `timeout` in seconds.
+    """Set up this process for its device and, with several ranks, join their process group. `timeout` in seconds.
 
-    `met` is given the store that all ranks share as soon as there is one. Models belong into a function called inside:
-    DDP's reducer, where it is the last to hold the group, ends it with Python's lock held, for which a thread of gloo
-    that frees tensors may wait, for ever.
+    `on_store` gets the store that all ranks share as soon as there is one. Create models in a function that is called
+    inside, so that they are freed before the group. If DDP's reducer holds the last reference, it destroys the group
+    while it holds the GIL and can deadlock with a thread of gloo that frees tensors.
     """
     torch.set_num_threads(threads_per_rank(runtime.local_world_size))
     # The processes that torch.compile starts, else one for each CPU of the machine in each rank.
-    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, _share_of_cpus(runtime.local_world_size))))
+    os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, share_of_cpus(runtime.local_world_size))))
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
     else:
-        _keep_freed_memory()
+        keep_freed_memory()
     if not runtime.distributed:
         yield
         return
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)
-    if runtime.on_one_host:  # strangers on the network have no business here
+    if runtime.on_one_host:  # nobody else on the network may connect
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK
     store = shared_store(runtime)
-    met(store)
+    on_store(store)
     _await_rank_zero(runtime, store)
     init_process_group(runtime, store, timeout)
     yield
@@ -70,7 +68,7 @@ def init_process_group(runtime: Runtime, store: dist.Store, timeout: float) -> N
 
 
 def shared_store(runtime: Runtime) -> dist.Store:
-    """A store of this attempt's ranks alone: in one of torchrun's, those that it restarted left what gloo waits for."""
+    """Return a store for this attempt alone: earlier attempts left keys in that of torchrun, for which gloo waits."""
     if runtime.on_one_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return _store_on_loopback(runtime)
     store: dist.Store = next(dist.rendezvous("env://", timeout=CHECKS_TIMEOUT))[0]
@@ -80,7 +78,7 @@ def shared_store(runtime: Runtime) -> dist.Store:
 
 
 def _store_on_loopback(runtime: Runtime) -> dist.Store:
-    """A store that rank 0 keeps; torch's own would listen on all interfaces."""
+    """Open a store that rank 0 keeps; torch's own would listen on all interfaces."""
     port = int(os.environ["MASTER_PORT"])
     if runtime.rank:
         return dist.TCPStore("127.0.0.1", port, timeout=CHECKS_TIMEOUT)
@@ -92,9 +90,9 @@ def _store_on_loopback(runtime: Runtime) -> dist.Store:
 
 
 def _await_rank_zero(runtime: Runtime, store: dist.Store) -> None:
-    """Rank 0 comes here after it has checked the data, which may take longer than any rank should wait later on.
+    """Wait until rank 0 has checked the data, which may take longer than any rank should wait later on.
 
-    If it finds something wrong it ends, and torchrun ends the ranks that wait here.
+    If rank 0 finds something wrong, it ends, and torchrun ends the ranks that wait here.
     """
     if runtime.rank == 0:
         store.set("checked", "yes")

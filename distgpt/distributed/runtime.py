@@ -1,4 +1,4 @@
-"""The facts about this rank: its place among the others and its device."""
+"""The facts about this rank: its place among the others, and its device."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from distgpt.torchrun import place_in_job, this_attempt
 
 @dataclass(frozen=True)
 class Runtime:
-    """Who this rank is and what it computes on."""
+    """This rank, and the device that it computes on."""
 
     rank: int
     local_rank: int
@@ -28,7 +28,7 @@ class Runtime:
 
 
 def this_rank() -> Runtime:
-    """The facts from torchrun's environment, one process without it. Raises UsageError if it has no device."""
+    """Read the facts from the environment of torchrun; without it, one process. Raises UsageError without a device."""
     place = place_in_job()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -42,5 +42,5 @@ def this_rank() -> Runtime:
 
 
 def restarted() -> bool:
-    """Whether torchrun started these ranks again, after others of the same job."""
+    """Tell whether torchrun restarted these ranks, after others of the same job."""
     return this_attempt() > 0

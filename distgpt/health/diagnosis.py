@@ -1,4 +1,4 @@
-"""What a hanging rank can say: how far it came, where it stands, and which ranks hold up the others."""
+"""Find out why a run hangs: how far each rank came, in which line it is, and which ranks hold up the others."""
 
 import socket
 import sys
@@ -10,23 +10,23 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RankProgress:
-    """How far a rank has come, counted in beats, what it does now, and in which line of Python."""
+    """How far a rank has come, counted in heartbeats, its activity now, and its line of Python."""
 
     rank: int
     host: str
     pid: int
-    beats: int
-    doing: str
+    heartbeats: int
+    activity: str
     line: str
 
     def __str__(self) -> str:
-        return f"rank {self.rank} (pid {self.pid} on {self.host}, {self.doing})"
+        return f"rank {self.rank} (pid {self.pid} on {self.host}, {self.activity})"
 
 
 def hanging_ranks(
     answers: Sequence[RankProgress], world_size: int, stopped: Sequence[int] = (), gone: Sequence[int] = ()
 ) -> str:
-    """Who halts all the others, in words."""
+    """Describe the ranks that halt all the others."""
     if gone:
         return f"{_ranks(gone)} of {socket.gethostname()} gone"
     if stopped:
@@ -34,15 +34,15 @@ def hanging_ranks(
     silent = sorted(set(range(world_size)) - {answer.rank for answer in answers})
     if silent:
         return f"{_ranks(silent)} did not answer: stopped, dead or cut off"
-    behind = min(answer.beats for answer in answers)
-    last = [str(answer) for answer in answers if answer.beats == behind]
+    behind = min(answer.heartbeats for answer in answers)
+    last = [str(answer) for answer in answers if answer.heartbeats == behind]
     if len(last) < world_size:
         return f"{', '.join(last)} came less far than the others"
-    return f"all ranks came equally far ({answers[0].doing}): {_lines(answers)}" if world_size > 1 else last[0]
+    return f"all ranks came equally far ({answers[0].activity}): {_lines(answers)}" if world_size > 1 else last[0]
 
 
 def write_flight_recorders(logs: Path, rank: int) -> None:
-    """The last collectives of this rank, for torch's `torchfrtrace`: those of gloo, and those of NCCL."""
+    """Write the last collectives of this rank for torch's `torchfrtrace`: those of gloo, and those of NCCL."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
         # Private, but it is what the documentation of torch's flight recorder calls; NCCL's is in builds for GPUs only.
@@ -53,10 +53,10 @@ def write_flight_recorders(logs: Path, rank: int) -> None:
 
 
 def current_line() -> str:
-    """The innermost line of Python that the main thread is in, or that which writes the checkpoint it waits for."""
+    """Return the innermost line of Python of the main thread, or of the thread that writes a checkpoint for it."""
     frames = sys._current_frames()
     frame = frames[threading.main_thread().ident or 0]
-    # Not traceback's, which opens the source files: their disk may be what hangs.
+    # Without the module traceback, which opens the source files: their disk may hang.
     files, caller = [], frame.f_back
     while caller is not None:
         files.append(Path(caller.f_code.co_filename).name)
@@ -71,7 +71,7 @@ def current_line() -> str:
 
 
 def _lines(answers: Sequence[RankProgress]) -> str:
-    """Which ranks are in which line, the fewest first: in a backward pass or among shards, no beats tell them apart."""
+    """List which ranks are in which line, the fewest first. In a backward pass or among shards no heartbeat differs."""
     ranks: dict[str, list[int]] = {}
     for answer in answers:
         ranks.setdefault(answer.line, []).append(answer.rank)

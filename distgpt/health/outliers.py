@@ -1,7 +1,7 @@
-"""Which updates to leave out: of steps whose loss or gradient norm is no number, or far above those before.
+"""Find steps whose update should be left out: loss or gradient norm not finite, or far above those before.
 
 A z-score is the distance of a value from the mean of the last values, in their standard deviations. (After the idea of
-llm.c's outlier detector; here a value does not belong to the window that it is measured by.)
+llm.c's outlier detector; here a value does not belong to the window that it is compared with.)
 """
 
 import math
@@ -14,8 +14,8 @@ from distgpt.config import HealthConfig
 
 WINDOW = 128
 # A standard deviation of fewer values says little: of 32 it is off by an eighth.
-FULL_ENOUGH = 32
-# Updates left out in a row before the run ends: what lasts as long is no outlier, and weights that are lost stay lost.
+LEAST_VALUES = 32
+# Updates skipped in a row before the run ends: lost weights stay lost.
 MOST_SKIPS = 10
 
 
@@ -26,49 +26,48 @@ class Window:
         self._values = deque(values, maxlen=WINDOW)
 
     def add(self, value: float) -> None:
-        """Forget the oldest value for this one."""
+        """Add a value and forget the oldest one."""
         self._values.append(value)
 
     def z_score(self, value: float) -> float | None:
-        """How far `value` lies above the mean, in standard deviations; None where there is no saying.
+        """Return how far `value` lies above the mean, in standard deviations.
 
-        That is, of fewer than FULL_ENOUGH values, or equal ones, or for a value that is not finite.
+        None for a value that is not finite, among fewer than LEAST_VALUES values, and where all values are equal.
         """
         count = len(self._values)
-        if count < FULL_ENOUGH or not math.isfinite(value):
+        if count < LEAST_VALUES or not math.isfinite(value):
             return None
         mean = math.fsum(self._values) / count
         deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in self._values) / count)
         return (value - mean) / deviation if deviation else None
 
     def values(self) -> list[float]:
-        """Oldest first."""
+        """Return the values, the oldest first."""
         return list(self._values)
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What is to become of a step's update."""
+class Decision:
+    """What to do with the update of a step, and why."""
 
     loss_z: float | None = None
     grad_norm_z: float | None = None
     action: Literal["update", "skip", "stop"] = "update"
-    objection: str = ""  # the figures that speak against the update, in words
+    reason: str = ""  # the figures that speak against the update
     skips: int = 0  # updates skipped in a row before this one
 
 
-class Guard:
-    """Judges every step of a run by the steps before it."""
+class OutlierFilter:
+    """Compares every step of a run with the steps before it."""
 
     def __init__(self, config: HealthConfig) -> None:
         self._config = config
         self.restore({})
 
-    def judge(self, *, loss: float, grad_norm: float) -> Verdict:
-        """The verdict on the next step, by its mean loss and the norm of its gradients before clipping.
+    def check(self, *, loss: float, grad_norm: float) -> Decision:
+        """Decide on the update of the next step, by its mean loss and the norm of its gradients before clipping.
 
-        What is left out does not count in the windows. Equal figures give an equal verdict, so ranks that share the
-        figures agree.
+        Skipped steps do not enter the windows. Equal figures give equal decisions, so ranks agree.
         """
         loss_z, grad_norm_z = self._losses.z_score(loss), self._grad_norms.z_score(grad_norm)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -76,18 +75,18 @@ class Guard:
             self._losses.add(loss)
             self._grad_norms.add(grad_norm)
             self._skips = 0
-            return Verdict(loss_z, grad_norm_z)
-        objection = f"loss {_figure(loss, loss_z)} and gradient norm {_figure(grad_norm, grad_norm_z)}"
+            return Decision(loss_z, grad_norm_z)
+        reason = f"loss {_figure(loss, loss_z)} and gradient norm {_figure(grad_norm, grad_norm_z)}"
         skips, self._skips = self._skips, self._skips + 1
         stop = skips >= MOST_SKIPS or (not finite and self._config.on_nonfinite == "stop")
-        return Verdict(loss_z, grad_norm_z, "stop" if stop else "skip", objection, skips)
+        return Decision(loss_z, grad_norm_z, "stop" if stop else "skip", reason, skips)
 
     def state(self) -> dict[str, Any]:
-        """What `restore` makes an equal judge of; JSON keeps it exactly."""
+        """Return what `restore` needs to make an equal filter. JSON keeps it exactly."""
         return {"losses": self._losses.values(), "grad_norms": self._grad_norms.values(), "skips": self._skips}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state()`; from an empty one as at the start."""
+        """Go on from a `state()`. An empty one is that of a new run."""
         self._losses = Window(state.get("losses", ()))
         self._grad_norms = Window(state.get("grad_norms", ()))
         self._skips = int(state.get("skips", 0))

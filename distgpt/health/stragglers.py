@@ -1,10 +1,11 @@
-"""Which rank holds the others up: each times its own work, all tell each other, rank 0 names the slow.
+"""Find the rank that holds up the others: each times its own work, all compare, rank 0 names the slow ones.
 
-Collectives make every rank's step as long as the slowest one's. So a rank's own work is what it does in a step before
-it waits for another rank the first time.
+Collectives make the step of every rank as long as that of the slowest. So a rank's own work is what it does in a step
+before it waits for another rank for the first time.
 """
 
 import bisect
+import statistics
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import astuple, dataclass
@@ -14,12 +15,14 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
+from distgpt.distributed.collectives import all_gather_row, hosts_of_ranks
 from distgpt.distributed.parallelize import unwrap_model
+from distgpt.distributed.runtime import Runtime
 
-# What a rank is judged by: its own work is so much longer than that of the others' median, and no less than the floor.
+# A rank is slow if its own work takes so many times the median of the others, and no less than a floor above it.
 SLOWER, FLOOR_SECONDS, SAVE_FLOOR_SECONDS = 1.5, 0.010, 0.5
-# Steps are judged together until they took this long; so many judgements in a row name a rank, or clear it. Of saves
-# only those intervals count that have some.
+# Steps are compared together until they took this long. So many comparisons in a row name a rank, or clear it. For
+# saves, only intervals with a save count.
 INTERVAL_SECONDS, IN_A_ROW = 2.0, 3
 # A rank that stays slow is named again after so many intervals.
 REMIND_INTERVALS = 100
@@ -27,7 +30,7 @@ REMIND_INTERVALS = 100
 
 @dataclass(frozen=True)
 class Work:
-    """The seconds that a rank spent on these over some steps."""
+    """Seconds that a rank spent over some steps."""
 
     own: float = 0.0
     data_wait: float = 0.0  # part of its own work
@@ -38,13 +41,63 @@ class Work:
         return Work(*(a + b for a, b in zip(astuple(self), astuple(more), strict=True)))
 
 
-class OwnWork:
-    """Times this rank's own work in each step.
+@dataclass(frozen=True)
+class Comparison:
+    """The ranks side by side over some steps. Seconds are means of a step."""
 
-    With whole replicas (one process, DDP) it ends where backward comes to the token embedding, its last gradient, in
-    the last micro-batch: only then does DDP wait for the others. A sharded model waits for the others' shards in every
-    block, so there it ends at the first forward: a slow source of data shows, a slow device does not. On CUDA, kernels
-    are what is timed, between events in their stream; before a sharded forward, the host is.
+    messages: list[str]  # for a person: ranks that have become slow, or keep up again
+    median_own_work: float
+    longest_own_work: float
+    longest_data_wait: float
+
+
+class StragglerMonitor:
+    """Collects the work of this rank and compares it with that of the others. All ranks call it alike."""
+
+    def __init__(self, model: nn.Module, runtime: Runtime) -> None:
+        self._runtime = runtime
+        self._timer = OwnWorkTimer(model, runtime.device)
+        self._detector = StragglerDetector(hosts_of_ranks(runtime))
+        self._work, self._steps = Work(), 0
+
+    def begin_step(self) -> None:
+        """Start the clock of a step."""
+        self._timer.begin()
+
+    def exclude(self, seconds: float) -> None:
+        """Leave out seconds that this rank waited for the others in the middle of a step."""
+        self._timer.exclude(seconds)
+
+    def end_step(self, *, data_wait: float, save_seconds: float, saved_bytes: float) -> None:
+        """Count the step since begin_step(), once the ranks have met in it, with its wait for data and its saves."""
+        self._work += Work(self._timer.seconds(), data_wait, save_seconds, saved_bytes)
+        self._steps += 1
+
+    def reset(self) -> None:
+        """Forget the steps since the last comparison: the first one of an attempt warms up."""
+        self._work, self._steps = Work(), 0
+
+    def compare(self, seconds: float) -> Comparison:
+        """Compare the steps since the last comparison, which took so many seconds. All ranks call it."""
+        rows = all_gather_row(astuple(self._work), self._runtime)
+        works, steps = [Work(*row) for row in rows], self._steps
+        self.reset()
+        own = sorted(work.own / steps for work in works)
+        return Comparison(
+            self._detector.update(works, steps=steps, seconds=seconds),
+            statistics.median(own),
+            own[-1],
+            max(work.data_wait / steps for work in works),
+        )
+
+
+class OwnWorkTimer:
+    """Times the own work of this rank in each step.
+
+    With whole replicas (one process, DDP) own work ends where the backward pass reaches the token embedding, the last
+    gradient of the last micro-batch: only then does DDP wait for the others. A sharded model waits for the shards of
+    others in every block, so own work ends at the first forward pass: a slow source of data shows, a slow device does
+    not. On CUDA, events in the stream time the kernels; before a sharded forward pass, the host's clock does.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -53,7 +106,7 @@ class OwnWork:
         self._stopwatch: _Stopwatch | _CudaStopwatch
         self._stopwatch = _CudaStopwatch() if device.type == "cuda" and not sharded else _Stopwatch()
         self._forward_came, self._sharded = False, sharded
-        self._left_out = 0.0
+        self._excluded = 0.0
         if sharded:
             # Before FSDP's own hook, which waits.
             gpt.register_forward_pre_hook(self._at_forward, prepend=True)
@@ -61,18 +114,18 @@ class OwnWork:
             gpt.token_embedding.weight.register_post_accumulate_grad_hook(self._at_last_gradient)  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
-        """A step's work begins here."""
-        self._forward_came, self._left_out = False, 0.0
+        """Start the clock."""
+        self._forward_came, self._excluded = False, 0.0
         self._stopwatch.start()
 
     def seconds(self) -> float:
-        """That of the step since begin(), once the ranks have met in it."""
-        return self._stopwatch.seconds() - self._left_out
+        """Return the own work of the step since begin(), once the ranks have met in it."""
+        return self._stopwatch.seconds() - self._excluded
 
-    def leave_out(self, seconds: float) -> None:
-        """Take off what this rank waited for the others between two micro-batches."""
+    def exclude(self, seconds: float) -> None:
+        """Subtract seconds that this rank waited for the others between two micro-batches."""
         if not self._sharded:
-            self._left_out += seconds
+            self._excluded += seconds
 
     def _at_last_gradient(self, _: torch.Tensor) -> None:
         self._stopwatch.stop()
@@ -83,46 +136,46 @@ class OwnWork:
         self._forward_came = True
 
 
-class Watch:
+class StragglerDetector:
     """Names ranks that are slow, interval after interval, and says when they no longer are."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
-        """`hosts`: of each rank."""
+        """`hosts`: the name of the host of each rank."""
         self._hosts = hosts
         self._sums = [Work()] * len(hosts)
         self._steps, self._seconds = 0, 0.0
         self._histories = [_History() for _ in hosts]
         self._save_histories = [_History() for _ in hosts]
 
-    def add(self, works: Sequence[Work], *, steps: int, seconds: float) -> list[str]:
-        """What each rank did in these steps, which took so long; a line for each rank that there is news of."""
+    def update(self, works: Sequence[Work], *, steps: int, seconds: float) -> list[str]:
+        """Add the work of each rank in some steps, which took so long.
+
+        Returns one message for each rank whose status changed.
+        """
         self._sums = [total + work for total, work in zip(self._sums, works, strict=True)]
         self._steps += steps
         self._seconds += seconds
         if self._seconds < INTERVAL_SECONDS:
             return []
-        news = self._judged()
+        messages = [*self._slow_at_work(), *self._slow_to_save()]
         self._sums, self._steps, self._seconds = [Work()] * len(self._hosts), 0, 0.0
-        return news
-
-    def _judged(self) -> list[str]:
-        return [*self._slow_at_work(), *self._slow_to_save()]
+        return messages
 
     def _slow_at_work(self) -> Iterator[str]:
         own = [work.own / self._steps for work in self._sums]
         ordered = sorted(own)
         for rank, (host, history) in enumerate(zip(self._hosts, self._histories, strict=True)):
             median = median_without(ordered, own[rank])
-            if history.is_news(own[rank] >= SLOWER * median and own[rank] - median >= FLOOR_SECONDS):
-                verdict = "is slow" if history.named else "keeps up again"
+            if history.changes(own[rank] >= SLOWER * median and own[rank] - median >= FLOOR_SECONDS):
+                status = "is slow" if history.named else "keeps up again"
                 waited = _span(self._sums[rank].data_wait / self._steps)
                 yield (
-                    f"rank {rank} on {host} {verdict}: {_span(own[rank])} a step of its own work, "
+                    f"rank {rank} on {host} {status}: {_span(own[rank])} a step of its own work, "
                     f"the others' median {_span(median)}; data wait {waited} a step"
                 )
 
     def _slow_to_save(self) -> Iterator[str]:
-        """Against the others' seconds, and theirs by the byte: shares differ, and some ranks have none."""
+        """Compare with the others' seconds, and with theirs by the byte: shares differ, and some ranks have none."""
         shares = {rank: work for rank, work in enumerate(self._sums) if work.saved_bytes}
         if len(shares) < 2:
             return
@@ -132,31 +185,31 @@ class Watch:
             like_others = median_without(by_byte, work.save / work.saved_bytes) * work.saved_bytes
             usual = max(median_without(seconds, work.save), like_others)
             history = self._save_histories[rank]
-            if history.is_news(work.save >= SLOWER * usual and work.save - usual >= SAVE_FLOOR_SECONDS):
-                verdict = "is slow to save" if history.named else "saves as fast again"
+            if history.changes(work.save >= SLOWER * usual and work.save - usual >= SAVE_FLOOR_SECONDS):
+                status = "is slow to save" if history.named else "saves as fast again"
                 yield (
-                    f"rank {rank} on {self._hosts[rank]} {verdict}: {_span(work.save)} for its share of checkpoints, "
+                    f"rank {rank} on {self._hosts[rank]} {status}: {_span(work.save)} for its share of checkpoints, "
                     f"{_span(usual)} as the others write"
                 )
 
 
 @dataclass
 class _History:
-    """What was said of a rank."""
+    """The status of a rank, as it was last reported."""
 
     named: bool = False
     contrary: int = 0  # intervals in a row that say otherwise
-    told: int = 0  # intervals ago
+    age: int = 0  # intervals since the report
 
-    def is_news(self, slow: bool) -> bool:
-        """Whether there is something to say after another interval."""
-        self.told += 1
+    def changes(self, slow: bool) -> bool:
+        """Count another interval; tell whether its outcome is to be reported."""
+        self.age += 1
         self.contrary = self.contrary + 1 if slow != self.named else 0
         if self.contrary == IN_A_ROW:
             self.named = slow
-        elif not (self.named and slow and self.told >= REMIND_INTERVALS):
+        elif not (self.named and slow and self.age >= REMIND_INTERVALS):
             return False
-        self.contrary = self.told = 0
+        self.contrary = self.age = 0
         return True
 
 
@@ -195,7 +248,7 @@ class _CudaStopwatch:
 
 
 def median_without(ordered: Sequence[float], value: float) -> float:
-    """The lower median of sorted numbers less one of this value; the value itself where there is no other."""
+    """Return the lower median of sorted numbers without one of this value; the value itself if it is the only one."""
     if len(ordered) == 1:
         return value
     middle = (len(ordered) - 2) // 2

@@ -3,5 +3,5 @@
 Reading order: gpt (the network), optim (AdamW and learning rates), generate (sampling), probe (finds the first module
 whose values are not finite).
 
-This room may import only the modules beside the rooms, such as config, files and errors.
+It may import only the modules beside the rooms, such as config, files and errors.
 """

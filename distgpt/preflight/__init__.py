@@ -3,5 +3,5 @@
 Reading order: finding (the result of a check), machine (one machine, its data and its run directory), hosts (all hosts
 of a job), links (the bandwidth between ranks), network (routes and ports of this host).
 
-This room may import every room but training and launch.
+It may import every room but training and launch.
 """

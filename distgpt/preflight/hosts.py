@@ -26,7 +26,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from distgpt.config import PACKAGE, Config, to_dict
 from distgpt.corpus.shards import Split, open_dataset
-from distgpt.distributed.collectives import all_gather
+from distgpt.distributed.collectives import all_gather_json
 from distgpt.distributed.process_group import init_process_group
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import EXIT_DATA, EXIT_USAGE, DirectoryError, DistgptError, Interrupted, StorageError, UsageError
@@ -259,7 +259,7 @@ def measure_network(config: Config, store: SharedStore) -> Iterator[Finding]:
     init_process_group(runtime, dist.PrefixStore("group", store.store), ANSWER_SECONDS)
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
-    host_of = all_gather(node_rank()) if runtime.distributed else [node_rank()]
+    host_of = all_gather_json(node_rank()) if runtime.distributed else [node_rank()]
     offsets = clock_offsets(runtime, host_of)
     all_reduce, measured = links.measure(runtime)
     if runtime.rank:

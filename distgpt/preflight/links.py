@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distgpt.distributed.collectives import all_gather
+from distgpt.distributed.collectives import all_gather_json
 from distgpt.distributed.runtime import Runtime
 from distgpt.preflight.finding import Finding, ok, warning
 
@@ -42,7 +42,7 @@ def measure(runtime: Runtime) -> tuple[Finding, list[Link]]:
     for shift in sorted({1, runtime.world_size - 1}):
         source = (runtime.rank - shift) % runtime.world_size
         links.append(Link(source, runtime.rank, _measure_link(runtime, shift)))
-    everyone = all_gather([dataclasses.astuple(link) for link in links])
+    everyone = all_gather_json([dataclasses.astuple(link) for link in links])
     return _measure_all_reduce(runtime), [Link(*link) for links_of_rank in everyone for link in links_of_rank]
 
 

@@ -24,9 +24,9 @@ from distgpt.distributed.device import compute_dtype, threads_per_rank
 from distgpt.distributed.plan import (
     BYTES_PER_PARAMETER,
     choose_strategy,
+    independent_replicas,
     micro_batch_size,
     ranks_per_replica,
-    replicas_apart,
 )
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import DirectoryError, DistgptError, UsageError
@@ -176,7 +176,7 @@ def check_run_directory(config: Config, runtime: Runtime, dataset: Dataset) -> F
         raise DirectoryError(
             f"{paths.root} holds checkpoints: --run.fresh needs an empty run directory; choose another --run.dir"
         )
-    require_same_run(paths.checkpoints, config, dataset, runtime)
+    require_same_run(paths.checkpoints, config, dataset, replicas=independent_replicas(config, runtime))
     return ok("run directory", f"{paths.root}, resumes from {checkpoints[0].name}")
 
 
@@ -184,7 +184,7 @@ def check_disk(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     """Check the free space for checkpoints. Raises StorageError if not even one fits."""
     paths = RunPaths(config.run_dir)
     nearest = nearest_directory(paths.root)
-    one = checkpoint_bytes(count_parameters(config.model, dataset.vocab_size), replicas_apart(config, runtime))
+    one = checkpoint_bytes(count_parameters(config.model, dataset.vocab_size), independent_replicas(config, runtime))
     # The newest ones, the best one, and the one that is being written are on the disk at the same time.
     wanted = config.checkpoint.keep + 2
     missing = max(1, wanted - len(committed(paths.checkpoints)))

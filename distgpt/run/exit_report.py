@@ -16,7 +16,7 @@ from distgpt.run.paths import RunPaths
 from distgpt.torchrun import record_cause, this_attempt, this_job
 
 EXIT_FILE_VARIABLE = "DISTGPT_EXIT_FILE"
-# What a file system answers that has no hard links.
+# Errors of a file system without hard links.
 NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 
 
@@ -25,9 +25,9 @@ def write_exit_report(
 ) -> bool:
     """Write exit.json, and a copy to $DISTGPT_EXIT_FILE where a launcher names one.
 
-    The first cause stands, but not one of an earlier owner of the run directory, with a lower `fence`, who was asleep.
+    The first report wins, unless a previous owner of the run directory (with a lower `fence`) wrote it.
 
-    Returns whether this was the first report of the run directory (or, with no directory, of the launcher's file).
+    Returns whether this one is the first report in the run directory, or without one in the launcher's file.
     """
     report = {
         "code": code,
@@ -43,15 +43,15 @@ def write_exit_report(
     if launcher_file := os.environ.get(EXIT_FILE_VARIABLE):
         targets.append((Path(launcher_file), 0))
     answers = [_write_once(target, report, least_fence) for target, least_fence in reversed(targets)]
-    # The run directory's counts most, but its disk may be full. A cause that no file can hold must still be told.
+    # The run directory counts most, but its disk may be full. A cause that no file can hold must still be printed.
     return next((first for first in reversed(answers) if first is not None), True)
 
 
 def forget_last_attempt() -> None:
-    """Remove the launcher's copy of a report from before this process: torchrun started all ranks of the host anew.
+    """Remove the launcher's copy of a report that is older than this process: torchrun restarted its ranks.
 
-    For every rank, as soon as it starts: any may come to be the one that reports. A report of another host stays,
-    where launchers of several share a file: it has another clock, and may have started earlier.
+    Every rank calls it as soon as it starts, since any of them may be the one that reports. Where launchers of several
+    hosts share a file, the report of another host stays: its clock differs, and it may have started earlier.
     """
     launcher_file = Path(os.environ.get(EXIT_FILE_VARIABLE, ""))
     with suppress(OSError, ValueError, KeyError, TypeError):
@@ -62,7 +62,7 @@ def forget_last_attempt() -> None:
 
 
 def ending_of_this_job(paths: RunPaths) -> tuple[int, str] | None:
-    """The exit code and cause that an earlier attempt of this same torchrun reported, None if it did not."""
+    """Return the exit code and cause that an earlier attempt of this torchrun reported; None if there is no report."""
     for file in (Path(os.environ.get(EXIT_FILE_VARIABLE, "")), paths.exit_report):
         with suppress(OSError, ValueError):
             report = json.loads(file.read_text())
@@ -72,9 +72,9 @@ def ending_of_this_job(paths: RunPaths) -> tuple[int, str] | None:
 
 
 def _write_once(target: Path, report: dict[str, Any], least_fence: int) -> bool | None:
-    """Whether `target` is now this report; False where one stood already, None where none can be written.
+    """Write a report to `target` unless there is one, of `least_fence` or higher. Returns whether it was written.
 
-    One of a lower fence than the least does not stand.
+    None if `target` cannot be written.
     """
     staged = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
@@ -94,13 +94,13 @@ def _write_once(target: Path, report: dict[str, Any], least_fence: int) -> bool 
 
 
 def _name_once(staged: Path, target: Path) -> None:
-    """Have `target` say what `staged` does. Raises FileExistsError if it is there already."""
+    """Give the content of `staged` the name `target`. Raises FileExistsError if that exists."""
     try:
         os.link(staged, target)  # atomic, and never replaces
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        with target.open("x") as file:  # who reads it now sees less
+        with target.open("x") as file:  # a reader may see a part of it
             file.write(staged.read_text())
 
 
@@ -112,7 +112,10 @@ def _fence_of(report: Path) -> int:
 
 
 def exit_if_restart_cannot_help(paths: RunPaths) -> None:
-    """torchrun starts all ranks again whatever ended them: leave if that cannot help; rank 0 says again why."""
+    """Exit if an earlier attempt of this torchrun failed in a way that a restart cannot fix; rank 0 repeats the cause.
+
+    torchrun restarts all ranks whatever ended them.
+    """
     if this_attempt():
         code, cause = ending_of_this_job(paths) or (EXIT_OK, "")
         if code in (EXIT_USAGE, EXIT_DATA, EXIT_CANNOT_CREATE):

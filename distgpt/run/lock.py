@@ -1,12 +1,13 @@
-"""Who may write to a run directory: a lock, a lease, and a fencing number that grows with each owner.
+"""The lock of a run directory: a file lock, a lease, and a fencing token that grows with each owner.
 
-LOCK is held by an exclusive flock, which the kernel drops at any death, and says who holds it. Where locks do not reach
-from host to host, or outlive a host that died, the lease decides: the owner changes LOCK every RENEWAL seconds, and one
-that another host has not changed for LEASE seconds is given up. Clocks of two hosts are never compared.
+The owner holds an exclusive flock of the file LOCK, which the kernel drops when it dies, and LOCK names the owner.
+Where locks do not reach from host to host, or outlive a dead host, the lease decides: the owner changes LOCK every
+RENEWAL seconds. An owner on another host that has not changed it for LEASE seconds has lost it. Clocks of two hosts
+are never compared.
 
-An owner that was only asleep wakes up as one of two. So each has a LOCK file of its own, put in place by rename, and
-looks before every write whether it is still the one in place; what it writes in several steps lies in a directory named
-after it, which the next owner removes before it starts.
+An owner that was only suspended may wake up after another one took over. So each owner has a LOCK file of its own, put
+in place by rename, and checks before every write that its file is still in place. What it writes in several steps lies
+in a directory named after it, which the next owner removes before it starts.
 
 Imports no torch: a locked or read-only directory is found before anything heavy is loaded.
 """
@@ -37,9 +38,9 @@ RECORD_BYTES = 512  # always the same, so that a renewal neither grows nor short
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that took a run directory. `boot` tells kernels apart: within one, a flock is the whole truth.
+    """A process that took a run directory. `boot` identifies its kernel: within one, the flock alone decides.
 
-    `job`: what its torchrun has in common with no other. `attempt`: how often that had started all ranks again.
+    `job` identifies its torchrun, `attempt` counts how often that had restarted all ranks.
     """
 
     fence: int
@@ -55,34 +56,34 @@ class Owner:
 
     @property
     def label(self) -> str:
-        """A name that no other owner of this directory has, for files."""
+        """A name for files that no other owner of this directory has."""
         return f"{self.fence:06d}-{self.host}-{self.pid}"
 
 
 @dataclass(frozen=True)
 class _Record:
-    """What LOCK says. `beat` counts renewals; `released`: the owner left in order."""
+    """The content of LOCK. `released`: the owner gave it back."""
 
     owner: Owner
-    beat: int
+    renewals: int
     released: bool
 
     def to_bytes(self) -> bytes:
-        record = {**asdict(self.owner), "beat": self.beat, "released": self.released}
+        record = {**asdict(self.owner), "renewals": self.renewals, "released": self.released}
         return json.dumps(record).encode().ljust(RECORD_BYTES - 1) + b"\n"
 
 
 class RunLock:
-    """The ownership of a run directory, taken by rank 0. LOCK stays when it is released."""
+    """The lock of a run directory, held by rank 0. The file LOCK stays when the lock is released."""
 
     def __init__(self, paths: RunPaths, *, lease: float = LEASE, wait: bool = True) -> None:
-        """Create the directory and take it; up to `lease` seconds go by until it is clear that its owner is alive.
+        """Create the directory and lock it. May watch another owner for `lease` seconds, to see whether it is alive.
 
-        `wait=False` takes that one to be alive. Raises DirectoryError when another process owns the directory or it
-        cannot be written, StorageError when its file system has no locks or no room.
+        With `wait=False` another owner counts as alive. Raises DirectoryError if another process owns the directory or
+        it cannot be written, StorageError if its file system has no locks or no room.
         """
         self._paths = paths
-        self._beat = 0
+        self._renewals = 0
         self._released = threading.Event()
         self._renewing = threading.Lock()
         before = _taken(paths, lease if wait else None)
@@ -91,7 +92,7 @@ class RunLock:
             fence = found.owner.fence + 1 if found else _first_fence(before)
             started = time.strftime("%Y-%m-%d %H:%M:%S %z")
             self.owner = Owner(fence, socket.gethostname(), _boot(), os.getpid(), started, this_job(), this_attempt())
-            # How the last run ended says nothing of this one. Before LOCK is in place: afterwards it may be another's.
+            # The report of the last run. Remove it before LOCK is in place: afterwards it may be the report of another.
             paths.exit_report.unlink(missing_ok=True)
             self._fd = self._put_in_place()
             self._remove_left_overs()
@@ -101,7 +102,7 @@ class RunLock:
             os.close(before)
 
     def keep(self, lost: Callable[[str], object], *, every: float) -> None:
-        """Renew the lease in a thread from now on; call `lost` with one line once the directory is another's."""
+        """Renew the lease in a thread from now on; call `lost` with one line once another owner has the directory."""
 
         def renew() -> None:
             while not self._released.wait(every):
@@ -116,7 +117,7 @@ class RunLock:
         threading.Thread(target=renew, name="lease", daemon=True).start()
 
     def release(self) -> None:
-        """Leave in order: the next owner need not wait for a lease. Only the first call does something."""
+        """Give the lock back, so that the next owner need not wait for the lease. Further calls do nothing."""
         if self._released.is_set():
             return
         self._released.set()
@@ -125,7 +126,7 @@ class RunLock:
         os.close(self._fd)
 
     def _put_in_place(self) -> int:
-        """A LOCK file of our own, locked before it is seen. A descriptor that keeps its lock."""
+        """Put a LOCK file of our own in place, already locked. Returns a descriptor that keeps its lock."""
         staged = self._paths.lock.with_name(f".LOCK.{self.owner.label}.tmp")
         fd = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
@@ -140,14 +141,14 @@ class RunLock:
         return fd
 
     def _remove_left_overs(self) -> None:
-        """Files that earlier owners have not put in place: one that was asleep then cannot, and finds out."""
+        """Remove files that earlier owners staged: a suspended one that wakes up cannot put them in place any more."""
         for staged in itertools.chain.from_iterable(map(self._paths.root.glob, STAGED)):
             staged.unlink(missing_ok=True)
 
     def _renewed(self, *, released: bool = False) -> str | None:
-        """Count up in LOCK if it is still ours, else say whose it is. Raises OSError."""
+        """Count up in LOCK if it is still ours; otherwise return a line that names the owner. Raises OSError."""
         try:
-            # By name, to see another's file; and closed again, which makes a network file system send what was written.
+            # Opened by name, to see the file of another owner, and closed, which makes a network file system send it.
             fd = os.open(self._paths.lock, os.O_RDWR)
         except FileNotFoundError:
             return _loss(self._paths, None)
@@ -155,15 +156,15 @@ class RunLock:
             found = _read(fd)
             if found is None or found.owner != self.owner:
                 return _loss(self._paths, found)
-            self._beat += 1
-            os.pwrite(fd, _Record(self.owner, self._beat, released).to_bytes(), 0)
+            self._renewals += 1
+            os.pwrite(fd, _Record(self.owner, self._renewals, released).to_bytes(), 0)
         finally:
             os.close(fd)
         return None
 
 
 def loss_of(paths: RunPaths, owner: Owner) -> str | None:
-    """None while `owner` has the directory, else one line that says who has it. Any rank may ask. Raises OSError."""
+    """Return None while `owner` has the directory, else a line that names the owner. Raises OSError."""
     found = _in_place(paths)
     return None if found is not None and found.owner == owner else _loss(paths, found)
 
@@ -177,11 +178,11 @@ def owner_of_this_attempt(paths: RunPaths) -> Owner | None:
 
 
 def lock_holder(paths: RunPaths) -> str | None:
-    """Who owns this run directory, None if nobody does; may take LEASE seconds. Changes nothing."""
+    """Return a description of the owner of a run directory, None if there is none. Takes up to LEASE seconds."""
     try:
         fd = os.open(paths.lock, os.O_RDWR)
     except OSError:
-        return None  # there is none, or it cannot be opened: for RunLock to complain about
+        return None  # no LOCK, or one that cannot be opened, which RunLock reports
     try:
         return _holder(paths, fd, LEASE)
     finally:
@@ -189,7 +190,7 @@ def lock_holder(paths: RunPaths) -> str | None:
 
 
 def _taken(paths: RunPaths, lease: float | None) -> int:
-    """A descriptor of the LOCK in place, which nobody alive holds but this process. Raises as RunLock does."""
+    """Open the LOCK in place once no other living process holds it. Raises as RunLock does."""
     while True:
         try:
             paths.root.mkdir(parents=True, exist_ok=True)
@@ -208,13 +209,13 @@ def _taken(paths: RunPaths, lease: float | None) -> int:
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)  # another job was here between open and flock: look at its file
+        os.close(fd)  # another job put its file in place between open and flock: look at that one
 
 
 def _holder(paths: RunPaths, fd: int, lease: float | None) -> str | None:
-    """Who owns the directory of this open LOCK; None: nobody, and this descriptor now holds the flock if that is free.
+    """Describe the owner of this open LOCK. None: no owner is alive, and `fd` has the flock if it is free.
 
-    `lease`: seconds to watch an owner on another host, None: it counts as alive. Raises StorageError.
+    `lease`: seconds to watch an owner on another host; None: it counts as alive. Raises StorageError.
     """
     free = _flock(paths, fd)
     found = _read(fd)
@@ -230,9 +231,9 @@ def _holder(paths: RunPaths, fd: int, lease: float | None) -> str | None:
 
 
 def _dies(paths: RunPaths, fd: int, found: _Record, lease: float) -> bool:
-    """Whether an owner of this kernel lets go within this many seconds; `fd` then holds the flock.
+    """Wait up to `lease` seconds for an owner of this kernel to die; `fd` then holds the flock.
 
-    One that is killed while it writes to a slow disk, or has much memory to give back, is gone only when that is done.
+    A process that is killed while it writes to a slow disk, or frees much memory, is gone only when that is done.
     """
     deadline = time.monotonic() + lease
     while time.monotonic() < deadline and _in_place(paths) == found:
@@ -243,7 +244,7 @@ def _dies(paths: RunPaths, fd: int, found: _Record, lease: float) -> bool:
 
 
 def _changes(paths: RunPaths, found: _Record, lease: float) -> bool:
-    """Whether LOCK says something else within this many seconds."""
+    """Wait up to `lease` seconds for LOCK to change."""
     deadline = time.monotonic() + lease
     while time.monotonic() < deadline:
         time.sleep(lease / 20)
@@ -264,7 +265,7 @@ def _flock(paths: RunPaths, fd: int) -> bool:
 
 
 def _in_place(paths: RunPaths) -> _Record | None:
-    """What the LOCK of that name says now. Opened anew each time: a network file system then asks its server."""
+    """Read the LOCK in place. It is opened anew each time: a network file system then asks its server."""
     try:
         fd = os.open(paths.lock, os.O_RDONLY)
     except FileNotFoundError:
@@ -276,20 +277,20 @@ def _in_place(paths: RunPaths) -> _Record | None:
 
 
 def _read(fd: int) -> _Record | None:
-    """None if it is empty, damaged or of another kind. Raises OSError."""
+    """Read a LOCK; None if it is empty, damaged or of another format. Raises OSError."""
     for _ in range(3):  # it may be read in the middle of a renewal
         content = os.pread(fd, 4096, 0)
         try:
             values: dict[str, Any] = json.loads(content)
-            beat, released = values.pop("beat"), values.pop("released")
-            return _Record(Owner(**values), beat, released)
+            renewals, released = values.pop("renewals"), values.pop("released")
+            return _Record(Owner(**values), renewals, released)
         except (ValueError, KeyError, TypeError, AttributeError):
             time.sleep(0.01 if content else 0)
     return None
 
 
 def _first_fence(fd: int) -> int:
-    """1 in a new file. Where the last one cannot be read, a number above any count of owners."""
+    """Return 1 for a new file. Where the last token cannot be read, a number above any count of owners."""
     return int(time.time()) if os.fstat(fd).st_size else 1
 
 
@@ -299,7 +300,7 @@ def _loss(paths: RunPaths, found: _Record | None) -> str:
 
 
 def _boot() -> str:
-    """What tells this kernel, as long as it runs, from all others."""
+    """Return what identifies this kernel, as long as it runs."""
     try:
         return BOOT_ID.read_text().strip()
     except OSError:

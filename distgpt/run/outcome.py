@@ -12,14 +12,15 @@ LOST_DEVICE = ("ECC", "unspecified launch failure", "unknown error", "busy or un
 
 
 def say_end(code: int, cause: str) -> None:
+    """Print why a run ended, as the last line of this process."""
     if code == EXIT_INTERRUPTED and EXIT_FILE_VARIABLE in os.environ:
-        # Its launcher decides whether to go on, and says so below. Where a host joins, torchrun does without a word.
+        # The launcher decides whether to go on, and says so below. Where a host joins, torchrun restarts silently.
         cause = re.sub("[,:] run it again to go on$", "", cause)
     print_cause(f"distgpt: {cause}" if code == EXIT_INTERRUPTED else f"distgpt: error: {cause}")
 
 
 def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:
-    """The exit code and the line for whatever ended a run, `training` or still starting."""
+    """Return the exit code and the line for whatever ended a run; `training`: it had started to train."""
     if isinstance(error, DistgptError):
         return error.code, str(error)
     text = str(error)
@@ -41,9 +42,9 @@ def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:
 
 
 def _is_lost_peer(error: BaseException, training: bool) -> bool:
-    """Whether a collective failed because another rank is gone; gloo says so in a plain RuntimeError.
+    """Tell whether a collective failed because another rank is gone; gloo raises a plain RuntimeError for that.
 
-    In training, all that gloo complains of is that; before, it may be an interface or a host name that is wrong.
+    While a run trains, every error of gloo means that. Before, it may be a wrong interface or host name.
     """
     if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
         return True

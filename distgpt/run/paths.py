@@ -8,7 +8,7 @@ from distgpt.errors import UsageError
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The names of everything in a run directory. Raises UsageError for one whose name no file could tell of."""
+    """The names of all files in a run directory. Raises UsageError if its own name is not UTF-8."""
 
     root: Path
 

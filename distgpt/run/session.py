@@ -1,4 +1,4 @@
-"""Signals that all ranks agree on, workers that do not outlive their agent, and the report of how a run ended.
+"""One rank of a run: its signals, lock and log, and the exit code and report with which it ends.
 
 Imports no torch, so that all of it is in force from the first moment of a rank.
 """
@@ -15,6 +15,8 @@ import traceback
 from contextlib import suppress
 from types import FrameType, TracebackType
 from typing import Any, NoReturn, Self, TextIO
+
+from tqdm import tqdm
 
 from distgpt.errors import (
     EXIT_BUG,
@@ -34,25 +36,22 @@ from distgpt.torchrun import RANK_ZERO_SECONDS, print_cause
 log = logging.getLogger("distgpt")
 log.addHandler(logging.NullHandler())
 log.propagate = False  # what a person should read is printed; the log is for logs/
-logging.raiseExceptions = False  # a line of it that a full disk has no room for is lost, without a traceback on stderr
+logging.raiseExceptions = False  # where a full disk has no room for a line, there is no traceback on stderr
 
-
-# What a person at a terminal sends, or a launcher on his behalf.
+# Signals that a person at a terminal sends, or a launcher for a person.
 TYPED = (signal.SIGINT, signal.SIGTERM)
-# A signal that comes again within this time is the same one.
+# A signal that comes again within this time is an echo of the first.
 ECHO_SECONDS = 1.0
-# Makes a rank write the stacks of all its threads to its log, whatever it does.
+# Makes a rank write the stacks of all its threads to its log, whatever the rank does.
 STACKS_SIGNAL = signal.SIGUSR2
-# Seconds for the last words of a rank that is to end at once.
+# Seconds that a rank has for its report when it must end at once.
 LATEST_SECONDS = 10.0
-
-
-# Seconds for which a network file system may answer from what it remembers of a directory: acdirmax of nfs(5).
+# Seconds for which a network file system may answer from its cache of a directory: acdirmax of nfs(5).
 NFS_ATTRIBUTE_CACHE_SECONDS = 60.0
 
 
 class _LossyStream:
-    """stdout or stderr, whose reader may go away, as a terminal that is closed: what nobody can read is dropped."""
+    """stdout or stderr that drops output once its reader is gone, such as a closed terminal."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -70,14 +69,14 @@ class _LossyStream:
         return getattr(self._stream, name)
 
 
-class Run:
-    """One rank's part in a run, from its first moment to its exit code.
+class RunSession:
+    """One rank of a run, from its first moment to its exit code.
 
-    As a context manager it turns whatever ends the run into an exit code, exit.json and one line on stderr from the
-    rank that knew first. SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask to stop at a step that all ranks agree on. Until
-    `training()` there is nothing to save, and the main thread may be deep in a rendezvous where Python handlers do not
-    run: a thread that the C-level handler wakes ends the process. After it, a signal sets `stop_requested`, which the
-    thread answers at once, since a step may be long; a second Ctrl-C ends the process without a save.
+    As a context manager it turns whatever ends the run into an exit code, exit.json and one line on stderr, from the
+    rank that knew first. SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask to stop at a step that all ranks agree on. Before
+    `allow_graceful_stop()` there is nothing to save, and the main thread may wait in a rendezvous, where Python does
+    not run its signal handlers: a thread that the C-level handler wakes ends the process. Afterwards a signal sets
+    `stop_requested`. That thread says so at once, since a step may be long; a second Ctrl-C ends the process unsaved.
     """
 
     def __init__(self, paths: RunPaths, rank: int) -> None:
@@ -103,12 +102,12 @@ class Run:
         for number in STOP_SIGNALS:
             if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
                 signal.signal(number, self._remember)
-        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # until there is a log to write them to
+        signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # until there is a log for the stacks
         threading.Thread(target=self._heed_signals, name="stop-signals", daemon=True).start()
         return self
 
-    def own(self, *, lease: float = LEASE, renewal: float = RENEWAL) -> None:
-        """Rank 0: take the run directory and renew the lease. Raises as RunLock does."""
+    def acquire(self, *, lease: float = LEASE, renewal: float = RENEWAL) -> None:
+        """Take the run directory, on rank 0, and renew its lease from now on. Raises as RunLock does."""
         self._refused = True
         self._lock = RunLock(self.paths, lease=lease)
         self._refused = False
@@ -117,8 +116,8 @@ class Run:
         self._writes_report = True
         self.paths.logs.mkdir(exist_ok=True)  # for the stacks of a start that hangs
 
-    def joined(self, owner: Owner | None) -> None:
-        """All ranks are here and rank 0 is `owner` of the directory: this rank may write its log and report, too."""
+    def attach_logs(self, owner: Owner | None) -> None:
+        """Open the log of this rank, once all ranks are here and rank 0 is the `owner` of the run directory."""
         self.owner = owner
         self._writes_report = True
         self.paths.logs.mkdir(exist_ok=True)
@@ -130,8 +129,8 @@ class Run:
         faulthandler.enable(stream)
         faulthandler.register(STACKS_SIGNAL, stream)
 
-    def sees(self, owner: Owner | None) -> bool:
-        """Whether the run directory of this rank is the one that rank 0 took as `owner`.
+    def sees_same_directory(self, owner: Owner | None) -> bool:
+        """Check that the run directory of this rank is the one that rank 0 took as `owner`.
 
         May take NFS_ATTRIBUTE_CACHE_SECONDS.
         """
@@ -149,12 +148,18 @@ class Run:
         if self.owner and (line := loss_of(self.paths, self.owner)):
             self._leave_to(line)
 
-    def training(self) -> None:
-        """From here on signals wait for the end of a step."""
+    def allow_graceful_stop(self) -> None:
+        """Make signals wait for the end of a step from now on."""
         self._starting = False
 
+    def say(self, text: str) -> None:
+        """Log a line, and show it to a person where this is rank 0."""
+        log.info(text)
+        if self.rank == 0:
+            tqdm.write(text)
+
     def interrupted(self, last: int) -> Interrupted:
-        """What to raise once all ranks agreed to stop and saved `step`, if there is one, of `last`."""
+        """Return the error to raise once all ranks agreed to stop and saved `step`, if there is one, of `last`."""
         cause = f"interrupted by {self.stop_requested or 'a signal to another rank'}"
         if not self.step:
             return Interrupted(f"{cause} before the end of the first step: run it again to go on")
@@ -185,10 +190,11 @@ class Run:
         _leave(code)
 
     def report(self, code: int, cause: str, *, for_host: bool | None = None) -> bool:
-        """Whether it falls to this rank to say why the run ended; does not return if another job has it by now.
+        """Report why the run ends. Returns whether this rank is the one to print it.
 
-        `for_host`: whether this rank speaks for its host if not all have joined; None: if it is the first one there.
-        Where it does, and rank 0 has the run directory, it does so in there: what rank 0 finds to say comes second.
+        Does not return if the run directory belongs to another job by now.
+        `for_host`: whether this rank reports for its host if not all ranks have joined; None: if it is the first one
+        there. If rank 0 has the run directory by then, the report goes there, and one of rank 0 comes second.
         """
         if for_host and self.rank and not self._writes_report:
             self._report_as_joined()
@@ -198,7 +204,7 @@ class Run:
             fence = self.owner.fence if self.owner else 0
             return write_exit_report(self.paths, code=code, cause=cause, rank=self.rank, step=self.step, fence=fence)
         if self.rank:
-            # What stops this one stops its neighbours too, and most likely rank 0: one line a host, for its launcher.
+            # The cause probably stops the other ranks of the host and rank 0, too: one line a host, for its launcher.
             if not (os.environ.get("LOCAL_RANK") == "0" if for_host is None else for_host):
                 return False
             return write_exit_report(None, code=code, cause=cause, rank=self.rank, step=None)
@@ -209,15 +215,15 @@ class Run:
         return write_exit_report(paths, code=code, cause=cause, rank=0, step=None, fence=fence)
 
     def _report_as_joined(self) -> None:
-        """If rank 0 has the run directory by now, and not only that of the attempt before torchrun started all anew."""
+        """Report in the run directory if rank 0 of this attempt has it by now."""
         with suppress(OSError):
             owner = owner_of_this_attempt(self.paths)
             if owner is not None:
                 self.owner, self._writes_report = owner, True
 
     def _leave_to(self, line: str) -> NoReturn:
-        """End this process, whose run directory is another job's by now; rank 0 says so in `line`."""
-        self._ending.acquire()  # for good: of two threads that find it, one says it
+        """End this process, whose run directory belongs to another job by now; rank 0 prints `line`."""
+        self._ending.acquire()  # and never released: of two threads that find it, one says it
         log.error(line)
         write_exit_report(None, code=EXIT_CANNOT_CREATE, cause=line, rank=self.rank, step=self.step)
         if self.rank == 0:
@@ -237,14 +243,14 @@ class Run:
             number = received[0]
             if number not in STOP_SIGNALS:
                 continue
-            # Also where the main thread is in a call of C, and does not come to set stop_requested.
+            # Also where the main thread is in a call of C, and cannot set stop_requested.
             self.told_to_stop = True
             if self._starting:
                 name = signal.Signals(number).name
                 self._leave_interrupted(f"interrupted by {name} before the first step: run it again to go on")
             elif answered is None:
                 answered = time.monotonic()
-                _answer(number)
+                _acknowledge(number)
             elif number == signal.SIGINT and _is_typed_again(answered):
                 self._leave_interrupted(
                     "interrupted by a second Ctrl-C: what came after the newest checkpoint is not saved, "
@@ -252,7 +258,7 @@ class Run:
                 )
 
     def _leave_interrupted(self, cause: str) -> NoReturn:
-        # Its disk may be what hangs.
+        # The disk of the run directory may hang.
         threading.Thread(target=_leave_regardless, daemon=True).start()
         if self.report(EXIT_INTERRUPTED, cause):
             say_end(EXIT_INTERRUPTED, cause)
@@ -260,8 +266,8 @@ class Run:
         _leave(EXIT_INTERRUPTED)
 
 
-def _answer(number: int) -> None:
-    """Say at once, on each host, that a signal to stop was heard."""
+def _acknowledge(number: int) -> None:
+    """Say at once, on each host, that a signal to stop arrived."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         again = "; Ctrl-C again within it ends now, unsaved" if number in TYPED else ""
         below_the_bar = "\n" if sys.stderr.isatty() else ""
@@ -269,20 +275,21 @@ def _answer(number: int) -> None:
 
 
 def _is_typed_again(answered: float) -> bool:
-    """Whether a SIGINT now is a person's second one, not the first one's echo: Slurm may send it twice to each rank.
+    """Tell whether a SIGINT now is the second one of a person, and no echo: Slurm may send one twice to each rank.
 
-    Under torchrun it is never: that hears a person's second one itself, and ends its ranks.
+    Never under torchrun, which gets a second SIGINT itself, and ends its ranks.
     """
     return "TORCHELASTIC_RUN_ID" not in os.environ and time.monotonic() - answered > ECHO_SECONDS
 
 
 def _leave_regardless() -> None:
+    """End the process in LATEST_SECONDS, whatever its other threads wait for."""
     time.sleep(LATEST_SECONDS)
     os._exit(EXIT_INTERRUPTED)
 
 
 def _leave(code: int) -> NoReturn:
-    """End now: an orderly exit would wait for threads that wait for ranks that are gone."""
+    """End now: an orderly exit would wait for threads that wait for lost ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
     logging.shutdown()

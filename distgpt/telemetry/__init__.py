@@ -3,5 +3,5 @@
 Reading order: progress (times the steps and passes the measurements on), console, metrics (metrics.jsonl), tensorboard
 (event files), goodput (how the time was spent), plots (the loss curve), peaks (the peak speed of a device, MFU).
 
-This room may import run, distributed, model, corpus and the modules beside the rooms.
+It may import run, distributed, model, corpus and the modules beside the rooms.
 """

@@ -1,4 +1,4 @@
-"""Validation: fixed windows, a value that does not depend on the number of ranks."""
+"""The validation loss, over fixed windows and equal for any number of ranks, and a sample of text."""
 
 import math
 from dataclasses import dataclass
@@ -12,7 +12,7 @@ from distgpt.corpus.loader import EvaluationBatches
 from distgpt.corpus.tokenizer import Tokenizer
 from distgpt.distributed.collectives import sum_over_ranks
 from distgpt.distributed.parallelize import autocast, inference
-from distgpt.distributed.runtime import Runtime
+from distgpt.distributed.plan import Plan
 from distgpt.model.generate import generate
 
 
@@ -22,21 +22,20 @@ class Evaluation:
     val_bits_per_byte: float
 
 
-def evaluate(
-    model: nn.Module, batches: EvaluationBatches, *, tokenizer: Tokenizer, runtime: Runtime, dtype: torch.dtype
-) -> Evaluation:
-    """The mean loss over the validation windows. All ranks call it, since a sharded model needs each in its forward.
+def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer, plan: Plan) -> Evaluation:
+    """Compute the mean loss over the validation windows. All ranks call it: a sharded model needs each in its forward.
 
-    The same micro-batches are computed for any number of ranks, and each window's loss has one writer, so the sum
-    over ranks adds zeros only; the mean is taken in float64.
+    Any number of ranks computes the same micro-batches, and one rank writes the loss of each window, so the sum over
+    ranks only adds zeros. The mean is taken in float64.
     """
+    runtime = plan.runtime
     losses_N = torch.zeros(batches.windows, dtype=torch.float64, device=runtime.device)
     text_bytes = torch.zeros((), dtype=torch.float64, device=runtime.device)
     bytes_of_token_V = torch.from_numpy(tokenizer.token_bytes()).to(runtime.device)
     block_size = 0
     with inference(model) as gpt:
         for indices, x_BT, y_BT in batches:
-            with autocast(runtime.device, dtype):
+            with autocast(runtime.device, plan.dtype):
                 loss_B = gpt(x_BT, y_BT)
             block_size = y_BT.shape[1]
             if np.all(indices >= 0):
@@ -48,11 +47,9 @@ def evaluate(
     return Evaluation(val_loss, nats / math.log(2) / max(1.0, sum_over_ranks(text_bytes, runtime).item()))
 
 
-def sample_text(
-    model: nn.Module, tokenizer: Tokenizer, step: int, config: Config, runtime: Runtime, dtype: torch.dtype
-) -> str:
-    """What the model writes unprompted. All ranks call it, and draw the same tokens."""
+def sample_text(model: nn.Module, tokenizer: Tokenizer, step: int, config: Config, plan: Plan) -> str:
+    """Let the model write a text without a prompt. All ranks call it, and draw the same tokens."""
     generator = torch.Generator().manual_seed(config.run.seed + step)
-    with inference(model) as gpt, autocast(runtime.device, dtype), torch.compiler.set_stance("force_eager"):
+    with inference(model) as gpt, autocast(plan.runtime.device, plan.dtype), torch.compiler.set_stance("force_eager"):
         drawn = list(generate(gpt, [], max_tokens=config.eval.sample_tokens, generator=generator))
     return tokenizer.decode(drawn)

@@ -1,123 +1,124 @@
-"""What a run is about to do, in words, before its first step: its size, its length, and what looks like a mistake."""
+"""The checks and set-up that come before the first step."""
 
-from collections.abc import Iterator
+import logging
+import math
+import sys
+from dataclasses import asdict
 from pathlib import Path
 
-import torch
-from torch import nn
-
-from distgpt.checkpoint.manifest import STATE, RunState
-from distgpt.config import Config, from_dict, keys, value_at
+from distgpt.checkpoint.compatibility import require_same_run
+from distgpt.checkpoint.manifest import committed
+from distgpt.checkpoint.retention import checkpoint_bytes, require_space
+from distgpt.checkpoint.store import require_writable
+from distgpt.config import Config, to_dict
+from distgpt.corpus.loader import EvaluationBatches, Loader
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
-from distgpt.distributed.runtime import Runtime
-from distgpt.errors import DataError
-from distgpt.model.optim import lr_at
-from distgpt.suggestion import MANY_EPOCHS, steps_of_many_epochs
+from distgpt.distributed.collectives import (
+    all_gather_row,
+    broadcast_from_rank_zero,
+    hosts_of_ranks,
+    require_agreement,
+)
+from distgpt.distributed.plan import Plan
+from distgpt.distributed.runtime import Runtime, restarted
+from distgpt.errors import DataError, DirectoryError, StorageError
+from distgpt.health.watchdog import JOINING, Watchdog
+from distgpt.model.gpt import count_parameters
+from distgpt.run.lock import Owner
+from distgpt.run.session import NFS_ATTRIBUTE_CACHE_SECONDS, RunSession
 
-# What may differ from one attempt to the next without a word: where the run is, and what launchers take back.
-PLACE_KEYS = ("run.dir", "run.fresh")
-LARGE_JUMP = 2.0
-# Bytes a second. One that is slower hangs.
+log = logging.getLogger("distgpt")
+
+# Bytes a second. A disk that is slower counts as hanging.
 SLOWEST_DISK = 1e6
 
 
-def describe(
-    config: Config, dataset: Dataset, model: nn.Module, runtime: Runtime, dtype: torch.dtype, micro_batch: int
-) -> str:
-    """The run in a few lines."""
-    parameters = sum(p.numel() for p in model.parameters())
-    accumulation = config.train.global_batch // (micro_batch * runtime.world_size)
-    device = runtime.device.type
-    threads = torch.get_num_threads()
-    each = f"threads: {threads} each" if device == "cpu" else torch.cuda.get_device_name(runtime.device)
-    return (
-        f"data      {dataset.path}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,}\n"
-        f"model     {parameters:,} parameters, computes in {str(dtype).removeprefix('torch.')}\n"
-        f"devices   {runtime.world_size} x {device} ({each})\n"
-        f"batch     {config.train.global_batch} sequences of {config.model.block_size} tokens = "
-        f"{runtime.world_size} ranks x {micro_batch} x {accumulation} accumulation steps\n"
-        f"length    {config.train.steps:,} steps = {config.train.steps * tokens_per_step(config):,} tokens, "
-        f"{_count(epochs(config, dataset.train.tokens))} epochs"
+def check_rank(config: Config, plan: Plan, dataset: Dataset, session: RunSession, watchdog: Watchdog) -> None:
+    """Check what this rank can check alone: the checkpoints; on rank 0 also the run directory, the data, the disk.
+
+    Raises UsageError, DirectoryError, DataError or StorageError.
+    """
+    paths, timeout = session.paths, config.health.start_timeout
+    require_same_run(paths.checkpoints, config, dataset, replicas=plan.independent_replicas)
+    if plan.runtime.rank:
+        watchdog.heartbeat("waiting for rank 0 to check the data", math.inf)
+        return
+    session.acquire()
+    if config.run.fresh and not restarted() and committed(paths.checkpoints):
+        raise DirectoryError(f"{paths.root} holds checkpoints: --run.fresh wants an empty run directory")
+    require_writable(paths.checkpoints)
+    size = 2 * (dataset.train.tokens + dataset.val.tokens)
+    watchdog.heartbeat("verifying the data", timeout + size / SLOWEST_DISK)
+    verify_dataset(dataset)
+    needed = checkpoint_bytes(count_parameters(config.model, dataset.vocab_size), plan.independent_replicas)
+    try:
+        require_space(paths.root, needed)
+    except StorageError as error:  # there may be room by the time of the first save
+        warn(str(error))
+    watchdog.heartbeat(JOINING, timeout)
+
+
+def check_agreement(config: Config, plan: Plan, dataset: Dataset, session: RunSession, watchdog: Watchdog) -> None:
+    """Check that all ranks have the same config, data and run directory; then open their logs. All ranks call it.
+
+    Raises UsageError or DirectoryError on all ranks.
+    """
+    watchdog.heartbeat("agreeing with the other ranks", config.health.start_timeout + NFS_ATTRIBUTE_CACHE_SECONDS)
+    asked = to_dict(config)
+    del asked["run"]["fresh"]  # launchers clear it when they restart a job
+    require_agreement({**asked, "data": dataset.fingerprint}, plan.runtime)
+    owner = Owner(**broadcast_from_rank_zero(asdict(session.owner) if session.owner else {}, plan.runtime))
+    _require_shared_directory(session, owner, plan.runtime)
+    session.attach_logs(owner)
+
+
+def _require_shared_directory(session: RunSession, owner: Owner, runtime: Runtime) -> None:
+    """Raise DirectoryError on all ranks unless all of them see the run directory that rank 0 took as `owner`."""
+    sees = [row[0] for row in all_gather_row([session.sees_same_directory(owner)], runtime)]
+    blind = {host for host, seen in zip(hosts_of_ranks(runtime), sees, strict=True) if not seen}
+    if blind:
+        hosts = ", ".join(sorted(blind))
+        raise DirectoryError(f"{hosts} does not see {session.paths.root}: is it on a shared disk?")
+
+
+def warn(line: str) -> None:
+    """Warn a person of something that can work but is probably a mistake."""
+    log.warning("%s", line)
+    print(f"distgpt: warning: {line}", file=sys.stderr, flush=True)
+
+
+def training_batches(config: Config, plan: Plan, dataset: Dataset, *, start_step: int) -> Loader:
+    """Open the training batches of this rank. Raises DataError if the text is shorter than a window."""
+    return Loader(
+        dataset.train,
+        block_size=config.model.block_size,
+        global_batch=config.train.global_batch,
+        micro_batch=plan.micro_batch,
+        rank=plan.runtime.rank,
+        world_size=plan.runtime.world_size,
+        seed=config.run.seed,
+        device=plan.runtime.device,
+        start_step=start_step,
     )
 
 
-def outlook(config: Config, dataset: Dataset, restored: RunState | None) -> tuple[str, list[str]]:
-    """What to add where the run is said to go on, and a line for each thing that is hardly meant."""
-    doubts = list(warnings(config, dataset.train.tokens))
-    if restored is None:
-        return "", doubts
-    then = from_dict(restored.config, source=STATE)
-    different = changes(then, config)
-    jump = learning_rate_jump(then, config, restored.step)
-    return f" with other values: {'; '.join(different)}" if different else "", doubts + ([jump] if jump else [])
-
-
-def warnings(config: Config, train_tokens: int) -> Iterator[str]:
-    """Lines about values that can work but are hardly meant."""
-    steps, optim = config.train.steps, config.optim
-    if epochs(config, train_tokens) > MANY_EPOCHS:
-        enough = steps_of_many_epochs(train_tokens // config.model.block_size, config.train.global_batch)
-        times = _count(epochs(config, train_tokens))
-        yield (
-            f"the run reads its {train_tokens:,} training tokens {times} times (epochs), "
-            f"and little is learned after {MANY_EPOCHS}: --train.steps={enough} or more text will do"
-        )
-    if optim.warmup_steps >= steps:
-        yield (
-            f"optim.warmup_steps is {optim.warmup_steps:,} and the run has {steps:,} steps: the learning rate ends at "
-            f"{lr_at(steps - 1, optim, steps):.2e} and never reaches optim.lr = {optim.lr:.2e}; warm up for fewer steps"
-        )
-
-
-def changes(then: Config, now: Config) -> list[str]:
-    """Each key that differs when a run is resumed, with its old and its new value."""
-    return [
-        f"{key} {_shown(value_at(then, key))} -> {_shown(value_at(now, key))}"
-        for key in keys()
-        if key not in PLACE_KEYS and value_at(then, key) != value_at(now, key)
-    ]
-
-
-def learning_rate_jump(then: Config, now: Config, step: int) -> str | None:
-    """A line where the learning rate leaps when a run is resumed after `step` with other values."""
-    before = lr_at(step - 1, then.optim, then.train.steps)
-    after, planned = lr_at(step, now.optim, now.train.steps), lr_at(step, then.optim, then.train.steps)
-    if after == planned or max(before, after) <= LARGE_JUMP * min(before, after):
-        return None
-    named = ("lr", "min_lr", "warmup_steps", "schedule", "decay_fraction")
-    changed = [f"optim.{name}" for name in named if getattr(then.optim, name) != getattr(now.optim, name)]
-    line = f"the learning rate jumps from {before:.2e} to {after:.2e} at step {step + 1}/{now.train.steps}: "
-    if changed:
-        return line + "to avoid that, keep " + ", ".join(f"{key}={value_at(then, key)}" for key in changed)
-    return (
-        line + f"the {then.optim.schedule} schedule of {then.train.steps:,} steps had come down, and one of "
-        f"{now.train.steps:,} has not; a run that may go further avoids that with a higher optim.min_lr, or with "
-        "optim.schedule=wsd from a checkpoint before its decay"
+def validation_batches(config: Config, plan: Plan, dataset: Dataset, *, sequences: int) -> EvaluationBatches:
+    """Open the validation batches of this rank. Raises DataError if the text is shorter than a window."""
+    return EvaluationBatches(
+        dataset.val,
+        block_size=config.model.block_size,
+        sequences=sequences,
+        micro_batch=plan.micro_batch,
+        rank=plan.runtime.rank,
+        world_size=plan.runtime.world_size,
+        device=plan.runtime.device,
     )
-
-
-def tokens_per_step(config: Config) -> int:
-    """Tokens of a global batch."""
-    return config.train.global_batch * config.model.block_size
-
-
-def epochs(config: Config, train_tokens: int) -> float:
-    """How often the run reads its training text."""
-    return config.train.steps * tokens_per_step(config) / train_tokens
-
-
-def _count(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
-
-
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value) or "empty"
 
 
 def open_data_of_run(recorded: str, given: str | None, *, fingerprint: str | None) -> Dataset:
-    """The data of a run, verified: where the run has it recorded, or `given` by a person. Raises DataError.
+    """Open and verify the data of a run, at its recorded place or where a person says it is. Raises DataError.
 
-    `fingerprint`: that of the data that the run was trained on; None to take other data as well.
+    `fingerprint`: that of the data that the run was trained on; None accepts other data.
     """
     path = Path(given or recorded)
     if given is None and not path.is_dir():

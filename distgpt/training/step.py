@@ -8,12 +8,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from distgpt.config import Config
 from distgpt.corpus.loader import MicroBatch
 from distgpt.distributed.parallelize import autocast, gradient_sync
+from distgpt.distributed.plan import Plan
 from distgpt.distributed.runtime import Runtime
 
-# A signal is heeded within about so many seconds, or at the end of the micro-batch where that takes longer.
+# Ranks ask each other for signals every so many seconds, or after each micro-batch where that takes longer.
 CHECK_SECONDS = 5.0
 
 
@@ -21,42 +21,44 @@ def accumulate_gradients(
     model: nn.Module,
     micro_batches: Sequence[MicroBatch],
     step: int,
-    config: Config,
-    runtime: Runtime,
-    dtype: torch.dtype,
+    plan: Plan,
+    *,
+    seed: int,
     after_each: Callable[[int, int], None] = lambda done, count: None,
 ) -> Tensor:
-    """Forward and backward over this rank's micro-batches; their mean loss. Gradients: means over the global batch.
+    """Run forward and backward over the micro-batches of this rank and return their mean loss.
 
-    `after_each` is told how many micro-batches are done, of how many.
+    Gradients become means over the global batch. `seed` is that of the run. `after_each` gets the number of
+    micro-batches that are done, and of all.
     """
-    loss_sum = torch.zeros((), device=runtime.device)
+    device, count = plan.runtime.device, len(micro_batches)
+    loss_sum = torch.zeros((), device=device)
     for index, (x_BT, y_BT) in enumerate(micro_batches):
-        seed_dropout(runtime.device, dropout_seed(config.run.seed, step, runtime.rank * len(micro_batches) + index))
-        with gradient_sync(model, last=index == len(micro_batches) - 1):
-            with autocast(runtime.device, dtype):
-                loss = model(x_BT, y_BT).mean() / len(micro_batches)
+        seed_dropout(device, dropout_seed(seed, step, plan.runtime.rank * count + index))
+        with gradient_sync(model, last=index == count - 1):
+            with autocast(device, plan.dtype):
+                loss = model(x_BT, y_BT).mean() / count
             loss.backward()
         loss_sum += loss.detach()
-        after_each(index + 1, len(micro_batches))
+        after_each(index + 1, count)
     return loss_sum
 
 
 class StopCheck:
-    """Has all ranks agree between two micro-batches whether to stop in the middle of a long step.
+    """Lets all ranks agree, between two micro-batches, to stop in the middle of a long step.
 
-    They ask each other every CHECK_SECONDS or so, counted in micro-batches, so that all do it in the same place. A step
-    that is shorter ends before.
+    They ask each other about every CHECK_SECONDS, counted in micro-batches, so that all do it at the same place. A step
+    that is shorter ends first.
     """
 
     def __init__(self, requested: Callable[[], bool], runtime: Runtime, *, waited: Callable[[float], object]) -> None:
-        """`waited` is told the seconds that this rank waited for the others."""
+        """`waited` gets the seconds that this rank waited for the others."""
         self._requested, self._runtime, self._waited = requested, runtime, waited
         self._left, self._passed = 1, 0  # micro-batches until the next check, and since the last one
         self._last = time.monotonic()
 
     def agreed(self) -> bool:
-        """Whether all stop here; each rank calls it after each of its micro-batches but the last one of a step."""
+        """Tell whether all stop here. Each rank calls it after each of its micro-batches but the last of a step."""
         self._left, self._passed = self._left - 1, self._passed + 1
         if self._left:
             return False
@@ -75,9 +77,9 @@ class StopCheck:
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:
-    """Have dropout on this device draw from `seed`.
+    """Seed the generator that dropout on this device uses.
 
-    torch.manual_seed also seeds every other type of device, which takes a millisecond.
+    torch.manual_seed would also seed every other type of device, which takes a millisecond.
     """
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
@@ -86,13 +88,13 @@ def seed_dropout(device: torch.device, seed: int) -> None:
 
 
 def dropout_seed(seed: int, step: int, micro_batch_index: int) -> int:
-    """What dropout draws from in one micro-batch of the global batch, whichever rank computes it."""
+    """Return the seed of dropout in one micro-batch of the global batch, whichever rank computes it."""
     digest = hashlib.blake2b(f"{seed} {step} {micro_batch_index}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
 
 
-def update(model: nn.Module, optimizer: torch.optim.Optimizer, grad_norm: Tensor, *, clip: float) -> None:
-    """Step along the gradients, of norm `grad_norm`, scaled down to at most `clip` (0: as they are)."""
+def apply_update(model: nn.Module, optimizer: torch.optim.Optimizer, grad_norm: Tensor, *, clip: float) -> None:
+    """Take an optimizer step. Gradients of norm `grad_norm` are scaled down to at most `clip` (0: left as they are)."""
     if clip:
         nn.utils.clip_grads_with_norm_(model.parameters(), clip, grad_norm)
     optimizer.step()

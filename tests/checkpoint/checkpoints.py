@@ -3,23 +3,24 @@
 import hashlib
 import json
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from distgpt.checkpoint.checkpointer import Checkpointer
-from distgpt.checkpoint.manifest import committed, damage
+from distgpt.checkpoint.manifest import committed, find_damage
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset
 from distgpt.distributed.parallelize import build_model
+from distgpt.distributed.plan import make_plan
 from distgpt.distributed.runtime import Runtime
-from distgpt.health.outliers import Guard
+from distgpt.health.outliers import OutlierFilter
 from distgpt.model.gpt import GPT
 from distgpt.model.optim import build_optimizer
 from distgpt.run.lock import Owner
 from distgpt.run.paths import RunPaths
-from distgpt.run.session import Run
+from distgpt.run.session import RunSession
 from tests import jobs
 
 SMALL = ("--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=8", "--checkpoint.keep=2")
@@ -27,15 +28,19 @@ CPU = torch.device("cpu")
 FILES = ["__0_0.distcp", ".metadata", "train.json", "tokenizer.json", "manifest.json"]
 
 
-class OnlyRun(Run):
-    """A run whose directory no other job can take."""
+class OnlyRun(RunSession):
+    """A run whose directory no other job can take, and that remembers what it says."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(RunPaths(directory), 0)
         self.owner = Owner(1, "here", "now", 1, "today")
+        self.said: list[str] = []
 
     def require_owned(self) -> None:
         pass
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
 
 @dataclass
@@ -44,9 +49,9 @@ class Trainee:
 
     model: GPT
     optimizer: torch.optim.Optimizer
-    guard: Guard
+    outliers: OutlierFilter
     checkpointer: Checkpointer
-    said: list[str] = field(default_factory=list)
+    said: list[str]
 
     def learn(self) -> None:
         """A step, so that weights and moments are none that a new model has."""
@@ -58,31 +63,15 @@ class Trainee:
 
 def trainee(run: Path, dataset: Dataset, *arguments: str) -> Trainee:
     config = resolve([*SMALL, *arguments], {})
-    runtime = Runtime(0, 0, 1, 1, CPU)
-    model = build_model(
-        config,
-        runtime,
-        strategy="single",
-        vocab_size=dataset.vocab_size,
-        eot_id=None,
-        micro_batch=1,
-        dtype=torch.float32,
-    )
+    plan = make_plan(config, Runtime(0, 0, 1, 1, CPU), vocab_size=dataset.vocab_size)
+    model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=None)
     assert isinstance(model, GPT)
     optimizer = build_optimizer(model, config.optim, "cpu")
-    guard = Guard(config.health)
-    said: list[str] = []
+    outliers, session = OutlierFilter(config.health), OnlyRun(run)
     checkpointer = Checkpointer(
-        OnlyRun(run),
-        config=config,
-        dataset=dataset,
-        model=model,
-        optimizer=optimizer,
-        guard=guard,
-        runtime=runtime,
-        say=said.append,
+        session, config=config, plan=plan, dataset=dataset, model=model, optimizer=optimizer, outliers=outliers
     )
-    return Trainee(model, optimizer, guard, checkpointer, said)
+    return Trainee(model, optimizer, outliers, checkpointer, session.said)
 
 
 def newest(run: Path) -> Path:
@@ -109,4 +98,4 @@ def sign_again(directory: Path) -> None:
     own = hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
     signed = {**manifest, "sha256": own}
     (directory / "manifest.json").write_text(json.dumps(signed, sort_keys=True, indent=1))
-    assert damage(directory) == []
+    assert find_damage(directory) == []

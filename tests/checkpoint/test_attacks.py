@@ -20,12 +20,11 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 
 from distgpt.checkpoint.compatibility import require_same_run
 from distgpt.checkpoint.index import read_index
-from distgpt.checkpoint.manifest import MANIFEST, committed, damage, manifest_bytes, path_of, read_state
+from distgpt.checkpoint.manifest import MANIFEST, committed, find_damage, manifest_bytes, path_of, read_state
 from distgpt.checkpoint.reader import load_for_inference
 from distgpt.checkpoint.store import Store
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset
-from distgpt.distributed.runtime import Runtime
 from distgpt.errors import DataError, StorageError
 from distgpt.run.lock import Owner
 from tests import jobs
@@ -355,8 +354,8 @@ def sign(checkpoint: Path) -> None:
         try:
             sign_again(checkpoint)
         except AssertionError:
-            assert damage(checkpoint) != []  # for what is said there; the hashes are right
-            assert not any("hash" in problem for problem in damage(checkpoint))
+            assert find_damage(checkpoint) != []  # for what is said there; the hashes are right
+            assert not any("hash" in problem for problem in find_damage(checkpoint))
 
 
 def test_a_list_that_is_named_again_and_again_costs_little(run: Path) -> None:
@@ -383,8 +382,8 @@ def test_an_index_is_read_as_it_was_written(saved: Path, tmp_path: Path, protoco
 def test_a_copy_under_another_name_is_not_the_newest(run: Path, dataset: Dataset) -> None:
     """It is moved aside, so that it does not stand in the way of what follows."""
     shutil.copytree(path_of(run / "checkpoints", 1), run / "checkpoints" / "step-99999999")
-    assert "is of step 1" in damage(run / "checkpoints" / "step-99999999")[0]
-    require_same_run(run / "checkpoints", resolve([*SMALL], {}), dataset, Runtime(0, 0, 1, 1, CPU))
+    assert "is of step 1" in find_damage(run / "checkpoints" / "step-99999999")[0]
+    require_same_run(run / "checkpoints", resolve([*SMALL], {}), dataset, replicas=1)
     assert load_for_inference(run, CPU)[2].step == 2
     subject = trainee(run, dataset)
     assert subject.checkpointer.restore() == 2

@@ -25,8 +25,8 @@ from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import DataError, DirectoryError, StorageError, UsageError
-from distgpt.health.outliers import Guard
-from distgpt.run.session import Run
+from distgpt.health.outliers import OutlierFilter
+from distgpt.run.session import RunSession
 from tests import jobs
 from tests.checkpoint.checkpoints import CPU, FILES, SMALL, flip_bit, names, newest, sign_again, trainee
 from tests.datasets import make_dataset
@@ -77,12 +77,12 @@ def test_no_rank_can_fail_on_its_own_before_the_collectives_of_a_save(
     """It would leave the others waiting in them: from the staging directory on, all go to write their tensors."""
     subject = trainee(tmp_path, dataset)
 
-    def failing_once_there_is_a_directory(run: Run) -> None:
+    def failing_once_there_is_a_directory(run: RunSession) -> None:
         for staging in (tmp_path / "checkpoints").glob(".staging-*/step-*"):
             if not any(staging.iterdir()):
                 raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(Run, "require_owned", failing_once_there_is_a_directory)
+    monkeypatch.setattr(RunSession, "require_owned", failing_once_there_is_a_directory)
     subject.checkpointer.save(1, val_loss=None)
     subject.checkpointer.require_saved(1)
 
@@ -306,14 +306,14 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(
 
 def test_the_same_run_may_go_on_with_other_speed_and_length(saved: Path, dataset: Dataset) -> None:
     free = ("--train.steps=9", "--train.micro_batch=1", "--model.loss_chunk=4", "--parallel.strategy=fsdp")
-    require_same_run(saved / "checkpoints", resolve([*SMALL, *free, "--optim.lr=1"], {}), dataset, ONE_PROCESS)
-    require_same_run(saved / "none", resolve([], {}), dataset, ONE_PROCESS)
+    require_same_run(saved / "checkpoints", resolve([*SMALL, *free, "--optim.lr=1"], {}), dataset, replicas=1)
+    require_same_run(saved / "none", resolve([], {}), dataset, replicas=1)
 
 
 def test_another_run_is_refused_with_a_diff(saved: Path, other_dataset: Dataset) -> None:
     other = ("--model.n_layer=3", "--model.mlp=gelu", "--run.seed=7", "--train.global_batch=8")
     with pytest.raises(UsageError) as caught:
-        require_same_run(saved / "checkpoints", resolve([*SMALL, *other], {}), other_dataset, ONE_PROCESS)
+        require_same_run(saved / "checkpoints", resolve([*SMALL, *other], {}), other_dataset, replicas=1)
     message = str(caught.value)
     assert message.startswith(f"{saved / 'checkpoints' / 'step-00000002'} was made by another run: ")
     for difference in (
@@ -329,7 +329,7 @@ def test_another_run_is_refused_with_a_diff(saved: Path, other_dataset: Dataset)
 def test_a_broken_newest_one_does_not_hide_the_diff(run: Path, dataset: Dataset) -> None:
     (newest(run) / "train.json").write_text("{")
     with pytest.raises(UsageError, match=r"step-00000001 was made by another run: model.n_layer 1 -> 3;"):
-        require_same_run(run / "checkpoints", resolve([*SMALL, "--model.n_layer=3"], {}), dataset, ONE_PROCESS)
+        require_same_run(run / "checkpoints", resolve([*SMALL, "--model.n_layer=3"], {}), dataset, replicas=1)
 
 
 # What it knows of past steps
@@ -338,13 +338,13 @@ def test_a_broken_newest_one_does_not_hide_the_diff(run: Path, dataset: Dataset)
 def test_the_guard_comes_back_and_may_be_missing_from_an_older_checkpoint(dataset: Dataset, tmp_path: Path) -> None:
     subject = trainee(tmp_path, dataset)
     for step in range(40):
-        subject.guard.judge(loss=4.0 - step / 30, grad_norm=1 / (step + 3))
-    subject.guard.judge(loss=math.nan, grad_norm=1.0)
+        subject.outliers.check(loss=4.0 - step / 30, grad_norm=1 / (step + 3))
+    subject.outliers.check(loss=math.nan, grad_norm=1.0)
     subject.checkpointer.save(40, val_loss=None)
     subject.checkpointer.require_saved(40)
     again = trainee(tmp_path, dataset)
     assert again.checkpointer.restore() == 40
-    assert again.guard.state() == subject.guard.state()
+    assert again.outliers.state() == subject.outliers.state()
     saved = newest(tmp_path)
     assert read_state(saved).micro_batch == 64
 
@@ -353,7 +353,7 @@ def test_the_guard_comes_back_and_may_be_missing_from_an_older_checkpoint(datase
     (saved / "train.json").write_text(json.dumps(state))
     sign_again(saved)
     assert again.checkpointer.restore() == 40
-    assert again.guard.state() == Guard(resolve([], {}).health).state()
+    assert again.outliers.state() == OutlierFilter(resolve([], {}).health).state()
 
 
 def test_a_second_save_needs_no_stager_that_stages_once(

@@ -101,7 +101,7 @@ def test_auto_counts_from_the_last_save_and_takes_what_is_noticeably_better() ->
     assert not any(saves.is_due(step) for step in range(101, 1000)), "nothing is known yet"
     assert saves.adopt(8)
     assert [step for step in range(101, 110) if saves.is_due(step)] == [108, 109]
-    saves.saved(110)
+    saves.saved(110, stalled=0.1)
     assert [step for step in range(111, 120) if saves.is_due(step)] == [118, 119]
     assert not saves.adopt(9)
     assert not saves.adopt(7)

@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from distgpt.checkpoint.manifest import committed, damage, read_state
+from distgpt.checkpoint.manifest import committed, find_damage, read_state
 from distgpt.errors import DataError, StorageError
 from tests.checkpoint.checkpoints import FILES, flip_bit, newest
 
 
 def test_a_whole_checkpoint_has_no_damage(saved: Path) -> None:
-    assert damage(newest(saved)) == []
+    assert find_damage(newest(saved)) == []
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -34,7 +34,7 @@ def test_a_file_that_is_not_whole_is_found(run: Path, name: str, harm: str) -> N
             file.unlink()
             if harm == "directory":
                 file.mkdir()
-    problems = damage(newest(run))
+    problems = find_damage(newest(run))
     assert len(problems) == 1
     assert name in problems[0]
     assert "\n" not in problems[0]
@@ -47,9 +47,9 @@ def test_one_flipped_bit_is_found_wherever_it_is(run: Path, name: str) -> None:
     whole = file.read_bytes()
     for _ in range(50):
         flip_bit(file, draw)
-        assert damage(newest(run)), f"a flipped bit in {name} was not found"
+        assert find_damage(newest(run)), f"a flipped bit in {name} was not found"
         file.write_bytes(whole)
-    assert damage(newest(run)) == []
+    assert find_damage(newest(run)) == []
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -67,10 +67,10 @@ def test_a_file_that_cannot_be_read_now_is_not_a_damaged_one(
 
     monkeypatch.setattr(io, "open", failing)  # what Path.open calls
     if damaged:
-        assert name in damage(newest(run))[0]
+        assert name in find_damage(newest(run))[0]
     else:
         with pytest.raises(StorageError, match=f"^cannot read .*/{name}: {os.strerror(number)}$"):
-            damage(newest(run))
+            find_damage(newest(run))
 
 
 def test_a_state_that_is_not_as_the_manifest_has_it_is_not_read(run: Path) -> None:
@@ -88,7 +88,7 @@ def test_ranks_share_the_work_of_looking(run: Path) -> None:
     for name in FILES[:-1]:
         with (newest(run) / name).open("ab") as stream:
             stream.write(b"\n")
-    found = [damage(newest(run), rank, 3) for rank in range(3)]
+    found = [find_damage(newest(run), rank, 3) for rank in range(3)]
     assert sorted(problem.split()[0] for share in found for problem in share) == sorted(FILES[:-1])
     assert max(map(len, found)) < 4
 

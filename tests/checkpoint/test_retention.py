@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from distgpt.checkpoint.manifest import manifest_bytes
-from distgpt.checkpoint.retention import best_of, require_space, surplus
+from distgpt.checkpoint.retention import best_of, prunable, require_space
 from distgpt.errors import StorageError
 
 
@@ -33,12 +33,12 @@ def steps(checkpoints: list[Path]) -> list[int]:
 def test_the_newest_and_the_best_stay(tmp_path: Path) -> None:
     for step, val_loss in [(1, 3.0), (2, 1.5), (3, None), (4, 2.0), (5, 1.6), (6, None)]:
         make(tmp_path, step=step, val_loss=val_loss)
-    assert steps(surplus(tmp_path, keep=2)) == [4, 3, 1]
+    assert steps(prunable(tmp_path, keep=2)) == [4, 3, 1]
     assert best_of(tmp_path) == tmp_path / "step-00000002"
     make(tmp_path, step=7, val_loss=1.0)
-    assert steps(surplus(tmp_path, keep=2)) == [5, 4, 3, 2, 1]
+    assert steps(prunable(tmp_path, keep=2)) == [5, 4, 3, 2, 1]
     assert best_of(tmp_path) == tmp_path / "step-00000007"
-    assert surplus(tmp_path, keep=7) == []
+    assert prunable(tmp_path, keep=7) == []
 
 
 def test_a_validation_loss_that_is_no_number_is_not_the_best(tmp_path: Path) -> None:
@@ -54,8 +54,8 @@ def test_what_we_did_not_write_stays(tmp_path: Path) -> None:
     (tmp_path / "step-00000002" / "manifest.json").write_text("{")
     (tmp_path / "step-00000003" / "more").mkdir()
     (tmp_path / "backup").mkdir()
-    assert surplus(tmp_path, keep=2) == []
-    assert steps(surplus(tmp_path, keep=1)) == [4]
+    assert prunable(tmp_path, keep=2) == []
+    assert steps(prunable(tmp_path, keep=1)) == [4]
 
 
 def test_a_damaged_validation_loss_is_not_the_best(tmp_path: Path) -> None:
@@ -64,7 +64,7 @@ def test_a_damaged_validation_loss_is_not_the_best(tmp_path: Path) -> None:
     state = tmp_path / "step-00000002" / "train.json"
     state.write_text(state.read_text().replace("2.5", "0.5"))
     assert best_of(tmp_path) == tmp_path / "step-00000001"
-    assert steps(surplus(tmp_path, keep=1)) == [2]
+    assert steps(prunable(tmp_path, keep=1)) == [2]
 
 
 def test_a_full_disk_is_told_in_figures_that_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

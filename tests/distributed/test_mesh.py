@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from distgpt.config import Config, resolve
-from distgpt.distributed.plan import ranks_per_replica, replicas_apart
+from distgpt.distributed.plan import independent_replicas, ranks_per_replica
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import UsageError
 
@@ -35,13 +35,18 @@ def test_a_group_that_does_not_divide_names_those_that_do(shard: int) -> None:
 
 
 def test_only_replicas_of_diloco_learn_apart() -> None:
-    assert replicas_apart(config("diloco", 0), runtime(16)) == 2
-    assert replicas_apart(config("diloco", 1), runtime(2, per_node=2)) == 2
-    assert [replicas_apart(config(other, 1), runtime(16)) for other in ("auto", "ddp", "fsdp", "hsdp")] == [1, 1, 1, 1]
+    assert independent_replicas(config("diloco", 0), runtime(16)) == 2
+    assert independent_replicas(config("diloco", 1), runtime(2, per_node=2)) == 2
+    assert [independent_replicas(config(other, 1), runtime(16)) for other in ("auto", "ddp", "fsdp", "hsdp")] == [
+        1,
+        1,
+        1,
+        1,
+    ]
 
 
 def test_diloco_with_one_replica_is_refused_with_the_fix() -> None:
     with pytest.raises(UsageError, match=r"the number of ranks is 8, all in one: take parallel.shard=1$"):
-        replicas_apart(config("diloco", 0), runtime(8))
+        independent_replicas(config("diloco", 0), runtime(8))
     with pytest.raises(UsageError, match=r"the number of ranks is 1, .* under torchrun on several devices$"):
-        replicas_apart(config("diloco", 0), runtime(1, per_node=1))
+        independent_replicas(config("diloco", 0), runtime(1, per_node=1))

@@ -8,11 +8,8 @@ import torch
 
 from distgpt.config import Config, resolve
 from distgpt.distributed.parallelize import build_model, inference
+from distgpt.distributed.plan import make_plan
 from distgpt.distributed.runtime import Runtime
-
-
-def runtime(ranks: int, per_node: int | None = None) -> Runtime:
-    return Runtime(0, 0, ranks, per_node or ranks, torch.device("cpu"))
 
 
 def config(*arguments: str) -> Config:
@@ -22,14 +19,17 @@ def config(*arguments: str) -> Config:
 SMALL = ("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=8", "--model.dropout=0.5")
 
 
+def built(config: Config) -> torch.nn.Module:
+    plan = make_plan(config, Runtime(0, 0, 1, 1, torch.device("cpu")), vocab_size=20)
+    return build_model(config, plan, vocab_size=20, eot_id=None)
+
+
 def test_recomputed_activations_change_nothing() -> None:
     tokens_BT = torch.arange(16).reshape(2, 8)
     losses, gradients, names = [], [], []
     for asked in ("false", "true"):
         small = config(*SMALL, f"--parallel.activation_checkpoint={asked}")
-        model = build_model(
-            small, runtime(1), strategy="single", vocab_size=20, eot_id=None, micro_batch=1, dtype=torch.float32
-        )
+        model = built(small)
         torch.manual_seed(0)
         loss = model(tokens_BT, tokens_BT + 1).mean()
         loss.backward()
@@ -55,18 +55,14 @@ def test_blocks_are_compiled_whether_or_not_they_are_recomputed(monkeypatch: pyt
         torch.compiler.reset()
         graphs.clear()
         small = config(*SMALL, "--train.compile", f"--parallel.activation_checkpoint={asked}")
-        model = build_model(
-            small, runtime(1), strategy="single", vocab_size=20, eot_id=None, micro_batch=1, dtype=torch.float32
-        )
+        model = built(small)
         model(tokens_BT, tokens_BT + 1).mean().backward()
         compiled.append(len(graphs))
     assert compiled[0] == compiled[1] > 0
 
 
 def test_inference_draws_no_dropout_and_training_goes_on() -> None:
-    model = build_model(
-        config(*SMALL), runtime(1), strategy="single", vocab_size=20, eot_id=None, micro_batch=1, dtype=torch.float32
-    )
+    model = built(config(*SMALL))
     tokens_BT = torch.arange(16).reshape(2, 8)
     with inference(model) as gpt:
         first, second = gpt(tokens_BT, tokens_BT + 1), gpt(tokens_BT, tokens_BT + 1)

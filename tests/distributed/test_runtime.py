@@ -24,7 +24,7 @@ from pathlib import Path
 from torch import nn, ones
 # All that torch imports for it before there is a group.
 from distgpt.distributed.parallelize import DistributedDataParallel
-from distgpt.distributed.process_group import joined
+from distgpt.distributed.process_group import process_group
 from distgpt.distributed.runtime import this_rank
 
 def threads():
@@ -40,7 +40,7 @@ def step():
     model(ones(1)).backward()
     return threads()
 
-with joined(this_rank(), timeout=60):
+with process_group(this_rank(), timeout=60):
     print(*step())
 for _ in range(100):  # a thread that was joined is listed for a moment more
     if "pt_gloo_runloop" in threads():

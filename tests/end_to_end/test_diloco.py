@@ -12,10 +12,11 @@ from distgpt.config import Config, resolve
 from distgpt.corpus.loader import Loader, MicroBatch
 from distgpt.corpus.shards import open_dataset
 from distgpt.distributed.collectives import grad_norm_of
+from distgpt.distributed.plan import make_plan
 from distgpt.distributed.runtime import Runtime
 from distgpt.model.gpt import GPT
 from distgpt.model.optim import build_optimizer
-from distgpt.training.step import accumulate_gradients, update
+from distgpt.training.step import accumulate_gradients, apply_update
 from tests import jobs
 from tests.end_to_end.conftest import ARGUMENTS, tiny
 
@@ -52,9 +53,10 @@ def diloco(config: Config, data: Path, steps: int) -> nn.Module:
     fed = [batches(config, data, replica=replica) for replica in range(2)]
     for step in range(1, steps + 1):
         for replica, (worker, optimizer) in enumerate(zip(workers, inner, strict=True)):
-            place = Runtime(replica, replica, 2, 2, torch.device("cpu"))
-            accumulate_gradients(worker, next(fed[replica]), step, config, place, torch.float32)
-            update(worker, optimizer, grad_norm_of(worker), clip=config.optim.grad_clip)
+            runtime = Runtime(replica, replica, 2, 2, torch.device("cpu"))
+            plan = make_plan(config, runtime, vocab_size=dataset.vocab_size)
+            accumulate_gradients(worker, next(fed[replica]), step, plan, seed=config.run.seed)
+            apply_update(worker, optimizer, grad_norm_of(worker), clip=config.optim.grad_clip)
             optimizer.zero_grad()
         if step % parallel.outer_every == 0:
             with torch.no_grad():
@@ -125,4 +127,7 @@ def test_what_comes_after_training_knows_the_shared_model(two_replicas: Path) ->
     assert f"step 40 | val loss {jobs.val_losses(two_replicas)[40]:.4f} " in told.stdout
     refused = jobs.door("replay", two_replicas, "--step", "3")
     assert refused.code == 2
-    assert refused.stderr == "distgpt: error: the replicas of diloco learn apart, which one process cannot replay\n"
+    assert (
+        refused.stderr
+        == "distgpt: error: the replicas of diloco train independently, which one process cannot replay\n"
+    )

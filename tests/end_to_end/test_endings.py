@@ -15,14 +15,23 @@ import pytest
 from tests import jobs
 from tests.end_to_end.conftest import Trained, tiny
 
+# distgpt.train, for torchrun, where rank 1 stops itself at once.
+LATE = """
+import os, runpy, signal
+if os.environ["RANK"] == "1":
+    os.kill(os.getpid(), signal.SIGSTOP)
+runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)
+"""
+
 
 @jobs.linux_only
 def test_a_signal_while_the_ranks_find_each_other(prepared: Path, tmp_path: Path) -> None:
-    """Rank 0 waits in the rendezvous for rank 1, which is stopped before it gets there."""
+    """Rank 0 waits in the rendezvous for rank 1, which stops itself before it gets there."""
     arguments = tiny(prepared, tmp_path / "run")
-    job = jobs.Job(jobs.torchrun_command(2, *arguments))
+    (tmp_path / "late.py").write_text(LATE)
+    job = jobs.Job(jobs.torchrun_command(2, *arguments, script=tmp_path / "late.py"))
     late = job.rank(1)
-    os.kill(late, signal.SIGSTOP)
+    jobs.poll(lambda: jobs.stat_of(late)[0] == "T")
     jobs.poll(lambda: has_content(tmp_path / "run" / "LOCK"))
     job.signal(signal.SIGTERM)
     jobs.poll((tmp_path / "run" / "exit.json").exists)
@@ -43,8 +52,8 @@ def test_a_signal_while_the_ranks_find_each_other(prepared: Path, tmp_path: Path
 ODD = """
 import os, runpy, time
 import torch
-from distgpt.run import session as health
-health.NFS_ATTRIBUTE_CACHE_SECONDS = health.RANK_ZERO_SECONDS = 1.0
+from distgpt.run import session
+session.NFS_ATTRIBUTE_CACHE_SECONDS = session.RANK_ZERO_SECONDS = 1.0
 if os.environ["RANK"] == "1":
     {wrong}
 runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)

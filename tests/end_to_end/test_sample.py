@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from distgpt import evaluate, replay
+from distgpt.cli import sample_options
 from distgpt.errors import UsageError
 from distgpt.run.paths import RunPaths
-from distgpt.sample import parse_arguments
 from tests import jobs
 from tests.end_to_end.conftest import Trained, tiny
 
@@ -90,11 +90,10 @@ def test_what_cannot_be_is_one_clear_line(sampled: dict[str, jobs.Ended], name: 
         ("--temperature=nan", "--temperature is nan: it must be 0 (greedy) or a positive number"),
     ],
 )
-def test_a_flag_that_cannot_be_is_named(monkeypatch: pytest.MonkeyPatch, flag: str, line: str) -> None:
+def test_a_flag_that_cannot_be_is_named(flag: str, line: str) -> None:
     """By its own name, before the model is loaded."""
-    monkeypatch.setattr(sys, "argv", ["sample", "run", flag])
     with pytest.raises(UsageError) as refused:
-        parse_arguments()
+        sample_options(["run", flag])
     assert str(refused.value) == f"{line} (--help shows the options)"
 
 

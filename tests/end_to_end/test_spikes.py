@@ -17,15 +17,15 @@ from tests.end_to_end.conftest import tiny
 FAULTY = """
 import hashlib, os, runpy, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
-from distgpt.training import step as room
+from distgpt.training import step as step_module
 from distgpt.distributed.parallelize import unwrap_model
 
-rank, correct = os.environ["RANK"], room.accumulate_gradients
+rank, correct = os.environ["RANK"], step_module.accumulate_gradients
 
-def faulty(model, micro_batches, step, *others):
+def faulty(model, micro_batches, step, plan, **others):
     broken = unwrap_model(model).blocks[1].mlp if (rank, step) == ("1", 3) else None
     hook = broken and broken.register_forward_hook(lambda module, given, out: out * float("nan"))
-    loss = correct(model, micro_batches, step, *others)
+    loss = correct(model, micro_batches, step, plan, **others)
     if hook:
         hook.remove()
     return loss
@@ -37,7 +37,7 @@ def note(optimizer, *others):
     with open(f"{sys.argv[0]}.{rank}", "a") as file:
         print(digest, file=file)
 
-room.accumulate_gradients = faulty
+step_module.accumulate_gradients = faulty
 register_optimizer_step_post_hook(note)
 runpy.run_module("distgpt.train", run_name="__main__", alter_sys=False)
 """

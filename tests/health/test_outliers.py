@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distgpt.config import HealthConfig, help_text
-from distgpt.health.outliers import FULL_ENOUGH, MOST_SKIPS, WINDOW, Guard, Verdict, Window
+from distgpt.health.outliers import LEAST_VALUES, MOST_SKIPS, WINDOW, Decision, OutlierFilter, Window
 
 SKIP = HealthConfig(on_nonfinite="skip")
 
@@ -19,8 +19,8 @@ def figures(count: int, *, seed: int = 0) -> list[tuple[float, float]]:
     return [(4.0 / (1 + step / 50) + draw.gauss(0, 0.1), draw.lognormvariate(0, 0.3)) for step in range(count)]
 
 
-def judged(guard: Guard, values: list[tuple[float, float]]) -> list[Verdict]:
-    return [guard.judge(loss=loss, grad_norm=norm) for loss, norm in values]
+def judged(guard: OutlierFilter, values: list[tuple[float, float]]) -> list[Decision]:
+    return [guard.check(loss=loss, grad_norm=norm) for loss, norm in values]
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
@@ -31,7 +31,7 @@ def test_z_scores_are_numpys(offset: float) -> None:
     for index, value in enumerate(values):
         before = np.array(values[max(0, index - WINDOW) : index])
         z = window.z_score(value)
-        if index < FULL_ENOUGH:
+        if index < LEAST_VALUES:
             assert z is None
         else:
             assert z == pytest.approx((value - before.mean()) / before.std(), abs=1e-6)
@@ -50,41 +50,41 @@ def test_there_is_no_z_score_among_equal_values_nor_for_what_is_no_number() -> N
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (2.0, math.inf), (math.nan, math.nan)])
 def test_a_step_that_is_not_finite_stops_or_is_skipped_as_configured(loss: float, grad_norm: float) -> None:
-    stopped = Guard(HealthConfig()).judge(loss=loss, grad_norm=grad_norm)
-    assert stopped == Verdict(None, None, "stop", f"loss {loss:.6g} and gradient norm {grad_norm:.6g}", 0)
-    assert Guard(SKIP).judge(loss=loss, grad_norm=grad_norm).action == "skip"
+    stopped = OutlierFilter(HealthConfig()).check(loss=loss, grad_norm=grad_norm)
+    assert stopped == Decision(None, None, "stop", f"loss {loss:.6g} and gradient norm {grad_norm:.6g}", 0)
+    assert OutlierFilter(SKIP).check(loss=loss, grad_norm=grad_norm).action == "skip"
 
 
 @pytest.mark.parametrize("spike", [(9.0, 1.0), (2.0, 30.0)])
 def test_a_spike_of_either_is_skipped_and_does_not_count(spike: tuple[float, float]) -> None:
-    guard, calm = Guard(HealthConfig(skip_z=6.0)), Guard(HealthConfig(skip_z=6.0))
+    guard, calm = OutlierFilter(HealthConfig(skip_z=6.0)), OutlierFilter(HealthConfig(skip_z=6.0))
     values = figures(100)
     assert judged(guard, values) == judged(calm, values)
-    verdict = guard.judge(loss=spike[0], grad_norm=spike[1])
-    assert verdict.action == "skip"
-    assert max(verdict.loss_z or 0.0, verdict.grad_norm_z or 0.0) > 6.0
-    assert f"(z {verdict.loss_z:.1f}) and gradient norm {spike[1]:g} (z {verdict.grad_norm_z:.1f})" in verdict.objection
+    decision = guard.check(loss=spike[0], grad_norm=spike[1])
+    assert decision.action == "skip"
+    assert max(decision.loss_z or 0.0, decision.grad_norm_z or 0.0) > 6.0
+    assert f"(z {decision.loss_z:.1f}) and gradient norm {spike[1]:g} (z {decision.grad_norm_z:.1f})" in decision.reason
     more = figures(20, seed=1)
     assert judged(guard, more) == judged(calm, more)
 
 
 def test_what_lies_far_below_is_no_spike_and_without_skip_z_nothing_is() -> None:
-    guard = Guard(HealthConfig(skip_z=3.0))
+    guard = OutlierFilter(HealthConfig(skip_z=3.0))
     judged(guard, figures(100))
-    low = guard.judge(loss=-50.0, grad_norm=0.0)
+    low = guard.check(loss=-50.0, grad_norm=0.0)
     assert low.action == "update"
     assert low.loss_z is not None
     assert low.loss_z < -3.0
-    indifferent = Guard(HealthConfig())
+    indifferent = OutlierFilter(HealthConfig())
     judged(indifferent, figures(100))
-    assert indifferent.judge(loss=50.0, grad_norm=50.0).action == "update"
+    assert indifferent.check(loss=50.0, grad_norm=50.0).action == "update"
 
 
 def test_so_many_skips_in_a_row_and_no_more() -> None:
-    guard = Guard(SKIP)
+    guard = OutlierFilter(SKIP)
     for _ in range(2):
-        assert {verdict.action for verdict in judged(guard, [(math.nan, 1.0)] * MOST_SKIPS)} == {"skip"}
-        assert guard.judge(loss=1.0, grad_norm=1.0).action == "update"
+        assert {decision.action for decision in judged(guard, [(math.nan, 1.0)] * MOST_SKIPS)} == {"skip"}
+        assert guard.check(loss=1.0, grad_norm=1.0).action == "update"
     last = judged(guard, [(math.nan, 1.0)] * (MOST_SKIPS + 1))[-1]
     assert (last.action, last.skips) == ("stop", MOST_SKIPS)
     assert f"at most {MOST_SKIPS} in a row" in help_text("train", "")
@@ -95,10 +95,10 @@ def test_a_judge_goes_on_exactly_where_its_state_was_taken() -> None:
     values = figures(300)
     for index in (5, 50, 51, 52, 200):
         values[index] = (math.nan, 1.0)
-    whole = judged(Guard(config), values)
-    assert {verdict.action for verdict in whole} == {"update", "skip"}
+    whole = judged(OutlierFilter(config), values)
+    assert {decision.action for decision in whole} == {"update", "skip"}
     for cut in (0, 1, 20, 52, 201):
-        first, second = Guard(config), Guard(config)
+        first, second = OutlierFilter(config), OutlierFilter(config)
         head = judged(first, values[:cut])
         second.restore(json.loads(json.dumps(first.state(), allow_nan=False)))
         assert head + judged(second, values[cut:]) == whole

@@ -8,7 +8,7 @@ import torch
 
 from distgpt.config import ModelConfig
 from distgpt.health import stragglers
-from distgpt.health.stragglers import INTERVAL_SECONDS, REMIND_INTERVALS, OwnWork, Watch, Work
+from distgpt.health.stragglers import INTERVAL_SECONDS, REMIND_INTERVALS, OwnWorkTimer, StragglerDetector, Work
 from distgpt.model.gpt import GPT
 
 HOSTS = ["node0", "node0", "node7", "node7"]
@@ -16,9 +16,9 @@ HOSTS = ["node0", "node0", "node7", "node7"]
 
 def watch(intervals: Sequence[Sequence[float]], hosts: Sequence[str] = HOSTS) -> list[list[str]]:
     """What is said after each interval of ten steps, in which each rank's own work took so many seconds a step."""
-    watched = Watch(hosts)
+    watched = StragglerDetector(hosts)
     return [
-        watched.add([Work(own=10 * seconds) for seconds in interval], steps=10, seconds=INTERVAL_SECONDS)
+        watched.update([Work(own=10 * seconds) for seconds in interval], steps=10, seconds=INTERVAL_SECONDS)
         for interval in intervals
     ]
 
@@ -37,20 +37,20 @@ def test_a_slow_rank_is_named_after_three_intervals_with_its_host() -> None:
 
 
 def test_what_it_waited_for_is_told() -> None:
-    watched = Watch(["a", "b"])
+    watched = StragglerDetector(["a", "b"])
     said = []
     for _ in range(3):
-        said = watched.add([Work(30.0, 25.0), Work(1.0, 0.0)], steps=10, seconds=60.0)
+        said = watched.update([Work(30.0, 25.0), Work(1.0, 0.0)], steps=10, seconds=60.0)
     assert said == [
         "rank 0 on a is slow: 3.00 s a step of its own work, the others' median 100 ms; data wait 2.50 s a step"
     ]
 
 
 def test_a_rank_that_is_slow_to_save_is_named_after_three_intervals_with_saves() -> None:
-    watched, even = Watch(HOSTS), [Work(own=1.0)] * 4
+    watched, even = StragglerDetector(HOSTS), [Work(own=1.0)] * 4
     saves = [Work(own=1.0, save=seconds, saved_bytes=100e6) for seconds in (2.0, 2.1, 6.0, 1.9)]
     said = [
-        watched.add(works, steps=10, seconds=INTERVAL_SECONDS)
+        watched.update(works, steps=10, seconds=INTERVAL_SECONDS)
         for works in (saves, even, saves, even, saves, even, saves, *[[Work(save=2.0, saved_bytes=1e8)] * 4] * 3)
     ]
     told = [(at, line) for at, lines in enumerate(said) for line in lines]
@@ -63,15 +63,15 @@ def test_a_rank_that_is_slow_to_save_is_named_after_three_intervals_with_saves()
 @pytest.mark.parametrize("other", [Work(save=6.0, saved_bytes=6e8), Work(save=1.0, saved_bytes=1e7), Work()])
 def test_a_share_of_another_size_or_none_is_not_slow(other: Work) -> None:
     """The larger takes longer, the smaller no less, since it waits for the same disk, and one without is no measure."""
-    watched = Watch(HOSTS)
+    watched = StragglerDetector(HOSTS)
     works = [Work(save=1.0, saved_bytes=1e8), other, Work(), Work()]
-    assert [watched.add(works, steps=1, seconds=INTERVAL_SECONDS) for _ in range(5)] == [[]] * 5
+    assert [watched.update(works, steps=1, seconds=INTERVAL_SECONDS) for _ in range(5)] == [[]] * 5
 
 
 def test_a_save_that_is_over_in_half_a_second_is_not_slow() -> None:
-    watched = Watch(["a", "b"])
+    watched = StragglerDetector(["a", "b"])
     works = [Work(save=0.1, saved_bytes=1e6), Work(save=0.5, saved_bytes=1e6)]
-    assert [watched.add(works, steps=1, seconds=INTERVAL_SECONDS) for _ in range(5)] == [[]] * 5
+    assert [watched.update(works, steps=1, seconds=INTERVAL_SECONDS) for _ in range(5)] == [[]] * 5
 
 
 @pytest.mark.parametrize("fast", [0, 1])
@@ -115,8 +115,10 @@ def test_a_rank_that_stays_slow_is_told_now_and_then() -> None:
 
 
 def test_short_log_intervals_are_judged_together() -> None:
-    watched = Watch(["a", "b"])
-    said = [watched.add([Work(own=0.2), Work(own=0.01)], steps=1, seconds=INTERVAL_SECONDS / 4) for _ in range(3 * 4)]
+    watched = StragglerDetector(["a", "b"])
+    said = [
+        watched.update([Work(own=0.2), Work(own=0.01)], steps=1, seconds=INTERVAL_SECONDS / 4) for _ in range(3 * 4)
+    ]
     assert said[:-1] == [[]] * 11
     assert said[-1][0].startswith("rank 0 on a is slow: 200 ms a step")
 
@@ -137,7 +139,7 @@ def test_own_work_ends_with_the_last_gradient_of_the_last_micro_batch() -> None:
     model = GPT(ModelConfig(n_layer=1, n_head=1, n_embd=8, block_size=4, tied_head=True), 11)
     model.init_weights(0)
     tokens = torch.zeros(2, 4, dtype=torch.int64)
-    work = OwnWork(model, torch.device("cpu"))
+    work = OwnWorkTimer(model, torch.device("cpu"))
     work.begin()
     for _ in range(2):
         time.sleep(0.03)
@@ -145,7 +147,7 @@ def test_own_work_ends_with_the_last_gradient_of_the_last_micro_batch() -> None:
     ended = work.seconds()
     time.sleep(0.03)
     assert work.seconds() == ended >= 0.06
-    work.leave_out(0.05)
+    work.exclude(0.05)
     assert work.seconds() == ended - 0.05, "it waited for the others between two micro-batches"
     work.begin()
     assert work.seconds() == 0.0

@@ -27,18 +27,20 @@ from tests import jobs
 PROGRAM = """
 import sys, time
 from pathlib import Path
-from distgpt.run.session import Run
+from distgpt.run.session import RunSession
 from distgpt.run.paths import RunPaths
 from distgpt.health.watchdog import Watchdog
 from distgpt.config import HealthConfig
-with Run(RunPaths(Path(sys.argv[1])), {rank}) as run, Watchdog(run, HealthConfig(timeout=0.5)) as watchdog:
+with RunSession(RunPaths(Path(sys.argv[1])), {rank}) as run, Watchdog(run, HealthConfig(timeout=0.5)) as watchdog:
     {body}
 """
-JOINED = "run.own()\nrun.joined(None)\n"
+JOINED = "run.acquire()\nrun.attach_logs(None)\n"
 
 
-def here(rank: int, beats: int, line: str = "a.py:1 in f") -> RankProgress:
-    return RankProgress(rank=rank, host=f"n{rank}", pid=100 + rank, beats=beats, doing="in a forward pass", line=line)
+def here(rank: int, heartbeats: int, line: str = "a.py:1 in f") -> RankProgress:
+    return RankProgress(
+        rank=rank, host=f"n{rank}", pid=100 + rank, heartbeats=heartbeats, activity="in a forward pass", line=line
+    )
 
 
 @pytest.mark.parametrize(
@@ -70,7 +72,7 @@ def program(body: str, *, rank: int = 0) -> str:
 
 
 def test_one_that_hangs_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None:
-    body = "def hanging():\n    time.sleep(600)\nwatchdog.beat('in step 3', 0.5)\nhanging()"
+    body = "def hanging():\n    time.sleep(600)\nwatchdog.heartbeat('in step 3', 0.5)\nhanging()"
     ended = watched(tmp_path, body)
     assert ended.code == 75
     report = jobs.exit_report(tmp_path)
@@ -84,7 +86,7 @@ def test_one_that_hangs_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None
 def test_one_whose_disk_hangs_is_ended_all_the_same(tmp_path: Path) -> None:
     """Whoever opens a pipe that nobody reads waits, as for a file server that is gone."""
     body = "import os\nlog = run.paths.logs / 'rank-0.log'\nlog.unlink()\nos.mkfifo(log)\n"
-    ended = watched(tmp_path, body + "watchdog.beat('in step 3', 0.5)\ntime.sleep(600)")
+    ended = watched(tmp_path, body + "watchdog.heartbeat('in step 3', 0.5)\ntime.sleep(600)")
     assert ended.code == 75
     assert ended.stderr.startswith("distgpt: rank 0 (pid ")
     assert ended.stderr.endswith(
@@ -93,19 +95,21 @@ def test_one_whose_disk_hangs_is_ended_all_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize(("doing", "said"), [("checking the start", ": rank"), (JOINING, ": not all of 2 ranks came")])
+@pytest.mark.parametrize(
+    ("activity", "said"), [("checking the start", ": rank"), (JOINING, ": not all of 2 ranks came")]
+)
 def test_one_that_hangs_before_the_ranks_have_met_says_so_itself(
-    tmp_path: Path, rank: int, doing: str, said: str
+    tmp_path: Path, rank: int, activity: str, said: str
 ) -> None:
-    body = program(f"watchdog.beat({doing!r}, 0.5)\ntime.sleep(600)", rank=rank)
+    body = program(f"watchdog.heartbeat({activity!r}, 0.5)\ntime.sleep(600)", rank=rank)
     ended = jobs.run([sys.executable, "-c", body, str(tmp_path)], WORLD_SIZE="2", LOCAL_RANK=str(rank))
     assert ended.code == 75
-    assert re.search(rf"{said}.* {rank} \(pid \d+ on \S+, {doing}\); ", ended.stderr)
+    assert re.search(rf"{said}.* {rank} \(pid \d+ on \S+, {activity}\); ", ended.stderr)
 
 
 @jobs.linux_only
 def test_one_that_hangs_with_pythons_lock_held_is_ended_by_its_backstop(tmp_path: Path) -> None:
-    body = "import ctypes, os\nwatchdog.beat('in step 3', 2)\ntime.sleep(1)\nread, write = os.pipe()\n"
+    body = "import ctypes, os\nwatchdog.heartbeat('in step 3', 2)\ntime.sleep(1)\nread, write = os.pipe()\n"
     body += "ctypes.PyDLL(None).read(read, ctypes.create_string_buffer(1), 1)"
     ended = watched(tmp_path, body)
     assert ended.code == -signal.SIGKILL
@@ -116,7 +120,7 @@ def test_one_that_hangs_with_pythons_lock_held_is_ended_by_its_backstop(tmp_path
 @jobs.linux_only
 def test_one_that_is_suspended_goes_on(tmp_path: Path) -> None:
     """For longer than any limit."""
-    body = JOINED + "watchdog.beat('in step 3', 5)\nprint('up', flush=True)\nsys.stdin.readline()"
+    body = JOINED + "watchdog.heartbeat('in step 3', 5)\nprint('up', flush=True)\nsys.stdin.readline()"
     command = [sys.executable, "-c", program(body), str(tmp_path)]
     pipe = subprocess.PIPE
     with subprocess.Popen(command, text=True, env=jobs.environment(), stdin=pipe, stdout=pipe) as process:
@@ -134,7 +138,7 @@ def test_one_that_is_suspended_goes_on(tmp_path: Path) -> None:
 def test_one_whose_stderr_nobody_reads_is_ended_by_its_backstop_all_the_same(tmp_path: Path) -> None:
     """Before there is a log as well."""
     hang = "read, write = os.pipe()\nctypes.PyDLL(None).read(read, ctypes.create_string_buffer(1), 1)"
-    body = program(f"import ctypes, os\nwatchdog.beat('in step 3', 1)\ntime.sleep(1)\n{hang}")
+    body = program(f"import ctypes, os\nwatchdog.heartbeat('in step 3', 1)\ntime.sleep(1)\n{hang}")
     read, write = os.pipe()
     os.close(read)
     command = [sys.executable, "-c", body, str(tmp_path)]
@@ -143,8 +147,8 @@ def test_one_whose_stderr_nobody_reads_is_ended_by_its_backstop_all_the_same(tmp
     assert process.wait(timeout=60) == -signal.SIGKILL
 
 
-def test_beats_and_other_limits_keep_it_quiet(tmp_path: Path) -> None:
-    body = "watchdog.beat('a', 3)\nfor _ in range(9):\n    time.sleep(0.5)\n    watchdog.beat('b')\n"
+def test_heartbeats_and_other_limits_keep_it_quiet(tmp_path: Path) -> None:
+    body = "watchdog.heartbeat('a', 3)\nfor _ in range(9):\n    time.sleep(0.5)\n    watchdog.heartbeat('b')\n"
     body += "with watchdog.during('evaluating', 60):\n    time.sleep(4)"
     assert watched(tmp_path, body).code == 0
 
@@ -197,7 +201,10 @@ def test_rank_0_that_is_stopped_before_the_ranks_have_met_is_named_by_another(tm
 def test_who_is_told_to_stop_does_not_wait_for_a_neighbour_that_is_gone(tmp_path: Path) -> None:
     """As NCCL would: torchrun, which lost a rank, tells the others, and they cannot come to the end of their step."""
     ready = tmp_path / "ready"
-    body = JOINED + f"run.training()\nwatchdog.beat('in step 3', 600)\nPath({str(ready)!r}).touch()\ntime.sleep(600)"
+    body = (
+        JOINED + f"run.allow_graceful_stop()\nwatchdog.heartbeat('in step 3', 600)\n"
+        f"Path({str(ready)!r}).touch()\ntime.sleep(600)"
+    )
     programs = [program(body).replace("sys.argv[1]", repr(str(tmp_path / "run"))), "import time; time.sleep(600)"]
     command = [sys.executable, "-c", AGENT, *programs]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as agent:

@@ -20,7 +20,7 @@ from distgpt.model.gpt import count_parameters
 from distgpt.preflight import hosts, links, machine, network
 from distgpt.preflight.finding import Finding
 from distgpt.preflight.links import Link
-from distgpt.run import lock as run_lock
+from distgpt.run import lock
 from distgpt.run.lock import RunLock, lock_holder
 from distgpt.run.paths import RunPaths
 
@@ -122,15 +122,15 @@ def test_the_check_leaves_no_file_in_the_run_directory(dataset: Dataset, tmp_pat
 
 
 def test_a_locked_run_directory_names_its_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_lock, "LEASE", 0.5)  # the seconds for which lock_holder watches a living owner
+    monkeypatch.setattr(lock, "LEASE", 0.5)  # the seconds for which lock_holder watches a living owner
     paths = RunPaths(tmp_path)
     assert lock_holder(paths) is None
     assert list(tmp_path.iterdir()) == []
-    lock = RunLock(paths)
+    held = RunLock(paths)
     assert (lock_holder(paths) or "").startswith(f"pid {os.getpid()} on ")
     with pytest.raises(DirectoryError, match="in use by pid"):
         machine.check_run_directory(config(f"--run.dir={tmp_path}"), ONE_PROCESS, None)  # type: ignore[arg-type]
-    lock.release()
+    held.release()
     assert lock_holder(paths) is None
 
 

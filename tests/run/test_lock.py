@@ -30,16 +30,16 @@ OWNER = """
 import fcntl, sys
 from contextlib import suppress
 from pathlib import Path
-from distgpt.run import session as health, lock as ownership
+from distgpt.run import session, lock
 from distgpt.run.paths import RunPaths
 from distgpt.checkpoint.store import Store
 from distgpt.errors import Interrupted
-directory, ownership.BOOT_ID, locks = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
+directory, lock.BOOT_ID, locks = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
 if locks == "local":
     fcntl.flock = lambda fd, how: None
-with health.Run(RunPaths(directory), 0) as run:
-    run.own(renewal=0.05)
-    run.training()
+with session.RunSession(RunPaths(directory), 0) as run:
+    run.acquire(renewal=0.05)
+    run.allow_graceful_stop()
     print("held", flush=True)
     store, step = Store(run.paths.checkpoints, run.owner), 0
     while not run.stop_requested:

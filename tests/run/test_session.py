@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 
 from distgpt import errors
-from distgpt.run import session as health
+from distgpt.run import session
 from distgpt.run.exit_report import write_exit_report
 from distgpt.run.lock import RunLock
 from distgpt.run.outcome import outcome, say_end
 from distgpt.run.paths import RunPaths
-from distgpt.run.session import Run
+from distgpt.run.session import RunSession
 from tests import jobs
 
 # A rank as train.py is one, without torch. RANK and BODY are replaced.
@@ -25,11 +25,11 @@ PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
 from distgpt.errors import *
-from distgpt.run import session as health
-from distgpt.run.session import Run
+from distgpt.run import session
+from distgpt.run.session import RunSession
 from distgpt.run.lock import RunLock
 from distgpt.run.paths import RunPaths
-with Run(RunPaths(Path(sys.argv[1])), int(sys.argv[2])) as run:
+with RunSession(RunPaths(Path(sys.argv[1])), int(sys.argv[2])) as run:
     {body}
 """
 
@@ -86,16 +86,16 @@ def test_a_missing_compiler_is_told_by_name() -> None:
 
 
 def test_done_is_reported_by_rank_0_alone(tmp_path: Path) -> None:
-    assert rank(tmp_path, "run.own(); run.step = 7", number=0).code == 0
+    assert rank(tmp_path, "run.acquire(); run.step = 7", number=0).code == 0
     told = {"code": 0, "cause": "done", "rank": 0, "host": socket.gethostname(), "step": 7, "fence": 1, "job": None}
     assert jobs.exit_report(tmp_path) | {"time": ""} == {**told, "time": ""}
     (tmp_path / "exit.json").unlink()
-    assert rank(tmp_path, "run.joined(None)", number=1).code == 0
+    assert rank(tmp_path, "run.attach_logs(None)", number=1).code == 0
     assert not (tmp_path / "exit.json").exists()
 
 
 def test_an_error_is_one_line_and_a_report(tmp_path: Path) -> None:
-    done = rank(tmp_path, "run.own(); run.joined(run.owner); run.step = 3; raise DataError('the loss')")
+    done = rank(tmp_path, "run.acquire(); run.attach_logs(run.owner); run.step = 3; raise DataError('the loss')")
     assert (done.code, done.stderr) == (65, "distgpt: error: the loss\n")
     assert jobs.exit_report(tmp_path)["cause"] == "the loss"
     assert jobs.exit_report(tmp_path)["step"] == 3
@@ -103,9 +103,9 @@ def test_an_error_is_one_line_and_a_report(tmp_path: Path) -> None:
 
 
 def test_the_second_rank_to_fail_says_nothing(tmp_path: Path) -> None:
-    first = rank(tmp_path, "run.joined(None); raise DataError('the cause')", number=1)
+    first = rank(tmp_path, "run.attach_logs(None); raise DataError('the cause')", number=1)
     assert first.stderr == "distgpt: error: the cause\n"
-    second = rank(tmp_path, "run.joined(None); raise RuntimeError('gloo: Connection closed by peer')", number=0)
+    second = rank(tmp_path, "run.attach_logs(None); raise RuntimeError('gloo: Connection closed by peer')", number=0)
     assert (second.code, second.stderr) == (75, "")
     assert jobs.exit_report(tmp_path) | {"time": ""} == {
         "code": 65,
@@ -120,7 +120,7 @@ def test_the_second_rank_to_fail_says_nothing(tmp_path: Path) -> None:
 
 
 def test_our_bug_keeps_its_traceback_on_stderr_and_in_the_log(tmp_path: Path) -> None:
-    done = rank(tmp_path, "run.own(); run.joined(run.owner); {}['x']")
+    done = rank(tmp_path, "run.acquire(); run.attach_logs(run.owner); {}['x']")
     assert done.code == 70
     assert "Traceback" in done.stderr
     assert done.error_lines == ["distgpt: error: KeyError: 'x'"]
@@ -157,7 +157,7 @@ def test_a_rank_that_alone_fails_says_so_in_the_run_directory_of_its_job(tmp_pat
     rank_0 = f"os.environ['TORCHELASTIC_RUN_ID'] = '{job}'; RunLock(run.paths)"
     done = rank(
         tmp_path,
-        f"{rank_0}; os.environ['TORCHELASTIC_RUN_ID'] = 'x'; health.RANK_ZERO_SECONDS = 0; "
+        f"{rank_0}; os.environ['TORCHELASTIC_RUN_ID'] = 'x'; session.RANK_ZERO_SECONDS = 0; "
         "raise RuntimeError('broken GPU')",
         number=1,
         LOCAL_RANK="1",
@@ -195,28 +195,28 @@ def test_the_report_of_the_attempt_before_does_not_silence_a_rank(
 
 
 def test_a_directory_that_is_not_rank_0s_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(health, "NFS_ATTRIBUTE_CACHE_SECONDS", 0.0)
+    monkeypatch.setattr(session, "NFS_ATTRIBUTE_CACHE_SECONDS", 0.0)
     shared, own = RunPaths(tmp_path / "shared"), RunPaths(tmp_path / "own")
     lock = RunLock(shared)
-    assert Run(shared, 1).sees(lock.owner)
-    assert not Run(own, 1).sees(lock.owner)
+    assert RunSession(shared, 1).sees_same_directory(lock.owner)
+    assert not RunSession(own, 1).sees_same_directory(lock.owner)
     RunLock(own).release()
     other = RunLock(own)
-    assert not Run(own, 1).sees(lock.owner)
+    assert not RunSession(own, 1).sees_same_directory(lock.owner)
     lock.release()
     other.release()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_in_training_only_sets_a_flag(tmp_path: Path, name: str) -> None:
-    body = f"run.own(); run.training(); signal.raise_signal(signal.{name}); print(run.stop_requested)"
+    body = f"run.acquire(); run.allow_graceful_stop(); signal.raise_signal(signal.{name}); print(run.stop_requested)"
     done = rank(tmp_path, body)
     assert (done.code, done.stdout) == (0, f"{name}\n")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGUSR1"])
 def test_a_signal_while_starting_ends_the_rank(tmp_path: Path, name: str) -> None:
-    done = rank(tmp_path, f"run.own(); signal.raise_signal(signal.{name}); time.sleep(60)")
+    done = rank(tmp_path, f"run.acquire(); signal.raise_signal(signal.{name}); time.sleep(60)")
     assert done.code == 75
     assert done.stderr == f"distgpt: interrupted by {name} before the first step: run it again to go on\n"
     assert jobs.exit_report(tmp_path)["code"] == 75
@@ -231,7 +231,7 @@ def test_a_signal_is_answered_at_once_and_only_a_second_ctrl_c_ends_the_rank_uns
     tmp_path: Path, echo_seconds: str, variables: dict[str, str], ends: bool
 ) -> None:
     program = PROGRAM.format(
-        body=f"health.ECHO_SECONDS = {echo_seconds}; run.own(); run.step = 3; run.training(); "
+        body=f"session.ECHO_SECONDS = {echo_seconds}; run.acquire(); run.step = 3; run.allow_graceful_stop(); "
         "print('up', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen(

@@ -26,15 +26,16 @@ import torch.distributed as dist
 from distgpt.checkpoint.checkpointer import Checkpointer
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset, open_dataset
-from distgpt.distributed.collectives import from_rank_zero
+from distgpt.distributed.collectives import broadcast_from_rank_zero
 from distgpt.distributed.parallelize import build_model
+from distgpt.distributed.plan import make_plan
 from distgpt.distributed.runtime import Runtime
-from distgpt.health.outliers import Guard
+from distgpt.health.outliers import OutlierFilter
 from distgpt.model.optim import build_optimizer
-from distgpt.run import lock as ownership
+from distgpt.run import lock
 from distgpt.run.lock import Owner
 from distgpt.run.paths import RunPaths
-from distgpt.run.session import Run
+from distgpt.run.session import RunSession
 from distgpt.telemetry.metrics import Metrics
 from tests.checkpoint.checkpoints import SMALL
 
@@ -121,39 +122,38 @@ class WatchedFile(io.FileIO):
         return super().write(data)
 
 
+class SilentSession(RunSession):
+    """A session that leaves stdout to the answers of main()."""
+
+    def say(self, text: str) -> None:
+        pass
+
+
 def life(directory: Path, dataset: Dataset, *, rank: int, world: int, report: Path) -> None:
     """All of it. Writes the step that it went on from and a digest of the weights to `report`."""
-    config = resolve([*SMALL, "--train.micro_batch=1"], {})
+    config = resolve([*SMALL, "--train.micro_batch=1", "--parallel.strategy=fsdp"], {})
     runtime = Runtime(rank, rank, world, world, torch.device("cpu"))
-    with Run(RunPaths(directory), rank) as run:
+    with SilentSession(RunPaths(directory), rank) as run:
         if rank == 0:
-            run.own(lease=0.2)
+            run.acquire(lease=0.2)
         if world > 1:
             store = dist.FileStore(str(report.with_suffix(".store")), world)
             dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
-        run.joined(Owner(**from_rank_zero(asdict(run.owner) if run.owner else {}, runtime)))
-        model = build_model(
-            config,
-            runtime,
-            strategy="fsdp" if world > 1 else "single",
-            vocab_size=dataset.vocab_size,
-            eot_id=None,
-            micro_batch=1,
-            dtype=torch.float32,
-        )
+        run.attach_logs(Owner(**broadcast_from_rank_zero(asdict(run.owner) if run.owner else {}, runtime)))
+        plan = make_plan(config, runtime, vocab_size=dataset.vocab_size)
+        model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=None)
         optimizer = build_optimizer(model, config.optim, "cpu")
         checkpointer = Checkpointer(
             run,
             config=config,
+            plan=plan,
             dataset=dataset,
             model=model,
             optimizer=optimizer,
-            guard=Guard(config.health),
-            runtime=runtime,
-            say=lambda text: None,
+            outliers=OutlierFilter(config.health),
         )
         step = checkpointer.restore()
-        run.training()
+        run.allow_graceful_stop()
         if rank == 0:
             with OPEN(report, "w") as file:
                 json.dump({"step": step, "digest": digest(directory, step)}, file)
@@ -181,8 +181,8 @@ def fork(request: dict[str, Any], dataset: Dataset, *, rank: int, report: Path, 
         return pid
     with suppress(BaseException):
         if request["boot"]:
-            ownership.BOOT_ID = report.with_suffix(".boot")
-            ownership.BOOT_ID.write_text(request["boot"])
+            lock.BOOT_ID = report.with_suffix(".boot")
+            lock.BOOT_ID.write_text(request["boot"])
         calls = Calls(log, request["how"], request["at"] if rank == request["rank"] else 0)
         calls.watch()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -16,7 +16,6 @@ from distgpt.checkpoint.manifest import committed
 from distgpt.checkpoint.reader import load_for_inference
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
-from distgpt.distributed.runtime import Runtime
 from distgpt.errors import DataError
 from tests import jobs
 from tests.checkpoint.checkpoints import CPU, SMALL, flip_bit, trainee
@@ -66,9 +65,7 @@ def test_a_damaged_checkpoint_is_never_believed(saved: Path, dataset: Dataset, s
             whole[file] = file.read_bytes()
             HARMS[harm](file, draw)
         good = [checkpoint for checkpoint in checkpoints if checkpoint not in harmed]
-        require_same_run(
-            saved / "checkpoints", config, dataset, Runtime(0, 0, 1, 1, CPU)
-        )  # as training does first of all: nothing to say
+        require_same_run(saved / "checkpoints", config, dataset, replicas=1)  # as training does first of all
         where = [str(file) for file in whole]
         if good:
             step = load_for_inference(saved, CPU)[2].step

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from distgpt.checkpoint.manifest import committed, damage
+from distgpt.checkpoint.manifest import committed, find_damage
 from distgpt.run.paths import RunPaths
 from tests import jobs
 from tests.checkpoint.checkpoints import flip_bit
@@ -147,7 +147,7 @@ def strike(
         run = copied(before, tmp_path / "run")
         killed = lives.live(run, how, at, world=world, rank=rank)
         assert killed.code == -signal.SIGKILL, describe(at, killed)
-        newest = next(path for path in committed(run / "checkpoints") if not damage(path))
+        newest = next(path for path in committed(run / "checkpoints") if not find_damage(path))
         assert int(newest.name[5:]) in digests, describe(at, killed)
         again = lives.live(run, world=world)
         assert again.code == 0, describe(at, killed)
@@ -191,7 +191,7 @@ def assert_sound(run: Path, why: str) -> None:
     assert [name for name in names if not name.startswith(("step-", "broken-"))] == [], why
     assert len([name for name in names if name.startswith("broken-")]) <= 1, why
     assert len([name for name in names if name.startswith("step-")]) <= 3, why
-    assert all(not damage(path) for path in committed(run / "checkpoints")), why
+    assert all(not find_damage(path) for path in committed(run / "checkpoints")), why
     jobs.val_losses(run)
     assert jobs.exit_report(run)["code"] == 0, why
     assert RunPaths(run).lock.exists()

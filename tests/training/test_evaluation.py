@@ -11,6 +11,7 @@ from distgpt.corpus.loader import EvaluationBatches
 from distgpt.corpus.shards import Dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.distributed.parallelize import build_model
+from distgpt.distributed.plan import Plan, make_plan
 from distgpt.distributed.runtime import Runtime
 from distgpt.model.gpt import GPT
 from distgpt.training.evaluation import evaluate
@@ -20,16 +21,13 @@ WINDOWS = 13
 
 
 @pytest.fixture
-def model(dataset: Dataset, one_process: Runtime) -> torch.nn.Module:
-    return build_model(
-        resolve(SMALL, {}),
-        one_process,
-        strategy="single",
-        vocab_size=dataset.vocab_size,
-        eot_id=None,
-        micro_batch=1,
-        dtype=torch.float32,
-    )
+def plan(dataset: Dataset, one_process: Runtime) -> Plan:
+    return make_plan(resolve([*SMALL, "--train.dtype=float32"], {}), one_process, vocab_size=dataset.vocab_size)
+
+
+@pytest.fixture
+def model(dataset: Dataset, plan: Plan) -> torch.nn.Module:
+    return build_model(resolve(SMALL, {}), plan, vocab_size=dataset.vocab_size, eot_id=None)
 
 
 def batches(dataset: Dataset, *, rank: int = 0, world_size: int = 1, micro_batch: int = 2) -> EvaluationBatches:
@@ -44,11 +42,9 @@ def batches(dataset: Dataset, *, rank: int = 0, world_size: int = 1, micro_batch
     )
 
 
-def test_it_is_the_mean_over_windows_and_bits_per_byte_follow(
-    model: GPT, dataset: Dataset, one_process: Runtime
-) -> None:
+def test_it_is_the_mean_over_windows_and_bits_per_byte_follow(model: GPT, dataset: Dataset, plan: Plan) -> None:
     tokenizer = load_tokenizer(dataset.path)
-    found = evaluate(model, batches(dataset), tokenizer=tokenizer, runtime=one_process, dtype=torch.float32)
+    found = evaluate(model, batches(dataset), tokenizer, plan)
     losses, text_bytes, seen = [], 0, []
     model.eval()
     for indices, x_BT, y_BT in batches(dataset):
@@ -65,22 +61,20 @@ def test_it_is_the_mean_over_windows_and_bits_per_byte_follow(
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 16])
-def test_the_parts_of_several_ranks_sum_to_the_same(
-    model: GPT, dataset: Dataset, one_process: Runtime, world_size: int
-) -> None:
+def test_the_parts_of_several_ranks_sum_to_the_same(model: GPT, dataset: Dataset, plan: Plan, world_size: int) -> None:
     tokenizer = load_tokenizer(dataset.path)
 
     def part(rank: int, ranks: int) -> float:
         mine = batches(dataset, rank=rank, world_size=ranks)
-        return evaluate(model, mine, tokenizer=tokenizer, runtime=one_process, dtype=torch.float32).val_loss
+        return evaluate(model, mine, tokenizer, plan).val_loss
 
     # Each divides by all windows, so the parts add up.
     assert sum(part(rank, world_size) for rank in range(world_size)) == pytest.approx(part(0, 1), rel=1e-12)
 
 
-def test_training_goes_on_as_if_it_had_not_been(model: GPT, dataset: Dataset, one_process: Runtime) -> None:
+def test_training_goes_on_as_if_it_had_not_been(model: GPT, dataset: Dataset, plan: Plan) -> None:
     before = torch.random.get_rng_state()
-    evaluate(model, batches(dataset), tokenizer=load_tokenizer(dataset.path), runtime=one_process, dtype=torch.float32)
+    evaluate(model, batches(dataset), load_tokenizer(dataset.path), plan)
     assert torch.equal(torch.random.get_rng_state(), before)
     assert model.training
     assert all(p.grad is None for p in model.parameters())

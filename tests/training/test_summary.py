@@ -3,7 +3,7 @@
 import pytest
 
 from distgpt.config import Config, from_dict, resolve, to_dict
-from distgpt.training.startup import changes, epochs, learning_rate_jump, warnings
+from distgpt.training.summary import changes, epochs, learning_rate_jump, warnings
 
 BATCH = ("--train.global_batch=8", "--model.block_size=32")
 

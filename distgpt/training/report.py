@@ -1,0 +1,102 @@
+"""Report a step: show and record it, name slow ranks, reconsider how often to save, explain a skipped update."""
+
+import logging
+
+import torch
+
+from distgpt.checkpoint.checkpointer import Checkpointer
+from distgpt.checkpoint.interval import SaveInterval, seconds_between_failures
+from distgpt.config import Config
+from distgpt.corpus.loader import Loader
+from distgpt.distributed.collectives import sum_over_ranks
+from distgpt.distributed.plan import Plan
+from distgpt.health.outliers import Decision
+from distgpt.health.stragglers import StragglerMonitor
+from distgpt.telemetry.peaks import device_peak_flops
+from distgpt.telemetry.progress import Progress
+
+log = logging.getLogger("distgpt")
+
+
+class StepReporter:
+    """Reports the steps of a run after `start_step`. All ranks call it alike, since they exchange figures."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        progress: Progress,
+        stragglers: StragglerMonitor,
+        interval: SaveInterval,
+        checkpoints: Checkpointer,
+        *,
+        start_step: int,
+    ) -> None:
+        self._plan, self._progress, self._stragglers = plan, progress, stragglers
+        self._interval, self._checkpoints, self._first_step = interval, checkpoints, start_step + 1
+
+    def report(
+        self, step: int, *, loss: float, lr: float, grad_norm: float, decision: Decision, data_wait: float
+    ) -> None:
+        """Report a step that is done. `data_wait`: seconds that this rank waited for data in it."""
+        seconds = self._progress.step_done(step, data_wait=data_wait)
+        save_seconds, saved_bytes = self._checkpoints.pop_write_stats()
+        self._stragglers.end_step(data_wait=data_wait, save_seconds=save_seconds, saved_bytes=saved_bytes)
+        if step > self._first_step:  # the first step warms up
+            self._interval.cost.step(seconds, writing=self._checkpoints.writing)
+        if self._progress.is_logged(step) or decision.action == "skip":
+            elapsed = self._progress.log(step, loss=loss, lr=lr, grad_norm=grad_norm, decision=decision)
+            if step == self._first_step:
+                self._stragglers.reset()
+            else:
+                self._compare_ranks(step, elapsed)
+                self._reconsider_interval()
+        self._progress.predict(step, seconds)
+
+    def _compare_ranks(self, step: int, seconds: float) -> None:
+        if not self._plan.runtime.distributed:
+            return
+        comparison = self._stragglers.compare(seconds)
+        for line in comparison.messages:
+            log.info(line)
+        figures = {
+            "own_work_s_median": comparison.median_own_work,
+            "own_work_s_longest": comparison.longest_own_work,
+            "data_wait_s_longest": comparison.longest_data_wait,
+        }
+        self._progress.compare_ranks(step, comparison.messages, figures)
+
+    def _reconsider_interval(self) -> None:
+        account, runtime = self._progress.account(), self._plan.runtime
+        between_failures = seconds_between_failures(
+            seconds=account.total - account.seconds["recovery"],
+            failures=account.failures,
+            hosts=runtime.world_size // runtime.local_world_size,
+        )
+        if steps := self._interval.reconsider(between_failures, runtime):
+            cost = self._interval.cost
+            self._progress.save_interval(
+                steps, step_seconds=cost.of_a_step, cost=cost.of_a_save, between_failures=between_failures
+            )
+
+
+def peak_flops_of_all(plan: Plan) -> float | None:
+    """Return the peak FLOP/s of all ranks together, None if the device of any is unknown. All ranks call it."""
+    runtime = plan.runtime
+    peak = device_peak_flops(runtime.device, plan.dtype)
+    values = torch.tensor([peak or 0.0, float(peak is None)], dtype=torch.float64, device=runtime.device)
+    total, unknown = sum_over_ranks(values, runtime).tolist()
+    return None if unknown else float(total)
+
+
+def explain(decision: Decision, step: int, config: Config, batches: Loader) -> str:
+    """Say in one line why the update of a step is not applied, and with which samples; log where they came from."""
+    completed = step - 1
+    places = [(int(shard), int(offset)) for shard, offset in zip(*batches.places(completed), strict=True)]
+    log.error("step %d, windows of this rank as (shard, token offset): %s", step, places)
+    first = completed * config.train.global_batch
+    samples = f"samples {first} to {first + config.train.global_batch - 1} (their places are in logs/)"
+    if decision.action == "skip":
+        return f"{decision.reason} at step {step}: update skipped; {samples}"
+    after = f", after {decision.skips} skipped in a row" if decision.skips else ""
+    fix = "lower optim.lr or set optim.grad_clip" + (", or raise health.skip_z" if config.health.skip_z else "")
+    return f"{decision.reason} at step {step}: stopped before the update{after}; {samples}; {fix}"

@@ -1,0 +1,124 @@
+"""Describe a run before its first step: its size, its length, and settings that look like mistakes."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from distgpt.checkpoint.manifest import STATE, RunState
+from distgpt.config import Config, from_dict, keys, value_at
+from distgpt.corpus.shards import Dataset
+from distgpt.distributed.plan import Plan
+from distgpt.model.optim import lr_at
+from distgpt.suggestion import MANY_EPOCHS, steps_of_many_epochs
+
+# Keys that may differ from one attempt to the next: the place of the run, and a flag that launchers clear on a restart.
+PLACE_KEYS = ("run.dir", "run.fresh")
+LARGE_JUMP = 2.0
+
+
+def describe(config: Config, plan: Plan, dataset: Dataset, model: nn.Module) -> str:
+    """Describe a run in a few lines."""
+    parameters = sum(p.numel() for p in model.parameters())
+    runtime, device = plan.runtime, plan.runtime.device.type
+    threads = torch.get_num_threads()
+    each = f"threads: {threads} each" if device == "cpu" else torch.cuda.get_device_name(runtime.device)
+    return (
+        f"data      {dataset.path}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,}\n"
+        f"model     {parameters:,} parameters, computes in {str(plan.dtype).removeprefix('torch.')}\n"
+        f"devices   {runtime.world_size} x {device} ({each})\n"
+        f"batch     {config.train.global_batch} sequences of {config.model.block_size} tokens = "
+        f"{runtime.world_size} ranks x {plan.micro_batch} x {plan.accumulation} accumulation steps\n"
+        f"length    {config.train.steps:,} steps = {config.train.steps * tokens_per_step(config):,} tokens, "
+        f"{_count(epochs(config, dataset.train.tokens))} epochs\n"
+        f"strategy  {plan.strategy}, {plan.reason}"
+    )
+
+
+def begin_line(config: Config, restored: RunState | None) -> str:
+    """Say whether the run starts or goes on, and with which other values."""
+    if restored is None:
+        return f"starting in {config.run_dir}"
+    different = changes(from_dict(restored.config, source=STATE), config)
+    with_others = f" with other values: {'; '.join(different)}" if different else ""
+    return f"going on from step {restored.step} in {config.run_dir}{with_others}"
+
+
+def nothing_to_do(config: Config, step: int) -> str:
+    """Say that a run has all its steps, and how it could go further."""
+    again = "" if config.optim.schedule == "constant" else ", and its learning rate up again"
+    return (
+        f"nothing to do: {config.run_dir} is at step {step} of {config.train.steps}, "
+        f"--train.steps=N goes further{again}"
+    )
+
+
+def all_warnings(config: Config, dataset: Dataset, restored: RunState | None) -> list[str]:
+    """List what looks like a mistake, a line each."""
+    lines = list(warnings(config, dataset.train.tokens))
+    if restored is not None:
+        jump = learning_rate_jump(from_dict(restored.config, source=STATE), config, restored.step)
+        lines += [jump] if jump else []
+    return lines
+
+
+def warnings(config: Config, train_tokens: int) -> Iterator[str]:
+    """Give a line for each value that can work but is probably a mistake."""
+    steps, optim = config.train.steps, config.optim
+    if epochs(config, train_tokens) > MANY_EPOCHS:
+        enough = steps_of_many_epochs(train_tokens // config.model.block_size, config.train.global_batch)
+        times = _count(epochs(config, train_tokens))
+        yield (
+            f"the run reads its {train_tokens:,} training tokens {times} times (epochs), "
+            f"and little is learned after {MANY_EPOCHS}: --train.steps={enough} or more text will do"
+        )
+    if optim.warmup_steps >= steps:
+        yield (
+            f"optim.warmup_steps is {optim.warmup_steps:,} and the run has {steps:,} steps: the learning rate ends at "
+            f"{lr_at(steps - 1, optim, steps):.2e} and never reaches optim.lr = {optim.lr:.2e}; warm up for fewer steps"
+        )
+
+
+def changes(then: Config, now: Config) -> list[str]:
+    """List the keys that differ when a run is resumed, with their old and new values."""
+    return [
+        f"{key} {_shown(value_at(then, key))} -> {_shown(value_at(now, key))}"
+        for key in keys()
+        if key not in PLACE_KEYS and value_at(then, key) != value_at(now, key)
+    ]
+
+
+def learning_rate_jump(then: Config, now: Config, step: int) -> str | None:
+    """Return a line if the learning rate jumps when a run is resumed after `step` with other values."""
+    before = lr_at(step - 1, then.optim, then.train.steps)
+    after, planned = lr_at(step, now.optim, now.train.steps), lr_at(step, then.optim, then.train.steps)
+    if after == planned or max(before, after) <= LARGE_JUMP * min(before, after):
+        return None
+    named = ("lr", "min_lr", "warmup_steps", "schedule", "decay_fraction")
+    changed = [f"optim.{name}" for name in named if getattr(then.optim, name) != getattr(now.optim, name)]
+    line = f"the learning rate jumps from {before:.2e} to {after:.2e} at step {step + 1}/{now.train.steps}: "
+    if changed:
+        return line + "to avoid that, keep " + ", ".join(f"{key}={value_at(then, key)}" for key in changed)
+    return (
+        line + f"the {then.optim.schedule} schedule of {then.train.steps:,} steps had come down, and one of "
+        f"{now.train.steps:,} has not; a run that may go further avoids that with a higher optim.min_lr, or with "
+        "optim.schedule=wsd from a checkpoint before its decay"
+    )
+
+
+def tokens_per_step(config: Config) -> int:
+    """Return the tokens of a global batch."""
+    return config.train.global_batch * config.model.block_size
+
+
+def epochs(config: Config, train_tokens: int) -> float:
+    """Return how often the run reads its training text."""
+    return config.train.steps * tokens_per_step(config) / train_tokens
+
+
+def _count(number: float) -> str:
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def _shown(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value) or "empty"
