@@ -28,6 +28,7 @@ _PRESETS = PACKAGE / "presets"
 
 ENVIRONMENT_PREFIX = "DISTGPT_"
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 PATHS = ("run.dir", "data.path")
 POSITIVE = (
@@ -508,7 +509,6 @@ def _millions(preset: str) -> float:
 
 def _parse(value: Any, kind: Any, key: str, source: str) -> Any:
     """Convert `value`, from TOML or a command line, to the type `kind`. Raises UsageError."""
-    where = "" if source.startswith("--") else f" (in {source})"
     if get_origin(kind) is Union:  # a number or a certain word
         number, words = get_args(kind)
         if value in get_args(words):
@@ -518,29 +518,28 @@ def _parse(value: Any, kind: Any, key: str, source: str) -> Any:
         except UsageError as error:
             raise UsageError(f"{error} or {' or '.join(get_args(words))}") from None
     if get_origin(kind) is Literal:
-        if value in get_args(kind):
-            return value
-        raise UsageError(f"{key} is {value!r}{where}: it must be one of {', '.join(get_args(kind))}")
-    text = value if isinstance(value, str) else None
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        if text is not None and text.lower() in (*TRUE, *FALSE):
-            return text.lower() in TRUE
-        raise UsageError(f"{key} is {value!r}{where}: it must be true or false")
-    if kind is str and text is not None:
-        return text
-    if kind in (int, float) and not isinstance(value, bool):
-        with suppress(TypeError, ValueError):
-            if kind is int and not isinstance(value, float):
+        parsed, expected = value if value in get_args(kind) else None, f"one of {', '.join(get_args(kind))}"
+    else:
+        parsed, expected = _convert(value, kind), TYPE_NAMES[kind]
+    if parsed is None:
+        where = "" if source.startswith("--") else f" (in {source})"
+        raise UsageError(f"{key} is {value!r}{where}: it must be {expected}")
+    return parsed
+
+
+def _convert(value: Any, kind: type) -> Any:
+    """Return `value` as bool, str, int or float, None if it cannot be converted."""
+    if kind is bool or isinstance(value, bool):
+        text = str(value).lower()
+        valid = kind is bool and isinstance(value, bool | str) and text in (*TRUE, *FALSE)
+        return text in TRUE if valid else None
+    if kind is str:
+        return value if isinstance(value, str) else None
+    with suppress(TypeError, ValueError, OverflowError):
+        if kind is int and not isinstance(value, float):
+            with suppress(ValueError):
                 return int(value)  # a float would round a large seed
-        try:
-            number = float(value)
-        except (TypeError, ValueError, OverflowError):
-            number = math.nan
-        if math.isfinite(number) and kind is float:
-            return number
-        if number.is_integer():
-            return int(number)
-    expected = {int: "a whole number", float: "a number", str: "a string"}[kind]
-    raise UsageError(f"{key} is {value!r}{where}: it must be {expected}")
+        number = float(value)
+        if math.isfinite(number) and (kind is float or number.is_integer()):
+            return kind(number)
+    return None
