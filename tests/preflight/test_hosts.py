@@ -17,45 +17,46 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from distgpt import config as configuration
+from distgpt.config import Config, resolve
 from distgpt.corpus.shards import Dataset
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import Interrupted, StorageError
 from distgpt.preflight import hosts
 from distgpt.preflight.finding import Finding
+from distgpt.preflight.hosts import SharedStore
 from tests import jobs
 
 SAME = ("python", "torch", "distgpt", "data")
 
 
 @pytest.fixture
-def store(monkeypatch: pytest.MonkeyPatch, one_process: Runtime) -> Iterator[hosts.SharedStore]:
+def store(monkeypatch: pytest.MonkeyPatch, one_process: Runtime) -> Iterator[SharedStore]:
     """The store of host n1, the first of two hosts, n1 and n2, with one rank each."""
     torch_store = dist.HashStore()
     monkeypatch.setattr(hosts, "rendezvous", lambda *_, **__: iter([(torch_store,)]))
     for name, value in {"GROUP_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "GLOO_SOCKET_IFNAME": "lo"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(socket, "gethostname", lambda: "n1")
-    store = hosts.SharedStore(dataclasses.replace(one_process, world_size=2))
+    store = SharedStore(dataclasses.replace(one_process, world_size=2))
     yield store
     store.listener.close()
 
 
 @pytest.fixture
-def config(dataset: Dataset, tmp_path: Path) -> configuration.Config:
+def config(dataset: Dataset, tmp_path: Path) -> Config:
     return settings(dataset.path, tmp_path)
 
 
-def settings(data: Path, run: Path) -> configuration.Config:
-    return configuration.resolve([f"--data.path={data}", f"--run.dir={run}", "--model.block_size=16"], {})
+def settings(data: Path, run: Path) -> Config:
+    return resolve([f"--data.path={data}", f"--run.dir={run}", "--model.block_size=16"], {})
 
 
 def findings_of_two_hosts(
-    store: hosts.SharedStore,
-    config: configuration.Config,
+    store: SharedStore,
+    config: Config,
     *,
     name: str = "n2",
-    other_config: configuration.Config | None = None,
+    other_config: Config | None = None,
     change: Callable[[pytest.MonkeyPatch], None] = lambda other: None,
 ) -> dict[str, Finding]:
     """Compare two hosts; return the findings by check.
@@ -74,7 +75,7 @@ def failures(findings: dict[str, Finding]) -> list[str]:
     return [check for check, finding in findings.items() if finding.level == "FAIL"]
 
 
-def test_equal_hosts_pass(store: hosts.SharedStore, config: configuration.Config) -> None:
+def test_equal_hosts_pass(store: SharedStore, config: Config) -> None:
     findings = findings_of_two_hosts(store, config)
     assert failures(findings) == []
     for check in SAME:
@@ -85,7 +86,7 @@ def test_equal_hosts_pass(store: hosts.SharedStore, config: configuration.Config
     ("check", "where", "name"), [("python", platform, "python_version"), ("torch", hosts, "torch_build")]
 )
 def test_another_version_on_one_host_fails(
-    check: str, where: object, name: str, store: hosts.SharedStore, config: configuration.Config
+    check: str, where: object, name: str, store: SharedStore, config: Config
 ) -> None:
     findings = findings_of_two_hosts(store, config, change=lambda other: other.setattr(where, name, lambda: "0.1"))
     assert failures(findings) == [f"same {check}"]
@@ -94,7 +95,7 @@ def test_another_version_on_one_host_fails(
     assert "n2 has 0.1" in findings[f"same {check}"].text
 
 
-def test_other_code_on_one_host_fails(store: hosts.SharedStore, config: configuration.Config, tmp_path: Path) -> None:
+def test_other_code_on_one_host_fails(store: SharedStore, config: Config, tmp_path: Path) -> None:
     copy = tmp_path / "distgpt"
     shutil.copytree(jobs.PROJECT / "distgpt", copy)
     (copy / "errors.py").open("a").write("# a change\n")
@@ -103,9 +104,7 @@ def test_other_code_on_one_host_fails(store: hosts.SharedStore, config: configur
     assert findings["same distgpt"].code == 2
 
 
-def test_a_changed_copy_of_the_data_fails(
-    store: hosts.SharedStore, config: configuration.Config, tmp_path: Path
-) -> None:
+def test_a_changed_copy_of_the_data_fails(store: SharedStore, config: Config, tmp_path: Path) -> None:
     copy = tmp_path / "data"
     shutil.copytree(config.data.path, copy)
     with (copy / "val-00000.bin").open("r+b") as shard:
@@ -115,9 +114,7 @@ def test_a_changed_copy_of_the_data_fails(
     assert findings["same data"].code == 65
 
 
-def test_hosts_with_the_same_name_and_address_are_numbered(
-    store: hosts.SharedStore, config: configuration.Config
-) -> None:
+def test_hosts_with_the_same_name_and_address_are_numbered(store: SharedStore, config: Config) -> None:
     findings = findings_of_two_hosts(
         store, config, name="n1", change=lambda other: other.setattr(hosts, "torch_build", lambda: "0.1")
     )
@@ -126,7 +123,7 @@ def test_hosts_with_the_same_name_and_address_are_numbered(
 
 
 def test_a_host_without_a_report_is_worth_a_restart(
-    store: hosts.SharedStore, config: configuration.Config, monkeypatch: pytest.MonkeyPatch
+    store: SharedStore, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hosts, "ANSWER_SECONDS", 0.2)
     failed: list[Finding] = []
@@ -136,7 +133,7 @@ def test_a_host_without_a_report_is_worth_a_restart(
 
 
 def test_a_rank_without_findings_from_rank_0_is_interrupted(
-    store: hosts.SharedStore, config: configuration.Config, monkeypatch: pytest.MonkeyPatch
+    store: SharedStore, config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hosts, "ANSWER_SECONDS", 0.2)
     second = dataclasses.replace(store.runtime, rank=1, local_rank=1)
@@ -146,7 +143,7 @@ def test_a_rank_without_findings_from_rank_0_is_interrupted(
 
 @pytest.mark.parametrize("answers", [True, False])
 def test_an_unreachable_store_is_one_clear_error(
-    answers: bool, store: hosts.SharedStore, monkeypatch: pytest.MonkeyPatch
+    answers: bool, store: SharedStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def refuse(*_: object, **__: object) -> Iterator[tuple[dist.Store]]:
         raise dist.DistNetworkError("no")
@@ -158,12 +155,12 @@ def test_an_unreachable_store_is_one_clear_error(
     monkeypatch.setattr(hosts, "rendezvous", refuse)
     expected = Interrupted if answers else StorageError
     with pytest.raises(expected, match="hangs" if answers else r"n1 cannot reach 127\.0\.0\.1"):
-        hosts.SharedStore(store.runtime)
+        SharedStore(store.runtime)
     server.close()
 
 
 def test_problems_with_the_first_hosts_run_directory(
-    store: hosts.SharedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: SharedStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hosts, "NFS_DIRECTORY_CACHE_SECONDS", 0.0)
     marker = tmp_path / "marker"
@@ -176,9 +173,7 @@ def test_problems_with_the_first_hosts_run_directory(
     assert hosts.run_directory_problem(store) == f"{tmp_path / 'none'}: No such file or directory"
 
 
-def test_a_run_directory_that_is_not_shared_fails(
-    store: hosts.SharedStore, config: configuration.Config, tmp_path: Path
-) -> None:
+def test_a_run_directory_that_is_not_shared_fails(store: SharedStore, config: Config, tmp_path: Path) -> None:
     port = store.listener.getsockname()[1]
     for problem, level in ((None, "ok"), ("/run is not the same directory as on the first host", "FAIL")):
         store.set("hosts", [("n1", "127.0.0.1", port), ("n2", "127.0.0.1", port)])
@@ -213,7 +208,7 @@ def test_clock_offsets_are_measured(one_process: Runtime, monkeypatch: pytest.Mo
     assert measured == pytest.approx(ahead, abs=0.5)
 
 
-def test_a_hostname_with_another_address_fails(store: hosts.SharedStore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hostname_with_another_address_fails(store: SharedStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
     assert list(hosts.check_own_address("127.0.0.1")) == []  # GLOO_SOCKET_IFNAME is set, so the hostname is not used
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from distgpt import config as configuration
+from distgpt.config import Config, resolve
 from distgpt.corpus.order import Order
 from distgpt.corpus.shards import Dataset
 from distgpt.distributed.runtime import Runtime
@@ -27,8 +27,8 @@ from distgpt.run.paths import RunPaths
 ONE_PROCESS = Runtime(0, 0, 1, 1, torch.device("cpu"))
 
 
-def config(*arguments: str) -> configuration.Config:
-    return configuration.resolve([*arguments, "--model.block_size=16"], {})
+def config(*arguments: str) -> Config:
+    return resolve([*arguments, "--model.block_size=16"], {})
 
 
 def set_free_disk(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
