@@ -26,6 +26,7 @@ from distgpt.run.paths import RunPaths
 from distgpt.torchrun import RANK_ZERO_SECONDS, die_with_agent, place_in_job, print_cause
 
 DISTRIBUTED_FLAG = "--distributed"
+TRAIN_ABOUT = "Train a GPT on a prepared corpus, or go on with the run in its run directory."
 
 
 def run(command: str) -> NoReturn:
@@ -39,8 +40,7 @@ def run(command: str) -> NoReturn:
 def train_options(arguments: Sequence[str]) -> tuple[Config]:
     """Read the config of a run, on a rank that dies with its torchrun. Raises UsageError."""
     die_with_agent()
-    about = "Train a GPT on a prepared corpus, or go on with the run in its run directory."
-    config = config_from_command_line(arguments, prog="distgpt.train", about=about)
+    config = config_from_command_line(arguments, prog="distgpt.train", about=TRAIN_ABOUT)
     place_in_job()
     exit_if_restart_cannot_help(RunPaths(config.run_dir))
     return (config,)

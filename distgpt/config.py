@@ -355,6 +355,24 @@ def check(config: Config) -> None:
             )
 
 
+def require_divisible_batch(config: Config, ranks: int) -> None:
+    """Raise UsageError, saying which values would divide, unless ranks x micro-batch divides the global batch."""
+    global_batch, micro_batch = config.train.global_batch, config.train.micro_batch
+    if global_batch % ranks:
+        below, above = global_batch // ranks * ranks, (global_batch // ranks + 1) * ranks
+        near = f"{below} or {above}" if below else str(above)
+        raise UsageError(
+            f"train.global_batch {global_batch} does not divide over {ranks} ranks: take a global_batch of {near}, "
+            f"or {_nearest_divisors(global_batch, ranks)} ranks"
+        )
+    per_rank = global_batch // ranks
+    if micro_batch and per_rank % micro_batch:
+        raise UsageError(
+            f"train.micro_batch {micro_batch} does not divide the {per_rank} sequences of each rank "
+            f"(train.global_batch {global_batch} over {ranks} ranks): take {_nearest_divisors(per_rank, micro_batch)}"
+        )
+
+
 def with_absolute_data(config: Config) -> Config:
     """Return the config with an absolute data.path, so that a run finds its data from any directory."""
     return replace(config, data=replace(config.data, path=os.path.abspath(config.data.path)))
@@ -374,9 +392,13 @@ def _require(condition: bool, message: str) -> None:
 def _require_divisor(config: Config, key: str, *, of: str) -> None:
     value, total = value_at(config, key), value_at(config, of)
     if value and total % value:
-        divisors = [n for n in range(1, total + 1) if total % n == 0]
-        nearest = sorted(sorted(divisors, key=lambda n: abs(n - value))[:4])
-        raise UsageError(f"{key} is {value}, which does not divide {of} = {total}: take {_join_with_or(nearest)}")
+        nearest = _nearest_divisors(total, value, most=4)
+        raise UsageError(f"{key} is {value}, which does not divide {of} = {total}: take {nearest}")
+
+
+def _nearest_divisors(total: int, value: int, *, most: int = 6) -> str:
+    divisors = [n for n in range(1, total + 1) if total % n == 0]
+    return _join_with_or(sorted(sorted(divisors, key=lambda n: abs(n - value))[:most]))
 
 
 def _join_with_or(values: Sequence[object]) -> str:

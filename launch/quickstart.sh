@@ -4,7 +4,11 @@
 # What it makes, data/stdlib and runs/quickstart, is in the directory where it is started.
 . "$(dirname "$0")/environment.sh"
 environment ""
-resolve_config quickstart "$@"
+case " $* " in *" --help "* | *" -h "* | *" --print-config "*) exec python -m distgpt.train quickstart "$@" ;; esac
+run_dir=$(python -c 'import os, sys
+from distgpt.cli import main_guard
+from distgpt.config import resolve
+print(main_guard(lambda: resolve(sys.argv[1:], os.environ)).run_dir)' quickstart "$@")
 
 python -m distgpt.prepare
 "$home/launch/local.sh" quickstart "$@"

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from distgpt.config import Config
+from distgpt.config import Config, require_divisible_batch
 from distgpt.distributed.device import compute_dtype, device_memory
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import UsageError
@@ -54,27 +54,12 @@ def micro_batch_size(config: Config, runtime: Runtime) -> int:
 
     Raises UsageError, saying which values would divide.
     """
-    ranks, global_batch = runtime.world_size, config.train.global_batch
-    if global_batch % ranks:
-        below, above = global_batch // ranks * ranks, (global_batch // ranks + 1) * ranks
-        near = f"{below} or {above}" if below else str(above)
-        divisors = [r for r in range(1, global_batch + 1) if global_batch % r == 0]
-        raise UsageError(
-            f"train.global_batch {global_batch} does not divide over {ranks} ranks: take a global_batch of {near}, "
-            f"or {_some(divisors, near=ranks)} ranks"
-        )
-    per_rank = global_batch // ranks
-    divisors = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
-    asked = config.train.micro_batch
-    if not asked:
-        limit = AUTO_MICRO_BATCH_TOKENS[runtime.device.type] // config.model.block_size
-        return max(m for m in divisors if m <= max(1, limit))
-    if per_rank % asked:
-        raise UsageError(
-            f"train.micro_batch {asked} does not divide the {per_rank} sequences of each rank "
-            f"(train.global_batch {global_batch} over {ranks} ranks): take {_some(divisors, near=asked)}"
-        )
-    return asked
+    require_divisible_batch(config, runtime.world_size)
+    if config.train.micro_batch:
+        return config.train.micro_batch
+    per_rank = config.train.global_batch // runtime.world_size
+    limit = AUTO_MICRO_BATCH_TOKENS[runtime.device.type] // config.model.block_size
+    return max(m for m in range(1, per_rank + 1) if per_rank % m == 0 and m <= max(1, limit))
 
 
 def ranks_per_replica(strategy: str, config: Config, runtime: Runtime) -> int:
@@ -126,8 +111,3 @@ def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tup
     if nodes > 1 and need / runtime.local_world_size <= room and not runtime.world_size % runtime.local_world_size:
         return "hsdp", f"{sizes}: sharded within a node, replicated across {nodes}"
     return "fsdp", f"{sizes}: sharded over all ranks"
-
-
-def _some(values: list[int], *, near: int) -> str:
-    """Return up to six of `values`, the nearest ones, in order."""
-    return " or ".join(map(str, sorted(sorted(values, key=lambda v: abs(v - near))[:6])))

@@ -1,20 +1,14 @@
-"""Routes and ports of this host. Imports no torch: launchers use it before they start any rank.
-
-python -m distgpt.preflight.network route HOST            is it this host (1 or 0), own address, own interface
-python -m distgpt.preflight.network wait HOST SECONDS PORT...     the first of these ports that answers
-python -m distgpt.preflight.network guests PORT           the addresses of other hosts that are connected to this port
-"""
+"""Routes and ports of this host. Imports no torch: launchers use it before they start any rank."""
 
 import fcntl
 import ipaddress
 import socket
 import struct
-import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from distgpt.cli import main_guard
 from distgpt.errors import Interrupted, UsageError
 
 SIOCGIFADDR = 0x8915
@@ -75,16 +69,22 @@ def connection_error(address: str, port: int, *, timeout: float) -> str | None:
     return None
 
 
-def wait_for_port(host: str, ports: list[int], *, seconds: float) -> int:
-    """Wait until one of `ports` accepts a connection and return it. Raises Interrupted after `seconds`."""
+def wait_for_port(
+    host: str, ports: Sequence[int], *, seconds: float, stopped: Callable[[], object] = lambda: False
+) -> int | None:
+    """Wait until one of `ports` accepts a connection and return it; None once `stopped` says so.
+
+    Raises Interrupted after `seconds`.
+    """
     deadline = time.monotonic() + seconds
-    while True:
+    while not stopped():
         for port in ports:
             if connection_error(host, port, timeout=2) is None:
                 return port
         if time.monotonic() > deadline:
             raise Interrupted(f"{host}:{ports[0]} did not answer for {seconds:.0f} s: start the same command on {host}")
         time.sleep(0.2)
+    return None
 
 
 def guests(port: int) -> list[str]:
@@ -116,23 +116,3 @@ def _source_address(target: str) -> str:
             raise UsageError(f"this host has no route to {target}: {error.strerror}") from None
         address: str = probe.getsockname()[0]
         return address
-
-
-def main(arguments: list[str]) -> None:
-    """Print one line for a shell script to read."""
-    match arguments:
-        case ["route", host]:
-            route = route_to(host)
-            print(int(route.is_here), route.address, route.interface)
-        case ["wait", host, seconds, *ports]:
-            print(wait_for_port(host, [int(port) for port in ports], seconds=float(seconds)))
-        case ["guests", port]:
-            print(*guests(int(port)))
-        case _:
-            raise UsageError(
-                "usage: python -m distgpt.preflight.network route HOST | wait HOST SECONDS PORT... | guests PORT"
-            )
-
-
-if __name__ == "__main__":
-    main_guard(lambda: main(sys.argv[1:]))

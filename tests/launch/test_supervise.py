@@ -1,4 +1,4 @@
-"""What launchers do with the signals that a person or a scheduler sends them."""
+"""Launchers and the signals that a person or a scheduler sends them."""
 
 import os
 import signal
@@ -8,12 +8,11 @@ import time
 
 from tests import jobs
 
-# What they start tells what it is told, and ends of SIGQUIT alone, as a torchrun does whose ranks cannot save.
+# The child prints its signals, and ends at SIGQUIT alone, as a torchrun does whose ranks cannot save.
 SUPERVISED = """
-set -euo pipefail
-. launch/supervise.sh
-timeout=600
-run "$0" -c '
+import sys
+from distgpt.launch.agent import Supervisor
+child = '''
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: print("saving", flush=True))
 signal.signal(signal.SIGINT, lambda *_: print("never", flush=True))
@@ -21,7 +20,8 @@ signal.signal(signal.SIGQUIT, lambda *_: sys.exit(3))
 print("up", flush=True)
 while True:
     time.sleep(60)
-'
+'''
+sys.exit(Supervisor().run([sys.executable, "-c", child], stopped_limit=600))
 """
 
 
@@ -29,7 +29,7 @@ while True:
 def test_a_ctrl_c_that_is_clearly_typed_again_ends_it_at_once() -> None:
     """Two at once, as a terminal and a wrapper may send them, are one."""
     with subprocess.Popen(
-        ["bash", "-c", SUPERVISED, sys.executable],
+        [sys.executable, "-c", SUPERVISED],
         stdout=subprocess.PIPE,
         text=True,
         cwd=jobs.PROJECT,
