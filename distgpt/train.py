@@ -256,7 +256,7 @@ def train(config: Config, run: Run, watchdog: Watchdog, runtime: Runtime, datase
 
             run.step = step
             watchdog.beat(f"after step {step}", health.timeout)
-            wait = loader.take_data_wait()
+            wait = loader.pop_data_wait()
             checkpointer.poll()
             progress.step(
                 step,

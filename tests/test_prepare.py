@@ -1,6 +1,5 @@
 """`python -m distgpt.prepare`, as real processes: what it writes, what it refuses, what it survives."""
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -27,11 +26,12 @@ import pytest
 import tokenizers
 import zstandard
 
-from distgpt import prepare as door
-from distgpt.corpus import pipeline
+from distgpt import prepare as prepare_command
+from distgpt.corpus.preparing import encode, parts, report, scan, vocabulary
+from distgpt.corpus.reading.source import ReadOptions, Source
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
-from distgpt.corpus.sources import Source
-from distgpt.corpus.tokenizer import load_tokenizer, train_bpe
+from distgpt.corpus.tokenizer import load_tokenizer
+from distgpt.corpus.tokenizer.bpe import train_bpe
 from distgpt.errors import DataError, StorageError, UsageError
 from tests import jobs
 
@@ -39,11 +39,11 @@ SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.t
 
 # The same command with units of 64 KiB, so that a small corpus has many; workers import this file too.
 SMALL_UNITS = """
-from distgpt.corpus import sources
 from distgpt.cli import main_guard
+from distgpt.corpus.reading import sizes
 from distgpt.prepare import main
 
-sources.UNIT_BYTES = 2**16
+sizes.UNIT_BYTES = 2**16
 if __name__ == "__main__":
     main_guard(main)
 """
@@ -276,7 +276,7 @@ def test_validation_text_that_cannot_be_is_one_line(prepare: Run, tmp_path: Path
         ([*arguments, "in.txt", "--val-fraction", "0.2"], "--val-fraction: not allowed with argument --val-input"),
     ):
         with pytest.raises(UsageError, match=said):
-            door.parse(values)
+            prepare_command.parse(values)
 
 
 def test_standard_input_and_a_saved_tokenizer(prepare: Run, tmp_path: Path) -> None:
@@ -376,19 +376,17 @@ def test_an_option_without_effect_on_any_input_is_an_error(
     for file in ("in.txt", "in.jsonl"):
         (tmp_path / file).write_text('{"text": "a"}')
     with pytest.raises(UsageError, match=f"{name} has no effect"):
-        door.inputs_of(door.parse([*options, "--output", "out"]), tmp_path / "out")
+        prepare_command.find_inputs(prepare_command.parse([*options, "--output", "out"]), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["latin-9x", "base64", "idna", "punycode", "\0"])
 def test_an_encoding_that_is_none_of_text_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="no such encoding of text"):
-        door.parse(["--input", "in.txt", "--output", "out", "--encoding", name])
+        prepare_command.parse(["--input", "in.txt", "--output", "out", "--encoding", name])
 
 
 def test_the_summary_says_what_folders_hold_besides_text() -> None:
-    options = argparse.Namespace(ignored=Counter({".epub": 3, "": 1_000}))
-    found = SimpleNamespace(bad=pipeline.BadDocuments(0, 0, []))
-    assert door.left_out_lines(options, found) == [  # type: ignore[arg-type]
+    assert report.left_out_lines(Counter({".epub": 3, "": 1_000}), scan.BadDocuments(0, 0, [])) == [
         "left out    1,003 files of folders: 1,000 without suffix, 3 .epub"
     ]
 
@@ -398,9 +396,10 @@ def test_a_file_of_two_folders_is_left_out_once_and_one_that_is_named_is_read(tm
     for name in ("a.txt", "val/b.txt", "val/book.epub", "README", "LICENSE"):
         (tmp_path / "in" / name).write_text("x")
     inputs = ["--input", f"{tmp_path}/in", f"{tmp_path}/in/README", "--val-input", f"{tmp_path}/in/val"]
-    options = door.parse([*inputs, "--output", "out"])
-    assert len(door.inputs_of(options, tmp_path / "out")) == 3
-    assert options.ignored == {".epub": 1, "": 1}
+    options = prepare_command.parse([*inputs, "--output", "out"])
+    found, ignored = prepare_command.find_inputs(options, tmp_path / "out")
+    assert len(found) == 3
+    assert ignored == {".epub": 1, "": 1}
 
 
 def test_learning_a_vocabulary_shows_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,9 +409,9 @@ def test_learning_a_vocabulary_shows_that_it_goes_on(monkeypatch: pytest.MonkeyP
         may_end.wait()
         return SimpleNamespace(to_json=lambda: "learned")
 
-    monkeypatch.setattr(pipeline, "PROGRESS_SECONDS", 0.001)
-    monkeypatch.setattr(pipeline, "train_bpe", slow)
-    steps = pipeline.train_task(([], 300))
+    monkeypatch.setattr(vocabulary, "PROGRESS_SECONDS", 0.001)
+    monkeypatch.setattr(vocabulary, "train_bpe", slow)
+    steps = vocabulary.learn_task(([], 300))
     assert [next(steps), next(steps)] == [0, 0]
     may_end.set()
     assert list(steps)[-1] == "learned"
@@ -426,7 +425,7 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") 
         time.sleep(0.001)
 
 
-def parts(tmp_path: Path) -> list[Path]:
+def part_files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "out.partial" / "parts").glob("*.part"))
 
 
@@ -434,7 +433,7 @@ def kill_with_parts(tmp_path: Path, *arguments: object) -> None:
     """Start it, and kill it when two parts or more are done."""
     command = [*command_of(tmp_path, True), *map(str, arguments)]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: len(parts(tmp_path)) >= 2, process)
+        wait_for(lambda: len(part_files(tmp_path)) >= 2, process)
         process.kill()
 
 
@@ -446,7 +445,7 @@ def test_stopped_in_the_middle_it_goes_on_and_ends_the_same(
     arguments = ["--input", "in.txt", "--tokenizer", "char", "--output"]
     command = [*command_of(tmp_path, True), *arguments, "out"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True) as process:
-        wait_for(lambda: len(parts(tmp_path)) >= 3, process)
+        wait_for(lambda: len(part_files(tmp_path)) >= 3, process)
         # As a terminal or a batch system does it: to every process. A kill only hits the one.
         (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
         _, stderr = process.communicate(timeout=60)
@@ -485,22 +484,22 @@ def test_after_a_kill_other_options_start_anew(prepare: Run, tmp_path: Path) -> 
 def test_a_part_that_was_damaged_after_a_kill_is_made_again(position: int, prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
     kill_with_parts(tmp_path, "--input", "in.txt", "--output", "out")
-    raw = bytearray(parts(tmp_path)[1].read_bytes())
+    raw = bytearray(part_files(tmp_path)[1].read_bytes())
     raw[position] ^= 1
-    parts(tmp_path)[1].write_bytes(raw)
+    part_files(tmp_path)[1].write_bytes(raw)
     done = prepare("--input", "in.txt", "--output", "out", small_units=True)
     assert "going on: " in done.stderr.decode()
     assert "".join(all_texts(open_dataset(tmp_path / "out"))) == words(9, 400_000)
 
 
 def test_a_part_damaged_between_writing_and_reading_is_not_believed(tmp_path: Path) -> None:
-    pipeline.write_part(tmp_path, 0, [(3, True, 7)], [np.array([1, 2, 3], dtype=np.uint16)])
-    assert pipeline.read_part(tmp_path, 0).tokens.tolist() == [1, 2, 3]
+    parts.write_part(tmp_path, 0, [(3, True, 7)], [np.array([1, 2, 3], dtype=np.uint16)])
+    assert parts.read_part(tmp_path, 0)[1].tolist() == [1, 2, 3]
     whole = (tmp_path / "000000.part").read_bytes()
     for damaged in (b"", whole[:20], whole[:-1], whole[:-3] + b"abc", b"x" + whole[1:]):
         (tmp_path / "000000.part").write_bytes(damaged)
         with pytest.raises(StorageError, match=r"000000\.part is damaged: run the same command again"):
-            pipeline.read_part(tmp_path, 0)
+            parts.read_part(tmp_path, 0)
 
 
 @pytest.mark.parametrize("texts", [["some text"], ["", "some", "text"]])
@@ -509,14 +508,14 @@ def test_ids_that_are_not_the_owner_library_s_make_no_part(
 ) -> None:
     wrong = train_bpe(["some text"], 260)
     wrong.__dict__["ids_of_ranks"] = wrong.ids_of_ranks[::-1]
-    monkeypatch.setattr(pipeline, "_loaded", lambda _: wrong)
+    monkeypatch.setattr(encode, "load_tokenizer", lambda _: wrong)
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    source = Source(str(path), "in.jsonl", "jsonl", "", "text")
-    pieces = [scanned for scanned, _ in pipeline.scan_task(pipeline.ScanTask([], source, False))]
-    encoder = pipeline.Encoder(tokenizer=tmp_path, eot_id=None, hashes={})
+    source = Source(str(path), "in.jsonl", "jsonl", "", ReadOptions())
+    pieces = [scanned for scanned, _ in scan.scan_task(scan.ScanTask([], source, False))]
+    encoder = encode.Encoder(tokenizer=tmp_path, eot_id=None, hashes={})
     with pytest.raises(DataError, match=r"^the tokenizer is wrong for in\.jsonl: after '' its ids are"):
-        list(pipeline.encode_units(([pipeline.Unit(0, pieces)], tmp_path, encoder)))
+        list(encode.encode_units(([encode.Unit(0, pieces)], tmp_path, encoder)))
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -560,10 +559,10 @@ def test_an_output_that_another_process_has_just_made_is_not_replaced(prepare: R
         prepare(*arguments, f"{name}-ready", *flags)
         # The other process commits between the first look at the output and the lock.
         program = (
-            "import os; from distgpt.corpus import staging; from distgpt.cli import main_guard\n"
+            "import os; from distgpt.corpus.preparing import staging; from distgpt.cli import main_guard\n"
             "from distgpt.prepare import main\n"
-            "held = staging.staging\n"
-            f"staging.staging = lambda output: (os.rename('{name}-ready', output), held(output))[1]\n"
+            "exclusive = staging.exclusive\n"
+            f"staging.exclusive = lambda output: (os.rename('{name}-ready', output), exclusive(output))[1]\n"
             "main_guard(main)"
         )
         command = [sys.executable, "-c", program, *arguments, name]
@@ -686,7 +685,7 @@ def test_a_long_phase_says_how_fast_it_is_and_how_long_it_takes(
 ) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    with door.Progress("encoding", 200_000_000) as known, door.Progress("keeping standard input", None) as unknown:
+    with report.progress("encoding", 200_000_000) as known, report.progress("keeping standard input", None) as unknown:
         known(10_000_000)
         assert capsys.readouterr().err == ""
         now += 20

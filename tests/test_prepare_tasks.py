@@ -12,11 +12,11 @@ from tests import jobs
 
 # The same command with units of 64 KiB, so that a small corpus has many; workers import this file too.
 SMALL_UNITS = """
-from distgpt.corpus import sources
 from distgpt.cli import main_guard
+from distgpt.corpus.reading import sizes
 from distgpt.prepare import main
 
-sources.UNIT_BYTES = 2**16
+sizes.UNIT_BYTES = 2**16
 if __name__ == "__main__":
     main_guard(main)
 """
@@ -25,7 +25,7 @@ if __name__ == "__main__":
 # Where it is told to, the process dies while it learns a vocabulary, once there is a file of this name.
 DIES_LEARNING = """
 import os, signal, time
-from distgpt.corpus import pipeline
+from distgpt.corpus.preparing import vocabulary
 
 def die(*arguments, **options):
     while not os.path.exists(os.environ["DIES_AFTER"]):
@@ -33,25 +33,25 @@ def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if "DIES_AFTER" in os.environ:
-    pipeline.trained_bpe = die
+    vocabulary.learn_bpe = die
 """
 
 # Where it is told to, the process has read the input and waits until there is a file of this name.
 WAITS_SCANNED = """
 import os, time
-from distgpt.corpus import pipeline
+from distgpt.corpus.preparing import scan
 
-scan = pipeline.scan
+scan_input = scan.scan_input
 
 def slow(*arguments, **options):
-    found = scan(*arguments, **options)
+    found = scan_input(*arguments, **options)
     print("scanned", flush=True)
     while not os.path.exists(os.environ["WAITS_FOR"]):
         time.sleep(0.01)
     return found
 
 if "WAITS_FOR" in os.environ:
-    pipeline.scan = slow
+    scan.scan_input = slow
 """
 
 

@@ -81,8 +81,8 @@ class Loader:
             self._ready.extend(self._widened(self._next_chunk()))
         return [self._ready.popleft() for _ in range(self._rows // self._micro_batch)]
 
-    def take_data_wait(self) -> float:
-        """Seconds that next_step waited for the thread since this was last asked."""
+    def pop_data_wait(self) -> float:
+        """Return the seconds that next_step waited for the thread since the last call; reset the counter."""
         wait, self._wait = self._wait, 0.0
         return wait
 

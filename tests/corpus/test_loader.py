@@ -139,8 +139,8 @@ def test_waiting_is_counted_once(split: Split, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(WindowReader, "read", slow_read)
     with closing(loader(split)) as batches:
         batches.next_step()
-        assert 0.05 < batches.take_data_wait() < 5
-        assert batches.take_data_wait() == 0
+        assert 0.05 < batches.pop_data_wait() < 5
+        assert batches.pop_data_wait() == 0
 
 
 def test_the_thread_stops_reading_when_enough_is_ready(

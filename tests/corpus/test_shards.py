@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from distgpt.corpus.shards import Dataset, Documents, is_dataset_file, open_dataset, verify_dataset, write_dataset
-from distgpt.corpus.tokenizer import ByteTokenizer
+from distgpt.corpus.shard_writer import Documents, write_dataset
+from distgpt.corpus.shards import Dataset, is_dataset_file, open_dataset, verify_dataset
+from distgpt.corpus.tokenizer.simple import ByteTokenizer
 from distgpt.errors import DataError
 
 DOCUMENTS = [f"document {index}, {'long ' * (index % 7)}" for index in range(40)]

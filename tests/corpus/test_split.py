@@ -5,7 +5,7 @@ import random
 import numpy as np
 import pytest
 
-from distgpt.corpus.split import is_near, nearest
+from distgpt.corpus.preparing.split import is_near, nearest
 from distgpt.errors import DataError
 
 

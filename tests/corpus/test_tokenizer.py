@@ -12,15 +12,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from distgpt.corpus.tokenizer import (
-    BpeTokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    tokenizer_from_json,
-    train_bpe,
-)
+from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
+from distgpt.corpus.tokenizer.bpe import BpeTokenizer, train_bpe
+from distgpt.corpus.tokenizer.loading import tokenizer_from_json
+from distgpt.corpus.tokenizer.simple import ByteTokenizer, CharTokenizer
 from distgpt.errors import DataError
 
 WORDS = [
@@ -155,7 +150,7 @@ def test_bpe_ids_are_hugging_face_s(trained: BpeTokenizer) -> None:
 
 def test_training_gives_the_same_vocabulary_for_any_number_of_threads(trained: BpeTokenizer) -> None:
     program = (
-        "import sys; from distgpt.corpus.tokenizer import train_bpe;"
+        "import sys; from distgpt.corpus.tokenizer.bpe import train_bpe;"
         "print(train_bpe(sys.stdin.read().split(chr(0)), 400).to_json())"
     )
     texts = "\0".join(nonsense(seed, 300).replace("\r", "") for seed in range(20))

@@ -1,4 +1,8 @@
-"""A pool of worker processes that leaves no orphan, no hang and no zombie behind, whoever is killed."""
+"""A pool of worker processes: whichever process is killed, no worker is left behind and nothing waits forever.
+
+concurrent.futures.ProcessPoolExecutor has no results before the end of a task, waits for running tasks when it is
+closed, and its workers outlive a killed parent.
+"""
 
 import os
 import signal
@@ -21,7 +25,7 @@ SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 class Workers:
-    """Up to `count` processes, started when there is work, ended at once with the `with` block or with their parent.
+    """Up to `count` processes. They start when there is work, and end at once with the `with` block or their parent.
 
     `preload` names a module that they all need.
     """
@@ -46,9 +50,9 @@ class Workers:
         self._workers.clear()
 
     def run(self, function: Callable[[Any], Iterator[Any]], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        """What the module-level generator function yields for each task, with the task's number, as it comes.
+        """Yield all that the module-level generator function yields for each task, with the task's number, as it comes.
 
-        A worker has one task at a time. Raises what the function raises, StorageError where a worker dies.
+        A worker has one task at a time. Raises the exceptions of the function, and StorageError if a worker dies.
         """
         self._start(min(self.count, len(tasks)))
         waiting = iter(enumerate(tasks))
@@ -70,8 +74,8 @@ class Workers:
                     idle.append(ready)
 
     def _start(self, count: int) -> None:
-        # Ctrl-C and a batch system's SIGTERM reach the whole process group, but only the parent is to answer: it ends
-        # the others. What is blocked here stays blocked in the processes started. The resource tracker comes first,
+        # Ctrl-C and a batch system's SIGTERM reach the whole process group, but only the parent should react: it ends
+        # the others. Signals blocked here stay blocked in the processes started. The resource tracker comes first,
         # since its start unblocks both.
         resource_tracker.ensure_running()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -89,7 +93,7 @@ class Workers:
 
 @contextmanager
 def _short_socket_names() -> Iterator[None]:
-    """Have multiprocessing put its socket where the name is not too long. Raises UsageError where no place is."""
+    """Make multiprocessing put its socket where the name is short enough. Raises UsageError if no place is."""
     before = tempfile.tempdir
     tempfile.tempdir = socket_folder(tempfile.gettempdir())
     try:
@@ -99,6 +103,7 @@ def _short_socket_names() -> Iterator[None]:
 
 
 def socket_folder(usual: str) -> str:
+    """Return the usual folder for temporary files, or another one if its name is too long for a socket."""
     if len(os.fsencode(usual)) <= LONGEST_SOCKET_FOLDER:
         return usual
     for folder in SHORT_FOLDERS:
@@ -111,18 +116,18 @@ def socket_folder(usual: str) -> str:
 
 
 def _receive(pipe: Any) -> tuple[bool, Any]:
-    """(False, a result), or (True, None) at the end of a task. Raises what ended it early."""
+    """Return (False, a result), or (True, None) at the end of a task. Raises the exception that ended the task."""
     try:
         kind, value = pipe.recv()
     except (EOFError, ConnectionError):
-        raise StorageError("a worker process was killed, perhaps for want of memory: try fewer --workers") from None
+        raise StorageError("a worker process was killed, perhaps because memory ran out: try fewer --workers") from None
     if kind == "error":
         raise value
     return kind == "done", value
 
 
 def _work(pipe: Any) -> None:
-    """A worker's life: tasks in, results out."""
+    """Receive tasks and send results, in a worker process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         function, task = pipe.recv()
