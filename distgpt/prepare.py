@@ -17,7 +17,7 @@ from typing import get_args
 from distgpt.cli import Parser, main_guard
 from distgpt.corpus import shards
 from distgpt.corpus.preparing import build, report, staging
-from distgpt.corpus.preparing.build import Job, Settings
+from distgpt.corpus.preparing.build import Job
 from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.reading import formats, streams
 from distgpt.corpus.reading.finding import STDIN, Finder, standard_library
@@ -33,24 +33,24 @@ DEFAULT_VOCAB_SIZE = 8192
 NO_SPACE = (*DISK_FULL, errno.EFBIG)
 
 HELP = f"""\
-Prepare text for training: a directory of uint16 tokens that distgpt.train reads. Without arguments: Python's own
-standard library, one character a token, to {DEFAULT_OUTPUT}.
+Prepare text for training: write a directory of uint16 tokens that distgpt.train reads. Without arguments, prepare
+Python's own standard library, one token per character, and write to {DEFAULT_OUTPUT}.
 
-A text file is one document, or several with --document-separator; an object of JSON, one a line or in an array, and a
+A text file is one document, or several with --document-separator. An object of JSON, one a line or in an array, and a
 row of .parquet is one document each. All but .parquet may be compressed (.gz, .zst). Files that are named, or matched
-by a pattern, are read whatever their name ends in. A folder is searched to the bottom and through links; these files
-of it count:
+by a pattern, are read whatever their name ends in. A folder is searched with all its subfolders and links; files in it
+count if they end in
 {" ".join(formats.FOLDER_SUFFIXES)}
-of .json, those that begin with an object that has the --text-key. A .txt that begins with two lines of such objects is
-JSON as well. Hidden files, empty documents, second mentions of a file and the output are left out.
+and .json only if it begins with an object that has the --text-key. A .txt that begins with two lines of such objects is
+JSON as well. Hidden files, empty documents, files named a second time and the output are left out.
 
-A single document is split at the end of its training part. Several are split by a hash of their text, or, where that
-is far from the share asked for, so that it is as near as can be; an end-of-text token follows each. A special token of
-a tokenizer file that stands in a text is ordinary text there.
+A single document is split at the end of its training part. Several documents are split by a hash of their text or, if
+that is far from the share asked for, as near to it as possible; an end-of-text token follows each. Special tokens of a
+tokenizer file are ordinary text where a document contains them.
 """
 EPILOG = """\
-Run again after an interruption, it goes on where it stopped. Exit codes: 0 done, or done before; 2 usage; 65 bad
-input; 73 the output exists, is in use or cannot be made; 74 disk full or I/O; 75 interrupted.
+Run the same command again after an interruption: it goes on where it stopped. Exit codes: 0 done now or earlier;
+2 usage; 65 bad input; 73 the output exists, is in use or cannot be made; 74 disk full or I/O; 75 interrupted.
 """
 
 
@@ -81,59 +81,30 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add(
-        "--input",
-        nargs="+",
-        type=user_path,
-        metavar="PATH",
-        help="files, folders, patterns, or - for standard input (one text, or JSON)",
-    )
-    add("--output", type=_path, metavar="DIR", help=f"directory to make (default with no input: {DEFAULT_OUTPUT})")
-    add(
-        "--tokenizer",
-        type=user_path,
-        default="char",
-        metavar="char|bytes|bpe|gpt2|FILE",
-        help="characters; bytes; BPE learned from this text; GPT-2's; a tokenizer.json or .tiktoken (default: char)",
-    )
+    inputs = "files, folders, patterns, or - for standard input (one text, or JSON)"
+    add("--input", nargs="+", type=user_path, metavar="PATH", help=inputs)
+    add("--output", type=_path, metavar="DIR", help=f"directory to make (default without --input: {DEFAULT_OUTPUT})")
+    kinds = "characters; bytes; BPE learned from this text; GPT-2's; a tokenizer.json or .tiktoken (default: char)"
+    add("--tokenizer", type=user_path, default="char", metavar="char|bytes|bpe|gpt2|FILE", help=kinds)
     add("--vocab-size", type=int, metavar="N", help=f"ids of bpe, end-of-text included (default: {DEFAULT_VOCAB_SIZE})")
     validation = parser.add_mutually_exclusive_group().add_argument
-    validation("--val-fraction", type=float, default=0.1, metavar="F", help="share that validates (default: 0.1)")
-    validation(
-        "--val-input",
-        nargs="+",
-        type=user_path,
-        metavar="PATH",
-        help="validation text; what --input names as well is left out there",
-    )
-    add(
-        "--workers",
-        type=int,
-        default=available_cpus(),
-        metavar="N",
-        help="processes (default: one per CPU; same result)",
-    )
+    validation("--val-fraction", type=float, default=0.1, metavar="F", help="share for validation (default: 0.1)")
+    val_inputs = "validation text; files that --input names as well are not used for training"
+    validation("--val-input", nargs="+", type=user_path, metavar="PATH", help=val_inputs)
+    cpus = available_cpus()
+    add("--workers", type=int, default=cpus, metavar="N", help="processes (default: one per CPU; same result)")
     add("--shard-tokens", type=int, metavar="N", help="start a new file after the document that fills N tokens")
-    add(
-        "--text-key",
-        metavar="KEY",
-        help="what holds the text in JSON and .parquet (default: text), meta.text what is in meta; with -, JSON lines",
-    )
-    add("--document-separator", default="", metavar="TEXT", help="what stands between the documents of a text file")
+    keys = "key of the text in JSON and .parquet (default: text); meta.text is the text in meta; with -, JSON lines"
+    add("--text-key", metavar="KEY", help=keys)
+    add("--document-separator", default="", metavar="TEXT", help="text between the documents of a text file")
     add("--encoding", default="", metavar="NAME", help="encoding of all text and JSON (default: utf-8)")
-    add(
-        "--on-bad-document",
-        choices=get_args(OnBad),
-        default="stop",
-        help="where a document has no text, or is not in the encoding: stop and list the first ones; skip it; or "
-        "replace bad characters by U+FFFD and skip it only if it has no text (default: stop)",
+    bad = (
+        "if a document has no text or is not in the encoding: stop and list the first ones; skip it; or replace bad "
+        "characters by U+FFFD and skip it only if it has no text (default: stop)"
     )
-    add(
-        "--task",
-        type=_task,
-        metavar="I/N",
-        help="do share I (from 0) of N; start all N, at once or not: the last to end writes the output",
-    )
+    add("--on-bad-document", choices=get_args(OnBad), default="stop", help=bad)
+    shares = "do share I (from 0) of N; start all N, at once or not: the last to end writes the output"
+    add("--task", type=_task, metavar="I/N", help=shares)
     add("--overwrite", action="store_true", help="prepare again and replace the output, in one step")
     add("--verify", type=_path, metavar="DIR", help="check every file of a prepared directory instead")
     options = parser.parse_args(arguments)
@@ -194,19 +165,19 @@ def _job(options: argparse.Namespace, output: Path) -> Job:
     for note in tokenizer.notes if tokenizer else ():
         report.say(f"{options.tokenizer}: {note}")
     inputs, ignored = find_inputs(options, output)
-    settings = Settings(
-        document_separator=options.document_separator,
-        encoding=options.encoding,
-        on_bad_document=options.on_bad_document,
-        tokenizer="file" if tokenizer else options.tokenizer,
-        tokenizer_sha256=hashlib.sha256(tokenizer.to_json().encode()).hexdigest() if tokenizer else None,
-        vocab_size=options.vocab_size,
-        val_fraction=options.val_fraction,
-        shard_tokens=options.shard_tokens,
-    )
+    settings = {
+        "tokenizer": "file" if tokenizer else options.tokenizer,
+        "tokenizer_sha256": hashlib.sha256(tokenizer.to_json().encode()).hexdigest() if tokenizer else None,
+        "vocab_size": options.vocab_size,
+        "val_fraction": options.val_fraction,
+        "shard_tokens": options.shard_tokens,
+    }
+    # Options that came later are noted only if they are used, so that the settings of older datasets still match.
+    later = {"document_separator": "", "encoding": "", "on_bad_document": "stop"}
+    used = {name: getattr(options, name) for name, default in later.items() if getattr(options, name) != default}
     return Job(
         inputs=inputs,
-        settings=settings,
+        settings={**used, **settings},
         tokenizer=tokenizer,
         output=output,
         shown_output=options.output,

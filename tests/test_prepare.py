@@ -493,7 +493,7 @@ def test_a_part_that_was_damaged_after_a_kill_is_made_again(position: int, prepa
 
 
 def test_a_part_damaged_between_writing_and_reading_is_not_believed(tmp_path: Path) -> None:
-    parts.write_part(tmp_path, 0, [(3, True, 7)], [np.array([1, 2, 3], dtype=np.uint16)])
+    parts.write_part(tmp_path, 0, [((3, True, 7), np.array([1, 2, 3], dtype=np.uint16))])
     assert parts.read_part(tmp_path, 0)[1].tolist() == [1, 2, 3]
     whole = (tmp_path / "000000.part").read_bytes()
     for damaged in (b"", whole[:20], whole[:-1], whole[:-3] + b"abc", b"x" + whole[1:]):

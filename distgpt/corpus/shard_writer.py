@@ -1,11 +1,12 @@
 """Write the files of a dataset, hashed on the way and on disk in the end."""
 
-import contextlib
 import hashlib
 import json
 import os
 import pickle
+import sys
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -47,8 +48,8 @@ def write_dataset(
     number of bytes written. Raises OSError.
     """
     token_bytes = tokenizer.token_bytes()
-    with contextlib.ExitStack() as open_files:
-        writers = {name: _SplitWriter(directory, name, token_bytes, shard_tokens, open_files) for name in SPLITS}
+    with ExitStack() as open_files:
+        writers = {name: _SplitWriter(directory / name, token_bytes, shard_tokens, open_files) for name in SPLITS}
         for batch in documents:
             writers[batch.split].append(batch.tokens, batch.ends)
             advance(batch.tokens.nbytes)
@@ -74,7 +75,7 @@ def write_dataset(
 
 def _add_for_nanogpt(directory: Path, tokenizer: Tokenizer) -> None:
     """Add the names under which nanoGPT's train.py and sample.py look for tokens and vocabulary. Raises OSError."""
-    with contextlib.suppress(OSError):  # not every file system has hard links
+    with suppress(OSError):  # not every file system has hard links
         for name in SPLITS:
             os.link(directory / f"{name}-00000.bin", directory / f"{name}.bin")
     texts = [tokenizer.decode([id_]) for id_ in range(tokenizer.vocab_size)]
@@ -87,42 +88,28 @@ class _SplitWriter:
     """Writes one split, and starts a new shard after the document that fills one."""
 
     def __init__(
-        self,
-        directory: Path,
-        name: SplitName,
-        token_bytes: npt.NDArray[np.int64],
-        shard_tokens: int | None,
-        open_files: contextlib.ExitStack,
+        self, stem: Path, token_bytes: npt.NDArray[np.int64], shard_tokens: int | None, open_files: ExitStack
     ) -> None:
-        self._directory, self._name = directory, name
-        self._token_bytes, self._shard_tokens = token_bytes, shard_tokens
-        self._open_files = open_files
+        self._stem, self._token_bytes, self._open_files = stem, token_bytes, open_files
+        self._shard_tokens = sys.maxsize if shard_tokens is None else shard_tokens
         self._finished: list[Shard] = []
         self._shard: _ShardWriter | None = None
 
     def append(self, tokens: npt.NDArray[np.uint16], ends: npt.NDArray[np.int64]) -> None:
         while tokens.size:
             if self._shard is None:
-                stem = self._directory / f"{self._name}-{len(self._finished):05d}"
-                self._shard = _ShardWriter(stem, self._open_files)
-            count = self._documents_until_full(self._shard, ends)
-            stop = tokens.size if count is None else int(ends[count - 1])
-            taken = ends[:count]
-            self._shard.append(tokens[:stop], taken, int(self._token_bytes[tokens[:stop]].sum()))
-            tokens, ends = tokens[stop:], ends[len(taken) :] - stop
-            if count is not None:
+                self._shard = _ShardWriter(f"{self._stem}-{len(self._finished):05d}", self._open_files)
+            last = int(np.searchsorted(ends, self._shard_tokens - self._shard.tokens))  # the document that fills it
+            is_full = last < ends.size
+            stop = int(ends[last]) if is_full else tokens.size
+            self._shard.append(tokens[:stop], ends[: last + 1], int(self._token_bytes[tokens[:stop]].sum()))
+            tokens, ends = tokens[stop:], ends[last + 1 :] - stop
+            if is_full:
                 self._end_shard()
 
     def finish(self) -> list[Shard]:
         self._end_shard()
         return self._finished
-
-    def _documents_until_full(self, shard: "_ShardWriter", ends: npt.NDArray[np.int64]) -> int | None:
-        """Return the number of these documents that fill the shard; None if it is not full after all of them."""
-        if self._shard_tokens is None:
-            return None
-        first = int(np.searchsorted(ends, self._shard_tokens - shard.tokens))
-        return first + 1 if first < ends.size else None
 
     def _end_shard(self) -> None:
         if self._shard is not None:
@@ -133,9 +120,8 @@ class _SplitWriter:
 class _ShardWriter:
     """Writes one .bin and its .idx."""
 
-    def __init__(self, stem: Path, open_files: contextlib.ExitStack) -> None:
-        self._bin = _HashedFile(stem.with_suffix(".bin"), open_files)
-        self._idx = _HashedFile(stem.with_suffix(".idx"), open_files)
+    def __init__(self, stem: str, open_files: ExitStack) -> None:
+        self._bin, self._idx = (_HashedFile(Path(stem + suffix), open_files) for suffix in (".bin", ".idx"))
         self._idx.write(np.zeros(1, dtype="<u8"))
         self.tokens = self._documents = self._bytes = 0
 
@@ -161,7 +147,7 @@ class _ShardWriter:
 class _HashedFile:
     """A file that is hashed while it is written. It is closed with `open_files`, should `finish` never be called."""
 
-    def __init__(self, path: Path, open_files: contextlib.ExitStack) -> None:
+    def __init__(self, path: Path, open_files: ExitStack) -> None:
         self.path = path
         self._file = open_files.enter_context(path.open("wb"))
         self._digest = hashlib.sha256()

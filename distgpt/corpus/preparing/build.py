@@ -6,7 +6,7 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from distgpt.corpus.preparing.encode import Unit
 from distgpt.corpus.preparing.scan import Scan
 from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.reading import formats, sizes
-from distgpt.corpus.reading.source import OnBad, Source
+from distgpt.corpus.reading.source import Source
 from distgpt.corpus.tokenizer import Tokenizer
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer
 from distgpt.corpus.tokenizer.simple import CharTokenizer
@@ -25,37 +25,16 @@ from distgpt.errors import DataError, DirectoryError
 
 
 @dataclass(frozen=True)
-class Settings:
-    """The options that decide the content of the output. meta.json keeps them."""
-
-    document_separator: str
-    encoding: str
-    on_bad_document: OnBad
-    tokenizer: str
-    tokenizer_sha256: str | None
-    vocab_size: int | None
-    val_fraction: float | None
-    shard_tokens: int | None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return the entry of meta.json. Options that came later are in it only if they are used: older ones match."""
-        content = asdict(self)
-        for name, default in (("document_separator", ""), ("encoding", ""), ("on_bad_document", "stop")):
-            if content[name] == default:
-                del content[name]
-        return content
-
-
-@dataclass(frozen=True)
 class Job:
     """A dataset to prepare. `tokenizer` is the one that was given; None: it depends on the text.
 
-    `output` is a real path, `shown_output` the same as the user wrote it. `task`: this process's share, I of N.
-    `ignored` counts, by suffix, the files of folders that are no text.
+    `settings` are the options that decide the content of the output, and meta.json keeps them. `output` is a real path,
+    `shown_output` the same as the user wrote it. `task`: this process does share I of N. `ignored` counts, by suffix,
+    the files of folders that are no text.
     """
 
     inputs: Sequence[Source]
-    settings: Settings
+    settings: dict[str, Any]
     tokenizer: Tokenizer | None
     output: Path
     shown_output: Path
@@ -70,7 +49,7 @@ def prepare(job: Job, workers: Workers) -> str:
     spool = str(staging.directory_of(job.output) / staging.STDIN_NAME)
     if _may_be_prepared(job) and all(source.path != spool for source in job.inputs):
         return _already_prepared(job, _scan(job, workers), clean=True)
-    if job.settings.tokenizer == "gpt2":  # only now, as it may be a download
+    if job.settings["tokenizer"] == "gpt2":  # only now, as it may be a download
         job = replace(job, tokenizer=gpt2())
     if job.task is not None:
         return _prepare_share(job, *job.task, workers)
@@ -126,12 +105,12 @@ def _may_be_prepared(job: Job) -> bool:
             )
         return False
     try:
-        meta = shards.read_meta(output)
+        settings = shards.read_meta(output).get("options")
     except shards.IncompleteError:
         raise DirectoryError(
             f"{output} exists and is not a whole dataset: take another --output, or --overwrite"
         ) from None
-    if meta.get("options") != job.settings.to_json():
+    if settings != job.settings:
         raise DirectoryError(f"{output} was prepared with other options: take another --output, or --overwrite")
     return True
 
@@ -147,10 +126,8 @@ def _already_prepared(job: Job, found: Scan, *, clean: bool) -> str:
     shards.verify_dataset(dataset)
     if clean:
         staging.clear_leftovers(job.output, _identity(job, found))
-    tokens = dataset.train.tokens + dataset.val.tokens
-    return (
-        f"{job.shown_output} is already prepared from this input: {tokens:,} tokens, vocabulary {dataset.vocab_size:,}"
-    )
+    size = f"{dataset.train.tokens + dataset.val.tokens:,} tokens, vocabulary {dataset.vocab_size:,}"
+    return f"{job.shown_output} is already prepared from this input: {size}"
 
 
 def _keep_stdin(source: Source) -> Source:
@@ -164,12 +141,12 @@ def _keep_stdin(source: Source) -> Source:
 
 def _scan(job: Job, workers: Workers) -> Scan:
     """Read the input. Raises DataError for text that does not fit the options."""
-    characters = job.settings.tokenizer == "char" or isinstance(job.tokenizer, CharTokenizer)
+    characters = job.settings["tokenizer"] == "char" or isinstance(job.tokenizer, CharTokenizer)
     with report.progress("reading", sum(os.path.getsize(source.path) for source in job.inputs)) as advance:
         found = scan.scan_input(job.inputs, characters=characters, workers=workers, advance=advance)
     if job.tokenizer is not None:
         vocabulary.check_characters(found, job.tokenizer)
-    separator = job.settings.document_separator
+    separator = job.settings.get("document_separator", "")
     if separator and not found.separators:
         hint = r": a shell writes a line end as $'\n'" if "\\" in separator else ""
         raise DataError(f"--document-separator {separator!r} is in no text of the input{hint}")
@@ -183,7 +160,7 @@ def _scan(job: Job, workers: Workers) -> Scan:
 
 def _identity(job: Job, found: Scan) -> dict[str, Any]:
     """Return all that the content of a part depends on: parts of another job are not used."""
-    return {"input": found.fingerprint, "options": job.settings.to_json(), "unit_bytes": sizes.UNIT_BYTES}
+    return {"input": found.fingerprint, "options": job.settings, "unit_bytes": sizes.UNIT_BYTES}
 
 
 def _build(
@@ -195,23 +172,18 @@ def _build(
     tokenizer = _make_tokenizer(job, found, directory, workers)
     if not is_encoded:
         _encode(units, found, tokenizer, directory, workers)
+    part_files, val_fraction = directory / staging.PARTS, job.settings["val_fraction"]
     about = {"fingerprint": found.fingerprint, "documents": found.documents, "bytes": found.text_bytes}
-    bad = {"bad_documents": found.bad._asdict()} if found.bad.places else {}
-    with report.progress(
-        "writing", sum(part.stat().st_size for part in (directory / staging.PARTS).iterdir())
-    ) as advance:
+    if found.bad.places:
+        about["bad_documents"] = found.bad._asdict()
+    with report.progress("writing", sum(path.stat().st_size for path in part_files.iterdir())) as advance:
         meta = shard_writer.write_dataset(
             directory / staging.DATASET,
-            merge.merged(
-                directory / staging.PARTS,
-                units,
-                documents=found.documents,
-                val_fraction=job.settings.val_fraction,
-            ),
+            merge.merged(part_files, units, documents=found.documents, val_fraction=val_fraction),
             tokenizer=tokenizer,
             eot_id=_eot_id(found, tokenizer),
-            shard_tokens=job.settings.shard_tokens,
-            about={"options": job.settings.to_json(), "input": {**about, **bad}},
+            shard_tokens=job.settings["shard_tokens"],
+            about={"options": job.settings, "input": about},
             advance=advance,
         )
     staging.commit(directory, job.output)
@@ -221,13 +193,9 @@ def _build(
 
 
 def _make_tokenizer(job: Job, found: Scan, directory: Path, workers: Workers) -> Tokenizer:
+    kind, vocab_size = job.settings["tokenizer"], job.settings["vocab_size"]
     return vocabulary.make_tokenizer(
-        found,
-        directory,
-        kind=job.settings.tokenizer,
-        given=job.tokenizer,
-        vocab_size=job.settings.vocab_size,
-        workers=workers,
+        found, directory, kind=kind, given=job.tokenizer, vocab_size=vocab_size, workers=workers
     )
 
 

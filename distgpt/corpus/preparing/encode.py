@@ -8,7 +8,6 @@ from itertools import groupby
 from pathlib import Path
 
 import numpy as np
-import numpy.typing as npt
 
 from distgpt.corpus.preparing import parts, split
 from distgpt.corpus.preparing.scan import Advance, Scan, ScannedPiece, read_again
@@ -17,6 +16,7 @@ from distgpt.corpus.reading import sizes
 from distgpt.corpus.reading.reader import open_source
 from distgpt.corpus.reading.source import Piece, Source
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
+from distgpt.corpus.tokenizer.base import Tokens
 from distgpt.errors import DataError
 
 CHECKED_CHARACTERS = 2**15  # of each part: about 3% of the time that its encoding takes
@@ -84,14 +84,13 @@ def encode_units(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
     tokenizer = _loaded(encoder.tokenizer)
     contents = read_again([scanned for unit in units for scanned in unit.pieces])
     for unit in units:
-        rows: list[parts.Row] = []
-        tokens: list[npt.NDArray[np.uint16]] = []
+        encoded: list[tuple[parts.Row, Tokens]] = []
         unchecked = CHECKED_CHARACTERS
         for _ in unit.pieces:
             scanned, content = next(contents)
             unchecked = _check(tokenizer, scanned.piece, content.texts, unchecked)
-            _encode_piece(scanned.piece, content.texts, tokenizer, encoder, rows, tokens)
-        parts.write_part(directory, unit.index, rows, tokens)
+            encoded += _encode_piece(scanned.piece, content.texts, tokenizer, encoder)
+        parts.write_part(directory, unit.index, encoded)
         yield unit.text_bytes
 
 
@@ -134,21 +133,14 @@ def _check(tokenizer: Tokenizer, piece: Piece, texts: Sequence[str], characters:
 
 
 def _encode_piece(
-    piece: Piece,
-    texts: Sequence[str],
-    tokenizer: Tokenizer,
-    encoder: Encoder,
-    rows: list[parts.Row],
-    tokens: list[npt.NDArray[np.uint16]],
-) -> None:
-    """Append the rows and tokens of the documents in a piece."""
-    end_of_text = np.array([] if encoder.eot_id is None else [encoder.eot_id], dtype=np.uint16)
+    piece: Piece, texts: Sequence[str], tokenizer: Tokenizer, encoder: Encoder
+) -> Iterator[tuple[parts.Row, Tokens]]:
+    """Yield the row and the tokens of each document in a piece."""
     is_text = piece.source.format == "text"
     ends = not is_text or piece.last
-    for text in texts:
-        if text:
-            ids = tokenizer.encode(text)
-            tokens += [ids, end_of_text] if ends else [ids]
-            known = encoder.hashes.get(piece.source.path) if is_text else None
-            hash_ = split.text_hash(text.encode()) if known is None else known
-            rows.append((ids.size + (end_of_text.size if ends else 0), ends, hash_))
+    known = encoder.hashes.get(piece.source.path) if is_text else None
+    for text in filter(None, texts):
+        ids = tokenizer.encode(text)
+        if ends and encoder.eot_id is not None:
+            ids = np.append(ids, np.uint16(encoder.eot_id))
+        yield (ids.size, ends, split.text_hash(text.encode()) if known is None else known), ids

@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from distgpt.corpus.tokenizer.base import Tokens
 from distgpt.errors import StorageError
 from distgpt.files import write_file
 
@@ -31,23 +32,24 @@ class Table(NamedTuple):
     hashes: npt.NDArray[np.uint64]
 
 
-def write_part(directory: Path, index: int, rows: Sequence[Row], tokens: Sequence[npt.NDArray[np.uint16]]) -> None:
+def write_part(directory: Path, index: int, documents: Sequence[tuple[Row, Tokens]]) -> None:
     """Write the number of rows, their columns as uint64, a SHA-256; then the tokens, a SHA-256. Raises OSError."""
-    table = len(rows).to_bytes(8, "little") + np.array(rows, dtype="<u8").reshape(len(rows), 3).T.tobytes()
-    ids = b"".join(piece.astype("<u2", copy=False).data for piece in tokens)
+    rows = np.array([row for row, _ in documents], dtype="<u8").reshape(len(documents), 3)
+    table = len(rows).to_bytes(8, "little") + rows.T.tobytes()
+    ids = b"".join(tokens.astype("<u2", copy=False).data for _, tokens in documents)
     content = b"".join((table, hashlib.sha256(table).digest(), ids, hashlib.sha256(ids).digest()))
-    write_file(path_of(directory, index), content)
+    write_file(_path(directory, index), content)
 
 
 def read_table(directory: Path, index: int) -> Table:
     """Read the table of a part without its tokens. Raises StorageError if it is damaged, OSError."""
-    with open(path_of(directory, index), "rb") as file:
+    with open(_path(directory, index), "rb") as file:
         return _read_table(file)
 
 
-def read_part(directory: Path, index: int) -> tuple[Table, npt.NDArray[np.uint16]]:
+def read_part(directory: Path, index: int) -> tuple[Table, Tokens]:
     """Read the table and the tokens of a part. Raises StorageError if it is damaged, OSError."""
-    with open(path_of(directory, index), "rb") as file:
+    with open(_path(directory, index), "rb") as file:
         return _read_table(file), np.frombuffer(_verified(file, file.read()), dtype="<u2")
 
 
@@ -60,8 +62,7 @@ def is_whole(directory: Path, index: int) -> bool:
     return True
 
 
-def path_of(directory: Path, index: int) -> Path:
-    """Return the path of a part."""
+def _path(directory: Path, index: int) -> Path:
     return directory / f"{index:06d}.part"
 
 

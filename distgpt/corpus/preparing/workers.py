@@ -10,10 +10,8 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
-from types import TracebackType
 from typing import Any, Self
 
 from distgpt.errors import DistgptError, StorageError, UsageError
@@ -39,9 +37,7 @@ class Workers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for process, pipe in self._workers:
             process.kill()
             pipe.close()
@@ -65,45 +61,38 @@ class Workers:
                 pipe.send((function, following[1]))
             if not working:
                 return
-            for ready in connection.wait(list(working)):
-                done, value = _receive(ready)
-                if not done:
-                    yield working[ready], value
+            for pipe in connection.wait(list(working)):
+                kind, value = _receive(pipe)
+                if kind == "result":
+                    yield working[pipe], value
                 else:
-                    del working[ready]
-                    idle.append(ready)
+                    del working[pipe]
+                    idle.append(pipe)
 
     def _start(self, count: int) -> None:
         # Ctrl-C and a batch system's SIGTERM reach the whole process group, but only the parent should react: it ends
         # the others. Signals blocked here stay blocked in the processes started. The resource tracker comes first,
         # since its start unblocks both.
         resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        before, usual_folder = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS), tempfile.tempdir
         try:
+            tempfile.tempdir = socket_folder(tempfile.gettempdir())  # where multiprocessing puts its socket
             while len(self._workers) < count:
                 ours, theirs = self._context.Pipe()
                 process = self._context.Process(target=_work, args=(theirs,), daemon=True)
-                with _short_socket_names():
-                    process.start()
+                process.start()
                 theirs.close()
                 self._workers.append((process, ours))
         finally:
+            tempfile.tempdir = usual_folder
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextmanager
-def _short_socket_names() -> Iterator[None]:
-    """Make multiprocessing put its socket where the name is short enough. Raises UsageError if no place is."""
-    before = tempfile.tempdir
-    tempfile.tempdir = socket_folder(tempfile.gettempdir())
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
-
-
 def socket_folder(usual: str) -> str:
-    """Return the usual folder for temporary files, or another one if its name is too long for a socket."""
+    """Return the usual folder for temporary files, or another one if its name is too long for a socket.
+
+    Raises UsageError if no other one can be written to.
+    """
     if len(os.fsencode(usual)) <= LONGEST_SOCKET_FOLDER:
         return usual
     for folder in SHORT_FOLDERS:
@@ -115,15 +104,15 @@ def socket_folder(usual: str) -> str:
     )
 
 
-def _receive(pipe: Any) -> tuple[bool, Any]:
-    """Return (False, a result), or (True, None) at the end of a task. Raises the exception that ended the task."""
+def _receive(pipe: Any) -> tuple[str, Any]:
+    """Return ("result", it) or ("done", None). Raises the exception that ended the task."""
     try:
         kind, value = pipe.recv()
     except (EOFError, ConnectionError):
         raise StorageError("a worker process was killed, perhaps because memory ran out: try fewer --workers") from None
     if kind == "error":
         raise value
-    return kind == "done", value
+    return kind, value
 
 
 def _work(pipe: Any) -> None:

@@ -111,15 +111,12 @@ def walk(folder: Path, enters: Callable[[Path], bool]) -> list[Path]:
         raise error
 
     found, entered = [], {os.path.realpath(folder)}
-
-    def is_new(path: Path) -> bool:
-        real = os.path.realpath(path)
-        known = real in entered
-        entered.add(real)
-        return not known
-
     for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
         found += [Path(root, name) for name in names]
-        paths = [Path(root, name) for name in sorted(folders)]
-        folders[:] = [path.name for path in paths if enters(path) and is_new(path)]
+        candidates, folders[:] = sorted(folders), []
+        for name in candidates:
+            real = os.path.realpath(Path(root, name))
+            if enters(Path(root, name)) and real not in entered:
+                entered.add(real)
+                folders.append(name)
     return sorted(found, key=lambda path: path.parts)

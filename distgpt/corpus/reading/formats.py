@@ -10,7 +10,7 @@ from pathlib import Path
 
 from distgpt.corpus.reading import json_text, sizes
 from distgpt.corpus.reading.source import Compression, ReadOptions, Source
-from distgpt.corpus.reading.streams import open_bytes
+from distgpt.corpus.reading.streams import SourceBytes
 from distgpt.errors import DataError, UsageError
 
 TEXT_SUFFIXES = (
@@ -109,7 +109,7 @@ def _head(source: Source) -> bytes | None:
     """Return the first bytes of a file without a byte order mark; None if they cannot be read, an error later."""
     try:
         with open(source.path, "rb") as file:
-            return open_bytes(source, file).peek(0, sizes.HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
+            return SourceBytes(source, file).peek(0, sizes.HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
     except (DataError, EOFError, OSError, zlib.error):
         return None
 

@@ -11,7 +11,7 @@ from typing import Protocol
 from distgpt.corpus.reading import json_text, sizes, text
 from distgpt.corpus.reading.parquet import ParquetReader
 from distgpt.corpus.reading.source import Content, Piece, Source, content_of
-from distgpt.corpus.reading.streams import SourceBytes, open_bytes
+from distgpt.corpus.reading.streams import SourceBytes
 from distgpt.errors import DataError
 
 
@@ -32,7 +32,7 @@ def open_source(source: Source) -> Iterator[Reader]:
             if source.format == "parquet":
                 yield ParquetReader(source, file)
             else:
-                yield _TextReader(source, open_bytes(source, file))
+                yield _TextReader(source, SourceBytes(source, file))
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{source.name}: damaged or cut short ({error})") from None
 

@@ -5,7 +5,7 @@ import gzip
 import io
 import os
 from collections.abc import Iterator
-from typing import Any, BinaryIO, Protocol
+from typing import Any, BinaryIO
 
 from distgpt.corpus.reading import sizes
 from distgpt.corpus.reading.source import Source
@@ -15,23 +15,50 @@ MARK_BAD = "distgpt-bad"  # the name of a codec error handler
 HALF_FOR_BAD = "\udcff"
 
 
-class SourceBytes(Protocol):
-    """Bytes at offsets. `end` is the length of the content, or None until `peek` has come to it.
+class SourceBytes:
+    """The bytes of an open source at offsets. `end` is their number, or None until `peek` has come to it.
 
-    After `forget(offset)`, bytes before the offset must not be read any more. `consumed`: bytes of the file read.
+    A file that is compressed or not in UTF-8 can only be read forwards: after `forget(offset)`, bytes before the offset
+    must not be read any more.
     """
 
-    end: int | None
+    def __init__(self, source: Source, file: BinaryIO) -> None:
+        self._file = file
+        self._stream: Any = None
+        if source.compression:
+            self._stream = gzip.GzipFile(fileobj=file) if source.compression == ".gz" else ZstdStream(source, file)
+        if source.options.encoding:
+            self._stream = _Recoded(self._stream or file, source.options.encoding)
+        self._buffer = bytearray()
+        self._base = self._needed = 0
+        self.end = os.fstat(file.fileno()).st_size if self._stream is None else None
 
     @property
-    def consumed(self) -> int: ...
-    def peek(self, offset: int, size: int) -> bytes: ...
-    def forget(self, offset: int) -> None: ...
+    def consumed(self) -> int:
+        """The bytes of the file read so far."""
+        return self._file.tell()
 
+    def peek(self, offset: int, size: int) -> bytes:
+        """Return `size` bytes from the offset on, fewer at the end of the content."""
+        if self._stream is None:
+            self._file.seek(offset)
+            return self._file.read(size)
+        while self.end is None and self._base + len(self._buffer) < offset + size:
+            chunk = self._stream.read(2**20)
+            self._buffer += chunk
+            if not chunk:
+                self.end = self._base + len(self._buffer)
+            self.forget(self._needed)
+        first = offset - self._base
+        assert first >= 0, "a compressed source was read backwards"
+        return bytes(self._buffer[first : first + size])
 
-def open_bytes(source: Source, file: BinaryIO) -> SourceBytes:
-    """Return the bytes of the source that this file holds."""
-    return _Streamed(source, file) if source.compression or source.options.encoding else _Plain(file)
+    def forget(self, offset: int) -> None:
+        """Free the memory for the bytes before the offset."""
+        self._needed = offset
+        passed = min(max(offset - self._base, 0), len(self._buffer))
+        del self._buffer[:passed]
+        self._base += passed
 
 
 def windows(content: SourceBytes, position: int, overlap: int) -> Iterator[tuple[int, bytes]]:
@@ -51,62 +78,6 @@ def checked_encoding(name: str) -> str:
     except (LookupError, UnicodeError, ValueError):
         raise UsageError(f"--encoding {name}: no such encoding of text, as latin-1, cp1252 or utf-16") from None
     return "" if usual == "utf-8" else usual
-
-
-class _Plain:
-    """A file as it is."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.end: int | None = os.fstat(file.fileno()).st_size
-        self.consumed = 0
-
-    def peek(self, offset: int, size: int) -> bytes:
-        parts = []
-        while size and (part := os.pread(self._file.fileno(), size, offset)):
-            parts.append(part)
-            offset, size = offset + len(part), size - len(part)
-        self.consumed = offset
-        return b"".join(parts)
-
-    def forget(self, offset: int) -> None:
-        pass
-
-
-class _Streamed:
-    """A file that is compressed or not in UTF-8: it can only be read forwards."""
-
-    def __init__(self, source: Source, file: BinaryIO) -> None:
-        self._file = file
-        self._stream: Any = file
-        if source.compression:
-            self._stream = gzip.GzipFile(fileobj=file) if source.compression == ".gz" else ZstdStream(source, file)
-        if source.options.encoding:
-            self._stream = _Recoded(self._stream, source.options.encoding)
-        self._buffer = bytearray()
-        self._base = self._needed = 0
-        self.end: int | None = None
-
-    @property
-    def consumed(self) -> int:
-        return self._file.tell()
-
-    def peek(self, offset: int, size: int) -> bytes:
-        while self.end is None and self._base + len(self._buffer) < offset + size:
-            chunk = self._stream.read(2**20)
-            self._buffer += chunk
-            if not chunk:
-                self.end = self._base + len(self._buffer)
-            self.forget(self._needed)
-        first = offset - self._base
-        assert first >= 0, "a compressed source was read backwards"
-        return bytes(self._buffer[first : first + size])
-
-    def forget(self, offset: int) -> None:
-        self._needed = offset
-        passed = min(max(offset - self._base, 0), len(self._buffer))
-        del self._buffer[:passed]
-        self._base += passed
 
 
 def _mark_bad(error: UnicodeError) -> tuple[str | bytes, int]:

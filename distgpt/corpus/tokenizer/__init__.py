@@ -1,7 +1,7 @@
 """From text to token ids and back: characters, bytes and byte-level BPE, saved as JSON, never as pickle.
 
-Reading order: base (what all tokenizers do), simple (characters and bytes), byte_level (bytes as the characters of a
-vocabulary), bpe (encode, learn), huggingface and tiktoken_file (vocabularies that others made), loading (any of them).
+Reading order: base (the interface of all tokenizers), simple (characters and bytes), bpe (byte-level BPE), huggingface
+and tiktoken_file (vocabularies in files of others), loading (any of them).
 
 The files may import errors alone.
 """

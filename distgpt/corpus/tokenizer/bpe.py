@@ -8,16 +8,9 @@ from typing import Any, Self
 
 import numpy as np
 
+from distgpt.corpus.tokenizer import huggingface
 from distgpt.corpus.tokenizer.base import END_OF_TEXT, Tokenizer, Tokens, describe
-from distgpt.corpus.tokenizer.byte_level import (
-    GPT2_PATTERN,
-    UNICODE_TO_BYTE,
-    compact_json,
-    is_byte_level,
-    parents,
-    to_bytes,
-)
-from distgpt.corpus.tokenizer.huggingface import applied_tokens, checked_model, size_of_vocabulary, without_unapplied
+from distgpt.corpus.tokenizer.huggingface import GPT2_PATTERN, UNICODE_TO_BYTE, compact_json, parents, to_bytes
 from distgpt.errors import DataError
 
 LONGEST_WORD = 2048
@@ -35,11 +28,11 @@ class BpeTokenizer(Tokenizer):
 
     def __init__(self, text: str) -> None:
         content = json.loads(text)
-        model = checked_model(content)
-        self._json, self.notes = without_unapplied(text, content)
+        model = huggingface.checked_model(content)
+        self._json, self.notes = huggingface.without_unapplied(text, content)
         vocab: dict[str, int] = model["vocab"]
         added: dict[int, str] = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
-        table = [b""] * size_of_vocabulary([*vocab.values(), *added])
+        table = [b""] * huggingface.size_of_vocabulary([*vocab.values(), *added])
         for token, id_ in vocab.items():
             if id_ not in added:
                 table[id_] = to_bytes(token)
@@ -54,9 +47,8 @@ class BpeTokenizer(Tokenizer):
             if not {left, right, left + right} <= vocab.keys():
                 raise DataError(f"its merge of {left!r} and {right!r} is not among the tokens of its vocabulary")
         # tiktoken knows a merge by its result, so that it cannot have two merges with one result.
-        self._beyond_ranks = bool(
-            model.get("ignore_merges") or applied_tokens(content) or len(self._ranks) != 256 + len(self._merges)
-        )
+        has_twins = len(self._ranks) != 256 + len(self._merges)
+        self._beyond_ranks = bool(model.get("ignore_merges") or huggingface.applied_tokens(content) or has_twins)
 
     def encode(self, text: str) -> Tokens:
         if self.is_slow:
@@ -119,7 +111,7 @@ class BpeTokenizer(Tokenizer):
 
     @cached_property
     def ids_of_ranks(self) -> Tokens:
-        id_of = {to_bytes(token): id_ for token, id_ in self._vocab.items() if is_byte_level(token)}
+        id_of = {to_bytes(token): id_ for token, id_ in self._vocab.items() if huggingface.is_byte_level(token)}
         return np.array([id_of[token] for token in self._ranks], dtype=np.uint16)
 
     @cached_property

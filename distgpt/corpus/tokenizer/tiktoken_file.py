@@ -10,7 +10,7 @@ from typing import Any
 
 from distgpt.corpus.tokenizer.base import MAX_VOCAB_SIZE
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer
-from distgpt.corpus.tokenizer.byte_level import compact_json, parents, to_unicode
+from distgpt.corpus.tokenizer.huggingface import compact_json, parents, to_unicode
 from distgpt.errors import DataError, StorageError
 
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
