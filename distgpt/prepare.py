@@ -73,13 +73,8 @@ def main() -> None:
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the checked command line. Raises UsageError."""
-    parser = Parser(
-        prog="python -m distgpt.prepare",
-        description=HELP,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser(prog="python -m distgpt.prepare", description=HELP, epilog=EPILOG, allow_abbrev=False)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     inputs = "files, folders, patterns, or - for standard input (one text, or JSON)"
     add("--input", nargs="+", type=user_path, metavar="PATH", help=inputs)

@@ -1,4 +1,4 @@
-"""Sources: what counts as input, where it may be cut, and what damaged input says."""
+"""Sources: the files that are input, the places where they are cut, the messages for damaged input."""
 
 import errno
 import gzip
@@ -70,7 +70,7 @@ def prose(seed: int, words: int) -> str:
     return " ".join(source.choice(pool) for _ in range(words))
 
 
-def test_a_folder_gives_its_texts_sorted_and_nothing_hidden(tmp_path: Path) -> None:
+def test_a_folder_gives_its_texts_sorted_without_hidden_files(tmp_path: Path) -> None:
     for name in ("b.txt", "a/z.md", "a/b.jsonl.gz", "a/p.parquet", "a/.hidden.txt", ".git/x.txt", "c.bin", "d.gz"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
@@ -110,7 +110,7 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
 
 
 @pytest.mark.parametrize("values", [["."], ["*"], ["**/*"], ["a.txt", "b", "out", "out.partial"]])
-def test_the_output_is_no_input(values: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_is_not_input(values: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for name in ("a.txt", "b/c.txt", "out/meta.json", "out/d.txt", "out.partial/parts/e.txt"):
         Path(name).parent.mkdir(parents=True, exist_ok=True)
@@ -157,7 +157,7 @@ def test_a_file_named_twice_is_read_once_and_a_pattern_takes_any_ending(tmp_path
         (lambda path: path.with_suffix(".tar.gz").touch(), UsageError, "unpack it first"),
     ],
 )
-def test_input_that_is_not_there_or_not_text(
+def test_input_that_is_missing_or_not_text_is_an_error(
     make: Callable[[Path], None], error: type[Exception], reason: str, tmp_path: Path
 ) -> None:
     make(tmp_path / "input")
@@ -166,7 +166,7 @@ def test_input_that_is_not_there_or_not_text(
 
 
 @pytest.mark.usefixtures("small_units")
-def test_pieces_are_the_same_compressed_or_not_and_encode_as_the_whole_does(tmp_path: Path) -> None:
+def test_pieces_do_not_depend_on_compression_and_encode_as_the_whole_text(tmp_path: Path) -> None:
     text = prose(1, 20_000)
     raw = text.encode()
     (tmp_path / "t.txt").write_bytes(raw)
@@ -234,7 +234,7 @@ def test_parquet_is_read_in_pieces_across_row_groups_and_from_any_of_them(tmp_pa
 @pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
 @pytest.mark.parametrize("kind", ["txt", "jsonl"])
-def test_a_byte_order_mark_at_the_start_is_no_text_and_elsewhere_it_is(suffix: str, kind: str, tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_dropped_at_the_start_and_kept_elsewhere(suffix: str, kind: str, tmp_path: Path) -> None:
     mark, text = "\ufeff", prose(2, 3_000) + " \ufeff " + prose(3, 3_000)
     raw = (
         text if kind == "txt" else "\n".join(json.dumps({"text": word}, ensure_ascii=False) for word in text.split(" "))
@@ -258,7 +258,7 @@ def test_a_byte_order_mark_alone_is_an_empty_file(name: str, tmp_path: Path) -> 
     assert read(find(tmp_path / name)[0]) == []
 
 
-def test_zstandard_comes_in_small_reads_however_much_it_packs(tmp_path: Path) -> None:
+def test_zstandard_is_read_in_small_chunks_at_any_compression_ratio(tmp_path: Path) -> None:
     (tmp_path / "t.txt.zst").write_bytes(zstandard.compress(b"a b " * 2**24))
     sizes = []
     with open(tmp_path / "t.txt.zst", "rb") as file:
@@ -270,7 +270,7 @@ def test_zstandard_comes_in_small_reads_however_much_it_packs(tmp_path: Path) ->
 
 
 @pytest.mark.usefixtures("small_units")
-def test_pieces_of_parquet_are_cut_by_what_a_dictionary_stands_for(tmp_path: Path) -> None:
+def test_pieces_of_parquet_are_cut_by_the_size_of_decoded_text(tmp_path: Path) -> None:
     texts = ["long " * 100, "", "日本" * 100] * 200
     pyarrow.parquet.write_table(pyarrow.table({"text": texts}), tmp_path / "t.parquet", use_dictionary=True)
     pieces = read(find(tmp_path / "t.parquet")[0])
@@ -287,7 +287,7 @@ def test_parquet_without_rows_is_empty(tmp_path: Path) -> None:
         assert read(find(tmp_path / name)[0]) == []
 
 
-def test_where_a_byte_is_not_utf8_counts_the_mark(tmp_path: Path) -> None:
+def test_the_offset_of_a_bad_byte_includes_the_byte_order_mark(tmp_path: Path) -> None:
     (tmp_path / "bad.txt").write_bytes(b"\xef\xbb\xbfab\xff")
     [place] = bad_places(find(tmp_path / "bad.txt")[0])
     assert "bad.txt is not UTF-8: byte 5" in place
@@ -295,7 +295,7 @@ def test_where_a_byte_is_not_utf8_counts_the_mark(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
-def test_a_byte_that_is_not_utf8_is_found_where_it_is(suffix: str, tmp_path: Path) -> None:
+def test_the_offset_of_a_byte_that_is_not_utf8_is_reported(suffix: str, tmp_path: Path) -> None:
     raw = b"words and words\n" * 2_000
     raw = raw[:20_123] + b"\xff" + raw[20_123:]
     path = tmp_path / f"bad.txt{suffix}"
@@ -337,13 +337,13 @@ def test_a_compressed_file_cut_short_is_noticed(pack: Callable[[bytes], bytes], 
 
 
 @pytest.mark.parametrize("name", ["t.txt.gz", "t.txt.zst", "t.parquet"])
-def test_a_file_that_is_not_what_its_name_says(name: str, tmp_path: Path) -> None:
+def test_a_file_whose_content_does_not_match_its_suffix_is_damaged(name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text("plain words")
     with pytest.raises(DataError, match=rf"{name}: damaged"):
         read(find(tmp_path / name)[0])
 
 
-def test_parquet_without_the_column_or_the_text(tmp_path: Path) -> None:
+def test_parquet_without_the_column_or_with_a_null_is_reported(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["a", None]}), path)
     with pytest.raises(DataError, match=r"no column 'text' \(there are: body\)"):
@@ -355,7 +355,7 @@ def test_parquet_without_the_column_or_the_text(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize("suffix", PACK)
 @pytest.mark.parametrize("layout", ["lines", "array", "indented array", "indented objects"])
-def test_json_is_read_as_json_whatever_its_layout(layout: str, suffix: str, tmp_path: Path) -> None:
+def test_json_is_read_in_every_layout(layout: str, suffix: str, tmp_path: Path) -> None:
     records = [{"text": f'{index} "ünï" {{[ \\ ' * (index % 60), "other": [{"}": "{"}]} for index in range(300)]
     raw = {
         "lines": "\n".join(map(json.dumps, records)),
@@ -384,7 +384,7 @@ def test_a_string_longer_than_a_window_does_not_hide_the_end_of_its_object(
     assert [text for _, found in read(find(tmp_path)[0])[:4] for text in found] == texts
 
 
-def test_what_is_no_object_in_an_array_is_named(tmp_path: Path) -> None:
+def test_array_entries_that_are_not_good_objects_are_reported(tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text('[{"text": "a"}, {"text": null}, {"text": "b')
     assert [place.partition("in.json, ")[2] for place in bad_places(find(tmp_path / "in.json")[0])] == [
         "object 2: 'text' is not a text but NoneType",
@@ -392,7 +392,7 @@ def test_what_is_no_object_in_an_array_is_named(tmp_path: Path) -> None:
     ]
 
 
-def test_an_array_of_texts_is_said_to_hold_no_object(tmp_path: Path) -> None:
+def test_an_array_of_strings_is_reported(tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text('["one", "two"]')
     assert bad_places(find(tmp_path / "in.json")[0])[0].endswith("object 1: not a JSON object but str")
 
@@ -432,7 +432,7 @@ def test_the_command_that_converts_a_table_works(tmp_path: Path) -> None:
     assert texts_of(find(tmp_path / "my t.v1.jsonl")[0]) == ["two\nlines"]
 
 
-def test_what_a_folder_holds_besides_text_is_counted(tmp_path: Path) -> None:
+def test_files_of_a_folder_that_are_not_text_are_counted(tmp_path: Path) -> None:
     for name in ("a.txt", "book.epub", "other.epub", "README", "x.tar.gz", ".hidden", "t.csv"):
         (tmp_path / name).write_text("x")
     (tmp_path / "package.json").write_text('{"name": "x"}')
@@ -456,7 +456,7 @@ def test_a_folder_of_json_without_the_key_names_the_option(tmp_path: Path) -> No
     assert texts_of(find(tmp_path, options=ReadOptions("körper"))[0]) == ["one"]
 
 
-def test_a_dangling_link_is_left_out_and_if_named_is_no_such_input(tmp_path: Path) -> None:
+def test_a_dangling_link_is_left_out_of_a_folder_and_an_error_if_named(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "b.txt").symlink_to("nowhere.txt")
     for value in (tmp_path, tmp_path / "*.txt"):
@@ -465,7 +465,7 @@ def test_a_dangling_link_is_left_out_and_if_named_is_no_such_input(tmp_path: Pat
         find(tmp_path / "b.txt")
 
 
-def test_nan_elsewhere_in_an_object_is_no_fault_of_its_text(tmp_path: Path) -> None:
+def test_nan_in_another_field_does_not_make_a_document_bad(tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "a", "score": NaN}\n{"other": "\\ud83d", "text": "b"}\n')
     [source] = find(tmp_path)
     assert texts_of(source) == ["a", "b"]
@@ -513,7 +513,7 @@ def test_nested_keys_and_keys_with_dots_are_read(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
 @pytest.mark.parametrize("name", ["t.txt", "t.jsonl"])
-def test_utf16_is_named_as_such(name: str, encoding: str, tmp_path: Path) -> None:
+def test_utf16_is_recognised(name: str, encoding: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes('{"text": "some words"}'.encode(encoding))
     assert f"UTF-16, not UTF-8: --encoding {encoding} reads it" in bad_places(find(tmp_path / name)[0])[0]
 
@@ -540,7 +540,7 @@ def test_text_in_another_encoding_is_read(suffix: str, encoding: str, tmp_path: 
         ("utf-16", b"no mark ", "is not utf-16 (without a byte order mark: utf-16-le or utf-16-be)"),
     ],
 )
-def test_what_an_encoding_cannot_decode_is_a_bad_document(
+def test_text_that_an_encoding_cannot_decode_is_a_bad_document(
     encoding: str, raw: bytes, reason: str, tmp_path: Path
 ) -> None:
     (tmp_path / "t.txt").write_bytes(raw)
@@ -552,7 +552,7 @@ def test_what_an_encoding_cannot_decode_is_a_bad_document(
 @pytest.mark.usefixtures("small_units")
 @pytest.mark.parametrize("suffix", ["", ".gz"])
 @pytest.mark.parametrize("between", ["\n<|endoftext|>\n", "<|endoftext|>", "\r\n<|endoftext|>\r\n"])
-def test_a_separator_makes_documents_of_a_text_file(between: str, suffix: str, tmp_path: Path) -> None:
+def test_a_separator_splits_a_text_file_into_documents(between: str, suffix: str, tmp_path: Path) -> None:
     stories = [prose(seed, 1 + 29 * seed).strip() or "x" for seed in range(80)]
     (tmp_path / f"t.txt{suffix}").write_bytes(PACK[suffix](between.join(stories).encode()))
     [source] = find(tmp_path, options=ReadOptions(separator="<|endoftext|>"))

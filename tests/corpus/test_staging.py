@@ -1,4 +1,4 @@
-"""The staging directory: one owner, nothing stale, one step from the old dataset to the new."""
+"""The staging directory: one owner, no parts of another job, one step from the old dataset to the new."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ def test_one_process_at_a_time_prepares_an_output(tmp_path: Path) -> None:
         pass
 
 
-def test_parts_stay_for_the_same_job_and_go_for_another(tmp_path: Path) -> None:
+def test_parts_are_kept_for_the_same_job_and_removed_for_another(tmp_path: Path) -> None:
     for job, kept in (({"a": 1}, False), ({"a": 1}, True), ({"a": 2}, False)):
         with staging.exclusive(tmp_path / "data") as directory:
             (directory / "stdin").touch()
@@ -35,7 +35,7 @@ def test_parts_stay_for_the_same_job_and_go_for_another(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_nothing_stays_of_bad_data(tmp_path: Path) -> None:
+def test_bad_data_leave_no_staging_directory(tmp_path: Path) -> None:
     def prepare() -> None:
         with staging.exclusive(tmp_path / "data") as directory:
             staging.begin(directory, {})
@@ -74,7 +74,7 @@ def test_two_names_are_exchanged_in_one_step(tmp_path: Path) -> None:
     assert not staging.exchange(tmp_path / "one", tmp_path / "three")
 
 
-def test_a_replacement_cut_in_two_is_undone(tmp_path: Path) -> None:
+def test_a_replacement_that_was_killed_is_undone(tmp_path: Path) -> None:
     output = tmp_path / "data"
     replaced = staging.directory_of(output) / "replaced"
     replaced.mkdir(parents=True)

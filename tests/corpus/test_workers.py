@@ -1,4 +1,4 @@
-"""The pool: results as they come, errors as they were, no orphans and no hangs."""
+"""The pool of workers: results and errors reach the parent, and no process is left or waits forever."""
 
 import os
 import signal
@@ -48,7 +48,7 @@ def test_results_come_in_order_within_a_task_from_no_more_processes_than_asked_f
             os.kill(pid, 0)
 
 
-def test_what_ends_a_task_early_reaches_the_parent() -> None:
+def test_an_exception_or_kill_in_a_task_reaches_the_parent() -> None:
     for kind, error, message in (
         ("data", DataError, "no good"),
         ("disk", OSError, "/some/file"),
@@ -74,7 +74,7 @@ if __name__ == "__main__":
 """
 
 
-def test_a_long_tmpdir_is_no_hindrance(tmp_path: Path) -> None:
+def test_workers_start_with_a_long_tmpdir(tmp_path: Path) -> None:
     folder = tmp_path / ("long" * 25)
     folder.mkdir()
     (tmp_path / "program.py").write_text(PROGRAM.replace("[100, 100]", "[0, 0]"))
@@ -84,7 +84,7 @@ def test_a_long_tmpdir_is_no_hindrance(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_a_long_tmpdir_where_no_short_folder_is_names_tmpdir(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_tmpdir_without_a_short_folder_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "SHORT_FOLDERS", ("/nowhere",))
     assert workers.socket_folder("/scratch/me") == "/scratch/me"
     with pytest.raises(UsageError, match="set TMPDIR to a path of at most 71 bytes"):

@@ -70,13 +70,10 @@ def _prepare_share(job: Job, index: int, count: int, workers: Workers) -> str:
     share = units[len(units) * index // count : len(units) * (index + 1) // count]
 
     def set_up(directory: Path) -> None:
-        _make_tokenizer(job, found, directory, workers)
-
-    def is_set_up(directory: Path) -> bool:
-        return vocabulary.saved_tokenizer(directory) is not None
+        vocabulary.make_tokenizer(found, directory, job.settings, job.tokenizer, workers)
 
     try:
-        with staging.shared(job.output, _identity(job, found), set_up, is_set_up) as directory:
+        with staging.shared(job.output, _identity(job, found), set_up, vocabulary.saved_tokenizer) as directory:
             tokenizer = vocabulary.saved_tokenizer(directory)
             assert tokenizer is not None, "it is set up"
             _encode(share, found, tokenizer, directory, workers)
@@ -169,7 +166,7 @@ def _build(
     """Make the dataset in the staging directory and give it its name; return the summary."""
     started = time.monotonic()
     staging.begin(directory, _identity(job, found))
-    tokenizer = _make_tokenizer(job, found, directory, workers)
+    tokenizer = vocabulary.make_tokenizer(found, directory, job.settings, job.tokenizer, workers)
     if not is_encoded:
         _encode(units, found, tokenizer, directory, workers)
     part_files, val_fraction = directory / staging.PARTS, job.settings["val_fraction"]
@@ -190,13 +187,6 @@ def _build(
     report.warn_of_split(meta)
     seconds = time.monotonic() - started
     return report.summary(job.shown_output, meta, bad=found.bad, ignored=job.ignored, seconds=seconds)
-
-
-def _make_tokenizer(job: Job, found: Scan, directory: Path, workers: Workers) -> Tokenizer:
-    kind, vocab_size = job.settings["tokenizer"], job.settings["vocab_size"]
-    return vocabulary.make_tokenizer(
-        found, directory, kind=kind, given=job.tokenizer, vocab_size=vocab_size, workers=workers
-    )
 
 
 def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory: Path, workers: Workers) -> None:

@@ -36,7 +36,7 @@ class Unit:
 
 @dataclass(frozen=True)
 class Encoder:
-    """How a worker encodes. `hashes`: the text hash of documents that are longer than a piece, by path."""
+    """The parameters of encoding. `hashes`: the text hash of documents that are longer than a piece, by path."""
 
     tokenizer: Path
     eot_id: int | None

@@ -1,4 +1,4 @@
-"""Which documents validate: by a hash of their text, near the share of all tokens that is asked for.
+"""The choice of the documents that validate: by a hash of their text, near the share of all tokens asked for.
 
 A threshold on the hash is enough for many documents. Few documents, or one that is longer than all others, may give
 any share: then documents are chosen one by one.

@@ -58,7 +58,7 @@ def exclusive(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def shared(
-    output: Path, job: Mapping[str, Any], set_up: Callable[[Path], None], is_set_up: Callable[[Path], bool]
+    output: Path, job: Mapping[str, Any], set_up: Callable[[Path], None], is_set_up: Callable[[Path], object]
 ) -> Iterator[Path]:
     """Hold the staging directory of `output` together with other processes that do a part of the same job each.
 

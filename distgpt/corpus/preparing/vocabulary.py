@@ -4,9 +4,10 @@ It is kept in the staging directory, so that a vocabulary is learned once.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any
 
 from distgpt.corpus.preparing import report
 from distgpt.corpus.preparing.scan import Scan, ScannedPiece, read_again
@@ -24,22 +25,21 @@ PROGRESS_SECONDS = 1.0
 
 
 def make_tokenizer(
-    found: Scan, directory: Path, *, kind: str, given: Tokenizer | None, vocab_size: int | None, workers: Workers
+    found: Scan, directory: Path, settings: Mapping[str, Any], given: Tokenizer | None, workers: Workers
 ) -> Tokenizer:
     """Return the tokenizer for the input after saving it in the directory; BPE is learned unless it is saved there."""
     several = found.documents > 1
     if given is not None:
-        tokenizer = given.with_end_of_text() if several else given
-    elif kind == "char":
-        tokenizer = CharTokenizer(found.characters, end_of_text=several)
-    elif kind == "bytes":
-        tokenizer = ByteTokenizer(end_of_text=several)
+        tokenizer = given
+    elif settings["tokenizer"] == "char":
+        tokenizer = CharTokenizer(found.characters, end_of_text=False)
+    elif settings["tokenizer"] == "bytes":
+        tokenizer = ByteTokenizer(end_of_text=False)
     elif saved := saved_tokenizer(directory):
         return saved
     else:
-        assert vocab_size is not None
-        learned = learn_bpe(found, vocab_size - several, workers)
-        tokenizer = learned.with_end_of_text() if several else learned
+        tokenizer = learn_bpe(found, settings["vocab_size"] - several, workers)
+    tokenizer = tokenizer.with_end_of_text() if several else tokenizer
     raw = tokenizer.to_json().encode()
     write_file(directory / FILE_NAME, raw)
     write_file(directory / HASH_NAME, hashlib.sha256(raw).hexdigest().encode())

@@ -1,4 +1,4 @@
-"""How much is read at a time: these sizes bound the memory that a worker takes."""
+"""Sizes of the data read at a time: they bound the memory of a worker."""
 
 UNIT_BYTES = 8 * 2**20  # of text in a piece, about
 WINDOW_BYTES = 2**16  # looked at in one go for a place to cut
