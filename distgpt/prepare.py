@@ -120,7 +120,7 @@ def _task(text: str) -> tuple[int, int]:
 
 def _check(options: argparse.Namespace) -> None:
     if options.verify and (options.input or options.output):
-        raise UsageError("--verify DIR goes without --input and --output")
+        raise UsageError("--verify cannot be combined with --input or --output")
     if options.input and options.output is None:
         raise UsageError("--input needs --output DIR, the directory to make")
     if options.on_bad_document != "stop" and not options.input:
@@ -129,11 +129,11 @@ def _check(options: argparse.Namespace) -> None:
     if not Path(os.path.realpath(options.output)).name:
         raise UsageError(f"--output {options.output} cannot become a dataset")
     if options.task and (options.overwrite or STDIN in (options.input or [])):
-        raise UsageError("--task goes without --overwrite and without standard input")
+        raise UsageError("--task cannot be combined with --overwrite or standard input")
     options.encoding = streams.checked_encoding(options.encoding)
     if options.val_input:
         if not options.input or STDIN in options.val_input:
-            raise UsageError("--val-input needs --input beside it, and names files, folders or patterns")
+            raise UsageError("--val-input needs --input as well, and takes files, folders or patterns")
         options.val_fraction = None
     elif not 0 < options.val_fraction < 1:
         raise UsageError(f"--val-fraction is {options.val_fraction}: it must be above 0 and below 1")
@@ -146,9 +146,7 @@ def _check(options: argparse.Namespace) -> None:
     if options.tokenizer == "bpe":
         options.vocab_size = DEFAULT_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
         if options.vocab_size > MAX_VOCAB_SIZE:
-            raise UsageError(
-                f"--vocab-size is {options.vocab_size}: tokens are stored as uint16, so at most {MAX_VOCAB_SIZE}"
-            )
+            raise UsageError(f"--vocab-size is {options.vocab_size}: tokens are uint16, so at most {MAX_VOCAB_SIZE}")
         if options.vocab_size < 257:
             raise UsageError(f"--vocab-size is {options.vocab_size}: 256 bytes and end-of-text need at least 257")
 
@@ -183,13 +181,9 @@ def _job(options: argparse.Namespace, output: Path) -> Job:
 
 
 def find_inputs(options: argparse.Namespace, output: Path) -> tuple[list[Source], Counter[str]]:
-    """Return the sources, and by suffix the number of files of folders that are no text.
-
-    Raises DataError, UsageError, OSError.
-    """
-    reading = ReadOptions(
-        options.text_key or "text", options.document_separator, options.encoding, options.on_bad_document
-    )
+    """Return the sources, and the number of ignored files by suffix. Raises DataError, UsageError, OSError."""
+    text_key = options.text_key or "text"
+    reading = ReadOptions(text_key, options.document_separator, options.encoding, options.on_bad_document)
     spool = str(staging.directory_of(output) / staging.STDIN_NAME)
     stdin = Source(spool, "standard input", "separated" if reading.separator else "text", "", reading)
     if options.text_key is not None:
@@ -246,7 +240,7 @@ def _storage_error(error: OSError, output: Path) -> StorageError:
         kept = staging.directory_of(output)
         return StorageError(
             f"no space left for {output} ({error.strerror}): make room and run the same command again, "
-            f"it goes on with what {kept} holds"
+            f"it goes on with the parts in {kept}"
         )
     return StorageError(f"{error.filename or output}: {error.strerror or error}")
 

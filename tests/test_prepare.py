@@ -270,7 +270,7 @@ def test_impossible_validation_text_is_an_error_of_one_line(prepare: Run, tmp_pa
     assert "--input names no text" in error_line(prepare(*swapped, code=65))
     assert "no such input: nowhere" in error_line(prepare(*arguments, "nowhere", code=65))
     for values, said in (
-        ([*arguments, "-"], "--val-input needs --input beside it"),
+        ([*arguments, "-"], "--val-input needs --input as well"),
         (["--on-bad-document", "skip"], "--on-bad-document has no effect without --input"),
         (["--val-input", "in.txt"], "--val-input needs --input"),
         ([*arguments, "in.txt", "--val-fraction", "0.2"], "--val-fraction: not allowed with argument --val-input"),
@@ -354,9 +354,9 @@ def test_separator_lines_are_reported_and_the_option_splits_at_them(prepare: Run
     separated = ["--input", "in.txt", "--tokenizer", "bytes", "--document-separator"]
     assert prepare(*separated, "<|endoftext|>", "--output", "many").stderr == b""
     assert sorted(all_texts(open_dataset(tmp_path / "many"))) == sorted(stories)
-    assert "is in no text of the input" in error_line(prepare(*separated, "<|eot|>", "--output", "none", code=65))
+    assert "does not occur in the input" in error_line(prepare(*separated, "<|eot|>", "--output", "none", code=65))
     line = error_line(prepare(*separated, r"\n\n", "--output", "none", code=65))
-    assert line.endswith(r"is in no text of the input: a shell writes a line end as $'\n'")
+    assert line.endswith(r"does not occur in the input: a shell writes a line end as $'\n'")
 
 
 @pytest.mark.parametrize(
@@ -540,7 +540,7 @@ def test_an_existing_output_is_kept_unless_it_is_the_same_or_overwritten(prepare
     assert "already prepared" in prepare("--input", "one.txt", "--output", "out").stdout.decode()
     assert "another input" in error_line(prepare("--input", "two.txt", "--output", "out", code=73))
     done = prepare("--input", "one.txt", "--output", "out", "--val-fraction", 0.3, code=73)
-    assert "other options: take another --output, or --overwrite" in error_line(done)
+    assert "other options: use another --output, or --overwrite" in error_line(done)
     assert {name: jobs.contents(tmp_path / "out")[name] for name in before} == before
     (tmp_path / "out" / "meta.json").unlink()
     assert "not a whole dataset" in error_line(prepare("--input", "one.txt", "--output", "out", code=73))
@@ -646,7 +646,7 @@ def test_merges_that_tiktoken_cannot_do_have_the_ids_of_hugging_face(prepare: Ru
         (tmp_path / f"{index}.txt").write_text(text)
     done = prepare("--input", "0.txt", "1.txt", "--tokenizer", "own.json", "--output", "out")
     assert "distgpt: own.json: its truncation will not be applied" in done.stderr.decode()
-    assert "taking the slow one" in done.stderr.decode()
+    assert "using the slow one" in done.stderr.decode()
     dataset = open_dataset(tmp_path / "out")
     owner = tokenizers.Tokenizer.from_file(str(tmp_path / "own.json"))
     owner.no_truncation()

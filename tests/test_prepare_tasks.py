@@ -190,7 +190,7 @@ def test_tasks_cannot_overwrite_or_read_standard_input(tmp_path: Path) -> None:
         done = jobs.door("prepare", *flags, "--output", tmp_path / "out", "--task", "0/2")
         assert (done.code, done.error_lines) == (
             2,
-            ["distgpt: error: --task goes without --overwrite and without standard input"],
+            ["distgpt: error: --task cannot be combined with --overwrite or standard input"],
         )
 
 

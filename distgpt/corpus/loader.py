@@ -227,9 +227,7 @@ def _check_length(shard: TokenMap, mapped: os.stat_result | None) -> None:
     """
     now = _stat(shard)
     if now and mapped and os.path.samestat(now, mapped) and now.st_size < shard.nbytes:
-        raise StorageError(
-            f"{shard.filename} was cut short while in use: {now.st_size:,} of {shard.nbytes:,} bytes are left"
-        )
+        raise StorageError(f"{shard.filename} was cut short in use: {now.st_size:,} of {shard.nbytes:,} bytes are left")
 
 
 def _stat(shard: TokenMap) -> os.stat_result | None:

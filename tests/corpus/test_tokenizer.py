@@ -233,7 +233,7 @@ def test_a_run_of_spaces_too_long_for_tiktoken_is_encoded(trained: BpeTokenizer)
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_text_that_is_not_utf8_is_one_clear_error(slow: bool, trained: BpeTokenizer) -> None:
     tokenizer = crafted([["b", "c"], ["a", "b"], ["ab", "c"]], ["bc", "ab", "abc"]) if slow else trained
-    with pytest.raises(DataError, match=r"^'\\udce9' \(U\+DCE9\) in the text is no character: it must be UTF-8$"):
+    with pytest.raises(DataError, match=r"^'\\udce9' \(U\+DCE9\) in the text is not a character: it must be UTF-8$"):
         tokenizer.encode(b"caf\xe9".decode(errors="surrogateescape"))
 
 
@@ -261,7 +261,7 @@ def test_a_tiktoken_file_gives_the_same_ids(trained: BpeTokenizer, tmp_path: Pat
     tokens = [trained.decode_bytes([id_]) for id_ in range(trained.vocab_size)]
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
     loaded = load_tokenizer(path)
-    assert loaded.notes == ["a .tiktoken file does not say how it splits a text into words: taking GPT-2's pattern"]
+    assert loaded.notes == ["a .tiktoken file does not say how it splits a text into words: using GPT-2's pattern"]
     assert loaded.eot_id == 400
     text = nonsense(7, 500) + LITERAL
     assert np.array_equal(loaded.encode(text), trained.encode(text))
@@ -320,7 +320,7 @@ def test_added_tokens_that_are_not_special_have_the_ids_of_hugging_face(trained:
 def test_added_tokens_that_a_cut_could_divide_are_refused(
     token: dict[str, object], trained: BpeTokenizer, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"t\.json: its added token '(New York|x)' takes the spaces around it or holds"):
+    with pytest.raises(DataError, match=r"t\.json: its added token '(New York|x)' includes the spaces around"):
         load_tokenizer(saved(trained, tmp_path / "t.json", added_tokens=[token]))
     assert load_tokenizer(saved(trained, tmp_path / "t.json", added_tokens=[{**token, "special": True}])).eot_id is None
 
@@ -366,7 +366,7 @@ def test_a_tiktoken_file_of_another_pattern_is_refused(tmp_path: Path) -> None:
         tokens += [token[:end] for end in range(2, len(token) + 1)]
         path = tmp_path / "other.tiktoken"
         path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
-        with pytest.raises(DataError, match=r"other\.tiktoken: token \d+, .* crosses the words of GPT-2's pattern"):
+        with pytest.raises(DataError, match=r"other\.tiktoken: token \d+, .* spans several words of GPT-2's pattern"):
             load_tokenizer(path)
 
 

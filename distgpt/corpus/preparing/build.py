@@ -23,6 +23,8 @@ from distgpt.corpus.tokenizer.simple import CharTokenizer
 from distgpt.corpus.tokenizer.tiktoken_file import gpt2
 from distgpt.errors import DataError, DirectoryError
 
+ANOTHER_OUTPUT = "use another --output, or --overwrite"
+
 
 @dataclass(frozen=True)
 class Job:
@@ -97,18 +99,14 @@ def _may_be_prepared(job: Job) -> bool:
         return False
     if job.overwrite:
         if not output.is_dir() or not all(map(shards.is_dataset_file, os.listdir(output))):
-            raise DirectoryError(
-                f"{output} holds more than a dataset: --overwrite would destroy that, remove it yourself"
-            )
+            raise DirectoryError(f"{output} holds more than a dataset: --overwrite would destroy that, remove it first")
         return False
     try:
         settings = shards.read_meta(output).get("options")
     except shards.IncompleteError:
-        raise DirectoryError(
-            f"{output} exists and is not a whole dataset: take another --output, or --overwrite"
-        ) from None
+        raise DirectoryError(f"{output} exists and is not a whole dataset: {ANOTHER_OUTPUT}") from None
     if settings != job.settings:
-        raise DirectoryError(f"{output} was prepared with other options: take another --output, or --overwrite")
+        raise DirectoryError(f"{output} was prepared with other options: {ANOTHER_OUTPUT}")
     return True
 
 
@@ -119,7 +117,7 @@ def _already_prepared(job: Job, found: Scan, *, clean: bool) -> str:
     """
     dataset = shards.open_dataset(job.output)
     if dataset.meta["input"]["fingerprint"] != found.fingerprint:
-        raise DirectoryError(f"{job.output} was prepared from another input: take another --output, or --overwrite")
+        raise DirectoryError(f"{job.output} was prepared from another input: {ANOTHER_OUTPUT}")
     shards.verify_dataset(dataset)
     if clean:
         staging.clear_leftovers(job.output, _identity(job, found))
@@ -146,7 +144,7 @@ def _scan(job: Job, workers: Workers) -> Scan:
     separator = job.settings.get("document_separator", "")
     if separator and not found.separators:
         hint = r": a shell writes a line end as $'\n'" if "\\" in separator else ""
-        raise DataError(f"--document-separator {separator!r} is in no text of the input{hint}")
+        raise DataError(f"--document-separator {separator!r} does not occur in the input{hint}")
     if found.separators and not separator:
         report.say(
             f"{found.separators:,} lines of the text look like separators of documents, such as <|endoftext|>: "
@@ -197,7 +195,7 @@ def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory:
     if not todo:
         return
     if isinstance(tokenizer, BpeTokenizer) and tokenizer.is_slow:
-        report.say("the fast encoder might give other ids than Hugging Face's for this vocabulary: taking the slow one")
+        report.say("the fast encoder might give other ids than Hugging Face's for this vocabulary: using the slow one")
     encoder = encode.Encoder(
         tokenizer=directory / vocabulary.FILE_NAME,
         eot_id=_eot_id(found, tokenizer),

@@ -65,11 +65,7 @@ def hash_long_documents(found: Scan, workers: Workers) -> dict[str, int]:
 
 
 def encode(units: Sequence[Unit], directory: Path, *, encoder: Encoder, workers: Workers, advance: Advance) -> None:
-    """Write the parts of these units into the directory. `advance` gets the bytes of text encoded.
-
-    Raises DataError if a source changed since it was scanned or the tokenizer gives wrong ids, OSError if a file cannot
-    be read or written.
-    """
+    """Write the parts of these units; `advance` gets the bytes encoded. Raises DataError, OSError."""
     runs = [list(group) for _, group in groupby(units, key=_read_together)]
     # Every worker that starts within a compressed file reads it from the beginning: only if some would be idle.
     share = max(workers.count // len(runs), 1) if runs else 1
@@ -139,8 +135,8 @@ def _encode_piece(
     is_text = piece.source.format == "text"
     ends = not is_text or piece.last
     known = encoder.hashes.get(piece.source.path) if is_text else None
+    end_of_text = np.array([encoder.eot_id] if ends and encoder.eot_id is not None else [], dtype=np.uint16)
     for text in filter(None, texts):
         ids = tokenizer.encode(text)
-        if ends and encoder.eot_id is not None:
-            ids = np.append(ids, np.uint16(encoder.eot_id))
+        ids = np.concatenate((ids, end_of_text)) if end_of_text.size else ids
         yield (ids.size, ends, split.text_hash(text.encode()) if known is None else known), ids

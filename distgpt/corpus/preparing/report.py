@@ -25,10 +25,7 @@ def say(line: str) -> None:
 
 @contextmanager
 def progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show the progress of a phase on stderr, a bar on a terminal, otherwise a line every LINE_SECONDS.
-
-    Yields the function that gets the bytes done.
-    """
+    """Show progress on stderr, a bar on a terminal, otherwise lines. Yields the function that gets the bytes done."""
     if not sys.stderr.isatty():
         yield _Lines(name, total).advance
         return

@@ -73,10 +73,7 @@ class ScanTask:
 
 
 def scan_input(inputs: Sequence[Source], *, characters: bool, workers: Workers, advance: Advance) -> Scan:
-    """Read the whole input. `advance` gets the number of bytes read.
-
-    Raises DataError for input that is not text or holds none, OSError if it cannot be read.
-    """
+    """Read the whole input; `advance` gets the number of bytes read. Raises DataError for bad or no text, OSError."""
     stops = any(source.options.on_bad == "stop" for source in inputs)
     tasks = list(_scan_tasks(inputs, characters))
     results: list[list[ScannedPiece]] = [[] for _ in tasks]

@@ -36,14 +36,11 @@ def nearest(hashes: Hashes, sizes: npt.NDArray[np.int64], fraction: float) -> Ha
     """Return the text hashes of the documents that validate, given those of all and their tokens.
 
     In the order of the hashes, each document that still fits; then the one that brings the share nearest to `fraction`.
-    At least one and not all, and never more than half of all tokens unless `fraction` is more. Raises DataError if all
-    documents are the same.
+    At least one and not all, and never more than half of all tokens unless `fraction` is more. Raises DataError.
     """
     texts, index = np.unique(hashes, return_inverse=True)
     if texts.size < 2:
-        raise DataError(
-            "all documents of the input hold the same text: name other text to validate on with --val-input"
-        )
+        raise DataError("all documents of the input hold the same text: name other validation text with --val-input")
     tokens = np.bincount(index, weights=sizes)
     room = fraction * tokens.sum()
     limit = max(room, tokens.sum() / 2)

@@ -115,10 +115,7 @@ def commit(directory: Path, output: Path) -> None:
 
 
 def clear_leftovers(output: Path, job: Mapping[str, Any]) -> None:
-    """Remove the staging directory of a job whose dataset is committed, unless another process holds it, which will.
-
-    Raises OSError.
-    """
+    """Remove the staging directory of a committed job, unless another process holds it and will. Raises OSError."""
     if _job_of(directory_of(output)) == job:
         with suppress(DirectoryError), exclusive(output) as directory:
             _clear(directory)

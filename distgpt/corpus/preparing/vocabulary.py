@@ -62,7 +62,7 @@ def check_characters(found: Scan, tokenizer: Tokenizer) -> None:
         if character := next((c for c in missing if c in scanned.characters), ""):
             raise DataError(
                 f"{scanned.piece.source.name} holds the character {describe(character)}, which the saved vocabulary "
-                f"lacks (with it, {len(missing)} of the input's characters)"
+                f"lacks (as it lacks {len(missing)} of the input's characters)"
             )
 
 

@@ -23,10 +23,7 @@ SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 class Workers:
-    """Up to `count` processes. They start when there is work, and end at once with the `with` block or their parent.
-
-    `preload` names a module that they all need.
-    """
+    """Up to `count` processes with the module `preload`; they end at once with the `with` block or their parent."""
 
     def __init__(self, count: int, *, preload: str) -> None:
         self.count = count
@@ -89,10 +86,7 @@ class Workers:
 
 
 def socket_folder(usual: str) -> str:
-    """Return the usual folder for temporary files, or another one if its name is too long for a socket.
-
-    Raises UsageError if no other one can be written to.
-    """
+    """Return the usual folder for temporary files, or one with a shorter name for the socket. Raises UsageError."""
     if len(os.fsencode(usual)) <= LONGEST_SOCKET_FOLDER:
         return usual
     for folder in SHORT_FOLDERS:

@@ -102,10 +102,7 @@ def standard_library() -> list[Source]:
 
 
 def walk(folder: Path, enters: Callable[[Path], bool]) -> list[Path]:
-    """Return all files below a folder, sorted. Links to folders are followed, each folder is entered once.
-
-    Raises OSError.
-    """
+    """Return all files below a folder, sorted; links are followed, each folder is entered once. Raises OSError."""
 
     def fail(error: OSError) -> None:
         raise error

@@ -26,10 +26,7 @@ ARCHIVES = (".tar", ".tgz", ".zip", ".7z", ".bz2", ".xz", ".rar")
 
 
 def source_of(path: Path, options: ReadOptions) -> Source:
-    """Return the source that this file is.
-
-    Raises UsageError for archives and tables, for a pipe or device, and if an optional package is missing.
-    """
+    """Return the source that this file is. Raises UsageError for archives, tables, pipes and missing packages."""
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is neither a file nor a folder: pipe it in with --input -")
     inner, compression = _suffixes(path)

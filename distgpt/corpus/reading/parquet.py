@@ -28,9 +28,8 @@ class ParquetReader:
         self._fields = _fields(schema, source.text_key)
         if not self._fields:
             names = ", ".join(schema.names[:8])
-            raise DataError(
-                f"{source.name}: no column {source.text_key!r} (there are: {names}); --text-key names the one to read"
-            )
+            problem = f"no column {source.text_key!r} (there are: {names})"
+            raise DataError(f"{source.name}: {problem}; --text-key names the one to read")
         self._rows: int = self._file.metadata.num_rows
         self._row = 0  # the number of the next one to read from the file
         self._texts: Iterator[Checked] | None = None

@@ -65,7 +65,7 @@ class _TextReader:
             raw, start = raw.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
         digest = hashlib.sha256(f"{source.format}\n{source.text_key}\n".encode() + raw).digest()
         if piece.start == 0 and (utf16 := text.utf16_name(raw)):
-            reason = f"is UTF-16, not UTF-8: --encoding {utf16} reads it, where all of the input is"
+            reason = f"is UTF-16, not UTF-8: use --encoding {utf16} if all of the input is"
             return content_of(source, [("", reason)], digest)
         if source.format in ("json", "jsonl"):
             found = json_text.split_lines(raw) if source.format == "jsonl" else json_text.split_objects(raw)

@@ -33,10 +33,7 @@ def cut_text(content: SourceBytes, target: int) -> int:
 
 
 def cut_separated(source: Source, content: SourceBytes, target: int) -> int:
-    """Return the offset behind the first separator that ends after `target`, or the end of the content.
-
-    Raises DataError if there is none for sizes.SEPARATED_BYTES.
-    """
+    """Return the end of the first separator that ends after `target`, or of the content. Raises DataError."""
     pattern = _separator(source.options.separator)
     overlap = len(source.options.separator.encode()) + 4  # and the line ends around it
     # Where the separator ends there may be a line end yet to come, which is a part of it.
@@ -68,11 +65,10 @@ def decode(source: Source, raw: bytes, start: int | None = None) -> Checked:
     except UnicodeDecodeError as error:
         at, reason = error.start, error.reason
     text, encoding = raw.decode(errors="replace"), source.options.encoding
+    if encoding in ("utf-16", "utf-32"):
+        return text, f"is not {encoding} (without a byte order mark: {encoding}-le or {encoding}-be)"
     if encoding:
-        hint = (
-            f" (without a byte order mark: {encoding}-le or {encoding}-be)" if encoding in ("utf-16", "utf-32") else ""
-        )
-        return text, f"is not {encoding}{hint}"
+        return text, f"is not {encoding}"
     if start is None:
         return text, f"not UTF-8, byte {at:,} of the document ({reason})"
     inside = " of its decompressed content" if source.compression else ""

@@ -32,7 +32,7 @@ class Tokenizer(ABC):
         if len(table) > MAX_VOCAB_SIZE:
             raise DataError(
                 f"the vocabulary of {len(table):,} ids does not fit the 65,536 of a uint16 token: "
-                f"take --tokenizer bytes, or bpe with a --vocab-size of at most 65536"
+                f"use --tokenizer bytes, or bpe with a --vocab-size of at most 65536"
             )
         self.vocab_size = len(table)
         self.eot_id = eot_id
@@ -65,7 +65,7 @@ class Tokenizer(ABC):
     def check(self, text: str) -> None:
         """Raise DataError if the ids of `text` do not decode to it, or the library of the format gives other ids."""
         if self.decode_bytes(self.encode(text)) != text.encode():
-            raise DataError("its ids do not give the text back: distgpt cannot use this tokenizer")
+            raise DataError("decoding its ids does not give the text back: distgpt cannot use this tokenizer")
 
     def token_bytes(self) -> npt.NDArray[np.int64]:
         """Return the number of UTF-8 bytes of text of each token, int64 (vocab_size,); 0 for end-of-text."""

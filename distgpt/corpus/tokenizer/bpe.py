@@ -136,7 +136,7 @@ class BpeTokenizer(Tokenizer):
             text.encode()
         except UnicodeEncodeError as error:
             # Python puts such characters for bytes on the command line that are not UTF-8.
-            raise DataError(f"{describe(text[error.start])} in the text is no character: it must be UTF-8") from None
+            raise DataError(f"{describe(text[error.start])} in the text is not a character: it must be UTF-8") from None
         return np.array(self._huggingface.encode(text, add_special_tokens=False).ids, dtype=np.uint16)
 
 

@@ -74,7 +74,7 @@ def checked_model(content: Mapping[str, Any]) -> dict[str, Any]:
         # Long texts are cut before a space or a newline, and decoding must give every text back whole.
         if token.get("lstrip") or token.get("rstrip") or re.search(r"\S[ \n]", token["content"]):
             raise DataError(
-                f"its added token {token['content']!r} takes the spaces around it or holds one after another "
+                f"its added token {token['content']!r} includes the spaces around it or has one after another "
                 f"character: such tokens cannot be read"
             )
     return model
@@ -93,9 +93,7 @@ def without_unapplied(text: str, content: dict[str, Any]) -> tuple[str, list[str
     if unapplied:
         notes.append(f"its {' and '.join(unapplied)} will not be applied: every document is tokenized whole")
     if (content.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel":
-        notes.append(
-            "its post-processor will not be applied: end-of-text is the only token that is added to a document"
-        )
+        notes.append("its post-processor will not be applied: end-of-text is the only token added to a document")
     added = content.get("added_tokens") or []
     changed = [{**token, "special": True} if token["content"] == END_OF_TEXT else token for token in added]
     if unapplied or changed != added:
@@ -108,7 +106,7 @@ def size_of_vocabulary(ids: Sequence[int]) -> int:
     if min(ids) < 0 or max(ids) >= MAX_VOCAB_SIZE:
         raise DataError(
             f"its ids go from {min(ids):,} to {max(ids):,}, and a uint16 token holds 0 to {MAX_VOCAB_SIZE - 1:,}: "
-            f"take another tokenizer, or --tokenizer bpe"
+            f"use another tokenizer, or --tokenizer bpe"
         )
     return max(ids) + 1
 

@@ -30,7 +30,7 @@ def gpt2() -> BpeTokenizer:
         name = hashlib.sha1(GPT2_URL.encode()).hexdigest()
         cache = os.environ.get("TIKTOKEN_CACHE_DIR")
         raise StorageError(
-            f"cannot get GPT-2's vocabulary ({type(error).__name__}): fetch {GPT2_URL} where there is a network and "
+            f"cannot get GPT-2's vocabulary ({type(error).__name__}): fetch {GPT2_URL} on a machine with a network and "
             f"store it as {name} in the directory that TIKTOKEN_CACHE_DIR names ({cache or 'not set'}), "
             f"or pass the file itself: --tokenizer r50k_base.tiktoken"
         ) from None
@@ -42,7 +42,7 @@ def from_tiktoken(raw: bytes) -> BpeTokenizer:
     tokenizer = _from_ranks(_parse_ranks(raw))
     if hashlib.sha256(raw).hexdigest() != GPT2_SHA256:
         _check_words(tokenizer)
-        tokenizer.notes = ["a .tiktoken file does not say how it splits a text into words: taking GPT-2's pattern"]
+        tokenizer.notes = ["a .tiktoken file does not say how it splits a text into words: using GPT-2's pattern"]
     return tokenizer
 
 
@@ -77,8 +77,8 @@ def _check_words(tokenizer: BpeTokenizer) -> None:
             token = tokenizer.decode_bytes([id_]).decode()
             if id_ != tokenizer.eot_id and token not in _PARTS_OF_SUFFIXES and tokenizer.encode(token).size != 1:
                 raise DataError(
-                    f"token {id_}, {token!r}, crosses the words of GPT-2's pattern: the file was made for another "
-                    f"pattern, which distgpt does not read; take --tokenizer bpe to learn a vocabulary"
+                    f"token {id_}, {token!r}, spans several words of GPT-2's pattern: the file was made for another "
+                    f"pattern, which distgpt does not read; use --tokenizer bpe to learn a vocabulary"
                 )
 
 
