@@ -23,7 +23,7 @@ from distgpt.corpus.reading import formats, streams
 from distgpt.corpus.reading.finding import STDIN, Finder, standard_library
 from distgpt.corpus.reading.source import OnBad, ReadOptions, Source
 from distgpt.corpus.tokenizer.base import MAX_VOCAB_SIZE
-from distgpt.corpus.tokenizer.loading import tokenizer_named
+from distgpt.corpus.tokenizer.loading import given_tokenizer
 from distgpt.errors import DISK_FULL, Interrupted, StorageError, UsageError
 from distgpt.files import user_path
 from distgpt.machine import available_cpus
@@ -153,8 +153,7 @@ def _check(options: argparse.Namespace) -> None:
 
 def _job(options: argparse.Namespace, output: Path) -> Job:
     """Return the job that the options describe. Raises DataError, UsageError, OSError."""
-    # GPT-2's vocabulary is loaded later, once it is needed.
-    tokenizer = None if options.tokenizer == "gpt2" else tokenizer_named(options.tokenizer)
+    tokenizer = given_tokenizer(options.tokenizer)
     for note in tokenizer.notes if tokenizer else ():
         report.say(f"{options.tokenizer}: {note}")
     inputs, ignored = find_inputs(options, output)

@@ -508,7 +508,7 @@ def test_no_part_is_written_with_ids_that_differ_from_hugging_face(
 ) -> None:
     wrong = train_bpe(["some text"], 260)
     wrong.__dict__["ids_of_ranks"] = wrong.ids_of_ranks[::-1]
-    monkeypatch.setattr(encode, "load_tokenizer", lambda _: wrong)
+    monkeypatch.setattr(encode, "_load_once", lambda _: wrong)
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     source = Source(str(path), "in.jsonl", "jsonl", "", ReadOptions())

@@ -19,8 +19,8 @@ from distgpt.corpus.reading import formats, sizes
 from distgpt.corpus.reading.source import Source
 from distgpt.corpus.tokenizer import Tokenizer
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer
+from distgpt.corpus.tokenizer.loading import gpt2
 from distgpt.corpus.tokenizer.simple import CharTokenizer
-from distgpt.corpus.tokenizer.tiktoken_file import gpt2
 from distgpt.errors import DataError, DirectoryError
 
 ANOTHER_OUTPUT = "use another --output, or --overwrite"
@@ -28,11 +28,11 @@ ANOTHER_OUTPUT = "use another --output, or --overwrite"
 
 @dataclass(frozen=True)
 class Job:
-    """A dataset to prepare. `tokenizer` is the one that was given; None: it depends on the text.
+    """A dataset to prepare. `tokenizer` is the one in a file that was given; None: `settings` name it.
 
     `settings` are the options that decide the content of the output, and meta.json keeps them. `output` is a real path,
     `shown_output` the same as the user wrote it. `task`: this process does share I of N. `ignored` counts, by suffix,
-    the files of folders that are no text.
+    the files of folders that are not text.
     """
 
     inputs: Sequence[Source]

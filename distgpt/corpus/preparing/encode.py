@@ -21,6 +21,8 @@ from distgpt.errors import DataError
 
 CHECKED_CHARACTERS = 2**15  # of each part: about 3% of the time that its encoding takes
 
+_load_once = lru_cache(maxsize=1)(load_tokenizer)
+
 
 @dataclass(frozen=True)
 class Unit:
@@ -67,7 +69,7 @@ def hash_long_documents(found: Scan, workers: Workers) -> dict[str, int]:
 def encode(units: Sequence[Unit], directory: Path, *, encoder: Encoder, workers: Workers, advance: Advance) -> None:
     """Write the parts of these units; `advance` gets the bytes encoded. Raises DataError, OSError."""
     runs = [list(group) for _, group in groupby(units, key=_read_together)]
-    # Every worker that starts within a compressed file reads it from the beginning: only if some would be idle.
+    # A worker that starts inside a compressed file reads it from its beginning: divide one only if workers are idle.
     share = max(workers.count // len(runs), 1) if runs else 1
     tasks = [(part, directory, encoder) for run in runs for part in _split(run, share)]
     for _, size in workers.run(encode_units, tasks):
@@ -77,7 +79,7 @@ def encode(units: Sequence[Unit], directory: Path, *, encoder: Encoder, workers:
 def encode_units(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
     """Write the part of each unit, and yield its bytes of text."""
     units, directory, encoder = task
-    tokenizer = _loaded(encoder.tokenizer)
+    tokenizer = _load_once(encoder.tokenizer)
     contents = read_again([scanned for unit in units for scanned in unit.pieces])
     for unit in units:
         encoded: list[tuple[parts.Row, Tokens]] = []
@@ -108,11 +110,6 @@ def _read_together(unit: Unit) -> tuple[str, int]:
 def _split(run: Sequence[Unit], count: int) -> list[Sequence[Unit]]:
     size = -(-len(run) // count)
     return [run[start : start + size] for start in range(0, len(run), size)]
-
-
-@lru_cache(maxsize=1)
-def _loaded(path: Path) -> Tokenizer:
-    return load_tokenizer(path)
 
 
 def _check(tokenizer: Tokenizer, piece: Piece, texts: Sequence[str], characters: int) -> int:

@@ -91,7 +91,7 @@ def summary(output: Path, meta: dict[str, Any], *, bad: BadDocuments, ignored: C
 
 
 def left_out_lines(ignored: Counter[str], bad: BadDocuments) -> Sequence[str]:
-    """Return the summary's lines on files of folders that are no text, counted by suffix, and on bad documents."""
+    """Return the summary's lines on files of folders that are not text, counted by suffix, and on bad documents."""
     lines = []
     if ignored:
         kinds = ", ".join(f"{count:,} {name or 'without suffix'}" for name, count in ignored.most_common(10))

@@ -18,7 +18,7 @@ NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-pa
 class Finder:
     """Finds sources. `stdin` is the source that STDIN stands for; nothing in `excluded`, real paths, is input.
 
-    `ignored` has the suffix, by real path, of each file found in a folder that is no text.
+    `ignored` has the suffix, by real path, of each file found in a folder that is not text.
     """
 
     def __init__(self, options: ReadOptions, *, stdin: Source, excluded: Sequence[Path] = ()) -> None:
@@ -84,7 +84,8 @@ class Finder:
             elif formats.counts_in_folder(file, self._options):
                 found.append(file)
             else:
-                self.ignored[os.path.realpath(file)] = formats.shown_suffix(file)
+                suffixes = file.suffixes[-2:] if file.suffix in formats.COMPRESSIONS else [file.suffix]
+                self.ignored[os.path.realpath(file)] = "".join(suffixes)
         return found
 
     def _is_excluded(self, path: Path) -> bool:

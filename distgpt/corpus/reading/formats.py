@@ -17,7 +17,7 @@ TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cc", ".cpp", ".cu", ".java", ".js"),
     *(".ts", ".go", ".rs", ".sh"),
 )
-PROSE_SUFFIXES = (".txt", ".text")  # which do not tell what is in a file
+PROSE_SUFFIXES = (".txt", ".text")  # they do not tell what is in a file
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 FOLDER_SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 COMPRESSIONS: dict[str, Compression] = {".gz": ".gz", ".zst": ".zst", ".zstd": ".zst"}
@@ -62,17 +62,12 @@ def as_json(source: Source) -> Source:
 def counts_in_folder(path: Path, options: ReadOptions) -> bool:
     """Return True for a file of a folder that is input."""
     inner, compression = _suffixes(path)
-    if inner == ".json":  # which settings are as well
+    if inner == ".json":  # settings end in .json as well
         if compression == ".zst":
             _require("zstandard", path)
         head = _head(Source(str(path), str(path), "text", compression, options))
         return head is None or _is_json(head, options.text_key)  # a file that cannot be read is an error later
     return inner in FOLDER_SUFFIXES and not (compression and inner == ".parquet")
-
-
-def shown_suffix(path: Path) -> str:
-    """Return the end of a name as the summary shows it, as .txt or .tar.gz."""
-    return "".join(path.suffixes[-2:]) if path.suffix in COMPRESSIONS else path.suffix
 
 
 def _suffixes(path: Path) -> tuple[str, Compression]:

@@ -43,12 +43,6 @@ def cut_objects(content: SourceBytes, start: int) -> int:
     return content.end
 
 
-def split_lines(raw: bytes) -> list[bytes]:
-    """Return the lines of a piece of JSON lines."""
-    lines = raw.split(b"\n")
-    return lines if lines[-1] else lines[:-1]
-
-
 def split_objects(raw: bytes) -> Iterator[bytes]:
     """Yield the objects in a part of a JSON array, or one after another; also anything else in place of one."""
     start = level = 0
@@ -82,7 +76,7 @@ def _odd_text_of(key: str, raw: bytes) -> Checked:
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        # An array of texts comes in one.
+        # All of an array of strings comes as one entry.
         return "", wrong or ("not a JSON object but str" if line.startswith('"') else f"not JSON ({error})")
     if not isinstance(content, dict):
         return "", wrong or f"not a JSON object but {type(content).__name__}"

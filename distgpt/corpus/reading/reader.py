@@ -61,15 +61,16 @@ class _TextReader:
         source = self._source
         self._content.forget(piece.start)
         raw, start = self._content.peek(piece.start, piece.stop - piece.start), piece.start
-        if start == 0 and raw.startswith(codecs.BOM_UTF8):  # it marks the encoding and is no part of the text
+        if start == 0 and raw.startswith(codecs.BOM_UTF8):  # it marks the encoding and is not part of the text
             raw, start = raw.removeprefix(codecs.BOM_UTF8), len(codecs.BOM_UTF8)
         digest = hashlib.sha256(f"{source.format}\n{source.text_key}\n".encode() + raw).digest()
         if piece.start == 0 and (utf16 := text.utf16_name(raw)):
             reason = f"is UTF-16, not UTF-8: use --encoding {utf16} if all of the input is"
             return content_of(source, [("", reason)], digest)
         if source.format in ("json", "jsonl"):
-            found = json_text.split_lines(raw) if source.format == "jsonl" else json_text.split_objects(raw)
-            return content_of(source, (json_text.text_of(source.text_key, line) for line in found), digest)
+            is_lines = source.format == "jsonl"
+            found = raw.removesuffix(b"\n").split(b"\n") if is_lines else json_text.split_objects(raw)
+            return content_of(source, (json_text.text_of(source.text_key, entry) for entry in found), digest)
         if source.format == "separated":
             parts, separators = text.split_at_separators(source, raw)
             return content_of(source, (text.decode(source, part) for part in parts), digest, separators)

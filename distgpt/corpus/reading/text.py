@@ -36,7 +36,7 @@ def cut_separated(source: Source, content: SourceBytes, target: int) -> int:
     """Return the end of the first separator that ends after `target`, or of the content. Raises DataError."""
     pattern = _separator(source.options.separator)
     overlap = len(source.options.separator.encode()) + 4  # and the line ends around it
-    # Where the separator ends there may be a line end yet to come, which is a part of it.
+    # The separator may be followed by a line end, which belongs to it and must be in the same piece.
     start = max(target - overlap, 0)
     for position, window in windows(content, start, overlap):
         if position > target + sizes.SEPARATED_BYTES:
