@@ -27,8 +27,9 @@ import torch.distributed.checkpoint as dcp
 from distgpt.checkpoint.checkpointer import Checkpointer
 from distgpt.checkpoint.reader import training_tensors
 from distgpt.config import resolve
-from distgpt.corpus.shards import Dataset, Documents, open_dataset, write_dataset
-from distgpt.corpus.tokenizer import ByteTokenizer
+from distgpt.corpus.shard_writer import Documents, write_dataset
+from distgpt.corpus.shards import Dataset, open_dataset
+from distgpt.corpus.tokenizer.simple import ByteTokenizer
 from distgpt.distributed.parallelize import build_model
 from distgpt.distributed.plan import make_plan
 from distgpt.distributed.runtime import this_rank

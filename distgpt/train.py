@@ -173,7 +173,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
             session.step = step
             watchdog.heartbeat(f"after step {step}", health.timeout)
             checkpoints.poll()
-            data_wait = batches.take_data_wait()
+            data_wait = batches.pop_data_wait()
             reporter.report(step, loss=mean_loss, lr=lr, grad_norm=grad_norm, decision=decision, data_wait=data_wait)
 
             # evaluate

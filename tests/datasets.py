@@ -4,8 +4,9 @@ from pathlib import Path
 
 import numpy as np
 
-from distgpt.corpus.shards import Dataset, Documents, open_dataset, write_dataset
-from distgpt.corpus.tokenizer import CharTokenizer
+from distgpt.corpus.shard_writer import Documents, write_dataset
+from distgpt.corpus.shards import Dataset, open_dataset
+from distgpt.corpus.tokenizer.simple import CharTokenizer
 
 ALPHABET = "\n abcdefghijklmnopqrstuvwxyzäöü"
 

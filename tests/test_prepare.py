@@ -1,6 +1,5 @@
-"""`python -m distgpt.prepare`, as real processes: what it writes, what it refuses, what it survives."""
+"""`python -m distgpt.prepare` in processes of its own: its output, its errors, and the kills that it survives."""
 
-import argparse
 import gzip
 import hashlib
 import json
@@ -27,11 +26,12 @@ import pytest
 import tokenizers
 import zstandard
 
-from distgpt import prepare as door
-from distgpt.corpus import pipeline
+from distgpt import prepare as prepare_command
+from distgpt.corpus.preparing import encode, parts, report, scan, vocabulary
+from distgpt.corpus.reading.source import ReadOptions, Source
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
-from distgpt.corpus.sources import Source
-from distgpt.corpus.tokenizer import load_tokenizer, train_bpe
+from distgpt.corpus.tokenizer import load_tokenizer
+from distgpt.corpus.tokenizer.bpe import train_bpe
 from distgpt.errors import DataError, StorageError, UsageError
 from tests import jobs
 
@@ -39,11 +39,11 @@ SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.t
 
 # The same command with units of 64 KiB, so that a small corpus has many; workers import this file too.
 SMALL_UNITS = """
-from distgpt.corpus import sources
 from distgpt.cli import main_guard
+from distgpt.corpus.reading import sizes
 from distgpt.prepare import main
 
-sources.UNIT_BYTES = 2**16
+sizes.UNIT_BYTES = 2**16
 if __name__ == "__main__":
     main_guard(main)
 """
@@ -86,7 +86,7 @@ def words(seed: int, count: int) -> str:
 
 
 def texts_of(dataset: Dataset) -> tuple[list[str], list[str]]:
-    """The documents of both splits, decoded."""
+    """Return the documents of both splits, decoded."""
     tokenizer = load_tokenizer(dataset.path)
     found: tuple[list[str], list[str]] = ([], [])
     for texts, split in zip(found, (dataset.train, dataset.val), strict=True):
@@ -107,7 +107,7 @@ def all_texts(dataset: Dataset) -> list[str]:
 
 
 @pytest.mark.parametrize("name", ["my books", "data/books", "book.txt"])
-def test_text_given_as_data_is_answered_with_a_command_that_prepare_accepts(
+def test_opening_a_text_as_data_suggests_a_prepare_command_that_works(
     name: str, prepare: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -127,7 +127,7 @@ def test_text_given_as_data_is_answered_with_a_command_that_prepare_accepts(
 
 
 @pytest.mark.skipif(not SHAKESPEARE.exists(), reason="tinyshakespeare is not here")
-def test_tinyshakespeare_has_the_seed_s_numbers(prepare: Run, tmp_path: Path) -> None:
+def test_tinyshakespeare_gives_the_token_counts_of_the_seed_project(prepare: Run, tmp_path: Path) -> None:
     done = prepare("--input", SHAKESPEARE, "--output", "data")
     dataset = open_dataset(tmp_path / "data")
     verify_dataset(dataset)
@@ -141,7 +141,7 @@ def test_tinyshakespeare_has_the_seed_s_numbers(prepare: Run, tmp_path: Path) ->
     assert re.search(r"^next .* -m distgpt\.train \w+ --data\.path=data", done.stdout.decode(), re.MULTILINE)
 
 
-def test_without_arguments_the_standard_library_once(prepare: Run, tmp_path: Path) -> None:
+def test_without_arguments_it_prepares_the_standard_library_once(prepare: Run, tmp_path: Path) -> None:
     prepare()
     dataset = open_dataset(tmp_path / "data" / "stdlib")
     train, val = texts_of(dataset)
@@ -158,7 +158,7 @@ def test_without_arguments_the_standard_library_once(prepare: Run, tmp_path: Pat
 
 
 def make_corpus(folder: Path) -> list[str]:
-    """Documents in every format, one far longer than a unit; gives their texts in order."""
+    """Write documents in every format, one far longer than a unit; return their texts in order."""
     folder.mkdir()
     texts = [words(seed, 1 + seed * 7) for seed in range(120)]
     lines = [json.dumps({"text": text, "id": 1}) for text in texts]
@@ -176,7 +176,7 @@ def make_corpus(folder: Path) -> list[str]:
 
 
 @pytest.mark.parametrize("tokenizer", ["char", "bpe"])
-def test_every_format_whole_and_the_same_for_any_number_of_workers(
+def test_every_format_is_read_in_full_and_gives_the_same_bytes_for_any_number_of_workers(
     tokenizer: str, prepare: Run, tmp_path: Path
 ) -> None:
     texts = make_corpus(tmp_path / "in")
@@ -201,7 +201,7 @@ def test_every_format_whole_and_the_same_for_any_number_of_workers(
     assert size == dataset.meta["input"]["bytes"] == len("".join(texts).encode())
 
 
-def test_a_single_text_is_split_at_its_end_whatever_its_units(prepare: Run, tmp_path: Path) -> None:
+def test_a_single_text_is_split_at_its_end_for_any_size_of_units(prepare: Run, tmp_path: Path) -> None:
     text = words(5, 40_000)
     (tmp_path / "one.txt").write_bytes(text.encode())
     for options in (["char"], ["bpe", "--vocab-size", 500]):
@@ -220,13 +220,13 @@ def test_a_single_text_is_split_at_its_end_whatever_its_units(prepare: Run, tmp_
             (tmp_path / name).rmdir()
 
 
-def test_the_next_command_fits_the_longest_shard(prepare: Run, tmp_path: Path) -> None:
+def test_the_suggested_command_fits_the_longest_shard(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text("".join(json.dumps({"text": words(i, 10)[:40]}) + "\n" for i in range(100)))
     done = prepare("--input", "in.jsonl", "--output", "out", "--tokenizer", "bytes", "--shard-tokens", 40)
     assert "--model.block_size=32" in done.stdout.decode()
 
 
-def test_few_documents_validate_near_the_fraction_or_it_is_said(prepare: Run, tmp_path: Path) -> None:
+def test_few_documents_validate_near_the_fraction_or_a_warning_is_printed(prepare: Run, tmp_path: Path) -> None:
     for seed in (1, 3):  # the hash of the training text comes first, and last
         (tmp_path / f"in{seed}").mkdir()
         (tmp_path / f"in{seed}" / "train.txt").write_bytes(words(seed, 30_000).encode())
@@ -261,7 +261,7 @@ def test_named_validation_text_is_the_validation_split(prepare: Run, tmp_path: P
     assert "another input" in error_line(prepare(*other, code=73, small_units=True))
 
 
-def test_validation_text_that_cannot_be_is_one_line(prepare: Run, tmp_path: Path) -> None:
+def test_impossible_validation_text_is_an_error_of_one_line(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("some text")
     (tmp_path / "empty.txt").touch()
     arguments = ["--input", "in.txt", "--output", "out", "--val-input"]
@@ -270,16 +270,16 @@ def test_validation_text_that_cannot_be_is_one_line(prepare: Run, tmp_path: Path
     assert "--input names no text" in error_line(prepare(*swapped, code=65))
     assert "no such input: nowhere" in error_line(prepare(*arguments, "nowhere", code=65))
     for values, said in (
-        ([*arguments, "-"], "--val-input needs --input beside it"),
+        ([*arguments, "-"], "--val-input needs --input as well"),
         (["--on-bad-document", "skip"], "--on-bad-document has no effect without --input"),
         (["--val-input", "in.txt"], "--val-input needs --input"),
         ([*arguments, "in.txt", "--val-fraction", "0.2"], "--val-fraction: not allowed with argument --val-input"),
     ):
         with pytest.raises(UsageError, match=said):
-            door.parse(values)
+            prepare_command.parse(values)
 
 
-def test_standard_input_and_a_saved_tokenizer(prepare: Run, tmp_path: Path) -> None:
+def test_standard_input_is_prepared_with_a_saved_tokenizer(prepare: Run, tmp_path: Path) -> None:
     text = "to be or not to be"
     prepare("--input", "-", "--output", "one", input=text.encode())
     dataset = open_dataset(tmp_path / "one")
@@ -302,7 +302,7 @@ def test_standard_input_and_a_saved_tokenizer(prepare: Run, tmp_path: Path) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["array", "lines", "one", "two"]
 
 
-def test_an_end_of_text_in_the_text_is_text(prepare: Run, tmp_path: Path) -> None:
+def test_an_end_of_text_token_in_a_text_is_ordinary_text(prepare: Run, tmp_path: Path) -> None:
     text = "a<|endoftext|>b"
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps({"text": text + str(index)}) for index in range(5)))
     prepare("--input", "in.jsonl", "--output", "out", "--tokenizer", "bpe", "--vocab-size", 257)
@@ -311,7 +311,7 @@ def test_an_end_of_text_in_the_text_is_text(prepare: Run, tmp_path: Path) -> Non
     assert sorted(all_texts(dataset)) == [text + str(index) for index in range(5)]
 
 
-def test_bad_documents_stop_it_with_up_to_ten_places_at_once(prepare: Run, tmp_path: Path) -> None:
+def test_bad_documents_stop_the_command_and_up_to_ten_are_listed(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.jsonl").write_text('{"text": "good"}\n' + '{"text": null}\n' * 12)
     done = prepare("--input", "in.jsonl", "--output", "out", code=65)
     first, *places = done.stderr.decode().splitlines()
@@ -345,7 +345,7 @@ def test_bad_documents_are_left_out_and_counted_the_same_for_any_number_of_worke
     assert "other options" in line
 
 
-def test_lines_between_documents_are_said_and_a_separator_makes_documents(prepare: Run, tmp_path: Path) -> None:
+def test_separator_lines_are_reported_and_the_option_splits_at_them(prepare: Run, tmp_path: Path) -> None:
     stories = [f"Once upon a time, story {index}. The end." for index in range(200)]
     (tmp_path / "in.txt").write_text("\n<|endoftext|>\n".join(stories))
     done = prepare("--input", "in.txt", "--output", "one", "--tokenizer", "bytes")
@@ -354,9 +354,9 @@ def test_lines_between_documents_are_said_and_a_separator_makes_documents(prepar
     separated = ["--input", "in.txt", "--tokenizer", "bytes", "--document-separator"]
     assert prepare(*separated, "<|endoftext|>", "--output", "many").stderr == b""
     assert sorted(all_texts(open_dataset(tmp_path / "many"))) == sorted(stories)
-    assert "is in no text of the input" in error_line(prepare(*separated, "<|eot|>", "--output", "none", code=65))
+    assert "does not occur in the input" in error_line(prepare(*separated, "<|eot|>", "--output", "none", code=65))
     line = error_line(prepare(*separated, r"\n\n", "--output", "none", code=65))
-    assert line.endswith(r"is in no text of the input: a shell writes a line end as $'\n'")
+    assert line.endswith(r"does not occur in the input: a shell writes a line end as $'\n'")
 
 
 @pytest.mark.parametrize(
@@ -376,43 +376,42 @@ def test_an_option_without_effect_on_any_input_is_an_error(
     for file in ("in.txt", "in.jsonl"):
         (tmp_path / file).write_text('{"text": "a"}')
     with pytest.raises(UsageError, match=f"{name} has no effect"):
-        door.inputs_of(door.parse([*options, "--output", "out"]), tmp_path / "out")
+        prepare_command.find_inputs(prepare_command.parse([*options, "--output", "out"]), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["latin-9x", "base64", "idna", "punycode", "\0"])
-def test_an_encoding_that_is_none_of_text_is_refused(name: str) -> None:
+def test_an_encoding_that_is_not_for_text_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="no such encoding of text"):
-        door.parse(["--input", "in.txt", "--output", "out", "--encoding", name])
+        prepare_command.parse(["--input", "in.txt", "--output", "out", "--encoding", name])
 
 
-def test_the_summary_says_what_folders_hold_besides_text() -> None:
-    options = argparse.Namespace(ignored=Counter({".epub": 3, "": 1_000}))
-    found = SimpleNamespace(bad=pipeline.BadDocuments(0, 0, []))
-    assert door.left_out_lines(options, found) == [  # type: ignore[arg-type]
+def test_the_summary_counts_files_that_are_not_text() -> None:
+    assert report.left_out_lines(Counter({".epub": 3, "": 1_000}), scan.BadDocuments(0, 0, [])) == [
         "left out    1,003 files of folders: 1,000 without suffix, 3 .epub"
     ]
 
 
-def test_a_file_of_two_folders_is_left_out_once_and_one_that_is_named_is_read(tmp_path: Path) -> None:
+def test_an_ignored_file_is_counted_once_and_a_named_file_is_read(tmp_path: Path) -> None:
     (tmp_path / "in/val").mkdir(parents=True)
     for name in ("a.txt", "val/b.txt", "val/book.epub", "README", "LICENSE"):
         (tmp_path / "in" / name).write_text("x")
     inputs = ["--input", f"{tmp_path}/in", f"{tmp_path}/in/README", "--val-input", f"{tmp_path}/in/val"]
-    options = door.parse([*inputs, "--output", "out"])
-    assert len(door.inputs_of(options, tmp_path / "out")) == 3
-    assert options.ignored == {".epub": 1, "": 1}
+    options = prepare_command.parse([*inputs, "--output", "out"])
+    found, ignored = prepare_command.find_inputs(options, tmp_path / "out")
+    assert len(found) == 3
+    assert ignored == {".epub": 1, "": 1}
 
 
-def test_learning_a_vocabulary_shows_that_it_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_learning_a_vocabulary_reports_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     may_end = threading.Event()
 
     def slow(texts: Iterable[str], size: int) -> SimpleNamespace:
         may_end.wait()
         return SimpleNamespace(to_json=lambda: "learned")
 
-    monkeypatch.setattr(pipeline, "PROGRESS_SECONDS", 0.001)
-    monkeypatch.setattr(pipeline, "train_bpe", slow)
-    steps = pipeline.train_task(([], 300))
+    monkeypatch.setattr(vocabulary, "PROGRESS_SECONDS", 0.001)
+    monkeypatch.setattr(vocabulary, "train_bpe", slow)
+    steps = vocabulary.learn_task(([], 300))
     assert [next(steps), next(steps)] == [0, 0]
     may_end.set()
     assert list(steps)[-1] == "learned"
@@ -426,27 +425,27 @@ def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") 
         time.sleep(0.001)
 
 
-def parts(tmp_path: Path) -> list[Path]:
+def part_files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "out.partial" / "parts").glob("*.part"))
 
 
 def kill_with_parts(tmp_path: Path, *arguments: object) -> None:
-    """Start it, and kill it when two parts or more are done."""
+    """Start the command, and kill it when two or more parts are done."""
     command = [*command_of(tmp_path, True), *map(str, arguments)]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
-        wait_for(lambda: len(parts(tmp_path)) >= 2, process)
+        wait_for(lambda: len(part_files(tmp_path)) >= 2, process)
         process.kill()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGKILL, -9), (signal.SIGTERM, 75), (signal.SIGINT, 75)])
-def test_stopped_in_the_middle_it_goes_on_and_ends_the_same(
+def test_a_stopped_command_goes_on_and_writes_the_same_bytes(
     number: signal.Signals, code: int, prepare: Run, tmp_path: Path
 ) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
     arguments = ["--input", "in.txt", "--tokenizer", "char", "--output"]
     command = [*command_of(tmp_path, True), *arguments, "out"]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, start_new_session=True) as process:
-        wait_for(lambda: len(parts(tmp_path)) >= 3, process)
+        wait_for(lambda: len(part_files(tmp_path)) >= 3, process)
         # As a terminal or a batch system does it: to every process. A kill only hits the one.
         (os.kill if number == signal.SIGKILL else os.killpg)(process.pid, number)
         _, stderr = process.communicate(timeout=60)
@@ -462,7 +461,7 @@ def test_stopped_in_the_middle_it_goes_on_and_ends_the_same(
     assert jobs.contents(tmp_path / "out") == jobs.contents(tmp_path / "whole")
 
 
-def test_parts_of_another_input_are_not_believed(prepare: Run, tmp_path: Path) -> None:
+def test_parts_of_another_input_are_not_used(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
     kill_with_parts(tmp_path, "--input", "in.txt", "--output", "out")
     (tmp_path / "in.txt").write_bytes(words(10, 400_000).encode())
@@ -471,7 +470,7 @@ def test_parts_of_another_input_are_not_believed(prepare: Run, tmp_path: Path) -
     assert "".join(all_texts(open_dataset(tmp_path / "out"))) == words(10, 400_000)
 
 
-def test_after_a_kill_other_options_start_anew(prepare: Run, tmp_path: Path) -> None:
+def test_after_a_kill_other_options_start_over(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
     kill_with_parts(tmp_path, "--input", "in.txt", "--output", "out")
     arguments = ["--input", "in.txt", "--tokenizer", "bytes", "--output"]
@@ -485,38 +484,38 @@ def test_after_a_kill_other_options_start_anew(prepare: Run, tmp_path: Path) -> 
 def test_a_part_that_was_damaged_after_a_kill_is_made_again(position: int, prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
     kill_with_parts(tmp_path, "--input", "in.txt", "--output", "out")
-    raw = bytearray(parts(tmp_path)[1].read_bytes())
+    raw = bytearray(part_files(tmp_path)[1].read_bytes())
     raw[position] ^= 1
-    parts(tmp_path)[1].write_bytes(raw)
+    part_files(tmp_path)[1].write_bytes(raw)
     done = prepare("--input", "in.txt", "--output", "out", small_units=True)
     assert "going on: " in done.stderr.decode()
     assert "".join(all_texts(open_dataset(tmp_path / "out"))) == words(9, 400_000)
 
 
-def test_a_part_damaged_between_writing_and_reading_is_not_believed(tmp_path: Path) -> None:
-    pipeline.write_part(tmp_path, 0, [(3, True, 7)], [np.array([1, 2, 3], dtype=np.uint16)])
-    assert pipeline.read_part(tmp_path, 0).tokens.tolist() == [1, 2, 3]
+def test_a_damaged_part_is_an_error(tmp_path: Path) -> None:
+    parts.write_part(tmp_path, 0, [((3, True, 7), np.array([1, 2, 3], dtype=np.uint16))])
+    assert parts.read_part(tmp_path, 0)[1].tolist() == [1, 2, 3]
     whole = (tmp_path / "000000.part").read_bytes()
     for damaged in (b"", whole[:20], whole[:-1], whole[:-3] + b"abc", b"x" + whole[1:]):
         (tmp_path / "000000.part").write_bytes(damaged)
         with pytest.raises(StorageError, match=r"000000\.part is damaged: run the same command again"):
-            pipeline.read_part(tmp_path, 0)
+            parts.read_part(tmp_path, 0)
 
 
 @pytest.mark.parametrize("texts", [["some text"], ["", "some", "text"]])
-def test_ids_that_are_not_the_owner_library_s_make_no_part(
+def test_no_part_is_written_with_ids_that_differ_from_hugging_face(
     texts: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     wrong = train_bpe(["some text"], 260)
     wrong.__dict__["ids_of_ranks"] = wrong.ids_of_ranks[::-1]
-    monkeypatch.setattr(pipeline, "_loaded", lambda _: wrong)
+    monkeypatch.setattr(encode, "_load_once", lambda _: wrong)
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
-    source = Source(str(path), "in.jsonl", "jsonl", "", "text")
-    pieces = [scanned for scanned, _ in pipeline.scan_task(pipeline.ScanTask([], source, False))]
-    encoder = pipeline.Encoder(tokenizer=tmp_path, eot_id=None, hashes={})
+    source = Source(str(path), "in.jsonl", "jsonl", "", ReadOptions())
+    pieces = [scanned for scanned, _ in scan.scan_task(scan.ScanTask([], source, False))]
+    encoder = encode.Encoder(tokenizer=tmp_path, eot_id=None, hashes={})
     with pytest.raises(DataError, match=r"^the tokenizer is wrong for in\.jsonl: after '' its ids are"):
-        list(pipeline.encode_units(([pipeline.Unit(0, pieces)], tmp_path, encoder)))
+        list(encode.encode_units(([encode.Unit(0, pieces)], tmp_path, encoder)))
     assert list(tmp_path.iterdir()) == [path]
 
 
@@ -533,7 +532,7 @@ def test_a_vocabulary_damaged_after_a_kill_is_learned_again(prepare: Run, tmp_pa
     assert jobs.contents(tmp_path / "out") == jobs.contents(tmp_path / "whole")
 
 
-def test_an_output_that_exists(prepare: Run, tmp_path: Path) -> None:
+def test_an_existing_output_is_kept_unless_it_is_the_same_or_overwritten(prepare: Run, tmp_path: Path) -> None:
     for name in ("one", "two"):
         (tmp_path / f"{name}.txt").write_text(f"text {name} " * 50)
     prepare("--input", "one.txt", "--output", "out")
@@ -541,7 +540,7 @@ def test_an_output_that_exists(prepare: Run, tmp_path: Path) -> None:
     assert "already prepared" in prepare("--input", "one.txt", "--output", "out").stdout.decode()
     assert "another input" in error_line(prepare("--input", "two.txt", "--output", "out", code=73))
     done = prepare("--input", "one.txt", "--output", "out", "--val-fraction", 0.3, code=73)
-    assert "other options: take another --output, or --overwrite" in error_line(done)
+    assert "other options: use another --output, or --overwrite" in error_line(done)
     assert {name: jobs.contents(tmp_path / "out")[name] for name in before} == before
     (tmp_path / "out" / "meta.json").unlink()
     assert "not a whole dataset" in error_line(prepare("--input", "one.txt", "--output", "out", code=73))
@@ -560,10 +559,10 @@ def test_an_output_that_another_process_has_just_made_is_not_replaced(prepare: R
         prepare(*arguments, f"{name}-ready", *flags)
         # The other process commits between the first look at the output and the lock.
         program = (
-            "import os; from distgpt.corpus import staging; from distgpt.cli import main_guard\n"
+            "import os; from distgpt.corpus.preparing import staging; from distgpt.cli import main_guard\n"
             "from distgpt.prepare import main\n"
-            "held = staging.staging\n"
-            f"staging.staging = lambda output: (os.rename('{name}-ready', output), held(output))[1]\n"
+            "exclusive = staging.exclusive\n"
+            f"staging.exclusive = lambda output: (os.rename('{name}-ready', output), exclusive(output))[1]\n"
             "main_guard(main)"
         )
         command = [sys.executable, "-c", program, *arguments, name]
@@ -575,7 +574,7 @@ def test_an_output_that_another_process_has_just_made_is_not_replaced(prepare: R
         assert not (tmp_path / f"{name}.partial").exists()
 
 
-def test_an_output_that_cannot_be_read_is_not_to_be_overwritten(prepare: Run, tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_read_is_not_overwritten(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("words " * 100)
     arguments = ["--input", "in.txt", "--output", "out"]
     prepare(*arguments)
@@ -589,7 +588,7 @@ def test_an_output_that_cannot_be_read_is_not_to_be_overwritten(prepare: Run, tm
     assert line.endswith("meta.json: Is a directory")
 
 
-def test_the_output_lies_among_the_input(prepare: Run, tmp_path: Path) -> None:
+def test_the_output_may_be_in_a_folder_of_the_input(prepare: Run, tmp_path: Path) -> None:
     for name in ("one.txt", "two.txt"):
         (tmp_path / name).write_text(f"text of {name}")
     prepare("--input", "one.txt", "two.txt", "--output", "out")
@@ -610,7 +609,7 @@ def test_a_byte_order_mark_is_neither_a_document_nor_counted(prepare: Run, tmp_p
     assert "no text: a.txt is empty" in error_line(prepare("--input", "a.txt", "--output", "none", code=65))
 
 
-def test_a_full_standard_output_is_not_blamed_on_the_data(prepare: Run, tmp_path: Path) -> None:
+def test_a_full_standard_output_is_an_error_that_keeps_the_dataset(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("words " * 100)
     command = [*command_of(tmp_path, False), "--input", "in.txt", "--output", "out"]
     for _ in range(2):  # when it is prepared, and when it is found prepared
@@ -621,7 +620,7 @@ def test_a_full_standard_output_is_not_blamed_on_the_data(prepare: Run, tmp_path
         assert open_dataset(tmp_path / "out").train.tokens == 540
 
 
-def test_the_seed_of_characters_of_several_bytes(prepare: Run, tmp_path: Path) -> None:
+def test_characters_of_several_bytes_have_the_ids_of_the_seed_project(prepare: Run, tmp_path: Path) -> None:
     text = words(4, 40_000) + "日本語 naïve 🙂"
     (tmp_path / "in.txt").write_bytes(text.encode())
     prepare("--input", "in.txt", "--output", "out", small_units=True)
@@ -634,7 +633,7 @@ def test_the_seed_of_characters_of_several_bytes(prepare: Run, tmp_path: Path) -
     assert np.concatenate(dataset.val.shards).tolist() == ids[cut:]
 
 
-def test_merges_beyond_the_fast_encoder_get_hugging_face_s_ids_wherever_they_come(prepare: Run, tmp_path: Path) -> None:
+def test_merges_that_tiktoken_cannot_do_have_the_ids_of_hugging_face(prepare: Run, tmp_path: Path) -> None:
     # "abc" has a merge of its own, but "bc" comes first and leaves nothing to merge "ab" with.
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: id_ for id_, token in enumerate([*alphabet, "bc", "ab", "abc"])}
@@ -647,7 +646,7 @@ def test_merges_beyond_the_fast_encoder_get_hugging_face_s_ids_wherever_they_com
         (tmp_path / f"{index}.txt").write_text(text)
     done = prepare("--input", "0.txt", "1.txt", "--tokenizer", "own.json", "--output", "out")
     assert "distgpt: own.json: its truncation will not be applied" in done.stderr.decode()
-    assert "taking the slow one" in done.stderr.decode()
+    assert "using the slow one" in done.stderr.decode()
     dataset = open_dataset(tmp_path / "out")
     owner = tokenizers.Tokenizer.from_file(str(tmp_path / "own.json"))
     owner.no_truncation()
@@ -660,7 +659,7 @@ def test_merges_beyond_the_fast_encoder_get_hugging_face_s_ids_wherever_they_com
 
 
 @pytest.mark.parametrize("name", ["in.txt.zst", "in.parquet"])
-def test_memory_is_bounded_whatever_the_input_holds(name: str, tmp_path: Path) -> None:
+def test_memory_is_bounded_for_highly_compressed_input(name: str, tmp_path: Path) -> None:
     text = "a b " * 50_000
     if name == "in.parquet":
         rows = pyarrow.array([text, text.upper()] * 600).dictionary_encode()
@@ -681,12 +680,12 @@ def test_memory_is_bounded_whatever_the_input_holds(name: str, tmp_path: Path) -
     assert dataset.train.tokens + dataset.val.tokens >= 240_000_000
 
 
-def test_a_long_phase_says_how_fast_it_is_and_how_long_it_takes(
+def test_a_long_phase_prints_its_speed_and_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = 100.0
     monkeypatch.setattr(time, "monotonic", lambda: now)
-    with door.Progress("encoding", 200_000_000) as known, door.Progress("keeping standard input", None) as unknown:
+    with report.progress("encoding", 200_000_000) as known, report.progress("keeping standard input", None) as unknown:
         known(10_000_000)
         assert capsys.readouterr().err == ""
         now += 20
@@ -702,7 +701,7 @@ def test_a_long_phase_says_how_fast_it_is_and_how_long_it_takes(
     ]
 
 
-def test_a_damaged_dataset_is_not_called_prepared_and_verify_finds_it(prepare: Run, tmp_path: Path) -> None:
+def test_a_damaged_dataset_is_an_error_for_prepare_and_verify(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("words " * 100)
     prepare("--input", "in.txt", "--output", "out")
     assert "OK" in prepare("--verify", "out").stdout.decode()
@@ -772,7 +771,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_no_room_on_the_disk_keeps_what_is_done(prepare: Run, tmp_path: Path) -> None:
+def test_files_that_cannot_grow_keep_the_finished_parts(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(3, 60_000).encode())
 
     def small_files() -> None:
@@ -789,7 +788,7 @@ def test_no_room_on_the_disk_keeps_what_is_done(prepare: Run, tmp_path: Path) ->
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount a small disk")
-def test_a_full_disk(prepare: Run, tmp_path: Path) -> None:
+def test_a_full_disk_keeps_the_finished_parts(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(3, 200_000).encode())
     (tmp_path / "disk").mkdir()
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path / "disk"], check=False)
@@ -807,7 +806,7 @@ def test_a_full_disk(prepare: Run, tmp_path: Path) -> None:
         subprocess.run(["umount", tmp_path / "disk"], check=True)
 
 
-def test_gpt2_offline_names_the_file_and_the_variable(prepare: Run, tmp_path: Path) -> None:
+def test_gpt2_without_a_network_names_the_file_and_the_variable(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_text("words " * 10)
     proxies = {f"{scheme}_proxy": "http://127.0.0.1:9" for scheme in ("http", "https")}
     environment = {**os.environ, **proxies, "TIKTOKEN_CACHE_DIR": str(tmp_path / "cache")}

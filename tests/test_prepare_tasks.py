@@ -1,4 +1,4 @@
-"""`python -m distgpt.prepare --task I/N`: several processes, on one host or many, write what one writes."""
+"""`python -m distgpt.prepare --task I/N`: several processes, on one host or many, write the bytes of one."""
 
 import fcntl
 import signal
@@ -12,20 +12,20 @@ from tests import jobs
 
 # The same command with units of 64 KiB, so that a small corpus has many; workers import this file too.
 SMALL_UNITS = """
-from distgpt.corpus import sources
 from distgpt.cli import main_guard
+from distgpt.corpus.reading import sizes
 from distgpt.prepare import main
 
-sources.UNIT_BYTES = 2**16
+sizes.UNIT_BYTES = 2**16
 if __name__ == "__main__":
     main_guard(main)
 """
 
 
-# Where it is told to, the process dies while it learns a vocabulary, once there is a file of this name.
+# With DIES_AFTER set, the process kills itself while it learns a vocabulary, once the file of this name exists.
 DIES_LEARNING = """
 import os, signal, time
-from distgpt.corpus import pipeline
+from distgpt.corpus.preparing import vocabulary
 
 def die(*arguments, **options):
     while not os.path.exists(os.environ["DIES_AFTER"]):
@@ -33,25 +33,25 @@ def die(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 if "DIES_AFTER" in os.environ:
-    pipeline.trained_bpe = die
+    vocabulary.learn_bpe = die
 """
 
-# Where it is told to, the process has read the input and waits until there is a file of this name.
+# With WAITS_FOR set, the process waits after it has read the input, until the file of this name exists.
 WAITS_SCANNED = """
 import os, time
-from distgpt.corpus import pipeline
+from distgpt.corpus.preparing import scan
 
-scan = pipeline.scan
+scan_input = scan.scan_input
 
 def slow(*arguments, **options):
-    found = scan(*arguments, **options)
+    found = scan_input(*arguments, **options)
     print("scanned", flush=True)
     while not os.path.exists(os.environ["WAITS_FOR"]):
         time.sleep(0.01)
     return found
 
 if "WAITS_FOR" in os.environ:
-    pipeline.scan = slow
+    scan.scan_input = slow
 """
 
 
@@ -65,7 +65,7 @@ def options(corpus: Path, tmp_path: Path) -> list[str]:
     return ["--input", str(tmp_path / "texts"), "--tokenizer", "bpe", "--vocab-size", "300", "--workers", "1"]
 
 
-def test_tasks_at_once_and_one_after_the_other_write_what_one_process_writes(
+def test_tasks_write_the_bytes_of_one_process_in_parallel_and_one_after_another(
     options: list[str], tmp_path: Path
 ) -> None:
     program = [sys.executable, str(tmp_path / "program.py")]
@@ -95,7 +95,7 @@ def test_tasks_at_once_and_one_after_the_other_write_what_one_process_writes(
     assert (late.code, "already prepared" in late.stdout) == (0, True)
 
 
-def test_tasks_of_another_job_are_refused_and_take_no_parts(options: list[str], tmp_path: Path) -> None:
+def test_tasks_of_another_job_are_refused_and_use_no_parts(options: list[str], tmp_path: Path) -> None:
     output = tmp_path / "out"
     program = [sys.executable, str(tmp_path / "program.py"), *options, "--output", str(output)]
     assert jobs.run([*program, "--task", "0/2"]).code == 0
@@ -128,8 +128,8 @@ def test_a_task_that_is_killed_while_it_learns_the_vocabulary_leaves_that_to_the
     assert "prepared    " in again.stdout, again
 
 
-def test_a_task_that_others_have_done_meanwhile_says_so(options: list[str], tmp_path: Path) -> None:
-    """As where Slurm starts a task again whose first attempt lived on."""
+def test_a_task_whose_share_others_did_meanwhile_reports_the_output(options: list[str], tmp_path: Path) -> None:
+    """Slurm may start a task again while its first attempt is still running."""
     output, program = tmp_path / "out", tmp_path / "program.py"
     program.write_text(WAITS_SCANNED + SMALL_UNITS)
     command = [sys.executable, str(program), *options, "--output", str(output)]
@@ -151,7 +151,7 @@ def test_a_task_that_others_have_done_meanwhile_says_so(options: list[str], tmp_
 
 
 @jobs.linux_only
-def test_a_task_that_waits_for_the_commit_finds_it_done(options: list[str], tmp_path: Path) -> None:
+def test_a_task_that_waits_for_a_commit_finds_the_output(options: list[str], tmp_path: Path) -> None:
     output, staged = tmp_path / "out", tmp_path / "out.partial"
     command = [sys.executable, str(tmp_path / "program.py"), *options]
     assert jobs.run([*command, "--output", str(tmp_path / "alone")]).code == 0
@@ -185,12 +185,12 @@ def test_a_task_is_a_number_below_another(task: str, tmp_path: Path) -> None:
     )
 
 
-def test_what_tasks_cannot_do(tmp_path: Path) -> None:
+def test_tasks_cannot_overwrite_or_read_standard_input(tmp_path: Path) -> None:
     for flags in (["--overwrite", "--input", "x"], ["--input", "-"]):
         done = jobs.door("prepare", *flags, "--output", tmp_path / "out", "--task", "0/2")
         assert (done.code, done.error_lines) == (
             2,
-            ["distgpt: error: --task goes without --overwrite and without standard input"],
+            ["distgpt: error: --task cannot be combined with --overwrite or standard input"],
         )
 
 

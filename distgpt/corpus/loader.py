@@ -1,4 +1,4 @@
-"""This rank's batches: gathered ahead by a thread, uint16 on the way to the device, widened there.
+"""The batches of a rank: a thread reads them ahead as uint16, and the device widens them to int64.
 
 Shapes: T = block_size, B sequences of a micro-batch. Rank r of R takes the contiguous
 slice [r G/R, (r+1) G/R) of each global batch of G sequences, cut into micro-batches in order: the j-th micro-batch of a
@@ -39,8 +39,8 @@ READ_WHOLE_BYTES = 2**28
 class Loader:
     """The training batches of one rank from `start_step` on. Close it in the end.
 
-    The order is a pure function of (seed, step): a loader that starts at a step gives what one that ran up to it
-    would have given. Raises DataError if the split holds no window of block_size + 1 tokens.
+    The order is a pure function of (seed, step): a loader that starts at a step gives the batches of one that started
+    at 0 and came to this step. Raises DataError if the split holds no window of block_size + 1 tokens.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Loader:
             self._fetch_next_chunk()
 
     def next_step(self) -> list[MicroBatch]:
-        """The accumulation micro-batches (x_BT, y_BT) of the next step, int64 on the device.
+        """Return the micro-batches (x_BT, y_BT) of the next step for gradient accumulation, int64 on the device.
 
         Raises StorageError if the data cannot be read any more.
         """
@@ -81,21 +81,21 @@ class Loader:
             self._ready.extend(self._widened(self._next_chunk()))
         return [self._ready.popleft() for _ in range(self._rows // self._micro_batch)]
 
-    def take_data_wait(self) -> float:
-        """Seconds that next_step waited for the thread since this was last asked."""
+    def pop_data_wait(self) -> float:
+        """Return the seconds that next_step waited for the thread since the last call; reset the counter."""
         wait, self._wait = self._wait, 0.0
         return wait
 
     def sample_numbers(self, step: int) -> Ints:
-        """The numbers, counted over the whole run, of this rank's sequences in `step`, in the order of its batches."""
+        """Return the numbers, counted over the whole run, of this rank's sequences in `step`, in order."""
         return self._numbers_of(step, 1)
 
     def places(self, step: int) -> tuple[Ints, Ints]:
-        """The shards and the offsets in tokens of the windows that sample_numbers(step) stands for."""
+        """Return the shard and the offset in tokens of each of the windows that sample_numbers(step) numbers."""
         return self.order.starts(self.sample_numbers(step))
 
     def close(self) -> None:
-        """End the thread; what it prepared is dropped."""
+        """End the thread and drop the batches that it has prepared."""
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _numbers_of(self, step: int, steps: int) -> Ints:
@@ -118,7 +118,7 @@ class Loader:
         self._step_to_fetch += self._steps_per_chunk
 
     def _chunk(self, step: int) -> Tensor:
-        """The tokens of `_steps_per_chunk` steps, uint16 [sequences, T + 1]; runs in the thread.
+        """Return the tokens of `_steps_per_chunk` steps, uint16 [sequences, T + 1]; runs in the thread.
 
         numpy only: a torch operation here would start a second pool of OpenMP threads beside the one that trains.
         """
@@ -130,12 +130,12 @@ class Loader:
 
 
 class EvaluationBatches:
-    """The fixed validation windows, in micro-batches dealt out to the ranks in turn: the same ones for any world size.
+    """The fixed validation windows, in micro-batches dealt out to the ranks in turn, the same for any world size.
 
-    Iterates, as often as asked, over (indices, x_BT, y_BT): `indices` number the windows, int64 [B]. A sharded model
-    needs every rank in each forward, so all ranks get the same number of batches; where they run out, the last batch
-    comes again with all its indices -1, to be computed and not counted. The last batch may be smaller than the others.
-    Raises DataError if the split holds no window of block_size + 1 tokens.
+    Each iteration gives (indices, x_BT, y_BT) again; `indices` number the windows, int64 [B]. A sharded model needs
+    every rank in each forward pass, so all ranks get the same number of batches: ranks that have none left get the last
+    batch with all indices -1, to be computed and not counted. The last batch may be smaller than the others. Raises
+    DataError if the split holds no window of block_size + 1 tokens.
     """
 
     def __init__(
@@ -201,8 +201,8 @@ class WindowReader:
                 self._announce(shard, offsets[rows])
         for shard, rows in parts:
             view = self._views[shard]
-            assert view is not None, "the order draws no window from a shard that is shorter"
-            # One fancy-indexed copy: it gives up the interpreter's lock once, not once for each window.
+            assert view is not None, "the order takes no window from a shard that is shorter"
+            # One fancy-indexed copy releases the interpreter's lock once, not once for each window.
             tokens[rows if len(parts) > 1 else slice(None)] = view[offsets[rows]]
 
     def _announce(self, shard: int, offsets: Ints) -> None:
@@ -227,13 +227,11 @@ def _check_length(shard: TokenMap, mapped: os.stat_result | None) -> None:
     """
     now = _stat(shard)
     if now and mapped and os.path.samestat(now, mapped) and now.st_size < shard.nbytes:
-        raise StorageError(
-            f"{shard.filename} was cut short while in use: {now.st_size:,} of {shard.nbytes:,} bytes are left"
-        )
+        raise StorageError(f"{shard.filename} was cut short in use: {now.st_size:,} of {shard.nbytes:,} bytes are left")
 
 
 def _stat(shard: TokenMap) -> os.stat_result | None:
-    """What now has the name of the file behind this memory map; None: nothing. Raises StorageError."""
+    """Return the status of the path of a mapped file; None if no file has it any more. Raises StorageError."""
     assert shard.filename is not None
     try:
         return os.stat(shard.filename)
@@ -244,9 +242,9 @@ def _stat(shard: TokenMap) -> os.stat_result | None:
 
 
 def _inputs_and_targets(tokens: Tensor, device: torch.device) -> MicroBatch:
-    """Two contiguous int64 tensors [sequences, T] on the device, of uint16 tokens [sequences, T + 1] in memory."""
+    """Return inputs and targets, int64 [sequences, T] each on the device, of uint16 tokens [sequences, T + 1]."""
     if device.type == "cpu":
-        # torch would spread this over its threads, and wait for one that a busy machine keeps off its core.
+        # torch would use several threads here, and wait for one that has no core on a busy machine.
         array = tokens.numpy()
         return torch.from_numpy(array[:, :-1].astype(np.int64)), torch.from_numpy(array[:, 1:].astype(np.int64))
     tokens = tokens.to(device, non_blocking=True)

@@ -42,7 +42,7 @@ class Permutation:
         self._b = -(-n // self._a)
 
     def __call__(self, indices: Ints) -> Ints:
-        """The images of `indices`, one-dimensional, each in [0, n)."""
+        """Return the images of `indices`, one-dimensional, each in [0, n)."""
         keys = np.broadcast_to(self.key, indices.shape)
         images = self._network(indices.astype(np.uint64), keys)
         while (outside := np.flatnonzero(images >= np.uint64(self.n))).size:
@@ -58,7 +58,7 @@ class Permutation:
 
 
 class Order:
-    """Where each of the sequences that training ever draws starts, for shards of these lengths in tokens.
+    """The start of every sequence of a training run, for shards of these lengths in tokens.
 
     `windows` is the number of windows in an epoch. Sample k, counted over all steps and ranks, belongs to epoch
     k // windows. Raises DataError if no shard holds a window.
@@ -77,7 +77,7 @@ class Order:
         self._shifts = np.maximum(0, usable - per_shard * block_size) + 1
 
     def starts(self, sample_numbers: Ints) -> tuple[Ints, Ints]:
-        """The shard and the offset in tokens of each sample's window, for a one-dimensional array of numbers."""
+        """Return the shard and the offset in tokens of each sample's window, for a one-dimensional array of numbers."""
         epochs, indices = np.divmod(sample_numbers, self.windows)
         windows = Permutation(self.windows, _hash(self.seed, PERMUTATION, epochs))(indices)
         shards = np.searchsorted(self._ends, windows, side="right")
@@ -89,9 +89,9 @@ class Order:
 def evaluation_windows(
     shard_lengths: Sequence[int], block_size: int, sequences: int, split: str = "val"
 ) -> tuple[Ints, Ints]:
-    """The shards and offsets of at most `sequences` windows that do not overlap, spread evenly over the split.
+    """Return the shards and offsets of at most `sequences` windows that do not overlap, spread evenly over the split.
 
-    Always the same ones: nothing random. Raises DataError if no shard holds a window.
+    They are always the same: nothing is random. Raises DataError if no shard holds a window.
     """
     per_shard = np.maximum(0, np.array(shard_lengths, dtype=np.int64) - 1) // block_size
     available = int(per_shard.sum())
@@ -105,7 +105,7 @@ def evaluation_windows(
 
 
 def no_window(shard_lengths: Sequence[int], block_size: int, split: str) -> DataError:
-    """The error that says how long the split is and what would fit it."""
+    """Return an error with the length of the split and the block size that would fit it."""
     longest = max(shard_lengths, default=0)
     has = f"the {split} split has {sum(shard_lengths):,} tokens"
     if len(shard_lengths) > 1:
@@ -133,7 +133,7 @@ def _word(number: int) -> Words:
 
 
 def _hash(*parts: int | Ints) -> Words:
-    """One random word per element of the parts, which broadcast."""
+    """Return one random word for each element of the parts, which broadcast."""
     state = _word(0)
     for part in parts:
         state = _mixed(state ^ (_word(part) if isinstance(part, int) else part.astype(np.uint64)))

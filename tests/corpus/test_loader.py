@@ -1,4 +1,4 @@
-"""Batches: the same ones for any number of ranks and from any step on, equal to the tokens on the disk."""
+"""Batches: the same for any number of ranks and any first step, equal to the tokens on disk."""
 
 import subprocess
 import sys
@@ -92,7 +92,9 @@ def test_the_micro_batches_of_a_step_are_the_same_for_any_number_of_ranks(split:
         )
 
 
-def test_starting_at_a_step_gives_what_running_up_to_it_gives(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_starting_at_a_step_gives_the_batches_of_a_loader_from_the_start(
+    split: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
     straight = steps(split, 40)
     # Other chunks of prefetching must not matter either.
     monkeypatch.setattr(loader_module, "CHUNK_TOKENS", 3 * 16 * (T + 1))
@@ -118,7 +120,7 @@ def test_sample_numbers_of_the_ranks_make_up_the_step(split: Split) -> None:
 
 @pytest.fixture
 def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """How many windows each read took, in the order in which they were done."""
+    """The number of windows of each read, in order."""
     read, done = WindowReader.read, list[int]()
 
     def counted(reader: WindowReader, shards: Ints, offsets: Ints, tokens: NDArray[np.uint16]) -> None:
@@ -139,8 +141,8 @@ def test_waiting_is_counted_once(split: Split, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(WindowReader, "read", slow_read)
     with closing(loader(split)) as batches:
         batches.next_step()
-        assert 0.05 < batches.take_data_wait() < 5
-        assert batches.take_data_wait() == 0
+        assert 0.05 < batches.pop_data_wait() < 5
+        assert batches.pop_data_wait() == 0
 
 
 def test_the_thread_stops_reading_when_enough_is_ready(
@@ -202,7 +204,7 @@ def test_close_ends_the_thread(split: Split) -> None:
     assert threading.active_count() == before
 
 
-def test_an_interpreter_ends_that_never_closed_its_loader(tmp_path: Path) -> None:
+def test_an_interpreter_exits_although_its_loader_was_never_closed(tmp_path: Path) -> None:
     np.zeros(1000, dtype=np.uint16).tofile(tmp_path / "train-00000.bin")
     program = """
 import sys, numpy as np, torch
@@ -256,7 +258,7 @@ def test_evaluation_computes_the_same_batches_for_any_number_of_ranks(split: Spl
         assert torch.equal(found[first][2], y)
 
 
-def test_evaluation_can_be_repeated_and_takes_what_there_is(split: Split) -> None:
+def test_evaluation_can_be_repeated_and_takes_all_windows_of_a_short_split(split: Split) -> None:
     batches = evaluation(split, 0, 1, sequences=10**6)
     assert batches.windows == 1999 // T + 699 // T
     first, second = ([x for _, x, _ in batches] for _ in range(2))

@@ -81,7 +81,7 @@ def test_each_epoch_visits_every_window_once(block_size: int) -> None:
         assert boundaries[0] != boundaries[1] != boundaries[2], "the boundaries must move from epoch to epoch"
 
 
-def test_every_token_comes_at_every_place_of_a_window_over_the_epochs() -> None:
+def test_over_the_epochs_windows_start_at_every_offset() -> None:
     order = Order([41], block_size=10, seed=0)
     first_starts = {int(order.starts(np.arange(order.windows) + e * order.windows)[1].min()) for e in range(300)}
     assert order.windows == 3
@@ -107,7 +107,7 @@ def test_order_never_changes() -> None:
     assert offsets.tolist() == [782, 372, 582, 472, 855, 560]
 
 
-def test_evaluation_windows_are_fixed_spread_and_apart() -> None:
+def test_evaluation_windows_are_fixed_and_evenly_spread_and_do_not_overlap() -> None:
     shards, offsets = evaluation_windows((1000, 3, 500), 10, 20)
     assert len(offsets) == 20
     positions = offsets + np.array([0, 1000, 1003])[shards]
@@ -122,7 +122,7 @@ def test_evaluation_windows_are_fixed_spread_and_apart() -> None:
     assert (everything[1] + 10 < np.array([1000, 3, 500])[everything[0]]).all()
 
 
-def test_a_split_without_a_window_says_what_would_fit() -> None:
+def test_a_split_without_a_window_is_an_error_with_the_size_that_fits() -> None:
     with pytest.raises(DataError, match=r"train split has 100 tokens.*takes 257.*at most 99") as caught:
         Order((100,), block_size=256, seed=0)
     assert caught.value.code == 65

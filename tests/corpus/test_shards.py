@@ -13,8 +13,9 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from distgpt.corpus.shards import Dataset, Documents, is_dataset_file, open_dataset, verify_dataset, write_dataset
-from distgpt.corpus.tokenizer import ByteTokenizer
+from distgpt.corpus.shard_writer import Documents, write_dataset
+from distgpt.corpus.shards import Dataset, is_dataset_file, open_dataset, verify_dataset
+from distgpt.corpus.tokenizer.simple import ByteTokenizer
 from distgpt.errors import DataError
 
 DOCUMENTS = [f"document {index}, {'long ' * (index % 7)}" for index in range(40)]
@@ -100,7 +101,7 @@ def test_nanogpt_finds_its_names_beside_a_split_of_one_shard(tmp_path: Path) -> 
     assert all(is_dataset_file(path.name) for path in whole.path.iterdir())
 
 
-def test_what_is_written_for_nanogpt_is_never_read(tmp_path: Path) -> None:
+def test_files_written_for_nanogpt_are_never_read(tmp_path: Path) -> None:
     dataset = write(tmp_path / "data")
     (tmp_path / "data" / "meta.pkl").write_bytes(f"cos\nmkdir\n(V{tmp_path / 'ran'}\ntR.".encode())
     (tmp_path / "data" / "train.bin").unlink()
@@ -149,14 +150,14 @@ def edit_meta(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda path: (path / "tokenizer.json").unlink(), r"tokenizer\.json is missing"),
     ],
 )
-def test_what_is_not_whole_is_not_opened(damage: Callable[[Path], object], reason: str, tmp_path: Path) -> None:
+def test_an_incomplete_dataset_is_not_opened(damage: Callable[[Path], object], reason: str, tmp_path: Path) -> None:
     write(tmp_path / "data")
     damage(tmp_path / "data")
     with pytest.raises(DataError, match=reason):
         open_dataset(tmp_path / "data")
 
 
-def test_a_path_that_cannot_be_looked_at_is_one_line() -> None:
+def test_a_path_that_cannot_be_read_is_an_error_of_one_line() -> None:
     with pytest.raises(DataError, match=r"cannot read \S+: File name too long"):
         open_dataset(Path("x" * 300))
 
@@ -211,7 +212,7 @@ def test_a_token_outside_the_vocabulary_is_named_with_its_place(tmp_path: Path) 
         verify_dataset(open_dataset(tmp_path / "data"))
 
 
-def test_only_the_first_use_pays_and_a_change_pays_again(tmp_path: Path) -> None:
+def test_only_the_first_use_and_changed_files_are_verified(tmp_path: Path) -> None:
     dataset = write(tmp_path / "data")
     path = tmp_path / "data" / "train-00000.bin"
     before = path.stat()
@@ -226,7 +227,7 @@ def test_only_the_first_use_pays_and_a_change_pays_again(tmp_path: Path) -> None
         verify_dataset(dataset)
 
 
-def test_a_directory_that_cannot_remember_is_checked_every_time(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_written_is_verified_every_time(tmp_path: Path) -> None:
     dataset = write(tmp_path / "data")
     (tmp_path / "data" / ".verified.json").mkdir()
     verify_dataset(dataset)

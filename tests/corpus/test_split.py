@@ -1,16 +1,16 @@
-"""Which documents validate: near the share asked for, however few they are and however their hashes fall."""
+"""The split of documents: near the share asked for, for any number of documents and any hashes."""
 
 import random
 
 import numpy as np
 import pytest
 
-from distgpt.corpus.split import is_near, nearest
+from distgpt.corpus.preparing.split import is_near, nearest
 from distgpt.errors import DataError
 
 
 def share(sizes: list[int], fraction: float, seed: int) -> float:
-    """The share of all tokens that validates, with random hashes."""
+    """Return the share of all tokens that validates, with random hashes."""
     hashes = np.array([random.Random(f"{seed} {i}").getrandbits(64) for i in range(len(sizes))], dtype=np.uint64)
     chosen = np.isin(hashes, nearest(hashes, np.array(sizes), fraction))
     assert 0 < chosen.sum() < len(sizes)
@@ -28,14 +28,14 @@ def test_few_documents_give_the_nearest_share_whatever_their_hashes(seed: int) -
     assert share([970] + [1] * 30, 0.1, seed) == 0.03
 
 
-def test_validation_gets_more_than_half_only_where_that_is_asked_for() -> None:
+def test_validation_gets_more_than_half_only_if_asked_for() -> None:
     for seed in range(200):
         source = random.Random(seed)
         sizes = [source.choice([1, 10, 100, 1000]) * source.randrange(1, 20) for _ in range(source.randrange(2, 9))]
         assert share(sizes, source.uniform(0.01, 0.5), seed) <= 0.5
 
 
-def test_documents_of_one_text_stay_together() -> None:
+def test_documents_with_the_same_text_stay_together() -> None:
     hashes = np.array([7, 5, 7, 7], dtype=np.uint64)
     assert nearest(hashes, np.array([1, 2, 1, 1]), 0.3).tolist() == [5]
     with pytest.raises(DataError, match="all documents of the input hold the same text"):

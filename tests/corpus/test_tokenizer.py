@@ -12,15 +12,10 @@ import numpy as np
 import pytest
 import tokenizers
 
-from distgpt.corpus.tokenizer import (
-    BpeTokenizer,
-    ByteTokenizer,
-    CharTokenizer,
-    Tokenizer,
-    load_tokenizer,
-    tokenizer_from_json,
-    train_bpe,
-)
+from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
+from distgpt.corpus.tokenizer.bpe import BpeTokenizer, train_bpe
+from distgpt.corpus.tokenizer.loading import tokenizer_from_json
+from distgpt.corpus.tokenizer.simple import ByteTokenizer, CharTokenizer
 from distgpt.errors import DataError
 
 WORDS = [
@@ -61,7 +56,7 @@ def huggingface_ids(text: str, tokenizer: Tokenizer) -> list[int]:
     return ids
 
 
-def test_characters_have_the_seed_s_ids_on_both_paths() -> None:
+def test_characters_have_the_ids_of_the_seed_project_on_both_paths() -> None:
     for text in ("hello world", "grüße, 日本語 🙂"):
         characters = sorted(set(text))
         tokenizer = CharTokenizer(text, end_of_text=False)
@@ -141,7 +136,7 @@ def test_half_a_character_decodes_to_a_replacement() -> None:
     assert tokenizer.decode(tokenizer.encode("é")[:1]) == "\ufffd"
 
 
-def test_bpe_ids_are_hugging_face_s(trained: BpeTokenizer) -> None:
+def test_bpe_ids_equal_those_of_hugging_face(trained: BpeTokenizer) -> None:
     assert trained.vocab_size == 400
     tokenizer = trained.with_end_of_text()
     loaded = tokenizers.Tokenizer.from_str(tokenizer.to_json())
@@ -155,7 +150,7 @@ def test_bpe_ids_are_hugging_face_s(trained: BpeTokenizer) -> None:
 
 def test_training_gives_the_same_vocabulary_for_any_number_of_threads(trained: BpeTokenizer) -> None:
     program = (
-        "import sys; from distgpt.corpus.tokenizer import train_bpe;"
+        "import sys; from distgpt.corpus.tokenizer.bpe import train_bpe;"
         "print(train_bpe(sys.stdin.read().split(chr(0)), 400).to_json())"
     )
     texts = "\0".join(nonsense(seed, 300).replace("\r", "") for seed in range(20))
@@ -173,7 +168,7 @@ def test_training_gives_the_same_vocabulary_for_any_number_of_threads(trained: B
 
 
 def crafted(merges: list[list[str]], products: list[str]) -> BpeTokenizer:
-    """A tokenizer.json of the 256 bytes and these merges, ids in the order of `products`."""
+    """Return a tokenizer.json of the 256 bytes and these merges, ids in the order of `products`."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     return BpeTokenizer(
         json.dumps(
@@ -200,14 +195,14 @@ def test_ids_that_do_not_follow_the_merges_are_still_right() -> None:
     assert tokenizer.encode("abc bc").tolist() == huggingface_ids("abc bc", tokenizer)
 
 
-def test_merges_that_the_fast_encoder_would_get_wrong_are_noticed_before_any_text() -> None:
+def test_merges_that_tiktoken_would_get_wrong_are_noticed_before_any_text() -> None:
     # "abc" has a merge of its own, but "bc" comes first and leaves nothing to merge "ab" with.
     tokenizer = crafted([["b", "c"], ["a", "b"], ["ab", "c"]], ["bc", "ab", "abc"])
     assert tokenizer.is_slow
     assert tokenizer.encode("abc").tolist() == huggingface_ids("abc", tokenizer)
 
 
-def test_the_fast_encoder_is_taken_only_where_it_gives_hugging_face_s_ids() -> None:
+def test_tiktoken_is_used_only_if_it_gives_the_ids_of_hugging_face() -> None:
     source = random.Random(3)
     slow = 0
     for _ in range(300):
@@ -225,12 +220,12 @@ def test_the_fast_encoder_is_taken_only_where_it_gives_hugging_face_s_ids() -> N
     assert 30 < slow < 270
 
 
-def test_two_merges_with_one_result_take_the_slow_encoder() -> None:
+def test_two_merges_with_one_result_are_encoded_by_hugging_face() -> None:
     tokenizer = crafted([["a", "b"], ["b", "c"], ["ab", "c"], ["a", "bc"]], ["ab", "bc", "abc"])
     assert tokenizer.encode("abc").tolist() == huggingface_ids("abc", tokenizer)
 
 
-def test_a_run_of_spaces_too_long_for_the_fast_encoder(trained: BpeTokenizer) -> None:
+def test_a_run_of_spaces_too_long_for_tiktoken_is_encoded(trained: BpeTokenizer) -> None:
     text = " " * 1_050_000 + "the"
     assert trained.decode(trained.encode(text)) == text
 
@@ -238,7 +233,7 @@ def test_a_run_of_spaces_too_long_for_the_fast_encoder(trained: BpeTokenizer) ->
 @pytest.mark.parametrize("slow", [False, True])
 def test_a_text_that_is_not_utf8_is_one_clear_error(slow: bool, trained: BpeTokenizer) -> None:
     tokenizer = crafted([["b", "c"], ["a", "b"], ["ab", "c"]], ["bc", "ab", "abc"]) if slow else trained
-    with pytest.raises(DataError, match=r"^'\\udce9' \(U\+DCE9\) in the text is no character: it must be UTF-8$"):
+    with pytest.raises(DataError, match=r"^'\\udce9' \(U\+DCE9\) in the text is not a character: it must be UTF-8$"):
         tokenizer.encode(b"caf\xe9".decode(errors="surrogateescape"))
 
 
@@ -249,7 +244,7 @@ def test_a_long_run_without_a_space_is_learned_from_in_linear_time() -> None:
     assert time.monotonic() - started < 10
 
 
-def test_words_that_are_not_cut_give_hugging_face_s_own_vocabulary(trained: BpeTokenizer) -> None:
+def test_short_words_give_the_vocabulary_of_hugging_face(trained: BpeTokenizer) -> None:
     reference = tokenizers.Tokenizer(tokenizers.models.BPE())
     reference.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     reference.decoder = tokenizers.decoders.ByteLevel()
@@ -266,7 +261,7 @@ def test_a_tiktoken_file_gives_the_same_ids(trained: BpeTokenizer, tmp_path: Pat
     tokens = [trained.decode_bytes([id_]) for id_ in range(trained.vocab_size)]
     path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
     loaded = load_tokenizer(path)
-    assert loaded.notes == ["a .tiktoken file does not say how it splits a text into words: taking GPT-2's pattern"]
+    assert loaded.notes == ["a .tiktoken file does not say how it splits a text into words: using GPT-2's pattern"]
     assert loaded.eot_id == 400
     text = nonsense(7, 500) + LITERAL
     assert np.array_equal(loaded.encode(text), trained.encode(text))
@@ -274,19 +269,19 @@ def test_a_tiktoken_file_gives_the_same_ids(trained: BpeTokenizer, tmp_path: Pat
 
 
 def saved(tokenizer: BpeTokenizer, path: Path, **changes: object) -> Path:
-    """Its tokenizer.json with these entries changed."""
+    """Write the tokenizer.json with these entries changed."""
     path.write_text(json.dumps({**json.loads(tokenizer.to_json()), **changes}))
     return path
 
 
 def added(id_: int, content: str, **flags: bool) -> dict[str, object]:
-    """An entry of added_tokens, not special."""
+    """Return an entry of added_tokens, not special."""
     off = dict.fromkeys(("single_word", "lstrip", "rstrip", "special"), False)
     return {"id": id_, "content": content, "normalized": True, **off, **flags}
 
 
 @pytest.mark.parametrize("slow", [False, True])
-def test_truncation_and_padding_in_a_tokenizer_file_are_not_applied_and_that_is_said(
+def test_truncation_and_padding_of_a_tokenizer_file_are_not_applied_and_noted(
     slow: bool, trained: BpeTokenizer, tmp_path: Path
 ) -> None:
     owner = tokenizers.Tokenizer.from_str(trained.to_json())
@@ -303,13 +298,13 @@ def test_truncation_and_padding_in_a_tokenizer_file_are_not_applied_and_that_is_
     assert trained.notes == []
 
 
-def test_a_post_processor_that_adds_tokens_is_said(trained: BpeTokenizer, tmp_path: Path) -> None:
+def test_a_post_processor_that_adds_tokens_is_noted(trained: BpeTokenizer, tmp_path: Path) -> None:
     path = saved(trained, tmp_path / "t.json", post_processor={"type": "TemplateProcessing"})
     [note] = load_tokenizer(path).notes
     assert note.startswith("its post-processor will not be applied")
 
 
-def test_added_tokens_that_are_not_special_have_hugging_face_s_ids(trained: BpeTokenizer, tmp_path: Path) -> None:
+def test_added_tokens_that_are_not_special_have_the_ids_of_hugging_face(trained: BpeTokenizer, tmp_path: Path) -> None:
     runs = [added(400 + index, " " * (31 - index)) for index in range(30)]
     loaded = load_tokenizer(saved(trained, tmp_path / "codegen.json", added_tokens=runs))
     code = "def f(x):\n        if x:\n            return 1\n" * 50 + LITERAL
@@ -325,12 +320,12 @@ def test_added_tokens_that_are_not_special_have_hugging_face_s_ids(trained: BpeT
 def test_added_tokens_that_a_cut_could_divide_are_refused(
     token: dict[str, object], trained: BpeTokenizer, tmp_path: Path
 ) -> None:
-    with pytest.raises(DataError, match=r"t\.json: its added token '(New York|x)' takes the spaces around it or holds"):
+    with pytest.raises(DataError, match=r"t\.json: its added token '(New York|x)' includes the spaces around"):
         load_tokenizer(saved(trained, tmp_path / "t.json", added_tokens=[token]))
     assert load_tokenizer(saved(trained, tmp_path / "t.json", added_tokens=[{**token, "special": True}])).eot_id is None
 
 
-def test_an_end_of_text_in_the_vocabulary_is_the_end_of_text(trained: BpeTokenizer, tmp_path: Path) -> None:
+def test_an_end_of_text_in_the_vocabulary_is_used(trained: BpeTokenizer, tmp_path: Path) -> None:
     content = json.loads(trained.to_json())
     content["model"]["vocab"]["<|endoftext|>"] = 400
     (tmp_path / "t.json").write_text(json.dumps(content))
@@ -348,7 +343,7 @@ def test_an_end_of_text_that_is_not_special_is_still_never_produced(trained: Bpe
     loaded.check(LITERAL)
 
 
-def test_a_tokenizer_json_of_2020_names_no_model_type(trained: BpeTokenizer, tmp_path: Path) -> None:
+def test_a_tokenizer_json_of_2020_without_a_model_type_is_read(trained: BpeTokenizer, tmp_path: Path) -> None:
     model = json.loads(trained.to_json())["model"]
     legacy = {
         "dropout": None,
@@ -371,11 +366,11 @@ def test_a_tiktoken_file_of_another_pattern_is_refused(tmp_path: Path) -> None:
         tokens += [token[:end] for end in range(2, len(token) + 1)]
         path = tmp_path / "other.tiktoken"
         path.write_bytes(b"".join(base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens)))
-        with pytest.raises(DataError, match=r"other\.tiktoken: token \d+, .* crosses the words of GPT-2's pattern"):
+        with pytest.raises(DataError, match=r"other\.tiktoken: token \d+, .* spans several words of GPT-2's pattern"):
             load_tokenizer(path)
 
 
-def test_ids_that_are_not_the_owner_library_s_are_an_error(trained: BpeTokenizer) -> None:
+def test_ids_that_differ_from_hugging_face_are_an_error(trained: BpeTokenizer) -> None:
     text = nonsense(2, 100)
     trained.check(text)
     wrong = BpeTokenizer(trained.to_json())
@@ -389,7 +384,7 @@ def test_a_merge_that_the_vocabulary_lacks_is_one_clear_error() -> None:
         crafted([["a", "b"], ["b", "c"]], ["ab"])
 
 
-def test_a_file_that_its_owner_cannot_read_is_one_clear_error(trained: BpeTokenizer, tmp_path: Path) -> None:
+def test_a_file_that_hugging_face_cannot_read_is_one_clear_error(trained: BpeTokenizer, tmp_path: Path) -> None:
     broken = {"id": 400, "content": "x"}
     loaded = load_tokenizer(saved(trained, tmp_path / "t.json", added_tokens=[broken]))
     with pytest.raises(DataError, match=r"^Hugging Face tokenizers cannot read it \(.*missing field"):
@@ -419,7 +414,7 @@ GPT2_LIKE = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
         ("few.tiktoken", "YQ== 0\n", "all 256 bytes"),
     ],
 )
-def test_a_file_that_is_no_tokenizer_is_one_clear_error(
+def test_a_file_that_is_not_a_tokenizer_is_one_clear_error(
     name: str, content: str | bytes, reason: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())

@@ -1,4 +1,4 @@
-"""The pool: results as they come, errors as they were, no orphans and no hangs."""
+"""The pool of workers: results and errors reach the parent, and no process is left or waits forever."""
 
 import os
 import signal
@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from distgpt.corpus import workers
-from distgpt.corpus.workers import Workers
+from distgpt.corpus.preparing import workers
+from distgpt.corpus.preparing.workers import Workers
 from distgpt.errors import DataError, StorageError, UsageError
 
 
@@ -35,7 +35,7 @@ def test_results_come_in_order_within_a_task_from_no_more_processes_than_asked_f
     tasks = [3, 0, 5, 1, 4, 2]
     found: list[list[int]] = [[] for _ in tasks]
     pids = set()
-    with Workers(2, preload="distgpt.corpus.workers") as pool:
+    with Workers(2, preload="distgpt.corpus.preparing.workers") as pool:
         for index, (value, pid) in pool.run(count_to, tasks):
             found[index].append(value)
             pids.add(pid)
@@ -48,33 +48,33 @@ def test_results_come_in_order_within_a_task_from_no_more_processes_than_asked_f
             os.kill(pid, 0)
 
 
-def test_what_ends_a_task_early_reaches_the_parent() -> None:
+def test_an_exception_or_kill_in_a_task_reaches_the_parent() -> None:
     for kind, error, message in (
         ("data", DataError, "no good"),
         ("disk", OSError, "/some/file"),
         ("bug", RuntimeError, "ZeroDivisionError: ours"),
         ("kill", StorageError, "worker process was killed"),
     ):
-        with Workers(1, preload="distgpt.corpus.workers") as pool, pytest.raises(error, match=message):
+        with Workers(1, preload="distgpt.corpus.preparing.workers") as pool, pytest.raises(error, match=message):
             list(pool.run(fail, [kind]))
 
 
 PROGRAM = """
 import os, time
-from distgpt.corpus.workers import Workers
+from distgpt.corpus.preparing.workers import Workers
 
 def sleep(seconds):
     yield os.getpid()
     time.sleep(seconds)
 
 if __name__ == "__main__":
-    with Workers(2, preload="distgpt.corpus.workers") as workers:
+    with Workers(2, preload="distgpt.corpus.preparing.workers") as workers:
         for _, pid in workers.run(sleep, [100, 100]):
             print(pid, flush=True)
 """
 
 
-def test_a_long_tmpdir_is_no_hindrance(tmp_path: Path) -> None:
+def test_workers_start_with_a_long_tmpdir(tmp_path: Path) -> None:
     folder = tmp_path / ("long" * 25)
     folder.mkdir()
     (tmp_path / "program.py").write_text(PROGRAM.replace("[100, 100]", "[0, 0]"))
@@ -84,7 +84,7 @@ def test_a_long_tmpdir_is_no_hindrance(tmp_path: Path) -> None:
     assert list(folder.iterdir()) == []
 
 
-def test_a_long_tmpdir_where_no_short_folder_is_names_tmpdir(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_long_tmpdir_without_a_short_folder_is_an_error_that_names_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(workers, "SHORT_FOLDERS", ("/nowhere",))
     assert workers.socket_folder("/scratch/me") == "/scratch/me"
     with pytest.raises(UsageError, match="set TMPDIR to a path of at most 71 bytes"):

@@ -1,4 +1,8 @@
-"""A pool of worker processes that leaves no orphan, no hang and no zombie behind, whoever is killed."""
+"""A pool of worker processes: whichever process is killed, no worker is left behind and nothing waits forever.
+
+concurrent.futures.ProcessPoolExecutor has no results before the end of a task, waits for running tasks when it is
+closed, and its workers outlive a killed parent.
+"""
 
 import os
 import signal
@@ -6,10 +10,8 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from multiprocessing import connection, get_context, parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
-from types import TracebackType
 from typing import Any, Self
 
 from distgpt.errors import DistgptError, StorageError, UsageError
@@ -21,10 +23,7 @@ SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 class Workers:
-    """Up to `count` processes, started when there is work, ended at once with the `with` block or with their parent.
-
-    `preload` names a module that they all need.
-    """
+    """Up to `count` processes with the module `preload`; they end at once with the `with` block or their parent."""
 
     def __init__(self, count: int, *, preload: str) -> None:
         self.count = count
@@ -35,9 +34,7 @@ class Workers:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for process, pipe in self._workers:
             process.kill()
             pipe.close()
@@ -46,9 +43,9 @@ class Workers:
         self._workers.clear()
 
     def run(self, function: Callable[[Any], Iterator[Any]], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        """What the module-level generator function yields for each task, with the task's number, as it comes.
+        """Yield all that the module-level generator function yields for each task, with the task's number, as it comes.
 
-        A worker has one task at a time. Raises what the function raises, StorageError where a worker dies.
+        A worker has one task at a time. Raises the exceptions of the function, and StorageError if a worker dies.
         """
         self._start(min(self.count, len(tasks)))
         waiting = iter(enumerate(tasks))
@@ -61,44 +58,35 @@ class Workers:
                 pipe.send((function, following[1]))
             if not working:
                 return
-            for ready in connection.wait(list(working)):
-                done, value = _receive(ready)
-                if not done:
-                    yield working[ready], value
+            for pipe in connection.wait(list(working)):
+                kind, value = _receive(pipe)
+                if kind == "result":
+                    yield working[pipe], value
                 else:
-                    del working[ready]
-                    idle.append(ready)
+                    del working[pipe]
+                    idle.append(pipe)
 
     def _start(self, count: int) -> None:
-        # Ctrl-C and a batch system's SIGTERM reach the whole process group, but only the parent is to answer: it ends
-        # the others. What is blocked here stays blocked in the processes started. The resource tracker comes first,
+        # Ctrl-C and a batch system's SIGTERM reach the whole process group, but only the parent should react: it ends
+        # the others. Signals blocked here stay blocked in the processes started. The resource tracker comes first,
         # since its start unblocks both.
         resource_tracker.ensure_running()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        before, usual_folder = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS), tempfile.tempdir
         try:
+            tempfile.tempdir = socket_folder(tempfile.gettempdir())  # where multiprocessing puts its socket
             while len(self._workers) < count:
                 ours, theirs = self._context.Pipe()
                 process = self._context.Process(target=_work, args=(theirs,), daemon=True)
-                with _short_socket_names():
-                    process.start()
+                process.start()
                 theirs.close()
                 self._workers.append((process, ours))
         finally:
+            tempfile.tempdir = usual_folder
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-@contextmanager
-def _short_socket_names() -> Iterator[None]:
-    """Have multiprocessing put its socket where the name is not too long. Raises UsageError where no place is."""
-    before = tempfile.tempdir
-    tempfile.tempdir = socket_folder(tempfile.gettempdir())
-    try:
-        yield
-    finally:
-        tempfile.tempdir = before
-
-
 def socket_folder(usual: str) -> str:
+    """Return the usual folder for temporary files, or one with a shorter name for the socket. Raises UsageError."""
     if len(os.fsencode(usual)) <= LONGEST_SOCKET_FOLDER:
         return usual
     for folder in SHORT_FOLDERS:
@@ -110,19 +98,19 @@ def socket_folder(usual: str) -> str:
     )
 
 
-def _receive(pipe: Any) -> tuple[bool, Any]:
-    """(False, a result), or (True, None) at the end of a task. Raises what ended it early."""
+def _receive(pipe: Any) -> tuple[str, Any]:
+    """Return ("result", it) or ("done", None). Raises the exception that ended the task."""
     try:
         kind, value = pipe.recv()
     except (EOFError, ConnectionError):
-        raise StorageError("a worker process was killed, perhaps for want of memory: try fewer --workers") from None
+        raise StorageError("a worker process was killed, perhaps because memory ran out: try fewer --workers") from None
     if kind == "error":
         raise value
-    return kind == "done", value
+    return kind, value
 
 
 def _work(pipe: Any) -> None:
-    """A worker's life: tasks in, results out."""
+    """Receive tasks and send results, in a worker process."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     while True:
         function, task = pipe.recv()

@@ -1,6 +1,6 @@
-"""The directory beside an output in which it is prepared: locked, kept for going on, committed by one rename.
+"""The directory beside an output in which it is prepared: locked, kept after a kill, committed by one rename.
 
-<output>.partial/job.json      what is being prepared; parts of anything else are stale
+<output>.partial/job.json      the job, on which the parts depend; parts of another job are not used
 <output>.partial/parts/        finished parts
 <output>.partial/dataset/      the dataset, until it gets the output's name
 """
@@ -21,30 +21,31 @@ from distgpt.files import sync, write_file
 STDIN_NAME = "stdin"
 LOCK_NAME = "lock"
 JOB_NAME = "job.json"
+PARTS, DATASET = "parts", "dataset"
 
 
 class CommittedError(DirectoryError):
-    """The output was not there before; by now it is."""
+    """Another process has committed the output meanwhile."""
 
 
 def directory_of(output: Path) -> Path:
-    """Where `output` is prepared."""
+    """Return the staging directory of `output`."""
     return output.with_name(f"{output.name}.partial")
 
 
 @contextmanager
-def staging(output: Path) -> Iterator[Path]:
-    """The staging directory of `output`, held by this process alone.
+def exclusive(output: Path) -> Iterator[Path]:
+    """Hold the staging directory of `output` alone.
 
-    Removed at the end unless it holds what another start can go on from, which nothing is once the data proved bad.
-    Raises DirectoryError where another process has it or it cannot be made.
+    It is removed at the end unless another start can go on with its content. Bad data leave nothing to go on with.
+    Raises DirectoryError if another process holds it or it cannot be made.
     """
     directory = directory_of(output)
     lock = _lock(directory, output)
     try:
         yield directory
     except DataError:
-        clear(directory)
+        _clear(directory)
         raise
     finally:
         (directory / STDIN_NAME).unlink(missing_ok=True)
@@ -57,18 +58,18 @@ def staging(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def shared(
-    output: Path, job: Mapping[str, Any], set_up: Callable[[Path], None], is_set_up: Callable[[Path], bool]
+    output: Path, job: Mapping[str, Any], set_up: Callable[[Path], None], is_set_up: Callable[[Path], object]
 ) -> Iterator[Path]:
-    """The staging directory of `output`, held together with other processes that do a part of the same job each.
+    """Hold the staging directory of `output` together with other processes that do a part of the same job each.
 
-    Whoever has it alone sets it up, which does no harm a second time; if that is interrupted, another one does. Then
-    all may write parts, and none commit. Raises CommittedError where another process has committed, DirectoryError
-    where something else is prepared in it or it cannot be made.
+    A process that holds it alone sets it up, which does no harm a second time; if that is interrupted, another one does
+    it. Then all may write parts, and none commits. Raises CommittedError if another process has committed,
+    DirectoryError if the directory is for another job or cannot be made.
     """
     directory = directory_of(output)
     while True:
-        with suppress(DirectoryError), staging(output):
-            # The parts of another job may be those of tasks that are to come.
+        with suppress(DirectoryError), exclusive(output):
+            # The parts of another job may belong to tasks that are still to come.
             if not os.path.lexists(output) and _job_of(directory) in (None, job):
                 begin(directory, job)
                 set_up(directory)
@@ -87,59 +88,61 @@ def shared(
 
 
 def begin(directory: Path, job: Mapping[str, Any]) -> None:
-    """Make the staging directory that of this job; what an interrupted run of the same job left stays.
-
-    Raises OSError.
-    """
+    """Make the staging directory one of this job; parts of an interrupted run of the same job stay. Raises OSError."""
     same = _job_of(directory) == job
     (directory / JOB_NAME).unlink(missing_ok=True)
     for entry in directory.iterdir():
-        if entry.is_dir() and not (same and entry.name == "parts"):
+        if entry.is_dir() and not (same and entry.name == PARTS):
             shutil.rmtree(entry)
         elif not entry.is_dir() and not same and entry.name not in (STDIN_NAME, LOCK_NAME):
             entry.unlink()
-    for name in ("parts", "dataset"):
+    for name in (PARTS, DATASET):
         (directory / name).mkdir(exist_ok=True)
     write_file(directory / JOB_NAME, json.dumps(job).encode())
 
 
 def commit(directory: Path, output: Path) -> None:
-    """Give the dataset its name, in place of an older one where there is one, and clean up. Raises OSError."""
-    staged = directory / "dataset"
+    """Give the dataset its name, in place of an older one if there is one, and clean up. Raises OSError."""
+    staged = directory / DATASET
     if not output.exists():
         os.rename(staged, output)
-    elif not exchanged(staged, output):
-        # Where two names cannot be exchanged, a kill between these two lines leaves the old one to `recover`.
+    elif not exchange(staged, output):
+        # Where two names cannot be exchanged, a kill between these two lines leaves the old dataset to `recover`.
         os.rename(output, directory / "replaced")
         os.rename(staged, output)
     sync(output.parent)
-    clear(directory)
+    _clear(directory)
 
 
-def clear(directory: Path) -> None:
+def clear_leftovers(output: Path, job: Mapping[str, Any]) -> None:
+    """Remove the staging directory of a committed job, unless another process holds it and will. Raises OSError."""
+    if _job_of(directory_of(output)) == job:
+        with suppress(DirectoryError), exclusive(output) as directory:
+            _clear(directory)
+
+
+def recover(output: Path) -> None:
+    """Undo a replacement that was killed between its two renames. Raises OSError."""
+    replaced = directory_of(output) / "replaced"
+    if replaced.exists() and not output.exists():
+        os.rename(replaced, output)
+
+
+def exchange(first: Path, second: Path) -> bool:
+    """Swap two names in one step (Linux). Return False if the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
+    at_cwd, exchange_flag = -100, 2
+    names = at_cwd, os.fsencode(first), at_cwd, os.fsencode(second)
+    return renameat2 is not None and renameat2(*names, exchange_flag) == 0
+
+
+def _clear(directory: Path) -> None:
     """Remove everything but the lock from a staging directory. Raises OSError."""
     for entry in directory.iterdir():
         if entry.is_dir():
             shutil.rmtree(entry)
         elif entry.name != LOCK_NAME:
             entry.unlink()
-
-
-def clear_leftovers(output: Path, job: Mapping[str, Any]) -> None:
-    """Remove the staging directory of a job whose dataset is committed; another process that has it does too.
-
-    Raises OSError.
-    """
-    if _job_of(directory_of(output)) == job:
-        with suppress(DirectoryError), staging(output) as directory:
-            clear(directory)
-
-
-def recover(output: Path) -> None:
-    """Undo a replacement that a kill cut in two. Raises OSError."""
-    replaced = directory_of(output) / "replaced"
-    if replaced.exists() and not output.exists():
-        os.rename(replaced, output)
 
 
 def _job_of(directory: Path) -> object:
@@ -150,7 +153,7 @@ def _job_of(directory: Path) -> object:
 
 
 def _lock(directory: Path, output: Path, kind: int = fcntl.LOCK_EX | fcntl.LOCK_NB) -> int:
-    """The descriptor that holds the lock, until it is closed."""
+    """Return a descriptor that holds the lock until it is closed."""
     path = directory / LOCK_NAME
     while True:
         try:
@@ -160,7 +163,7 @@ def _lock(directory: Path, output: Path, kind: int = fcntl.LOCK_EX | fcntl.LOCK_
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
-            continue  # its last owner just removed the directory
+            continue  # its last owner has just removed the directory
         except OSError as error:
             raise _cannot_write(output, error) from None
         try:
@@ -175,10 +178,3 @@ def _lock(directory: Path, output: Path, kind: int = fcntl.LOCK_EX | fcntl.LOCK_
 
 def _cannot_write(output: Path, error: OSError) -> DirectoryError:
     return DirectoryError(f"cannot write {output}: {error.strerror}: {error.filename}")
-
-
-def exchanged(first: Path, second: Path) -> bool:
-    """Swap two names in one step (Linux); False where the system or the file system cannot."""
-    renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
-    at_cwd, exchange = -100, 2
-    return renameat2 is not None and renameat2(at_cwd, os.fsencode(first), at_cwd, os.fsencode(second), exchange) == 0

@@ -1,0 +1,210 @@
+"""Prepare a dataset: the order of events from the input to a directory with its final name."""
+
+import os
+import sys
+import time
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from distgpt.corpus import shard_writer, shards
+from distgpt.corpus.preparing import encode, merge, parts, report, scan, staging, vocabulary
+from distgpt.corpus.preparing.encode import Unit
+from distgpt.corpus.preparing.scan import Scan
+from distgpt.corpus.preparing.workers import Workers
+from distgpt.corpus.reading import formats, sizes
+from distgpt.corpus.reading.source import Source
+from distgpt.corpus.tokenizer import Tokenizer
+from distgpt.corpus.tokenizer.bpe import BpeTokenizer
+from distgpt.corpus.tokenizer.loading import gpt2
+from distgpt.corpus.tokenizer.simple import CharTokenizer
+from distgpt.errors import DataError, DirectoryError
+
+ANOTHER_OUTPUT = "use another --output, or --overwrite"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A dataset to prepare. `tokenizer` is the one in a file that was given; None: `settings` name it.
+
+    `settings` are the options that decide the content of the output, and meta.json keeps them. `output` is a real path,
+    `shown_output` the same as the user wrote it. `task`: this process does share I of N. `ignored` counts, by suffix,
+    the files of folders that are not text.
+    """
+
+    inputs: Sequence[Source]
+    settings: dict[str, Any]
+    tokenizer: Tokenizer | None
+    output: Path
+    shown_output: Path
+    overwrite: bool
+    task: tuple[int, int] | None
+    ignored: Counter[str]
+
+
+def prepare(job: Job, workers: Workers) -> str:
+    """Prepare the output, or find it prepared; return the text to print."""
+    staging.recover(job.output)
+    spool = str(staging.directory_of(job.output) / staging.STDIN_NAME)
+    if _may_be_prepared(job) and all(source.path != spool for source in job.inputs):
+        return _already_prepared(job, _scan(job, workers), clean=True)
+    if job.settings["tokenizer"] == "gpt2":  # only now, as it may be a download
+        job = replace(job, tokenizer=gpt2())
+    if job.task is not None:
+        return _prepare_share(job, *job.task, workers)
+    with staging.exclusive(job.output) as directory:
+        # Only now no other process can make it.
+        may_be_prepared = _may_be_prepared(job)
+        job = replace(job, inputs=[_keep_stdin(source) if source.path == spool else source for source in job.inputs])
+        found = _scan(job, workers)
+        if may_be_prepared:
+            return _already_prepared(job, found, clean=False)
+        return _build(job, found, encode.units_of(found), directory, workers)
+
+
+def _prepare_share(job: Job, index: int, count: int, workers: Workers) -> str:
+    """Encode this task's share beside the others, which may run on other hosts; build if no part is missing then."""
+    found = _scan(job, workers)
+    units = encode.units_of(found)
+    share = units[len(units) * index // count : len(units) * (index + 1) // count]
+
+    def set_up(directory: Path) -> None:
+        vocabulary.make_tokenizer(found, directory, job.settings, job.tokenizer, workers)
+
+    try:
+        with staging.shared(job.output, _identity(job, found), set_up, vocabulary.saved_tokenizer) as directory:
+            tokenizer = vocabulary.saved_tokenizer(directory)
+            assert tokenizer is not None, "it is set up"
+            _encode(share, found, tokenizer, directory, workers)
+    except staging.CommittedError:  # a restart of this task that was not needed, or the same task started twice
+        _may_be_prepared(job)
+        return _already_prepared(job, found, clean=True)
+    # Of the tasks that let go of the directory, the last gets it for itself and finds every part there.
+    with suppress(DirectoryError), staging.exclusive(job.output) as directory:
+        if all(parts.is_whole(directory / staging.PARTS, unit.index) for unit in units):
+            return _build(job, found, units, directory, workers, is_encoded=True)
+    return f"task {index} of {count} is done; the last of the others writes {job.shown_output}"
+
+
+def _may_be_prepared(job: Job) -> bool:
+    """Return True if the output exists and was prepared with these options, so that it may be this very dataset.
+
+    Raises DirectoryError for another output, and DataError for a dataset that cannot be read, which is kept as well.
+    """
+    output = job.output
+    if not os.path.lexists(output):
+        return False
+    if job.overwrite:
+        if not output.is_dir() or not all(map(shards.is_dataset_file, os.listdir(output))):
+            raise DirectoryError(f"{output} holds more than a dataset: --overwrite would destroy that, remove it first")
+        return False
+    try:
+        settings = shards.read_meta(output).get("options")
+    except shards.IncompleteError:
+        raise DirectoryError(f"{output} exists and is not a whole dataset: {ANOTHER_OUTPUT}") from None
+    if settings != job.settings:
+        raise DirectoryError(f"{output} was prepared with other options: {ANOTHER_OUTPUT}")
+    return True
+
+
+def _already_prepared(job: Job, found: Scan, *, clean: bool) -> str:
+    """Verify that the output is this dataset; return the text to print. `clean`: remove leftovers of its preparation.
+
+    Raises DirectoryError if it was prepared from another input, DataError if it is damaged.
+    """
+    dataset = shards.open_dataset(job.output)
+    if dataset.meta["input"]["fingerprint"] != found.fingerprint:
+        raise DirectoryError(f"{job.output} was prepared from another input: {ANOTHER_OUTPUT}")
+    shards.verify_dataset(dataset)
+    if clean:
+        staging.clear_leftovers(job.output, _identity(job, found))
+    size = f"{dataset.train.tokens + dataset.val.tokens:,} tokens, vocabulary {dataset.vocab_size:,}"
+    return f"{job.shown_output} is already prepared from this input: {size}"
+
+
+def _keep_stdin(source: Source) -> Source:
+    """Copy standard input to where every worker can read it. Return it with the format that it turns out to have."""
+    with open(source.path, "wb") as file, report.progress("keeping standard input", None) as advance:
+        while chunk := sys.stdin.buffer.read(2**20):
+            file.write(chunk)
+            advance(len(chunk))
+    return formats.as_json(source) if source.format == "jsonl" else formats.as_text_or_json(source)
+
+
+def _scan(job: Job, workers: Workers) -> Scan:
+    """Read the input. Raises DataError for text that does not fit the options."""
+    characters = job.settings["tokenizer"] == "char" or isinstance(job.tokenizer, CharTokenizer)
+    with report.progress("reading", sum(os.path.getsize(source.path) for source in job.inputs)) as advance:
+        found = scan.scan_input(job.inputs, characters=characters, workers=workers, advance=advance)
+    if job.tokenizer is not None:
+        vocabulary.check_characters(found, job.tokenizer)
+    separator = job.settings.get("document_separator", "")
+    if separator and not found.separators:
+        hint = r": a shell writes a line end as $'\n'" if "\\" in separator else ""
+        raise DataError(f"--document-separator {separator!r} does not occur in the input{hint}")
+    if found.separators and not separator:
+        report.say(
+            f"{found.separators:,} lines of the text look like separators of documents, such as <|endoftext|>: "
+            "--document-separator '<|endoftext|>' makes a document of each part between them"
+        )
+    return found
+
+
+def _identity(job: Job, found: Scan) -> dict[str, Any]:
+    """Return all that the content of a part depends on: parts of another job are not used."""
+    return {"input": found.fingerprint, "options": job.settings, "unit_bytes": sizes.UNIT_BYTES}
+
+
+def _build(
+    job: Job, found: Scan, units: Sequence[Unit], directory: Path, workers: Workers, *, is_encoded: bool = False
+) -> str:
+    """Make the dataset in the staging directory and give it its name; return the summary."""
+    started = time.monotonic()
+    staging.begin(directory, _identity(job, found))
+    tokenizer = vocabulary.make_tokenizer(found, directory, job.settings, job.tokenizer, workers)
+    if not is_encoded:
+        _encode(units, found, tokenizer, directory, workers)
+    part_files, val_fraction = directory / staging.PARTS, job.settings["val_fraction"]
+    about = {"fingerprint": found.fingerprint, "documents": found.documents, "bytes": found.text_bytes}
+    if found.bad.places:
+        about["bad_documents"] = found.bad._asdict()
+    with report.progress("writing", sum(path.stat().st_size for path in part_files.iterdir())) as advance:
+        meta = shard_writer.write_dataset(
+            directory / staging.DATASET,
+            merge.merged(part_files, units, documents=found.documents, val_fraction=val_fraction),
+            tokenizer=tokenizer,
+            eot_id=_eot_id(found, tokenizer),
+            shard_tokens=job.settings["shard_tokens"],
+            about={"options": job.settings, "input": about},
+            advance=advance,
+        )
+    staging.commit(directory, job.output)
+    report.warn_of_split(meta)
+    seconds = time.monotonic() - started
+    return report.summary(job.shown_output, meta, bad=found.bad, ignored=job.ignored, seconds=seconds)
+
+
+def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory: Path, workers: Workers) -> None:
+    """Write the parts of these units that are not there yet."""
+    todo = [unit for unit in units if not parts.is_whole(directory / staging.PARTS, unit.index)]
+    if len(todo) < len(units):
+        report.say(f"going on: {len(units) - len(todo)} of {len(units)} parts are done")
+    if not todo:
+        return
+    if isinstance(tokenizer, BpeTokenizer) and tokenizer.is_slow:
+        report.say("the fast encoder might give other ids than Hugging Face's for this vocabulary: using the slow one")
+    encoder = encode.Encoder(
+        tokenizer=directory / vocabulary.FILE_NAME,
+        eot_id=_eot_id(found, tokenizer),
+        hashes=encode.hash_long_documents(found, workers) if found.documents > 1 else {},
+    )
+    with report.progress("encoding", sum(unit.text_bytes for unit in todo)) as advance:
+        encode.encode(todo, directory / staging.PARTS, encoder=encoder, workers=workers, advance=advance)
+
+
+def _eot_id(found: Scan, tokenizer: Tokenizer) -> int | None:
+    """Return the id that ends each document; a single document needs none."""
+    return tokenizer.eot_id if found.documents > 1 else None

@@ -1,0 +1,139 @@
+"""Encode the input in units: each becomes one part file."""
+
+import hashlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from pathlib import Path
+
+import numpy as np
+
+from distgpt.corpus.preparing import parts, split
+from distgpt.corpus.preparing.scan import Advance, Scan, ScannedPiece, read_again
+from distgpt.corpus.preparing.workers import Workers
+from distgpt.corpus.reading import sizes
+from distgpt.corpus.reading.reader import open_source
+from distgpt.corpus.reading.source import Piece, Source
+from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
+from distgpt.corpus.tokenizer.base import Tokens
+from distgpt.errors import DataError
+
+CHECKED_CHARACTERS = 2**15  # of each part: about 3% of the time that its encoding takes
+
+_load_once = lru_cache(maxsize=1)(load_tokenizer)
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Consecutive pieces, together about UNIT_BYTES, either all of validation text that was named or none."""
+
+    index: int
+    pieces: list[ScannedPiece]
+
+    @property
+    def text_bytes(self) -> int:
+        return sum(scanned.text_bytes for scanned in self.pieces)
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """The parameters of encoding. `hashes`: the text hash of documents that are longer than a piece, by path."""
+
+    tokenizer: Path
+    eot_id: int | None
+    hashes: Mapping[str, int]
+
+
+def units_of(found: Scan) -> list[Unit]:
+    """Group the pieces of the input into units."""
+    groups: list[list[ScannedPiece]] = []
+    for _, pieces in groupby(found.pieces, key=lambda scanned: scanned.piece.source.validates):
+        size = sizes.UNIT_BYTES
+        for scanned in pieces:
+            if size >= sizes.UNIT_BYTES:
+                groups.append([])
+                size = 0
+            groups[-1].append(scanned)
+            size += scanned.text_bytes
+    return [Unit(index, pieces) for index, pieces in enumerate(groups)]
+
+
+def hash_long_documents(found: Scan, workers: Workers) -> dict[str, int]:
+    """Return the text hashes of the documents that are longer than a piece, by path. Raises DataError and OSError."""
+    firsts = [scanned.piece for scanned in found.pieces if scanned.piece.start == 0]
+    long = [piece.source for piece in firsts if piece.source.format == "text" and not piece.last]
+    return {long[index].path: value for index, value in workers.run(_hash_document, long)}
+
+
+def encode(units: Sequence[Unit], directory: Path, *, encoder: Encoder, workers: Workers, advance: Advance) -> None:
+    """Write the parts of these units; `advance` gets the bytes encoded. Raises DataError, OSError."""
+    runs = [list(group) for _, group in groupby(units, key=_read_together)]
+    # A worker that starts inside a compressed file reads it from its beginning: divide one only if workers are idle.
+    share = max(workers.count // len(runs), 1) if runs else 1
+    tasks = [(part, directory, encoder) for run in runs for part in _split(run, share)]
+    for _, size in workers.run(encode_units, tasks):
+        advance(size)
+
+
+def encode_units(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
+    """Write the part of each unit, and yield its bytes of text."""
+    units, directory, encoder = task
+    tokenizer = _load_once(encoder.tokenizer)
+    contents = read_again([scanned for unit in units for scanned in unit.pieces])
+    for unit in units:
+        encoded: list[tuple[parts.Row, Tokens]] = []
+        unchecked = CHECKED_CHARACTERS
+        for _ in unit.pieces:
+            scanned, content = next(contents)
+            unchecked = _check(tokenizer, scanned.piece, content.texts, unchecked)
+            encoded += _encode_piece(scanned.piece, content.texts, tokenizer, encoder)
+        parts.write_part(directory, unit.index, encoded)
+        yield unit.text_bytes
+
+
+def _hash_document(source: Source) -> Iterator[int]:
+    """Yield `split.text_hash` of a text file that is too long for one piece."""
+    digest = hashlib.blake2b(digest_size=split.HASH_BYTES)
+    with open_source(source) as reader:
+        for piece in reader.pieces():
+            digest.update(reader.content(piece).texts[0].encode())
+    yield int.from_bytes(digest.digest(), "big")
+
+
+def _read_together(unit: Unit) -> tuple[str, int]:
+    """Return a key that is equal for units of one compressed file."""
+    source = unit.pieces[0].piece.source
+    return ("", unit.index) if source.is_seekable else (source.path, 0)
+
+
+def _split(run: Sequence[Unit], count: int) -> list[Sequence[Unit]]:
+    size = -(-len(run) // count)
+    return [run[start : start + size] for start in range(0, len(run), size)]
+
+
+def _check(tokenizer: Tokenizer, piece: Piece, texts: Sequence[str], characters: int) -> int:
+    """Check the ids of up to so many characters; return the number still to check. Raises DataError."""
+    for text in texts:
+        if not characters:
+            break
+        try:
+            tokenizer.check(text[:characters])
+        except DataError as error:
+            raise DataError(f"the tokenizer is wrong for {piece.source.name}: {error}") from None
+        characters -= len(text[:characters])
+    return characters
+
+
+def _encode_piece(
+    piece: Piece, texts: Sequence[str], tokenizer: Tokenizer, encoder: Encoder
+) -> Iterator[tuple[parts.Row, Tokens]]:
+    """Yield the row and the tokens of each document in a piece."""
+    is_text = piece.source.format == "text"
+    ends = not is_text or piece.last
+    known = encoder.hashes.get(piece.source.path) if is_text else None
+    end_of_text = np.array([encoder.eot_id] if ends and encoder.eot_id is not None else [], dtype=np.uint16)
+    for text in filter(None, texts):
+        ids = tokenizer.encode(text)
+        ids = np.concatenate((ids, end_of_text)) if end_of_text.size else ids
+        yield (ids.size, ends, split.text_hash(text.encode()) if known is None else known), ids

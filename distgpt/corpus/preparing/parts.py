@@ -1,0 +1,84 @@
+"""Part files: the tokens of one unit of the input, behind a table of its documents.
+
+What a part holds depends on the input and the options alone, never on the number of workers. A part is whole and on
+disk before it has its name: a run that was killed goes on with the parts it left. The table has a checksum of its own,
+so that merging can read the sizes and hashes of all documents first, and each part's tokens only once.
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import BinaryIO, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from distgpt.corpus.tokenizer.base import Tokens
+from distgpt.errors import StorageError
+from distgpt.files import write_file
+
+DIGEST_BYTES = hashlib.sha256().digest_size
+
+# A document, or a piece of one: its number of tokens, whether it ends there, its text hash.
+Row = tuple[int, bool, int]
+
+
+class Table(NamedTuple):
+    """The columns of the rows of a part."""
+
+    sizes: npt.NDArray[np.int64]
+    ends: npt.NDArray[np.bool_]
+    hashes: npt.NDArray[np.uint64]
+
+
+def write_part(directory: Path, index: int, documents: Sequence[tuple[Row, Tokens]]) -> None:
+    """Write the number of rows, their columns as uint64, a SHA-256; then the tokens, a SHA-256. Raises OSError."""
+    rows = np.array([row for row, _ in documents], dtype="<u8").reshape(len(documents), 3)
+    table = len(rows).to_bytes(8, "little") + rows.T.tobytes()
+    ids = b"".join(tokens.astype("<u2", copy=False).data for _, tokens in documents)
+    content = b"".join((table, hashlib.sha256(table).digest(), ids, hashlib.sha256(ids).digest()))
+    write_file(_path(directory, index), content)
+
+
+def read_table(directory: Path, index: int) -> Table:
+    """Read the table of a part without its tokens. Raises StorageError if it is damaged, OSError."""
+    with open(_path(directory, index), "rb") as file:
+        return _read_table(file)
+
+
+def read_part(directory: Path, index: int) -> tuple[Table, Tokens]:
+    """Read the table and the tokens of a part. Raises StorageError if it is damaged, OSError."""
+    with open(_path(directory, index), "rb") as file:
+        return _read_table(file), np.frombuffer(_verified(file, file.read()), dtype="<u2")
+
+
+def is_whole(directory: Path, index: int) -> bool:
+    """Return True if the part is there and undamaged."""
+    try:
+        read_part(directory, index)
+    except (OSError, StorageError):
+        return False
+    return True
+
+
+def _path(directory: Path, index: int) -> Path:
+    return directory / f"{index:06d}.part"
+
+
+def _read_table(file: BinaryIO) -> Table:
+    count = file.read(8)
+    rows = int.from_bytes(count, "little")
+    # A damaged number of rows may be huge.
+    rest = file.read(min(24 * rows + DIGEST_BYTES, os.fstat(file.fileno()).st_size))
+    sizes, ends, hashes = np.frombuffer(_verified(file, count + rest), dtype="<u8", offset=8).reshape(3, rows)
+    return Table(sizes.astype(np.int64), ends.astype(np.bool_), hashes)
+
+
+def _verified(file: BinaryIO, content: bytes) -> memoryview:
+    """Return the content without the SHA-256 at its end. Raises StorageError if that is another one."""
+    view = memoryview(content)
+    body, digest = view[:-DIGEST_BYTES], view[-DIGEST_BYTES:]
+    if hashlib.sha256(body).digest() != digest:
+        raise StorageError(f"{file.name} is damaged: run the same command again, which makes this part anew")
+    return body

@@ -1,0 +1,232 @@
+"""Read the whole input once: check it, cut it into pieces, count and hash it."""
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from itertools import groupby
+from typing import NamedTuple
+
+import numpy as np
+
+from distgpt.corpus.preparing.workers import Workers
+from distgpt.corpus.reading import sizes
+from distgpt.corpus.reading.reader import Reader, open_source
+from distgpt.corpus.reading.source import BadDocument, Content, Piece, Source, utf8_size
+from distgpt.errors import DataError
+
+MAX_PLACES = 10
+ON_BAD_HINT = "--on-bad-document=skip leaves such documents out"
+
+Advance = Callable[[int], None]
+
+
+class ScannedPiece(NamedTuple):
+    """A piece and facts about its content. `characters`: those of its text, sorted, if the scan asked for them.
+
+    `rows` counts lines, rows or documents, empty ones too. `bad` holds the first bad ones.
+    """
+
+    piece: Piece
+    documents: int
+    text_bytes: int
+    digest: bytes
+    characters: str
+    rows: int
+    bad: list[BadDocument]
+    skipped: int
+    replaced: int
+    separators: int
+
+
+class BadDocuments(NamedTuple):
+    """The number of documents that were left out, of those that have U+FFFD, and the places of the first of both."""
+
+    skipped: int
+    replaced: int
+    places: list[str]
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The whole input. `documents` counts those that are not empty, `fingerprint` is a SHA-256 of all content.
+
+    `separators` counts the separators of documents, or lines that look like one if no separator was given.
+    """
+
+    pieces: list[ScannedPiece]
+    documents: int
+    text_bytes: int
+    characters: str
+    fingerprint: str
+    bad: BadDocuments
+    separators: int
+
+
+@dataclass(frozen=True)
+class ScanTask:
+    """Pieces of sources that are seekable, or one source that has to be read through."""
+
+    pieces: list[Piece]
+    source: Source | None
+    characters: bool
+
+
+def scan_input(inputs: Sequence[Source], *, characters: bool, workers: Workers, advance: Advance) -> Scan:
+    """Read the whole input; `advance` gets the number of bytes read. Raises DataError for bad or no text, OSError."""
+    stops = any(source.options.on_bad == "stop" for source in inputs)
+    tasks = list(_scan_tasks(inputs, characters))
+    results: list[list[ScannedPiece]] = [[] for _ in tasks]
+    for index, (scanned, consumed) in workers.run(scan_task, tasks):
+        results[index].append(scanned)
+        advance(consumed)
+        if stops and scanned.skipped:
+            _stop_at_bad(_scanned_so_far(tasks, results), is_all=False)
+    pieces = [scanned for result in results for scanned in result]
+    if stops:
+        _stop_at_bad(pieces, is_all=True)
+    bad = bad_documents(pieces)
+    # A text file with a bad piece is left out as a whole.
+    left_out = {scanned.piece.source for scanned in pieces if scanned.skipped and scanned.piece.source.format == "text"}
+    pieces = [scanned for scanned in pieces if scanned.piece.source not in left_out]
+    documents = sum(scanned.documents for scanned in pieces)
+    _check_text(inputs, pieces, documents, bad)
+    digest = hashlib.sha256()
+    for scanned in pieces:
+        digest.update(scanned.digest + bytes([scanned.piece.last + 2 * scanned.piece.source.validates]))
+    return Scan(
+        pieces=pieces,
+        documents=documents,
+        text_bytes=sum(scanned.text_bytes for scanned in pieces),
+        characters="".join(sorted(set().union(*{scanned.characters for scanned in pieces}))),
+        fingerprint=digest.hexdigest(),
+        bad=bad,
+        separators=sum(scanned.separators for scanned in pieces),
+    )
+
+
+def scan_task(task: ScanTask) -> Iterator[tuple[ScannedPiece, int]]:
+    """Yield each piece of a task, scanned, with the number of bytes read for it."""
+    for piece in task.pieces:
+        with open_source(piece.source) as reader:
+            yield scan_piece(reader.content(piece), piece, task.characters), piece.stop - piece.start
+    if task.source is not None:
+        with open_source(task.source) as reader:
+            before = 0
+            for piece in reader.pieces():
+                yield scan_piece(reader.content(piece), piece, task.characters), reader.consumed - before
+                before = reader.consumed
+
+
+def scan_piece(content: Content, piece: Piece, characters: bool) -> ScannedPiece:
+    """Return a piece with the facts about its content."""
+    is_text = piece.source.format == "text"
+    return ScannedPiece(
+        piece=piece,
+        documents=int(piece.start == 0) if is_text else sum(text != "" for text in content.texts),
+        text_bytes=sum(map(utf8_size, content.texts)),
+        digest=content.digest,
+        characters=_characters_of("".join(content.texts)) if characters else "",
+        rows=len(content.texts),
+        bad=content.bad[:MAX_PLACES],
+        skipped=sum(not bad.replaced for bad in content.bad),
+        replaced=sum(bad.replaced for bad in content.bad),
+        separators=content.separators,
+    )
+
+
+def bad_documents(pieces: Sequence[ScannedPiece]) -> BadDocuments:
+    """Return the bad documents of these pieces, which begin with the first of the input."""
+    places: list[str] = []
+    skipped = replaced = 0
+    for source, group in groupby(pieces, key=lambda scanned: scanned.piece.source):
+        of_source, here, before = list(group), list[str](), 0
+        for scanned in of_source:
+            here += [bad.place(source, before) for bad in scanned.bad]
+            before += scanned.rows
+        # A text file is one document, however many of its pieces are bad.
+        most = 1 if source.format == "text" else before
+        places += here[:most]
+        del places[MAX_PLACES:]
+        skipped += min(sum(scanned.skipped for scanned in of_source), most)
+        replaced += min(sum(scanned.replaced for scanned in of_source), most)
+    return BadDocuments(skipped, replaced, places)
+
+
+def read_again(pieces: Sequence[ScannedPiece]) -> Iterator[tuple[ScannedPiece, Content]]:
+    """Yield the pieces with their content; each file is opened once. Raises DataError if it changed since the scan."""
+    for source, group in groupby(pieces, key=lambda scanned: scanned.piece.source):
+        with ExitStack() as stack:
+            reader: Reader | None = None
+            for scanned in group:
+                reader = reader or stack.enter_context(open_source(source))
+                content = reader.content(scanned.piece)
+                if content.digest != scanned.digest:
+                    raise DataError(f"{source.name} changed while it was prepared: start again")
+                yield scanned, content
+
+
+def _scan_tasks(inputs: Sequence[Source], characters: bool) -> Iterator[ScanTask]:
+    """Yield a task for each source that is not seekable, and for about UNIT_BYTES of pieces of the others."""
+    batch: list[Piece] = []
+    size = 0
+    for source in inputs:
+        if not source.is_seekable:
+            if batch:
+                yield ScanTask(batch, None, characters)
+                batch, size = [], 0
+            yield ScanTask([], source, characters)
+            continue
+        with open_source(source) as reader:
+            for piece in reader.pieces():
+                batch.append(piece)
+                size += piece.stop - piece.start
+                if size >= sizes.UNIT_BYTES:
+                    yield ScanTask(batch, None, characters)
+                    batch, size = [], 0
+    if batch:
+        yield ScanTask(batch, None, characters)
+
+
+def _scanned_so_far(tasks: Sequence[ScanTask], results: Sequence[list[ScannedPiece]]) -> list[ScannedPiece]:
+    """Return the pieces before the first that is not yet scanned: only for these the line numbers are known."""
+    known: list[ScannedPiece] = []
+    for task, scanned in zip(tasks, results, strict=True):
+        known += scanned
+        if len(scanned) < len(task.pieces):
+            break
+    return known
+
+
+def _stop_at_bad(pieces: Sequence[ScannedPiece], *, is_all: bool) -> None:
+    """Raise DataError if there are bad documents; before all is read, only if there are enough to list."""
+    bad = bad_documents(pieces)
+    if not bad.places or (len(bad.places) < MAX_PLACES and not is_all):
+        return
+    if len(bad.places) == 1:
+        raise DataError(f"{bad.places[0]} ({ON_BAD_HINT})")
+    count = f"{bad.skipped:,}" if is_all else f"{bad.skipped:,} or more"
+    raise DataError("\n  ".join((f"{count} documents are bad ({ON_BAD_HINT}):", *bad.places)))
+
+
+def _check_text(inputs: Sequence[Source], pieces: Sequence[ScannedPiece], documents: int, bad: BadDocuments) -> None:
+    """Raise DataError if the input, or one of its two parts if validation text is named, holds no text."""
+    if documents == 0 and bad.skipped:
+        raise DataError(f"the input holds no text but bad documents, {bad.skipped:,}, the first: {bad.places[0]}")
+    if documents == 0:
+        names = ", ".join(source.name for source in inputs[:3]) + (", ..." if len(inputs) > 3 else "")
+        raise DataError(f"the input holds no text: {names} {'is' if len(inputs) == 1 else 'are'} empty")
+    with_text = {scanned.piece.source.validates for scanned in pieces if scanned.documents}
+    if any(source.validates for source in inputs) and len(with_text) == 1:
+        raise DataError(f"{'--input' if True in with_text else '--val-input'} names no text: all of it is empty")
+
+
+def _characters_of(text: str) -> str:
+    """Return `"".join(sorted(set(text)))` at memory speed."""
+    if text.isascii():
+        raw = text.encode()
+        common = bytes(set(raw[:4096]))
+        return "".join(map(chr, sorted({*common, *raw.translate(None, common)})))
+    present = np.zeros(0x110000, dtype=np.bool_)
+    present[np.frombuffer(text.encode("utf-32-le"), dtype="<u4")] = True
+    return "".join(map(chr, np.flatnonzero(present).tolist()))

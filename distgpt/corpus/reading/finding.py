@@ -1,0 +1,120 @@
+"""The files that --input names, directly, by a pattern or by a folder."""
+
+import glob
+import os
+import sysconfig
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from distgpt.corpus.reading import formats
+from distgpt.corpus.reading.source import ReadOptions, Source
+from distgpt.errors import DataError, UsageError
+
+STDIN = "-"
+DANGLING = "link to nothing"
+NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"})
+
+
+class Finder:
+    """Finds sources. `stdin` is the source that STDIN stands for; nothing in `excluded`, real paths, is input.
+
+    `ignored` has the suffix, by real path, of each file found in a folder that is not text.
+    """
+
+    def __init__(self, options: ReadOptions, *, stdin: Source, excluded: Sequence[Path] = ()) -> None:
+        self.ignored: dict[str, str] = {}
+        self._options, self._stdin, self._excluded = options, stdin, excluded
+
+    def find(self, inputs: Sequence[str]) -> list[Source]:
+        """Return the sources that these values of --input name, in order, each file once.
+
+        Raises DataError for a file that is missing or a folder without text, UsageError for a file that cannot be
+        input, OSError for a folder that cannot be read.
+        """
+        sources: dict[str, Source] = {}
+        for value in inputs:
+            if value == STDIN:
+                sources[STDIN] = self._stdin
+                continue
+            for file in self._files_of(value):
+                real = os.path.realpath(file)
+                if real not in sources:
+                    sources[real] = formats.source_of(file, self._options)
+        if not sources:
+            raise DataError(f"--input names nothing but the output: {', '.join(inputs)}")
+        return list(sources.values())
+
+    def _files_of(self, value: str) -> list[Path]:
+        """Return the files that a value of --input names."""
+        if not value:
+            raise UsageError("an --input is empty: name a file, a folder or a pattern")
+        named = Path(value)
+        if named.is_symlink() and not named.exists():
+            raise DataError(f"no such input: {value} is a link to {os.readlink(named)}, which is not there")
+        matches = [named] if named.exists() else [Path(match) for match in sorted(glob.glob(value, recursive=True))]
+        if not matches:
+            raise DataError(f"no such input: {value}")
+        found = [file for path in matches for file in self._files_in(path)]
+        # A shell that expands * names the output of an earlier start.
+        if not found and not self._is_excluded(named):
+            has_json = any(".json" in suffix for suffix in self.ignored.values())
+            key = f"; .json if it begins with an object that has the key {self._options.text_key!r}"
+            key += ": --text-key names another"
+            raise DataError(
+                f"{value} holds no text: the files of a folder count if they end in "
+                f"{', '.join(formats.FOLDER_SUFFIXES)}{key if has_json else ''}"
+            )
+        return found
+
+    def _files_in(self, path: Path) -> list[Path]:
+        """Return the file, or the files below the folder that count; hidden ones do not."""
+        if self._is_excluded(path):
+            return []
+        if not path.exists():
+            self.ignored[os.path.realpath(path)] = DANGLING
+            return []
+        if not path.is_dir():
+            return [path]
+        found = []
+        for file in walk(path, lambda folder: not folder.name.startswith(".") and not self._is_excluded(folder)):
+            if file.name.startswith("."):
+                continue
+            if not file.exists():
+                self.ignored[os.path.realpath(file)] = DANGLING
+            elif formats.counts_in_folder(file, self._options):
+                found.append(file)
+            else:
+                suffixes = file.suffixes[-2:] if file.suffix in formats.COMPRESSIONS else [file.suffix]
+                self.ignored[os.path.realpath(file)] = "".join(suffixes)
+        return found
+
+    def _is_excluded(self, path: Path) -> bool:
+        real = Path(os.path.realpath(path))
+        return any(real.is_relative_to(folder) for folder in self._excluded)
+
+
+def standard_library() -> list[Source]:
+    """Return Python's own standard library without its tests. Raises DataError if it is not a folder of files."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    files = [file for file in walk(root, lambda folder: folder.name not in NOT_LIBRARY) if file.suffix == ".py"]
+    if not files:
+        raise DataError(f"Python's standard library is not in {root}: give texts of your own with --input")
+    return [Source(str(file), str(file), "text") for file in files]
+
+
+def walk(folder: Path, enters: Callable[[Path], bool]) -> list[Path]:
+    """Return all files below a folder, sorted; links are followed, each folder is entered once. Raises OSError."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found, entered = [], {os.path.realpath(folder)}
+    for root, folders, names in os.walk(folder, onerror=fail, followlinks=True):
+        found += [Path(root, name) for name in names]
+        candidates, folders[:] = sorted(folders), []
+        for name in candidates:
+            real = os.path.realpath(Path(root, name))
+            if enters(Path(root, name)) and real not in entered:
+                entered.add(real)
+                folders.append(name)
+    return sorted(found, key=lambda path: path.parts)

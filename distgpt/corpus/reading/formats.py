@@ -1,0 +1,111 @@
+"""The format of a file: by the end of its name and, where that does not tell, by its first bytes."""
+
+import codecs
+import importlib.util
+import json
+import shlex
+import zlib
+from dataclasses import replace
+from pathlib import Path
+
+from distgpt.corpus.reading import json_text, sizes
+from distgpt.corpus.reading.source import Compression, ReadOptions, Source
+from distgpt.corpus.reading.streams import SourceBytes
+from distgpt.errors import DataError, UsageError
+
+TEXT_SUFFIXES = (
+    *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cc", ".cpp", ".cu", ".java", ".js"),
+    *(".ts", ".go", ".rs", ".sh"),
+)
+PROSE_SUFFIXES = (".txt", ".text")  # they do not tell what is in a file
+JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
+FOLDER_SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet")
+COMPRESSIONS: dict[str, Compression] = {".gz": ".gz", ".zst": ".zst", ".zstd": ".zst"}
+TABLES = (".csv", ".tsv")
+ARCHIVES = (".tar", ".tgz", ".zip", ".7z", ".bz2", ".xz", ".rar")
+
+
+def source_of(path: Path, options: ReadOptions) -> Source:
+    """Return the source that this file is. Raises UsageError for archives, tables, pipes and missing packages."""
+    if path.exists() and not path.is_file():
+        raise UsageError(f"{path} is neither a file nor a folder: pipe it in with --input -")
+    inner, compression = _suffixes(path)
+    if inner in ARCHIVES or (compression and inner == ".parquet"):
+        raise UsageError(f"{path} is an archive: unpack it first")
+    if inner in TABLES:
+        raise UsageError(f"{path} is a table: {_conversion(path, inner)}")
+    if compression == ".zst":
+        _require("zstandard", path)
+    if inner == ".parquet":
+        _require("pyarrow", path)
+        return Source(str(path), str(path), "parquet", "", options)
+    source = Source(str(path), str(path), "separated" if options.separator else "text", compression, options)
+    if inner in JSON_SUFFIXES or (inner not in TEXT_SUFFIXES and _is_json(_head(source) or b"", options.text_key)):
+        return as_json(source)
+    return as_text_or_json(source) if inner in PROSE_SUFFIXES else source
+
+
+def as_text_or_json(source: Source) -> Source:
+    """Return a text file, as JSON if its first two lines are objects of JSON that have the key: no prose begins so."""
+    first, _, second = (_head(source) or b"").lstrip().partition(b"\n")
+    text, reason = json_text.text_of(source.options.text_key, first)
+    return as_json(source) if text and not reason and second.startswith(b"{") else source
+
+
+def as_json(source: Source) -> Source:
+    """Return the same file as objects of JSON: one a line, or in an array or over several lines as it begins."""
+    head = (_head(source) or b"").lstrip()
+    is_whole = head.startswith(b"[") or head.partition(b"\n")[0].rstrip() == b"{"
+    return replace(source, format="json" if is_whole else "jsonl")
+
+
+def counts_in_folder(path: Path, options: ReadOptions) -> bool:
+    """Return True for a file of a folder that is input."""
+    inner, compression = _suffixes(path)
+    if inner == ".json":  # settings end in .json as well
+        if compression == ".zst":
+            _require("zstandard", path)
+        head = _head(Source(str(path), str(path), "text", compression, options))
+        return head is None or _is_json(head, options.text_key)  # a file that cannot be read is an error later
+    return inner in FOLDER_SUFFIXES and not (compression and inner == ".parquet")
+
+
+def _suffixes(path: Path) -> tuple[str, Compression]:
+    """Return the suffix that tells what is in the file, and the compression."""
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSIONS:
+        return Path(path.stem).suffix.lower(), COMPRESSIONS[suffix]
+    return suffix, ""
+
+
+def _conversion(path: Path, suffix: str) -> str:
+    """Return advice with a command that converts a table to JSON lines."""
+    delimiter = "'\\t'" if suffix == ".tsv" else "','"
+    program = (
+        "import csv, json, sys; csv.field_size_limit(2**31 - 1); "
+        f"[print(json.dumps(row)) for row in csv.DictReader(sys.stdin, delimiter={delimiter})]"
+    )
+    plain = path.with_suffix("") if path.suffix.lower() in COMPRESSIONS else path
+    read, written = shlex.quote(str(plain)), shlex.quote(str(plain.with_suffix(".jsonl")))
+    return f'convert it, unpacked: python -c "{program}" < {read} > {written}'
+
+
+def _is_json(head: bytes, text_key: str) -> bool:
+    """Return True if a file that begins so has objects of JSON with this key."""
+    key = text_key.split(".")[-1]
+    forms = (json.dumps(key).encode(), json.dumps(key, ensure_ascii=False).encode())
+    return head.lstrip()[:1] in (b"{", b"[") and any(form in head for form in forms)
+
+
+def _head(source: Source) -> bytes | None:
+    """Return the first bytes of a file without a byte order mark; None if they cannot be read, an error later."""
+    try:
+        with open(source.path, "rb") as file:
+            return SourceBytes(source, file).peek(0, sizes.HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
+    except (DataError, EOFError, OSError, zlib.error):
+        return None
+
+
+def _require(module: str, path: Path) -> None:
+    if importlib.util.find_spec(module) is None:
+        raise UsageError(f"reading {path} needs the package {module}: pip install {module}")

@@ -1,0 +1,109 @@
+"""JSON: where lines or an array of objects can be cut, the text in an object, and what makes it bad."""
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import orjson
+
+from distgpt.corpus.reading import sizes
+from distgpt.corpus.reading.source import Checked
+from distgpt.corpus.reading.streams import SourceBytes, windows
+
+_TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}"]', re.DOTALL)
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+def cut_lines(content: SourceBytes, target: int) -> int:
+    """Return the offset of the first line that begins after `target`, or the end of the content."""
+    for position, window in windows(content, target, 0):
+        if end := window.find(b"\n") + 1:
+            return position + end
+    assert content.end is not None
+    return content.end
+
+
+def cut_objects(content: SourceBytes, start: int) -> int:
+    """Return the end of the first object that ends UNIT_BYTES after `start`, or of the content; `start` is in none."""
+    position, size, level = start, sizes.WINDOW_BYTES, 0
+    while window := content.peek(position, size):
+        used = len(window)
+        for token in _TOKEN.finditer(window):
+            level, ends = _nesting(level, token.group())
+            if ends and position + token.end() >= start + sizes.UNIT_BYTES:
+                return position + token.end()
+            if token.group() == b'"':  # a string that goes on after the window
+                used = token.start()
+                break
+        if used == 0 and len(window) < size:
+            break
+        position, size = (position + used, sizes.WINDOW_BYTES) if used else (position, 2 * size)
+    assert content.end is not None
+    return content.end
+
+
+def split_objects(raw: bytes) -> Iterator[bytes]:
+    """Yield the objects in a part of a JSON array, or one after another; also anything else in place of one."""
+    start = level = 0
+    for token in _TOKEN.finditer(raw):
+        level, ends = _nesting(level, token.group())
+        if ends:
+            yield raw[start : token.end()].lstrip(b"[, \t\r\n")
+            start = token.end()
+    if rest := raw[start:].strip(b"[], \t\r\n"):
+        yield rest
+
+
+def text_of(key: str, raw: bytes) -> Checked:
+    """Return the text that has this key in an object of JSON. An empty line is an empty text."""
+    if not raw or raw.isspace():
+        return "", ""
+    try:
+        text = _value(orjson.loads(raw), key)
+    except (ValueError, KeyError, TypeError):
+        return _odd_text_of(key, raw)
+    return (text, "") if isinstance(text, str) else _odd_text_of(key, raw)
+
+
+def _odd_text_of(key: str, raw: bytes) -> Checked:
+    """Do the same for objects that the strict and fast reader refuses: with NaN, half a surrogate pair, or bad ones."""
+    wrong = ""
+    try:
+        line = raw.decode()
+    except UnicodeDecodeError as error:
+        line, wrong = raw.decode(errors="replace"), f"not UTF-8, byte {error.start:,} of the line ({error.reason})"
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        # All of an array of strings comes as one entry.
+        return "", wrong or ("not a JSON object but str" if line.startswith('"') else f"not JSON ({error})")
+    if not isinstance(content, dict):
+        return "", wrong or f"not a JSON object but {type(content).__name__}"
+    try:
+        text = _value(content, key)
+    except (KeyError, TypeError):
+        keys = ", ".join(sorted(content)[:8]) or "none"
+        return "", wrong or f"no key {key!r} (there are: {keys}); --text-key names the one to read"
+    if not isinstance(text, str):
+        return "", wrong or f"{key!r} is not a text but {type(text).__name__}"
+    if half := _SURROGATE.search(text):
+        text, wrong = _SURROGATE.sub("\ufffd", text), wrong or f"{key!r} holds half a character (U+{ord(half[0]):04X})"
+    return text, wrong
+
+
+def _value(content: Any, key: str) -> Any:
+    """Return the value of a key, or with dots in it, of keys in nested objects. Raises KeyError, TypeError."""
+    if key in content or "." not in key:
+        return content[key]
+    first, _, rest = key.partition(".")
+    return _value(content[first], rest)
+
+
+def _nesting(level: int, token: bytes) -> tuple[int, bool]:
+    """Return the number of braces that are open after this token, and whether it ends the outermost object."""
+    if token == b"{":
+        return level + 1, False
+    if token == b"}":
+        return max(level - 1, 0), level <= 1
+    return level, False

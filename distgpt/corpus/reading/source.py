@@ -1,0 +1,108 @@
+"""A file of input, and the pieces that it is cut into.
+
+A text file is one document, or several with a separator between them; an object of JSON or a row of Parquet is one
+document each. A source is cut into pieces of about sizes.UNIT_BYTES of text, and a worker holds one of them at a time.
+A longer text file continues over several pieces.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+Format = Literal["text", "separated", "jsonl", "json", "parquet"]
+Compression = Literal["", ".gz", ".zst"]
+OnBad = Literal["stop", "skip", "replace"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReadOptions:
+    """The options for all files of an input. An empty `encoding` is UTF-8, an empty `separator` means there is none."""
+
+    text_key: str = "text"
+    separator: str = ""
+    encoding: str = ""
+    on_bad: OnBad = "stop"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file of input. Messages call it `name`. With `validates`, it was named as validation text.
+
+    "separated" is text with a separator between documents, "json" has objects in an array or over several lines.
+    """
+
+    path: str
+    name: str
+    format: Format
+    compression: Compression = ""
+    options: ReadOptions = ReadOptions()
+    validates: bool = False
+
+    @property
+    def is_seekable(self) -> bool:
+        """True if a piece can be read without reading those before it."""
+        return self.format not in ("json", "parquet") and not self.compression and not self.options.encoding
+
+    @property
+    def text_key(self) -> str:
+        """The key of the text in a document; "" where documents have no keys."""
+        return self.options.text_key if self.format in ("json", "jsonl", "parquet") else ""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A range of a source: bytes of its decompressed content, or rows of Parquet. `last`: it ends the source."""
+
+    source: Source
+    start: int
+    stop: int
+    last: bool
+
+
+class BadDocument(NamedTuple):
+    """A document that cannot be read in full: its line, row or number in the piece, from 0, and the reason."""
+
+    number: int
+    reason: str
+    replaced: bool
+
+    def place(self, source: Source, before: int) -> str:
+        """Describe the document by its place and reason; `before` lines, rows or documents are in earlier pieces."""
+        if source.format == "text":
+            return f"{source.name} {self.reason}"
+        word = {"jsonl": "line", "json": "object", "parquet": "row", "separated": "document"}[source.format]
+        return f"{source.name}, {word} {before + self.number + 1:,}: {self.reason}"
+
+
+class Content(NamedTuple):
+    """The content of a piece: the text of its documents (for a text file: a part of the only one) and its SHA-256.
+
+    A bad document is an empty text, or has U+FFFD for each bad character, as the option `on_bad` says. `separators`
+    counts the lines that look like separators of documents.
+    """
+
+    texts: list[str]
+    digest: bytes
+    bad: list[BadDocument]
+    separators: int
+
+
+# The text of a document, and the reason why it is bad: "" for a good one.
+Checked = tuple[str, str]
+
+
+def content_of(source: Source, documents: Iterable[Checked], digest: bytes, separators: int = 0) -> Content:
+    """Put the documents of a piece together, with bad ones as `on_bad` has them."""
+    texts, bad = [], []
+    for number, (text, reason) in enumerate(documents):
+        if reason:
+            is_replaced = source.options.on_bad == "replace" and text != ""
+            bad.append(BadDocument(number, reason, is_replaced))
+            text = text if is_replaced else ""
+        texts.append(text)
+    return Content(texts, digest, bad, separators)
+
+
+def utf8_size(text: str) -> int:
+    """Return the number of bytes that `text` has in UTF-8."""
+    return len(text) if text.isascii() else len(text.encode())

@@ -1,0 +1,162 @@
+"""Byte-level BPE with GPT-2's pattern."""
+
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from itertools import takewhile
+from typing import Any, Self
+
+import numpy as np
+
+from distgpt.corpus.tokenizer import huggingface
+from distgpt.corpus.tokenizer.base import END_OF_TEXT, Tokenizer, Tokens, describe
+from distgpt.corpus.tokenizer.huggingface import GPT2_PATTERN, UNICODE_TO_BYTE, compact_json, parents, to_bytes
+from distgpt.errors import DataError
+
+LONGEST_WORD = 2048
+
+
+class BpeTokenizer(Tokenizer):
+    """The tokenizer in the text of a Hugging Face tokenizer.json.
+
+    tiktoken encodes, several times faster than Hugging Face's own encoder, which takes over where the merges or added
+    tokens do not let tiktoken give the same ids. The file alone decides that, so every reader of it gets the same ids.
+    Special tokens in a text are ordinary text, other added tokens keep their ids.
+    """
+
+    kind = "bpe"
+
+    def __init__(self, text: str) -> None:
+        content = json.loads(text)
+        model = huggingface.checked_model(content)
+        self._json, self.notes = huggingface.without_unapplied(text, content)
+        vocab: dict[str, int] = model["vocab"]
+        added: dict[int, str] = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
+        table = [b""] * huggingface.size_of_vocabulary([*vocab.values(), *added])
+        for token, id_ in vocab.items():
+            if id_ not in added:
+                table[id_] = to_bytes(token)
+        for id_, token in added.items():
+            table[id_] = token.encode()
+        eot_ids = [id_ for id_, token in added.items() if token == END_OF_TEXT]
+        super().__init__(table, eot_ids[0] if eot_ids else None)
+        # Older files write a merge as "a b", newer ones as ["a", "b"].
+        self._merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+        self._vocab = vocab
+        for left, right in self._merges:
+            if not {left, right, left + right} <= vocab.keys():
+                raise DataError(f"its merge of {left!r} and {right!r} is not among the tokens of its vocabulary")
+        # tiktoken knows a merge by its result, so that it cannot have two merges with one result.
+        has_twins = len(self._ranks) != 256 + len(self._merges)
+        self._beyond_ranks = bool(model.get("ignore_merges") or huggingface.applied_tokens(content) or has_twins)
+
+    def encode(self, text: str) -> Tokens:
+        if self.is_slow:
+            return self._encode_slowly(text)
+        try:
+            ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
+        except ValueError:
+            # A run of a million spaces is more than the regular expression engine can backtrack over.
+            return self._encode_slowly(text)
+        tokens: Tokens = self.ids_of_ranks[ranks]
+        return tokens
+
+    @cached_property
+    def is_slow(self) -> bool:
+        """True if tiktoken might give other ids than these merges."""
+        if self._beyond_ranks:
+            return True
+        made = (tuple(map(to_bytes, merge)) for merge in self._merges)
+        try:
+            # If every token, encoded by itself, is made of the two parts that its merge names, tiktoken never merges
+            # any other two: up to such a step, the text around a token does not influence it.
+            return any(parents(self._ranks, left + right) != (left, right) for left, right in made)
+        except DataError:
+            return True
+
+    def check(self, text: str) -> None:
+        if not self.is_slow:
+            ours = self.encode(text).tolist()
+            theirs = self._huggingface.encode(text, add_special_tokens=False).ids
+            if ours != theirs:
+                same = takewhile(lambda pair: pair[0] == pair[1], zip(ours, theirs, strict=False))
+                at = sum(1 for _ in same)
+                raise DataError(
+                    f"after {self.decode(ours[:at])[-40:]!r} its ids are {ours[at : at + 5]} here and "
+                    f"{theirs[at : at + 5]} with Hugging Face tokenizers: distgpt cannot use this tokenizer"
+                )
+        super().check(text)
+
+    def to_json(self) -> str:
+        return self._json
+
+    def with_end_of_text(self) -> Self:
+        if self.eot_id is not None:
+            return self
+        content = json.loads(self._json)
+        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+        id_ = self._vocab.get(END_OF_TEXT, self.vocab_size)
+        token = {"id": id_, "content": END_OF_TEXT, **flags, "special": True}
+        content["added_tokens"] = [*(content.get("added_tokens") or []), token]
+        return type(self)(compact_json(content))
+
+    @cached_property
+    def _ranks(self) -> dict[bytes, int]:
+        """Map token bytes to the priority of the merge that makes them; the 256 single bytes come first."""
+        singles = [token for token in self._vocab if token in UNICODE_TO_BYTE]
+        ranks = {to_bytes(token): rank for rank, token in enumerate(sorted(singles, key=self._vocab.__getitem__))}
+        for left, right in self._merges:
+            ranks.setdefault(to_bytes(left + right), len(ranks))
+        return ranks
+
+    @cached_property
+    def ids_of_ranks(self) -> Tokens:
+        id_of = {to_bytes(token): id_ for token, id_ in self._vocab.items() if huggingface.is_byte_level(token)}
+        return np.array([id_of[token] for token in self._ranks], dtype=np.uint16)
+
+    @cached_property
+    def _encoding(self) -> Any:
+        import tiktoken
+
+        return tiktoken.Encoding("distgpt", pat_str=GPT2_PATTERN, mergeable_ranks=self._ranks, special_tokens={})
+
+    @cached_property
+    def _huggingface(self) -> Any:
+        import tokenizers
+
+        try:
+            tokenizer = tokenizers.Tokenizer.from_str(self._json)
+        except Exception as error:  # the package raises no other
+            raise DataError(f"Hugging Face tokenizers cannot read it ({error})") from None
+        tokenizer.encode_special_tokens = True  # as ordinary text
+        return tokenizer
+
+    def _encode_slowly(self, text: str) -> Tokens:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            # Python puts such characters for bytes on the command line that are not UTF-8.
+            raise DataError(f"{describe(text[error.start])} in the text is not a character: it must be UTF-8") from None
+        return np.array(self._huggingface.encode(text, add_special_tokens=False).ids, dtype=np.uint16)
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
+    """Learn byte-level BPE of at most `vocab_size` ids from these texts, without an end-of-text id."""
+    from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer as HuggingFace
+
+    tokenizer = HuggingFace(models.BPE())
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    # Learning takes time quadratic in a word's length, which may be a whole line of DNA.
+    cut = pre_tokenizers.Split(Regex(f".{{1,{LONGEST_WORD}}}"), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([byte_level, cut])
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.pre_tokenizer = byte_level
+    return BpeTokenizer(tokenizer.to_str())

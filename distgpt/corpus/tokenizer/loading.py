@@ -1,0 +1,132 @@
+"""Load a tokenizer by its name, or from a file of distgpt, Hugging Face or tiktoken."""
+
+import base64
+import binascii
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from distgpt.corpus.tokenizer.base import MAX_VOCAB_SIZE, Tokenizer
+from distgpt.corpus.tokenizer.bpe import BpeTokenizer
+from distgpt.corpus.tokenizer.huggingface import compact_json, parents, to_unicode
+from distgpt.corpus.tokenizer.simple import FORMAT, simple_from_json
+from distgpt.errors import DataError, StorageError, UsageError
+
+FILE_NAME = "tokenizer.json"
+GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
+GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+
+# Parts of the suffixes 'll, 've and 're, which are one word only when whole.
+_PARTS_OF_SUFFIXES = ("'l", "'v", "'r")
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """Load the tokenizer in this file, or in the tokenizer.json of this directory.
+
+    Reads distgpt's own JSON, Hugging Face's tokenizer.json (byte-level BPE with GPT-2's pattern) and .tiktoken files.
+    Raises DataError for anything else.
+    """
+    path = path / FILE_NAME if path.is_dir() else path
+    try:
+        raw = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from None
+    try:
+        return _from_tiktoken(raw) if path.suffix == ".tiktoken" else tokenizer_from_json(raw.decode())
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from None
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise DataError(f"{path} is not a tokenizer that distgpt reads: {type(error).__name__}: {error}") from None
+
+
+def tokenizer_from_json(text: str) -> Tokenizer:
+    """Return the tokenizer whose `to_json` this is. Raises DataError, or ValueError, KeyError, TypeError: bad JSON."""
+    content = json.loads(text)
+    return simple_from_json(content) if content.get("format") == FORMAT else BpeTokenizer(text)
+
+
+def given_tokenizer(name: str) -> Tokenizer | None:
+    """Return the tokenizer in the file that `--tokenizer name` means; None for char, bytes, bpe and gpt2.
+
+    Raises UsageError if there is no such file, DataError as `load_tokenizer` does.
+    """
+    if name in ("char", "bytes", "bpe", "gpt2"):
+        return None
+    if not Path(name).exists():
+        raise UsageError(f"--tokenizer {name} is neither char, bytes, bpe or gpt2 nor a file that exists")
+    return load_tokenizer(Path(name))
+
+
+def gpt2() -> BpeTokenizer:
+    """Return GPT-2's vocabulary of 50,257, from tiktoken's cache or a download. Raises StorageError without both."""
+    import tiktoken
+
+    try:
+        ranks = tiktoken.get_encoding("r50k_base")._mergeable_ranks
+    except (OSError, ValueError) as error:
+        name = hashlib.sha1(GPT2_URL.encode()).hexdigest()
+        cache = os.environ.get("TIKTOKEN_CACHE_DIR")
+        raise StorageError(
+            f"cannot get GPT-2's vocabulary ({type(error).__name__}): fetch {GPT2_URL} on a machine with a network and "
+            f"store it as {name} in the directory that TIKTOKEN_CACHE_DIR names ({cache or 'not set'}), "
+            f"or pass the file itself: --tokenizer r50k_base.tiktoken"
+        ) from None
+    return _from_ranks(ranks)
+
+
+def _from_tiktoken(raw: bytes) -> BpeTokenizer:
+    """Return the tokenizer of a .tiktoken file, which does not tell how to split text into words. Raises DataError."""
+    tokenizer = _from_ranks(_parse_ranks(raw))
+    if hashlib.sha256(raw).hexdigest() != GPT2_SHA256:
+        _check_words(tokenizer)
+        tokenizer.notes = ["a .tiktoken file does not say how it splits a text into words: using GPT-2's pattern"]
+    return tokenizer
+
+
+def _from_ranks(ranks: Mapping[bytes, int]) -> BpeTokenizer:
+    """Return the tokenizer of a tiktoken vocabulary, with end-of-text as the id after its last. Raises DataError."""
+    if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([value]) in ranks for value in range(256)):
+        raise DataError("the ranks of a .tiktoken file must be 0, 1, 2, ... and cover all 256 bytes")
+    if len(ranks) >= MAX_VOCAB_SIZE:
+        raise DataError(f"its {len(ranks):,} tokens and end-of-text do not fit the 65,536 ids of a uint16 token")
+    merges = [parents(ranks, token) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
+    byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    content: dict[str, Any] = {
+        "version": "1.0",
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "ByteLevel", **byte_level},
+        "post_processor": None,
+        "decoder": {"type": "ByteLevel", **byte_level},
+        "model": {
+            "type": "BPE",
+            "vocab": {to_unicode(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])},
+            "merges": [[to_unicode(left), to_unicode(right)] for left, right in merges],
+        },
+    }
+    return BpeTokenizer(compact_json(content)).with_end_of_text()
+
+
+def _check_words(tokenizer: BpeTokenizer) -> None:
+    """Raise DataError if a token is not part of a word of GPT-2's pattern: it was made with another pattern."""
+    for id_ in range(tokenizer.vocab_size):
+        with contextlib.suppress(UnicodeDecodeError):  # a part of a character, which the pattern does not concern
+            token = tokenizer.decode_bytes([id_]).decode()
+            if id_ != tokenizer.eot_id and token not in _PARTS_OF_SUFFIXES and tokenizer.encode(token).size != 1:
+                raise DataError(
+                    f"token {id_}, {token!r}, spans several words of GPT-2's pattern: the file was made for another "
+                    f"pattern, which distgpt does not read; use --tokenizer bpe to learn a vocabulary"
+                )
+
+
+def _parse_ranks(raw: bytes) -> dict[bytes, int]:
+    """Parse lines of `base64 rank`."""
+    try:
+        pairs = (line.split() for line in raw.splitlines() if line)
+        return {base64.b64decode(token, validate=True): int(rank) for token, rank in pairs}
+    except (ValueError, binascii.Error):
+        raise DataError("a .tiktoken file has lines of a base64 token and its rank") from None
