@@ -51,20 +51,7 @@ if [[ -n ${SLURM_ARRAY_TASK_ID:-} ]]; then
     [[ -r ${DISTGPT_SWEEP:-} ]] ||
         fail 2 "DISTGPT_SWEEP=${DISTGPT_SWEEP:-} cannot be read: it must name a file with a line of flags for each task"
     # Quotes as in a shell, ends of lines as any editor writes them.
-    mapfile -d '' -t flags < <("${python[@]}" -c 'import itertools, shlex, sys
-from distgpt.cli import main_guard
-from distgpt.errors import UsageError
-path, task = sys.argv[1], int(sys.argv[2])
-def flags() -> list[str]:
-    why: object = "no flags"
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            if found := shlex.split(next(itertools.islice(file, task, None), "")):
-                return found
-    except ValueError as error:
-        why = error
-    raise UsageError(f"DISTGPT_SWEEP={path}: {why} in line {task + 1}, that of task {task} (from 0)")
-print(*main_guard(flags), sep="\0", end="\0")' "$DISTGPT_SWEEP" "$SLURM_ARRAY_TASK_ID")
+    mapfile -d '' -t flags < <("${python[@]}" -m distgpt.launch slurm flags "$DISTGPT_SWEEP" "$SLURM_ARRAY_TASK_ID")
     wait "$!"
     flags[0]=${flags[0]##*$'\n'} # a container may greet first
     set -- "$@" "${flags[@]}"
@@ -80,14 +67,7 @@ if [[ -z ${SLURM_GPUS_ON_NODE:-}${NPROC_PER_NODE:-} && $node =~ Gres=[^[:space:]
     fail 2 "$SLURMD_NODENAME has GPUs and the job asked for none: add --gpus-per-node=N, or NPROC_PER_NODE=2 for its CPUs"
 fi
 # A mistake is one line here, before any rank starts.
-plan=$("${python[@]}" -c 'import os, sys
-from pathlib import Path
-from distgpt.config import resolve
-from distgpt.corpus.shards import open_dataset
-from distgpt.cli import main_guard
-config = main_guard(lambda: resolve(sys.argv[1:], os.environ))
-main_guard(lambda: open_dataset(Path(config.data.path)))
-print(config.train.steps, config.run_dir)' "$@")
+plan=$("${python[@]}" -m distgpt.launch slurm plan "$@")
 read -r steps run_dir <<<"${plan##*$'\n'}"
 if [[ -n ${SLURM_ARRAY_TASK_ID:-} && " ${flags[*]}" != *" --run.dir"[=\ ]* ]]; then
     run_dir=$run_dir-$SLURM_ARRAY_TASK_ID
@@ -155,9 +135,7 @@ on_all_nodes() {
     supervise "${task_a_node[@]}" ${SLURM_GPUS_ON_NODE:+"--gpus-per-node=$SLURM_GPUS_ON_NODE"} \
         --kill-on-bad-exit=1 --wait=60 bash "$home/slurm/node.sh" "$mine" "$@" || status=$?
     if [[ -s $DISTGPT_EXIT_FILE ]]; then
-        ended=$("${python[@]}" -c 'import json, sys
-report = json.load(open(sys.argv[1]))
-print(report["code"], report.get("step") or 0, *report["cause"].split())' "$DISTGPT_EXIT_FILE")
+        ended=$("${python[@]}" -m distgpt.launch slurm ending "$DISTGPT_EXIT_FILE")
         read -r code step cause <<<"${ended##*$'\n'}"
         if [[ $code == 0 && $step -lt $steps ]]; then code="" cause="ended at step $step of $steps"; fi
     elif [[ $status == 0 && $1 != distgpt.train ]]; then
