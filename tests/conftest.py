@@ -36,7 +36,15 @@ def pytest_configure() -> None:
 LONGEST = (
     *("slurm", "hosts/test_multinode.py::test_a_host_joins", "storms/test_stops.py", "hosts/test_multinode.py"),
     *("end_to_end/test_resume.py", "end_to_end/test_train.py", "storms/test_save_kills.py", "storms/test_kills.py"),
-    *("storms/test_signals.py", "end_to_end", "test_scaling.py", "hosts", "test_prepare_tasks.py", "test_doctor.py"),
+    *(
+        "storms/test_signals.py",
+        "end_to_end",
+        "test_docs.py",
+        "test_scaling.py",
+        "hosts",
+        "test_prepare_tasks.py",
+        "test_doctor.py",
+    ),
     *("health/test_watchdog.py", "launch", "storms"),
 )
 # Files whose tests may be given to different workers.
