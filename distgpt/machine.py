@@ -8,17 +8,17 @@ from pathlib import Path
 
 
 def available_cpus(root: Path = Path("/")) -> int:
-    """The CPUs that this process may use: of its affinity, and of the quota of its container. At least 1.
+    """Count the CPUs that this process may use, by its affinity and the quota of its container. At least 1.
 
     `root`: the directory that holds proc and sys.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Rounded down: threads that wait for each other are no faster when the kernel stops them in turn.
+    # Rounded down: threads beyond the quota would be stopped in turn while the others wait for them.
     return max(1, math.floor(min([cpus, *cpu_quotas(root)])))
 
 
 def available_gpus() -> int:
-    """The NVIDIA GPUs that CUDA would see."""
+    """Count the NVIDIA GPUs that CUDA would see."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return len([name for name in visible.split(",") if name.strip() not in ("", "-1", "NoDevFiles")])
     try:
@@ -29,12 +29,12 @@ def available_gpus() -> int:
 
 
 def default_ranks() -> int:
-    """One for each GPU, else two, which share the CPUs, or one on a single CPU."""
+    """Return the ranks to start here: one for each GPU, else two, which share the CPUs, or one on a single CPU."""
     return available_gpus() or min(2, available_cpus())
 
 
 def cpu_quotas(root: Path) -> Iterator[float]:
-    """The quota in CPUs of each control group that this process is in, with its parents."""
+    """Yield the quota, in CPUs, of each control group that this process is in, parents included."""
     for group in _control_groups(root):
         try:
             if (group / "cpu.max").exists():  # version 2
@@ -48,7 +48,7 @@ def cpu_quotas(root: Path) -> Iterator[float]:
 
 
 def _control_groups(root: Path) -> Iterator[Path]:
-    """The directories of the control groups that can limit the CPUs of this process."""
+    """Yield the directories of the control groups that can limit the CPUs of this process."""
     try:
         groups = [line.split(":", 2) for line in (root / "proc/self/cgroup").read_text().splitlines()]
         mounts = [line.split() for line in (root / "proc/self/mountinfo").read_text().splitlines()]

@@ -8,16 +8,16 @@ from distgpt.machine import available_gpus, default_ranks
 
 # Muennighoff et al. 2023, arXiv:2305.16264: text that is read again is worth less each time, and little after 10 times.
 MANY_EPOCHS = 10
-# Fewer steps show nothing, however short the text.
+# With fewer steps, nothing is learned that could be seen.
 LEAST_STEPS = 100
-# The training tokens from which a preset is worth its time on a GPU: MANY_EPOCHS are 20 tokens a parameter then.
+# The least training tokens for each preset on a GPU: MANY_EPOCHS of them are 20 tokens a parameter.
 ON_GPU = {"modern-125m": 250_000_000, "seed": 22_000_000, "quickstart": 0}
 
 
 def training_command(data: Path, *, train_tokens: int, longest: int) -> str:
-    """The command that trains on `data`: the preset, no more than MANY_EPOCHS of steps, a rank for each device.
+    """Return the command that trains on `data`, with a fitting preset, at most MANY_EPOCHS, and a rank a device.
 
-    `longest`: the tokens of the longest shard, of the split where that is the shorter, in which a window has to fit.
+    `longest`: the tokens of the longest shard, in the split where it is shorter; a window has to fit in it.
     """
     preset = next(name for name, least in ON_GPU.items() if train_tokens >= least) if available_gpus() else "quickstart"
     config = resolve([preset], {})
@@ -39,5 +39,5 @@ def training_command(data: Path, *, train_tokens: int, longest: int) -> str:
 
 
 def steps_of_many_epochs(windows: int, global_batch: int) -> int:
-    """The steps that see each of so many windows MANY_EPOCHS times."""
+    """Return the number of steps that read each of so many windows MANY_EPOCHS times."""
     return max(1, MANY_EPOCHS * windows // global_batch)

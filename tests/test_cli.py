@@ -94,18 +94,20 @@ def test_control_c_is_quiet() -> None:
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_a_signal_ends_a_door_that_has_only_been_entered(name: str) -> None:
-    done = ended(f"import signal; enter(); signal.raise_signal(signal.{name})")
+    done = ended(f"import signal; prepare_process(); signal.raise_signal(signal.{name})")
     assert (done.returncode, done.stderr) == (75, "")
 
 
 def test_a_signal_that_is_ignored_stays_so() -> None:
     hang_up = "signal.SIGHUP"  # as nohup does
-    done = ended(f"import signal; signal.signal({hang_up}, signal.SIG_IGN); enter(); signal.raise_signal({hang_up})")
+    done = ended(
+        f"import signal; signal.signal({hang_up}, signal.SIG_IGN); prepare_process(); signal.raise_signal({hang_up})"
+    )
     assert done.returncode == 0
 
 
 def test_what_stdout_cannot_show_is_no_error() -> None:
-    done = ended("enter(); print('run_ü')", PYTHONIOENCODING="ascii")
+    done = ended("prepare_process(); print('run_ü')", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout) == (0, "run_?\n")
 
 

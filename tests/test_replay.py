@@ -146,21 +146,21 @@ def test_a_step_has_the_config_of_the_attempt_that_took_it(tmp_path: Path, datas
 def test_other_data_is_refused(tmp_path: Path, dataset: Dataset) -> None:
     saved_at_two(tmp_path, dataset, lambda subject: None)
     start = replay.start_before(RunPaths(tmp_path), 3)
-    assert replay.data_of(start, None).fingerprint == dataset.fingerprint
+    assert replay.open_data(start, None).fingerprint == dataset.fingerprint
     moved = shutil.copytree(dataset.path, tmp_path / "moved")
-    assert replay.data_of(start, str(moved)).path == moved
+    assert replay.open_data(start, str(moved)).path == moved
     (tmp_path / "other").mkdir()
     other = make_dataset(tmp_path / "other", seed=0)
     with pytest.raises(DataError, match=r"/other is not the data that the run was trained on: say where .* --data=DIR"):
-        replay.data_of(start, str(other.path))
+        replay.open_data(start, str(other.path))
     gone = replay.Start(resolve([f"--data.path={tmp_path / 'gone'}"], {}))
     with pytest.raises(DataError, match=r"the run's data is not in \S+/gone any more: say where it is with --data=DIR"):
-        replay.data_of(gone, None)
+        replay.open_data(gone, None)
 
 
 def test_a_replay_sets_out_from_the_checkpoint_that_is_chosen(tmp_path: Path, dataset: Dataset) -> None:
     saved_at_two(tmp_path, dataset, lambda subject: None)
     start = replay.start_from(newest(tmp_path), RunPaths(tmp_path), 3)
     assert (start.step, start.checkpoint, start.config.train.steps) == (2, newest(tmp_path), 9)
-    with pytest.raises(UsageError, match="step-00000002 is of step 2: a replay of step 2 sets out before it"):
+    with pytest.raises(UsageError, match="step-00000002 is of step 2: to replay step 2, choose one before it"):
         replay.start_from(newest(tmp_path), RunPaths(tmp_path), 2)

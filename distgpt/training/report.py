@@ -79,7 +79,7 @@ class StepReporter:
             )
 
 
-def peak_flops_of_all(plan: Plan) -> float | None:
+def total_peak_flops(plan: Plan) -> float | None:
     """Return the peak FLOP/s of all ranks together, None if the device of any is unknown. All ranks call it."""
     runtime = plan.runtime
     peak = device_peak_flops(runtime.device, plan.dtype)
@@ -88,7 +88,7 @@ def peak_flops_of_all(plan: Plan) -> float | None:
     return None if unknown else float(total)
 
 
-def explain(decision: Decision, step: int, config: Config, batches: Loader) -> str:
+def explain_outlier(decision: Decision, step: int, config: Config, batches: Loader) -> str:
     """Say in one line why the update of a step is not applied, and with which samples; log where they came from."""
     completed = step - 1
     places = [(int(shard), int(offset)) for shard, offset in zip(*batches.places(completed), strict=True)]

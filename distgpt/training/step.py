@@ -51,9 +51,9 @@ class StopCheck:
     that is shorter ends first.
     """
 
-    def __init__(self, requested: Callable[[], bool], runtime: Runtime, *, waited: Callable[[float], object]) -> None:
-        """`waited` gets the seconds that this rank waited for the others."""
-        self._requested, self._runtime, self._waited = requested, runtime, waited
+    def __init__(self, requested: Callable[[], bool], runtime: Runtime, *, on_wait: Callable[[float], object]) -> None:
+        """`on_wait` gets the seconds that this rank waited for the others in each check."""
+        self._requested, self._runtime, self._on_wait = requested, runtime, on_wait
         self._left, self._passed = 1, 0  # micro-batches until the next check, and since the last one
         self._last = time.monotonic()
 
@@ -72,7 +72,7 @@ class StopCheck:
         stop, each = values.tolist()
         self._last, self._passed = time.monotonic(), 0
         self._left = max(1, int(CHECK_SECONDS / max(each, 1e-6)))
-        self._waited(self._last - now)
+        self._on_wait(self._last - now)
         return bool(stop)
 
 

@@ -150,7 +150,7 @@ def test_a_run_is_evaluated_and_replayed_from_another_directory(
     assert f"5 windows of 16 tokens from {tmp_path / 'data'}" in capsys.readouterr().out
     for step in (1, 2):  # from the initial weights, and from the checkpoint
         start = replay.start_before(RunPaths(Path("../run")), step)
-        assert replay.data_of(start, None).path == tmp_path / "data"
+        assert replay.open_data(start, None).path == tmp_path / "data"
 
 
 def test_each_new_best_is_saved_and_can_be_chosen(prepared: Path, tmp_path: Path) -> None:

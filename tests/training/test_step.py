@@ -29,7 +29,7 @@ def test_ranks_ask_each_other_every_few_seconds_counted_in_micro_batches(
         asked.append(passed)
         return len(asked) == len(asked_after)
 
-    stops = StopCheck(requested, one_process, waited=lambda seconds: None)
+    stops = StopCheck(requested, one_process, on_wait=lambda seconds: None)
     while True:
         passed += 1
         clock.now += seconds
