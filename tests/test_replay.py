@@ -103,7 +103,7 @@ def test_a_token_leads_to_its_micro_batch_and_places(
 
 def test_a_step_on_the_way_that_would_have_ended_the_run_ends_the_replay(tmp_path: Path, dataset: Dataset) -> None:
     saved_at_two(tmp_path, dataset, infinite("head.weight"))
-    with pytest.raises(DataError, match=r"loss nan .* at step 3 already: replay that one with --step=3"):
+    with pytest.raises(DataError, match=r"loss nan .* at step 3 already: replay that step with --step=3"):
         replayed(tmp_path, 5, dataset)
 
 

@@ -1,4 +1,4 @@
-"""How a run is laid out over its ranks: decided once, before a model exists, and the same on every rank."""
+"""The layout of a run over its ranks: decided once, before a model exists, and equal on every rank."""
 
 from dataclasses import dataclass
 
@@ -14,17 +14,17 @@ from distgpt.model.gpt import count_parameters
 BYTES_PER_PARAMETER = 16
 # The share of a device's memory that a replica may take; the rest is for activations.
 REPLICA_SHARE = 0.6
-# Tokens per forward when train.micro_batch is 0: a CPU's caches hold no more, and a GPU is busy with these.
+# Tokens per forward when train.micro_batch is 0: as many as a CPU's caches hold, and enough to keep a GPU busy.
 AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The layout of a run. Equal on all ranks but for `runtime`, the facts about this one."""
+    """The layout of a run. Equal on all ranks except for `runtime`, which describes this one."""
 
     runtime: Runtime
     strategy: str  # single, ddp, fsdp, hsdp or diloco
-    reason: str  # why that one, for a person
+    reason: str  # for that strategy, to be shown to the user
     micro_batch: int  # sequences per forward on one rank
     accumulation: int  # micro-batches of a rank in a step
     ranks_per_replica: int  # ranks that hold the shards of one replica
@@ -61,7 +61,7 @@ def micro_batch_size(config: Config, runtime: Runtime) -> int:
         divisors = [r for r in range(1, global_batch + 1) if global_batch % r == 0]
         raise UsageError(
             f"train.global_batch {global_batch} does not divide over {ranks} ranks: take a global_batch of {near}, "
-            f"or {_some(divisors, near=ranks)} ranks"
+            f"or {_nearest_few(divisors, near=ranks)} ranks"
         )
     per_rank = global_batch // ranks
     divisors = [m for m in range(1, per_rank + 1) if per_rank % m == 0]
@@ -72,7 +72,7 @@ def micro_batch_size(config: Config, runtime: Runtime) -> int:
     if per_rank % asked:
         raise UsageError(
             f"train.micro_batch {asked} does not divide the {per_rank} sequences of each rank "
-            f"(train.global_batch {global_batch} over {ranks} ranks): take {_some(divisors, near=asked)}"
+            f"(train.global_batch {global_batch} over {ranks} ranks): take {_nearest_few(divisors, near=asked)}"
         )
     return asked
 
@@ -102,19 +102,19 @@ def independent_replicas(config: Config, runtime: Runtime) -> int:
     ranks, size = runtime.world_size, ranks_per_replica("diloco", config, runtime)
     if size == ranks:
         fix = "take parallel.shard=1" if ranks > 1 else "start it under torchrun on several devices"
-        raise UsageError(f"diloco needs two replicas or more, and the number of ranks is {ranks}, all in one: {fix}")
+        raise UsageError(f"diloco needs at least two replicas, and the only one has all of the {ranks} ranks: {fix}")
     return ranks // size
 
 
 def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tuple[str, str]:
-    """Return the strategy and, for a person, why that one. "single" is one process, which shares with nobody."""
+    """Return the strategy and the reason for it, to be shown to the user. "single" means one process."""
     asked = config.parallel.strategy
     if not runtime.distributed:
         return "single", "one process"
     if asked in ("hsdp", "diloco"):
         size = ranks_per_replica(asked, config, runtime)
         why = f"as asked, {runtime.world_size // size} replicas of {size} shards"
-        return asked, f"{why} that meet every {config.parallel.outer_every} steps" if asked == "diloco" else why
+        return asked, f"{why} that synchronize every {config.parallel.outer_every} steps" if asked == "diloco" else why
     if asked != "auto":
         return asked, "as asked"
     need = BYTES_PER_PARAMETER * count_parameters(config.model, vocab_size)
@@ -128,6 +128,6 @@ def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tup
     return "fsdp", f"{sizes}: sharded over all ranks"
 
 
-def _some(values: list[int], *, near: int) -> str:
-    """Return up to six of `values`, the nearest ones, in order."""
+def _nearest_few(values: list[int], *, near: int) -> str:
+    """List up to six of `values`, the nearest ones, in order."""
     return " or ".join(map(str, sorted(sorted(values, key=lambda v: abs(v - near))[:6])))

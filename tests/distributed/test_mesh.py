@@ -46,7 +46,7 @@ def test_only_replicas_of_diloco_learn_apart() -> None:
 
 
 def test_diloco_with_one_replica_is_refused_with_the_fix() -> None:
-    with pytest.raises(UsageError, match=r"the number of ranks is 8, all in one: take parallel.shard=1$"):
+    with pytest.raises(UsageError, match=r"the only one has all of the 8 ranks: take parallel.shard=1$"):
         independent_replicas(config("diloco", 0), runtime(8))
-    with pytest.raises(UsageError, match=r"the number of ranks is 1, .* under torchrun on several devices$"):
+    with pytest.raises(UsageError, match=r"the only one has all of the 1 ranks: .* under torchrun on several devices$"):
         independent_replicas(config("diloco", 0), runtime(1, per_node=1))

@@ -74,7 +74,7 @@ def two_replicas(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     run = tmp_path_factory.mktemp("two") / "run"
     ended = jobs.torchrun(2, *TWO, f"--data.path={prepared}", f"--run.dir={run}", "--train.steps=40")
     assert ended.code == 0, ended
-    assert "strategy  diloco, as asked, 2 replicas of 1 shards that meet every 10 steps" in ended.stdout
+    assert "strategy  diloco, as asked, 2 replicas of 1 shards that synchronize every 10 steps" in ended.stdout
     return run
 
 
