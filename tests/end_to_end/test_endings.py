@@ -112,7 +112,7 @@ def test_a_plain_process_stops_at_a_step_as_well(prepared: Path, tmp_path: Path)
     step = jobs.exit_report(tmp_path)["step"]
     assert ended.code == 75
     assert ended.stderr.splitlines() == [
-        "distgpt: stopping after this step is saved; Ctrl-C again within it ends now, unsaved",
+        "distgpt: stopping after this step is saved; Ctrl-C again stops it now, unsaved",
         f"distgpt: interrupted by SIGINT: step {step} of 60 is saved, run it again to go on",
     ]
     assert jobs.checkpoints(tmp_path)[-1] == f"step-{step:08d}"

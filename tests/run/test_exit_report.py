@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distgpt.errors import UsageError
-from distgpt.run.exit_report import ending_of_this_job, forget_last_attempt, write_exit_report
+from distgpt.run.exit_report import remove_report_of_last_attempt, report_of_this_job, write_exit_report
 from distgpt.run.paths import RunPaths
 
 
@@ -65,15 +65,15 @@ def test_a_report_of_an_earlier_attempt_is_forgotten_and_one_of_this_is_not(
     copy = tmp_path / "copy.json"
     monkeypatch.setenv("DISTGPT_EXIT_FILE", str(copy))
     assert write_exit_report(None, code=75, cause="a host joined", rank=0, step=None)
-    forget_last_attempt()
+    remove_report_of_last_attempt()
     assert copy.exists()
     os.utime(copy, (0, 0))  # before this process
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
-    forget_last_attempt()
+    remove_report_of_last_attempt()
     assert copy.exists()
     monkeypatch.undo()
     monkeypatch.setenv("DISTGPT_EXIT_FILE", str(copy))
-    forget_last_attempt()
+    remove_report_of_last_attempt()
     assert not copy.exists()
 
 
@@ -100,10 +100,10 @@ def test_a_report_is_only_of_the_job_that_made_it(tmp_path: Path, monkeypatch: p
         paths = RunPaths(tmp_path / job)
         paths.root.mkdir()
         write_exit_report(paths, code=65, cause="the loss", rank=0, step=7)
-        assert ending_of_this_job(paths) == (65, "the loss")
+        assert report_of_this_job(paths) == (65, "the loss")
         with monkeypatch.context() as another:
             another.setattr(os, "getppid", lambda: 1)
-            assert ending_of_this_job(paths) == known_to_the_next
+            assert report_of_this_job(paths) == known_to_the_next
 
 
 def test_a_directory_whose_name_is_no_text_is_refused() -> None:

@@ -20,7 +20,7 @@ import pytest
 
 from distgpt.checkpoint.store import Store
 from distgpt.errors import DirectoryError
-from distgpt.run.lock import BOOT_ID, LEASE, RENEWAL, RunLock, lock_holder, loss_of
+from distgpt.run.lock import BOOT_ID, LEASE, RENEWAL, RunLock, lock_holder, loss_message
 from distgpt.run.paths import RunPaths
 from tests import jobs
 
@@ -218,11 +218,11 @@ def test_an_owner_whose_lock_was_removed_ends(own: Callable[..., Process], paths
 
 def test_any_rank_can_ask(paths: RunPaths) -> None:
     first = RunLock(paths)
-    assert loss_of(paths, first.owner) is None
+    assert loss_message(paths, first.owner) is None
     first.release()
-    assert loss_of(paths, first.owner) is None
+    assert loss_message(paths, first.owner) is None
     second = RunLock(paths)
-    assert str(second.owner) in (loss_of(paths, first.owner) or "")
+    assert str(second.owner) in (loss_message(paths, first.owner) or "")
     second.release()
 
 

@@ -247,12 +247,12 @@ def test_a_signal_is_answered_at_once_and_only_a_second_ctrl_c_ends_the_rank_uns
         assert process.stderr is not None
         assert process.stdout.readline() == "up\n"
         process.send_signal(signal.SIGINT)
-        answer = "distgpt: stopping after this step is saved; Ctrl-C again within it ends now, unsaved\n"
+        answer = "distgpt: stopping after this step is saved; Ctrl-C again stops it now, unsaved\n"
         assert process.stderr.readline() == answer
         process.send_signal(signal.SIGTERM)  # not typed
         process.send_signal(signal.SIGINT)
         if ends:
-            cause = "interrupted by a second Ctrl-C: what came after the newest checkpoint is not saved, "
+            cause = "interrupted by a second Ctrl-C: steps after the newest checkpoint are not saved, "
             assert process.stderr.read().startswith(f"distgpt: {cause}")
             assert process.wait() == jobs.exit_report(tmp_path)["code"] == 75
         else:
@@ -305,7 +305,7 @@ def test_no_rank_outlives_its_agent() -> None:
 
 @jobs.linux_only
 def test_torchrun_s_variables_without_torchrun_are_one_line() -> None:
-    alone = "from distgpt import torchrun; torchrun._is_under_torch = lambda pid: False; torchrun.die_with_agent()"
+    alone = "from distgpt import torchrun; torchrun._torchrun_is_above = lambda pid: False; torchrun.die_with_agent()"
     ended = jobs.run([sys.executable, "-c", alone], TORCHELASTIC_RUN_ID="x")
     assert ended.code == 2
     assert ended.error_lines == [
