@@ -145,7 +145,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     ):
         reporter = StepReporter(plan, progress, stragglers, interval, checkpoints, start_step=start)
         session.allow_graceful_stop()
-        watchdog.follow(model, unwrap_model(model))
+        watchdog.record_forward_passes(model, unwrap_model(model))
         watchdog.heartbeat("waiting for data", health.start_timeout)
         for step in range(start + 1, last + 1):
             # learn

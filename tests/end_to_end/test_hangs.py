@@ -41,7 +41,7 @@ def test_a_rank_whose_data_never_come_is_named(prepared: Path, tmp_path: Path, s
     report = jobs.exit_report(tmp_path)
     assert report["code"] == 75
     assert "rank 1 (pid " in report["cause"]
-    assert ", waiting for data) came less far than the others; the stacks of all ranks are in " in report["cause"]
+    assert ", waiting for data) made less progress than the others; the stacks of all ranks are in " in report["cause"]
     assert "rank 0" not in report["cause"]
     assert f"distgpt: {report['cause']}\n" in done.stderr
     assert "in slow_read\n" in (tmp_path / "logs" / "rank-1.log").read_text()
@@ -56,6 +56,6 @@ def test_a_rank_that_hangs_in_a_backward_pass_is_told_by_its_line(prepared: Path
     """The other one waits for it in the same pass, as far as itself; rank 0, which had more to do before."""
     hanging("backward:600:0", *tiny(prepared, tmp_path), "--train.global_batch=4")
     cause = jobs.exit_report(tmp_path)["cause"]
-    assert "all ranks came equally far (" in cause
+    assert "all ranks made equal progress (" in cause
     assert re.search(r"rank 0 at slow\.py:\d+ in sleeping", cause)
     assert re.search(r"rank 1 at graph\.py:\d+ in ", cause)

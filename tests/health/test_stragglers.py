@@ -31,7 +31,10 @@ def test_a_slow_rank_is_named_after_three_intervals_with_its_host() -> None:
     said = watch([[0.2, 0.22, 0.25, 0.41]] * 5)
     assert said == [
         *([], []),
-        ["rank 3 on node7 is slow: 410 ms a step of its own work, the others' median 220 ms; data wait 0 ms a step"],
+        [
+            "rank 3 on node7 is slow: its own work takes 410 ms a step, the others' median is 220 ms; "
+            "data wait 0 ms a step"
+        ],
         *([], []),
     ]
 
@@ -42,7 +45,7 @@ def test_what_it_waited_for_is_told() -> None:
     for _ in range(3):
         said = watched.update([Work(30.0, 25.0), Work(1.0, 0.0)], steps=10, seconds=60.0)
     assert said == [
-        "rank 0 on a is slow: 3.00 s a step of its own work, the others' median 100 ms; data wait 2.50 s a step"
+        "rank 0 on a is slow: its own work takes 3.00 s a step, the others' median is 100 ms; data wait 2.50 s a step"
     ]
 
 
@@ -55,8 +58,12 @@ def test_a_rank_that_is_slow_to_save_is_named_after_three_intervals_with_saves()
     ]
     told = [(at, line) for at, lines in enumerate(said) for line in lines]
     assert told == [
-        (4, "rank 2 on node7 is slow to save: 6.00 s for its share of checkpoints, 2.00 s as the others write"),
-        (9, "rank 2 on node7 saves as fast again: 2.00 s for its share of checkpoints, 2.00 s as the others write"),
+        (4, "rank 2 on node7 is slow to save: 6.00 s for its share of checkpoints, 2.00 s at the speed of the others"),
+        (
+            9,
+            "rank 2 on node7 saves as fast as the others again: 2.00 s for its share of checkpoints, "
+            "2.00 s at the speed of the others",
+        ),
     ]
 
 

@@ -19,8 +19,8 @@ import pytest
 
 from distgpt.distributed.process_group import FLIGHT_RECORDER_EVENTS
 from distgpt.health.backstop import GRACE_SECONDS, state_of
-from distgpt.health.diagnosis import RankProgress, current_line, hanging_ranks
-from distgpt.health.watchdog import JOINING, SUSPENDED
+from distgpt.health.diagnosis import RankProgress, current_line, describe_hanging_ranks
+from distgpt.health.watchdog import JOINING, SUSPENDED_SECONDS
 from tests import jobs
 
 # Torn from its place in train.py, without torch.
@@ -46,21 +46,21 @@ def here(rank: int, heartbeats: int, line: str = "a.py:1 in f") -> RankProgress:
 @pytest.mark.parametrize(
     ("answers", "world_size", "stopped", "named"),
     [
-        ([here(0, 7), here(1, 6), here(2, 7)], 3, [], "rank 1 (pid 101 on n1, in a forward pass) came less far"),
+        ([here(0, 7), here(1, 6), here(2, 7)], 3, [], "rank 1 (pid 101 on n1, in a forward pass) made less progress"),
         ([here(0, 7)], 3, [], "ranks 1, 2 did not answer"),
         ([here(1, 7), here(2, 2)], 3, [], "rank 0 did not answer"),
         (
             [here(2, 7), here(1, 7, "b.py:2 in g"), here(0, 7)],
             3,
             [],
-            "all ranks came equally far (in a forward pass): rank 1 at b.py:2 in g; ranks 0, 2 at a.py:1 in f",
+            "all ranks made equal progress (in a forward pass): rank 1 at b.py:2 in g; ranks 0, 2 at a.py:1 in f",
         ),
         ([here(0, 7)], 1, [], "rank 0 (pid 100 on n0, in a forward pass)"),
         ([here(0, 7)], 2, [1], "rank 1 of "),
     ],
 )
 def test_who_is_named(answers: list[RankProgress], world_size: int, stopped: list[int], named: str) -> None:
-    assert hanging_ranks(answers, world_size, stopped).startswith(named)
+    assert describe_hanging_ranks(answers, world_size, stopped).startswith(named)
 
 
 def watched(directory: Path, body: str) -> jobs.Ended:
@@ -90,13 +90,13 @@ def test_one_whose_disk_hangs_is_ended_all_the_same(tmp_path: Path) -> None:
     assert ended.code == 75
     assert ended.stderr.startswith("distgpt: rank 0 (pid ")
     assert ended.stderr.endswith(
-        f", in step 3) makes no progress, nor can say so in {tmp_path}: run it again to go on\n"
+        f", in step 3) makes no progress and cannot write to {tmp_path}: run it again to go on\n"
     )
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    ("activity", "said"), [("checking the start", ": rank"), (JOINING, ": not all of 2 ranks came")]
+    ("activity", "said"), [("checking the start", ": rank"), (JOINING, ": not all of 2 ranks have joined")]
 )
 def test_one_that_hangs_before_the_ranks_have_met_says_so_itself(
     tmp_path: Path, rank: int, activity: str, said: str
@@ -113,7 +113,9 @@ def test_one_that_hangs_with_pythons_lock_held_is_ended_by_its_backstop(tmp_path
     body += "ctypes.PyDLL(None).read(read, ctypes.create_string_buffer(1), 1)"
     ended = watched(tmp_path, body)
     assert ended.code == -signal.SIGKILL
-    assert re.fullmatch(r"distgpt: no progress for 1\d s: rank 0 .* hangs with Python's lock held; .*\n", ended.stderr)
+    assert re.fullmatch(
+        r"distgpt: no progress for 1\d s: rank 0 .* hangs while it holds Python's lock; .*\n", ended.stderr
+    )
     assert 'File "<string>"' in (tmp_path / "logs" / "rank-0.log").read_text()
 
 
@@ -128,7 +130,7 @@ def test_one_that_is_suspended_goes_on(tmp_path: Path) -> None:
         assert process.stdout.readline() == "up\n"
         process.send_signal(signal.SIGSTOP)
         jobs.poll(lambda: state_of(process.pid) == "T")
-        time.sleep(max(SUSPENDED, GRACE_SECONDS) + 6)
+        time.sleep(max(SUSPENDED_SECONDS, GRACE_SECONDS) + 6)
         process.send_signal(signal.SIGCONT)
         process.communicate("go on\n")
         assert process.returncode == 0
