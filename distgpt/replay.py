@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from distgpt.checkpoint.choice import NEWEST, choose, is_checkpoint, newest_good
-from distgpt.checkpoint.manifest import STATE, RunState, committed, listed, read_state, step_of
+from distgpt.checkpoint.manifest import STATE, RunState, committed, list_damage, read_state, step_of
 from distgpt.checkpoint.reader import load_for_training, require_model
 from distgpt.config import Config, from_dict, resolve
 from distgpt.corpus.loader import Loader
@@ -80,7 +80,7 @@ def start_before(run: RunPaths, step: int) -> Start:
     earlier = (checkpoint for checkpoint in committed(run.checkpoints) if step_of(checkpoint) < step)
     checkpoint, damaged = newest_good(earlier)
     if damaged:
-        print(f"skipped {listed(damaged)}")
+        print(f"skipped {list_damage(damaged)}")
     state = read_state(checkpoint) if checkpoint is not None else None
     return Start(config_of(run, step, state), checkpoint, state)
 

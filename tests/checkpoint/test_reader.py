@@ -62,9 +62,9 @@ def test_a_crafted_index_runs_no_code(run: Path, dataset: Dataset, tmp_path: Pat
     for directory in committed(run / "checkpoints"):
         (directory / ".metadata").write_bytes(payload)
         sign_again(directory)
-    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours: it asks for posix.system"):
+    with pytest.raises(DataError, match=r"\.metadata is not a valid checkpoint index: it asks for posix.system"):
         load_for_inference(run, CPU)
-    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours"):
+    with pytest.raises(DataError, match=r"\.metadata is not a valid checkpoint index"):
         trainee(run, dataset).checkpointer.restore()
     assert not marker.exists()
 
@@ -84,7 +84,7 @@ def test_a_disk_that_fails_while_tensors_are_read_is_told_as_such(
 def test_an_index_that_is_none_is_refused(run: Path, content: bytes) -> None:
     (newest(run) / ".metadata").write_bytes(content)
     sign_again(newest(run))
-    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours"):
+    with pytest.raises(DataError, match=r"\.metadata is not a valid checkpoint index"):
         load_for_inference(run, CPU)
 
 
@@ -119,14 +119,14 @@ def test_a_checkpoint_is_known_by_its_own_name(saved: Path, tmp_path: Path, monk
     (tmp_path / "step-decay").symlink_to(saved)
     assert choose(tmp_path / "step-decay").name == "step-00000002"
     shutil.copytree(checkpoint, tmp_path / "mine")
-    with pytest.raises(DataError, match=r"mine has no step in its name: call a copy of a checkpoint as it was, like"):
+    with pytest.raises(DataError, match=r"mine has no step in its name: give it its original name, such as"):
         load_for_inference(tmp_path / "mine", CPU)
 
 
 def test_a_checkpoint_that_cannot_be_chosen_is_told(run: Path, tmp_path: Path) -> None:
     older, newer = (run / "checkpoints" / f"step-0000000{step}" for step in (1, 2))
     for choice in ("3", "worst", str(tmp_path / "nowhere")):
-        with pytest.raises(UsageError, match=rf"--checkpoint is {choice}: \S+ has best, newest and .* the steps 1, 2$"):
+        with pytest.raises(UsageError, match=rf"--checkpoint is {choice}: choose best, newest or a step of \S+: 1, 2$"):
             choose(run, choice)
     with pytest.raises(UsageError, match="step-00000001 is a checkpoint already: leave out --checkpoint=best"):
         choose(older, "best")

@@ -43,7 +43,7 @@ def train(directory: Path, dataset: Dataset, *, steps: int, log_every: int) -> S
             subject.learn()
             reporter.report(step, loss=2.0, lr=1e-3, grad_norm=1.0, decision=Decision(), data_wait=0.0)
             if interval.is_due(step):
-                interval.saved(step, stalled=0.05)
+                interval.record_save(step, stalled=0.05)
     return interval
 
 
