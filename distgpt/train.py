@@ -83,11 +83,11 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     watchdog.heartbeat("restoring", health.start_timeout)
     start = session.step = checkpoints.restore()
     if start >= last:
-        session.say(summary.nothing_to_do(config, start))
+        session.say(summary.nothing_to_do_message(config, start))
         return
-    session.say(summary.begin_line(config, checkpoints.restored))
+    session.say(summary.start_message(config, checkpoints.restored))
     if runtime.rank == 0:
-        for line in summary.all_warnings(config, dataset, checkpoints.restored):
+        for line in summary.list_warnings(config, dataset, checkpoints.restored):
             startup.warn(line)
         session.require_owned()
         # Record the micro-batch in use: dropout masks depend on it.
@@ -115,7 +115,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
             checkpoints.save(step, val_loss=val_loss)
             if wait:
                 checkpoints.require_saved(step)
-        interval.saved(step, stalled=time.perf_counter() - started)
+        interval.record_save(step, stalled=time.perf_counter() - started)
 
     def after_micro_batch(done: int, count: int) -> None:
         """Show progress. If all ranks agree to stop, save the last finished step; a restart repeats this one."""
@@ -123,7 +123,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
         if done < count and stop_check.agreed():
             optimizer.zero_grad()
             completed = session.step or 0
-            if interval.last < completed:
+            if interval.last_save < completed:
                 save(completed, wait=True)
             elif completed > start:
                 finish_save()
@@ -182,7 +182,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
                 require_finite_weights(step)
                 with progress.evaluating(), watchdog.during(f"evaluating step {step}", health.eval_timeout):
                     result = evaluate(model, validation, tokenizer, plan)
-                    val_loss, best = result.val_loss, interval.evaluated(step, result.val_loss)
+                    val_loss, best = result.val_loss, interval.record_evaluation(step, result.val_loss)
                     progress.evaluation(step, val_loss=val_loss, val_bits_per_byte=result.val_bits_per_byte, best=best)
                     if config.eval.sample_tokens:
                         progress.sample(step, sample_text(model, tokenizer, step, config, plan))

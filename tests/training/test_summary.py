@@ -19,7 +19,7 @@ def test_a_run_of_more_than_ten_epochs_is_warned_of() -> None:
     (line,) = warnings(run, 2_000)
     assert line == (
         "the run reads its 2,000 training tokens 128 times (epochs), and little is learned after 10: "
-        "--train.steps=77 or more text will do"
+        "use --train.steps=77 or more text"
     )
     assert list(warnings(config("--train.steps=77"), 2_000)) == []  # what it advises is not warned of again
 
@@ -56,9 +56,9 @@ COSINE = ("--optim.schedule=cosine", "--optim.lr=1e-2", "--optim.warmup_steps=5"
         (
             (*COSINE, "--train.steps=20"),
             (*COSINE, "--train.steps=40"),
-            "from 0.00e+00 to 5.92e-03 at step 21/40: the cosine schedule of 20 steps had come down, and one of 40 "
-            "has not; a run that may go further avoids that with a higher optim.min_lr, or with optim.schedule=wsd "
-            "from a checkpoint before its decay",
+            "from 0.00e+00 to 5.92e-03 at step 21/40: the cosine schedule of 20 steps had lowered it, and one of 40 "
+            "has not; to extend a run without a jump, use a higher optim.min_lr, or optim.schedule=wsd and a "
+            "checkpoint before its decay",
         ),
         (
             ("--train.steps=40",),
