@@ -83,7 +83,7 @@ def test_the_layer_is_named(tmp_path: Path, dataset: Dataset, capsys: pytest.Cap
     assert said[4].startswith("replayed  loss nan | gradient norm nan")
 
 
-def test_a_token_leads_to_its_micro_batch_and_places(
+def test_a_bad_token_is_traced_to_its_micro_batch_and_places(
     tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with closing(third_step(dataset)) as loader:
@@ -101,13 +101,13 @@ def test_a_token_leads_to_its_micro_batch_and_places(
     assert any(token in window for window in windows)
 
 
-def test_a_step_on_the_way_that_would_have_ended_the_run_ends_the_replay(tmp_path: Path, dataset: Dataset) -> None:
+def test_an_earlier_step_that_would_end_the_run_ends_the_replay(tmp_path: Path, dataset: Dataset) -> None:
     saved_at_two(tmp_path, dataset, infinite("head.weight"))
     with pytest.raises(DataError, match=r"loss nan .* at step 3 already: replay that step with --step=3"):
         replayed(tmp_path, 5, dataset)
 
 
-def test_it_starts_from_an_older_checkpoint_where_the_newest_is_broken_and_from_nothing_without_any(
+def test_a_replay_starts_from_an_older_checkpoint_if_the_newest_is_damaged_or_from_initial_weights(
     tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunPaths(tmp_path)
@@ -158,7 +158,7 @@ def test_other_data_is_refused(tmp_path: Path, dataset: Dataset) -> None:
         replay.open_data(gone, None)
 
 
-def test_a_replay_sets_out_from_the_checkpoint_that_is_chosen(tmp_path: Path, dataset: Dataset) -> None:
+def test_a_replay_starts_from_the_chosen_checkpoint(tmp_path: Path, dataset: Dataset) -> None:
     saved_at_two(tmp_path, dataset, lambda subject: None)
     start = replay.start_from(newest(tmp_path), RunPaths(tmp_path), 3)
     assert (start.step, start.checkpoint, start.config.train.steps) == (2, newest(tmp_path), 9)

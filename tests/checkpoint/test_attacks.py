@@ -337,7 +337,7 @@ def test_a_crafted_checkpoint_is_refused_in_one_line(run: Path, dataset: Dataset
 
 
 @pytest.mark.parametrize("name", OTHER_MODELS)
-def test_a_model_that_is_not_stored_is_not_made(run: Path, name: str) -> None:
+def test_a_model_other_than_the_stored_one_is_not_allocated(run: Path, name: str) -> None:
     """By sample, evaluate and replay, which take the config of the checkpoint."""
     OTHER_MODELS[name](newest(run), Payload(""))
     sign_again(newest(run))
@@ -358,7 +358,7 @@ def sign(checkpoint: Path) -> None:
             assert not any("hash" in problem for problem in find_damage(checkpoint))
 
 
-def test_a_list_that_is_named_again_and_again_costs_little(run: Path) -> None:
+def test_a_list_that_is_named_many_times_costs_little(run: Path) -> None:
     """The work does not grow with the square of the index."""
     index = index_of(newest(run))
     tensor: Any = index.state_dict_metadata[WEIGHT]
@@ -392,12 +392,12 @@ def test_a_copy_under_another_name_is_not_the_newest(run: Path, dataset: Dataset
 
 
 @pytest.mark.parametrize("name", ["step-000000002", "step-" + "9" * 200])
-def test_a_name_that_no_step_has_is_no_checkpoint(tmp_path: Path, name: str) -> None:
+def test_a_directory_with_an_impossible_step_is_no_checkpoint(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     assert committed(tmp_path) == []
 
 
-def test_what_stands_in_the_way_of_a_commit_is_named(tmp_path: Path) -> None:
+def test_a_directory_in_the_way_of_a_commit_is_named(tmp_path: Path) -> None:
     store = Store(tmp_path, Owner(1, "here", "now", 1, "today"))
     store.open(7, 0)
     in_the_way = path_of(tmp_path, 7)

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 # What was saved comes back
 
 
-def test_model_and_optimizer_come_back_bit_for_bit(saved: Path, dataset: Dataset) -> None:
+def test_model_and_optimizer_are_restored_bit_for_bit(saved: Path, dataset: Dataset) -> None:
     original, restored = trainee(saved, dataset), trainee(saved, dataset)
     for _ in range(2):
         original.learn()
@@ -61,7 +61,7 @@ def test_hyper_parameters_come_from_the_config_and_not_from_the_checkpoint(saved
     assert {group["weight_decay"] for group in subject.optimizer.param_groups} == {0.25, 0.0}
 
 
-def test_a_checkpoint_holds_all_that_it_takes_to_go_on(saved: Path, dataset: Dataset) -> None:
+def test_a_checkpoint_holds_everything_needed_to_resume(saved: Path, dataset: Dataset) -> None:
     assert names(saved) == ["step-00000001", "step-00000002"]
     assert sorted(file.name for file in newest(saved).iterdir()) == sorted(FILES)
     state = read_state(newest(saved))
@@ -87,7 +87,7 @@ def test_no_rank_can_fail_on_its_own_before_the_collectives_of_a_save(
     subject.checkpointer.require_saved(1)
 
 
-def test_the_tokenizer_kept_is_the_one_that_training_began_with(tmp_path: Path) -> None:
+def test_a_checkpoint_keeps_the_tokenizer_that_training_began_with(tmp_path: Path) -> None:
     """Another dataset may stand in its place meanwhile, or none."""
     (tmp_path / "data").mkdir()
     dataset = make_dataset(tmp_path / "data", seed=0)
@@ -108,7 +108,7 @@ def test_the_tokenizer_kept_is_the_one_that_training_began_with(tmp_path: Path) 
         load_for_inference(tmp_path / "run", CPU)
 
 
-def test_a_directory_that_cannot_be_written_shows_before_the_first_save(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_writable_is_noticed_before_the_first_save(tmp_path: Path) -> None:
     require_writable(tmp_path / "run" / "checkpoints")
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     (tmp_path / "file").touch()
@@ -124,7 +124,7 @@ def test_a_directory_that_cannot_be_written_shows_before_the_first_save(tmp_path
         require_writable(disk / "checkpoints")  # there may be room when the time comes
 
 
-def test_nothing_saved_is_step_0(tmp_path: Path, dataset: Dataset) -> None:
+def test_a_run_without_checkpoints_starts_at_step_0(tmp_path: Path, dataset: Dataset) -> None:
     subject = trainee(tmp_path, dataset)
     assert subject.checkpointer.restore() == 0
     assert subject.checkpointer.best_val_loss() is None
@@ -193,7 +193,7 @@ def test_restore_falls_back_to_the_newest_good_one(run: Path, dataset: Dataset, 
     assert broken in names(run)
 
 
-def test_all_broken_is_the_end(run: Path, dataset: Dataset) -> None:
+def test_restore_fails_if_all_checkpoints_are_damaged(run: Path, dataset: Dataset) -> None:
     before = names(run)
     for directory in committed(run / "checkpoints"):
         flip_bit(directory / "__0_0.distcp", random.Random(0))
@@ -230,7 +230,7 @@ def test_left_overs_of_a_kill_are_cleaned_and_never_read(run: Path, dataset: Dat
     assert names(run) == ["step-00000001", "step-00000002"]
 
 
-def test_nothing_is_removed_for_a_checkpoint_that_is_damaged_already(
+def test_nothing_is_removed_after_a_save_that_is_already_damaged(
     tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = Store.commit
@@ -256,7 +256,7 @@ def test_nothing_is_removed_for_a_checkpoint_that_is_damaged_already(
     assert broken.startswith("broken-step-00000004-")
 
 
-def test_what_a_person_put_into_a_broken_checkpoint_stays(run: Path, dataset: Dataset) -> None:
+def test_files_that_a_user_put_into_a_broken_checkpoint_stay(run: Path, dataset: Dataset) -> None:
     older = run / "checkpoints" / "broken-step-00000002-1"
     older.mkdir()
     (older / "notes.txt").write_text("mine")
@@ -276,7 +276,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("noticed", ["before", "while writing"])
-def test_a_full_disk_costs_a_checkpoint_and_no_more(
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     small_disk: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, noticed: str
 ) -> None:
     if noticed == "while writing":  # someone else fills the disk after the check
@@ -326,7 +326,7 @@ def test_another_run_is_refused_with_a_diff(saved: Path, other_dataset: Dataset)
     assert "\n" not in message
 
 
-def test_a_broken_newest_one_does_not_hide_the_diff(run: Path, dataset: Dataset) -> None:
+def test_a_damaged_newest_checkpoint_does_not_hide_the_diff(run: Path, dataset: Dataset) -> None:
     (newest(run) / "train.json").write_text("{")
     with pytest.raises(UsageError, match=r"step-00000001 was made by another run: model.n_layer 1 -> 3;"):
         require_same_run(run / "checkpoints", resolve([*SMALL, "--model.n_layer=3"], {}), dataset, replicas=1)
@@ -335,7 +335,7 @@ def test_a_broken_newest_one_does_not_hide_the_diff(run: Path, dataset: Dataset)
 # What it knows of past steps
 
 
-def test_the_guard_comes_back_and_may_be_missing_from_an_older_checkpoint(dataset: Dataset, tmp_path: Path) -> None:
+def test_the_outlier_filter_is_restored_and_old_checkpoints_may_lack_it(dataset: Dataset, tmp_path: Path) -> None:
     subject = trainee(tmp_path, dataset)
     for step in range(40):
         subject.outliers.check(loss=4.0 - step / 30, grad_norm=1 / (step + 3))
@@ -356,7 +356,7 @@ def test_the_guard_comes_back_and_may_be_missing_from_an_older_checkpoint(datase
     assert again.outliers.state() == OutlierFilter(resolve([], {}).health).state()
 
 
-def test_a_second_save_needs_no_stager_that_stages_once(
+def test_a_second_save_works_where_a_stager_stages_only_once(
     tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in torch 2.11, whose DefaultStager closes what it stages with after each copy."""

@@ -50,7 +50,7 @@ def test_the_best_interval_loses_the_least() -> None:
         (HOUR, 9, 24, HOUR / 5),
     ],
 )
-def test_what_was_seen_outweighs_the_prior(seconds: float, failures: int, hosts: int, expected: float) -> None:
+def test_measurements_outweigh_the_prior(seconds: float, failures: int, hosts: int, expected: float) -> None:
     assert seconds_between_failures(seconds=seconds, failures=failures, hosts=hosts) == pytest.approx(expected)
 
 
@@ -74,7 +74,7 @@ def test_the_best_interval_in_steps() -> None:
     assert cost.best_steps(1e-6) == 1
 
 
-def test_steps_that_went_faster_while_a_save_was_written_earn_nothing() -> None:
+def test_faster_steps_during_a_save_do_not_lower_its_cost() -> None:
     cost = SaveCost()
     cost.save(0.3)
     cost.step(0.2, writing=False)
@@ -82,7 +82,7 @@ def test_steps_that_went_faster_while_a_save_was_written_earn_nothing() -> None:
     assert cost.seconds_per_save == 0.3
 
 
-def test_without_an_undisturbed_step_the_stall_is_all_that_is_known() -> None:
+def test_without_an_undisturbed_step_only_the_stall_counts() -> None:
     cost = SaveCost()
     cost.save(0.3)
     cost.step(9.0, writing=True)
@@ -96,7 +96,7 @@ def test_a_fixed_interval_counts_from_the_start_of_the_run(every: int, expected:
     assert [step for step in range(1, 11) if saves.is_due(step)] == expected
 
 
-def test_auto_counts_from_the_last_save_and_takes_what_is_noticeably_better() -> None:
+def test_auto_counts_from_the_last_save_and_adopts_only_noticeable_changes() -> None:
     saves = SaveInterval("auto", start_step=100, best_val_loss=None)
     assert not any(saves.is_due(step) for step in range(101, 1000)), "nothing is known yet"
     assert saves.adopt(8)

@@ -33,7 +33,7 @@ def test_sampling_loads_the_newest_in_eval_mode(saved: Path, dataset: Dataset) -
         assert torch.equal(a, b), name
 
 
-def test_what_is_skipped_for_an_older_one_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_checkpoints_are_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (newest(run) / "__0_0.distcp").unlink()
     _, _, state = load_for_inference(run, CPU)
     assert state.step == 1
@@ -69,7 +69,7 @@ def test_a_crafted_index_runs_no_code(run: Path, dataset: Dataset, tmp_path: Pat
     assert not marker.exists()
 
 
-def test_a_disk_that_fails_while_tensors_are_read_is_told_as_such(
+def test_a_disk_that_fails_while_tensors_are_read_is_a_storage_error(
     run: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*arguments: object) -> None:
@@ -81,14 +81,14 @@ def test_a_disk_that_fails_while_tensors_are_read_is_told_as_such(
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"junk", pickle.dumps({"a": 1}), pickle.dumps(3)])
-def test_an_index_that_is_none_is_refused(run: Path, content: bytes) -> None:
+def test_an_invalid_index_is_refused(run: Path, content: bytes) -> None:
     (newest(run) / ".metadata").write_bytes(content)
     sign_again(newest(run))
     with pytest.raises(DataError, match=r"\.metadata is not a valid checkpoint index"):
         load_for_inference(run, CPU)
 
 
-def test_other_data_is_taken_only_where_it_is_named(dataset: Dataset, other_dataset: Dataset) -> None:
+def test_other_data_is_used_only_if_it_is_given(dataset: Dataset, other_dataset: Dataset) -> None:
     recorded, other = str(dataset.path), str(other_dataset.path)
     assert open_data_of_run(recorded, None, fingerprint=dataset.fingerprint).path == dataset.path
     assert open_data_of_run(recorded, other, fingerprint=None).path == other_dataset.path
@@ -123,7 +123,7 @@ def test_a_checkpoint_is_known_by_its_own_name(saved: Path, tmp_path: Path, monk
         load_for_inference(tmp_path / "mine", CPU)
 
 
-def test_a_checkpoint_that_cannot_be_chosen_is_told(run: Path, tmp_path: Path) -> None:
+def test_a_choice_that_does_not_exist_is_refused(run: Path, tmp_path: Path) -> None:
     older, newer = (run / "checkpoints" / f"step-0000000{step}" for step in (1, 2))
     for choice in ("3", "worst", str(tmp_path / "nowhere")):
         with pytest.raises(UsageError, match=rf"--checkpoint is {choice}: choose best, newest or a step of \S+: 1, 2$"):

@@ -151,7 +151,7 @@ def mixed_up(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return jobs.torchrun(2, *tiny(prepared, run), "--optim.lr=1e30", "--parallel.strategy=fsdp"), run
 
 
-def test_a_loss_that_is_no_number_stops_all_ranks_before_the_update(mixed_up: tuple[jobs.Ended, Path]) -> None:
+def test_a_nan_loss_stops_all_ranks_before_the_update(mixed_up: tuple[jobs.Ended, Path]) -> None:
     ended, run = mixed_up
     assert ended.code != 0
     assert len(ended.error_lines) == 1, ended
@@ -173,7 +173,7 @@ def test_a_loss_that_is_no_number_stops_all_ranks_before_the_update(mixed_up: tu
     assert len(set(places)) == 8
 
 
-def test_under_torchrun_a_mistake_is_told_once(tmp_path: Path) -> None:
+def test_under_torchrun_a_mistake_is_printed_once(tmp_path: Path) -> None:
     run, copy = tmp_path / "run", tmp_path / "exit.json"
     job = jobs.Job(jobs.torchrun_command(2, *tiny(tmp_path / "none", run)), DISTGPT_EXIT_FILE=str(copy))
     ended = job.finish()

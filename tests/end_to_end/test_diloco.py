@@ -103,7 +103,7 @@ def test_shards_of_a_replica_change_nothing(prepared: Path, two_replicas: Path, 
     assert jobs.losses(tmp_path) == pytest.approx(one_each, abs=1e-4)
 
 
-def test_replicas_go_on_from_a_model_that_learned_without_any(prepared: Path, tmp_path: Path) -> None:
+def test_replicas_start_from_a_model_that_was_trained_without_them(prepared: Path, tmp_path: Path) -> None:
     """As the paper pretrains; and they cannot become more or fewer, since each has moments of its own."""
     before = jobs.train(1, *tiny(prepared, tmp_path), "--train.steps=20")
     assert before.code == 0, before
@@ -121,7 +121,7 @@ def test_replicas_go_on_from_a_model_that_learned_without_any(prepared: Path, tm
     assert jobs.checkpoints(tmp_path) == kept
 
 
-def test_what_comes_after_training_knows_the_shared_model(two_replicas: Path) -> None:
+def test_evaluate_uses_the_shared_model_and_replay_refuses_it(two_replicas: Path) -> None:
     told = jobs.door("evaluate", two_replicas, "--sequences", "30")
     assert told.code == 0, told
     assert f"step 40 | val loss {jobs.val_losses(two_replicas)[40]:.4f} " in told.stdout

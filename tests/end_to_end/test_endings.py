@@ -25,7 +25,7 @@ runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)
 
 
 @jobs.linux_only
-def test_a_signal_while_the_ranks_find_each_other(prepared: Path, tmp_path: Path) -> None:
+def test_a_signal_while_the_ranks_join(prepared: Path, tmp_path: Path) -> None:
     """Rank 0 waits in the rendezvous for rank 1, which stops itself before it gets there."""
     arguments = tiny(prepared, tmp_path / "run")
     (tmp_path / "late.py").write_text(LATE)
@@ -76,7 +76,7 @@ BROKEN = """
     ],
     ids=["device", "disk"],
 )
-def test_what_is_wrong_with_one_rank_is_told(
+def test_an_error_of_one_rank_is_reported(
     prepared: Path, tmp_path: Path, wrong: str, rank: int, code: int, cause: str
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
@@ -130,7 +130,7 @@ runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)
 
 @jobs.linux_only
 @pytest.mark.parametrize(("ranks", "every", "stopped_in"), [(2, 0, 2), (1, 1, 2), (1, 1, 1)])
-def test_a_long_step_is_given_up_between_two_micro_batches(
+def test_a_long_step_is_abandoned_between_two_micro_batches(
     prepared: Path, tmp_path: Path, ranks: int, every: int, stopped_in: int
 ) -> None:
     """The step before it is saved, or was already."""
@@ -154,7 +154,7 @@ def test_a_long_step_is_given_up_between_two_micro_batches(
 
 
 @jobs.linux_only
-def test_ctrl_c_twice_saves_all_the_same(prepared: Path, tmp_path: Path) -> None:
+def test_ctrl_c_that_reaches_torchrun_and_its_ranks_saves(prepared: Path, tmp_path: Path) -> None:
     """A terminal sends it to the launcher and to all that it started, which torchrun would have heard twice."""
     local = jobs.PROJECT / "launch" / "local.sh"
     # setsid: the terminal of the tests is not to hear it.
@@ -170,7 +170,7 @@ def test_ctrl_c_twice_saves_all_the_same(prepared: Path, tmp_path: Path) -> None
 
 
 @jobs.linux_only
-def test_a_terminal_that_is_closed_saves_as_well(prepared: Path, tmp_path: Path) -> None:
+def test_a_closed_terminal_saves(prepared: Path, tmp_path: Path) -> None:
     """What would be said from then on cannot be."""
     local = jobs.PROJECT / "launch" / "local.sh"
     launcher, terminal = pty.fork()
@@ -192,7 +192,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-def test_a_disk_that_fills_up_in_mid_run(
+def test_a_disk_that_fills_up_during_a_run(
     whole: Callable[[str], Trained], prepared: Path, small_disk: Path, tmp_path: Path
 ) -> None:
     run, copy = small_disk / "run", tmp_path / "exit.json"

@@ -44,7 +44,7 @@ def age(pid: int) -> float:
 
 
 @jobs.linux_only
-def test_the_account_is_that_of_an_observer(prepared: Path, tmp_path: Path) -> None:
+def test_the_ledger_agrees_with_a_clock_outside(prepared: Path, tmp_path: Path) -> None:
     arguments = tiny(prepared, tmp_path)
     killed = Watched(arguments)
     for step in range(1, 31):

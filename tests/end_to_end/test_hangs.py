@@ -52,7 +52,7 @@ def test_a_rank_whose_data_never_come_is_named(prepared: Path, tmp_path: Path, s
     ]
 
 
-def test_a_rank_that_hangs_in_a_backward_pass_is_told_by_its_line(prepared: Path, tmp_path: Path) -> None:
+def test_a_rank_that_hangs_in_a_backward_pass_is_identified_by_its_line(prepared: Path, tmp_path: Path) -> None:
     """The other one waits for it in the same pass, as far as itself; rank 0, which had more to do before."""
     hanging("backward:600:0", *tiny(prepared, tmp_path), "--train.global_batch=4")
     cause = jobs.exit_report(tmp_path)["cause"]

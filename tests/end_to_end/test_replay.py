@@ -8,7 +8,7 @@ from tests import jobs
 from tests.end_to_end.conftest import Trained
 
 
-def test_a_step_of_several_ranks_comes_out_as_it_was_logged(whole: Callable[[str], Trained]) -> None:
+def test_a_replayed_step_of_several_ranks_gives_the_logged_figures(whole: Callable[[str], Trained]) -> None:
     run = whole("fsdp").run
     before = sorted(path for path in run.rglob("*"))
     ended = jobs.door("replay", run, "--step", "55")

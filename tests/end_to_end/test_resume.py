@@ -49,7 +49,7 @@ def test_a_run_goes_on_in_any_other_topology(whole: Callable[[str], Trained], pr
 
 
 @jobs.linux_only
-def test_killed_ranks_and_a_killed_agent_cost_nothing(
+def test_killed_ranks_and_a_killed_agent_change_nothing(
     whole: Callable[[str], Trained], prepared: Path, tmp_path: Path
 ) -> None:
     arguments = [*tiny(prepared, tmp_path), "--parallel.strategy=ddp"]

@@ -56,7 +56,7 @@ def test_several_samples_go_on_from_the_prompt(sampled: dict[str, jobs.Ended]) -
     assert len(set(parts[1:])) == 3
 
 
-def test_greedy_is_the_likeliest(sampled: dict[str, jobs.Ended]) -> None:
+def test_greedy_sampling_takes_the_likeliest_token(sampled: dict[str, jobs.Ended]) -> None:
     assert sampled["greedy"].code == 0
     assert sampled["greedy"].stdout == sampled["top k 1"].stdout
 
@@ -73,7 +73,7 @@ def test_an_unknown_character_is_one_clear_line(sampled: dict[str, jobs.Ended]) 
     ("name", "line"),
     [("bad temperature", "--temperature is -1"), ("no samples", "--samples is 0"), ("bad seed", "--seed is 184467")],
 )
-def test_what_cannot_be_is_one_clear_line(sampled: dict[str, jobs.Ended], name: str, line: str) -> None:
+def test_an_impossible_request_is_one_clear_line(sampled: dict[str, jobs.Ended], name: str, line: str) -> None:
     ended = sampled[name]
     assert (ended.code, ended.stdout) == (2, "")
     assert ended.stderr.startswith("distgpt: error: ")
@@ -90,7 +90,7 @@ def test_what_cannot_be_is_one_clear_line(sampled: dict[str, jobs.Ended], name: 
         ("--temperature=nan", "--temperature is nan: it must be 0 (greedy) or a positive number"),
     ],
 )
-def test_a_flag_that_cannot_be_is_named(flag: str, line: str) -> None:
+def test_an_impossible_value_is_refused_by_the_name_of_its_flag(flag: str, line: str) -> None:
     """By its own name, before the model is loaded."""
     with pytest.raises(UsageError) as refused:
         sample_options(["run", flag])

@@ -44,9 +44,7 @@ runpy.run_module("distgpt.train", run_name="__main__", alter_sys=False)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_all_ranks_leave_out_the_update_of_a_step_that_one_rank_spoiled(
-    prepared: Path, tmp_path: Path, strategy: str
-) -> None:
+def test_all_ranks_skip_an_update_that_is_not_finite_on_one_rank(prepared: Path, tmp_path: Path, strategy: str) -> None:
     run, script = tmp_path / "run", tmp_path / "faulty.py"
     script.write_text(FAULTY)
     arguments = [

@@ -54,7 +54,7 @@ def test_a_slow_disk_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> N
 
 
 @jobs.linux_only
-def test_nobody_is_named_where_all_are_as_slow(prepared: Path, tmp_path: Path) -> None:
+def test_no_rank_is_named_if_all_are_equally_slow(prepared: Path, tmp_path: Path) -> None:
     started = job(prepared, tmp_path, "forward:0.1:")
     started.read_until("step    50/10000 ")  # ten seconds
     assert " is slow: " not in stop(started)

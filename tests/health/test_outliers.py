@@ -24,7 +24,7 @@ def judged(guard: OutlierFilter, values: list[tuple[float, float]]) -> list[Deci
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_z_scores_are_numpys(offset: float) -> None:
+def test_z_scores_are_those_of_numpy(offset: float) -> None:
     draw = random.Random(1)
     values = [offset + draw.gauss(3, 2) for _ in range(3 * WINDOW)]
     window = Window()
@@ -39,7 +39,7 @@ def test_z_scores_are_numpys(offset: float) -> None:
     assert window.values() == values[-WINDOW:]
 
 
-def test_there_is_no_z_score_among_equal_values_nor_for_what_is_no_number() -> None:
+def test_there_is_no_z_score_for_equal_values_or_nan() -> None:
     equal = Window([2.0] * WINDOW)
     assert equal.z_score(2.0) is None
     assert equal.z_score(3.0) is None
@@ -56,7 +56,7 @@ def test_a_step_that_is_not_finite_stops_or_is_skipped_as_configured(loss: float
 
 
 @pytest.mark.parametrize("spike", [(9.0, 1.0), (2.0, 30.0)])
-def test_a_spike_of_either_is_skipped_and_does_not_count(spike: tuple[float, float]) -> None:
+def test_a_spike_of_either_figure_is_skipped_and_stays_out_of_the_window(spike: tuple[float, float]) -> None:
     guard, calm = OutlierFilter(HealthConfig(skip_z=6.0)), OutlierFilter(HealthConfig(skip_z=6.0))
     values = figures(100)
     assert judged(guard, values) == judged(calm, values)
@@ -68,7 +68,7 @@ def test_a_spike_of_either_is_skipped_and_does_not_count(spike: tuple[float, flo
     assert judged(guard, more) == judged(calm, more)
 
 
-def test_what_lies_far_below_is_no_spike_and_without_skip_z_nothing_is() -> None:
+def test_low_values_are_no_spikes_and_without_skip_z_nothing_is() -> None:
     guard = OutlierFilter(HealthConfig(skip_z=3.0))
     judged(guard, figures(100))
     low = guard.check(loss=-50.0, grad_norm=0.0)
@@ -80,7 +80,7 @@ def test_what_lies_far_below_is_no_spike_and_without_skip_z_nothing_is() -> None
     assert indifferent.check(loss=50.0, grad_norm=50.0).action == "update"
 
 
-def test_so_many_skips_in_a_row_and_no_more() -> None:
+def test_too_many_skips_in_a_row_stop_the_run() -> None:
     guard = OutlierFilter(SKIP)
     for _ in range(2):
         assert {decision.action for decision in judged(guard, [(math.nan, 1.0)] * MOST_SKIPS)} == {"skip"}
@@ -90,7 +90,7 @@ def test_so_many_skips_in_a_row_and_no_more() -> None:
     assert f"at most {MOST_SKIPS} in a row" in help_text("train", "")
 
 
-def test_a_judge_goes_on_exactly_where_its_state_was_taken() -> None:
+def test_a_restored_filter_decides_as_the_original_does() -> None:
     config = HealthConfig(on_nonfinite="skip", skip_z=1.5)
     values = figures(300)
     for index in (5, 50, 51, 52, 200):

@@ -39,7 +39,7 @@ def test_a_slow_rank_is_named_after_three_intervals_with_its_host() -> None:
     ]
 
 
-def test_what_it_waited_for_is_told() -> None:
+def test_the_data_wait_of_a_slow_rank_is_reported() -> None:
     watched = StragglerDetector(["a", "b"])
     said = []
     for _ in range(3):
@@ -95,33 +95,33 @@ def test_two_of_four_can_be_slow() -> None:
     assert [line.split(" on ")[0] for line in named] == ["rank 1", "rank 3"]
 
 
-def test_all_slow_but_one_are_the_measure() -> None:
+def test_no_rank_is_slow_if_all_but_one_are() -> None:
     assert watch([[0.2, 0.9, 0.9, 0.9]] * 5) == [[]] * 5
 
 
-def test_one_or_two_bad_intervals_are_nothing() -> None:
+def test_one_or_two_slow_intervals_are_ignored() -> None:
     slow, even = [0.2, 0.2, 0.2, 0.9], [0.2, 0.2, 0.2, 0.2]
     assert watch([slow, slow, even, slow, slow, even, slow]) == [[]] * 7
 
 
-def test_milliseconds_are_noise() -> None:
+def test_differences_of_milliseconds_are_ignored() -> None:
     assert watch([[0.002, 0.002, 0.002, 0.011]] * 5) == [[]] * 5
     assert watch([[0.002, 0.002, 0.002, 0.013]] * 3)[-1] != []
 
 
-def test_a_rank_that_keeps_up_again_is_told_once() -> None:
+def test_a_rank_that_keeps_up_again_is_reported_once() -> None:
     slow, even = [0.2, 0.2, 0.2, 0.9], [0.2, 0.2, 0.2, 0.2]
     said = watch([slow] * 4 + [even] * 2 + [slow] + [even] * 5)
     told = [(index, line.partition(":")[0]) for index, lines in enumerate(said) for line in lines]
     assert told == [(2, "rank 3 on node7 is slow"), (9, "rank 3 on node7 keeps up again")]
 
 
-def test_a_rank_that_stays_slow_is_told_now_and_then() -> None:
+def test_a_rank_that_stays_slow_is_reported_again_after_a_while() -> None:
     said = watch([[0.2, 0.2, 0.2, 0.9]] * (3 + 2 * REMIND_INTERVALS))
     assert [index for index, lines in enumerate(said) if lines] == [2, 2 + REMIND_INTERVALS, 2 + 2 * REMIND_INTERVALS]
 
 
-def test_short_log_intervals_are_judged_together() -> None:
+def test_short_log_intervals_are_combined() -> None:
     watched = StragglerDetector(["a", "b"])
     said = [
         watched.update([Work(own=0.2), Work(own=0.01)], steps=1, seconds=INTERVAL_SECONDS / 4) for _ in range(3 * 4)

@@ -59,7 +59,7 @@ def here(rank: int, heartbeats: int, line: str = "a.py:1 in f") -> RankProgress:
         ([here(0, 7)], 2, [1], "rank 1 of "),
     ],
 )
-def test_who_is_named(answers: list[RankProgress], world_size: int, stopped: list[int], named: str) -> None:
+def test_hanging_ranks_are_named(answers: list[RankProgress], world_size: int, stopped: list[int], named: str) -> None:
     assert describe_hanging_ranks(answers, world_size, stopped).startswith(named)
 
 
@@ -71,7 +71,7 @@ def program(body: str, *, rank: int = 0) -> str:
     return PROGRAM.format(rank=rank, body=body.replace("\n", "\n    "))
 
 
-def test_one_that_hangs_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None:
     body = "def hanging():\n    time.sleep(600)\nwatchdog.heartbeat('in step 3', 0.5)\nhanging()"
     ended = watched(tmp_path, body)
     assert ended.code == 75
@@ -83,7 +83,7 @@ def test_one_that_hangs_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None
 
 
 @jobs.linux_only
-def test_one_whose_disk_hangs_is_ended_all_the_same(tmp_path: Path) -> None:
+def test_a_rank_whose_disk_hangs_is_ended_too(tmp_path: Path) -> None:
     """Whoever opens a pipe that nobody reads waits, as for a file server that is gone."""
     body = "import os\nlog = run.paths.logs / 'rank-0.log'\nlog.unlink()\nos.mkfifo(log)\n"
     ended = watched(tmp_path, body + "watchdog.heartbeat('in step 3', 0.5)\ntime.sleep(600)")
@@ -98,7 +98,7 @@ def test_one_whose_disk_hangs_is_ended_all_the_same(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("activity", "said"), [("checking the start", ": rank"), (JOINING, ": not all of 2 ranks have joined")]
 )
-def test_one_that_hangs_before_the_ranks_have_met_says_so_itself(
+def test_a_rank_that_hangs_before_all_have_joined_reports_itself(
     tmp_path: Path, rank: int, activity: str, said: str
 ) -> None:
     body = program(f"watchdog.heartbeat({activity!r}, 0.5)\ntime.sleep(600)", rank=rank)
@@ -108,7 +108,7 @@ def test_one_that_hangs_before_the_ranks_have_met_says_so_itself(
 
 
 @jobs.linux_only
-def test_one_that_hangs_with_pythons_lock_held_is_ended_by_its_backstop(tmp_path: Path) -> None:
+def test_a_rank_that_hangs_with_pythons_lock_held_is_ended_by_its_backstop(tmp_path: Path) -> None:
     body = "import ctypes, os\nwatchdog.heartbeat('in step 3', 2)\ntime.sleep(1)\nread, write = os.pipe()\n"
     body += "ctypes.PyDLL(None).read(read, ctypes.create_string_buffer(1), 1)"
     ended = watched(tmp_path, body)
@@ -120,7 +120,7 @@ def test_one_that_hangs_with_pythons_lock_held_is_ended_by_its_backstop(tmp_path
 
 
 @jobs.linux_only
-def test_one_that_is_suspended_goes_on(tmp_path: Path) -> None:
+def test_a_suspended_rank_goes_on(tmp_path: Path) -> None:
     """For longer than any limit."""
     body = JOINED + "watchdog.heartbeat('in step 3', 5)\nprint('up', flush=True)\nsys.stdin.readline()"
     command = [sys.executable, "-c", program(body), str(tmp_path)]
@@ -137,7 +137,7 @@ def test_one_that_is_suspended_goes_on(tmp_path: Path) -> None:
 
 
 @jobs.linux_only
-def test_one_whose_stderr_nobody_reads_is_ended_by_its_backstop_all_the_same(tmp_path: Path) -> None:
+def test_a_rank_whose_stderr_nobody_reads_is_ended_by_its_backstop(tmp_path: Path) -> None:
     """Before there is a log as well."""
     hang = "read, write = os.pipe()\nctypes.PyDLL(None).read(read, ctypes.create_string_buffer(1), 1)"
     body = program(f"import ctypes, os\nwatchdog.heartbeat('in step 3', 1)\ntime.sleep(1)\n{hang}")
@@ -149,13 +149,13 @@ def test_one_whose_stderr_nobody_reads_is_ended_by_its_backstop_all_the_same(tmp
     assert process.wait(timeout=60) == -signal.SIGKILL
 
 
-def test_heartbeats_and_other_limits_keep_it_quiet(tmp_path: Path) -> None:
+def test_a_rank_within_its_limits_is_left_alone(tmp_path: Path) -> None:
     body = "watchdog.heartbeat('a', 3)\nfor _ in range(9):\n    time.sleep(0.5)\n    watchdog.heartbeat('b')\n"
     body += "with watchdog.during('evaluating', 60):\n    time.sleep(4)"
     assert watched(tmp_path, body).code == 0
 
 
-def test_without_a_limit_it_waits(tmp_path: Path) -> None:
+def test_without_a_limit_the_watchdog_waits(tmp_path: Path) -> None:
     assert watched(tmp_path, "time.sleep(2)").code == 0
 
 
@@ -172,7 +172,7 @@ print(*(rank.wait() for rank in ranks), flush=True)
 
 
 @jobs.linux_only
-def test_a_neighbour_that_is_stopped_is_ended_with_the_others(tmp_path: Path) -> None:
+def test_a_stopped_rank_is_ended_with_the_others_of_its_host(tmp_path: Path) -> None:
     """Even by a rank that waits without a limit, as others do while rank 0 checks the data."""
     programs = [program(JOINED + "time.sleep(600)").replace("sys.argv[1]", repr(str(tmp_path)))]
     programs += ["import time; time.sleep(600)"] * 2
@@ -184,7 +184,7 @@ def test_a_neighbour_that_is_stopped_is_ended_with_the_others(tmp_path: Path) ->
 
 
 @jobs.linux_only
-def test_rank_0_that_is_stopped_before_the_ranks_have_met_is_named_by_another(tmp_path: Path) -> None:
+def test_rank_0_stopped_before_all_have_joined_is_named_by_another_rank(tmp_path: Path) -> None:
     programs = ["import time; time.sleep(600)"]
     programs += [program("time.sleep(600)", rank=1).replace("sys.argv[1]", repr(str(tmp_path)))]
     # What the launcher was told of an earlier attempt of its torchrun says nothing of this one.
@@ -200,7 +200,7 @@ def test_rank_0_that_is_stopped_before_the_ranks_have_met_is_named_by_another(tm
 
 
 @jobs.linux_only
-def test_who_is_told_to_stop_does_not_wait_for_a_neighbour_that_is_gone(tmp_path: Path) -> None:
+def test_a_rank_with_a_stop_signal_does_not_wait_for_a_lost_rank(tmp_path: Path) -> None:
     """As NCCL would: torchrun, which lost a rank, tells the others, and they cannot come to the end of their step."""
     ready = tmp_path / "ready"
     body = (
@@ -222,7 +222,7 @@ def test_who_is_told_to_stop_does_not_wait_for_a_neighbour_that_is_gone(tmp_path
     assert said.splitlines()[1:] == [f"distgpt: {jobs.exit_report(tmp_path / 'run')['cause']}"]  # the first: it is told
 
 
-def test_the_line_is_that_of_the_save_that_the_main_thread_waits_for() -> None:
+def test_the_current_line_is_that_of_a_save_if_the_main_thread_waits_for_it() -> None:
     written, lines, names = threading.Event(), [], dict[str, Any]()
     where = importlib.util.find_spec("distgpt.checkpoint.checkpointer")
     assert where is not None
@@ -257,7 +257,7 @@ def stopped(rank: int, programs: list[str], **variables: str) -> tuple[list[int]
     return list(map(int, codes.split())), said
 
 
-def test_the_last_collectives_are_written_down(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_collectives_are_written_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those of both backends, whichever this torch has. Fails where it has another name for what is private there."""
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)
     program = (

@@ -18,7 +18,7 @@ def report(directory: Path) -> dict[str, object]:
     return found
 
 
-def test_the_first_report_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_report_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISTGPT_EXIT_FILE", raising=False)
     paths = RunPaths(tmp_path)
     assert write_exit_report(paths, code=65, cause="the loss", rank=1, step=7)
@@ -30,7 +30,7 @@ def test_the_first_report_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
 
 
-def test_a_report_of_an_owner_who_was_asleep_gives_way_to_that_of_the_next(
+def test_a_report_of_a_new_owner_replaces_one_of_a_suspended_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DISTGPT_EXIT_FILE", str(tmp_path / "copy.json"))
@@ -55,13 +55,11 @@ def test_a_launcher_gets_a_copy_even_without_a_run_directory(tmp_path: Path, mon
     assert json.loads((tmp_path / "copy.json").read_text())["code"] == 73
 
 
-def test_a_report_that_cannot_be_written_is_still_to_be_told(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_is_still_to_be_printed(tmp_path: Path) -> None:
     assert write_exit_report(RunPaths(tmp_path / "gone"), code=74, cause="disk", rank=0, step=None)
 
 
-def test_a_report_of_an_earlier_attempt_is_forgotten_and_one_of_this_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_reports_of_earlier_attempts_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "copy.json"
     monkeypatch.setenv("DISTGPT_EXIT_FILE", str(copy))
     assert write_exit_report(None, code=75, cause="a host joined", rank=0, step=None)
@@ -77,9 +75,7 @@ def test_a_report_of_an_earlier_attempt_is_forgotten_and_one_of_this_is_not(
     assert not copy.exists()
 
 
-def test_a_report_of_a_file_system_without_links_is_the_first_as_well(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_report_wins_on_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -92,7 +88,7 @@ def test_a_report_of_a_file_system_without_links_is_the_first_as_well(
     assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
 
 
-def test_a_report_is_only_of_the_job_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_report_belongs_only_to_the_job_that_wrote_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every torchrun that was given no id calls itself none."""
     monkeypatch.delenv("DISTGPT_EXIT_FILE", raising=False)
     for job, known_to_the_next in (("none", None), ("mine", (65, "the loss"))):
@@ -106,6 +102,6 @@ def test_a_report_is_only_of_the_job_that_made_it(tmp_path: Path, monkeypatch: p
             assert report_of_this_job(paths) == known_to_the_next
 
 
-def test_a_directory_whose_name_is_no_text_is_refused() -> None:
+def test_a_directory_name_that_is_not_utf8_is_refused() -> None:
     with pytest.raises(UsageError, match=r"run\.dir is 'runs/\\udcff', which is not UTF-8"):
         RunPaths(Path(os.fsdecode(b"runs/\xff")))

@@ -54,7 +54,7 @@ def test_an_attempt_that_ends_early_says_how_and_where_the_time_went(
     assert capsys.readouterr().out.splitlines()[-1].startswith("goodput   ")
 
 
-def test_one_that_is_done_does_too_and_tensorboard_has_all_parts(
+def test_a_finished_attempt_does_too_and_tensorboard_has_all_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tmp_path)
@@ -70,7 +70,7 @@ def test_one_that_is_done_does_too_and_tensorboard_has_all_parts(
     assert [event.step for event in accumulator.Scalars("goodput/share")] == list(range(1, 7))
 
 
-def test_a_ledger_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_ledger_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "goodput.jsonl").mkdir()
     train(tmp_path)
     captured = capsys.readouterr()

@@ -42,7 +42,7 @@ def batches(dataset: Dataset, *, rank: int = 0, world_size: int = 1, micro_batch
     )
 
 
-def test_it_is_the_mean_over_windows_and_bits_per_byte_follow(model: GPT, dataset: Dataset, plan: Plan) -> None:
+def test_val_loss_is_the_mean_over_windows_and_gives_bits_per_byte(model: GPT, dataset: Dataset, plan: Plan) -> None:
     tokenizer = load_tokenizer(dataset.path)
     found = evaluate(model, batches(dataset), tokenizer, plan)
     losses, text_bytes, seen = [], 0, []
@@ -72,7 +72,7 @@ def test_the_parts_of_several_ranks_sum_to_the_same(model: GPT, dataset: Dataset
     assert sum(part(rank, world_size) for rank in range(world_size)) == pytest.approx(part(0, 1), rel=1e-12)
 
 
-def test_training_goes_on_as_if_it_had_not_been(model: GPT, dataset: Dataset, plan: Plan) -> None:
+def test_an_evaluation_does_not_change_training(model: GPT, dataset: Dataset, plan: Plan) -> None:
     before = torch.random.get_rng_state()
     evaluate(model, batches(dataset), load_tokenizer(dataset.path), plan)
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -17,7 +17,7 @@ class Clock:
 
 
 @pytest.mark.parametrize(("seconds", "asked_after"), [(20.0, [1, 2, 3, 4]), (2.0, [1, 3, 5]), (0.01, [1, 501, 1001])])
-def test_ranks_ask_each_other_every_few_seconds_counted_in_micro_batches(
+def test_ranks_check_for_stops_every_few_seconds_counted_in_micro_batches(
     one_process: Runtime, monkeypatch: pytest.MonkeyPatch, seconds: float, asked_after: list[int]
 ) -> None:
     clock = Clock()

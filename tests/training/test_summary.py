@@ -12,7 +12,7 @@ def config(*arguments: str) -> Config:
     return resolve([*BATCH, *arguments], {})
 
 
-def test_a_run_of_more_than_ten_epochs_is_warned_of() -> None:
+def test_more_than_ten_epochs_give_a_warning() -> None:
     run = config("--train.steps=1000")
     assert epochs(run, 25_600) == 10
     assert list(warnings(run, 25_600)) == []
@@ -24,7 +24,7 @@ def test_a_run_of_more_than_ten_epochs_is_warned_of() -> None:
     assert list(warnings(config("--train.steps=77"), 2_000)) == []  # what it advises is not warned of again
 
 
-def test_a_warm_up_longer_than_the_run_is_warned_of() -> None:
+def test_a_warm_up_longer_than_the_run_gives_a_warning() -> None:
     assert list(warnings(config("--optim.warmup_steps=2", "--train.steps=3"), 10**9)) == []
     (line,) = warnings(config("--optim.warmup_steps=2000", "--train.steps=3"), 10**9)
     assert line == (
@@ -33,7 +33,7 @@ def test_a_warm_up_longer_than_the_run_is_warned_of() -> None:
     )
 
 
-def test_every_key_that_differs_at_resume_is_said() -> None:
+def test_every_key_that_differs_at_resume_is_listed() -> None:
     then = config("--run.dir=a", "--model.bias=true", "--optim.schedule=cosine")
     now = config("--run.dir=b", "--run.fresh", "--model.bias=false", "--optim.lr=0.5", "--log.every=1")
     assert changes(then, now) == [
@@ -73,7 +73,7 @@ COSINE = ("--optim.schedule=cosine", "--optim.lr=1e-2", "--optim.warmup_steps=5"
         ),
     ],
 )
-def test_a_learning_rate_that_jumps_at_resume_is_warned_of(
+def test_a_learning_rate_that_jumps_at_resume_gives_a_warning(
     then: tuple[str, ...], now: tuple[str, ...], said: str | None
 ) -> None:
     line = learning_rate_jump(config(*then), config(*now), 20)
