@@ -73,7 +73,7 @@ def test_a_stale_rank_variable_causes_no_wait() -> None:
 
 
 def test_the_report_of_torchrun_ends_with_the_cause(tmp_path: Path) -> None:
-    """In the words of the agent, which prints the error file of the rank that failed first below all else."""
+    """torchrun prints the error file of the rank that failed first at the end of its report."""
     done = ended("raise UsageError('do this')", TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
     assert (done.returncode, done.stderr) == (2, "distgpt: error: do this\n")
     failure = ProcessFailure(local_rank=0, pid=os.getpid(), exitcode=2, error_file=str(tmp_path / "error.json"))

@@ -1,4 +1,4 @@
-"""Replays of crafted checkpoints; of real runs in tests/end_to_end."""
+"""Replays of crafted checkpoints. tests/end_to_end replays real runs."""
 
 import shutil
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def arguments(dataset: Dataset) -> tuple[str, ...]:
 
 
 def saved_at_two(run: Path, dataset: Dataset, change: Callable[[Trainee], None]) -> None:
-    """A checkpoint of step 2 whose weights were changed before it was saved."""
+    """Save a checkpoint of step 2 whose weights were changed before."""
     subject = trainee(run, dataset, *arguments(dataset))
     with torch.no_grad():
         change(subject)
@@ -43,7 +43,7 @@ def saved_at_two(run: Path, dataset: Dataset, change: Callable[[Trainee], None])
 
 
 def infinite(name: str, index: int = 0) -> Callable[[Trainee], None]:
-    """A weight of this parameter is infinite, in the row of this index."""
+    """Return a change that makes a weight of this parameter infinite, in row `index`."""
 
     def change(subject: Trainee) -> None:
         subject.model.get_parameter(name)[index, 0] = torch.inf
@@ -73,14 +73,14 @@ def third_step(dataset: Dataset) -> Loader:
 def test_the_layer_is_named(tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     saved_at_two(tmp_path, dataset, infinite("blocks.0.mlp.down.weight"))
     replayed(tmp_path, 3, dataset)
-    said = capsys.readouterr().out.splitlines()
-    assert said[:3] == [
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
         "from      step-00000002, float32 on cpu",
         "weights   not finite in blocks.0.mlp.down.weight",
         "step 3    not finite, first in the forward pass of blocks.0.mlp.down: its output",
     ]
-    assert said[3].startswith("samples   8 to 9, micro-batch 1 of 2, as (shard, token offset): [(0, ")
-    assert said[4].startswith("replayed  loss nan | gradient norm nan")
+    assert lines[3].startswith("samples   8 to 9, micro-batch 1 of 2, as (shard, token offset): [(0, ")
+    assert lines[4].startswith("replayed  loss nan | gradient norm nan")
 
 
 def test_a_bad_token_is_traced_to_its_micro_batch_and_places(
@@ -92,10 +92,10 @@ def test_a_bad_token_is_traced_to_its_micro_batch_and_places(
     token = next(token for token in second_BT.flatten().tolist() if token not in first_BT)
     saved_at_two(tmp_path, dataset, infinite("token_embedding.weight", token))
     replayed(tmp_path, 3, dataset)
-    said = capsys.readouterr().out.splitlines()
-    assert said[2] == "step 3    not finite, first in the forward pass of token_embedding: its output"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "step 3    not finite, first in the forward pass of token_embedding: its output"
     places = list(zip(shards[2:].tolist(), offsets[2:].tolist(), strict=True))
-    assert said[3] == f"samples   10 to 11, micro-batch 2 of 2, as (shard, token offset): {places}"
+    assert lines[3] == f"samples   10 to 11, micro-batch 2 of 2, as (shard, token offset): {places}"
     windows = [dataset.train.shards[shard][offset : offset + 8].tolist() for shard, offset in places]
     assert windows == second_BT.tolist()
     assert any(token in window for window in windows)

@@ -42,7 +42,7 @@ def test_model_and_optimizer_are_restored_bit_for_bit(saved: Path, dataset: Data
     for _ in range(2):
         original.learn()
     assert restored.checkpointer.restore() == 2
-    assert restored.said == []
+    assert restored.messages == []
     # The next step shows the moments and the step counts of AdamW too.
     for subject in (original, restored):
         subject.learn()
@@ -74,7 +74,7 @@ def test_a_checkpoint_holds_everything_needed_to_resume(saved: Path, dataset: Da
 def test_no_rank_can_fail_on_its_own_before_the_collectives_of_a_save(
     tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would leave the others waiting in them: from the staging directory on, all go to write their tensors."""
+    """The others would wait for it: once there is a staging directory, all ranks write their tensors."""
     subject = trainee(tmp_path, dataset)
 
     def failing_once_there_is_a_directory(run: RunSession) -> None:
@@ -88,7 +88,7 @@ def test_no_rank_can_fail_on_its_own_before_the_collectives_of_a_save(
 
 
 def test_a_checkpoint_keeps_the_tokenizer_that_training_began_with(tmp_path: Path) -> None:
-    """Another dataset may stand in its place meanwhile, or none."""
+    """Another dataset, or none, may be in its directory meanwhile."""
     (tmp_path / "data").mkdir()
     dataset = make_dataset(tmp_path / "data", seed=0)
     tokenizer = dataset.path / "tokenizer.json"
@@ -142,7 +142,7 @@ def test_saves_in_the_background_and_at_once_are_equal(tmp_path: Path, dataset: 
             for _ in range(20):
                 subject.learn()
         subject.checkpointer.require_saved(1)
-        assert subject.said == []
+        assert subject.messages == []
     jobs.assert_same_tensors(newest(tmp_path / "true"), newest(tmp_path / "false"))
 
 
@@ -179,8 +179,8 @@ def test_restore_falls_back_to_the_newest_good_one(run: Path, dataset: Dataset, 
     assert load_for_inference(run, CPU)[2].step == 1
     subject = trainee(run, dataset)
     assert subject.checkpointer.restore() == 1
-    assert len(subject.said) == 1
-    assert subject.said[0].startswith(f"going on from step-00000001; skipped step-00000002: {name} ")
+    assert len(subject.messages) == 1
+    assert subject.messages[0].startswith(f"going on from step-00000001; skipped step-00000002: {name} ")
     kept, broken = sorted(names(run), reverse=True)
     assert kept == "step-00000001"
     assert broken.startswith("broken-step-00000002-")
@@ -223,7 +223,7 @@ def test_left_overs_of_a_kill_are_cleaned_and_never_read(run: Path, dataset: Dat
     (staging / "step-00000009" / "__0_0.distcp").write_bytes(b"half")
     subject = trainee(run, dataset)
     assert subject.checkpointer.restore() == 1
-    assert subject.said == []
+    assert subject.messages == []
     assert names(run) == ["step-00000001"]
     subject.checkpointer.save(2, val_loss=None)
     subject.checkpointer.require_saved(2)
@@ -248,7 +248,10 @@ def test_nothing_is_removed_after_a_save_that_is_already_damaged(
     with pytest.raises(StorageError, match=r"step 4 could not be saved in .*: the newest checkpoint is step-00000003"):
         subject.checkpointer.require_saved(4)
     assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
-    assert [line.split(" is damaged")[0].split("/")[-1] for line in subject.said] == ["step-00000003", "step-00000004"]
+    assert [line.split(" is damaged")[0].split("/")[-1] for line in subject.messages] == [
+        "step-00000003",
+        "step-00000004",
+    ]
     assert trainee(tmp_path, dataset).checkpointer.restore() == 2
     # Of what is set aside the newest stays for a person to look at.
     kept, broken = sorted(names(tmp_path), reverse=True)
@@ -288,7 +291,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     subject.learn()
     subject.checkpointer.save(2, val_loss=None)
     subject.checkpointer.wait()
-    (line,) = subject.said
+    (line,) = subject.messages
     assert line.startswith("CHECKPOINT NOT SAVED, training goes on: ")
     assert ("MiB free and a checkpoint takes" if noticed == "before" else "No space left on device") in line
     assert names(small_disk) == ["step-00000001"]
@@ -359,7 +362,7 @@ def test_the_outlier_filter_is_restored_and_old_checkpoints_may_lack_it(dataset:
 def test_a_second_save_works_where_a_stager_stages_only_once(
     tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in torch 2.11, whose DefaultStager closes what it stages with after each copy."""
+    """The DefaultStager of torch 2.11 closes its resources after each copy."""
     staged = DefaultStager._stage  # noqa: SLF001
 
     def once(self: DefaultStager, *arguments: Any, **named: Any) -> Any:

@@ -1,4 +1,4 @@
-"""How often to save, against worked examples; when a save is due."""
+"""The save interval, against worked examples, and when a save is due."""
 
 import math
 from typing import Literal
@@ -31,7 +31,7 @@ def test_worked_examples(cost: float, between_failures: float, expected: float) 
 
 
 def test_the_best_interval_loses_the_least() -> None:
-    """Of each second, cost / interval goes into saving and interval / (2 between_failures) is done again."""
+    """Of each second, cost / interval is spent on saves, and interval / (2 between_failures) is repeated."""
 
     def lost(interval: float) -> float:
         return 5.0 / interval + interval / (2 * 7200.0)

@@ -1,4 +1,4 @@
-"""A checkpoint that is not whole is found, whatever is wrong with it."""
+"""Any damage of a checkpoint is found."""
 
 import errno
 import io
@@ -57,7 +57,7 @@ def test_one_flipped_bit_is_found_wherever_it_is(run: Path, name: str) -> None:
 def test_a_file_that_cannot_be_read_now_is_not_reported_as_damaged(
     run: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, damaged: bool
 ) -> None:
-    """A bad sector is; a server that is away, or too many open files, say nothing of the file."""
+    """A bad sector is damage. A server that is down, or too many open files, is not."""
     opened = io.open
 
     def failing(file: Any, *rest: Any, **named: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Models from a run's checkpoints; what a checkpoint brings is never run."""
+"""Load models from the checkpoints of a run. Code in a checkpoint is never run."""
 
 import errno
 import os
@@ -110,7 +110,7 @@ def test_the_best_the_newest_and_any_other_checkpoint_can_be_chosen(saved: Path,
 
 
 def test_a_checkpoint_is_known_by_its_own_name(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by that of a link or of the working directory, and a run may be called like one."""
+    """The name of a link or "." does not matter, and a run may have a name like that of a checkpoint."""
     checkpoint = saved / "checkpoints" / "step-00000001"
     (tmp_path / "link").symlink_to(checkpoint)
     assert choose(tmp_path / "link") == checkpoint.resolve()

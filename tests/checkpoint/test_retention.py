@@ -1,4 +1,4 @@
-"""Old checkpoints go; nothing that is still wanted, and nothing that is not ours, is lost."""
+"""Old checkpoints are removed, but none that is still needed, and no file of others."""
 
 import hashlib
 import json
@@ -68,7 +68,7 @@ def test_a_damaged_validation_loss_is_not_the_best(tmp_path: Path) -> None:
 
 
 def test_the_message_of_a_full_disk_has_two_different_figures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is free is less than what is asked for, as the line has it, for small checkpoints too."""
+    """The message shows less free space than the checkpoint takes, for small checkpoints too."""
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=900 * 2**10))
     with pytest.raises(StorageError, match=r" has 0\.8 MiB free and a checkpoint takes 1\.1 MiB with 1 MiB to spare: "):
         require_space(tmp_path, 50_000)

@@ -1,4 +1,4 @@
-"""How ranks are grouped. The meshes themselves are at work in tests/end_to_end."""
+"""The groups of ranks. tests/end_to_end trains with the meshes."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""How a run is laid out over its ranks."""
+"""The layout of a run over its ranks."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The facts about a rank: its share of the cores, what it computes in."""
+"""A rank: its place, its store, its share of the cores, and its dtype."""
 
 import os
 import socket
@@ -69,7 +69,7 @@ def test_the_rank_is_read_from_the_environment_of_torchrun(monkeypatch: pytest.M
 
 @pytest.mark.parametrize(("shared", "met"), [("False", True), ("True", False)])
 def test_each_attempt_has_a_store_of_its_own(monkeypatch: pytest.MonkeyPatch, shared: str, met: bool) -> None:
-    """The agent of a host that came late has counted fewer restarts than the others."""
+    """The agent of a host that joined late has counted fewer restarts than the others."""
     agents = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = agents.port if shared == "True" else free_port()
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "1"}
@@ -86,7 +86,7 @@ def test_each_attempt_has_a_store_of_its_own(monkeypatch: pytest.MonkeyPatch, sh
 
 @jobs.linux_only
 def test_no_model_outlives_the_process_group() -> None:
-    """Else the model's end is the group's, with Python's lock held, for which a thread of the group may wait."""
+    """Otherwise the model destroys the group while it holds the GIL, for which a thread of the group may wait."""
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     command = [sys.executable, "-c", TRAIN_AND_LEAVE]
     ranks = [

@@ -1,4 +1,4 @@
-"""A user's mistake is exactly one line on stderr that says what is wrong and what would work, and its exit code."""
+"""A user's mistake gives its exit code and exactly one line on stderr: what is wrong, and what would work."""
 
 import json
 import os
@@ -61,7 +61,7 @@ runpy.run_module("distgpt.train", run_name="__main__")
 def cases(
     whole: Callable[[str], Trained], prepared: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, jobs.Ended]]:
-    """Every case as one plain process."""
+    """Run every case in one process."""
     root = tmp_path_factory.mktemp("bad")
     (root / "empty").mkdir()
     (root / "file").write_text("")
@@ -159,7 +159,7 @@ def test_a_nan_loss_stops_all_ranks_before_the_update(mixed_up: tuple[jobs.Ended
     report = jobs.exit_report(run)
     assert report["code"] == 65
     assert ended.error_lines == [f"distgpt: error: {report['cause']}"]
-    # The step that was not made is neither logged nor saved.
+    # The unfinished step is neither logged nor saved.
     assert list(jobs.losses(run)) == list(range(1, report["step"] + 1))
     assert f"at step {report['step'] + 1}: stopped before the update" in report["cause"]
     places = []
@@ -183,7 +183,7 @@ def test_under_torchrun_a_mistake_is_printed_once(tmp_path: Path) -> None:
         f"run python -m distgpt.prepare --input ... --output {tmp_path / 'none'}"
     ]
     assert ended.traceback == []
-    # The last words of torchrun's own report are the same line.
+    # The report of torchrun ends with the same line.
     assert ended.stderr.splitlines()[-2].endswith(ended.error_lines[0])
     assert json.loads(copy.read_text())["code"] == 65
     assert not run.exists()

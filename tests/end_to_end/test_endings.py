@@ -1,4 +1,4 @@
-"""How jobs end that are not done: exit codes, one line, and nothing broken behind them."""
+"""Jobs that end early: exit codes, one line, and checkpoints that are whole."""
 
 import json
 import os
@@ -43,7 +43,7 @@ def test_a_signal_while_the_ranks_join(prepared: Path, tmp_path: Path) -> None:
     cause = "interrupted by SIGTERM before the first step: run it again to go on"
     assert report["cause"] == cause
     assert [line for line in ended.stderr.splitlines() if line.startswith("distgpt:")] == [f"distgpt: {cause}"]
-    # Nothing is broken: a run of its own kind goes on from here.
+    # The same command trains in the same directory.
     again = jobs.train(1, *arguments, "--train.steps=1")
     assert again.code == 0, again
 
@@ -60,7 +60,7 @@ runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)
 """
 BROKEN = """
     def broken(threads):
-        # Not before rank 0 has the run directory, however slow the machine.
+        # Wait until rank 0 has the run directory, also on a slow machine.
         while not (os.path.exists("run/LOCK") and os.path.getsize("run/LOCK")):
             time.sleep(0.01)
         raise RuntimeError("no such GPU")
@@ -118,7 +118,7 @@ def test_a_plain_process_stops_at_a_step_as_well(prepared: Path, tmp_path: Path)
     assert jobs.checkpoints(tmp_path)[-1] == f"step-{step:08d}"
 
 
-# distgpt.train where each micro-batch of a step is a line, and the ranks ask each other after each whether to stop.
+# distgpt.train that prints a line for each micro-batch, and checks after each one whether to stop.
 LONG_STEPS = """
 import runpy
 from distgpt.training import step
@@ -133,7 +133,7 @@ runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)
 def test_a_long_step_is_abandoned_between_two_micro_batches(
     prepared: Path, tmp_path: Path, ranks: int, every: int, stopped_in: int
 ) -> None:
-    """The step before it is saved, or was already."""
+    """The step before it is saved, unless it already was."""
     (tmp_path / "long.py").write_text(LONG_STEPS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     launcher = torchrun if ranks > 1 else [sys.executable]
@@ -141,7 +141,7 @@ def test_a_long_step_is_abandoned_between_two_micro_batches(
     long = (f"--train.global_batch={2 * count * ranks}", f"--checkpoint.every={every}", "--eval.every=0")
     job = jobs.Job([*launcher, str(tmp_path / "long.py"), *tiny(prepared, run), *long])
     job.read_until(f"step  {stopped_in}/60 | micro-batch 1/{count}\n")
-    # Rank 0 can go on for less than a step before it must be read, so the signal is there before its end.
+    # Rank 0 blocks on the pipe within a step, so the signal arrives before the end of the step.
     os.kill(job.rank(1) if ranks > 1 else job.pid, signal.SIGTERM)
     ended = job.finish()
     completed = stopped_in - 1
@@ -149,15 +149,15 @@ def test_a_long_step_is_abandoned_between_two_micro_batches(
     report = jobs.exit_report(run)
     assert (report["code"], report["step"] or 0) == (75, completed), ended
     assert jobs.checkpoints(run) == ([f"step-{completed:08d}"] if completed else [])
-    said = f"step {completed} of 60 is saved, " if completed else "before the end of the first step"
-    assert said in report["cause"]
+    outcome = f"step {completed} of 60 is saved, " if completed else "before the end of the first step"
+    assert outcome in report["cause"]
 
 
 @jobs.linux_only
 def test_ctrl_c_that_reaches_torchrun_and_its_ranks_saves(prepared: Path, tmp_path: Path) -> None:
-    """A terminal sends it to the launcher and to all that it started, which torchrun would have heard twice."""
+    """A terminal sends SIGINT to the launcher and to all its children, so torchrun would get it twice."""
     local = jobs.PROJECT / "launch" / "local.sh"
-    # setsid: the terminal of the tests is not to hear it.
+    # setsid: the tests must not get the signal.
     job = jobs.Job(["setsid", str(local), *tiny(prepared, tmp_path)], NPROC_PER_NODE="2")
     job.read_until("step  2/60 ")
     for _ in range(2):
@@ -171,14 +171,14 @@ def test_ctrl_c_that_reaches_torchrun_and_its_ranks_saves(prepared: Path, tmp_pa
 
 @jobs.linux_only
 def test_a_closed_terminal_saves(prepared: Path, tmp_path: Path) -> None:
-    """What would be said from then on cannot be."""
+    """Output from then on is lost."""
     local = jobs.PROJECT / "launch" / "local.sh"
     launcher, terminal = pty.fork()
     if launcher == 0:
         os.execve(local, [str(local), *tiny(prepared, tmp_path)], jobs.environment(NPROC_PER_NODE="2"))
-    said = b""
-    while b"step  2/60 " not in said:
-        said += os.read(terminal, 64)
+    output = b""
+    while b"step  2/60 " not in output:
+        output += os.read(terminal, 64)
     os.close(terminal)
     _, status = os.waitpid(launcher, 0)
     report = jobs.exit_report(tmp_path)
@@ -203,7 +203,7 @@ def test_a_disk_that_fills_up_during_a_run(
     jobs.fill(small_disk / "filler")
     ended = job.finish()
     assert ended.code != 0
-    # Training went on to the end, and said what was lost.
+    # Training went on to the end, and reported what was lost.
     assert "step 60/60 | val loss " in ended.stdout
     lost = [line for line in ended.stdout.splitlines() if line.startswith("CHECKPOINT NOT SAVED, training goes on: ")]
     assert lost
@@ -214,7 +214,7 @@ def test_a_disk_that_fills_up_during_a_run(
     report = json.loads(copy.read_text())
     assert (report["code"], report["cause"]) == (74, cause)
     assert not [name for name in jobs.checkpoints(run) if not name.startswith("step-")]
-    # With space again it goes on from what was saved before, here on one process.
+    # With free space the run goes on from the last checkpoint, here in one process.
     (small_disk / "filler").unlink()
     again = jobs.train(1, *arguments)
     assert again.code == 0, again

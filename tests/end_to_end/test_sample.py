@@ -1,4 +1,4 @@
-"""What is done with a trained run: sample from it and evaluate it."""
+"""Sample from a trained run, and evaluate it."""
 
 import argparse
 import re
@@ -33,11 +33,13 @@ SAMPLE = {
 
 @pytest.fixture(scope="module")
 def sampled(whole: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFactory) -> dict[str, jobs.Ended]:
-    """`python -m distgpt.sample` with each of these arguments."""
+    """The results of `python -m distgpt.sample` with each of these arguments."""
     run = str(whole("fsdp").run)  # one process reads what two wrote
-    doors = {name: partial(jobs.door, "sample", run, "--tokens=100", *arguments) for name, arguments in SAMPLE.items()}
-    doors["no run"] = partial(jobs.door, "sample", tmp_path_factory.mktemp("nowhere"))
-    return jobs.all_at_once(doors)
+    commands = {
+        name: partial(jobs.door, "sample", run, "--tokens=100", *arguments) for name, arguments in SAMPLE.items()
+    }
+    commands["no run"] = partial(jobs.door, "sample", tmp_path_factory.mktemp("nowhere"))
+    return jobs.all_at_once(commands)
 
 
 def test_the_same_seed_writes_the_same_text(sampled: dict[str, jobs.Ended]) -> None:
@@ -91,7 +93,7 @@ def test_an_impossible_request_is_one_clear_line(sampled: dict[str, jobs.Ended],
     ],
 )
 def test_an_impossible_value_is_refused_by_the_name_of_its_flag(flag: str, line: str) -> None:
-    """By its own name, before the model is loaded."""
+    """It is refused before the model is loaded."""
     with pytest.raises(UsageError) as refused:
         sample_options(["run", flag])
     assert str(refused.value) == f"{line} (--help shows the options)"
@@ -105,7 +107,7 @@ def test_a_directory_that_is_no_run_is_one_clear_line(sampled: dict[str, jobs.En
 
 @pytest.fixture(scope="module")
 def evaluated(whole: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFactory) -> dict[str, jobs.Ended]:
-    """`python -m distgpt.evaluate`, on the run's windows and on data with another tokenizer."""
+    """The results of `python -m distgpt.evaluate`, on the data of the run and on data with another tokenizer."""
     run = whole("fsdp").run
     root = tmp_path_factory.mktemp("evaluate")
     (root / "text.txt").write_text("0123456789" * 1000)
@@ -154,7 +156,7 @@ def test_a_run_is_evaluated_and_replayed_from_another_directory(
 
 
 def test_each_new_best_is_saved_and_can_be_chosen(prepared: Path, tmp_path: Path) -> None:
-    """Most evaluations are at other steps than those at which a save is due."""
+    """Most evaluations are at steps where no save is due otherwise."""
     ended = jobs.train(1, *tiny(prepared, tmp_path), "--checkpoint.every=15", "--checkpoint.keep=9")
     assert [line.endswith(" | best") for line in ended.stdout.splitlines() if " | val loss " in line] == [True] * 3
     assert jobs.checkpoints(tmp_path) == [f"step-{step:08d}" for step in (15, 20, 30, 40, 45, 60)]

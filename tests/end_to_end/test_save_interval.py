@@ -1,4 +1,4 @@
-"""A job that finds out how often to save, is killed, and goes on; what it learns does not depend on that."""
+"""A job that chooses its save interval, is killed, and goes on: its weights do not depend on that."""
 
 import json
 import os

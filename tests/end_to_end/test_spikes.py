@@ -1,4 +1,4 @@
-"""Updates that all ranks leave out, of a step that is not finite or of a spike, and what is kept of them."""
+"""Updates that all ranks skip, after a step that is not finite or a spike, and their records."""
 
 import json
 import re
@@ -53,8 +53,8 @@ def test_all_ranks_skip_an_update_that_is_not_finite_on_one_rank(prepared: Path,
     ]
     ended = jobs.run(jobs.torchrun_command(2, *arguments, script=script))
     assert ended.code == 0, ended
-    said = "loss nan and gradient norm nan at step 3: update skipped; samples 16 to 23 (their places are in logs/)"
-    assert ended.stdout.splitlines().count(said) == 1
+    expected = "loss nan and gradient norm nan at step 3: update skipped; samples 16 to 23 (their places are in logs/)"
+    assert ended.stdout.splitlines().count(expected) == 1
     # Weights and moments are those of the step before, bit for bit; the next step goes on from them.
     names = [run / "checkpoints" / f"step-{step:08d}" for step in range(1, 6)]
     jobs.assert_same_tensors(names[2], names[1])
@@ -77,7 +77,7 @@ def test_all_ranks_skip_an_update_that_is_not_finite_on_one_rank(prepared: Path,
 
 
 def test_spikes_are_skipped_and_a_resumed_run_and_a_replay_skip_the_same(prepared: Path, tmp_path: Path) -> None:
-    """A limit of half a standard deviation, which many steps exceed of a run that learns slowly in small batches."""
+    """The limit is half a standard deviation, which many steps of a slow run with small batches exceed."""
     options = (
         *("--optim.lr=3e-5", "--train.global_batch=2", "--train.micro_batch=1", "--health.skip_z=0.5"),
         *("--checkpoint.every=1", "--checkpoint.keep=100"),
@@ -108,7 +108,7 @@ def test_spikes_are_skipped_and_a_resumed_run_and_a_replay_skip_the_same(prepare
 
 
 def strict(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl as a reader sees it that knows no NaN."""
+    """Read metrics.jsonl with a parser that refuses NaN."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -117,7 +117,7 @@ def strict(run: Path) -> list[dict[str, Any]]:
 
 
 def replayed_figures(ended: jobs.Ended) -> tuple[float, float]:
-    """The loss and the gradient norm that a replay computed."""
+    """Return the loss and the gradient norm that a replay computed."""
     found = re.search(r"^replayed  loss (\S+) \| gradient norm (\S+)$", ended.stdout, re.MULTILINE)
     assert found, ended
     return float(found[1]), float(found[2])

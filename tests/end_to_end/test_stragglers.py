@@ -1,4 +1,4 @@
-"""Jobs with a rank that is slow, or whose data is, on purpose; and one that is even."""
+"""Jobs with a rank that is slow on purpose, or has slow data or a slow disk, and one with equal ranks."""
 
 import signal
 import socket
@@ -17,7 +17,7 @@ def job(data: Path, run: Path, slow: str, *arguments: str) -> jobs.Job:
 
 
 def stop(started: jobs.Job) -> str:
-    """Ask a job to end; all that it said."""
+    """Ask a job to end. Returns its stdout."""
     started.signal(signal.SIGTERM)
     return started.finish().stdout
 
@@ -45,7 +45,7 @@ def test_slow_data_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> Non
 
 @jobs.linux_only
 def test_a_slow_disk_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> None:
-    """Training itself waits for saves on all ranks alike."""
+    """Training waits for saves equally on all ranks."""
     started = job(prepared, tmp_path, "save:1:1", "--checkpoint.every=1")
     host = socket.gethostname()
     started.read_until(f"rank 1 on {host} is slow to save: ")

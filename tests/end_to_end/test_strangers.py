@@ -1,4 +1,4 @@
-"""What a stranger on the network gets to see of a job, and what could run his code in it."""
+"""The ports and messages of a job that others on the network could reach or forge."""
 
 import signal
 from pathlib import Path
@@ -50,7 +50,7 @@ def test_a_job_on_one_host_listens_on_loopback_alone(prepared: Path, tmp_path: P
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
+    """Return a process and all its descendants."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

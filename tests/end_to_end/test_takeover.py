@@ -1,4 +1,4 @@
-"""Two jobs on one run directory, on two hosts: while one sleeps the other takes over, and when it wakes up it ends."""
+"""Two jobs on one run directory, on two hosts: while one is suspended the other takes over; then the first one ends."""
 
 import hashlib
 import json
@@ -21,7 +21,7 @@ ELSEWHERE = ("unshare", "--mount", "sh", "-c", 'mount --bind "$0" "$1" && shift 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> list[str]:
-    """The beginning of a command line that runs on another host; skips the test where there can be none."""
+    """Return the beginning of a command line that runs on another host. Skips the test where that is impossible."""
     boot = tmp_path / "boot_id"
     boot.write_text("00000000-0000-0000-0000-000000000000\n")
     command = [*ELSEWHERE, str(boot), str(BOOT_ID)]
@@ -66,12 +66,12 @@ def test_a_job_that_wakes_up_after_another_took_over(
 
 
 def owner(run: Path) -> tuple[int, int]:
-    """Process id and number of the owner."""
+    """Return the process id and the fence of the owner."""
     record = json.loads((run / "LOCK").read_text())
     return record["pid"], record["fence"]
 
 
 def contents(run: Path) -> dict[str, str]:
-    """What is in every file; a log may grow."""
+    """Read every file except logs, which may grow."""
     files = [file for file in run.rglob("*") if file.is_file() and file.parent.name != "logs"]
     return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

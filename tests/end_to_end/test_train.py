@@ -1,4 +1,4 @@
-"""Real jobs on tinyshakespeare: they learn, and what they learn does not depend on the topology."""
+"""Real jobs on tinyshakespeare: their loss falls, and does not depend on the topology."""
 
 import math
 from collections.abc import Callable

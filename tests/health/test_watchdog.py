@@ -1,4 +1,4 @@
-"""A rank that makes no progress is named, its stacks are in its log, and nothing of it or its neighbours stays."""
+"""A rank that makes no progress is named, its stacks are in its log, and it is ended with the ranks of its host."""
 
 import importlib.util
 import json
@@ -23,7 +23,7 @@ from distgpt.health.diagnosis import RankProgress, current_line, describe_hangin
 from distgpt.health.watchdog import JOINING, SUSPENDED_SECONDS
 from tests import jobs
 
-# Torn from its place in train.py, without torch.
+# The session and the watchdog as in train.py, without torch.
 PROGRAM = """
 import sys, time
 from pathlib import Path
@@ -37,7 +37,7 @@ with RunSession(RunPaths(Path(sys.argv[1])), {rank}) as run, Watchdog(run, Healt
 JOINED = "run.acquire()\nrun.attach_logs(None)\n"
 
 
-def here(rank: int, heartbeats: int, line: str = "a.py:1 in f") -> RankProgress:
+def progress(rank: int, heartbeats: int, line: str = "a.py:1 in f") -> RankProgress:
     return RankProgress(
         rank=rank, host=f"n{rank}", pid=100 + rank, heartbeats=heartbeats, activity="in a forward pass", line=line
     )
@@ -46,17 +46,22 @@ def here(rank: int, heartbeats: int, line: str = "a.py:1 in f") -> RankProgress:
 @pytest.mark.parametrize(
     ("answers", "world_size", "stopped", "named"),
     [
-        ([here(0, 7), here(1, 6), here(2, 7)], 3, [], "rank 1 (pid 101 on n1, in a forward pass) made less progress"),
-        ([here(0, 7)], 3, [], "ranks 1, 2 did not answer"),
-        ([here(1, 7), here(2, 2)], 3, [], "rank 0 did not answer"),
         (
-            [here(2, 7), here(1, 7, "b.py:2 in g"), here(0, 7)],
+            [progress(0, 7), progress(1, 6), progress(2, 7)],
+            3,
+            [],
+            "rank 1 (pid 101 on n1, in a forward pass) made less progress",
+        ),
+        ([progress(0, 7)], 3, [], "ranks 1, 2 did not answer"),
+        ([progress(1, 7), progress(2, 2)], 3, [], "rank 0 did not answer"),
+        (
+            [progress(2, 7), progress(1, 7, "b.py:2 in g"), progress(0, 7)],
             3,
             [],
             "all ranks made equal progress (in a forward pass): rank 1 at b.py:2 in g; ranks 0, 2 at a.py:1 in f",
         ),
-        ([here(0, 7)], 1, [], "rank 0 (pid 100 on n0, in a forward pass)"),
-        ([here(0, 7)], 2, [1], "rank 1 of "),
+        ([progress(0, 7)], 1, [], "rank 0 (pid 100 on n0, in a forward pass)"),
+        ([progress(0, 7)], 2, [1], "rank 1 of "),
     ],
 )
 def test_hanging_ranks_are_named(answers: list[RankProgress], world_size: int, stopped: list[int], named: str) -> None:
@@ -84,7 +89,7 @@ def test_a_rank_that_hangs_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> N
 
 @jobs.linux_only
 def test_a_rank_whose_disk_hangs_is_ended_too(tmp_path: Path) -> None:
-    """Whoever opens a pipe that nobody reads waits, as for a file server that is gone."""
+    """Opening a pipe that nobody reads hangs, as a file on a lost server does."""
     body = "import os\nlog = run.paths.logs / 'rank-0.log'\nlog.unlink()\nos.mkfifo(log)\n"
     ended = watched(tmp_path, body + "watchdog.heartbeat('in step 3', 0.5)\ntime.sleep(600)")
     assert ended.code == 75
@@ -96,15 +101,15 @@ def test_a_rank_whose_disk_hangs_is_ended_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize(
-    ("activity", "said"), [("checking the start", ": rank"), (JOINING, ": not all of 2 ranks have joined")]
+    ("activity", "expected"), [("checking the start", ": rank"), (JOINING, ": not all of 2 ranks have joined")]
 )
 def test_a_rank_that_hangs_before_all_have_joined_reports_itself(
-    tmp_path: Path, rank: int, activity: str, said: str
+    tmp_path: Path, rank: int, activity: str, expected: str
 ) -> None:
     body = program(f"watchdog.heartbeat({activity!r}, 0.5)\ntime.sleep(600)", rank=rank)
     ended = jobs.run([sys.executable, "-c", body, str(tmp_path)], WORLD_SIZE="2", LOCAL_RANK=str(rank))
     assert ended.code == 75
-    assert re.search(rf"{said}.* {rank} \(pid \d+ on \S+, {activity}\); ", ended.stderr)
+    assert re.search(rf"{expected}.* {rank} \(pid \d+ on \S+, {activity}\); ", ended.stderr)
 
 
 @jobs.linux_only
@@ -121,7 +126,7 @@ def test_a_rank_that_hangs_with_pythons_lock_held_is_ended_by_its_backstop(tmp_p
 
 @jobs.linux_only
 def test_a_suspended_rank_goes_on(tmp_path: Path) -> None:
-    """For longer than any limit."""
+    """Even if it is suspended for longer than any limit."""
     body = JOINED + "watchdog.heartbeat('in step 3', 5)\nprint('up', flush=True)\nsys.stdin.readline()"
     command = [sys.executable, "-c", program(body), str(tmp_path)]
     pipe = subprocess.PIPE
@@ -138,7 +143,7 @@ def test_a_suspended_rank_goes_on(tmp_path: Path) -> None:
 
 @jobs.linux_only
 def test_a_rank_whose_stderr_nobody_reads_is_ended_by_its_backstop(tmp_path: Path) -> None:
-    """Before there is a log as well."""
+    """Even before there is a log."""
     hang = "read, write = os.pipe()\nctypes.PyDLL(None).read(read, ctypes.create_string_buffer(1), 1)"
     body = program(f"import ctypes, os\nwatchdog.heartbeat('in step 3', 1)\ntime.sleep(1)\n{hang}")
     read, write = os.pipe()
@@ -173,35 +178,35 @@ print(*(rank.wait() for rank in ranks), flush=True)
 
 @jobs.linux_only
 def test_a_stopped_rank_is_ended_with_the_others_of_its_host(tmp_path: Path) -> None:
-    """Even by a rank that waits without a limit, as others do while rank 0 checks the data."""
+    """Even if the others wait without a limit, as they do while rank 0 checks the data."""
     programs = [program(JOINED + "time.sleep(600)").replace("sys.argv[1]", repr(str(tmp_path)))]
     programs += ["import time; time.sleep(600)"] * 2
-    codes, said = stopped(1, programs)
+    codes, stderr = stopped(1, programs)
     assert codes == [75, -signal.SIGKILL, -signal.SIGKILL]
     assert "rank 1 of " in jobs.exit_report(tmp_path)["cause"]
     assert "stopped by a signal" in jobs.exit_report(tmp_path)["cause"]
-    assert said == f"distgpt: {jobs.exit_report(tmp_path)['cause']}\n"
+    assert stderr == f"distgpt: {jobs.exit_report(tmp_path)['cause']}\n"
 
 
 @jobs.linux_only
 def test_rank_0_stopped_before_all_have_joined_is_named_by_another_rank(tmp_path: Path) -> None:
     programs = ["import time; time.sleep(600)"]
     programs += [program("time.sleep(600)", rank=1).replace("sys.argv[1]", repr(str(tmp_path)))]
-    # What the launcher was told of an earlier attempt of its torchrun says nothing of this one.
+    # The report of an earlier attempt of the same torchrun does not count.
     copy = tmp_path / "copy.json"
     copy.write_text(json.dumps({"host": socket.gethostname()}))
     os.utime(copy, (0, 0))
-    codes, said = stopped(0, programs, DISTGPT_EXIT_FILE=str(copy))
+    codes, stderr = stopped(0, programs, DISTGPT_EXIT_FILE=str(copy))
     assert codes[0] < 0  # by a signal: the one for stacks ends what does not know it
     assert codes[1] == 75
-    assert said.count("\n") == 1
-    assert ": rank 0 of " in said
+    assert stderr.count("\n") == 1
+    assert ": rank 0 of " in stderr
     assert ": rank 0 of " in copy.read_text()
 
 
 @jobs.linux_only
 def test_a_rank_with_a_stop_signal_does_not_wait_for_a_lost_rank(tmp_path: Path) -> None:
-    """As NCCL would: torchrun, which lost a rank, tells the others, and they cannot come to the end of their step."""
+    """torchrun, which has lost a rank, sends the others SIGTERM, and with NCCL they cannot finish their step."""
     ready = tmp_path / "ready"
     body = (
         JOINED + f"run.allow_graceful_stop()\nwatchdog.heartbeat('in step 3', 600)\n"
@@ -216,10 +221,12 @@ def test_a_rank_with_a_stop_signal_does_not_wait_for_a_lost_rank(tmp_path: Path)
         time.sleep(2)  # the watchdog looks around twice a second
         os.kill(lost, signal.SIGKILL)
         os.kill(survivor, signal.SIGTERM)
-        codes, said = agent.communicate(timeout=120)
+        codes, stderr = agent.communicate(timeout=120)
     assert list(map(int, codes.split())) == [75, -signal.SIGKILL]
-    assert f": rank 1 of {socket.gethostname()} gone; " in said
-    assert said.splitlines()[1:] == [f"distgpt: {jobs.exit_report(tmp_path / 'run')['cause']}"]  # the first: it is told
+    assert f": rank 1 of {socket.gethostname()} gone; " in stderr
+    assert stderr.splitlines()[1:] == [
+        f"distgpt: {jobs.exit_report(tmp_path / 'run')['cause']}"
+    ]  # the first: it is told
 
 
 def test_the_current_line_is_that_of_a_save_if_the_main_thread_waits_for_it() -> None:
@@ -246,19 +253,19 @@ def test_the_current_line_is_that_of_a_save_if_the_main_thread_waits_for_it() ->
 
 
 def stopped(rank: int, programs: list[str], **variables: str) -> tuple[list[int], str]:
-    """The exit codes of ranks that run these programs, of which one is stopped, and what they said on stderr."""
+    """Run ranks with these programs and stop one of them. Returns the exit codes, and the stderr of all."""
     command = [sys.executable, "-c", AGENT, *programs]
     environment = {**os.environ, **variables}
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment) as agent:
         assert agent.stdout is not None
         pids = list(map(int, agent.stdout.readline().split()))
         os.kill(pids[rank], signal.SIGSTOP)
-        codes, said = agent.communicate(timeout=120)
-    return list(map(int, codes.split())), said
+        codes, stderr = agent.communicate(timeout=120)
+    return list(map(int, codes.split())), stderr
 
 
 def test_the_last_collectives_are_written_to_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those of both backends, whichever this torch has. Fails where it has another name for what is private there."""
+    """Those of both backends, as far as this torch has them. The test fails if their private names change."""
     monkeypatch.setenv("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)
     program = (
         "import sys; from pathlib import Path; import torch, torch.distributed as dist\n"

@@ -1,4 +1,4 @@
-"""The first report of how a run ended."""
+"""exit.json: the first report of the end of a run wins."""
 
 import errno
 import json
@@ -89,7 +89,7 @@ def test_the_first_report_wins_on_a_file_system_without_links(tmp_path: Path, mo
 
 
 def test_a_report_belongs_only_to_the_job_that_wrote_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every torchrun that was given no id calls itself none."""
+    """Every torchrun without --rdzv-id has the id "none"."""
     monkeypatch.delenv("DISTGPT_EXIT_FILE", raising=False)
     for job, known_to_the_next in (("none", None), ("mine", (65, "the loss"))):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)

@@ -24,8 +24,8 @@ from distgpt.run.lock import BOOT_ID, LEASE, RENEWAL, RunLock, lock_holder, loss
 from distgpt.run.paths import RunPaths
 from tests import jobs
 
-# Owns a directory, renews often, and commits there all the time as long as it may. Arguments: directory, file with the
-# boot id, and "local" for a file system whose locks do not reach from host to host.
+# Owns a directory, renews its lease often, and commits checkpoints until it loses the directory. Arguments: directory,
+# file with the boot id, and "local" for a file system whose locks do not reach from host to host.
 OWNER = """
 import fcntl, sys
 from contextlib import suppress
@@ -63,14 +63,14 @@ class Process:
         self.process.send_signal(number)
 
     def ended(self) -> tuple[int, str]:
-        """Its exit code and what it said on stderr."""
+        """Return its exit code and stderr."""
         stderr = self.process.communicate()[1]
         return self.process.returncode, stderr
 
 
 @pytest.fixture
 def own(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
-    """Have a process own tmp_path: own(elsewhere=True, locks="local")."""
+    """Start a process that owns tmp_path: own(elsewhere=True, locks="local")."""
     started: list[Process] = []
     other_boot = tmp_path_factory.mktemp("elsewhere") / "boot_id"
     other_boot.write_text("elsewhere\n")
@@ -135,7 +135,7 @@ def test_the_lock_is_free_after_the_owner_was_killed(own: Callable[..., Process]
 
 
 def test_an_owner_that_dies_slowly_is_waited_for(paths: RunPaths) -> None:
-    """As one does that was killed in a write to a slow disk: its lock is held until that is done."""
+    """A process that is killed in a write to a slow disk holds its lock until the write is done."""
     lock = RunLock(paths)
     alive = paths.lock.read_bytes()
     lock.release()
@@ -173,7 +173,7 @@ def test_an_owner_on_another_host_that_renews_keeps_its_lock(
 def test_an_owner_that_wakes_up_after_a_takeover_writes_nothing_more(
     own: Callable[..., Process], paths: RunPaths, locks: str
 ) -> None:
-    """With "shared" the lock of the stopped owner is still held, as one is whose host is gone."""
+    """With "shared" locks, the stopped owner still holds its lock, as an owner on a lost host does."""
     owner = own(elsewhere=True, locks=locks)
     owner.signal(signal.SIGSTOP)
     with pytest.raises(DirectoryError, match="in use by"):

@@ -1,4 +1,4 @@
-"""Whatever ends a run becomes an exit code, exit.json and one line; no rank outlives its agent."""
+"""Whatever ends a run becomes an exit code, exit.json and one line; no rank outlives its torchrun."""
 
 import errno
 import json
@@ -35,7 +35,7 @@ with RunSession(RunPaths(Path(sys.argv[1])), int(sys.argv[2])) as run:
 
 
 def rank(directory: Path, body: str, *, number: int = 0, **variables: str) -> jobs.Ended:
-    """One rank to its end."""
+    """Run one rank to its end."""
     program = PROGRAM.format(body=body.replace("\n", "\n    "))
     return jobs.run([sys.executable, "-c", program, str(directory), str(number)], **variables)
 
@@ -87,8 +87,8 @@ def test_a_missing_compiler_is_recognized() -> None:
 
 def test_done_is_reported_by_rank_0_alone(tmp_path: Path) -> None:
     assert rank(tmp_path, "run.acquire(); run.step = 7", number=0).code == 0
-    told = {"code": 0, "cause": "done", "rank": 0, "host": socket.gethostname(), "step": 7, "fence": 1, "job": None}
-    assert jobs.exit_report(tmp_path) | {"time": ""} == {**told, "time": ""}
+    expected = {"code": 0, "cause": "done", "rank": 0, "host": socket.gethostname(), "step": 7, "fence": 1, "job": None}
+    assert jobs.exit_report(tmp_path) | {"time": ""} == {**expected, "time": ""}
     (tmp_path / "exit.json").unlink()
     assert rank(tmp_path, "run.attach_logs(None)", number=1).code == 0
     assert not (tmp_path / "exit.json").exists()
@@ -137,7 +137,7 @@ def test_a_rank_without_the_lock_writes_to_no_directory(tmp_path: Path) -> None:
 
 
 def test_other_ranks_wait_for_rank_0_to_report_the_same_error(tmp_path: Path) -> None:
-    """Under torchrun the first rank to end has the others ended, before they said anything."""
+    """Once the first rank ends, torchrun ends the others, which may not have printed anything yet."""
     program = PROGRAM.format(body="print('found', file=sys.stderr, flush=True); raise UsageError('do this')")
     command = [sys.executable, "-c", program, str(tmp_path / "run"), "1"]
     environment = jobs.environment(RANK="1", LOCAL_RANK="1")
@@ -153,7 +153,7 @@ def test_other_ranks_wait_for_rank_0_to_report_the_same_error(tmp_path: Path) ->
 
 @pytest.mark.parametrize("job", ["x", "another"])
 def test_a_rank_that_fails_alone_reports_in_the_run_directory_of_its_job(tmp_path: Path, job: str) -> None:
-    """Rank 0, which waits for it, would only know that it was told to stop."""
+    """Rank 0, which waits for it, would only know that it got a signal to stop."""
     rank_0 = f"os.environ['TORCHELASTIC_RUN_ID'] = '{job}'; RunLock(run.paths)"
     done = rank(
         tmp_path,
@@ -174,7 +174,7 @@ def test_a_rank_that_fails_alone_reports_in_the_run_directory_of_its_job(tmp_pat
 def test_the_report_of_an_earlier_attempt_does_not_silence_a_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 0 of this one has not come to take the run directory, and never does."""
+    """Rank 0 of this attempt never takes the run directory."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     paths, copy = RunPaths(tmp_path), tmp_path / "copy.json"
     lock = RunLock(paths)
@@ -265,7 +265,7 @@ def test_a_signal_is_acknowledged_and_only_a_second_ctrl_c_ends_the_rank_unsaved
 def test_a_rank_under_a_launcher_gives_no_advice(
     end: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A host that joins has all ranks stopped, and torchrun goes on: nobody is to run anything again."""
+    """When a host joins, torchrun stops all ranks and restarts them: the user need not run anything again."""
     say_end(75, f"step 4 is saved{end}")
     monkeypatch.setenv("DISTGPT_EXIT_FILE", "exit.json")
     say_end(75, f"step 4 is saved{end}")

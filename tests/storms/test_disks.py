@@ -39,7 +39,7 @@ def test_a_disk_that_becomes_read_only(dataset: Dataset, small_disk: Path, table
     remount(small_disk, "ro")
     subject.checkpointer.save(2, val_loss=None)
     subject.checkpointer.wait()
-    (line,) = subject.said
+    (line,) = subject.messages
     assert line.startswith("CHECKPOINT NOT SAVED, training goes on: Read-only file system: ")
     remount(small_disk, "rw")
     subject.checkpointer.save(3, val_loss=None)

@@ -1,4 +1,4 @@
-"""One process's progress: how an attempt ends is in the ledger and on the console, and a full disk ends nothing."""
+"""The progress of one process: the end of an attempt is in the ledger and on the console; a full disk ends nothing."""
 
 from pathlib import Path
 
@@ -59,10 +59,10 @@ def test_a_finished_attempt_does_too_and_tensorboard_has_all_parts(
 ) -> None:
     train(tmp_path)
     assert read_ledger(tmp_path / "goodput.jsonl")[-1].end == "done"
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("goodput   ")
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line.startswith("goodput   ")
     for part in (*PARTS, "repeated", "recovery"):
-        assert f" {part.replace('_', ' ')} " in said
+        assert f" {part.replace('_', ' ')} " in last_line
     accumulator = EventAccumulator(str(tmp_path / "tb"))
     accumulator.Reload()
     names = {f"goodput/{part}_s" for part in (*PARTS, "repeated", "recovery")} | {"goodput/share"}

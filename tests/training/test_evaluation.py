@@ -1,4 +1,4 @@
-"""The validation loss is the mean over its windows, whoever computes them."""
+"""The validation loss is the mean over its windows, whichever rank computes them."""
 
 import math
 
@@ -65,8 +65,8 @@ def test_the_parts_of_several_ranks_sum_to_the_same(model: GPT, dataset: Dataset
     tokenizer = load_tokenizer(dataset.path)
 
     def part(rank: int, ranks: int) -> float:
-        mine = batches(dataset, rank=rank, world_size=ranks)
-        return evaluate(model, mine, tokenizer, plan).val_loss
+        part_of_rank = batches(dataset, rank=rank, world_size=ranks)
+        return evaluate(model, part_of_rank, tokenizer, plan).val_loss
 
     # Each divides by all windows, so the parts add up.
     assert sum(part(rank, world_size) for rank in range(world_size)) == pytest.approx(part(0, 1), rel=1e-12)

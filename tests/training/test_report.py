@@ -1,4 +1,4 @@
-"""Reports of steps: how often to save is found, told, and found soon."""
+"""Reports of steps: the save interval is chosen early, and shown."""
 
 from pathlib import Path
 

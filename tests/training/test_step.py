@@ -1,4 +1,4 @@
-"""When the ranks ask each other, in the middle of a step, whether to stop."""
+"""The checks between micro-batches whether all ranks stop."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from distgpt.training.step import StopCheck
 
 
 class Clock:
-    """time.monotonic, which goes on by hand."""
+    """A time.monotonic that the test moves on."""
 
     now = 0.0
 

@@ -1,4 +1,4 @@
-"""What is said before the first step: epochs, warm-up, and what is other than when the run was left."""
+"""The lines before the first step: epochs, warm-up, and values that differ when a run is resumed."""
 
 import pytest
 
@@ -49,7 +49,7 @@ COSINE = ("--optim.schedule=cosine", "--optim.lr=1e-2", "--optim.warmup_steps=5"
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "said"),
+    ("then", "now", "expected"),
     [
         (COSINE, COSINE, None),
         ((*COSINE, "--train.steps=20"), (*COSINE, "--train.steps=21"), None),  # from one low rate to another
@@ -74,10 +74,10 @@ COSINE = ("--optim.schedule=cosine", "--optim.lr=1e-2", "--optim.warmup_steps=5"
     ],
 )
 def test_a_learning_rate_that_jumps_at_resume_gives_a_warning(
-    then: tuple[str, ...], now: tuple[str, ...], said: str | None
+    then: tuple[str, ...], now: tuple[str, ...], expected: str | None
 ) -> None:
     line = learning_rate_jump(config(*then), config(*now), 20)
-    assert line == (said and f"the learning rate jumps {said}")
+    assert line == (expected and f"the learning rate jumps {expected}")
 
 
 def test_a_warm_up_may_double_the_rate_from_its_first_step_to_its_second() -> None:
