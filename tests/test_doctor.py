@@ -142,5 +142,5 @@ def test_the_host_that_has_the_store_hangs(data: str, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "exit-0.json").read_text())
     assert report["code"] == 75
     assert "one of them hangs, perhaps 127.0.0.1" in report["cause"]
-    # Which of the two gives up first decides whether the other sees the store vanish before its own time is up.
+    # The host that gives up first ends the store, which the other may notice before its own limit.
     assert second.finish().code in (-signal.SIGKILL, 1)

@@ -120,7 +120,7 @@ def test_a_replay_starts_from_an_older_checkpoint_if_the_newest_is_damaged_or_fr
     start = replay.start_before(run, 5)
     assert (start.step, start.checkpoint) == (2, tmp_path / "checkpoints" / "step-00000002")
     assert capsys.readouterr().out.startswith("skipped step-00000004: tokenizer.json has 2 bytes, not ")
-    # Nothing was moved aside: it only looks.
+    # A replay moves nothing aside.
     assert jobs.checkpoints(tmp_path) == ["step-00000002", "step-00000004"]
     assert replay.start_before(run, 4).step == 2
     start = replay.start_before(run, 2)
@@ -133,7 +133,7 @@ def test_a_step_has_the_config_of_the_attempt_that_took_it(tmp_path: Path, datas
     """The run was resumed from step 2 with other values."""
     saved_at_two(tmp_path, dataset, lambda subject: None)
     run = RunPaths(tmp_path)
-    assert replay.start_before(run, 3).config.train.steps == 9  # config.toml was lost: the best that is known
+    assert replay.start_before(run, 3).config.train.steps == 9  # without config.toml, the config of the checkpoint
     run.config.write_bytes(b"\xff")
     assert replay.start_before(run, 3).config.train.steps == 9
     later = ("--train.steps=20", "--optim.lr=0.5", "--train.micro_batch=1")

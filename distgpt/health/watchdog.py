@@ -200,8 +200,8 @@ class Watchdog:
         self._write_stacks(f"no progress for {waited:.0f} s while {own.activity}")
         answers = self._gather_progress(own, {*stopped, *gone})
         named = describe_hanging_ranks(answers, self._world_size, stopped, gone)
-        alone = self._store is None and not stopped and not gone
-        if alone:
+        not_joined = self._store is None and not stopped and not gone
+        if not_joined:
             waits_for_ranks = self._activity == JOINING and self._world_size > 1
             named = f"not all of {self._world_size} ranks have joined {own}" if waits_for_ranks else str(own)
         cause = (
@@ -210,7 +210,7 @@ class Watchdog:
         )
         # The first rank of this host may be a stopped one, which cannot report.
         first_running = min(({self._run.rank} | ranks_of_this_host().keys()) - set(stopped))
-        for_host = first_running == self._run.rank if stopped else alone or None
+        for_host = first_running == self._run.rank if stopped else not_joined or None
         if self._run.report(EXIT_INTERRUPTED, cause, for_host=for_host):
             with suppress(OSError):
                 os.write(sys.stderr.fileno(), f"distgpt: {cause}\n".encode())

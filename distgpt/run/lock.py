@@ -104,7 +104,7 @@ class RunLock:
         finally:
             os.close(before)
 
-    def keep(self, on_loss: Callable[[str], object], *, every: float) -> None:
+    def renew_in_background(self, on_loss: Callable[[str], object], *, every: float) -> None:
         """Renew the lease in a thread, every so many seconds; call `on_loss` with a message if the lock is lost."""
 
         def renew() -> None:
@@ -154,11 +154,11 @@ class RunLock:
             # Opened by name, since another owner replaces the file. Closing it makes NFS send the write.
             fd = os.open(self._paths.lock, os.O_RDWR)
         except FileNotFoundError:
-            return _loss_message(self._paths, None)
+            return _describe_loss(self._paths, None)
         try:
             record = _read_record(fd)
             if record is None or record.owner != self.owner:
-                return _loss_message(self._paths, record)
+                return _describe_loss(self._paths, record)
             self._renewals += 1
             os.pwrite(fd, _Record(self.owner, self._renewals, released).to_bytes(), 0)
         finally:
@@ -169,7 +169,7 @@ class RunLock:
 def loss_message(paths: RunPaths, owner: Owner) -> str | None:
     """Return None while `owner` has the directory, else a message that names its new owner. Raises OSError."""
     record = _read_lock(paths)
-    return None if record is not None and record.owner == owner else _loss_message(paths, record)
+    return None if record is not None and record.owner == owner else _describe_loss(paths, record)
 
 
 def owner_of_this_attempt(paths: RunPaths) -> Owner | None:
@@ -300,7 +300,7 @@ def _first_fence(fd: int) -> int:
     return int(time.time()) if os.fstat(fd).st_size else 1
 
 
-def _loss_message(paths: RunPaths, record: _Record | None) -> str:
+def _describe_loss(paths: RunPaths, record: _Record | None) -> str:
     to = f"to {record.owner}" if record else "(its LOCK was removed or damaged)"
     return f"lost the run directory {paths.root} {to}: nothing more is written there"
 

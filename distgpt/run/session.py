@@ -44,7 +44,7 @@ TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 ECHO_SECONDS = 1.0
 # Makes a rank write the stacks of all its threads to its log, even while it hangs.
 STACKS_SIGNAL = signal.SIGUSR2
-# Seconds that a rank which ends at once has for its report, whose disk may hang.
+# Seconds for the report of a rank that ends at once: the disk of the run directory may hang.
 REPORT_SECONDS = 10.0
 # Seconds for which a network file system may answer from its cache of a directory: acdirmax of nfs(5).
 NFS_ATTRIBUTE_CACHE_SECONDS = 60.0
@@ -112,7 +112,7 @@ class RunSession:
         self._lock = RunLock(self.paths, lease=lease)
         self._lock_refused = False
         self.owner = self._lock.owner
-        self._lock.keep(self._exit_lost, every=renewal)
+        self._lock.renew_in_background(self._exit_lost, every=renewal)
         self._reports_in_directory = True
         self.paths.logs.mkdir(exist_ok=True)  # the watchdog writes stacks there if the start hangs
 

@@ -34,7 +34,7 @@ from tests.strangers import Payload
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 WEIGHT = "model.token_embedding.weight"
-SECONDS = 60.0  # far more than any of these takes, far less than waiting for ever
+SECONDS = 60.0  # far more than any of these takes
 
 
 def index_of(checkpoint: Path) -> Metadata:
@@ -291,7 +291,7 @@ ATTACKS: dict[str, Callable[..., None]] = {
 }
 
 
-# The tensors are as they should be; who trains with a config of his own does not look at the one that is stored.
+# The tensors are valid, and training with another config does not read the stored one.
 OTHER_MODELS: dict[str, Callable[[Path, Payload], None]] = {
     "a model of 10^7 layers": configured(n_layer=10**7),
     "a model that is too wide": configured(n_embd=2**24),
@@ -354,7 +354,7 @@ def sign(checkpoint: Path) -> None:
         try:
             sign_again(checkpoint)
         except AssertionError:
-            assert find_damage(checkpoint) != []  # for what is said there; the hashes are right
+            assert find_damage(checkpoint) != []  # the content is wrong, but its hashes are right
             assert not any("hash" in problem for problem in find_damage(checkpoint))
 
 

@@ -34,7 +34,7 @@ from tests.datasets import make_dataset
 ONE_PROCESS = Runtime(0, 0, 1, 1, CPU)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-# What was saved comes back
+# What was saved is restored.
 
 
 def test_model_and_optimizer_are_restored_bit_for_bit(saved: Path, dataset: Dataset) -> None:
@@ -43,7 +43,7 @@ def test_model_and_optimizer_are_restored_bit_for_bit(saved: Path, dataset: Data
         original.learn()
     assert restored.checkpointer.restore() == 2
     assert restored.messages == []
-    # The next step shows the moments and the step counts of AdamW too.
+    # The next step depends on the moments and the step counts of AdamW too.
     for subject in (original, restored):
         subject.learn()
     for (name, a), b in zip(original.model.named_parameters(), restored.model.parameters(), strict=True):
@@ -121,7 +121,7 @@ def test_a_directory_that_is_not_writable_is_noticed_before_the_first_save(tmp_p
             require_writable(disk / "checkpoints")
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
         jobs.fill(disk / "filler")
-        require_writable(disk / "checkpoints")  # there may be room when the time comes
+        require_writable(disk / "checkpoints")  # there may be room by the first save
 
 
 def test_a_run_without_checkpoints_starts_at_step_0(tmp_path: Path, dataset: Dataset) -> None:
@@ -138,7 +138,7 @@ def test_saves_in_the_background_and_at_once_are_equal(tmp_path: Path, dataset: 
         subject = trainee(tmp_path / kind, dataset, f"--checkpoint.async_save={kind}")
         subject.learn()
         subject.checkpointer.save(1, val_loss=None)
-        if later == "learn":  # what training does meanwhile must not show in what is written
+        if later == "learn":  # later training must not change what is written
             for _ in range(20):
                 subject.learn()
         subject.checkpointer.require_saved(1)
@@ -170,7 +170,7 @@ def test_every_save_is_staged_in_the_same_memory(
             assert addresses.isdisjoint({staged[0][part][name].untyped_storage().data_ptr()})
 
 
-# What is broken is skipped
+# Damaged checkpoints are skipped.
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -253,7 +253,7 @@ def test_nothing_is_removed_after_a_save_that_is_already_damaged(
         "step-00000004",
     ]
     assert trainee(tmp_path, dataset).checkpointer.restore() == 2
-    # Of what is set aside the newest stays for a person to look at.
+    # The newest damaged one is kept for inspection.
     kept, broken = sorted(names(tmp_path), reverse=True)
     assert kept == "step-00000002"
     assert broken.startswith("broken-step-00000004-")
@@ -269,7 +269,7 @@ def test_files_that_a_user_put_into_a_broken_checkpoint_stay(run: Path, dataset:
     assert len(names(run)) == 3
 
 
-# A disk that is full
+# A full disk.
 
 
 @pytest.fixture
@@ -282,7 +282,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     small_disk: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, noticed: str
 ) -> None:
-    if noticed == "while writing":  # someone else fills the disk after the check
+    if noticed == "while writing":  # the disk fills up after the check
         monkeypatch.setattr(store, "require_space", lambda directory, needed: None)
     subject = trainee(small_disk, dataset)
     subject.checkpointer.save(1, val_loss=None)
@@ -304,7 +304,7 @@ def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     assert trainee(small_disk, dataset).checkpointer.restore() == 3
 
 
-# Another run's checkpoint
+# Checkpoints of another run.
 
 
 def test_the_same_run_may_go_on_with_other_speed_and_length(saved: Path, dataset: Dataset) -> None:
@@ -335,7 +335,7 @@ def test_a_damaged_newest_checkpoint_does_not_hide_the_diff(run: Path, dataset: 
         require_same_run(run / "checkpoints", resolve([*SMALL, "--model.n_layer=3"], {}), dataset, replicas=1)
 
 
-# What it knows of past steps
+# The outlier filter.
 
 
 def test_the_outlier_filter_is_restored_and_old_checkpoints_may_lack_it(dataset: Dataset, tmp_path: Path) -> None:

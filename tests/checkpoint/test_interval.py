@@ -45,7 +45,7 @@ def test_the_best_interval_loses_the_least() -> None:
     [
         (0.0, 0, 1, DAY),
         (0.0, 0, 8, DAY / 8),
-        (3 * DAY, 0, 1, 4 * DAY),  # a quiet run comes to expect quiet
+        (3 * DAY, 0, 1, 4 * DAY),  # without failures, fewer are expected
         (3 * DAY, 1, 1, 2 * DAY),
         (HOUR, 9, 24, HOUR / 5),
     ],

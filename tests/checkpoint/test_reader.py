@@ -140,4 +140,4 @@ def test_a_choice_that_does_not_exist_is_refused(run: Path, tmp_path: Path) -> N
             choose(path, choice)
     (newer / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="step-00000002 is damaged"):
-        choose(run, "best")  # not silently another one
+        choose(run, "best")  # no other one is chosen silently

@@ -120,7 +120,7 @@ def test_local_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert threads_per_rank(1) == 1
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun's own default, not a wish
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # the 1 is torchrun's default, not the user's choice
     assert threads_per_rank(2) == 4
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert threads_per_rank(8) == 3

@@ -11,7 +11,7 @@ from tests import jobs
 from tests.once import made_once
 
 RANKS = {"single": 1, "ddp": 2, "fsdp": 2, "hsdp": 4, "diloco": 2}
-# "single" is one process, whatever it is asked for. Two ways to save, so that each is compared with the other.
+# "single" is one process. Two ways to save, so that each is compared with the other.
 ARGUMENTS = {
     "single": (),
     "ddp": ("--parallel.strategy=ddp", "--checkpoint.async_save=false", "--checkpoint.keep=1"),

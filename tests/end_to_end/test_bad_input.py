@@ -49,7 +49,7 @@ EXPECTED = {
 
 LAUNCHER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
-# distgpt.train on a machine that has a GPU, as far as it gets here.
+# distgpt.train on a machine that seems to have a GPU.
 ONE_GPU = """
 import runpy, torch
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
@@ -82,7 +82,7 @@ def cases(
     lock = RunLock(RunPaths(root / "used"))
 
     run = shutil.copytree(whole("single").run, root / "done")
-    fresh = root / "run"  # none of these gets as far as to write there
+    fresh = root / "run"  # no case writes to it
 
     def case(*arguments: str, data: Path = prepared, run: Path = fresh) -> Callable[[], jobs.Ended]:
         return lambda: jobs.door("train", *tiny(data, run), *arguments)

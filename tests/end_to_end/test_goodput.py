@@ -25,7 +25,7 @@ class Watched:
         command = jobs.torchrun_command(2, *arguments, script=Path(__file__).with_name("slow.py"))
         self.job = jobs.Job(command, SLOW=f"forward:{FORWARD_SECONDS}:")
         self.rank_0 = self.job.rank(0)
-        # By the kernel's clock: on a busy machine a rank is seen late.
+        # From the start time in /proc, since polling finds a rank late on a busy machine.
         self.began = time.monotonic() - age(self.rank_0)
         self.printed: dict[int, float] = {}
 

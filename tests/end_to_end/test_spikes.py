@@ -12,8 +12,7 @@ import torch
 from tests import jobs
 from tests.end_to_end.conftest import tiny
 
-# distgpt.train on a machine where one rank computes nonsense in one step; after each update every rank notes a hash of
-# the weights that it holds.
+# distgpt.train where one rank has a NaN loss in one step. After each update every rank writes a hash of its weights.
 FAULTY = """
 import hashlib, os, runpy, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -68,7 +67,7 @@ def test_all_ranks_skip_an_update_that_is_not_finite_on_one_rank(prepared: Path,
     assert (notes[0] == notes[1]) == (strategy == "ddp")
     for rank in range(2):
         assert "step 3, windows of this rank as (shard, token offset): [(" in log_of(run, rank)
-    # It has a line whatever log.every says.
+    # A skipped step is logged whatever log.every is.
     lines = strict(run)
     assert [(line["step"], line["skipped"]) for line in lines if "skipped" in line] == [
         *((1, False), (2, False), (3, True), (4, False), (5, False)),
@@ -98,7 +97,7 @@ def test_spikes_are_skipped_and_a_resumed_run_and_a_replay_skip_the_same(prepare
         [line[name] for name in measured] for line in trained
     ]
     jobs.assert_same_tensors(*(run / "checkpoints" / "step-00000040" for run in (whole, parts)))
-    # From so far back that there are spikes on the way.
+    # The replay starts far enough before the step to meet spikes.
     assert [step for step in spikes if step > 24]
     for step in range(25, 41):
         shutil.rmtree(whole / "checkpoints" / f"step-{step:08d}")

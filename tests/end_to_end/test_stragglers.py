@@ -25,14 +25,14 @@ def stop(started: jobs.Job) -> str:
 @jobs.linux_only
 def test_a_slow_rank_is_named_with_its_host(prepared: Path, tmp_path: Path) -> None:
     started = job(prepared, tmp_path, "forward:0.1:1")
-    started.read_until(f"rank 1 on {socket.gethostname()} is slow: 2")  # two micro-batches: 200 ms and a little
+    started.read_until(f"rank 1 on {socket.gethostname()} is slow: its own work takes 2")  # 200 ms and a little
     assert "rank 0 on " not in stop(started)
     assert f"rank 1 on {socket.gethostname()} is slow: " in (tmp_path / "logs" / "rank-0.log").read_text()
 
 
 @jobs.linux_only
 def test_slow_data_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> None:
-    # Four sequences a step. What is found of a sharded model is found of a whole one.
+    # Four sequences a step. A sharded model is the harder case.
     started = job(prepared, tmp_path, "read:0.05:0", "--parallel.strategy=fsdp")
     started.read_until(f"rank 0 on {socket.gethostname()} is slow: ")
     started.read_until("; data wait ")
@@ -49,7 +49,7 @@ def test_a_slow_disk_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> N
     started = job(prepared, tmp_path, "save:1:1", "--checkpoint.every=1")
     host = socket.gethostname()
     started.read_until(f"rank 1 on {host} is slow to save: ")
-    # It commits a checkpoint each step on a core that others may want: its own work may well be slow.
+    # Rank 0 commits a checkpoint each step on a busy core, so its own work may be slow, but not its saves.
     assert f"rank 0 on {host} is slow to save: " not in stop(started)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from tests import jobs
 from tests.strangers import listening
 
-# Whoever reads a pickle ends, but for torchrun's agent.
+# Every process that reads a pickle exits, except torchrun's agent.
 NO_PICKLES = """
 import pickle, sys
 if "torch.distributed.run" not in sys.orig_argv:

@@ -15,7 +15,7 @@ from distgpt.run.lock import BOOT_ID
 from tests import jobs
 from tests.end_to_end.conftest import Trained, tiny
 
-# The rest of the command line as if under another kernel, to which a lock that this one sees is no proof.
+# The command seems to run on another kernel, for which the flock alone does not decide.
 ELSEWHERE = ("unshare", "--mount", "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"')
 
 
@@ -45,7 +45,7 @@ def test_a_job_that_wakes_up_after_another_took_over(
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
 
-    # Its lease runs out while this one waits.
+    # The lease of the suspended job expires meanwhile.
     second = jobs.door("train", *arguments)
     assert second.code == 0, second
     before = contents(run)

@@ -14,7 +14,7 @@ from tests import jobs
 from tests.end_to_end.conftest import ARGUMENTS, RANKS, Trained, tiny
 from tests.once import made_once
 
-# The ancestor's shape, smaller, without dropout.
+# The shape of the seed preset, smaller, without dropout.
 SEED_SHAPED = (
     *("seed", "--model.n_layer=2", "--model.n_embd=48", "--model.block_size=64", "--model.dropout=0"),
     *("--train.global_batch=16", "--train.steps=50", "--train.dtype=float32", "--optim.lr=1e-3", "--log.every=1"),

@@ -197,7 +197,7 @@ def test_rank_0_stopped_before_all_have_joined_is_named_by_another_rank(tmp_path
     copy.write_text(json.dumps({"host": socket.gethostname()}))
     os.utime(copy, (0, 0))
     codes, stderr = stopped(0, programs, DISTGPT_EXIT_FILE=str(copy))
-    assert codes[0] < 0  # by a signal: the one for stacks ends what does not know it
+    assert codes[0] < 0  # killed by a signal: that for stacks ends a program without a handler for it
     assert codes[1] == 75
     assert stderr.count("\n") == 1
     assert ": rank 0 of " in stderr
@@ -218,7 +218,7 @@ def test_a_rank_with_a_stop_signal_does_not_wait_for_a_lost_rank(tmp_path: Path)
         assert agent.stdout is not None
         survivor, lost = map(int, agent.stdout.readline().split())
         jobs.poll(ready.exists)
-        time.sleep(2)  # the watchdog looks around twice a second
+        time.sleep(2)  # the watchdog checks twice a second
         os.kill(lost, signal.SIGKILL)
         os.kill(survivor, signal.SIGTERM)
         codes, stderr = agent.communicate(timeout=120)
@@ -226,7 +226,7 @@ def test_a_rank_with_a_stop_signal_does_not_wait_for_a_lost_rank(tmp_path: Path)
     assert f": rank 1 of {socket.gethostname()} gone; " in stderr
     assert stderr.splitlines()[1:] == [
         f"distgpt: {jobs.exit_report(tmp_path / 'run')['cause']}"
-    ]  # the first: it is told
+    ]  # the first line acknowledges the signal
 
 
 def test_the_current_line_is_that_of_a_save_if_the_main_thread_waits_for_it() -> None:

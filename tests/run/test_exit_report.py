@@ -41,7 +41,7 @@ def test_a_report_of_a_new_owner_replaces_one_of_a_suspended_owner(
     assert not write_exit_report(paths, code=0, cause="done", rank=0, step=9, fence=3)
     assert not write_exit_report(paths, code=75, cause="lost contact", rank=1, step=7, fence=4)
     assert report(tmp_path)["code"] == 74
-    # Of a launcher's own ranks the first one is right, come what may.
+    # In the launcher's file the first report always wins.
     assert json.loads((tmp_path / "copy.json").read_text())["code"] == 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["copy.json", "exit.json"]
 

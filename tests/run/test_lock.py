@@ -233,13 +233,13 @@ def test_a_lock_without_a_readable_owner_is_still_a_lock(paths: RunPaths) -> Non
         RunLock(paths)
     lock.release()
     after = RunLock(paths)
-    assert after.owner.fence > 10**9  # above any that came before
+    assert after.owner.fence > 10**9  # above any earlier one
     after.release()
 
 
 def test_a_new_owner_removes_the_last_exit_report(paths: RunPaths) -> None:
     paths.exit_report.write_text("{}")
-    (paths.root / ".LOCK.000001-elsewhere-7.tmp").touch()  # of one that was killed before its LOCK was in place
+    (paths.root / ".LOCK.000001-elsewhere-7.tmp").touch()  # of an owner that was killed before its LOCK was in place
     RunLock(paths).release()
     assert [file.name for file in paths.root.iterdir()] == ["LOCK"]
 

@@ -20,7 +20,7 @@ from distgpt.run.paths import RunPaths
 from distgpt.run.session import RunSession
 from tests import jobs
 
-# A rank as train.py is one, without torch. RANK and BODY are replaced.
+# A rank as in train.py, without torch. RANK and BODY are replaced.
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
@@ -249,7 +249,7 @@ def test_a_signal_is_acknowledged_and_only_a_second_ctrl_c_ends_the_rank_unsaved
         process.send_signal(signal.SIGINT)
         answer = "distgpt: stopping after this step is saved; Ctrl-C again stops it now, unsaved\n"
         assert process.stderr.readline() == answer
-        process.send_signal(signal.SIGTERM)  # not typed
+        process.send_signal(signal.SIGTERM)  # not from a terminal
         process.send_signal(signal.SIGINT)
         if ends:
             cause = "interrupted by a second Ctrl-C: steps after the newest checkpoint are not saved, "
@@ -316,7 +316,7 @@ def test_variables_of_torchrun_without_torchrun_are_refused_in_one_line() -> Non
 @jobs.linux_only
 def test_a_rank_whose_torchrun_is_already_gone_ends_at_once() -> None:
     worker = f"{sys.executable} -c 'from distgpt.torchrun import *; die_with_agent(); print(1); time.sleep(600)'"
-    # The shell that starts it is gone by the time that it begins.
+    # The shell that starts the rank has ended before the rank begins.
     with subprocess.Popen(
         ["sh", "-c", f"(sleep 0.5; exec {worker}) & echo $!"],
         stdout=subprocess.PIPE,

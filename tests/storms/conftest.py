@@ -39,7 +39,7 @@ def storm(request: pytest.FixtureRequest) -> Storm:
 @pytest.fixture
 def table(request: pytest.FixtureRequest) -> Table:
     """Add a row to a table that is printed at the end: table("Title", {"column": value, ...})."""
-    # A property of the test, since these come back from whichever process ran it.
+    # Properties of a test reach the terminal summary from any worker.
     return lambda title, row: request.node.user_properties.append((title, row))
 
 

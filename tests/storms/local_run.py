@@ -16,7 +16,7 @@ from tests import jobs
 
 LOCAL = jobs.PROJECT / "launch" / "local.sh"
 EVALUATE_EVERY = 10
-# At most so many steps pass between two strikes: a run that is long enough is still under way at the last one.
+# The most steps between two strikes, so that a run is long enough for all of them.
 STEPS_A_STRIKE = 24
 
 
@@ -25,7 +25,7 @@ class LocalRun:
 
     def __init__(self, run: Path, data: Path, *flags: str, **variables: str) -> None:
         self.run = run
-        # Restart however often the storm strikes at the start.
+        # Restart after any number of strikes before the first step.
         self._variables = {"NPROC_PER_NODE": "2", "TRIES": "1000000", **variables}
         self._flags = [*jobs.TINY, f"--data.path={data}", f"--run.dir={run}", f"--eval.every={EVALUATE_EVERY}", *flags]
         self._output = run.with_name(f"{run.name}.output")

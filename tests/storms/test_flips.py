@@ -23,7 +23,7 @@ from tests.storms.conftest import Storm, Table
 
 pytestmark = pytest.mark.storm
 TITLE = "Bits flipped, files cut short, files deleted"
-UNREAD = ("train.bin", "val.bin", "meta.pkl")  # what a dataset holds for nanoGPT alone
+UNREAD = ("train.bin", "val.bin", "meta.pkl")  # files for nanoGPT, which distgpt does not read
 
 
 def cut(file: Path, draw: random.Random) -> None:
@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_is_never_loaded(saved: Path, dataset: Dataset, sto
             whole[file] = file.read_bytes()
             HARMS[harm](file, draw)
         good = [checkpoint for checkpoint in checkpoints if checkpoint not in harmed]
-        require_same_run(saved / "checkpoints", config, dataset, replicas=1)  # as training does first of all
+        require_same_run(saved / "checkpoints", config, dataset, replicas=1)  # the first check of training
         where = [str(file) for file in whole]
         if good:
             step = load_for_inference(saved, CPU)[2].step

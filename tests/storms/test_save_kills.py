@@ -106,14 +106,14 @@ def test_a_stop_before_each_call_while_another_job_takes_over(
         stopped = forked_runs.run(run, "stop", at, boot="elsewhere")
         assert stopped.stopped
         owned = any(call.startswith("rename") and call.endswith("/LOCK") for call in stopped.calls[:-1])
-        # One that is about to own the directory may hold its lock already, here on the same host.
+        # A run that is about to own the directory may already hold its lock, here on the same host.
         assert forked_runs.run(run).code in ((0,) if owned else (0, 73)), describe(at, stopped)
         seen = contents(run)
         woken = forked_runs.wake()
         if not owned:
-            assert woken.code == 0, describe(at, stopped)  # it had not come to own the directory, and does so now
+            assert woken.code == 0, describe(at, stopped)  # it did not own the directory before
         elif any(call.startswith("open") and "exit.json" in call for call in stopped.calls):
-            assert woken.code == 0, describe(at, stopped)  # all its work was done
+            assert woken.code == 0, describe(at, stopped)  # it had already finished
         else:
             assert woken.code == 73, describe(at, stopped)
             changed = {name for name, _ in contents(run).items() ^ seen.items()}

@@ -21,7 +21,7 @@ def test_more_than_ten_epochs_give_a_warning() -> None:
         "the run reads its 2,000 training tokens 128 times (epochs), and little is learned after 10: "
         "use --train.steps=77 or more text"
     )
-    assert list(warnings(config("--train.steps=77"), 2_000)) == []  # what it advises is not warned of again
+    assert list(warnings(config("--train.steps=77"), 2_000)) == []  # its advice gives no warning
 
 
 def test_a_warm_up_longer_than_the_run_gives_a_warning() -> None:
