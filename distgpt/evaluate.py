@@ -24,7 +24,7 @@ def main(arguments: argparse.Namespace) -> None:
     """Load a checkpoint, evaluate it in one process, and print one line."""
     runtime = this_rank()
     if runtime.distributed:
-        raise UsageError("evaluate is one process: start it without torchrun")
+        raise UsageError("evaluate runs in one process: start it without torchrun")
     with process_group(runtime, timeout=0):
         model, tokenizer, state = load_for_inference(Path(arguments.run), runtime.device, arguments.checkpoint)
         config = from_dict(state.config, source=arguments.run)

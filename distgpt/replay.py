@@ -63,7 +63,7 @@ def main(arguments: argparse.Namespace) -> None:
     is_chosen = is_checkpoint(path) or arguments.checkpoint != NEWEST
     runtime = this_rank()
     if runtime.distributed:
-        raise UsageError("replay is one process: start it without torchrun")
+        raise UsageError("replay runs in one process: start it without torchrun")
     start = start_from(choose(path, arguments.checkpoint), run, step) if is_chosen else start_before(run, step)
     if start.config.parallel.strategy == "diloco":
         raise UsageError("the replicas of diloco train independently, which one process cannot replay")

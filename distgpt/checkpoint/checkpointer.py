@@ -259,7 +259,7 @@ class Checkpointer:
         except (Exception, dcp.CheckpointException) as error:  # any error: the other ranks wait for an answer
             with suppress(OSError):
                 self._session.require_owned()  # a new owner has removed what this one had staged
-            log.exception("checkpoint")
+            log.exception("a checkpoint was not saved, read or removed")
             cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
             failed = one_line(cause)
         answers: list[Any] = [(failed, result)]

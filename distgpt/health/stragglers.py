@@ -166,7 +166,7 @@ class StragglerDetector:
         ordered = sorted(own)
         for rank, (host, history) in enumerate(zip(self._hosts, self._histories, strict=True)):
             median = median_without(ordered, own[rank])
-            if history.is_news(own[rank] >= SLOWER * median and own[rank] - median >= FLOOR_SECONDS):
+            if history.update(own[rank] >= SLOWER * median and own[rank] - median >= FLOOR_SECONDS):
                 status = "is slow" if history.slow else "keeps up again"
                 waited = _span(self._sums[rank].data_wait / self._steps)
                 yield (
@@ -185,7 +185,7 @@ class StragglerDetector:
             at_same_speed = median_without(per_byte, work.save / work.saved_bytes) * work.saved_bytes
             usual = max(median_without(seconds, work.save), at_same_speed)
             history = self._save_histories[rank]
-            if history.is_news(work.save >= SLOWER * usual and work.save - usual >= SAVE_FLOOR_SECONDS):
+            if history.update(work.save >= SLOWER * usual and work.save - usual >= SAVE_FLOOR_SECONDS):
                 status = "is slow to save" if history.slow else "saves as fast as the others again"
                 yield (
                     f"rank {rank} on {self._hosts[rank]} {status}: {_span(work.save)} for its share of checkpoints, "
@@ -201,7 +201,7 @@ class _History:
     disagreeing: int = 0  # intervals in a row with the opposite status
     age: int = 0  # intervals since the last report
 
-    def is_news(self, slow: bool) -> bool:
+    def update(self, slow: bool) -> bool:
         """Add another interval; tell whether the status is to be reported."""
         self.age += 1
         self.disagreeing = self.disagreeing + 1 if slow != self.slow else 0
