@@ -1,7 +1,7 @@
-"""What all commands share: their options, exit codes, and signals before torch is imported. Imports no torch.
+"""The parts that all commands share: options, exit codes, and early signals. Imports no torch.
 
-`python -m distgpt.COMMAND` calls run() first of all. Importing torch takes seconds, and run() comes before it: --help
-and a mistyped option answer at once, a signal to stop ends the command silently, and no rank outlives its torchrun.
+`python -m distgpt.COMMAND` calls run() before it imports torch, which takes seconds. So --help and a mistyped option
+are answered at once, a signal to stop ends the command silently, and no rank outlives its torchrun.
 """
 
 import argparse
@@ -15,15 +15,17 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from types import FrameType
-from typing import Any, NoReturn
+from typing import Any, NoReturn, TypeVar
 
 from distgpt.checkpoint.choice import add_option
 from distgpt.config import Config, config_from_command_line
-from distgpt.errors import DISK_FULL, EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, STOP_SIGNALS, DistgptError, T, UsageError
+from distgpt.errors import DISK_FULL, EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, STOP_SIGNALS, DistgptError, UsageError
 from distgpt.files import user_path
 from distgpt.run.exit_report import exit_if_restart_cannot_help
 from distgpt.run.paths import RunPaths
 from distgpt.torchrun import RANK_ZERO_SECONDS, die_with_agent, place_in_job, print_cause
+
+T = TypeVar("T")
 
 DISTRIBUTED_FLAG = "--distributed"
 TRAIN_ABOUT = "Train a GPT on a prepared corpus, or go on with the run in its run directory."
@@ -31,14 +33,14 @@ TRAIN_ABOUT = "Train a GPT on a prepared corpus, or go on with the run in its ru
 
 def run(command: str) -> NoReturn:
     """Run `distgpt.COMMAND` to its end: parse the options, then import the module and call its main()."""
-    enter()
+    prepare_process()
     arguments = main_guard(lambda: OPTIONS[command](sys.argv[1:]))
     module = importlib.import_module(f"distgpt.{command}")
     sys.exit(main_guard(lambda: module.main(*arguments)))
 
 
 def train_options(arguments: Sequence[str]) -> tuple[Config]:
-    """Read the config of a run, on a rank that dies with its torchrun. Raises UsageError."""
+    """Read the config of a run, and make this rank die with its torchrun. Raises UsageError."""
     die_with_agent()
     config = config_from_command_line(arguments, prog="distgpt.train", about=TRAIN_ABOUT)
     place_in_job()
@@ -47,14 +49,14 @@ def train_options(arguments: Sequence[str]) -> tuple[Config]:
 
 
 def doctor_options(arguments: Sequence[str]) -> tuple[Config, bool]:
-    """Read the config, and whether to check all hosts. Raises UsageError."""
+    """Read the config and --distributed. Raises UsageError."""
     distributed = DISTRIBUTED_FLAG in arguments
     about = (
-        "Check that this machine, the data and the run directory are fit to train, a line a check, with the fix.\n"
-        f"{DISTRIBUTED_FLAG}, under torchrun: check also that all hosts fit together, and name the slow link or host."
+        "Check that this machine, the data and the run directory are fit to train, and print the fix where not.\n"
+        f"{DISTRIBUTED_FLAG}, under torchrun: also check that all hosts fit together, and name a slow link or host."
     )
-    of_config = [argument for argument in arguments if argument != DISTRIBUTED_FLAG]
-    config = config_from_command_line(of_config, prog="distgpt.doctor", about=about)
+    config_arguments = [argument for argument in arguments if argument != DISTRIBUTED_FLAG]
+    config = config_from_command_line(config_arguments, prog="distgpt.doctor", about=about)
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if distributed and not under_torchrun:
         torchrun = f"torchrun --nproc_per_node=2 -m distgpt.doctor {DISTRIBUTED_FLAG}"
@@ -87,9 +89,15 @@ def sample_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts to write (default: 1)")
     parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: 0.8)")
     parser.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest; 0: all (default: 0)"
+        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; 0: from all (default: 0)"
     )
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P", help="draw from the likeliest that reach P")
+    parser.add_argument(
+        "--top-p",
+        type=float,
+        default=1.0,
+        metavar="P",
+        help="draw from the likeliest tokens whose probabilities reach P (default: 1)",
+    )
     parser.add_argument(
         "--seed", type=int, default=0, metavar="S", help="the same seed writes the same text (default: 0)"
     )
@@ -112,47 +120,44 @@ def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     """Parse the options of distgpt.replay. Raises UsageError."""
     parser = Parser(
         prog="python -m distgpt.replay",
-        description="Compute a step of a run again, and name the first layer where it is not finite.",
+        description="Compute a step of a run again, and name the first layer whose values are not finite.",
     )
     parser.add_argument(
-        "run", type=user_path, metavar="RUN", help="run directory, or the checkpoint of it to set out from"
+        "run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it to start from"
     )
     add_option(parser, default="the newest good one before S")
-    parser.add_argument("--step", type=int, required=True, metavar="S", help="the step, as metrics.jsonl counts them")
+    parser.add_argument("--step", type=int, required=True, metavar="S", help="the step, as numbered in metrics.jsonl")
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
     return (parser.parse_args(arguments),)
 
 
-def enter() -> None:
-    """Make a signal to stop end this process silently, also while it imports, and print "?" for unknown characters.
-
-    "?" stands for the characters that the encoding of stdout lacks.
-    """
+def prepare_process() -> None:
+    """Let a signal to stop end this process silently, and print "?" for characters that stdout cannot encode."""
     for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so must we
             signal.signal(number, _leave_interrupted)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 def _leave_interrupted(number: int, frame: FrameType | None) -> NoReturn:
-    # Not by an exception: an import would print it, or go on without the module that it was importing.
+    # No exception: an import under way would print it, or go on without the module.
     os._exit(EXIT_INTERRUPTED)
 
 
 def main_guard(main: Callable[[], T]) -> T:
-    """Return `main()`, or end the process with the code of a DistgptError and its line, from rank 0 if possible."""
+    """Return `main()`. If it raises, print the error and exit with its code; rank 0 prints if it has the same error."""
     try:
         return main()
     except DistgptError as error:
         if "MASTER_ADDR" in os.environ and os.environ.get("RANK", "0") != "0":
-            time.sleep(RANK_ZERO_SECONDS)  # by then torchrun has ended this rank, unless it alone found the mistake
+            time.sleep(RANK_ZERO_SECONDS)  # torchrun ends this rank meanwhile, unless no other rank has the error
         print_cause(f"distgpt: error: {error}")
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except BrokenPipeError:
-        # The reader left (`| head`): point stdout at nothing so that the interpreter's last flush is quiet.
+        # The reader has left (`| head`). Redirect stdout, or the last flush of the interpreter prints an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_IO)
     except OSError as error:
@@ -168,7 +173,7 @@ def main_guard(main: Callable[[], T]) -> T:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser whose complaint is a UsageError, one line like all others."""
+    """An argument parser that raises a UsageError for a wrong option, so that it is printed on one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help shows the options)")

@@ -1,6 +1,6 @@
-"""Is this machine, its data and the run directory fit to train? `python -m distgpt.doctor [PRESET] [--key=value ...]`.
+"""Check that this machine, its data and its run directory are fit to train: `python -m distgpt.doctor [PRESET] ...`.
 
-With --distributed under torchrun: do the hosts fit together, and which link or host is slow?
+With --distributed under torchrun, check that the hosts fit together, and name a slow link or host:
     torchrun --nnodes=4 --nproc_per_node=8 --rdzv-backend=c10d --rdzv-endpoint=HOST:29500 --rdzv-id=preflight \
         -m distgpt.doctor --distributed [PRESET] [--section.key=value ...]
 The exit code is that of the first failure.
@@ -30,7 +30,7 @@ from distgpt.torchrun import die_with_agent, record_cause
 
 
 def main(config: Config, distributed: bool) -> int:
-    """Print a line for each check and return the exit code; `distributed`: check all hosts together."""
+    """Print a line for each check and return the exit code. `distributed`: check all hosts together."""
     if distributed:
         return check_together(config)
     findings = []
@@ -41,7 +41,7 @@ def main(config: Config, distributed: bool) -> int:
 
 
 def check_together(config: Config) -> int:
-    """Check all hosts, as one rank of all, and report the exit code to the launcher: torchrun flattens it to 1."""
+    """Check all hosts, on each rank, and report the exit code to the launcher, since torchrun exits with 1."""
     die_with_agent()
     limit = threading.Timer(LONGEST_SECONDS, give_up)
     limit.daemon = True
@@ -64,12 +64,12 @@ def check_together(config: Config) -> int:
 
 
 def give_up() -> None:
-    """End the part of this host: if the host with torchrun's store hangs, every call to it waits without a limit."""
+    """Kill torchrun and its ranks on this host: calls to the store of a host that hangs wait without a limit."""
     waited = f"{socket.gethostname()} has waited {LONGEST_SECONDS:.0f} s for the other hosts"
     cause = f"{waited}: one of them hangs, perhaps {os.environ['MASTER_ADDR']}; run it again to go on"
     report(EXIT_INTERRUPTED, cause)
     print(f"distgpt: {cause}", file=sys.stderr, flush=True)
-    # End torchrun, too, which would call that store before it ends. Its ranks end with it.
+    # Torchrun would call that store before it exits. Its ranks die with it.
     os.kill(os.getppid(), signal.SIGKILL)
     os._exit(EXIT_INTERRUPTED)
 
@@ -82,5 +82,5 @@ def report(code: int, cause: str) -> None:
 
 
 def say(finding: Finding) -> None:
-    """Print a finding on a line."""
+    """Print a finding on one line."""
     print(finding, flush=True)

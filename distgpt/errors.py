@@ -1,4 +1,4 @@
-"""What can end a command early, and the exit code of each.
+"""Exceptions that end a command early, and their exit codes.
 
 A user's mistake is an exception with one clear line: what is wrong, where, and the fix.
 `main_guard` turns it into that line on stderr and the exit code; anything else is our bug and keeps its traceback.
@@ -6,9 +6,6 @@ A user's mistake is an exception with one clear line: what is wrong, where, and 
 
 import errno
 import signal
-from typing import TypeVar
-
-T = TypeVar("T")
 
 EXIT_OK = 0
 EXIT_USAGE = 2
@@ -23,7 +20,7 @@ STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
 
 
 class DistgptError(Exception):
-    """A cause that the user can act on; `code` is the exit code of the command that it ends."""
+    """An error that the user can act on; `code` is the exit code of the command."""
 
     code = EXIT_BUG
 
@@ -47,12 +44,12 @@ class DirectoryError(DistgptError):
 
 
 class StorageError(DistgptError):
-    """Reading or writing failed: disk full, file gone, I/O error."""
+    """A read or write that failed: disk full, file gone, I/O error."""
 
     code = EXIT_IO
 
 
 class Interrupted(DistgptError):
-    """A signal asked the command to stop; run again, it goes on."""
+    """A stop before the end, such as by a signal; the same command goes on from there."""
 
     code = EXIT_INTERRUPTED

@@ -21,10 +21,10 @@ from distgpt.training.startup import open_data_of_run, validation_batches
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Load, evaluate in one process, print one line."""
+    """Load a checkpoint, evaluate it in one process, and print one line."""
     runtime = this_rank()
     if runtime.distributed:
-        raise UsageError("evaluate is one process: start it without torchrun")
+        raise UsageError("evaluate runs in one process: start it without torchrun")
     with process_group(runtime, timeout=0):
         model, tokenizer, state = load_for_inference(Path(arguments.run), runtime.device, arguments.checkpoint)
         config = from_dict(state.config, source=arguments.run)
@@ -32,9 +32,9 @@ def main(arguments: argparse.Namespace) -> None:
         dataset = open_data_of_run(config.data.path, arguments.data, fingerprint=fingerprint)
         if dataset.meta["tokenizer"]["sha256"] != state.tokenizer_sha256:
             raise DataError(f"{dataset.path} was prepared with another tokenizer than {arguments.run} was trained on")
-        # One process, whatever the strategy of the run.
-        alone = replace(config, parallel=ParallelConfig())
-        plan = make_plan(alone, runtime, vocab_size=state.vocab_size)
+        # The strategy of the run needs several ranks, and this is one process.
+        unsharded = replace(config, parallel=ParallelConfig())
+        plan = make_plan(unsharded, runtime, vocab_size=state.vocab_size)
         batches = validation_batches(config, plan, dataset, sequences=arguments.sequences or sys.maxsize)
         result = evaluate(model, batches, tokenizer, plan)
     print(

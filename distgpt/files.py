@@ -1,4 +1,4 @@
-"""Paths as a person wrote them, durable writes, and /proc. Imports no torch."""
+"""Paths that a user wrote, durable file writes, and /proc. Imports no torch."""
 
 import errno
 import os
@@ -9,7 +9,7 @@ from distgpt.errors import UsageError
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file that is whole and on the disk once it has this name. Raises OSError."""
+    """Write a file atomically and durably: to a temporary name, fsync, rename. Raises OSError."""
     staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(staged, "wb") as file:
@@ -24,7 +24,7 @@ def write_file(path: Path, content: bytes) -> None:
 
 
 def sync(directory: Path) -> None:
-    """Bring the entries of a directory to the disk. Raises OSError."""
+    """Flush the entries of a directory to the disk. Raises OSError."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -33,9 +33,9 @@ def sync(directory: Path) -> None:
 
 
 def user_path(text: str) -> str:
-    """Expand ~ in a path that a person wrote in a flag or file, where no shell does. Raises UsageError.
+    """Expand ~ in a path from a flag or a config file, where no shell does. Raises UsageError.
 
-    A path with a variable is refused, unless there is a file of that very name.
+    A path with a $ is refused unless it exists, since variables are not expanded.
     """
     path = os.path.expanduser(text)
     if path.startswith("~"):
@@ -53,7 +53,7 @@ def user_path(text: str) -> str:
 
 
 def process_stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat behind the program's name: state, parent, ... Raises OSError."""
+    """Return the fields of /proc/PID/stat after the program's name: state, parent, ... Raises OSError."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
@@ -68,7 +68,7 @@ def start_ticks(pid: int) -> int:
 
 
 def process_age() -> float:
-    """Return the seconds since this process began, its imports included; 0 where the system does not tell."""
+    """Return the seconds since this process began, its imports included; 0 without /proc."""
     try:
         ticks = start_ticks(os.getpid())
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))

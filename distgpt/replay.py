@@ -1,9 +1,9 @@
 """Compute a step of a run again and find where it is not finite: `python -m distgpt.replay RUN --step S`.
 
-A checkpoint before S, or initial weights -> the steps in between -> step S under a probe -> the finding.
+Load a checkpoint before S, or the initial weights -> take the steps up to S -> run step S under a probe -> report.
 
-One process sees the sequences and draws the dropout masks of any number of ranks, so it computes the same but for
-rounding. It does not change the run directory.
+One process sees the same sequences and dropout masks as any number of ranks, so its results differ by rounding alone.
+The run directory is not changed.
 """
 
 from distgpt import cli
@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from distgpt.checkpoint.choice import NEWEST, choose, is_checkpoint, newest_good
-from distgpt.checkpoint.manifest import STATE, RunState, committed, listed, read_state, step_of
+from distgpt.checkpoint.manifest import STATE, RunState, committed, list_damage, read_state, step_of
 from distgpt.checkpoint.reader import load_for_training, require_model
 from distgpt.config import Config, from_dict, resolve
 from distgpt.corpus.loader import Loader
@@ -52,49 +52,49 @@ class Start:
 
     @property
     def step(self) -> int:
-        """The number of steps that were taken before."""
+        """The number of steps taken before the start."""
         return self.state.step if self.state else 0
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Replay in one process and print what was found."""
+    """Replay the step in one process, and print where it is not finite."""
     path, step = Path(arguments.run), arguments.step
     run = RunPaths(path.resolve().parents[1] if is_checkpoint(path) else path)
-    chosen = is_checkpoint(path) or arguments.checkpoint != NEWEST
+    is_chosen = is_checkpoint(path) or arguments.checkpoint != NEWEST
     runtime = this_rank()
     if runtime.distributed:
-        raise UsageError("replay is one process: start it without torchrun")
-    start = start_from(choose(path, arguments.checkpoint), run, step) if chosen else start_before(run, step)
+        raise UsageError("replay runs in one process: start it without torchrun")
+    start = start_from(choose(path, arguments.checkpoint), run, step) if is_chosen else start_before(run, step)
     if start.config.parallel.strategy == "diloco":
         raise UsageError("the replicas of diloco train independently, which one process cannot replay")
     if not 1 <= step <= start.config.train.steps:
         raise UsageError(f"--step is {step}: the run has steps 1 to {start.config.train.steps}")
-    dataset = data_of(start, arguments.data)
+    dataset = open_data(start, arguments.data)
     with process_group(runtime, timeout=0):
         replay(start, step, runtime, dataset)
-    print(f"logged    {logged(run, step)}")
+    print(f"logged    {describe_logged(run, step)}")
 
 
 def start_before(run: RunPaths, step: int) -> Start:
-    """Find the newest good checkpoint before `step`, or else start anew. Raises DataError if there is no run."""
+    """Start from the newest good checkpoint before `step`, or else from the initial weights. Raises DataError."""
     earlier = (checkpoint for checkpoint in committed(run.checkpoints) if step_of(checkpoint) < step)
     checkpoint, damaged = newest_good(earlier)
     if damaged:
-        print(f"skipped {listed(damaged)}")
+        print(f"skipped {list_damage(damaged)}")
     state = read_state(checkpoint) if checkpoint is not None else None
     return Start(config_of(run, step, state), checkpoint, state)
 
 
 def start_from(checkpoint: Path, run: RunPaths, step: int) -> Start:
-    """Start from a checkpoint that a person chose. Raises UsageError if it is not from before `step`."""
+    """Start from a checkpoint that the user chose. Raises UsageError if it is not from before `step`."""
     state = read_state(checkpoint)
     if state.step >= step:
-        raise UsageError(f"{checkpoint} is of step {state.step}: a replay of step {step} sets out before it")
+        raise UsageError(f"{checkpoint} is of step {state.step}: to replay step {step}, choose one before it")
     return Start(config_of(run, step, state), checkpoint, state)
 
 
 def config_of(run: RunPaths, step: int, before: RunState | None) -> Config:
-    """Find the config of the attempt that took this step: it made the next checkpoint, or it was the last attempt.
+    """Find the config of the attempt that took this step: the one that made the next checkpoint, else the last one.
 
     `before`: the state of the checkpoint to start from. Raises DataError if there is no run.
     """
@@ -115,19 +115,19 @@ def config_of(run: RunPaths, step: int, before: RunState | None) -> Config:
 
 
 def as_trained(state: RunState) -> Config:
-    """Return the config of a checkpoint with the micro-batch that was in use, since dropout masks depend on it."""
+    """Return the config of a checkpoint with the micro-batch that was in use: dropout masks depend on it."""
     config = from_dict(state.config, source=STATE)
     return replace(config, train=replace(config.train, micro_batch=state.micro_batch or config.train.micro_batch))
 
 
-def data_of(start: Start, directory: str | None) -> Dataset:
-    """Open the data of the run, in `directory` if that is given. Raises DataError if it is other data."""
+def open_data(start: Start, directory: str | None) -> Dataset:
+    """Open the data of the run, from `directory` if given. Raises DataError if it is other data."""
     fingerprint = start.state.data_fingerprint if start.state else None
     return open_data_of_run(start.config.data.path, directory, fingerprint=fingerprint)
 
 
 def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> None:
-    """Take the steps up to `target` as distgpt.train does, probe that one, and print the finding."""
+    """Take the steps before `target` as distgpt.train does, run that one under a probe, and print the finding."""
     config, seed = start.config, start.config.run.seed
     if not config.train.micro_batch and start.state:
         config = replace(config, train=replace(config.train, micro_batch=start.state.micro_batch))
@@ -150,21 +150,21 @@ def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> Non
             norm = grad_norm_of(model)
             decision = outliers.check(loss=loss.item(), grad_norm=norm.item())
             if decision.action == "stop":
-                raise DataError(f"{decision.reason} at step {step} already: replay that one with --step={step}")
+                raise DataError(f"{decision.reason} at step {step} already: replay that step with --step={step}")
             if decision.action == "update":
                 apply_update(model, optimizer, norm, clip=config.optim.grad_clip)
             optimizer.zero_grad()
-        print(f"weights   {weights_in_words(model)}")
+        print(f"weights   {describe_weights(model)}")
         probe = Probe()
         with probe.watching(model), torch.compiler.set_stance("force_eager"):
             loss = accumulate_gradients(model, batches.next_step(), target, plan, seed=seed)
-        print(f"step {target:<4} {in_words(probe.finding)}")
+        print(f"step {target:<4} {describe_finding(probe.finding)}")
         if probe.finding is not None:
-            print(f"samples   {samples_of(batches, target, probe.finding.call, plan.micro_batch)}")
+            print(f"samples   {describe_samples(batches, target, probe.finding.call, plan.micro_batch)}")
     print(f"replayed  loss {loss.item():.7g} | gradient norm {grad_norm_of(model).item():.7g}")
 
 
-def weights_in_words(model: nn.Module) -> str:
+def describe_weights(model: nn.Module) -> str:
     """Name the weights that are not finite."""
     bad = [name for name, parameter in model.named_parameters() if not parameter.isfinite().all()]
     if not bad:
@@ -172,16 +172,16 @@ def weights_in_words(model: nn.Module) -> str:
     return f"not finite in {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
 
 
-def in_words(finding: Finding | None) -> str:
-    """Describe what the probe found, if anything."""
+def describe_finding(finding: Finding | None) -> str:
+    """Say where the probe first met a value that is not finite, if anywhere."""
     if finding is None:
         return "all finite, forward and backward"
     module = finding.module or "the model itself, around its layers"
     return f"not finite, first in the {finding.phase} pass of {module}: {finding.tensor}"
 
 
-def samples_of(batches: Loader, step: int, index: int, micro_batch: int) -> str:
-    """List the sequences of the micro-batch of this index, and their places in the corpus."""
+def describe_samples(batches: Loader, step: int, index: int, micro_batch: int) -> str:
+    """List the sequences of micro-batch `index` of a step, and their places in the corpus."""
     rows = slice(index * micro_batch, (index + 1) * micro_batch)
     numbers = batches.sample_numbers(step - 1)
     shards, offsets = (values[rows].tolist() for values in batches.places(step - 1))
@@ -191,8 +191,8 @@ def samples_of(batches: Loader, step: int, index: int, micro_batch: int) -> str:
     )
 
 
-def logged(run: RunPaths, step: int) -> str:
-    """Return what metrics.jsonl says of the step; null stands for a value that was not finite."""
+def describe_logged(run: RunPaths, step: int) -> str:
+    """Quote the figures of a step from metrics.jsonl, where null stands for a value that was not finite."""
     lines = read_metrics(run.metrics) if run.metrics.exists() else []
     line: dict[str, Any] = next((line for line in lines if line["step"] == step and "loss" in line), {})
     if not line:

@@ -18,7 +18,7 @@ from distgpt.model.generate import generate
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Load, then write each sample to stdout as its tokens come."""
+    """Load a checkpoint, then write each sample to stdout, token by token."""
     torch.set_num_threads(threads_per_rank(1))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, tokenizer, _ = load_for_inference(Path(arguments.run), device, arguments.checkpoint)
@@ -29,7 +29,7 @@ def main(arguments: argparse.Namespace) -> None:
     generator = torch.Generator().manual_seed(arguments.seed)
     for number in range(1, arguments.samples + 1):
         try:
-            drawn = generate(
+            tokens = generate(
                 model,
                 prompt_ids,
                 max_tokens=arguments.tokens,
@@ -44,9 +44,9 @@ def main(arguments: argparse.Namespace) -> None:
         if arguments.samples > 1:
             print(f"--- sample {number} of {arguments.samples} ---")
         print(arguments.prompt, end="", flush=True)
-        # A token may end inside a character: what is not whole yet waits for the next one.
+        # A token may end inside a character; the decoder keeps its bytes until the next token completes it.
         text = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token in drawn:
+        for token in tokens:
             if token == model.eot_id:
                 break
             print(text.decode(tokenizer.decode_bytes([token])), end="", flush=True)

@@ -1,4 +1,4 @@
-"""Between this process and its torchrun: its place in the job, its parent, the cause it reports. Imports no torch."""
+"""The link of this process to its torchrun: place in the job, parent, reported cause. Imports no torch."""
 
 import ctypes
 import json
@@ -15,15 +15,15 @@ from distgpt.errors import EXIT_USAGE, UsageError
 from distgpt.files import parent_of, start_ticks
 
 PR_SET_PDEATHSIG = 1
-# Seconds that a rank gives rank 0 to find and print the same mistake: once the first rank ends, torchrun ends all.
+# Seconds that other ranks wait for rank 0 to print the same error, since torchrun ends all ranks once one has ended.
 RANK_ZERO_SECONDS = 30.0
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 def this_job() -> str | None:
-    """Return what identifies the torchrun of this process, None without one."""
+    """Return an identifier of the torchrun of this process, None without torchrun."""
     job = os.environ.get("TORCHELASTIC_RUN_ID")
-    if job != "none":  # the id of every torchrun that was given none
+    if job != "none":  # the id of every torchrun that was started without --rdzv-id
         return job
     with suppress(OSError):
         agent = os.getppid()
@@ -32,7 +32,7 @@ def this_job() -> str | None:
 
 
 def this_attempt() -> int:
-    """Count how often this torchrun has started all ranks again."""
+    """Return how often this torchrun has restarted all ranks."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 
 
@@ -45,16 +45,16 @@ def die_with_agent() -> None:
     # The agent may have died before the call above took effect.
     if os.getppid() != agent:
         os.kill(os.getpid(), signal.SIGKILL)
-    if not _is_under_torch(agent):
+    if not _torchrun_is_above(agent):
         with suppress(OSError):
             print_cause("distgpt: error: TORCHELASTIC_RUN_ID is set, but no torchrun is above this process: unset it")
         os._exit(EXIT_USAGE)
 
 
-def _is_under_torch(pid: int) -> bool:
-    """Tell whether a process or an ancestor can be torchrun: there may be a wrapper between it and its ranks."""
+def _torchrun_is_above(pid: int) -> bool:
+    """Tell whether a process or its ancestor may be torchrun: a wrapper may stand between torchrun and its ranks."""
     while pid:
-        if _runs_torch(pid):
+        if _may_be_torchrun(pid):
             return True
         try:
             pid = parent_of(pid)
@@ -63,8 +63,8 @@ def _is_under_torch(pid: int) -> bool:
     return False
 
 
-def _runs_torch(pid: int) -> bool:
-    """Tell whether a process can be torchrun. An init, which adopts orphans, is of another user or has no torch."""
+def _may_be_torchrun(pid: int) -> bool:
+    """Tell whether a process has loaded torch. An init process, which adopts orphans, has not or is another user's."""
     try:
         return os.stat(f"/proc/{pid}").st_uid == os.getuid() and "libtorch" in Path(f"/proc/{pid}/maps").read_text()
     except FileNotFoundError:
@@ -74,13 +74,13 @@ def _runs_torch(pid: int) -> bool:
 
 
 def print_cause(line: str) -> None:
-    """Print on stderr why this process ends, and make torchrun print it, too."""
+    """Print on stderr why this process ends, and make torchrun print it too."""
     print(line, file=sys.stderr, flush=True)
     record_cause(line)
 
 
 def record_cause(line: str) -> None:
-    """Make torchrun print why this rank ended at the end of its own report, far below what the rank prints."""
+    """Make torchrun print `line` at the end of its own report, which comes far below the output of the rank."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # The format of torch.distributed.elastic.multiprocessing.errors.
         error = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
@@ -90,7 +90,7 @@ def record_cause(line: str) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """The place of this process among those of its job."""
+    """The place of this process among the processes of its job."""
 
     rank: int = 0
     local_rank: int = 0
@@ -99,7 +99,7 @@ class Place:
 
 
 def place_in_job() -> Place:
-    """Return the place that a launcher gave to this process, or that of a single one. Raises UsageError."""
+    """Read the place of this process from the environment; without a launcher, one process. Raises UsageError."""
     given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     listed = " ".join(f"{name}={value}" for name, value in given.items())
     unset = f"unset {' '.join(given)}, or start it with torchrun"
@@ -109,5 +109,5 @@ def place_in_job() -> Place:
     if place != Place() and not ("MASTER_ADDR" in os.environ and "MASTER_PORT" in os.environ):
         raise UsageError(f"the environment has {listed}, but no launcher started this process: {unset}")
     if place.rank >= place.world_size or place.local_rank >= place.local_world_size:
-        raise UsageError(f"the environment has {listed}, which is no rank of a job: {unset}")
+        raise UsageError(f"the environment has {listed}, which is not a rank of a job: {unset}")
     return place

@@ -39,12 +39,12 @@ from distgpt.run.session import RunSession
 from distgpt.telemetry.progress import Progress
 from distgpt.training import startup, summary
 from distgpt.training.evaluation import evaluate, sample_text
-from distgpt.training.report import StepReporter, explain, peak_flops_of_all
+from distgpt.training.report import StepReporter, explain_outlier, total_peak_flops
 from distgpt.training.step import StopCheck, accumulate_gradients, apply_update
 
 
 def main(config: Config) -> None:
-    """Train one rank of a run. If anything ends the run early, it also ends this process."""
+    """Train one rank of a run. Whatever ends the run early also ends this process, see RunSession."""
     paths, rank, health = RunPaths(config.run_dir), int(os.environ.get("RANK", "0")), config.health
     with RunSession(paths, rank) as session, Watchdog(session, health) as watchdog:
         watchdog.heartbeat("checking the start", health.start_timeout)
@@ -59,7 +59,7 @@ def main(config: Config) -> None:
 def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     config: Config, plan: Plan, dataset: Dataset, session: RunSession, watchdog: Watchdog
 ) -> None:
-    """Build the model, resume, and train to the last step."""
+    """Build the model, resume, and train to the last step. Models die in here, before the process group does."""
     health, runtime, last = config.health, plan.runtime, config.train.steps
     watchdog.heartbeat("building the model", health.start_timeout)
     model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id)
@@ -83,16 +83,16 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     watchdog.heartbeat("restoring", health.start_timeout)
     start = session.step = checkpoints.restore()
     if start >= last:
-        session.say(summary.nothing_to_do(config, start))
+        session.say(summary.nothing_to_do_message(config, start))
         return
-    session.say(summary.begin_line(config, checkpoints.restored))
+    session.say(summary.start_message(config, checkpoints.restored))
     if runtime.rank == 0:
-        for line in summary.all_warnings(config, dataset, checkpoints.restored):
+        for line in summary.list_warnings(config, dataset, checkpoints.restored):
             startup.warn(line)
         session.require_owned()
-        # With the micro-batch in use, since dropout masks depend on it.
-        used = replace(config, train=replace(config.train, micro_batch=plan.micro_batch))
-        write_file(session.paths.config, to_toml(used).encode())
+        # Record the micro-batch in use: dropout masks depend on it.
+        resolved = replace(config, train=replace(config.train, micro_batch=plan.micro_batch))
+        write_file(session.paths.config, to_toml(resolved).encode())
     interval = SaveInterval(config.checkpoint.every, start_step=start, best_val_loss=checkpoints.best_val_loss())
     stragglers = StragglerMonitor(model, runtime)
 
@@ -102,35 +102,35 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
             checkpoints.wait()
 
     def require_finite_weights(step: int) -> None:
-        """Raise DataError on all ranks instead of keeping or evaluating weights that are NaN or infinite."""
+        """Raise DataError on all ranks if a weight is NaN or infinite, before it is saved or evaluated."""
         if not weights_are_finite(model, runtime):
             finish_save()
             raise DataError(f"weights are not finite after step {step}: nothing is saved; lower optim.lr")
 
     def save(step: int, *, val_loss: float | None = None, wait: bool) -> None:
-        """Save the weights after `step`, in the background unless the run ends there."""
+        """Save the weights after `step`; `wait`: return when they are on disk, because the run ends there."""
         require_finite_weights(step)
         started = time.perf_counter()
         with progress.checkpointing(), watchdog.during(f"saving step {step}", health.checkpoint_timeout):
             checkpoints.save(step, val_loss=val_loss)
             if wait:
                 checkpoints.require_saved(step)
-        interval.saved(step, stalled=time.perf_counter() - started)
+        interval.record_save(step, stalled=time.perf_counter() - started)
 
     def after_micro_batch(done: int, count: int) -> None:
-        """Stop between the micro-batches of a long step if a signal came; the step is taken again after a restart."""
+        """Show progress. If all ranks agree to stop, save the last finished step; a restart repeats this one."""
         progress.micro_batch(done, count)
         if done < count and stop_check.agreed():
             optimizer.zero_grad()
             completed = session.step or 0
-            if interval.last < completed:
+            if interval.last_save < completed:
                 save(completed, wait=True)
             elif completed > start:
                 finish_save()
                 checkpoints.require_saved(completed)
             raise session.interrupted(last)
 
-    stop_check = StopCheck(lambda: session.stop_requested is not None, runtime, waited=stragglers.exclude)
+    stop_check = StopCheck(lambda: session.stop_requested is not None, runtime, on_wait=stragglers.exclude)
     with (
         closing(startup.training_batches(config, plan, dataset, start_step=start)) as batches,
         Progress(
@@ -138,14 +138,14 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
             config=config,
             plan=plan,
             flops_per_token=unwrap_model(model).flops_per_token(),
-            peak_flops=peak_flops_of_all(plan),
+            peak_flops=total_peak_flops(plan),
             start_step=start,
             require_owned=session.require_owned,
         ) as progress,
     ):
         reporter = StepReporter(plan, progress, stragglers, interval, checkpoints, start_step=start)
         session.allow_graceful_stop()
-        watchdog.follow(model, unwrap_model(model))
+        watchdog.record_forward_passes(model, unwrap_model(model))
         watchdog.heartbeat("waiting for data", health.start_timeout)
         for step in range(start + 1, last + 1):
             # learn
@@ -160,7 +160,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
             if decision.action == "update":
                 apply_update(model, optimizer, norm, clip=config.optim.grad_clip)
             else:
-                line = explain(decision, step, config, batches)
+                line = explain_outlier(decision, step, config, batches)
                 if decision.action == "stop":
                     finish_save()
                     raise DataError(line)
@@ -182,7 +182,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
                 require_finite_weights(step)
                 with progress.evaluating(), watchdog.during(f"evaluating step {step}", health.eval_timeout):
                     result = evaluate(model, validation, tokenizer, plan)
-                    val_loss, best = result.val_loss, interval.evaluated(step, result.val_loss)
+                    val_loss, best = result.val_loss, interval.record_evaluation(step, result.val_loss)
                     progress.evaluation(step, val_loss=val_loss, val_bits_per_byte=result.val_bits_per_byte, best=best)
                     if config.eval.sample_tokens:
                         progress.sample(step, sample_text(model, tokenizer, step, config, plan))

@@ -36,19 +36,19 @@ def ended(body: str, **variables: str) -> subprocess.CompletedProcess[str]:
         ("Interrupted", 75),
     ],
 )
-def test_what_a_user_can_act_on_is_one_line_and_an_exit_code(name: str, code: int) -> None:
+def test_a_users_mistake_is_one_line_and_an_exit_code(name: str, code: int) -> None:
     assert getattr(errors, name).code == code
     done = ended(f"raise {name}('do this')")
     assert (done.returncode, done.stdout, done.stderr) == (code, "", "distgpt: error: do this\n")
 
 
 @pytest.mark.parametrize("rank", ["0", "1"])
-def test_a_rank_that_alone_finds_a_mistake_says_so(rank: str) -> None:
+def test_a_mistake_on_one_rank_alone_is_printed(rank: str) -> None:
     done = ended("raise UsageError('do this')", RANK=rank, MASTER_ADDR="node1")
     assert (done.returncode, done.stderr) == (2, "distgpt: error: do this\n")
 
 
-def test_another_rank_leaves_rank_0_time_to_speak() -> None:
+def test_other_ranks_wait_for_rank_0_to_print() -> None:
     body = "import sys; print('found', file=sys.stderr, flush=True); raise UsageError('do this')"
     program = f"from distgpt.cli import *\nfrom distgpt.errors import *\ndef main():\n    {body}\nmain_guard(main)\n"
     command = [sys.executable, "-c", program]
@@ -62,7 +62,7 @@ def test_another_rank_leaves_rank_0_time_to_speak() -> None:
         assert process.wait() == -signal.SIGTERM
 
 
-def test_a_stale_rank_waits_for_nobody() -> None:
+def test_a_stale_rank_variable_causes_no_wait() -> None:
     program = (
         "from distgpt.cli import *\nfrom distgpt.errors import *\n"
         "def main():\n    raise UsageError('do this')\nmain_guard(main)\n"
@@ -72,8 +72,8 @@ def test_a_stale_rank_waits_for_nobody() -> None:
     assert (done.returncode, done.stderr) == (2, "distgpt: error: do this\n")
 
 
-def test_torchrun_s_report_ends_with_the_cause(tmp_path: Path) -> None:
-    """In the words of the agent, which prints the error file of the rank that failed first below all else."""
+def test_the_report_of_torchrun_ends_with_the_cause(tmp_path: Path) -> None:
+    """torchrun prints the error file of the rank that failed first at the end of its report."""
     done = ended("raise UsageError('do this')", TORCHELASTIC_ERROR_FILE=str(tmp_path / "error.json"))
     assert (done.returncode, done.stderr) == (2, "distgpt: error: do this\n")
     failure = ProcessFailure(local_rank=0, pid=os.getpid(), exitcode=2, error_file=str(tmp_path / "error.json"))
@@ -87,25 +87,27 @@ def test_a_bug_keeps_its_traceback() -> None:
     assert "Traceback" in done.stderr
 
 
-def test_control_c_is_quiet() -> None:
+def test_ctrl_c_prints_nothing() -> None:
     done = ended("raise KeyboardInterrupt")
     assert (done.returncode, done.stderr) == (75, "")
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
 def test_a_signal_ends_a_door_that_has_only_been_entered(name: str) -> None:
-    done = ended(f"import signal; enter(); signal.raise_signal(signal.{name})")
+    done = ended(f"import signal; prepare_process(); signal.raise_signal(signal.{name})")
     assert (done.returncode, done.stderr) == (75, "")
 
 
-def test_a_signal_that_is_ignored_stays_so() -> None:
+def test_an_ignored_signal_stays_ignored() -> None:
     hang_up = "signal.SIGHUP"  # as nohup does
-    done = ended(f"import signal; signal.signal({hang_up}, signal.SIG_IGN); enter(); signal.raise_signal({hang_up})")
+    done = ended(
+        f"import signal; signal.signal({hang_up}, signal.SIG_IGN); prepare_process(); signal.raise_signal({hang_up})"
+    )
     assert done.returncode == 0
 
 
-def test_what_stdout_cannot_show_is_no_error() -> None:
-    done = ended("enter(); print('run_ü')", PYTHONIOENCODING="ascii")
+def test_a_character_that_stdout_cannot_encode_is_no_error() -> None:
+    done = ended("prepare_process(); print('run_ü')", PYTHONIOENCODING="ascii")
     assert (done.returncode, done.stdout) == (0, "run_?\n")
 
 
@@ -116,7 +118,7 @@ def test_a_full_disk_behind_stdout_is_one_clear_line() -> None:
     assert (done.returncode, done.stderr) == (74, "distgpt: error: cannot write: No space left on device\n")
 
 
-def test_a_reader_that_leaves_is_no_error_to_tell() -> None:
+def test_a_closed_pipe_prints_no_error() -> None:
     read, write = os.pipe()
     os.close(read)
     program = "from distgpt.cli import main_guard\nmain_guard(lambda: print('x' * 10**6, flush=True))\n"
@@ -126,6 +128,6 @@ def test_a_reader_that_leaves_is_no_error_to_tell() -> None:
 
 
 @pytest.mark.parametrize(("path", "message"), [("a" * 300, "300 characters, more than"), ("a\0b", "a NUL character")])
-def test_a_path_that_cannot_be_is_refused(path: str, message: str) -> None:
+def test_an_impossible_path_is_refused(path: str, message: str) -> None:
     with pytest.raises(UsageError, match=message):
         user_path(path)

@@ -1,4 +1,4 @@
-"""python -m distgpt.doctor as a person runs it: what it says, and how it ends."""
+"""The output and the exit code of python -m distgpt.doctor."""
 
 import json
 import os
@@ -14,7 +14,7 @@ from distgpt.run.lock import RunLock
 from distgpt.run.paths import RunPaths
 from tests import jobs
 
-# The doctor, soon out of patience.
+# The doctor with a short limit.
 HASTY = """
 import os, sys
 from distgpt import config
@@ -26,7 +26,7 @@ sys.exit(doctor.main(config.resolve(sys.argv[1:], os.environ), distributed=True)
 
 
 def checks(ended: jobs.Ended) -> dict[str, str]:
-    """The level of each check, in the order told."""
+    """Return the level of each check, in the order of output."""
     return {line[6:21].strip(): line[:5].strip() for line in ended.stdout.splitlines()}
 
 
@@ -79,18 +79,18 @@ def test_no_data(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "variables", "says"),
+    ("arguments", "variables", "message"),
     [
         (["--optim.lrr=1"], {}, "did you mean optim.lr?"),
         (["--distributed"], {}, "--distributed needs torchrun"),
         ([], {"TORCHELASTIC_RUN_ID": "x", "RANK": "0"}, "under torchrun, add --distributed"),
     ],
 )
-def test_a_mistyped_command(arguments: list[str], variables: dict[str, str], says: str) -> None:
+def test_a_mistyped_command(arguments: list[str], variables: dict[str, str], message: str) -> None:
     done = jobs.door("doctor", *arguments, **variables)
     assert done.code == 2
     (line,) = done.error_lines
-    assert says in line
+    assert message in line
 
 
 def test_help_imports_no_torch() -> None:
@@ -124,7 +124,7 @@ def test_distributed_on_one_host(data: str, tmp_path: Path) -> None:
 
 @jobs.linux_only
 def test_the_host_that_has_the_store_hangs(data: str, tmp_path: Path) -> None:
-    """The ranks wait for it in a call without a limit, and so would their own torchrun, once they have ended."""
+    """The ranks wait for it in a call without a limit, and so would their torchrun once they have ended."""
     (tmp_path / "hasty.py").write_text(HASTY)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
@@ -142,5 +142,5 @@ def test_the_host_that_has_the_store_hangs(data: str, tmp_path: Path) -> None:
     report = json.loads((tmp_path / "exit-0.json").read_text())
     assert report["code"] == 75
     assert "one of them hangs, perhaps 127.0.0.1" in report["cause"]
-    # Which of the two gives up first decides whether the other sees the store vanish before its own time is up.
+    # The host that gives up first ends the store, which the other may notice before its own limit.
     assert second.finish().code in (-signal.SIGKILL, 1)

@@ -1,4 +1,4 @@
-"""Replays of crafted checkpoints; of real runs in tests/end_to_end."""
+"""Replays of crafted checkpoints. tests/end_to_end replays real runs."""
 
 import shutil
 from collections.abc import Callable
@@ -34,7 +34,7 @@ def arguments(dataset: Dataset) -> tuple[str, ...]:
 
 
 def saved_at_two(run: Path, dataset: Dataset, change: Callable[[Trainee], None]) -> None:
-    """A checkpoint of step 2 whose weights were changed before it was saved."""
+    """Save a checkpoint of step 2 whose weights were changed before."""
     subject = trainee(run, dataset, *arguments(dataset))
     with torch.no_grad():
         change(subject)
@@ -43,7 +43,7 @@ def saved_at_two(run: Path, dataset: Dataset, change: Callable[[Trainee], None])
 
 
 def infinite(name: str, index: int = 0) -> Callable[[Trainee], None]:
-    """A weight of this parameter is infinite, in the row of this index."""
+    """Return a change that makes a weight of this parameter infinite, in row `index`."""
 
     def change(subject: Trainee) -> None:
         subject.model.get_parameter(name)[index, 0] = torch.inf
@@ -73,17 +73,17 @@ def third_step(dataset: Dataset) -> Loader:
 def test_the_layer_is_named(tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]) -> None:
     saved_at_two(tmp_path, dataset, infinite("blocks.0.mlp.down.weight"))
     replayed(tmp_path, 3, dataset)
-    said = capsys.readouterr().out.splitlines()
-    assert said[:3] == [
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:3] == [
         "from      step-00000002, float32 on cpu",
         "weights   not finite in blocks.0.mlp.down.weight",
         "step 3    not finite, first in the forward pass of blocks.0.mlp.down: its output",
     ]
-    assert said[3].startswith("samples   8 to 9, micro-batch 1 of 2, as (shard, token offset): [(0, ")
-    assert said[4].startswith("replayed  loss nan | gradient norm nan")
+    assert lines[3].startswith("samples   8 to 9, micro-batch 1 of 2, as (shard, token offset): [(0, ")
+    assert lines[4].startswith("replayed  loss nan | gradient norm nan")
 
 
-def test_a_token_leads_to_its_micro_batch_and_places(
+def test_a_bad_token_is_traced_to_its_micro_batch_and_places(
     tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with closing(third_step(dataset)) as loader:
@@ -92,22 +92,22 @@ def test_a_token_leads_to_its_micro_batch_and_places(
     token = next(token for token in second_BT.flatten().tolist() if token not in first_BT)
     saved_at_two(tmp_path, dataset, infinite("token_embedding.weight", token))
     replayed(tmp_path, 3, dataset)
-    said = capsys.readouterr().out.splitlines()
-    assert said[2] == "step 3    not finite, first in the forward pass of token_embedding: its output"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[2] == "step 3    not finite, first in the forward pass of token_embedding: its output"
     places = list(zip(shards[2:].tolist(), offsets[2:].tolist(), strict=True))
-    assert said[3] == f"samples   10 to 11, micro-batch 2 of 2, as (shard, token offset): {places}"
+    assert lines[3] == f"samples   10 to 11, micro-batch 2 of 2, as (shard, token offset): {places}"
     windows = [dataset.train.shards[shard][offset : offset + 8].tolist() for shard, offset in places]
     assert windows == second_BT.tolist()
     assert any(token in window for window in windows)
 
 
-def test_a_step_on_the_way_that_would_have_ended_the_run_ends_the_replay(tmp_path: Path, dataset: Dataset) -> None:
+def test_an_earlier_step_that_would_end_the_run_ends_the_replay(tmp_path: Path, dataset: Dataset) -> None:
     saved_at_two(tmp_path, dataset, infinite("head.weight"))
-    with pytest.raises(DataError, match=r"loss nan .* at step 3 already: replay that one with --step=3"):
+    with pytest.raises(DataError, match=r"loss nan .* at step 3 already: replay that step with --step=3"):
         replayed(tmp_path, 5, dataset)
 
 
-def test_it_starts_from_an_older_checkpoint_where_the_newest_is_broken_and_from_nothing_without_any(
+def test_a_replay_starts_from_an_older_checkpoint_if_the_newest_is_damaged_or_from_initial_weights(
     tmp_path: Path, dataset: Dataset, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run = RunPaths(tmp_path)
@@ -120,7 +120,7 @@ def test_it_starts_from_an_older_checkpoint_where_the_newest_is_broken_and_from_
     start = replay.start_before(run, 5)
     assert (start.step, start.checkpoint) == (2, tmp_path / "checkpoints" / "step-00000002")
     assert capsys.readouterr().out.startswith("skipped step-00000004: tokenizer.json has 2 bytes, not ")
-    # Nothing was moved aside: it only looks.
+    # A replay moves nothing aside.
     assert jobs.checkpoints(tmp_path) == ["step-00000002", "step-00000004"]
     assert replay.start_before(run, 4).step == 2
     start = replay.start_before(run, 2)
@@ -133,7 +133,7 @@ def test_a_step_has_the_config_of_the_attempt_that_took_it(tmp_path: Path, datas
     """The run was resumed from step 2 with other values."""
     saved_at_two(tmp_path, dataset, lambda subject: None)
     run = RunPaths(tmp_path)
-    assert replay.start_before(run, 3).config.train.steps == 9  # config.toml was lost: the best that is known
+    assert replay.start_before(run, 3).config.train.steps == 9  # without config.toml, the config of the checkpoint
     run.config.write_bytes(b"\xff")
     assert replay.start_before(run, 3).config.train.steps == 9
     later = ("--train.steps=20", "--optim.lr=0.5", "--train.micro_batch=1")
@@ -146,21 +146,21 @@ def test_a_step_has_the_config_of_the_attempt_that_took_it(tmp_path: Path, datas
 def test_other_data_is_refused(tmp_path: Path, dataset: Dataset) -> None:
     saved_at_two(tmp_path, dataset, lambda subject: None)
     start = replay.start_before(RunPaths(tmp_path), 3)
-    assert replay.data_of(start, None).fingerprint == dataset.fingerprint
+    assert replay.open_data(start, None).fingerprint == dataset.fingerprint
     moved = shutil.copytree(dataset.path, tmp_path / "moved")
-    assert replay.data_of(start, str(moved)).path == moved
+    assert replay.open_data(start, str(moved)).path == moved
     (tmp_path / "other").mkdir()
     other = make_dataset(tmp_path / "other", seed=0)
     with pytest.raises(DataError, match=r"/other is not the data that the run was trained on: say where .* --data=DIR"):
-        replay.data_of(start, str(other.path))
+        replay.open_data(start, str(other.path))
     gone = replay.Start(resolve([f"--data.path={tmp_path / 'gone'}"], {}))
     with pytest.raises(DataError, match=r"the run's data is not in \S+/gone any more: say where it is with --data=DIR"):
-        replay.data_of(gone, None)
+        replay.open_data(gone, None)
 
 
-def test_a_replay_sets_out_from_the_checkpoint_that_is_chosen(tmp_path: Path, dataset: Dataset) -> None:
+def test_a_replay_starts_from_the_chosen_checkpoint(tmp_path: Path, dataset: Dataset) -> None:
     saved_at_two(tmp_path, dataset, lambda subject: None)
     start = replay.start_from(newest(tmp_path), RunPaths(tmp_path), 3)
     assert (start.step, start.checkpoint, start.config.train.steps) == (2, newest(tmp_path), 9)
-    with pytest.raises(UsageError, match="step-00000002 is of step 2: a replay of step 2 sets out before it"):
+    with pytest.raises(UsageError, match="step-00000002 is of step 2: to replay step 2, choose one before it"):
         replay.start_from(newest(tmp_path), RunPaths(tmp_path), 2)

@@ -1,6 +1,6 @@
-"""Checkpoints: staged, written in the background, hashed, committed by rename, verified before they are believed.
+"""Checkpoints: staged, written in the background, hashed, committed by rename, verified before they are loaded.
 
-What one is on disk: manifest.py. How tensors are read back: reader.py. Which ones stay: retention.py.
+manifest.py describes one on disk, reader.py reads its tensors, and retention.py decides which ones stay.
 Random state is not stored: the data order and dropout are pure functions of (seed, step), see `train.py`.
 """
 
@@ -29,10 +29,10 @@ from distgpt.checkpoint.manifest import (
     STATE,
     TOKENIZER,
     RunState,
-    all_damaged,
     committed,
+    describe_all_damaged,
     find_damage,
-    listed,
+    list_damage,
     one_line,
     path_of,
     read_state,
@@ -40,7 +40,7 @@ from distgpt.checkpoint.manifest import (
     step_of,
 )
 from distgpt.checkpoint.reader import load_for_training, training_tensors
-from distgpt.checkpoint.retention import best_of, prunable
+from distgpt.checkpoint.retention import best_checkpoint, prunable
 from distgpt.checkpoint.store import Store
 from distgpt.checkpoint.writer import ShareWriter
 from distgpt.config import Config, to_dict
@@ -59,7 +59,7 @@ log = logging.getLogger(__name__)
 
 
 class Checkpointer:
-    """Saves and restores one run. All ranks call its methods together, in the same order."""
+    """Saves and restores a run. All ranks call its methods together, in the same order."""
 
     def __init__(
         self,
@@ -73,14 +73,14 @@ class Checkpointer:
         outliers: OutlierFilter,
         outer: OuterOptimizer | None = None,
     ) -> None:
-        """`outer`: the outer optimizer of diloco. Raises DataError if another tokenizer lies beside the data by now."""
+        """`outer`: the outer optimizer of diloco. Raises DataError if the tokenizer of the data has been replaced."""
         self._session, self._config, self._plan, self._dataset = session, config, plan, dataset
         self._model, self._optimizer, self._outer, self._outliers = model, optimizer, outer, outliers
         self._directory = session.paths.checkpoints
         assert session.owner, "the run directory is owned before anything is written there"
         self._store = Store(self._directory, session.owner)
         self._tokenizer = _tokenizer_of(dataset)
-        # A group of its own: a save in the background must not mix its messages with those of training.
+        # A separate group, since a save in the background must not mix its messages with those of training.
         timeout = timedelta(seconds=config.health.collective_timeout)
         # Its type differs between versions of torch.
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if plan.runtime.distributed else None
@@ -93,42 +93,41 @@ class Checkpointer:
         self._saved: int | None = None  # the step of the last save, once it is known to be good
 
     def restore(self) -> int:
-        """Load the newest good checkpoint into the model, optimizers and outlier filter.
+        """Load the newest good checkpoint into the model, optimizers and outlier filter. Returns its step, 0 if none.
 
-        Returns its step, 0 if there is no checkpoint. Says in one line which damaged ones it skipped and why, and moves
-        them aside. Raises DataError if all are damaged.
+        Damaged ones are moved aside, and a message says which and why. Raises DataError if all are damaged.
         """
-        self._on_rank_zero(self._store.remove_left_overs)
-        # The list of rank 0: on a network file system that of another rank may be stale, and differ.
-        names = self._on_rank_zero(lambda: [checkpoint.name for checkpoint in committed(self._directory)])
+        self._run_on_rank_zero(self._store.remove_left_overs)
+        # All ranks use the list of rank 0, since theirs may be stale on a network file system.
+        names = self._run_on_rank_zero(lambda: [checkpoint.name for checkpoint in committed(self._directory)])
         checkpoint, damaged = newest_good([self._directory / name for name in names], self._find_damage)
         if checkpoint is None and damaged:
-            raise DataError(f"{self._directory} {all_damaged(damaged)}; move it away to start over")
+            raise DataError(f"{self._directory} {describe_all_damaged(damaged)}; move it away to start over")
         if checkpoint is None:
             return 0
         load_for_training(checkpoint, self._model, self._optimizer, self._outer)
         if damaged:
-            self._on_rank_zero(self._store.begin)
-            self._on_rank_zero(partial(self._store.set_aside, list(reversed(damaged))))
-            self._session.say(f"going on from {checkpoint.name}; skipped {listed(damaged)}")
+            self._run_on_rank_zero(self._store.create_staging_root)
+            self._run_on_rank_zero(partial(self._store.set_aside, list(reversed(damaged))))
+            self._session.say(f"going on from {checkpoint.name}; skipped {list_damage(damaged)}")
         state = read_state(checkpoint)
         self._outliers.restore(state.guard)
         self.restored = state
         return state.step
 
     def best_val_loss(self) -> float | None:
-        """Return the lowest validation loss of all checkpoints, as rank 0 finds it."""
+        """Return the lowest validation loss of all checkpoints, as rank 0 reads it."""
 
         def find() -> float | None:
-            best = best_of(self._directory)
+            best = best_checkpoint(self._directory)
             return read_state(best).val_loss if best else None
 
-        return self._on_rank_zero(find)
+        return self._run_on_rank_zero(find)
 
     def save(self, step: int, *, val_loss: float | None) -> None:
-        """Stage a copy now and write it in the background, after a save that is still being written.
+        """Copy the tensors and write them in the background, once the previous save is written.
 
-        If a save fails, rank 0 says so and training goes on.
+        If a save fails, rank 0 prints a message and training goes on.
         """
         self.wait()
         tensors = training_tensors(self._model, self._optimizer)
@@ -151,7 +150,7 @@ class Checkpointer:
             self.wait()
 
     def wait(self) -> None:
-        """Wait for the save under way, if any."""
+        """Wait until the save under way, if any, has committed or failed."""
         if self._pending is None:
             return
         pending, self._pending = self._pending, None
@@ -163,11 +162,11 @@ class Checkpointer:
 
     @property
     def writing(self) -> bool:
-        """Tell whether a save is under way, as far as the last poll() or wait() found."""
+        """Tell whether a save was under way at the last poll() or wait()."""
         return self._pending is not None
 
     def poll(self) -> None:
-        """Say so if a save in the background has failed."""
+        """Take the result of a save in the background if it is done, and report it if it failed."""
         if self._pending is not None and self._pending.done():
             self.wait()
 
@@ -177,7 +176,7 @@ class Checkpointer:
         return stats
 
     def require_saved(self, step: int) -> None:
-        """Wait for the last save. Raises StorageError if it is not of `step`, or failed."""
+        """Wait for the last save. Raises StorageError if it failed or is not of `step`."""
         self.wait()
         if self._saved != step:
             newest = next((c.name for c in committed(self._directory) if step_of(c) != step), "none")
@@ -194,10 +193,10 @@ class Checkpointer:
         try:
             others = self._plan.independent_replicas - 1
             needed = _bytes_of(staged) + others * _bytes_of(staged.get("replica", {}))
-            self._on_rank_zero(partial(self._store.open, state.step, needed))
-            plans = self._together(writer.plan)
-            written = self._together(partial(writer.write, plans))
-            self._on_rank_zero(partial(self._commit, writer, written, state))
+            self._run_on_rank_zero(partial(self._store.open, state.step, needed))
+            plans = self._run_on_all_ranks(writer.plan)
+            written = self._run_on_all_ranks(partial(writer.write, plans))
+            self._run_on_rank_zero(partial(self._commit, writer, written, state))
             self._prune(path_of(self._directory, state.step))
             return state.step, writer
         finally:
@@ -216,54 +215,56 @@ class Checkpointer:
         self._store.commit(state.step, files)
 
     def _prune(self, saved: Path) -> None:
-        """Remove checkpoints that need not be kept, once the one just saved was read again and is good."""
+        """Remove checkpoints that need not be kept, once the one just saved has been read back and is good."""
         problems: list[str] = []
         try:
             keep = self._config.checkpoint.keep
-            names = self._on_rank_zero(lambda: [checkpoint.name for checkpoint in prunable(self._directory, keep=keep)])
+            names = self._run_on_rank_zero(
+                lambda: [checkpoint.name for checkpoint in prunable(self._directory, keep=keep)]
+            )
             old = [self._directory / name for name in names]
             problems = self._find_damage(saved) if old else []
             if old and not problems:
-                self._on_rank_zero(partial(self._store.remove, old))
+                self._run_on_rank_zero(partial(self._store.remove, old))
         except StorageError as error:
-            log.warning("old checkpoints stay: %s", error)
+            log.warning("no old checkpoint was removed: %s", error)
         if problems:
             raise StorageError(f"{saved} is damaged already ({problems[0]}); no older checkpoint was removed")
 
     def _find_damage(self, checkpoint: Path) -> list[str]:
-        """List what is wrong with a checkpoint; each rank reads a share of it. All ranks call it."""
+        """List what is wrong with a checkpoint. All ranks call it, and each reads a share."""
         runtime = self._plan.runtime
 
         def damage_of_share() -> list[str]:
             _require_visible(checkpoint)
             return find_damage(checkpoint, runtime.rank, runtime.world_size)
 
-        shares = self._together(damage_of_share)
+        shares = self._run_on_all_ranks(damage_of_share)
         return [problem for share in shares for problem in share]
 
-    def _on_rank_zero(self, action: Callable[[], T]) -> T:
+    def _run_on_rank_zero(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and return its result on every rank. Raises StorageError on all if it failed."""
-        first, *_ = self._together(action if self._plan.runtime.rank == 0 else _nothing)
+        first, *_ = self._run_on_all_ranks(action if self._plan.runtime.rank == 0 else _nothing)
         return cast(T, first)
 
-    def _together(self, action: Callable[[], T]) -> list[T]:
+    def _run_on_all_ranks(self, action: Callable[[], T]) -> list[T]:
         """Run `action` on every rank and return all results, as JSON has them, on every rank.
 
-        Raises StorageError on all if any failed. Ends the process if another job has the run directory.
+        Raises StorageError on all ranks if one failed. Ends the process if another job has taken the run directory.
         """
-        failed, mine = "", None
+        failed, result = "", None
         try:
             self._session.require_owned()
-            mine = action()
+            result = action()
         except (Exception, dcp.CheckpointException) as error:  # any error: the other ranks wait for an answer
             with suppress(OSError):
-                self._session.require_owned()  # a new owner takes away what this one has staged
-            log.exception("checkpoint")
+                self._session.require_owned()  # a new owner has removed what this one had staged
+            log.exception("a checkpoint was not saved, read or removed")
             cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
             failed = one_line(cause)
-        answers: list[Any] = [(failed, mine)]
+        answers: list[Any] = [(failed, result)]
         if self._plan.runtime.distributed:
-            answers = all_gather_json((failed, mine), self._group)
+            answers = all_gather_json((failed, result), self._group)
         for failed, _ in answers:
             if failed:
                 raise StorageError(failed)
@@ -271,7 +272,7 @@ class Checkpointer:
 
 
 def _tokenizer_of(dataset: Dataset) -> bytes:
-    """Read the tokenizer before another dataset can replace it. Raises DataError if one already did."""
+    """Read the tokenizer before another dataset can replace it. Raises DataError if one already has."""
     content = (dataset.path / TOKENIZER).read_bytes()
     if hashlib.sha256(content).hexdigest() != dataset.meta["tokenizer"]["sha256"]:
         raise DataError(f"{dataset.path / TOKENIZER} is not the one that the data was prepared with")
@@ -279,13 +280,13 @@ def _tokenizer_of(dataset: Dataset) -> bytes:
 
 
 def _require_visible(checkpoint: Path) -> None:
-    """Raise StorageError if this rank does not see a checkpoint of rank 0, which does not make it a damaged one."""
+    """Raise StorageError if this rank does not see a checkpoint that rank 0 sees: it is not damaged."""
     if not checkpoint.is_dir():
         raise StorageError(f"{socket.gethostname()} does not see {checkpoint}: is the run directory on a shared disk?")
 
 
 def _nothing() -> None:
-    """Do nothing, on the other ranks."""
+    """Do nothing: the action of the other ranks while rank 0 has one."""
 
 
 def _bytes_of(tensors: dict[str, Any]) -> int:

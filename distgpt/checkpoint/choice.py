@@ -1,4 +1,4 @@
-"""Which checkpoint of a run a command reads. Imports no torch."""
+"""Choose the checkpoint that a command reads. Imports no torch."""
 
 import argparse
 import os
@@ -6,15 +6,24 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from distgpt.checkpoint.manifest import MANIFEST, NAME, all_damaged, committed, find_damage, listed, path_of, step_of
-from distgpt.checkpoint.retention import best_of
+from distgpt.checkpoint.manifest import (
+    MANIFEST,
+    NAME,
+    committed,
+    describe_all_damaged,
+    find_damage,
+    list_damage,
+    path_of,
+    step_of,
+)
+from distgpt.checkpoint.retention import best_checkpoint
 from distgpt.errors import DataError, UsageError
 
 BEST, NEWEST = "best", "newest"
 
 
 def add_option(parser: argparse.ArgumentParser, *, default: str) -> None:
-    """Add --checkpoint; `default` says which one is taken without it."""
+    """Add --checkpoint; `default` describes the checkpoint that is read without it."""
     parser.add_argument(
         "--checkpoint",
         metavar="WHICH",
@@ -26,13 +35,13 @@ def add_option(parser: argparse.ArgumentParser, *, default: str) -> None:
 def choose(run: Path, choice: str = NEWEST) -> Path:
     """Find the checkpoint that a command reads: the newest good one of a run directory, its best one, or one of a step.
 
-    `run` or `choice` may also be the directory of a checkpoint. Says on stderr in one line what it skipped and why.
+    `run` or `choice` may also be the directory of a checkpoint. Prints on stderr which ones were skipped and why.
     Raises UsageError if the run has no such checkpoint, DataError if it is damaged or the run has no checkpoint at all.
     """
     if is_checkpoint(run):
         if choice != NEWEST:
             raise UsageError(f"{run} is a checkpoint already: leave out --checkpoint={choice}")
-        return _require_good(run.resolve())  # "." and links have other names
+        return _require_good(run.resolve())  # its name may be "." or that of a link
     if choice not in (BEST, NEWEST) and is_checkpoint(Path(choice)):
         return _require_good(Path(choice).resolve())
     directory = run / "checkpoints"
@@ -40,37 +49,38 @@ def choose(run: Path, choice: str = NEWEST) -> Path:
     if choice == NEWEST or not steps:
         return _newest_of(run)
     if choice == BEST:
-        best = best_of(directory)
+        best = best_checkpoint(directory)
         if best is None:
             raise UsageError(f"no checkpoint of {run} has a validation loss: take --checkpoint={NEWEST}")
         return _require_good(best)
     step = choice.removeprefix("step-").lstrip("0") or "0"
     if step in map(str, steps):
         return _require_good(path_of(directory, int(step)))
-    there = ", ".join(map(str, reversed(steps)))
-    raise UsageError(f"--checkpoint is {choice}: {run} has {BEST}, {NEWEST} and those of the steps {there}")
+    all_steps = ", ".join(map(str, reversed(steps)))
+    raise UsageError(f"--checkpoint is {choice}: choose {BEST}, {NEWEST} or a step of {run}: {all_steps}")
 
 
 def is_checkpoint(directory: Path) -> bool:
-    """Tell whether a path names a checkpoint, whole or damaged, and not a run."""
+    """Tell whether a path is a checkpoint, whole or damaged, and not a run."""
     # Path.is_dir() raises an error for a path that is too long.
-    there = os.path.isdir(directory)
-    return there and ((directory / MANIFEST).exists() or NAME.fullmatch(directory.resolve().name) is not None)
+    return os.path.isdir(directory) and (
+        (directory / MANIFEST).exists() or NAME.fullmatch(directory.resolve().name) is not None
+    )
 
 
 def _newest_of(run: Path) -> Path:
     checkpoint, damaged = newest_good(committed(run / "checkpoints"))
     if checkpoint is None and damaged:
-        raise DataError(f"{run} {all_damaged(damaged)}")
+        raise DataError(f"{run} {describe_all_damaged(damaged)}")
     if checkpoint is None:
         raise DataError(f"{run} holds no checkpoint: train one with python -m distgpt.train --run.dir={run}")
     if damaged:
-        print(f"distgpt: reading {checkpoint}; skipped {listed(damaged)}", file=sys.stderr)
+        print(f"distgpt: reading {checkpoint}; skipped {list_damage(damaged)}", file=sys.stderr)
     return checkpoint
 
 
 def _require_good(checkpoint: Path) -> Path:
-    """Return a checkpoint that was asked for by name. Raises DataError if it is damaged."""
+    """Return a checkpoint that the user chose. Raises DataError if it is damaged."""
     problems = find_damage(checkpoint)
     if problems:
         raise DataError(f"{checkpoint} is damaged ({problems[0]}): choose another with --checkpoint")
@@ -78,12 +88,12 @@ def _require_good(checkpoint: Path) -> Path:
 
 
 def newest_good(
-    newest_first: Iterable[Path], damage_of: Callable[[Path], list[str]] = find_damage
+    newest_first: Iterable[Path], find: Callable[[Path], list[str]] = find_damage
 ) -> tuple[Path | None, dict[str, str]]:
-    """Return the first checkpoint that is good, None if there is none, and what is wrong with those before it."""
+    """Return the first good checkpoint, None if there is none, and the damage of those before it, by name."""
     damaged: dict[str, str] = {}
     for checkpoint in newest_first:
-        problems = damage_of(checkpoint)
+        problems = find(checkpoint)
         if not problems:
             return checkpoint, damaged
         damaged[checkpoint.name] = problems[0]

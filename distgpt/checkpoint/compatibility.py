@@ -7,22 +7,22 @@ from distgpt.config import Config, from_dict, to_dict
 from distgpt.corpus.shards import Dataset
 from distgpt.errors import DataError, UsageError
 
-# Keys outside of model.* that are part of what a run learns.
+# Keys outside of model.* that change the result.
 FIXED_KEYS = ("run.seed", "train.global_batch")
 # Keys of model.* that do not change the result.
 FREE_KEYS = ("model.loss_chunk",)
 
 
 def require_same_run(directory: Path, config: Config, dataset: Dataset, *, replicas: int) -> None:
-    """Raise UsageError with a diff if the newest checkpoint is of another model, data, seed or global batch.
+    """Raise UsageError with a diff if the newest checkpoint has another model, data, seed or global batch.
 
-    Another number of independent `replicas` is refused too: each has an optimizer of its own.
+    The number of independent `replicas` must be equal too, since each has an optimizer of its own.
     """
     for checkpoint in committed(directory):
         try:
             state = read_state(checkpoint)
         except DataError:
-            continue  # restore() says what is wrong with it
+            continue  # restore() reports the damage
         differences = _differences(state, config, dataset)
         if state.replicas not in (1, replicas):
             differences.append(f"replicas of diloco {state.replicas} -> {replicas}")

@@ -1,7 +1,7 @@
-"""The index of a checkpoint, DCP's .metadata, read as data: tensors, their chunks, and where in which file each lies.
+"""The index of a checkpoint, DCP's .metadata, read as data: tensors, their chunks, and the place of each in a file.
 
-DCP writes it as a pickle. It is never unpickled here: a small reader of its own knows the few operations that such an
-index needs, builds plain values, and asks no module for anything. What it builds is then checked field by field.
+DCP writes it as a pickle, which is never unpickled here. A small reader knows the few operations that such an index
+needs. It builds plain values and imports nothing. The values are then checked field by field.
 """
 
 import math
@@ -27,11 +27,11 @@ from torch.distributed.checkpoint.metadata import (
 from distgpt.checkpoint.manifest import INDEX, file_size, one_line, read_file
 from distgpt.errors import DataError
 
-# The most bytes of an index: for each file of tensors, and for a small checkpoint. A chunk of a tensor takes some 150.
+# The most bytes of an index: per file of tensors, and of a small checkpoint. A chunk of a tensor takes about 150.
 LARGEST_PER_FILE, LARGEST_OF_SMALL = 2**23, 2**20
 # The most values on the stack. pickle fills dicts and lists in batches of 1000, so a real index stays far below this.
 DEEPEST_STACK = 2**14
-# At least so many bytes for each dict, list, tuple, record or note in the memo. A real index takes eight or more.
+# The least bytes for each dict, list, tuple, record or entry in the memo. A real index takes eight or more.
 BYTES_PER_OBJECT, FREE_OBJECTS = 4, 1000
 LARGEST_TENSOR, MOST_DIMS = 2**60, 8  # elements
 SHARD = re.compile(r"__\d+_\d+\.distcp")
@@ -44,7 +44,7 @@ _RECORDS = {
     ),
     "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
 }
-# Functions whose value is not looked at, besides torch.Size: deprecated properties of tensors, a path of long ago.
+# Globals besides the records: torch.Size, dtypes, and functions whose values are ignored.
 _OTHERS = {
     "torch": ("Size", *_DTYPES),
     "torch.serialization": ("_get_layout",),
@@ -56,13 +56,13 @@ _OTHERS = {
 }
 
 
-class _Refused(ValueError):
-    """What an index of ours does not hold."""
+class _InvalidIndex(ValueError):
+    """An index that holds something which distgpt does not write."""
 
 
 @dataclass(frozen=True)
 class _Global:
-    """A class, function or constant that the file names; only its name is kept."""
+    """A class, function or constant that the index names. It is not imported."""
 
     module: str
     name: str
@@ -70,18 +70,18 @@ class _Global:
 
 @dataclass(eq=False)
 class _Record:
-    """An object that the file describes."""
+    """An object that the index describes."""
 
     kind: str
     state: Any = None
 
 
 class _Flat(tuple[Any, ...]):
-    """A tuple that holds no tuple: how deep they lie in each other is bounded, so hashes and messages are short."""
+    """A tuple that holds no tuple. Since nesting is bounded, hashes and messages take little time."""
 
 
 class _Mark:
-    """Where a run of items on the stack begins."""
+    """The beginning of a run of items on the stack."""
 
 
 _VALUES = frozenset(
@@ -98,7 +98,7 @@ _PUT, _GET = frozenset(("MEMOIZE", "BINPUT", "LONG_BINPUT")), frozenset(("BINGET
 
 
 class _IndexReader:
-    """Builds what an index says out of dicts, lists, tuples, numbers, strings and records. Raises ValueError."""
+    """Builds the content of an index from dicts, lists, tuples, numbers, strings and records. Raises ValueError."""
 
     def __init__(self) -> None:
         self._stack: list[Any] = []
@@ -121,8 +121,8 @@ class _IndexReader:
 
     def read(self, content: bytes) -> Any:
         made, most = 0, FREE_OBJECTS + len(content) // BYTES_PER_OBJECT
-        for operation, found, _ in pickletools.genops(content):
-            name, argument = operation.name, cast(Any, found)
+        for operation, value, _ in pickletools.genops(content):
+            name, argument = operation.name, cast(Any, value)
             made += name in _MAKING
             _require(max(made, len(self._memo)) <= most, "it holds too many objects for its size")
             if name in _VALUES:
@@ -136,14 +136,14 @@ class _IndexReader:
             elif name in self._actions:
                 self._actions[name]()
             elif name not in _SILENT and name != "STOP":
-                raise _Refused(f"it holds {name}")
+                raise _InvalidIndex(f"it uses the operation {name}")
             _require(len(self._stack) <= DEEPEST_STACK, "it puts too many values on the stack")
         return self._pop()
 
     def _pop(self) -> Any:
         value = self._stack.pop()
         if value is _Mark:
-            raise _Refused("its marks do not pair")
+            raise _InvalidIndex("its marks do not match")
         return value
 
     def _items(self) -> list[Any]:
@@ -160,7 +160,7 @@ class _IndexReader:
 
     def _tuple(self, items: list[Any]) -> None:
         if any(type(item) is tuple for item in items):
-            raise _Refused("its tuples lie too deep in each other")
+            raise _InvalidIndex("its tuples are nested too deeply")
         flat = not any(isinstance(item, tuple) for item in items)
         self._stack.append(_Flat(items) if flat else tuple(items))
 
@@ -178,13 +178,13 @@ class _IndexReader:
 
     def _global(self, module: str, name: str) -> None:
         if name not in (*_RECORDS.get(module, ()), *_OTHERS.get(module, ())):
-            raise _Refused(f"it asks for {module}.{name}"[:200])
+            raise _InvalidIndex(f"it asks for {module}.{name}"[:200])
         self._stack.append(_Global(module, name))
 
     def _new(self) -> None:
         arguments, kind = self._pop(), _typed(self._pop(), _Global)
         if arguments != () or kind.name not in _RECORDS.get(kind.module, ()):
-            raise _Refused(f"it makes a {kind.name} of its own")
+            raise _InvalidIndex(f"it creates a {kind.name}")
         self._stack.append(_Record(kind.name))
 
     def _reduce(self) -> None:
@@ -206,7 +206,7 @@ _IGNORED = {(m, n) for m, names in _OTHERS.items() for n in names if n not in _D
 
 
 def read_index(checkpoint: Path) -> Metadata:
-    """Which tensors a checkpoint holds, and where. Raises DataError if that is not all that its index says."""
+    """Read which tensors a checkpoint holds, and where. Raises DataError if its index holds anything else."""
     path = checkpoint / INDEX
     content = read_file(path, _largest_index(checkpoint))
     try:
@@ -217,20 +217,20 @@ def read_index(checkpoint: Path) -> Metadata:
         tensors = {_typed(name, str): _tensor(name, record) for name, record in records.items()}
         _require_whole(tensors, places, checkpoint)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        raise DataError(f"{path} is not a checkpoint index of ours: {one_line(error)[:200]}") from None
+        raise DataError(f"{path} is not a valid checkpoint index: {one_line(error)[:200]}") from None
     return Metadata({**tensors}, storage_data=places)
 
 
 def _largest_index(checkpoint: Path) -> int:
-    """Return the most bytes that the index of these files of tensors can have: always fewer than the files have."""
+    """Return the most bytes that the index of a checkpoint may have, by the sizes of its files of tensors."""
     sizes = [file_size(file) for file in checkpoint.iterdir() if SHARD.fullmatch(file.name)]
     return max(LARGEST_OF_SMALL, min(sum(sizes), LARGEST_PER_FILE * len(sizes)))
 
 
 def require_tensors(index: Metadata, wanted: Mapping[str, Any], path: Path) -> None:
-    """Raise DataError unless an index holds exactly the tensors that a nested dict asks for, as they are there.
+    """Raise DataError unless an index holds exactly the tensors of a nested dict, with their shapes and dtypes.
 
-    What belongs to another part of a run, its optimizer or another replica, it may hold as well.
+    It may also hold tensors of other parts of a run, such as its optimizer or another replica.
     """
     tensors = _flattened(wanted)
     parts = {_part(name) for name in tensors}
@@ -255,7 +255,7 @@ def _flattened(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, torch.
 
 
 def _part(name: str) -> tuple[str, ...]:
-    """What a tensor belongs to: the model, its optimizer, or those of one replica."""
+    """Return the part of a run that a tensor belongs to: the model, its optimizer, or one replica."""
     first, *rest = name.split(".")
     return (first, *rest[: 1 if first == "replica" else 0])
 
@@ -265,11 +265,11 @@ def _shown(size: torch.Size, dtype: torch.dtype) -> str:
 
 
 def _require_few_chunks(records: dict[str, Any], places: int) -> None:
-    """Before they are looked at one by one: a short file may name a long list again and again."""
-    found = 0
+    """Count chunks before they are read one by one: a short file may name the same long list many times."""
+    count = 0
     for record in records.values():
-        found += len(_typed(_fields(record, "TensorStorageMetadata")["chunks"], list))
-        _require(found <= places, "its tensors and their places do not agree")
+        count += len(_typed(_fields(record, "TensorStorageMetadata")["chunks"], list))
+        _require(count <= places, "its tensors and their places do not agree")
 
 
 def _tensor(name: str, record: Any) -> TensorStorageMetadata:
@@ -287,7 +287,7 @@ def _tensor(name: str, record: Any) -> TensorStorageMetadata:
 
 
 def _covers_once(chunks: list[ChunkStorageMetadata], size: torch.Size) -> bool:
-    """Return whether the chunks cover each part of a tensor exactly once. distgpt shards along one dim only."""
+    """Tell whether the chunks cover each part of a tensor exactly once. distgpt shards along one dim only."""
     cut = [dim for dim in range(len(size)) if any(chunk.sizes[dim] != size[dim] for chunk in chunks)]
     if len(cut) > 1 or any(chunk.offsets[dim] for chunk in chunks for dim in range(len(size)) if dim not in cut):
         return False
@@ -315,14 +315,14 @@ def _place(key: Any, record: Any) -> tuple[MetadataIndex, _StorageInfo]:
 def _require_whole(
     tensors: dict[str, TensorStorageMetadata], places: dict[MetadataIndex, _StorageInfo], checkpoint: Path
 ) -> None:
-    """Each chunk has one place, each place one chunk; they lie in the files, and no two share bytes."""
+    """Check that each chunk has one place and each place one chunk, inside its file, and that no two overlap."""
     wanted = {MetadataIndex(name, chunk.offsets) for name, tensor in tensors.items() for chunk in tensor.chunks}
     _require(wanted == places.keys(), "its tensors and their places do not agree")
     _require(len(wanted) == sum(len(tensor.chunks) for tensor in tensors.values()), "it has a chunk twice")
     sizes = {file: file_size(checkpoint / file) for file in {place.relative_path for place in places.values()}}
     for place in places.values():
         inside = place.offset + place.length <= sizes[place.relative_path]
-        _require(inside, f"it names bytes behind the end of {place.relative_path}")
+        _require(inside, f"it names bytes beyond the end of {place.relative_path}")
     spans = sorted((place.relative_path, place.offset, place.offset + place.length) for place in places.values())
     for (file, _, end), (next_file, start, _) in pairwise(spans):
         _require(file != next_file or end <= start, f"its tensors overlap in {file}")
@@ -330,7 +330,7 @@ def _require_whole(
 
 def _fields(value: Any, kind: str) -> dict[str, Any]:
     record = _typed(value, _Record)
-    _require(record.kind == kind, f"it holds a {record.kind} for a {kind}")
+    _require(record.kind == kind, f"it holds {record.kind} instead of {kind}")
     fields: dict[str, Any] = _typed(record.state, dict)
     return fields
 
@@ -341,12 +341,12 @@ def _size(value: Any) -> torch.Size:
 
 
 def _natural(value: Any) -> int:
-    _require(type(value) is int and 0 <= value < 2**62, "it holds a number that is none of a tensor")
+    _require(type(value) is int and 0 <= value < 2**62, "it holds a number that no tensor has")
     return int(value)
 
 
 def _typed(value: Any, *types: type) -> Any:
-    _require(isinstance(value, types), f"it holds a {_name(value)} for a {types[0].__name__.strip('_')}")
+    _require(isinstance(value, types), f"it holds {_name(value)} instead of {types[0].__name__.strip('_')}")
     return value
 
 
@@ -356,4 +356,4 @@ def _name(value: Any) -> str:
 
 def _require(condition: bool, otherwise: str) -> None:
     if not condition:
-        raise _Refused(otherwise)
+        raise _InvalidIndex(otherwise)

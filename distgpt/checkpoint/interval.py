@@ -9,11 +9,11 @@ from distgpt.distributed.collectives import sum_over_ranks
 from distgpt.distributed.runtime import Runtime
 
 DAY, HOUR = 86400.0, 3600.0
-# Assumed at first: each host fails once a day, and a save costs so many seconds.
+# Assumptions at the start: each host fails once a day, and a save costs so many seconds.
 PRIOR_SECONDS, PRIOR_COST = DAY, 0.05
 LONGEST_SECONDS = HOUR
-# Another interval is adopted if it is so many times longer or shorter: less is noise.
-NOTICEABLE = 1.25
+# Another interval is adopted if it is longer or shorter by at least this factor; less is noise.
+LEAST_CHANGE = 1.25
 
 
 def best_interval(*, cost: float, between_failures: float) -> float:
@@ -26,31 +26,32 @@ def best_interval(*, cost: float, between_failures: float) -> float:
 
 
 def seconds_between_failures(*, seconds: float, failures: int, hosts: int) -> float:
-    """Estimate the time between failures after some seconds of training. The prior counts as one failure."""
+    """Estimate the time between failures from `seconds` of training. The prior counts as one failure."""
     return (PRIOR_SECONDS / hosts + seconds) / (1 + failures)
 
 
 class SaveCost:
-    """Measures what a save costs training: it stands still, then goes slower while the save is written."""
+    """Measures the cost of a save: training stops for a moment, then is slower while the save is written."""
 
     def __init__(self) -> None:
         self._saves, self._stalled = 0, 0.0
-        self._steps = {False: 0, True: 0}  # while a save was written, and while none was
+        # By whether a save was being written meanwhile.
+        self._steps = {False: 0, True: 0}
         self._seconds = {False: 0.0, True: 0.0}
 
     def save(self, stalled: float) -> None:
-        """Count a save for which training stood still for so many seconds."""
+        """Record a save that stopped training for `stalled` seconds."""
         self._saves += 1
         self._stalled += stalled
 
     def step(self, seconds: float, *, writing: bool) -> None:
-        """Count a step; `writing`: a save was being written meanwhile."""
+        """Record a step of so many seconds; `writing`: a save was being written meanwhile."""
         self._steps[writing] += 1
         self._seconds[writing] += seconds
 
     @property
-    def of_a_save(self) -> float:
-        """Seconds of training that a save costs; a prior before the first save."""
+    def seconds_per_save(self) -> float:
+        """The seconds of training that a save costs; PRIOR_COST before the first save."""
         if not self._saves:
             return PRIOR_COST
         slower = 0.0
@@ -60,55 +61,58 @@ class SaveCost:
         return (self._stalled + slower) / self._saves
 
     @property
-    def of_a_step(self) -> float:
-        """Seconds that a step takes; 0 before the first step."""
+    def seconds_per_step(self) -> float:
+        """The seconds that a step takes; 0 before the first step."""
         return sum(self._seconds.values()) / max(1, sum(self._steps.values()))
 
     def best_steps(self, between_failures: float) -> int:
         """Return the best number of steps between saves, at least 1; `between_failures` in seconds."""
-        return max(1, round(best_interval(cost=self.of_a_save, between_failures=between_failures) / self.of_a_step))
+        return max(
+            1,
+            round(best_interval(cost=self.seconds_per_save, between_failures=between_failures) / self.seconds_per_step),
+        )
 
 
 class SaveInterval:
-    """Says after which steps a save is due: every so many, or (auto) as many as rank 0 finds best.
+    """Decides after which steps to save: at a fixed interval, or (auto) at the one that rank 0 finds best.
 
-    One is also due after an evaluation with the lowest loss so far. All ranks say the same: they evaluate alike, and
-    adopt the proposals of rank 0 at the same steps.
+    A save is also due after an evaluation with the lowest loss so far. All ranks decide equally: they have the same
+    validation losses, and adopt the proposals of rank 0 at the same steps.
     """
 
     def __init__(self, every: int | Literal["auto"], *, start_step: int, best_val_loss: float | None) -> None:
         """`best_val_loss`: the lowest validation loss of the checkpoints that exist already."""
         self.auto = every == "auto"
-        self.last = start_step  # the step of the last save that was begun
+        self.last_save = start_step  # the step after which the last save began
         self.cost = SaveCost()
         self._every = 0 if every == "auto" else every
         self._best = math.inf if best_val_loss is None else best_val_loss
         self._best_step: int | None = None
 
     def is_due(self, step: int) -> bool:
-        """Tell whether to save after this step."""
+        """Tell whether a save is due after this step."""
         if step == self._best_step:
             return True
         if self.auto:
-            return 0 < self._every <= step - self.last
+            return 0 < self._every <= step - self.last_save
         return self._every > 0 and step % self._every == 0
 
-    def evaluated(self, step: int, val_loss: float) -> bool:
-        """Count an evaluation after this step; tell whether its loss is the lowest so far."""
+    def record_evaluation(self, step: int, val_loss: float) -> bool:
+        """Record an evaluation after this step; tell whether its loss is the lowest so far."""
         best = val_loss < self._best
         if best:
             self._best, self._best_step = val_loss, step
         return best
 
-    def saved(self, step: int, *, stalled: float) -> None:
-        """Count a save that was begun after this step and held training up for so many seconds."""
-        self.last = step
+    def record_save(self, step: int, *, stalled: float) -> None:
+        """Record a save that began after this step and stopped training for `stalled` seconds."""
+        self.last_save = step
         self.cost.save(stalled)
 
     def reconsider(self, between_failures: float, runtime: Runtime) -> int | None:
-        """Find the best interval on rank 0, and adopt it on all ranks, which call this together.
+        """Find the best interval on rank 0, and adopt it on all ranks. All ranks call it.
 
-        Returns the new interval in steps, None if it stays. `between_failures` in seconds.
+        Returns the new interval in steps, None if it does not change. `between_failures` in seconds.
         """
         if not self.auto:
             return None
@@ -117,8 +121,8 @@ class SaveInterval:
         return steps if self.adopt(steps) else None
 
     def adopt(self, steps: int) -> bool:
-        """Take an interval of at least 1 step if it is noticeably different; tell whether it was taken."""
-        if not self.auto or (self._every and max(steps, self._every) < NOTICEABLE * min(steps, self._every)):
+        """Adopt an interval of `steps` unless it hardly differs from the current one; tell whether it was adopted."""
+        if not self.auto or (self._every and max(steps, self._every) < LEAST_CHANGE * min(steps, self._every)):
             return False
         self._every = steps
         return True

@@ -1,10 +1,10 @@
 """The files of a checkpoint, and the checks that it is whole.
 
-checkpoints/step-00001000/     whole, or it would not have this name
+checkpoints/step-00001000/     gets this name when it is whole
     __0_0.distcp ...           tensors, sharded (torch.distributed.checkpoint), one file a rank
     .metadata                  DCP's index of them (a pickle, but never unpickled: index.py)
     train.json                 step, validation loss, config, data fingerprint: see RunState
-    tokenizer.json             so that sampling needs nothing else
+    tokenizer.json             a copy, so that sampling needs nothing else
     manifest.json              size and SHA-256 of each file above, and of itself
 """
 
@@ -27,7 +27,7 @@ FORMAT_VERSION = 1
 BAD_DISK = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 MANIFEST, STATE, TOKENIZER, INDEX = "manifest.json", "train.json", "tokenizer.json", ".metadata"
 NAME = re.compile(r"step-\d{8}|step-[1-9]\d{8,29}")
-LARGEST_JSON = 2**26  # bytes; a rank takes 150 in manifest.json
+LARGEST_JSON = 2**26  # bytes; manifest.json has 150 for each rank
 LARGEST_STEP, LARGEST_VOCABULARY = 2**50, 2**31
 
 
@@ -59,25 +59,23 @@ def committed(directory: Path) -> list[Path]:
 
 
 def step_of(checkpoint: Path) -> int:
-    """Return the step in the name of a checkpoint. Raises DataError if it has another name."""
+    """Return the step in the name of a checkpoint. Raises DataError if it has none."""
     if not NAME.fullmatch(checkpoint.name):
-        raise DataError(
-            f"{checkpoint} has no step in its name: call a copy of a checkpoint as it was, like step-00001000"
-        )
+        raise DataError(f"{checkpoint} has no step in its name: give it its original name, such as step-00001000")
     return int(checkpoint.name.removeprefix("step-"))
 
 
 def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
-    """Read size and SHA-256 of the other files of a checkpoint, by name. Raises DataError if its own hash is wrong.
+    """Read the size and SHA-256 of each other file of a checkpoint, by name. Raises DataError if it is damaged.
 
-    Raises StorageError if it cannot be read now, as find_damage() does.
+    Raises StorageError if it cannot be read now but may be whole.
     """
     try:
         content = read_file(checkpoint / MANIFEST, LARGEST_JSON)
         files: dict[str, dict[str, Any]] = json.loads(content)["files"]
         if manifest_bytes(files) != content:
             raise DataError(f"{MANIFEST} is damaged")
-        _require_our_files(files)
+        _require_checkpoint_files(files)
     except FileNotFoundError:
         raise DataError(f"{MANIFEST} is missing") from None
     except OSError as error:
@@ -87,16 +85,16 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     return files
 
 
-def _require_our_files(files: dict[str, dict[str, Any]]) -> None:
+def _require_checkpoint_files(files: dict[str, dict[str, Any]]) -> None:
     for name, entry in files.items():
-        if not is_file_of_ours(name) or name == MANIFEST:
-            raise DataError(f"{MANIFEST} names {name[:100]!r}, which is no file of a checkpoint")
+        if not is_checkpoint_file(name) or name == MANIFEST:
+            raise DataError(f"{MANIFEST} names {name[:100]!r}, which a checkpoint does not have")
         if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
             raise DataError(f"{MANIFEST} has no size and hash of {name}")
 
 
 def find_damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
-    """List what is wrong with this rank's share of the files of a checkpoint; empty if nothing is.
+    """List what is wrong with this rank's share of the files of a checkpoint.
 
     Raises StorageError if a file cannot be read now but may be whole.
     """
@@ -122,21 +120,21 @@ def find_damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[st
 
 
 def _describe_error(file: Path, error: OSError) -> str:
-    """Describe the damage of a file. Raises StorageError if it may be whole: a server is away, another user owns it."""
+    """Describe the damage of a file. Raises StorageError if it may be whole: a server is down, access is denied."""
     if isinstance(error, NotAFileError | FileNotFoundError) or error.errno in BAD_DISK:
         return str(error.strerror)
     raise StorageError(f"cannot read {file}: {error.strerror}") from None
 
 
-def is_file_of_ours(name: str) -> bool:
-    """Tell whether a file in a checkpoint has a name that we give."""
+def is_checkpoint_file(name: str) -> bool:
+    """Tell whether a checkpoint can have a file of this name."""
     return re.fullmatch(r"__\d+_\d+\.distcp|\.metadata|(train|tokenizer|manifest)\.json", name) is not None
 
 
 def read_state(checkpoint: Path) -> RunState:
-    """Read train.json. Raises StorageError as find_damage().
+    """Read train.json. Raises StorageError if it cannot be read now but may be whole.
 
-    Raises DataError unless it matches the manifest, is of the step in the name of the directory, and makes sense.
+    Raises DataError unless it matches the manifest and the step in the name of its directory, and is valid.
     """
     file = checkpoint / STATE
     try:
@@ -144,22 +142,22 @@ def read_state(checkpoint: Path) -> RunState:
         if hashlib.sha256(content).hexdigest() != read_manifest(checkpoint)[STATE]["sha256"]:
             raise DataError(f"{file} does not match its hash")
         state = RunState(**json.loads(content))
-        _require_sense(state, file)
+        _require_valid(state, file)
     except OSError as error:
         raise DataError(f"{file} cannot be read: {_describe_error(file, error)}") from None
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise DataError(f"{file} cannot be read: {one_line(error)[:200]}") from None
     if state.step != step_of(checkpoint):
-        raise DataError(f"{file} is of step {state.step}, which is not the one that {checkpoint.name} is named after")
+        raise DataError(f"{file} is of step {state.step}, and its directory has the name {checkpoint.name}")
     return state
 
 
-def _require_sense(state: RunState, file: Path) -> None:
+def _require_valid(state: RunState, file: Path) -> None:
     """Raise DataError if a field has a wrong type, or a number that no run has."""
     kinds = get_type_hints(RunState) | {"val_loss": int | float | None, "config": dict, "guard": dict}
     for name, value in vars(state).items():
         if not isinstance(value, kinds[name]) or isinstance(value, bool):
-            raise DataError(f"{file} is not a checkpoint's: its {name} is a {type(value).__name__}")
+            raise DataError(f"{file} is not valid: its {name} is a {type(value).__name__}")
     limits = {
         "step": (0, LARGEST_STEP),
         "vocab_size": (1, LARGEST_VOCABULARY),
@@ -170,12 +168,12 @@ def _require_sense(state: RunState, file: Path) -> None:
     for name, (least, most) in limits.items():
         value = getattr(state, name)
         if value is not None and not least <= value <= most:
-            raise DataError(f"{file} is not a checkpoint's: its {name} is {str(value)[:30]}")
+            raise DataError(f"{file} is not valid: its {name} is {str(value)[:30]}")
     _require_numbers(state, file)
     try:
         check(from_dict(state.config, source=str(file)))
     except UsageError as error:
-        raise DataError(f"{file} is not a checkpoint's: {error}") from None
+        raise DataError(f"{file} is not valid: {error}") from None
 
 
 def _require_numbers(state: RunState, file: Path) -> None:
@@ -186,32 +184,32 @@ def _require_numbers(state: RunState, file: Path) -> None:
         figures += values if isinstance(values, list) else [values]
     skips = state.guard.get("skips", 0)
     if not all(type(figure) is float or (type(figure) is int and abs(figure) < LARGEST_STEP) for figure in figures):
-        raise DataError(f"{file} is not a checkpoint's: it holds a loss or a gradient norm that is no number")
+        raise DataError(f"{file} is not valid: a loss or a gradient norm in it is not a number")
     if type(skips) is not int or not 0 <= skips < LARGEST_STEP:
-        raise DataError(f"{file} is not a checkpoint's: its guard counts {str(skips)[:30]} skipped updates")
+        raise DataError(f"{file} is not valid: its guard.skips is {str(skips)[:30]}")
 
 
 def manifest_bytes(files: dict[str, dict[str, Any]]) -> bytes:
-    """Return manifest.json: canonical, and with a hash of itself, so that a flipped bit in it shows, too."""
+    """Return the content of manifest.json, with a hash of itself, so that a flipped bit in it is noticed."""
     body = {"format_version": FORMAT_VERSION, "files": files}
     own_hash = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": own_hash}, sort_keys=True, indent=1).encode()
 
 
 def sha256_of(file: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal. Raises OSError, NotAFileError as open_file()."""
+    """Return the SHA-256 of a file, in hexadecimal. Raises OSError, and NotAFileError if it is not a file."""
     with open_file(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class NotAFileError(OSError):
-    """A directory, link, pipe or device lies where a file should."""
+    """A directory, link, pipe or device in the place of a file."""
 
 
 def open_file(file: Path) -> io.BufferedReader:
-    """Open a file of a checkpoint to read. Raises OSError, and NotAFileError without waiting for a pipe or device."""
+    """Open a file of a checkpoint to read. Raises OSError, and NotAFileError for a pipe or device, without a wait."""
     file_size(file)
-    return io.open(file, "rb", opener=_open_without_waiting)  # noqa: UP020  tests put faults into it
+    return io.open(file, "rb", opener=_open_without_waiting)  # noqa: UP020  tests replace io.open to inject faults
 
 
 def file_size(file: Path) -> int:
@@ -223,26 +221,26 @@ def file_size(file: Path) -> int:
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
-    # A pipe may have taken its place since it was looked at.
+    # A pipe may have replaced the file since file_size() checked it.
     return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 def read_file(file: Path, most: int) -> bytes:
-    """Read a file of at most `most` bytes. Raises OSError as open_file(), DataError if it is larger."""
+    """Read a file of at most `most` bytes. Raises OSError, and DataError if it is larger."""
     with open_file(file) as stream:
         content = stream.read(most + 1)
     if len(content) > most:
-        raise DataError(f"{file} is larger than {most // 2**20} MiB, which none of ours is")
+        raise DataError(f"{file} is larger than {most // 2**20} MiB, the most that it may have")
     return content
 
 
-def all_damaged(damaged: dict[str, str]) -> str:
-    """Describe a directory whose checkpoints are all damaged."""
-    return f"holds no whole checkpoint ({listed(damaged)})"
+def describe_all_damaged(damaged: dict[str, str]) -> str:
+    """Say that all checkpoints of a directory are damaged, and how."""
+    return f"holds no whole checkpoint ({list_damage(damaged)})"
 
 
-def listed(damaged: dict[str, str]) -> str:
-    """List damaged checkpoints and what is wrong with each, in one line."""
+def list_damage(damaged: dict[str, str]) -> str:
+    """List damaged checkpoints, with the damage of each, in one line."""
     return "; ".join(f"{name}: {why}" for name, why in damaged.items())
 
 

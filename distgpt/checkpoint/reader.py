@@ -1,4 +1,4 @@
-"""Tensors back from a checkpoint, whatever their sharding then and now; no code that it might bring is run."""
+"""Read the tensors of a checkpoint into any sharding, without running code that its files may hold."""
 
 import errno
 import io
@@ -35,10 +35,10 @@ from distgpt.distributed.diloco import OuterOptimizer
 from distgpt.errors import DataError, StorageError
 from distgpt.model.gpt import GPT
 
-# Bytes of a stored tensor besides its numbers: of what describes it, and in all.
+# The most bytes of a stored tensor besides its values: in its record, and in all.
 LARGEST_HEADER, LARGEST_EXTRA = 2**12, 2**14
-# All that torch.save() needs for the record of one tensor. None takes a value from the memo: a short record that names
-# tuples again and again takes years to hash.
+# All operations that torch.save() needs for the record of one tensor. None reads the memo: a short record that repeats
+# tuples from it would take years to hash.
 _OPERATIONS = frozenset(
     (
         *("PROTO", "GLOBAL", "BINPUT", "MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE", "BINPERSID"),
@@ -47,12 +47,15 @@ _OPERATIONS = frozenset(
 )
 _GLOBALS = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch [A-Z][A-Za-z0-9]*Storage")
 
-# One process saving or loading on its own is what we ask for.
+# It is intended that one process saves and loads alone.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
 def load_for_inference(run: Path, device: torch.device, choice: str = NEWEST) -> tuple[GPT, Tokenizer, RunState]:
-    """The model of a run's checkpoint, see choose(), in eval mode, with its tokenizer. One process."""
+    """Load the model of a checkpoint, see choose(), in eval mode, with its tokenizer and state, in one process.
+
+    Raises UsageError, DataError or StorageError.
+    """
     checkpoint = choose(run, choice)
     state = read_state(checkpoint)
     config = from_dict(state.config, source=str(checkpoint / STATE))
@@ -73,7 +76,7 @@ def require_model(checkpoint: Path, config: Config, vocab_size: int) -> None:
     try:
         with torch.device("meta"):
             model = GPT(replace(config.model, document_mask=False), vocab_size)
-    except (RuntimeError, TypeError, OverflowError):  # numbers that no tensor has
+    except (RuntimeError, TypeError, OverflowError):  # sizes that no tensor can have
         raise wrong from None
     require_tensors(index, {"model": model.state_dict()}, checkpoint / INDEX)
 
@@ -84,20 +87,23 @@ def load_for_training(
     optimizer: torch.optim.Optimizer,
     outer: OuterOptimizer | None = None,
 ) -> None:
-    """Fill a model and its optimizers; each rank reads its own share."""
+    """Load a checkpoint into a model and its optimizers; each rank reads its own share.
+
+    Raises DataError or StorageError.
+    """
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     optim = get_optimizer_state_dict(model, optimizer, options=options)
     tensors = training_tensors(model, optimizer)
-    apart = read_state(checkpoint).replicas > 1
-    read_tensors(outer.checkpoint_tensors(tensors) if outer and apart else tensors, checkpoint)
+    has_replicas = read_state(checkpoint).replicas > 1
+    read_tensors(outer.checkpoint_tensors(tensors) if outer and has_replicas else tensors, checkpoint)
     set_model_state_dict(model, tensors["model"])
     set_optimizer_state_dict(model, optimizer, {**optim, **tensors["optim"]}, options=options)
-    if outer and not apart:
+    if outer and not has_replicas:
         outer.reset()
 
 
 def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Model and optimizer state by name. Hyper-parameters stay out: the config and the step give them."""
+    """Return model and optimizer state by name, without hyper-parameters, which the config and the step give."""
     options = StateDictOptions(flatten_optimizer_state_dict=True)
     optim = get_optimizer_state_dict(model, optimizer, options=options)
     return {
@@ -107,12 +113,12 @@ def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict
 
 
 def read_tensors(tensors: dict[str, Any], checkpoint: Path) -> None:
-    """Fill `tensors` in place, whatever their sharding now and then. Raises DataError, StorageError."""
-    index = read_index(checkpoint)  # here a DataError is one; dcp.load would wrap it in its own
+    """Fill `tensors` in place; the checkpoint may be sharded in another way. Raises DataError or StorageError."""
+    index = read_index(checkpoint)  # outside of dcp.load, which would wrap a DataError
     require_tensors(index, tensors, checkpoint / INDEX)
     reader = _Reader(checkpoint, index)
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=True)  # which would exchange pickles
+        dcp.load(tensors, storage_reader=reader, no_dist=True)  # else ranks exchange pickles
     except dcp.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         if isinstance(cause, DataError | AssertionError | RuntimeError | ValueError | pickle.UnpicklingError):
@@ -123,7 +129,7 @@ def read_tensors(tensors: dict[str, Any], checkpoint: Path) -> None:
 
 
 class _Reader(dcp.FileSystemReader):
-    """Reads an index once, as data, and payloads that are plain tensors."""
+    """Takes an index that is already read, and reads only payloads that are plain tensors."""
 
     def __init__(self, checkpoint: Path, index: Metadata) -> None:
         super().__init__(checkpoint)
@@ -148,7 +154,7 @@ class _Reader(dcp.FileSystemReader):
 
 
 class _Slice(io.RawIOBase):
-    """A part of a file, as a file."""
+    """A part of a file, read as a file of its own."""
 
     def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
         self._file, self._start, self.length, self._at = file, start, length, 0
@@ -162,7 +168,7 @@ class _Slice(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence] + offset
         if self._at < 0:
-            raise OSError(errno.EINVAL, "before its begin")
+            raise OSError(errno.EINVAL, "negative position")
         return self._at
 
     def readinto(self, buffer: Any) -> int:
@@ -174,9 +180,9 @@ class _Slice(io.RawIOBase):
 
 
 def _require_tensor(stored: _Slice, size: int, name: str) -> None:
-    """Raise DataError unless what torch.load() will read is no longer than a tensor of `size` bytes is.
+    """Raise DataError unless torch.load() will read no more than a tensor of `size` bytes.
 
-    It reads tensors alone, but out of what may be packed a thousandfold, and runs what asks for any memory and time.
+    It loads tensors only, but may unpack a thousand times as much, or run operations that take any memory and time.
     """
     if stored.length > size + LARGEST_EXTRA:
         raise DataError(f"{name} is stored in {stored.length} bytes, and is a tensor of {size}")
@@ -193,14 +199,14 @@ def _require_tensor(stored: _Slice, size: int, name: str) -> None:
         raise DataError(f"{name} is not stored as a tensor of {size} bytes")
     try:
         file.seek(0)
-        # As torch.load() finds it, which is not how Python reads every zip file.
+        # With the reader of torch.load(), which may find another record than Python's zipfile.
         _require_record(torch._C.PyTorchFileReader(file).get_record("data.pkl"), name)
     except (RuntimeError, ValueError) as error:
         raise DataError(f"{name} is not stored as a tensor: {one_line(error)[:200]}") from None
 
 
 def _require_record(record: bytes, name: str) -> None:
-    """Raise DataError unless a pickle asks for nothing but one tensor. Raises ValueError if it is none."""
+    """Raise DataError unless a pickle builds nothing but one tensor, ValueError if it is not a pickle."""
     for operation, argument, _ in pickletools.genops(record):
         if operation.name not in _OPERATIONS:
             raise DataError(f"{name} is not stored as a tensor: its record holds {operation.name}")

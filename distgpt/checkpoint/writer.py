@@ -1,4 +1,4 @@
-"""The share of one rank of one checkpoint: planned by DCP, hashed while it is written.
+"""Write the share of one rank of a checkpoint: planned by DCP, hashed while it is written.
 
 Ranks exchange JSON, where DCP's own save exchanges pickles.
 """
@@ -22,11 +22,11 @@ from torch.distributed.checkpoint.storage import WriteResult
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
 
-_PLACE = ("relative_path", "offset", "length")
+_PLACE_FIELDS = ("relative_path", "offset", "length")
 
 
 class ShareWriter:
-    """One save on one rank: plan, write with the plans of all ranks, then finish on rank 0 with what all wrote."""
+    """A save on one rank: plan(), write() with the plans of all ranks, then finish() on rank 0 with all results."""
 
     def __init__(self, tensors: dict[str, Any], directory: Path, rank: int) -> None:
         self._tensors, self._rank = tensors, rank
@@ -35,10 +35,10 @@ class ShareWriter:
         self._writer.fs = self._files
         self._planner = dcp.DefaultSavePlanner()
         self._metadata: Metadata | None = None
-        self.seconds, self.bytes = 0.0, 0  # of the writing of this rank alone, without waits for the others
+        self.seconds, self.bytes = 0.0, 0  # written by this rank, without waits for the others
 
     def plan(self) -> dict[str, Any]:
-        """Return what this rank holds."""
+        """Return the tensors that this rank holds, as JSON."""
         first = self._rank == 0
         self._planner.set_up_planner(self._tensors, self._writer.storage_meta(), first)
         self._writer.set_up_storage_writer(first, rank=self._rank, use_collectives=True)
@@ -46,32 +46,33 @@ class ShareWriter:
         return {"items": [_item_to_json(item) for item in plan.items], "names": plan.planner_data}
 
     def write(self, plans: list[dict[str, Any]]) -> dict[str, Any]:
-        """Write the share of this rank, given the plans of all; every rank divides the work alike.
+        """Write the share of this rank, given the plans of all, from which every rank derives the same shares.
 
-        Returns where each tensor lies, and size and SHA-256 of each file.
+        Returns the place of each tensor, and the size and SHA-256 of each file.
         """
         parsed = [
             SavePlan([_item_from_json(item) for item in plan["items"]], planner_data=_names_from_json(plan["names"]))
             for plan in plans
         ]
         shares, self._metadata = self._planner.create_global_plan(parsed)
-        mine = self._planner.finish_plan(self._writer.prepare_global_plan(shares)[self._rank])
+        share = self._planner.finish_plan(self._writer.prepare_global_plan(shares)[self._rank])
         started = time.perf_counter()
-        results = self._writer.write_data(mine, self._planner).wait()
+        results = self._writer.write_data(share, self._planner).wait()
         self.seconds, self.bytes = time.perf_counter() - started, sum(result.size_in_bytes for result in results)
         tensors = [
-            [*_index_to_json(r.index), r.size_in_bytes, *(getattr(r.storage_data, k) for k in _PLACE)] for r in results
+            [*_index_to_json(r.index), r.size_in_bytes, *(getattr(r.storage_data, k) for k in _PLACE_FIELDS)]
+            for r in results
         ]
         return {"tensors": tensors, "files": dict(self._files.written)}
 
     def finish(self, written: list[dict[str, Any]]) -> None:
-        """Write the index, given what write() returned on every rank."""
+        """Write the index, given the results of write() on every rank."""
         assert self._metadata is not None, "write() comes first"
         self._writer.finish(self._metadata, [[_result_from_json(*r) for r in rank["tensors"]] for rank in written])
 
 
 class _HashingFileSystem(FileSystem):
-    """Files that are on the disk once they are closed, hashed while they are written."""
+    """A file system whose files are hashed while they are written, and on the disk once they are closed."""
 
     def __init__(self) -> None:
         self.written: dict[str, dict[str, Any]] = {}  # by name, as in a manifest
@@ -140,7 +141,7 @@ def _item_from_json(item: list[Any]) -> WriteItem:
     index, kind, offsets, sizes, size, name = item
     dtype = getattr(torch, name)
     if not isinstance(dtype, torch.dtype):
-        raise ValueError(f"a rank told of a tensor of the type {name}")
+        raise ValueError(f"a rank sent a tensor of the unknown type {name}")
     chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
     data = TensorWriteData(chunk, TensorProperties(dtype), torch.Size(size))
     return WriteItem(_index_from_json(*index), WriteItemType[kind], tensor_data=data)

@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Return the value of every rank, by rank. Raises Interrupted if one is not JSON."""
+    """Return the value of every rank, by rank. Raises Interrupted if what one sent is not JSON."""
     gpu = dist.get_backend(group) == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
@@ -39,7 +39,7 @@ def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[
 
 
 def reduce_scalars(loss: Tensor, grad_norm: Tensor, flag: bool, runtime: Runtime) -> tuple[float, float, bool]:
-    """Return the means of two scalars over ranks, and whether any rank raised `flag`, with one all-reduce.
+    """Return the means of two scalars over ranks, and whether any rank has set `flag`, with one all-reduce.
 
     Every rank gets identical values, so decisions agree even where different devices round differently.
     """
@@ -58,20 +58,20 @@ def grad_norm_of(model: nn.Module) -> Tensor:
 
 
 def weights_are_finite(model: nn.Module, runtime: Runtime) -> bool:
-    """Check the weights of all ranks; the same answer on every rank."""
+    """Tell whether the weights of all ranks are finite; the same answer on every rank."""
     norm = nn.utils.get_total_norm([p.detach() for p in model.parameters()])
     whole = norm.full_tensor() if isinstance(norm, DTensor) else norm
     return math.isfinite(sum_over_ranks(whole.clone(), runtime).item())
 
 
 def require_agreement(facts: dict[str, Any], runtime: Runtime) -> None:
-    """Raise UsageError on all ranks if one has other facts than rank 0, naming it and the facts."""
+    """Raise UsageError on all ranks if the facts of one differ from those of rank 0, naming the rank and keys."""
     if not runtime.distributed:
         return
-    everyone = all_gather_json((socket.gethostname(), facts))
-    _, expected = everyone[0]
-    for rank, (host, theirs) in enumerate(everyone):
-        different = [key for key in expected if theirs[key] != expected[key]]
+    gathered = all_gather_json((socket.gethostname(), facts))
+    _, expected = gathered[0]
+    for rank, (host, actual) in enumerate(gathered):
+        different = [key for key in expected if actual[key] != expected[key]]
         if different:
             raise UsageError(f"rank {rank} on {host} was started with another {', '.join(different)} than rank 0")
 
@@ -82,14 +82,14 @@ def broadcast_from_rank_zero(value: T, runtime: Runtime) -> T:
 
 
 def sum_over_ranks(values: Tensor, runtime: Runtime) -> Tensor:
-    """Sum elementwise over ranks, in place. Exact where at most one rank has a value that is not zero."""
+    """Sum elementwise over ranks, in place. Exact wherever at most one rank has a nonzero value."""
     if runtime.distributed:
         dist.all_reduce(values)
     return values
 
 
 def all_gather_row(row: Sequence[float], runtime: Runtime) -> list[list[float]]:
-    """Return the row of every rank, by rank; all of the same length."""
+    """Return the row of every rank, by rank. All rows have the same length."""
     rows = torch.zeros(runtime.world_size, len(row), dtype=torch.float64, device=runtime.device)
     rows[runtime.rank] = torch.tensor(row, dtype=torch.float64)
     gathered: list[list[float]] = sum_over_ranks(rows, runtime).tolist()

@@ -8,12 +8,12 @@ import torch
 from distgpt.distributed.runtime import Runtime
 from distgpt.machine import available_cpus
 
-# glibc's mallopt, malloc.h
+# Parameters of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
 
 def threads_per_rank(local_world_size: int) -> int:
-    """Return OMP_NUM_THREADS, or an even share of the CPUs where it is 1 by the default of torchrun."""
+    """Return OMP_NUM_THREADS, or an even share of the CPUs if it is unset or the 1 that torchrun sets by default."""
     asked = os.environ.get("OMP_NUM_THREADS", "")
     if asked.isdigit() and (int(asked) > 1 or "TORCHELASTIC_RUN_ID" not in os.environ):
         return max(1, int(asked))
@@ -34,7 +34,7 @@ def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
 
 
 def cpu_has_amx() -> bool:
-    """Look for AMX instructions of bfloat16 in /proc/cpuinfo."""
+    """Tell whether this CPU has AMX instructions for bfloat16."""
     try:
         with open("/proc/cpuinfo") as cpuinfo:
             return "amx_bf16" in cpuinfo.read()

@@ -22,7 +22,7 @@ class OuterOptimizer:
     """The shared weights of all replicas and the momentum of the outer steps, sharded as the replica is."""
 
     def __init__(self, model: GPT, config: Config, plan: Plan) -> None:
-        """Set up, on all ranks together, once the model has its initial weights."""
+        """Start from the initial weights of `model`. All ranks call it together."""
         rank, ranks = plan.runtime.rank, plan.ranks_per_replica
         self.replica = rank // ranks
         self._replicas, self._config = plan.independent_replicas, config.parallel
@@ -30,9 +30,9 @@ class OuterOptimizer:
         self._shared = {name: own.clone() for name, own in self._own.items()}
         self._momentum = {name: torch.zeros_like(own) for name, own in self._own.items()}
         timeout = timedelta(seconds=config.health.collective_timeout)
-        # The ranks that hold the same shard in each replica. Every rank has to create the groups of all.
-        peers = [dist.new_group(range(shard, plan.runtime.world_size, ranks), timeout) for shard in range(ranks)]
-        self._peers: Any = peers[rank % ranks]  # of a type that differs between versions of torch
+        # A group has the ranks that hold the same shard, one of each replica. Every rank has to create all groups.
+        groups = [dist.new_group(range(shard, plan.runtime.world_size, ranks), timeout) for shard in range(ranks)]
+        self._shard_group: Any = groups[rank % ranks]  # its type differs between versions of torch
 
     @torch.no_grad()
     def step(self) -> None:
@@ -40,7 +40,7 @@ class OuterOptimizer:
         own, shared, momentum = ([_local(t) for t in ts.values()] for ts in (self._own, self._shared, self._momentum))
         # One message, since links between replicas often have a high latency, too.
         outer_gradient = torch.cat([(s - o).flatten() for s, o in zip(shared, own, strict=True)])
-        dist.all_reduce(outer_gradient, group=self._peers)
+        dist.all_reduce(outer_gradient, group=self._shard_group)
         outer_gradient /= self._replicas
         gradients = torch.split(outer_gradient, [o.numel() for o in own])
         for own_weight, shared_weight, velocity, flat in zip(own, shared, momentum, gradients, strict=True):
@@ -50,13 +50,13 @@ class OuterOptimizer:
             own_weight.copy_(shared_weight)
 
     def reset(self) -> None:
-        """Take the weights of the model, which are equal in all replicas, as the shared ones, without momentum."""
+        """Make the weights of the model, equal in all replicas, the shared weights, and clear the momentum."""
         for name, own in self._own.items():
             self._shared[name].copy_(own)
             self._momentum[name].zero_()
 
     def checkpoint_tensors(self, replica: dict[str, Any]) -> dict[str, Any]:
-        """Return what a checkpoint holds, given the tensors of this replica. Its model has the shared weights."""
+        """Return the tensors of a checkpoint: the shared weights as its model, the momentum, and those of `replica`."""
         return {"model": self._shared, "outer": self._momentum, "replica": {str(self.replica): replica}}
 
 

@@ -1,4 +1,4 @@
-"""How ranks are grouped: the device mesh of a strategy, every mesh dimension named."""
+"""The device mesh of each strategy: the groups of ranks, with every mesh dimension named."""
 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -6,7 +6,7 @@ from distgpt.distributed.plan import Plan
 
 
 def build_mesh(plan: Plan) -> DeviceMesh:
-    """Build the mesh that FSDP shards over. All ranks call it. Neighbouring ranks are a shard group.
+    """Build the mesh that FSDP shards over. All ranks call it. Neighbouring ranks form a shard group.
 
     fsdp: ("shard",), all ranks; hsdp: ("replicate", "shard"); diloco: ("shard",), the ranks of this replica.
     """

@@ -1,4 +1,4 @@
-"""From a config to a model spread over the ranks: activation checkpointing -> compile -> FSDP2, HSDP or DDP."""
+"""Build a model and spread it over the ranks: activation checkpointing -> compile -> FSDP2, HSDP or DDP."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -24,8 +24,8 @@ def build_model(config: Config, plan: Plan, *, vocab_size: int, eot_id: int | No
         model = GPT(config.model, vocab_size, eot_id)
     for block in model.blocks:
         if config.parallel.activation_checkpoint:
-            # The bound forward is replaced, not the module: parameter names stay as they are.
-            block.forward = _recomputed(block.forward)
+            # Replacing the bound forward, not the module, keeps the names of parameters.
+            block.forward = _recompute(block.forward)
         if config.train.compile:
             block.compile()
     if sharded:
@@ -36,24 +36,24 @@ def build_model(config: Config, plan: Plan, *, vocab_size: int, eot_id: int | No
         return model
     device_ids = [plan.runtime.local_rank] if plan.runtime.device.type == "cuda" else None
     replicated = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
-    _warm_up_buckets(replicated, plan, block_size=config.model.block_size)
+    _warm_up_ddp_buckets(replicated, plan, block_size=config.model.block_size)
     return replicated
 
 
 @contextmanager
 def inference(model: nn.Module) -> Iterator[GPT]:
-    """Give the GPT itself, in eval mode and without gradients. A sharded one needs every rank in each forward."""
+    """Yield the GPT itself, in eval mode and without gradients. A sharded one needs every rank in each forward."""
     gpt = unwrap_model(model)
     gpt.eval()
     with torch.no_grad():
         yield gpt
     gpt.train()
     if isinstance(gpt, FSDPModule):
-        gpt.reshard()  # the root waits for a backward pass to do so, and here none came
+        gpt.reshard()  # the root reshards after a backward pass, and here is none
 
 
 def unwrap_model(model: nn.Module) -> GPT:
-    """Return the GPT inside of what spreads it over the ranks."""
+    """Return the GPT inside of DDP, or `model` itself if it is one."""
     module = model.module if isinstance(model, DistributedDataParallel) else model
     if not isinstance(module, GPT):
         raise TypeError(f"expected a GPT, got {type(module).__name__}")
@@ -62,7 +62,7 @@ def unwrap_model(model: nn.Module) -> GPT:
 
 @contextmanager
 def gradient_sync(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Wrap forward and backward of a micro-batch: gradients cross the network on the last one alone."""
+    """Wrap forward and backward of a micro-batch: ranks exchange gradients in the `last` one only."""
     context: AbstractContextManager[None] = nullcontext()
     if isinstance(model, DistributedDataParallel) and not last:
         context = model.no_sync()
@@ -100,10 +100,10 @@ def _shard(model: GPT, config: Config, plan: Plan) -> nn.Module:
     return model
 
 
-def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+def _recompute(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Wrap `forward` so that its activations are computed again in the backward pass."""
 
-    # A function: torch.compile takes nothing else for a block's forward, and silently compiles none of a partial.
+    # torch.compile needs a function as a block's forward: it silently leaves a functools.partial uncompiled.
     def recomputed(*arguments: Any) -> Tensor:
         activations: Tensor = checkpoint(forward, *arguments, use_reentrant=False)
         return activations
@@ -111,8 +111,8 @@ def _recomputed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return recomputed
 
 
-def _warm_up_buckets(model: DistributedDataParallel, plan: Plan, *, block_size: int) -> None:
-    """Run one backward pass and drop its gradients: DDP packs its buckets anew after the first one.
+def _warm_up_ddp_buckets(model: DistributedDataParallel, plan: Plan, *, block_size: int) -> None:
+    """Run one backward pass and drop its gradients: DDP rebuilds its buckets after the first one.
 
     From three ranks on, the order in which an all-reduce adds up a value depends on its place in a bucket, so a
     resumed run's first step would round differently from the same step in a run that was never interrupted.

@@ -1,4 +1,4 @@
-"""How a run is laid out over its ranks: decided once, before a model exists, and the same on every rank."""
+"""The layout of a run over its ranks: decided once, before a model exists, and equal on every rank."""
 
 from dataclasses import dataclass
 
@@ -14,17 +14,17 @@ from distgpt.model.gpt import count_parameters
 BYTES_PER_PARAMETER = 16
 # The share of a device's memory that a replica may take; the rest is for activations.
 REPLICA_SHARE = 0.6
-# Tokens per forward when train.micro_batch is 0: a CPU's caches hold no more, and a GPU is busy with these.
+# Tokens per forward when train.micro_batch is 0: as many as a CPU's caches hold, and enough to keep a GPU busy.
 AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The layout of a run. Equal on all ranks but for `runtime`, the facts about this one."""
+    """The layout of a run. Equal on all ranks except for `runtime`, which describes this one."""
 
     runtime: Runtime
     strategy: str  # single, ddp, fsdp, hsdp or diloco
-    reason: str  # why that one, for a person
+    reason: str  # for that strategy, to be shown to the user
     micro_batch: int  # sequences per forward on one rank
     accumulation: int  # micro-batches of a rank in a step
     ranks_per_replica: int  # ranks that hold the shards of one replica
@@ -87,19 +87,19 @@ def independent_replicas(config: Config, runtime: Runtime) -> int:
     ranks, size = runtime.world_size, ranks_per_replica("diloco", config, runtime)
     if size == ranks:
         fix = "take parallel.shard=1" if ranks > 1 else "start it under torchrun on several devices"
-        raise UsageError(f"diloco needs two replicas or more, and the number of ranks is {ranks}, all in one: {fix}")
+        raise UsageError(f"diloco needs at least two replicas, and the only one has all of the {ranks} ranks: {fix}")
     return ranks // size
 
 
 def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tuple[str, str]:
-    """Return the strategy and, for a person, why that one. "single" is one process, which shares with nobody."""
+    """Return the strategy and the reason for it, to be shown to the user. "single" means one process."""
     asked = config.parallel.strategy
     if not runtime.distributed:
         return "single", "one process"
     if asked in ("hsdp", "diloco"):
         size = ranks_per_replica(asked, config, runtime)
         why = f"as asked, {runtime.world_size // size} replicas of {size} shards"
-        return asked, f"{why} that meet every {config.parallel.outer_every} steps" if asked == "diloco" else why
+        return asked, f"{why} that synchronize every {config.parallel.outer_every} steps" if asked == "diloco" else why
     if asked != "auto":
         return asked, "as asked"
     need = BYTES_PER_PARAMETER * count_parameters(config.model, vocab_size)

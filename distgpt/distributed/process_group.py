@@ -1,4 +1,4 @@
-"""The process group of all ranks, from the first contact to the last."""
+"""The process group of all ranks: the store through which they meet, its start, and its end."""
 
 import gc
 import os
@@ -14,9 +14,9 @@ import torch.distributed as dist
 from distgpt.distributed.device import keep_freed_memory, share_of_cpus, threads_per_rank
 from distgpt.distributed.runtime import Runtime
 
-# Hashing a corpus for the first time runs at the speed of its disk.
+# Rank 0 may hash a large corpus while the others wait, at the speed of its disk.
 CHECKS_TIMEOUT = timedelta(days=1)
-# The last collectives of each rank that torch remembers, for the watchdog to write down.
+# The number of recent collectives that torch records in each rank, for the watchdog to write to a file.
 FLIGHT_RECORDER_EVENTS = "2000"
 LOOPBACK = "lo" if sys.platform == "linux" else "lo0"
 
@@ -32,7 +32,7 @@ def process_group(
     while it holds the GIL and can deadlock with a thread of gloo that frees tensors.
     """
     torch.set_num_threads(threads_per_rank(runtime.local_world_size))
-    # The processes that torch.compile starts, else one for each CPU of the machine in each rank.
+    # Processes that torch.compile starts. By default each rank would start one for each CPU of the machine.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, share_of_cpus(runtime.local_world_size))))
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
@@ -42,7 +42,7 @@ def process_group(
         yield
         return
     os.environ.setdefault("TORCH_FR_BUFFER_SIZE", FLIGHT_RECORDER_EVENTS)
-    if runtime.on_one_host:  # nobody else on the network may connect
+    if runtime.on_one_host:  # no other machine may connect
         os.environ["GLOO_SOCKET_IFNAME"] = os.environ["NCCL_SOCKET_IFNAME"] = LOOPBACK
     store = shared_store(runtime)
     on_store(store)
@@ -68,12 +68,13 @@ def init_process_group(runtime: Runtime, store: dist.Store, timeout: float) -> N
 
 
 def shared_store(runtime: Runtime) -> dist.Store:
-    """Return a store for this attempt alone: earlier attempts left keys in that of torchrun, for which gloo waits."""
+    """Return a store for this attempt alone: gloo would read keys that earlier attempts left in torchrun's store."""
     if runtime.on_one_host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
         return _store_on_loopback(runtime)
     store: dist.Store = next(dist.rendezvous("env://", timeout=CHECKS_TIMEOUT))[0]
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        return store  # new with each rank 0; and the agents of several hosts may have counted unlike restarts
+        # Rank 0 makes a new store in each attempt. A prefix could differ: agents of several hosts count restarts alone.
+        return store
     return dist.PrefixStore(f"distgpt/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
@@ -82,7 +83,7 @@ def _store_on_loopback(runtime: Runtime) -> dist.Store:
     port = int(os.environ["MASTER_PORT"])
     if runtime.rank:
         return dist.TCPStore("127.0.0.1", port, timeout=CHECKS_TIMEOUT)
-    # The store closes it itself.
+    # The store closes this descriptor.
     fd = socket.create_server(("127.0.0.1", port), backlog=1024).detach()
     return dist.TCPStore(
         "127.0.0.1", port, is_master=True, timeout=CHECKS_TIMEOUT, wait_for_workers=False, master_listen_fd=fd

@@ -1,4 +1,4 @@
-"""The facts about this rank: its place among the others, and its device."""
+"""This rank: its place among the others, and its device."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from distgpt.torchrun import place_in_job, this_attempt
 
 @dataclass(frozen=True)
 class Runtime:
-    """This rank, and the device that it computes on."""
+    """The place of this rank among the others, and the device that it computes on."""
 
     rank: int
     local_rank: int
@@ -28,7 +28,7 @@ class Runtime:
 
 
 def this_rank() -> Runtime:
-    """Read the facts from the environment of torchrun; without it, one process. Raises UsageError without a device."""
+    """Read this rank from torchrun's environment; without it, one process. Raises UsageError for lack of GPUs."""
     place = place_in_job()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -42,5 +42,5 @@ def this_rank() -> Runtime:
 
 
 def restarted() -> bool:
-    """Tell whether torchrun restarted these ranks, after others of the same job."""
+    """Tell whether torchrun has restarted the ranks of this job."""
     return this_attempt() > 0

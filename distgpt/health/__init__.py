@@ -1,8 +1,8 @@
-"""What can go wrong while a run trains.
+"""Detection of hangs, slow ranks and bad steps while a run trains.
 
-Reading order: watchdog (no progress: name the rank, end all), diagnosis (what a hanging rank can say), backstop (a
-process that ends a rank whose watchdog cannot run), stragglers (name slow ranks), outliers (losses and gradient norms
-that are out of line).
+Reading order: watchdog (no progress: name the rank, end all), diagnosis (which ranks hang, and where), backstop (a
+process that ends a rank whose watchdog cannot run), stragglers (name slow ranks), outliers (steps whose loss or
+gradient norm is out of line).
 
 It may import run, distributed, model, corpus and the modules beside the rooms.
 """

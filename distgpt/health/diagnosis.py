@@ -10,7 +10,7 @@ from pathlib import Path
 
 @dataclass(frozen=True)
 class RankProgress:
-    """How far a rank has come, counted in heartbeats, its activity now, and its line of Python."""
+    """The progress of a rank, counted in heartbeats, its activity now, and its current line of Python."""
 
     rank: int
     host: str
@@ -23,10 +23,10 @@ class RankProgress:
         return f"rank {self.rank} (pid {self.pid} on {self.host}, {self.activity})"
 
 
-def hanging_ranks(
+def describe_hanging_ranks(
     answers: Sequence[RankProgress], world_size: int, stopped: Sequence[int] = (), gone: Sequence[int] = ()
 ) -> str:
-    """Describe the ranks that halt all the others."""
+    """Describe the ranks for which all the others wait."""
     if gone:
         return f"{_ranks(gone)} of {socket.gethostname()} gone"
     if stopped:
@@ -37,15 +37,15 @@ def hanging_ranks(
     behind = min(answer.heartbeats for answer in answers)
     last = [str(answer) for answer in answers if answer.heartbeats == behind]
     if len(last) < world_size:
-        return f"{', '.join(last)} came less far than the others"
-    return f"all ranks came equally far ({answers[0].activity}): {_lines(answers)}" if world_size > 1 else last[0]
+        return f"{', '.join(last)} made less progress than the others"
+    return f"all ranks made equal progress ({answers[0].activity}): {_lines(answers)}" if world_size > 1 else last[0]
 
 
 def write_flight_recorders(logs: Path, rank: int) -> None:
     """Write the last collectives of this rank for torch's `torchfrtrace`: those of gloo, and those of NCCL."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.distributed.is_initialized():
-        # Private, but it is what the documentation of torch's flight recorder calls; NCCL's is in builds for GPUs only.
+        # Private names, but those in the documentation of torch's flight recorder. Builds without GPUs lack NCCL's.
         c10d = torch._C._distributed_c10d
         for name, dump in (("", "_dump_fr_trace"), ("nccl-", "_dump_nccl_trace")):
             if hasattr(c10d, dump):
@@ -56,7 +56,7 @@ def current_line() -> str:
     """Return the innermost line of Python of the main thread, or of the thread that writes a checkpoint for it."""
     frames = sys._current_frames()
     frame = frames[threading.main_thread().ident or 0]
-    # Without the module traceback, which opens the source files: their disk may hang.
+    # The module traceback would open source files, whose disk may hang.
     files, caller = [], frame.f_back
     while caller is not None:
         files.append(Path(caller.f_code.co_filename).name)
@@ -65,18 +65,18 @@ def current_line() -> str:
         saving = [
             frames[t.ident] for t in threading.enumerate() if t.name.startswith("checkpoint") and t.ident in frames
         ]
-        # An idle thread of the pool is in its own loop.
+        # An idle thread of the pool is in thread.py.
         frame = next((busy for busy in saving if Path(busy.f_code.co_filename).name != "thread.py"), frame)
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
 def _lines(answers: Sequence[RankProgress]) -> str:
-    """List which ranks are in which line, the fewest first. In a backward pass or among shards no heartbeat differs."""
+    """Group ranks by their line, the smallest group first: within a backward pass heartbeats do not differ."""
     ranks: dict[str, list[int]] = {}
     for answer in answers:
         ranks.setdefault(answer.line, []).append(answer.rank)
-    together = sorted(ranks.items(), key=lambda item: len(item[1]))
-    return "; ".join(f"{_ranks(sorted(those))} at {line}" for line, those in together)
+    groups = sorted(ranks.items(), key=lambda item: len(item[1]))
+    return "; ".join(f"{_ranks(sorted(members))} at {line}" for line, members in groups)
 
 
 def _ranks(ranks: Sequence[int]) -> str:

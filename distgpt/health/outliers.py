@@ -1,4 +1,4 @@
-"""Find steps whose update should be left out: loss or gradient norm not finite, or far above those before.
+"""Find steps whose update should be skipped: loss or gradient norm not finite, or far above its last values.
 
 A z-score is the distance of a value from the mean of the last values, in their standard deviations. (After the idea of
 llm.c's outlier detector; here a value does not belong to the window that it is compared with.)
@@ -13,9 +13,9 @@ from typing import Any, Literal
 from distgpt.config import HealthConfig
 
 WINDOW = 128
-# A standard deviation of fewer values says little: of 32 it is off by an eighth.
+# The standard deviation of fewer values is too uncertain: of 32 values, its error is about an eighth.
 LEAST_VALUES = 32
-# Updates skipped in a row before the run ends: lost weights stay lost.
+# A run ends after so many skipped updates in a row: it does not recover by itself.
 MOST_SKIPS = 10
 
 
@@ -32,7 +32,7 @@ class Window:
     def z_score(self, value: float) -> float | None:
         """Return how far `value` lies above the mean, in standard deviations.
 
-        None for a value that is not finite, among fewer than LEAST_VALUES values, and where all values are equal.
+        None if it is not finite, if there are fewer than LEAST_VALUES values, or if all of them are equal.
         """
         count = len(self._values)
         if count < LEAST_VALUES or not math.isfinite(value):
@@ -48,7 +48,7 @@ class Window:
 
 @dataclass(frozen=True)
 class Decision:
-    """What to do with the update of a step, and why."""
+    """The decision on the update of a step, and the reason for it."""
 
     loss_z: float | None = None
     grad_norm_z: float | None = None
@@ -58,7 +58,7 @@ class Decision:
 
 
 class OutlierFilter:
-    """Compares every step of a run with the steps before it."""
+    """Compares each step of a run with the steps before it."""
 
     def __init__(self, config: HealthConfig) -> None:
         self._config = config
@@ -67,7 +67,7 @@ class OutlierFilter:
     def check(self, *, loss: float, grad_norm: float) -> Decision:
         """Decide on the update of the next step, by its mean loss and the norm of its gradients before clipping.
 
-        Skipped steps do not enter the windows. Equal figures give equal decisions, so ranks agree.
+        Skipped steps do not enter the windows. Ranks with equal figures come to equal decisions.
         """
         loss_z, grad_norm_z = self._losses.z_score(loss), self._grad_norms.z_score(grad_norm)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -86,7 +86,7 @@ class OutlierFilter:
         return {"losses": self._losses.values(), "grad_norms": self._grad_norms.values(), "skips": self._skips}
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Go on from a `state()`. An empty one is that of a new run."""
+        """Continue from a `state()`. An empty one is that of a new run."""
         self._losses = Window(state.get("losses", ()))
         self._grad_norms = Window(state.get("grad_norms", ()))
         self._skips = int(state.get("skips", 0))

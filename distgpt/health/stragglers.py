@@ -1,7 +1,7 @@
-"""Find the rank that holds up the others: each times its own work, all compare, rank 0 names the slow ones.
+"""Find ranks that slow down the others: each rank times its own work, all compare, and rank 0 names the slow ones.
 
-Collectives make the step of every rank as long as that of the slowest. So a rank's own work is what it does in a step
-before it waits for another rank for the first time.
+Collectives make the steps of all ranks as long as those of the slowest. So the own work of a rank is what it does in a
+step before it first waits for another rank.
 """
 
 import bisect
@@ -19,12 +19,12 @@ from distgpt.distributed.collectives import all_gather_row, hosts_of_ranks
 from distgpt.distributed.parallelize import unwrap_model
 from distgpt.distributed.runtime import Runtime
 
-# A rank is slow if its own work takes so many times the median of the others, and no less than a floor above it.
+# A rank is slow if its own work takes so many times the median of the others, and is above it by at least a floor.
 SLOWER, FLOOR_SECONDS, SAVE_FLOOR_SECONDS = 1.5, 0.010, 0.5
-# Steps are compared together until they took this long. So many comparisons in a row name a rank, or clear it. For
-# saves, only intervals with a save count.
+# Ranks are compared over intervals of at least this length. A rank is reported as slow, or as no longer slow, after so
+# many intervals in a row. For saves, only intervals with a save count.
 INTERVAL_SECONDS, IN_A_ROW = 2.0, 3
-# A rank that stays slow is named again after so many intervals.
+# A rank that stays slow is reported again after so many intervals.
 REMIND_INTERVALS = 100
 
 
@@ -35,24 +35,24 @@ class Work:
     own: float = 0.0
     data_wait: float = 0.0  # part of its own work
     save: float = 0.0  # writing its share of checkpoints, which training does not wait for
-    saved_bytes: float = 0.0  # that many bytes
+    saved_bytes: float = 0.0  # bytes written in `save` seconds
 
-    def __add__(self, more: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(astuple(self), astuple(more), strict=True)))
+    def __add__(self, other: "Work") -> "Work":
+        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The ranks side by side over some steps. Seconds are means of a step."""
+    """A comparison of all ranks over some steps. Seconds are means per step."""
 
-    messages: list[str]  # for a person: ranks that have become slow, or keep up again
+    messages: list[str]  # for the user: ranks that have become slow, or keep up again
     median_own_work: float
     longest_own_work: float
     longest_data_wait: float
 
 
 class StragglerMonitor:
-    """Collects the work of this rank and compares it with that of the others. All ranks call it alike."""
+    """Collects the work of this rank and compares it with that of the others. All ranks make the same calls."""
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         self._runtime = runtime
@@ -65,16 +65,16 @@ class StragglerMonitor:
         self._timer.begin()
 
     def exclude(self, seconds: float) -> None:
-        """Leave out seconds that this rank waited for the others in the middle of a step."""
+        """Subtract seconds for which this rank waited for the others in the middle of a step."""
         self._timer.exclude(seconds)
 
     def end_step(self, *, data_wait: float, save_seconds: float, saved_bytes: float) -> None:
-        """Count the step since begin_step(), once the ranks have met in it, with its wait for data and its saves."""
+        """Add the step since begin_step(), with its data wait and saves. Call it after the gradients are reduced."""
         self._work += Work(self._timer.seconds(), data_wait, save_seconds, saved_bytes)
         self._steps += 1
 
     def reset(self) -> None:
-        """Forget the steps since the last comparison: the first one of an attempt warms up."""
+        """Forget the steps since the last comparison, such as the first one of an attempt, which warms up."""
         self._work, self._steps = Work(), 0
 
     def compare(self, seconds: float) -> Comparison:
@@ -94,10 +94,10 @@ class StragglerMonitor:
 class OwnWorkTimer:
     """Times the own work of this rank in each step.
 
-    With whole replicas (one process, DDP) own work ends where the backward pass reaches the token embedding, the last
-    gradient of the last micro-batch: only then does DDP wait for the others. A sharded model waits for the shards of
-    others in every block, so own work ends at the first forward pass: a slow source of data shows, a slow device does
-    not. On CUDA, events in the stream time the kernels; before a sharded forward pass, the host's clock does.
+    With whole replicas (one process, DDP), own work ends with the last gradient of the last micro-batch, that of the
+    token embedding: only then does DDP wait for the others. A sharded model waits for the shards of others in every
+    block, so own work ends at the first forward pass: slow data shows, a slow device does not. On CUDA, events in the
+    stream time the kernels; before a sharded forward pass, the host's clock does.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -119,11 +119,11 @@ class OwnWorkTimer:
         self._stopwatch.start()
 
     def seconds(self) -> float:
-        """Return the own work of the step since begin(), once the ranks have met in it."""
+        """Return the own work since begin(). Call it after the gradients are reduced."""
         return self._stopwatch.seconds() - self._excluded
 
     def exclude(self, seconds: float) -> None:
-        """Subtract seconds that this rank waited for the others between two micro-batches."""
+        """Subtract seconds for which this rank waited for the others between two micro-batches."""
         if not self._sharded:
             self._excluded += seconds
 
@@ -137,7 +137,7 @@ class OwnWorkTimer:
 
 
 class StragglerDetector:
-    """Names ranks that are slow, interval after interval, and says when they no longer are."""
+    """Reports ranks that are slow over several intervals, and those that no longer are."""
 
     def __init__(self, hosts: Sequence[str]) -> None:
         """`hosts`: the name of the host of each rank."""
@@ -148,9 +148,9 @@ class StragglerDetector:
         self._save_histories = [_History() for _ in hosts]
 
     def update(self, works: Sequence[Work], *, steps: int, seconds: float) -> list[str]:
-        """Add the work of each rank in some steps, which took so long.
+        """Add the work of each rank in some steps, which took so many seconds.
 
-        Returns one message for each rank whose status changed.
+        Returns one message for each rank whose status has changed.
         """
         self._sums = [total + work for total, work in zip(self._sums, works, strict=True)]
         self._steps += steps
@@ -166,50 +166,50 @@ class StragglerDetector:
         ordered = sorted(own)
         for rank, (host, history) in enumerate(zip(self._hosts, self._histories, strict=True)):
             median = median_without(ordered, own[rank])
-            if history.changes(own[rank] >= SLOWER * median and own[rank] - median >= FLOOR_SECONDS):
-                status = "is slow" if history.named else "keeps up again"
+            if history.update(own[rank] >= SLOWER * median and own[rank] - median >= FLOOR_SECONDS):
+                status = "is slow" if history.slow else "keeps up again"
                 waited = _span(self._sums[rank].data_wait / self._steps)
                 yield (
-                    f"rank {rank} on {host} {status}: {_span(own[rank])} a step of its own work, "
-                    f"the others' median {_span(median)}; data wait {waited} a step"
+                    f"rank {rank} on {host} {status}: its own work takes {_span(own[rank])} a step, "
+                    f"the others' median is {_span(median)}; data wait {waited} a step"
                 )
 
     def _slow_to_save(self) -> Iterator[str]:
-        """Compare with the others' seconds, and with theirs by the byte: shares differ, and some ranks have none."""
+        """Compare each rank with the others' seconds and seconds per byte: shares differ, and some ranks have none."""
         shares = {rank: work for rank, work in enumerate(self._sums) if work.saved_bytes}
         if len(shares) < 2:
             return
         seconds = sorted(work.save for work in shares.values())
-        by_byte = sorted(work.save / work.saved_bytes for work in shares.values())
+        per_byte = sorted(work.save / work.saved_bytes for work in shares.values())
         for rank, work in shares.items():
-            like_others = median_without(by_byte, work.save / work.saved_bytes) * work.saved_bytes
-            usual = max(median_without(seconds, work.save), like_others)
+            at_same_speed = median_without(per_byte, work.save / work.saved_bytes) * work.saved_bytes
+            usual = max(median_without(seconds, work.save), at_same_speed)
             history = self._save_histories[rank]
-            if history.changes(work.save >= SLOWER * usual and work.save - usual >= SAVE_FLOOR_SECONDS):
-                status = "is slow to save" if history.named else "saves as fast again"
+            if history.update(work.save >= SLOWER * usual and work.save - usual >= SAVE_FLOOR_SECONDS):
+                status = "is slow to save" if history.slow else "saves as fast as the others again"
                 yield (
                     f"rank {rank} on {self._hosts[rank]} {status}: {_span(work.save)} for its share of checkpoints, "
-                    f"{_span(usual)} as the others write"
+                    f"{_span(usual)} at the speed of the others"
                 )
 
 
 @dataclass
 class _History:
-    """The status of a rank, as it was last reported."""
+    """The last reported status of a rank, and whether a new one is to be reported."""
 
-    named: bool = False
-    contrary: int = 0  # intervals in a row that say otherwise
-    age: int = 0  # intervals since the report
+    slow: bool = False
+    disagreeing: int = 0  # intervals in a row with the opposite status
+    age: int = 0  # intervals since the last report
 
-    def changes(self, slow: bool) -> bool:
-        """Count another interval; tell whether its outcome is to be reported."""
+    def update(self, slow: bool) -> bool:
+        """Add another interval; tell whether the status is to be reported."""
         self.age += 1
-        self.contrary = self.contrary + 1 if slow != self.named else 0
-        if self.contrary == IN_A_ROW:
-            self.named = slow
-        elif not (self.named and slow and self.age >= REMIND_INTERVALS):
+        self.disagreeing = self.disagreeing + 1 if slow != self.slow else 0
+        if self.disagreeing == IN_A_ROW:
+            self.slow = slow
+        elif not (self.slow and slow and self.age >= REMIND_INTERVALS):
             return False
-        self.contrary = self.age = 0
+        self.disagreeing = self.age = 0
         return True
 
 
@@ -230,7 +230,7 @@ class _Stopwatch:
 
 
 class _CudaStopwatch:
-    """The same in the current stream, where kernels run later than Python asks for them."""
+    """Seconds from start() to the last stop() in the current CUDA stream, where kernels run asynchronously."""
 
     def __init__(self) -> None:
         self._started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -248,7 +248,7 @@ class _CudaStopwatch:
 
 
 def median_without(ordered: Sequence[float], value: float) -> float:
-    """Return the lower median of sorted numbers without one of this value; the value itself if it is the only one."""
+    """Return the lower median of sorted numbers, without one equal to `value`; `value` itself if it is the only one."""
     if len(ordered) == 1:
         return value
     middle = (len(ordered) - 2) // 2

@@ -1,4 +1,4 @@
-"""exit.json: why a run ended, written once by the rank that knew first."""
+"""exit.json: why a run ended, written by the first rank that knows."""
 
 import errno
 import json
@@ -27,7 +27,7 @@ def write_exit_report(
 
     The first report wins, unless a previous owner of the run directory (with a lower `fence`) wrote it.
 
-    Returns whether this one is the first report in the run directory, or without one in the launcher's file.
+    Returns whether this report is the first in the run directory, or if that has none, in the launcher's file.
     """
     report = {
         "code": code,
@@ -42,26 +42,26 @@ def write_exit_report(
     targets = [(paths.exit_report, fence)] if paths else []
     if launcher_file := os.environ.get(EXIT_FILE_VARIABLE):
         targets.append((Path(launcher_file), 0))
-    answers = [_write_once(target, report, least_fence) for target, least_fence in reversed(targets)]
-    # The run directory counts most, but its disk may be full. A cause that no file can hold must still be printed.
-    return next((first for first in reversed(answers) if first is not None), True)
+    written = [_write_once(target, report, least_fence) for target, least_fence in reversed(targets)]
+    # The run directory decides unless its disk is full. A cause that no file can hold must still be printed.
+    return next((first for first in reversed(written) if first is not None), True)
 
 
-def forget_last_attempt() -> None:
-    """Remove the launcher's copy of a report that is older than this process: torchrun restarted its ranks.
+def remove_report_of_last_attempt() -> None:
+    """Remove the launcher's copy of a report if an earlier attempt of these ranks wrote it, before a restart.
 
     Every rank calls it as soon as it starts, since any of them may be the one that reports. Where launchers of several
     hosts share a file, the report of another host stays: its clock differs, and it may have started earlier.
     """
     launcher_file = Path(os.environ.get(EXIT_FILE_VARIABLE, ""))
     with suppress(OSError, ValueError, KeyError, TypeError):
-        # Ranks start together: none reports before the last one has started.
+        # Ranks start together, so no report of this attempt is older than this process.
         before = launcher_file.stat().st_mtime < time.time() - process_age()
         if before and json.loads(launcher_file.read_text())["host"] == socket.gethostname():
             launcher_file.unlink()
 
 
-def ending_of_this_job(paths: RunPaths) -> tuple[int, str] | None:
+def report_of_this_job(paths: RunPaths) -> tuple[int, str] | None:
     """Return the exit code and cause that an earlier attempt of this torchrun reported; None if there is no report."""
     for file in (Path(os.environ.get(EXIT_FILE_VARIABLE, "")), paths.exit_report):
         with suppress(OSError, ValueError):
@@ -72,15 +72,15 @@ def ending_of_this_job(paths: RunPaths) -> tuple[int, str] | None:
 
 
 def _write_once(target: Path, report: dict[str, Any], least_fence: int) -> bool | None:
-    """Write a report to `target` unless there is one, of `least_fence` or higher. Returns whether it was written.
+    """Write a report to `target` unless it has one with `least_fence` or a higher fence.
 
-    None if `target` cannot be written.
+    Returns whether it was written, None if `target` is not writable.
     """
     staged = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         staged.write_text(json.dumps(report) + "\n")
         try:
-            _name_once(staged, target)
+            _link_once(staged, target)
         except FileExistsError:
             if _fence_of(target) >= least_fence:
                 return False
@@ -93,8 +93,8 @@ def _write_once(target: Path, report: dict[str, Any], least_fence: int) -> bool 
     return True
 
 
-def _name_once(staged: Path, target: Path) -> None:
-    """Give the content of `staged` the name `target`. Raises FileExistsError if that exists."""
+def _link_once(staged: Path, target: Path) -> None:
+    """Link the file `staged` as `target`, or copy it. Raises FileExistsError if `target` exists."""
     try:
         os.link(staged, target)  # atomic, and never replaces
     except OSError as error:
@@ -114,10 +114,10 @@ def _fence_of(report: Path) -> int:
 def exit_if_restart_cannot_help(paths: RunPaths) -> None:
     """Exit if an earlier attempt of this torchrun failed in a way that a restart cannot fix; rank 0 repeats the cause.
 
-    torchrun restarts all ranks whatever ended them.
+    torchrun restarts all ranks regardless of their exit codes.
     """
     if this_attempt():
-        code, cause = ending_of_this_job(paths) or (EXIT_OK, "")
+        code, cause = report_of_this_job(paths) or (EXIT_OK, "")
         if code in (EXIT_USAGE, EXIT_DATA, EXIT_CANNOT_CREATE):
             if os.environ.get("RANK", "0") == "0":
                 record_cause(f"distgpt: error: {cause}")

@@ -5,11 +5,11 @@ Where locks do not reach from host to host, or outlive a dead host, the lease de
 RENEWAL seconds. An owner on another host that has not changed it for LEASE seconds has lost it. Clocks of two hosts
 are never compared.
 
-An owner that was only suspended may wake up after another one took over. So each owner has a LOCK file of its own, put
-in place by rename, and checks before every write that its file is still in place. What it writes in several steps lies
-in a directory named after it, which the next owner removes before it starts.
+An owner that was only suspended may wake up after another one took over. So each owner puts a LOCK file of its own in
+place by rename, and checks before every write that it is still there. Files that take several steps to write lie in a
+directory named after the owner, which the next owner removes before it starts.
 
-Imports no torch: a locked or read-only directory is found before anything heavy is loaded.
+Imports no torch: a locked or read-only directory is noticed before anything heavy is loaded.
 """
 
 import errno
@@ -32,15 +32,16 @@ from distgpt.torchrun import this_attempt, this_job
 
 RENEWAL, LEASE = 2.0, 10.0  # seconds
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+# Patterns of files that an owner stages before it renames them.
 STAGED = (".LOCK.*.tmp", ".staged.*.tmp", "plots/.staged.*.tmp", "tb/.staged.*.tmp", "config.toml.*.tmp")
 RECORD_BYTES = 512  # always the same, so that a renewal neither grows nor shortens the file
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that took a run directory. `boot` identifies its kernel: within one, the flock alone decides.
+    """A process that took a run directory. `boot` identifies its kernel: on one kernel, the flock alone decides.
 
-    `job` identifies its torchrun, `attempt` counts how often that had restarted all ranks.
+    `job` identifies its torchrun, and `attempt` is how often that had restarted all ranks.
     """
 
     fence: int
@@ -56,13 +57,13 @@ class Owner:
 
     @property
     def label(self) -> str:
-        """A name for files that no other owner of this directory has."""
+        """A name that no other owner of this directory has, for its files."""
         return f"{self.fence:06d}-{self.host}-{self.pid}"
 
 
 @dataclass(frozen=True)
 class _Record:
-    """The content of LOCK. `released`: the owner gave it back."""
+    """The content of LOCK. `released`: the owner gave the lock back."""
 
     owner: Owner
     renewals: int
@@ -77,22 +78,24 @@ class RunLock:
     """The lock of a run directory, held by rank 0. The file LOCK stays when the lock is released."""
 
     def __init__(self, paths: RunPaths, *, lease: float = LEASE, wait: bool = True) -> None:
-        """Create the directory and lock it. May watch another owner for `lease` seconds, to see whether it is alive.
+        """Create the directory and lock it. Watch another owner for up to `lease` seconds, to see whether it is alive.
 
-        With `wait=False` another owner counts as alive. Raises DirectoryError if another process owns the directory or
-        it cannot be written, StorageError if its file system has no locks or no room.
+        With `wait=False` any other owner counts as alive. Raises DirectoryError if another process owns the directory
+        or it cannot be written, StorageError if its file system has no locks or no room.
         """
         self._paths = paths
         self._renewals = 0
         self._released = threading.Event()
         self._renewing = threading.Lock()
-        before = _taken(paths, lease if wait else None)
+        before = _open_when_free(paths, lease if wait else None)
         try:
-            found = _read(before)
-            fence = found.owner.fence + 1 if found else _first_fence(before)
+            record = _read_record(before)
+            fence = record.owner.fence + 1 if record else _first_fence(before)
             started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-            self.owner = Owner(fence, socket.gethostname(), _boot(), os.getpid(), started, this_job(), this_attempt())
-            # The report of the last run. Remove it before LOCK is in place: afterwards it may be the report of another.
+            self.owner = Owner(
+                fence, socket.gethostname(), _boot_id(), os.getpid(), started, this_job(), this_attempt()
+            )
+            # Remove the report of the last run before LOCK is in place: afterwards another owner may have written it.
             paths.exit_report.unlink(missing_ok=True)
             self._fd = self._put_in_place()
             self._remove_left_overs()
@@ -101,17 +104,17 @@ class RunLock:
         finally:
             os.close(before)
 
-    def keep(self, lost: Callable[[str], object], *, every: float) -> None:
-        """Renew the lease in a thread from now on; call `lost` with one line once another owner has the directory."""
+    def renew_in_background(self, on_loss: Callable[[str], object], *, every: float) -> None:
+        """Renew the lease in a thread, every so many seconds; call `on_loss` with a message if the lock is lost."""
 
         def renew() -> None:
             while not self._released.wait(every):
-                line = None
-                # A lease that cannot be renewed now may be the next time.
+                message = None
+                # If a renewal fails with an OSError, the next one may succeed.
                 with self._renewing, suppress(OSError):
-                    line = None if self._released.is_set() else self._renewed()
-                if line:
-                    lost(line)
+                    message = None if self._released.is_set() else self._renew()
+                if message:
+                    on_loss(message)
                     return
 
         threading.Thread(target=renew, name="lease", daemon=True).start()
@@ -122,11 +125,11 @@ class RunLock:
             return
         self._released.set()
         with self._renewing, suppress(OSError):
-            self._renewed(released=True)
+            self._renew(released=True)
         os.close(self._fd)
 
     def _put_in_place(self) -> int:
-        """Put a LOCK file of our own in place, already locked. Returns a descriptor that keeps its lock."""
+        """Put a LOCK file of our own in place, already locked. Returns its descriptor, which holds the lock."""
         staged = self._paths.lock.with_name(f".LOCK.{self.owner.label}.tmp")
         fd = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
@@ -141,21 +144,21 @@ class RunLock:
         return fd
 
     def _remove_left_overs(self) -> None:
-        """Remove files that earlier owners staged: a suspended one that wakes up cannot put them in place any more."""
+        """Remove files that earlier owners staged, so that one that wakes up cannot put them in place any more."""
         for staged in itertools.chain.from_iterable(map(self._paths.root.glob, STAGED)):
             staged.unlink(missing_ok=True)
 
-    def _renewed(self, *, released: bool = False) -> str | None:
-        """Count up in LOCK if it is still ours; otherwise return a line that names the owner. Raises OSError."""
+    def _renew(self, *, released: bool = False) -> str | None:
+        """Renew the lease in LOCK if it is still ours, otherwise return a message with its owner. Raises OSError."""
         try:
-            # Opened by name, to see the file of another owner, and closed, which makes a network file system send it.
+            # Opened by name, since another owner replaces the file. Closing it makes NFS send the write.
             fd = os.open(self._paths.lock, os.O_RDWR)
         except FileNotFoundError:
-            return _loss(self._paths, None)
+            return _describe_loss(self._paths, None)
         try:
-            found = _read(fd)
-            if found is None or found.owner != self.owner:
-                return _loss(self._paths, found)
+            record = _read_record(fd)
+            if record is None or record.owner != self.owner:
+                return _describe_loss(self._paths, record)
             self._renewals += 1
             os.pwrite(fd, _Record(self.owner, self._renewals, released).to_bytes(), 0)
         finally:
@@ -163,34 +166,34 @@ class RunLock:
         return None
 
 
-def loss_of(paths: RunPaths, owner: Owner) -> str | None:
-    """Return None while `owner` has the directory, else a line that names the owner. Raises OSError."""
-    found = _in_place(paths)
-    return None if found is not None and found.owner == owner else _loss(paths, found)
+def loss_message(paths: RunPaths, owner: Owner) -> str | None:
+    """Return None while `owner` has the directory, else a message that names its new owner. Raises OSError."""
+    record = _read_lock(paths)
+    return None if record is not None and record.owner == owner else _describe_loss(paths, record)
 
 
 def owner_of_this_attempt(paths: RunPaths) -> Owner | None:
-    """Return the owner of the directory if torchrun started it together with this process. Raises OSError."""
-    found = _in_place(paths)
-    if found is None or found.owner.job is None:
+    """Return the owner of the directory if it belongs to the same attempt of a torchrun job. Raises OSError."""
+    record = _read_lock(paths)
+    if record is None or record.owner.job is None:
         return None
-    return found.owner if (found.owner.job, found.owner.attempt) == (this_job(), this_attempt()) else None
+    return record.owner if (record.owner.job, record.owner.attempt) == (this_job(), this_attempt()) else None
 
 
 def lock_holder(paths: RunPaths) -> str | None:
-    """Return a description of the owner of a run directory, None if there is none. Takes up to LEASE seconds."""
+    """Describe the live owner of a run directory; None if there is none. Takes up to LEASE seconds."""
     try:
         fd = os.open(paths.lock, os.O_RDWR)
     except OSError:
         return None  # no LOCK, or one that cannot be opened, which RunLock reports
     try:
-        return _holder(paths, fd, LEASE)
+        return _live_owner(paths, fd, LEASE)
     finally:
         os.close(fd)
 
 
-def _taken(paths: RunPaths, lease: float | None) -> int:
-    """Open the LOCK in place once no other living process holds it. Raises as RunLock does."""
+def _open_when_free(paths: RunPaths, lease: float | None) -> int:
+    """Open LOCK once no other process that is alive holds it. Returns its descriptor. Raises as RunLock does."""
     while True:
         try:
             paths.root.mkdir(parents=True, exist_ok=True)
@@ -200,7 +203,7 @@ def _taken(paths: RunPaths, lease: float | None) -> int:
                 f"cannot write to the run directory {paths.root}: {error.strerror}; choose another with --run.dir=DIR"
             ) from None
         try:
-            if holder := _holder(paths, fd, lease):
+            if holder := _live_owner(paths, fd, lease):
                 raise DirectoryError(
                     f"the run directory {paths.root} is in use by {holder}; wait for it or choose another --run.dir"
                 )
@@ -209,52 +212,55 @@ def _taken(paths: RunPaths, lease: float | None) -> int:
         except BaseException:
             os.close(fd)
             raise
-        os.close(fd)  # another job put its file in place between open and flock: look at that one
+        os.close(fd)  # another job has replaced the file between open and flock: try the new one
 
 
-def _holder(paths: RunPaths, fd: int, lease: float | None) -> str | None:
-    """Describe the owner of this open LOCK. None: no owner is alive, and `fd` has the flock if it is free.
+def _live_owner(paths: RunPaths, fd: int, lease: float | None) -> str | None:
+    """Describe the owner of an open LOCK. Returns None if none is alive; `fd` then has the flock if it is free.
 
     `lease`: seconds to watch an owner on another host; None: it counts as alive. Raises StorageError.
     """
     free = _flock(paths, fd)
-    found = _read(fd)
-    if found is None:
+    record = _read_record(fd)
+    if record is None:
         return None if free else "another job"
-    if free and (found.released or found.owner.boot == _boot()):
+    flock_decides = record.released or record.owner.boot == _boot_id()
+    if free and flock_decides:
         return None
-    if not free and (found.released or found.owner.boot == _boot()):
-        gone = lease is not None and _dies(paths, fd, found, lease)
+    if lease is None:
+        gone = False
+    elif flock_decides:
+        gone = _owner_dies(paths, fd, record, lease)
     else:
-        gone = lease is not None and not _changes(paths, found, lease)
-    return None if gone else str((_in_place(paths) or found).owner)
+        gone = not _lock_changes(paths, record, lease)
+    return None if gone else str((_read_lock(paths) or record).owner)
 
 
-def _dies(paths: RunPaths, fd: int, found: _Record, lease: float) -> bool:
-    """Wait up to `lease` seconds for an owner of this kernel to die; `fd` then holds the flock.
+def _owner_dies(paths: RunPaths, fd: int, record: _Record, lease: float) -> bool:
+    """Wait up to `lease` seconds for an owner on this kernel to die; `fd` then holds the flock.
 
-    A process that is killed while it writes to a slow disk, or frees much memory, is gone only when that is done.
+    A process that is killed while it writes to a slow disk, or frees much memory, ends only when that is done.
     """
     deadline = time.monotonic() + lease
-    while time.monotonic() < deadline and _in_place(paths) == found:
+    while time.monotonic() < deadline and _read_lock(paths) == record:
         time.sleep(lease / 100)
         if _flock(paths, fd):
             return True
     return False
 
 
-def _changes(paths: RunPaths, found: _Record, lease: float) -> bool:
-    """Wait up to `lease` seconds for LOCK to change."""
+def _lock_changes(paths: RunPaths, record: _Record, lease: float) -> bool:
+    """Watch LOCK for up to `lease` seconds; tell whether its owner renews it, or another one replaces it."""
     deadline = time.monotonic() + lease
     while time.monotonic() < deadline:
         time.sleep(lease / 20)
-        if _in_place(paths) != found:
+        if _read_lock(paths) != record:
             return True
     return False
 
 
 def _flock(paths: RunPaths, fd: int) -> bool:
-    """Take the flock; False if another has it. Raises StorageError where there are no locks."""
+    """Take the flock; tell whether that succeeded. Raises StorageError if the file system has no locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -264,21 +270,21 @@ def _flock(paths: RunPaths, fd: int) -> bool:
     return True
 
 
-def _in_place(paths: RunPaths) -> _Record | None:
-    """Read the LOCK in place. It is opened anew each time: a network file system then asks its server."""
+def _read_lock(paths: RunPaths) -> _Record | None:
+    """Read LOCK, None if there is no valid one. Opening it each time makes a network file system ask its server."""
     try:
         fd = os.open(paths.lock, os.O_RDONLY)
     except FileNotFoundError:
         return None
     try:
-        return _read(fd)
+        return _read_record(fd)
     finally:
         os.close(fd)
 
 
-def _read(fd: int) -> _Record | None:
-    """Read a LOCK; None if it is empty, damaged or of another format. Raises OSError."""
-    for _ in range(3):  # it may be read in the middle of a renewal
+def _read_record(fd: int) -> _Record | None:
+    """Read an open LOCK; None if it is empty, damaged or of another format. Raises OSError."""
+    for _ in range(3):  # a renewal may be under way
         content = os.pread(fd, 4096, 0)
         try:
             values: dict[str, Any] = json.loads(content)
@@ -290,17 +296,17 @@ def _read(fd: int) -> _Record | None:
 
 
 def _first_fence(fd: int) -> int:
-    """Return 1 for a new file. Where the last token cannot be read, a number above any count of owners."""
+    """Return the fence of a first owner: 1, or if a previous fence cannot be read, a number above any fence."""
     return int(time.time()) if os.fstat(fd).st_size else 1
 
 
-def _loss(paths: RunPaths, found: _Record | None) -> str:
-    to = f"to {found.owner}" if found else "(its LOCK was removed or damaged)"
+def _describe_loss(paths: RunPaths, record: _Record | None) -> str:
+    to = f"to {record.owner}" if record else "(its LOCK was removed or damaged)"
     return f"lost the run directory {paths.root} {to}: nothing more is written there"
 
 
-def _boot() -> str:
-    """Return what identifies this kernel, as long as it runs."""
+def _boot_id() -> str:
+    """Return an identifier of the running kernel, which changes with each boot."""
     try:
         return BOOT_ID.read_text().strip()
     except OSError:

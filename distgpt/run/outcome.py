@@ -1,4 +1,4 @@
-"""The exit code and the line for whatever ended a run. Imports no torch."""
+"""The exit code and the message for the exception that ended a run. Imports no torch."""
 
 import os
 import re
@@ -7,26 +7,26 @@ from distgpt.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, EXIT_USAGE, Dist
 from distgpt.run.exit_report import EXIT_FILE_VARIABLE
 from distgpt.torchrun import print_cause
 
-# What CUDA says of a GPU that broke or was lost; launchers give up where starting again does not help.
+# Parts of CUDA's messages about a broken or lost GPU. Launchers give up if a restart does not help.
 LOST_DEVICE = ("ECC", "unspecified launch failure", "unknown error", "busy or unavailable", "hardware", "NVLink")
 
 
 def say_end(code: int, cause: str) -> None:
     """Print why a run ended, as the last line of this process."""
     if code == EXIT_INTERRUPTED and EXIT_FILE_VARIABLE in os.environ:
-        # The launcher decides whether to go on, and says so below. Where a host joins, torchrun restarts silently.
+        # The launcher decides whether to restart, and says so itself. When a host joins, torchrun restarts silently.
         cause = re.sub("[,:] run it again to go on$", "", cause)
     print_cause(f"distgpt: {cause}" if code == EXIT_INTERRUPTED else f"distgpt: error: {cause}")
 
 
 def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:
-    """Return the exit code and the line for whatever ended a run; `training`: it had started to train."""
+    """Return the exit code and the message for `error`. `training`: the run had started to train."""
     if isinstance(error, DistgptError):
         return error.code, str(error)
     text = str(error)
     first_line = next(iter(text.splitlines()), type(error).__name__)
     if _is_lost_peer(error, training):
-        # Without the place in gloo's sources before it and its advice after it.
+        # Cut the location in gloo's sources at the start, and gloo's advice at the end.
         what = re.sub(r"^\[[^]]*\] ", "", first_line).split(". ")[0]
         return EXIT_INTERRUPTED, f"lost contact with the other ranks ({what}): run it again to go on"
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
@@ -42,9 +42,9 @@ def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:
 
 
 def _is_lost_peer(error: BaseException, training: bool) -> bool:
-    """Tell whether a collective failed because another rank is gone; gloo raises a plain RuntimeError for that.
+    """Tell whether a collective failed because another rank is gone, for which gloo raises a plain RuntimeError.
 
-    While a run trains, every error of gloo means that. Before, it may be a wrong interface or host name.
+    While a run trains, every error of gloo means that. Before, it may mean a wrong interface or host name.
     """
     if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
         return True

@@ -1,4 +1,4 @@
-"""The names of the files in a run directory."""
+"""The paths of the files in a run directory."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,7 +8,7 @@ from distgpt.errors import UsageError
 
 @dataclass(frozen=True)
 class RunPaths:
-    """The names of all files in a run directory. Raises UsageError if its own name is not UTF-8."""
+    """The paths of the files in the run directory `root`. Raises UsageError if its name is not UTF-8."""
 
     root: Path
 

@@ -1,6 +1,6 @@
 """One rank of a run: its signals, lock and log, and the exit code and report with which it ends.
 
-Imports no torch, so that all of it is in force from the first moment of a rank.
+Imports no torch, so that signals are handled from the start of a rank.
 """
 
 import faulthandler
@@ -27,25 +27,25 @@ from distgpt.errors import (
     DistgptError,
     Interrupted,
 )
-from distgpt.run.exit_report import forget_last_attempt, write_exit_report
-from distgpt.run.lock import LEASE, RENEWAL, Owner, RunLock, loss_of, owner_of_this_attempt
+from distgpt.run.exit_report import remove_report_of_last_attempt, write_exit_report
+from distgpt.run.lock import LEASE, RENEWAL, Owner, RunLock, loss_message, owner_of_this_attempt
 from distgpt.run.outcome import outcome, say_end
 from distgpt.run.paths import RunPaths
 from distgpt.torchrun import RANK_ZERO_SECONDS, print_cause
 
 log = logging.getLogger("distgpt")
 log.addHandler(logging.NullHandler())
-log.propagate = False  # what a person should read is printed; the log is for logs/
-logging.raiseExceptions = False  # where a full disk has no room for a line, there is no traceback on stderr
+log.propagate = False  # lines go to logs/ only; messages for the user are printed
+logging.raiseExceptions = False  # no traceback on stderr if a full disk has no room for a line
 
-# Signals that a person at a terminal sends, or a launcher for a person.
-TYPED = (signal.SIGINT, signal.SIGTERM)
-# A signal that comes again within this time is an echo of the first.
+# Signals that a user sends from a terminal, perhaps through a launcher.
+TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# A signal that comes again within this time is a copy of the first one, as Slurm sends it.
 ECHO_SECONDS = 1.0
-# Makes a rank write the stacks of all its threads to its log, whatever the rank does.
+# Makes a rank write the stacks of all its threads to its log, even while it hangs.
 STACKS_SIGNAL = signal.SIGUSR2
-# Seconds that a rank has for its report when it must end at once.
-LATEST_SECONDS = 10.0
+# Seconds for the report of a rank that ends at once: the disk of the run directory may hang.
+REPORT_SECONDS = 10.0
 # Seconds for which a network file system may answer from its cache of a directory: acdirmax of nfs(5).
 NFS_ATTRIBUTE_CACHE_SECONDS = 60.0
 
@@ -72,11 +72,11 @@ class _LossyStream:
 class RunSession:
     """One rank of a run, from its first moment to its exit code.
 
-    As a context manager it turns whatever ends the run into an exit code, exit.json and one line on stderr, from the
-    rank that knew first. SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask to stop at a step that all ranks agree on. Before
-    `allow_graceful_stop()` there is nothing to save, and the main thread may wait in a rendezvous, where Python does
-    not run its signal handlers: a thread that the C-level handler wakes ends the process. Afterwards a signal sets
-    `stop_requested`. That thread says so at once, since a step may be long; a second Ctrl-C ends the process unsaved.
+    As a context manager it turns whatever ends the run into an exit code, exit.json and one line on stderr, which the
+    first rank that knows writes. SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask to stop. A thread, which the C-level handler
+    wakes, acts on them, since Python runs no signal handlers while the main thread waits in a rendezvous. Before
+    `allow_graceful_stop()` there is nothing to save, and the thread ends the process. Afterwards a signal sets
+    `stop_requested`, and all ranks stop at the same step; a second Ctrl-C ends the process without a save.
     """
 
     def __init__(self, paths: RunPaths, rank: int) -> None:
@@ -84,42 +84,42 @@ class RunSession:
         self.rank = rank
         self.step: int | None = None
         self.stop_requested: str | None = None
-        self.told_to_stop = False
+        self.stop_signal_received = False
         self.owner: Owner | None = None
         self._lock: RunLock | None = None
-        self._refused = False
-        self._ending = threading.Lock()
-        self._writes_report = False
+        self._lock_refused = False
+        self._ending_lock = threading.Lock()
+        self._reports_in_directory = False
         self._starting = True
 
     def __enter__(self) -> Self:
-        forget_last_attempt()
+        remove_report_of_last_attempt()
         sys.stdout, sys.stderr = _LossyStream(sys.stdout), _LossyStream(sys.stderr)
-        # Kept open for the life of the process.
+        # Signal handlers write to it until the process ends.
         self._wakeup = socket.socketpair()
         self._wakeup[1].setblocking(False)
         signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
         for number in STOP_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
-                signal.signal(number, self._remember)
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._request_stop)
         signal.signal(STACKS_SIGNAL, signal.SIG_IGN)  # until there is a log for the stacks
-        threading.Thread(target=self._heed_signals, name="stop-signals", daemon=True).start()
+        threading.Thread(target=self._handle_signals, name="stop-signals", daemon=True).start()
         return self
 
     def acquire(self, *, lease: float = LEASE, renewal: float = RENEWAL) -> None:
-        """Take the run directory, on rank 0, and renew its lease from now on. Raises as RunLock does."""
-        self._refused = True
+        """Take the run directory on rank 0, and renew its lease from now on, in seconds. Raises as RunLock does."""
+        self._lock_refused = True
         self._lock = RunLock(self.paths, lease=lease)
-        self._refused = False
+        self._lock_refused = False
         self.owner = self._lock.owner
-        self._lock.keep(self._leave_to, every=renewal)
-        self._writes_report = True
-        self.paths.logs.mkdir(exist_ok=True)  # for the stacks of a start that hangs
+        self._lock.renew_in_background(self._exit_lost, every=renewal)
+        self._reports_in_directory = True
+        self.paths.logs.mkdir(exist_ok=True)  # the watchdog writes stacks there if the start hangs
 
     def attach_logs(self, owner: Owner | None) -> None:
-        """Open the log of this rank, once all ranks are here and rank 0 is the `owner` of the run directory."""
+        """Open the log of this rank, once all ranks have joined and rank 0 is the `owner` of the run directory."""
         self.owner = owner
-        self._writes_report = True
+        self._reports_in_directory = True
         self.paths.logs.mkdir(exist_ok=True)
         stream = (self.paths.logs / f"rank-{self.rank}.log").open("a", buffering=1)
         handler = logging.StreamHandler(stream)
@@ -130,36 +130,36 @@ class RunSession:
         faulthandler.register(STACKS_SIGNAL, stream)
 
     def sees_same_directory(self, owner: Owner | None) -> bool:
-        """Check that the run directory of this rank is the one that rank 0 took as `owner`.
+        """Tell whether the run directory of this rank is the one that rank 0 took as `owner`.
 
-        May take NFS_ATTRIBUTE_CACHE_SECONDS.
+        Takes up to NFS_ATTRIBUTE_CACHE_SECONDS.
         """
         deadline = time.monotonic() + NFS_ATTRIBUTE_CACHE_SECONDS
         while True:
             with suppress(OSError):
-                if owner is None or loss_of(self.paths, owner) is None:
+                if owner is None or loss_message(self.paths, owner) is None:
                     return True
             if time.monotonic() > deadline:
                 return False
             time.sleep(0.5)
 
     def require_owned(self) -> None:
-        """End this process, from whichever thread, if another job has taken the run directory. Raises OSError."""
-        if self.owner and (line := loss_of(self.paths, self.owner)):
-            self._leave_to(line)
+        """End this process if another job has taken the run directory. Any thread may call it. Raises OSError."""
+        if self.owner and (message := loss_message(self.paths, self.owner)):
+            self._exit_lost(message)
 
     def allow_graceful_stop(self) -> None:
-        """Make signals wait for the end of a step from now on."""
+        """From now on, let a signal stop the run at the end of a step, not at once."""
         self._starting = False
 
     def say(self, text: str) -> None:
-        """Log a line, and show it to a person where this is rank 0."""
+        """Log a line, and print it on rank 0."""
         log.info(text)
         if self.rank == 0:
             tqdm.write(text)
 
     def interrupted(self, last: int) -> Interrupted:
-        """Return the error to raise once all ranks agreed to stop and saved `step`, if there is one, of `last`."""
+        """Return the error to raise once all ranks have agreed to stop and saved `self.step` of `last` steps."""
         cause = f"interrupted by {self.stop_requested or 'a signal to another rank'}"
         if not self.step:
             return Interrupted(f"{cause} before the end of the first step: run it again to go on")
@@ -175,121 +175,120 @@ class RunSession:
             return
         code, cause = outcome(error, training=not self._starting)
         log.error("%s", cause, exc_info=error if code == EXIT_BUG else None)
-        alone = self.rank != 0 and not self._writes_report
-        told = self.report(code, cause)
-        if code == EXIT_BUG and (told or alone):
+        not_joined = self.rank != 0 and not self._reports_in_directory
+        prints = self.report(code, cause)
+        if code == EXIT_BUG and (prints or not_joined):
             traceback.print_exception(error)
-        if told:
+        if prints:
             say_end(code, cause)
-        if alone:
-            time.sleep(RANK_ZERO_SECONDS)  # until torchrun's SIGTERM, as soon as rank 0 has left
-            # It has not: what went wrong did so here alone.
-            if self.report(code, cause, for_host=True) and not told:
+        if not_joined:
+            # If rank 0 has the same error, torchrun ends this rank meanwhile with SIGTERM.
+            time.sleep(RANK_ZERO_SECONDS)
+            if self.report(code, cause, for_host=True) and not prints:
                 say_end(code, cause)
         self._release()
-        _leave(code)
+        _end_process(code)
 
     def report(self, code: int, cause: str, *, for_host: bool | None = None) -> bool:
         """Report why the run ends. Returns whether this rank is the one to print it.
 
-        Does not return if the run directory belongs to another job by now.
-        `for_host`: whether this rank reports for its host if not all ranks have joined; None: if it is the first one
-        there. If rank 0 has the run directory by then, the report goes there, and one of rank 0 comes second.
+        Ends the process if another job has taken the run directory.
+        `for_host`: whether this rank reports for its host if it has not joined the others; None: if it is the first
+        one of its host. If rank 0 already has the run directory, the report goes there, before one of rank 0.
         """
-        if for_host and self.rank and not self._writes_report:
+        if for_host and self.rank and not self._reports_in_directory:
             self._report_as_joined()
         with suppress(OSError):
             self.require_owned()
-        if self._writes_report:
+        if self._reports_in_directory:
             fence = self.owner.fence if self.owner else 0
             return write_exit_report(self.paths, code=code, cause=cause, rank=self.rank, step=self.step, fence=fence)
         if self.rank:
-            # The cause probably stops the other ranks of the host and rank 0, too: one line a host, for its launcher.
+            # The other ranks of the host and rank 0 probably fail alike: one line for each host, for its launcher.
             if not (os.environ.get("LOCAL_RANK") == "0" if for_host is None else for_host):
                 return False
             return write_exit_report(None, code=code, cause=cause, rank=self.rank, step=None)
         with suppress(DistgptError):
-            if self.paths.root.is_dir() and not self._refused:
+            if self.paths.root.is_dir() and not self._lock_refused:
                 self._lock = RunLock(self.paths, wait=False)
         paths, fence = (self.paths, self._lock.owner.fence) if self._lock else (None, 0)
         return write_exit_report(paths, code=code, cause=cause, rank=0, step=None, fence=fence)
 
     def _report_as_joined(self) -> None:
-        """Report in the run directory if rank 0 of this attempt has it by now."""
+        """Let reports go to the run directory if rank 0 of this attempt has taken it."""
         with suppress(OSError):
             owner = owner_of_this_attempt(self.paths)
             if owner is not None:
-                self.owner, self._writes_report = owner, True
+                self.owner, self._reports_in_directory = owner, True
 
-    def _leave_to(self, line: str) -> NoReturn:
-        """End this process, whose run directory belongs to another job by now; rank 0 prints `line`."""
-        self._ending.acquire()  # and never released: of two threads that find it, one says it
-        log.error(line)
-        write_exit_report(None, code=EXIT_CANNOT_CREATE, cause=line, rank=self.rank, step=self.step)
+    def _exit_lost(self, message: str) -> NoReturn:
+        """End this process because another job has taken the run directory; rank 0 prints `message`."""
+        self._ending_lock.acquire()  # never released, so that only one thread prints the message
+        log.error(message)
+        write_exit_report(None, code=EXIT_CANNOT_CREATE, cause=message, rank=self.rank, step=self.step)
         if self.rank == 0:
-            print_cause(f"distgpt: error: {line}")
-        _leave(EXIT_CANNOT_CREATE)
+            print_cause(f"distgpt: error: {message}")
+        _end_process(EXIT_CANNOT_CREATE)
 
     def _release(self) -> None:
         if self._lock:
             self._lock.release()
 
-    def _remember(self, number: int, frame: FrameType | None) -> None:
+    def _request_stop(self, number: int, frame: FrameType | None) -> None:
         self.stop_requested = signal.Signals(number).name
 
-    def _heed_signals(self) -> None:
-        answered: float | None = None
+    def _handle_signals(self) -> None:
+        acknowledged: float | None = None
         while received := self._wakeup[0].recv(1):
             number = received[0]
             if number not in STOP_SIGNALS:
                 continue
-            # Also where the main thread is in a call of C, and cannot set stop_requested.
-            self.told_to_stop = True
+            # The main thread cannot set stop_requested while it is in a call of C.
+            self.stop_signal_received = True
             if self._starting:
                 name = signal.Signals(number).name
-                self._leave_interrupted(f"interrupted by {name} before the first step: run it again to go on")
-            elif answered is None:
-                answered = time.monotonic()
+                self._exit_interrupted(f"interrupted by {name} before the first step: run it again to go on")
+            elif acknowledged is None:
+                acknowledged = time.monotonic()
                 _acknowledge(number)
-            elif number == signal.SIGINT and _is_typed_again(answered):
-                self._leave_interrupted(
-                    "interrupted by a second Ctrl-C: what came after the newest checkpoint is not saved, "
+            elif number == signal.SIGINT and _is_second_ctrl_c(acknowledged):
+                self._exit_interrupted(
+                    "interrupted by a second Ctrl-C: steps after the newest checkpoint are not saved, "
                     "run it again to go on from there"
                 )
 
-    def _leave_interrupted(self, cause: str) -> NoReturn:
-        # The disk of the run directory may hang.
-        threading.Thread(target=_leave_regardless, daemon=True).start()
+    def _exit_interrupted(self, cause: str) -> NoReturn:
+        threading.Thread(target=_exit_after_deadline, daemon=True).start()
         if self.report(EXIT_INTERRUPTED, cause):
             say_end(EXIT_INTERRUPTED, cause)
         self._release()
-        _leave(EXIT_INTERRUPTED)
+        _end_process(EXIT_INTERRUPTED)
 
 
 def _acknowledge(number: int) -> None:
-    """Say at once, on each host, that a signal to stop arrived."""
+    """Print on each host that a signal to stop has arrived: the step may be long."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        again = "; Ctrl-C again within it ends now, unsaved" if number in TYPED else ""
+        again = "; Ctrl-C again stops it now, unsaved" if number in TERMINAL_SIGNALS else ""
         below_the_bar = "\n" if sys.stderr.isatty() else ""
         print(f"{below_the_bar}distgpt: stopping after this step is saved{again}", file=sys.stderr, flush=True)
 
 
-def _is_typed_again(answered: float) -> bool:
-    """Tell whether a SIGINT now is the second one of a person, and no echo: Slurm may send one twice to each rank.
+def _is_second_ctrl_c(acknowledged: float) -> bool:
+    """Tell whether a SIGINT now is a second one of the user. Slurm may send the first one twice to each rank.
 
-    Never under torchrun, which gets a second SIGINT itself, and ends its ranks.
+    Never under torchrun, which gets a second SIGINT itself, and ends its ranks. `acknowledged`: time.monotonic() then.
     """
-    return "TORCHELASTIC_RUN_ID" not in os.environ and time.monotonic() - answered > ECHO_SECONDS
+    return "TORCHELASTIC_RUN_ID" not in os.environ and time.monotonic() - acknowledged > ECHO_SECONDS
 
 
-def _leave_regardless() -> None:
-    """End the process in LATEST_SECONDS, whatever its other threads wait for."""
-    time.sleep(LATEST_SECONDS)
+def _exit_after_deadline() -> None:
+    """End the process after REPORT_SECONDS, even if its report hangs."""
+    time.sleep(REPORT_SECONDS)
     os._exit(EXIT_INTERRUPTED)
 
 
-def _leave(code: int) -> NoReturn:
-    """End now: an orderly exit would wait for threads that wait for lost ranks."""
+def _end_process(code: int) -> NoReturn:
+    """End the process now: a normal exit would join threads that wait for lost ranks."""
     sys.stdout.flush()
     sys.stderr.flush()
     logging.shutdown()

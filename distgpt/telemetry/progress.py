@@ -1,4 +1,4 @@
-"""The progress of one run, as a person sees it: times the steps, and passes what was measured to console and files."""
+"""The progress of one run: time its steps, and pass what was measured to the console and to files."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,7 +17,7 @@ from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perple
 from distgpt.telemetry.peaks import mfu
 from distgpt.telemetry.plots import plot_losses
 
-# The time that a run takes is predicted after so many steps or seconds.
+# The duration of a run is predicted after so many steps or seconds.
 PREDICTING_STEPS, PREDICTING_SECONDS = 3, 20.0
 
 
@@ -41,12 +41,14 @@ class Progress:
         """
         self._paths, self._config, self._plan = paths, config, plan
         self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        enabled = plan.runtime.rank == 0
+        is_rank_zero = plan.runtime.rank == 0
         self._require_owned = require_owned
-        self._metrics = Metrics(paths.root, resume_step=start_step, require_owned=require_owned) if enabled else None
-        ledger = paths.goodput if enabled else None
+        self._metrics = (
+            Metrics(paths.root, resume_step=start_step, require_owned=require_owned) if is_rank_zero else None
+        )
+        ledger = paths.goodput if is_rank_zero else None
         self._ledger = Ledger(ledger, start_step=start_step, require_owned=require_owned)
-        self._console = Console(config.train.steps, start_step, enabled)
+        self._console = Console(config.train.steps, start_step, is_rank_zero)
         self._start_step = self._logged_step = start_step
         self._since = time.perf_counter()
         self._paused = self._checkpoint_stall = self._data_wait = 0.0
@@ -57,15 +59,15 @@ class Progress:
         self._write_ledger()
 
     def micro_batch(self, done: int, count: int) -> None:
-        """Show that so many micro-batches of this rank are done in the step under way."""
+        """Show that `done` of `count` micro-batches of this rank are done in the current step."""
         self._console.micro_batch(done, count)
 
     def message(self, line: str) -> None:
-        """Show a line of its own."""
+        """Print a message above the progress bar."""
         self._console.message(line)
 
     def step_done(self, step: int, *, data_wait: float) -> float:
-        """Count a finished optimizer step and return its seconds."""
+        """Record a finished optimizer step and return its seconds. `data_wait`: seconds of it spent on data."""
         self._console.advance()
         seconds = self._ledger.step(step, data_wait=data_wait)
         self._data_wait += data_wait
@@ -73,14 +75,14 @@ class Progress:
         return seconds
 
     def is_logged(self, step: int) -> bool:
-        """Tell whether a step is logged: as log.every says, and the first one, which warms up, and the last."""
-        # With checkpoint.every=auto, ranks agree on the interval at log steps: the second step is the first that can.
+        """Tell whether a step is logged: every log.every steps, and the first and the last one."""
+        # With checkpoint.every=auto, ranks choose the interval at log steps, from the second step on.
         warm_up = 2 if self._config.checkpoint.every == "auto" else 1
         warming_up = step - self._start_step <= warm_up
         return warming_up or step == self._config.train.steps or step % self._config.log.every == 0
 
     def log(self, step: int, *, loss: float, lr: float, grad_norm: float, decision: Decision) -> float:
-        """Log a step. Returns the seconds since the last one that was logged."""
+        """Log a step. Returns the seconds since the previous logged step."""
         now = time.perf_counter()
         elapsed = now - self._since
         seconds = (elapsed - self._paused) / (step - self._logged_step)
@@ -114,21 +116,21 @@ class Progress:
         return elapsed
 
     def compare_ranks(self, step: int, messages: Sequence[str], figures: Mapping[str, float]) -> None:
-        """Show messages about ranks, and record figures by name, below ranks/ in TensorBoard."""
+        """Show messages about ranks, and record figures, by name, under ranks/ in TensorBoard."""
         for line in messages:
             self._console.message(line)
         if self._metrics is not None:
             self._metrics.scalars(step, {f"ranks/{name}": value for name, value in figures.items()})
 
     def save_interval(self, steps: int, *, step_seconds: float, cost: float, between_failures: float) -> None:
-        """Say how often checkpoints will be saved from now on, and why. Costs and times in seconds."""
+        """Show the new save interval, and the reasons for it. Costs and times in seconds."""
         self._console.message(
             f"checkpoints every {steps:,} steps ({duration(steps * step_seconds)}): a save costs {cost:.2f} s of "
             f"training, a failure is expected every {duration(between_failures)}"
         )
 
     def predict(self, step: int, seconds: float) -> None:
-        """Say once how long the run will take, from its first steps but the very first, which warms up."""
+        """Show once how long the run will take, from its first steps, except the very first, which warms up."""
         left = self._config.train.steps - step
         if step == self._start_step + 1 or not left or self._predicted:
             return
@@ -136,16 +138,16 @@ class Progress:
         spent = sum(self._first_steps)
         if len(self._first_steps) == PREDICTING_STEPS or spent >= PREDICTING_SECONDS:
             self._predicted = True
-            each = spent / len(self._first_steps)
-            self._console.message(f"time      {left:,} more steps of {step_time(each)} take {duration(left * each)}")
+            mean = spent / len(self._first_steps)
+            self._console.message(f"time      {left:,} more steps of {step_time(mean)} take {duration(left * mean)}")
 
     def account(self) -> Account:
-        """Return where the time of the run went so far, all its attempts together."""
+        """Return the account of the time of the run so far, over all its attempts."""
         return self._ledger.account()
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """Wrap an evaluation: its time does not count as that of steps."""
+        """Wrap an evaluation, so that its time does not count as time of steps."""
         started = time.perf_counter()
         yield
         self._paused += time.perf_counter() - started
@@ -154,11 +156,11 @@ class Progress:
 
     @contextmanager
     def checkpointing(self) -> Iterator[None]:
-        """Wrap the start of a save: the time for which training stands still is logged."""
+        """Wrap the part of a save for which training stops, so that its time is logged."""
         started = time.perf_counter()
         if self._metrics is not None:
             self._metrics.sync()
-        self._ledger.spend("other")  # a step that was broken off, if any
+        self._ledger.spend("other")  # an unfinished step, if any
         yield
         stalled = time.perf_counter() - started
         self._checkpoint_stall += stalled
@@ -167,7 +169,7 @@ class Progress:
         self._write_ledger()
 
     def evaluation(self, step: int, *, val_loss: float, val_bits_per_byte: float, best: bool) -> None:
-        """Log an evaluation, whose loss is the lowest so far or not, and redraw the loss curve."""
+        """Log an evaluation and redraw the loss curve. `best`: its loss is the lowest so far."""
         self._console.evaluation(
             step=step,
             val_loss=val_loss,
@@ -180,7 +182,7 @@ class Progress:
             self._plot()
 
     def sample(self, step: int, text: str) -> None:
-        """Log a text that the model wrote."""
+        """Log a text that the model has generated."""
         if self._metrics is not None:
             self._metrics.text("sample", text, step)
 
@@ -190,7 +192,7 @@ class Progress:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Remove the bar and say where the time went."""
+        """Remove the progress bar and show where the time went."""
         self._console.close()
         if self._metrics is not None:
             self._ledger.spend("other")
@@ -208,4 +210,4 @@ class Progress:
         try:
             plot_losses(self._paths.metrics, self._paths.plot, require_owned=self._require_owned)
         except StorageError as error:
-            self._console.message(f"no new loss curve: {error}")
+            self._console.message(f"the loss curve was not redrawn: {error}")

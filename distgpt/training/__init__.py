@@ -1,8 +1,8 @@
-"""Parts that the commands share.
+"""The parts that train, evaluate and replay share.
 
-Reading order: startup (checks and set-up before the first step), summary (the lines that describe a run), step
-(gradients of a global batch, then the update), evaluation (the validation loss, a sample of text), report (what
-follows a step: figures, slow ranks, the time of the next save).
+Reading order: startup (checks and data before the first step), summary (the description of a run, and warnings), step
+(gradients of a global batch, then the update), report (what is shown and recorded of a step), evaluation (the
+validation loss, a sample of text).
 
 It may import every room but preflight and launch.
 """

@@ -18,6 +18,8 @@ from distgpt.model.generate import generate
 
 @dataclass(frozen=True)
 class Evaluation:
+    """The result of an evaluation."""
+
     val_loss: float  # nats per token
     val_bits_per_byte: float
 
@@ -25,8 +27,8 @@ class Evaluation:
 def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer, plan: Plan) -> Evaluation:
     """Compute the mean loss over the validation windows. All ranks call it: a sharded model needs each in its forward.
 
-    Any number of ranks computes the same micro-batches, and one rank writes the loss of each window, so the sum over
-    ranks only adds zeros. The mean is taken in float64.
+    The micro-batches are the same for any number of ranks, and one rank computes the loss of each window, so the sum
+    over ranks only adds zeros to it. The mean is taken in float64.
     """
     runtime = plan.runtime
     losses_N = torch.zeros(batches.windows, dtype=torch.float64, device=runtime.device)
@@ -48,8 +50,8 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer,
 
 
 def sample_text(model: nn.Module, tokenizer: Tokenizer, step: int, config: Config, plan: Plan) -> str:
-    """Let the model write a text without a prompt. All ranks call it, and draw the same tokens."""
+    """Generate a text without a prompt. All ranks call it, and draw the same tokens."""
     generator = torch.Generator().manual_seed(config.run.seed + step)
     with inference(model) as gpt, autocast(plan.runtime.device, plan.dtype), torch.compiler.set_stance("force_eager"):
-        drawn = list(generate(gpt, [], max_tokens=config.eval.sample_tokens, generator=generator))
-    return tokenizer.decode(drawn)
+        tokens = list(generate(gpt, [], max_tokens=config.eval.sample_tokens, generator=generator))
+    return tokenizer.decode(tokens)

@@ -1,4 +1,4 @@
-"""Report a step: show and record it, name slow ranks, reconsider how often to save, explain a skipped update."""
+"""Report a step: show and record it, name slow ranks, adapt the save interval, explain a skipped update."""
 
 import logging
 
@@ -19,7 +19,7 @@ log = logging.getLogger("distgpt")
 
 
 class StepReporter:
-    """Reports the steps of a run after `start_step`. All ranks call it alike, since they exchange figures."""
+    """Reports the steps of a run after `start_step`. All ranks call it, since they exchange figures."""
 
     def __init__(
         self,
@@ -37,7 +37,7 @@ class StepReporter:
     def report(
         self, step: int, *, loss: float, lr: float, grad_norm: float, decision: Decision, data_wait: float
     ) -> None:
-        """Report a step that is done. `data_wait`: seconds that this rank waited for data in it."""
+        """Report a finished step. `data_wait`: seconds for which this rank waited for data in it."""
         seconds = self._progress.step_done(step, data_wait=data_wait)
         save_seconds, saved_bytes = self._checkpoints.pop_write_stats()
         self._stragglers.end_step(data_wait=data_wait, save_seconds=save_seconds, saved_bytes=saved_bytes)
@@ -75,12 +75,12 @@ class StepReporter:
         if steps := self._interval.reconsider(between_failures, runtime):
             cost = self._interval.cost
             self._progress.save_interval(
-                steps, step_seconds=cost.of_a_step, cost=cost.of_a_save, between_failures=between_failures
+                steps, step_seconds=cost.seconds_per_step, cost=cost.seconds_per_save, between_failures=between_failures
             )
 
 
-def peak_flops_of_all(plan: Plan) -> float | None:
-    """Return the peak FLOP/s of all ranks together, None if the device of any is unknown. All ranks call it."""
+def total_peak_flops(plan: Plan) -> float | None:
+    """Return the peak FLOP/s of all ranks together, None if one has an unknown device. All ranks call it."""
     runtime = plan.runtime
     peak = device_peak_flops(runtime.device, plan.dtype)
     values = torch.tensor([peak or 0.0, float(peak is None)], dtype=torch.float64, device=runtime.device)
@@ -88,8 +88,8 @@ def peak_flops_of_all(plan: Plan) -> float | None:
     return None if unknown else float(total)
 
 
-def explain(decision: Decision, step: int, config: Config, batches: Loader) -> str:
-    """Say in one line why the update of a step is not applied, and with which samples; log where they came from."""
+def explain_outlier(decision: Decision, step: int, config: Config, batches: Loader) -> str:
+    """Say in one line why the update of a step is not applied, and name its samples; log their places."""
     completed = step - 1
     places = [(int(shard), int(offset)) for shard, offset in zip(*batches.places(completed), strict=True)]
     log.error("step %d, windows of this rank as (shard, token offset): %s", step, places)

@@ -1,4 +1,4 @@
-"""The checks and set-up that come before the first step."""
+"""The checks and the set-up before the first step."""
 
 import logging
 import math
@@ -29,12 +29,12 @@ from distgpt.run.session import NFS_ATTRIBUTE_CACHE_SECONDS, RunSession
 
 log = logging.getLogger("distgpt")
 
-# Bytes a second. A disk that is slower counts as hanging.
+# Bytes a second. The watchdog takes a disk that is slower for one that hangs.
 SLOWEST_DISK = 1e6
 
 
 def check_rank(config: Config, plan: Plan, dataset: Dataset, session: RunSession, watchdog: Watchdog) -> None:
-    """Check what this rank can check alone: the checkpoints; on rank 0 also the run directory, the data, the disk.
+    """Make the checks that need no other rank: the checkpoints; on rank 0 also the run directory, data and disk.
 
     Raises UsageError, DirectoryError, DataError or StorageError.
     """
@@ -53,20 +53,22 @@ def check_rank(config: Config, plan: Plan, dataset: Dataset, session: RunSession
     needed = checkpoint_bytes(count_parameters(config.model, dataset.vocab_size), plan.independent_replicas)
     try:
         require_space(paths.root, needed)
-    except StorageError as error:  # there may be room by the time of the first save
+    except StorageError as error:  # a warning, since there may be room by the time of the first save
         warn(str(error))
     watchdog.heartbeat(JOINING, timeout)
 
 
 def check_agreement(config: Config, plan: Plan, dataset: Dataset, session: RunSession, watchdog: Watchdog) -> None:
-    """Check that all ranks have the same config, data and run directory; then open their logs. All ranks call it.
+    """Check that all ranks have the same config, data and run directory, then open their logs. All ranks call it.
 
     Raises UsageError or DirectoryError on all ranks.
     """
-    watchdog.heartbeat("agreeing with the other ranks", config.health.start_timeout + NFS_ATTRIBUTE_CACHE_SECONDS)
-    asked = to_dict(config)
-    del asked["run"]["fresh"]  # launchers clear it when they restart a job
-    require_agreement({**asked, "data": dataset.fingerprint}, plan.runtime)
+    watchdog.heartbeat(
+        "comparing the config with the other ranks", config.health.start_timeout + NFS_ATTRIBUTE_CACHE_SECONDS
+    )
+    compared = to_dict(config)
+    del compared["run"]["fresh"]  # launchers clear it when they restart a job
+    require_agreement({**compared, "data": dataset.fingerprint}, plan.runtime)
     owner = Owner(**broadcast_from_rank_zero(asdict(session.owner) if session.owner else {}, plan.runtime))
     _require_shared_directory(session, owner, plan.runtime)
     session.attach_logs(owner)
@@ -75,14 +77,14 @@ def check_agreement(config: Config, plan: Plan, dataset: Dataset, session: RunSe
 def _require_shared_directory(session: RunSession, owner: Owner, runtime: Runtime) -> None:
     """Raise DirectoryError on all ranks unless all of them see the run directory that rank 0 took as `owner`."""
     sees = [row[0] for row in all_gather_row([session.sees_same_directory(owner)], runtime)]
-    blind = {host for host, seen in zip(hosts_of_ranks(runtime), sees, strict=True) if not seen}
-    if blind:
-        hosts = ", ".join(sorted(blind))
+    without = {host for host, seen in zip(hosts_of_ranks(runtime), sees, strict=True) if not seen}
+    if without:
+        hosts = ", ".join(sorted(without))
         raise DirectoryError(f"{hosts} does not see {session.paths.root}: is it on a shared disk?")
 
 
 def warn(line: str) -> None:
-    """Warn a person of something that can work but is probably a mistake."""
+    """Print and log a warning about a value that can work but is probably a mistake."""
     log.warning("%s", line)
     print(f"distgpt: warning: {line}", file=sys.stderr, flush=True)
 
@@ -116,9 +118,9 @@ def validation_batches(config: Config, plan: Plan, dataset: Dataset, *, sequence
 
 
 def open_data_of_run(recorded: str, given: str | None, *, fingerprint: str | None) -> Dataset:
-    """Open and verify the data of a run, at its recorded place or where a person says it is. Raises DataError.
+    """Open and verify the data of a run, in its recorded directory or the `given` one. Raises DataError.
 
-    `fingerprint`: that of the data that the run was trained on; None accepts other data.
+    `fingerprint`: of the data that the run was trained on; None accepts other data.
     """
     path = Path(given or recorded)
     if given is None and not path.is_dir():

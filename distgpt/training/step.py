@@ -13,7 +13,7 @@ from distgpt.distributed.parallelize import autocast, gradient_sync
 from distgpt.distributed.plan import Plan
 from distgpt.distributed.runtime import Runtime
 
-# Ranks ask each other for signals every so many seconds, or after each micro-batch where that takes longer.
+# Ranks compare their stop requests every so many seconds, or after each micro-batch if one takes longer.
 CHECK_SECONDS = 5.0
 
 
@@ -28,8 +28,8 @@ def accumulate_gradients(
 ) -> Tensor:
     """Run forward and backward over the micro-batches of this rank and return their mean loss.
 
-    Gradients become means over the global batch. `seed` is that of the run. `after_each` gets the number of
-    micro-batches that are done, and of all.
+    Gradients become means over the global batch. `seed`: of the run. `after_each` gets the number of micro-batches that
+    are done, and their total number.
     """
     device, count = plan.runtime.device, len(micro_batches)
     loss_sum = torch.zeros((), device=device)
@@ -47,40 +47,36 @@ def accumulate_gradients(
 class StopCheck:
     """Lets all ranks agree, between two micro-batches, to stop in the middle of a long step.
 
-    They ask each other about every CHECK_SECONDS, counted in micro-batches, so that all do it at the same place. A step
-    that is shorter ends first.
+    They check about every CHECK_SECONDS, counted in micro-batches, so that all check after the same one.
     """
 
-    def __init__(self, requested: Callable[[], bool], runtime: Runtime, *, waited: Callable[[float], object]) -> None:
-        """`waited` gets the seconds that this rank waited for the others."""
-        self._requested, self._runtime, self._waited = requested, runtime, waited
-        self._left, self._passed = 1, 0  # micro-batches until the next check, and since the last one
-        self._last = time.monotonic()
+    def __init__(self, requested: Callable[[], bool], runtime: Runtime, *, on_wait: Callable[[float], object]) -> None:
+        """`on_wait` gets the seconds that this rank waited for the others in each check."""
+        self._requested, self._runtime, self._on_wait = requested, runtime, on_wait
+        self._until_check, self._since_check = 1, 0  # micro-batches
+        self._checked_at = time.monotonic()
 
     def agreed(self) -> bool:
-        """Tell whether all stop here. Each rank calls it after each of its micro-batches but the last of a step."""
-        self._left, self._passed = self._left - 1, self._passed + 1
-        if self._left:
+        """Tell whether all ranks stop now. Each rank calls it after each micro-batch except the last of a step."""
+        self._until_check, self._since_check = self._until_check - 1, self._since_check + 1
+        if self._until_check:
             return False
         if self._runtime.device.type == "cuda":
             torch.cuda.synchronize(self._runtime.device)
         now = time.monotonic()
-        each = (now - self._last) / self._passed
-        values = torch.tensor([self._requested(), each], dtype=torch.float64, device=self._runtime.device)
+        seconds = (now - self._checked_at) / self._since_check
+        values = torch.tensor([self._requested(), seconds], dtype=torch.float64, device=self._runtime.device)
         if self._runtime.distributed:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
-        stop, each = values.tolist()
-        self._last, self._passed = time.monotonic(), 0
-        self._left = max(1, int(CHECK_SECONDS / max(each, 1e-6)))
-        self._waited(self._last - now)
+        stop, seconds = values.tolist()
+        self._checked_at, self._since_check = time.monotonic(), 0
+        self._until_check = max(1, int(CHECK_SECONDS / max(seconds, 1e-6)))
+        self._on_wait(self._checked_at - now)
         return bool(stop)
 
 
 def seed_dropout(device: torch.device, seed: int) -> None:
-    """Seed the generator that dropout on this device uses.
-
-    torch.manual_seed would also seed every other type of device, which takes a millisecond.
-    """
+    """Seed the generator of dropout on this device. torch.manual_seed seeds all types, which takes a millisecond."""
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
     else:
@@ -94,7 +90,7 @@ def dropout_seed(seed: int, step: int, micro_batch_index: int) -> int:
 
 
 def apply_update(model: nn.Module, optimizer: torch.optim.Optimizer, grad_norm: Tensor, *, clip: float) -> None:
-    """Take an optimizer step. Gradients of norm `grad_norm` are scaled down to at most `clip` (0: left as they are)."""
+    """Take an optimizer step, with gradients scaled down from `grad_norm` to a norm of at most `clip` (0: unscaled)."""
     if clip:
         nn.utils.clip_grads_with_norm_(model.parameters(), clip, grad_norm)
     optimizer.step()

@@ -30,13 +30,13 @@ def describe(config: Config, plan: Plan, dataset: Dataset, model: nn.Module) -> 
         f"batch     {config.train.global_batch} sequences of {config.model.block_size} tokens = "
         f"{runtime.world_size} ranks x {plan.micro_batch} x {plan.accumulation} accumulation steps\n"
         f"length    {config.train.steps:,} steps = {config.train.steps * tokens_per_step(config):,} tokens, "
-        f"{_count(epochs(config, dataset.train.tokens))} epochs\n"
+        f"{_format_count(epochs(config, dataset.train.tokens))} epochs\n"
         f"strategy  {plan.strategy}, {plan.reason}"
     )
 
 
-def begin_line(config: Config, restored: RunState | None) -> str:
-    """Say whether the run starts or goes on, and with which other values."""
+def start_message(config: Config, restored: RunState | None) -> str:
+    """Say whether the run starts or goes on, and with which changed values."""
     if restored is None:
         return f"starting in {config.run_dir}"
     different = changes(from_dict(restored.config, source=STATE), config)
@@ -44,17 +44,17 @@ def begin_line(config: Config, restored: RunState | None) -> str:
     return f"going on from step {restored.step} in {config.run_dir}{with_others}"
 
 
-def nothing_to_do(config: Config, step: int) -> str:
-    """Say that a run has all its steps, and how it could go further."""
-    again = "" if config.optim.schedule == "constant" else ", and its learning rate up again"
+def nothing_to_do_message(config: Config, step: int) -> str:
+    """Say that a run has finished all its steps, and how to extend it."""
+    raised = "" if config.optim.schedule == "constant" else ", with a higher learning rate again"
     return (
         f"nothing to do: {config.run_dir} is at step {step} of {config.train.steps}, "
-        f"--train.steps=N goes further{again}"
+        f"--train.steps=N goes further{raised}"
     )
 
 
-def all_warnings(config: Config, dataset: Dataset, restored: RunState | None) -> list[str]:
-    """List what looks like a mistake, a line each."""
+def list_warnings(config: Config, dataset: Dataset, restored: RunState | None) -> list[str]:
+    """List values that look like mistakes, one line for each."""
     lines = list(warnings(config, dataset.train.tokens))
     if restored is not None:
         jump = learning_rate_jump(from_dict(restored.config, source=STATE), config, restored.step)
@@ -63,14 +63,14 @@ def all_warnings(config: Config, dataset: Dataset, restored: RunState | None) ->
 
 
 def warnings(config: Config, train_tokens: int) -> Iterator[str]:
-    """Give a line for each value that can work but is probably a mistake."""
+    """Yield a line for each value that can work but is probably a mistake."""
     steps, optim = config.train.steps, config.optim
     if epochs(config, train_tokens) > MANY_EPOCHS:
         enough = steps_of_many_epochs(train_tokens // config.model.block_size, config.train.global_batch)
-        times = _count(epochs(config, train_tokens))
+        times = _format_count(epochs(config, train_tokens))
         yield (
             f"the run reads its {train_tokens:,} training tokens {times} times (epochs), "
-            f"and little is learned after {MANY_EPOCHS}: --train.steps={enough} or more text will do"
+            f"and little is learned after {MANY_EPOCHS}: use --train.steps={enough} or more text"
         )
     if optim.warmup_steps >= steps:
         yield (
@@ -82,7 +82,7 @@ def warnings(config: Config, train_tokens: int) -> Iterator[str]:
 def changes(then: Config, now: Config) -> list[str]:
     """List the keys that differ when a run is resumed, with their old and new values."""
     return [
-        f"{key} {_shown(value_at(then, key))} -> {_shown(value_at(now, key))}"
+        f"{key} {_format_value(value_at(then, key))} -> {_format_value(value_at(now, key))}"
         for key in keys()
         if key not in PLACE_KEYS and value_at(then, key) != value_at(now, key)
     ]
@@ -100,9 +100,9 @@ def learning_rate_jump(then: Config, now: Config, step: int) -> str | None:
     if changed:
         return line + "to avoid that, keep " + ", ".join(f"{key}={value_at(then, key)}" for key in changed)
     return (
-        line + f"the {then.optim.schedule} schedule of {then.train.steps:,} steps had come down, and one of "
-        f"{now.train.steps:,} has not; a run that may go further avoids that with a higher optim.min_lr, or with "
-        "optim.schedule=wsd from a checkpoint before its decay"
+        line + f"the {then.optim.schedule} schedule of {then.train.steps:,} steps had lowered it, and one of "
+        f"{now.train.steps:,} has not; to extend a run without a jump, use a higher optim.min_lr, or "
+        "optim.schedule=wsd and a checkpoint before its decay"
     )
 
 
@@ -112,13 +112,13 @@ def tokens_per_step(config: Config) -> int:
 
 
 def epochs(config: Config, train_tokens: int) -> float:
-    """Return how often the run reads its training text."""
+    """Return how many times the run reads its training text."""
     return config.train.steps * tokens_per_step(config) / train_tokens
 
 
-def _count(number: float) -> str:
+def _format_count(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def _shown(value: object) -> str:
+def _format_value(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value) or "empty"

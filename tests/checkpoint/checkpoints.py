@@ -29,32 +29,32 @@ FILES = ["__0_0.distcp", ".metadata", "train.json", "tokenizer.json", "manifest.
 
 
 class OnlyRun(RunSession):
-    """A run whose directory no other job can take, and that remembers what it says."""
+    """A session whose directory no other job can take. It collects its messages."""
 
     def __init__(self, directory: Path) -> None:
         super().__init__(RunPaths(directory), 0)
         self.owner = Owner(1, "here", "now", 1, "today")
-        self.said: list[str] = []
+        self.messages: list[str] = []
 
     def require_owned(self) -> None:
         pass
 
     def say(self, text: str) -> None:
-        self.said.append(text)
+        self.messages.append(text)
 
 
 @dataclass
 class Trainee:
-    """A model that can take steps, and the Checkpointer of its run."""
+    """A model that can take steps, with the Checkpointer of its run."""
 
     model: GPT
     optimizer: torch.optim.Optimizer
     outliers: OutlierFilter
     checkpointer: Checkpointer
-    said: list[str]
+    messages: list[str]
 
     def learn(self) -> None:
-        """A step, so that weights and moments are none that a new model has."""
+        """Take a step, so that weights and moments differ from those of a new model."""
         tokens_BT = torch.randint(0, 20, (4, 9), generator=torch.Generator().manual_seed(3))
         self.model(tokens_BT[:, :-1], tokens_BT[:, 1:]).mean().backward()
         self.optimizer.step()
@@ -71,7 +71,7 @@ def trainee(run: Path, dataset: Dataset, *arguments: str) -> Trainee:
     checkpointer = Checkpointer(
         session, config=config, plan=plan, dataset=dataset, model=model, optimizer=optimizer, outliers=outliers
     )
-    return Trainee(model, optimizer, outliers, checkpointer, session.said)
+    return Trainee(model, optimizer, outliers, checkpointer, session.messages)
 
 
 def newest(run: Path) -> Path:
@@ -89,7 +89,7 @@ def flip_bit(file: Path, draw: random.Random) -> None:
 
 
 def sign_again(directory: Path) -> None:
-    """Make the manifest agree with the files as they are now, as someone who means harm would."""
+    """Make the manifest agree with the changed files, as an attacker would."""
     manifest = json.loads((directory / "manifest.json").read_text())
     for name, entry in manifest["files"].items():
         content = (directory / name).read_bytes()

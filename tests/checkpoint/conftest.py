@@ -18,7 +18,7 @@ def saved(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
         subject.learn()
         subject.checkpointer.save(step, val_loss=3.0 + step)
     subject.checkpointer.require_saved(2)
-    assert subject.said == []
+    assert subject.messages == []
     return run
 
 

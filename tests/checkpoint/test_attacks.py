@@ -1,4 +1,4 @@
-"""What someone who means harm can put into a checkpoint, hashes and all: nothing of it runs, waits or fills memory."""
+"""Checkpoints that an attacker crafted, with valid hashes: nothing in them runs, hangs or fills memory."""
 
 import io
 import json
@@ -34,7 +34,7 @@ from tests.strangers import Payload
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
 WEIGHT = "model.token_embedding.weight"
-SECONDS = 60.0  # far more than any of these takes, far less than waiting for ever
+SECONDS = 60.0  # far more than any of these takes
 
 
 def index_of(checkpoint: Path) -> Metadata:
@@ -44,7 +44,7 @@ def index_of(checkpoint: Path) -> Metadata:
 
 
 def with_index(change: Callable[[Metadata, Payload], Any]) -> Callable[[Path, Payload], None]:
-    """An attack that changes what the index says."""
+    """An attack that changes the index."""
 
     def attack(checkpoint: Path, payload: Payload) -> None:
         index = index_of(checkpoint)
@@ -60,12 +60,12 @@ def place_of(index: Metadata, name: str = WEIGHT) -> tuple[MetadataIndex, _Stora
 
 
 def moved(**fields: Any) -> Callable[[Path, Payload], None]:
-    """The index has another place for a tensor."""
+    """An attack that changes the place of a tensor in the index."""
     return with_index(lambda index, _: vars(place_of(index)[1]).update(fields))
 
 
 def with_payload(content: Callable[[bytes, Payload], bytes], *, as_bytes: bool = False) -> Callable[..., None]:
-    """Something else stands where a tensor was stored, and the index says so."""
+    """An attack that replaces a stored tensor, with an index that agrees."""
 
     def attack(checkpoint: Path, payload: Payload) -> None:
         index = index_of(checkpoint)
@@ -85,7 +85,7 @@ def with_payload(content: Callable[[bytes, Payload], bytes], *, as_bytes: bool =
 
 
 def packed(stored: bytes, kind: int, member: str = "", content: bytes = b"") -> bytes:
-    """The stored tensor as another zip file, with other content where the name ends in `member`."""
+    """Return a stored tensor as another zip file, with other content for names that end in `member`."""
     out = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(stored)) as old, zipfile.ZipFile(out, "w", kind) as new:
         for name in old.namelist():
@@ -114,7 +114,7 @@ def in_a_size(index: Metadata, payload: Payload) -> None:
 
 
 def in_chunks_that_overlap(index: Metadata, _: Payload) -> None:
-    """As many numbers in all as the tensor has, the first row twice and the last one not at all."""
+    """Chunks with the right number of values in all, but the first row twice and not the last one."""
     key, place = place_of(index)
     tensor: Any = index.state_dict_metadata[WEIGHT]
     rows, columns = tensor.size
@@ -144,17 +144,17 @@ def without_one(index: Metadata, _: Payload) -> None:
 
 
 def nested(levels: int, tuple_of: bytes = b"\x85") -> bytes:
-    """As the key of a dict, whose hash would fill the stack."""
+    """Nested tuples as the key of a dict: their hash would overflow the stack."""
     return b"\x80\x04}(" + b")" + tuple_of * levels + b"Nu."
 
 
 def doubled(levels: int) -> bytes:
-    """As the key of a dict, whose hash would take 2^levels steps."""
+    """Tuples that repeat tuples as the key of a dict: their hash would take 2^levels steps."""
     return b"\x80\x02})" + b"q\x00h\x00\x86" * levels + b"Ns."
 
 
 class Sized:
-    """As many bytes when it is unpickled, with what torch.load() allows."""
+    """Becomes `size` bytes when torch.load() unpickles it, with functions that torch.load() allows."""
 
     def __init__(self, size: int) -> None:
         self.size = size
@@ -164,7 +164,7 @@ class Sized:
 
 
 def in_place_of(name: str, make: Callable[[Path], None]) -> Callable[[Path, Payload], None]:
-    """Something else than a file lies where a file should; the manifest stays."""
+    """An attack that puts something else in the place of a file, and keeps the manifest."""
 
     def attack(checkpoint: Path, _: Payload) -> None:
         (checkpoint / name).unlink()
@@ -183,8 +183,8 @@ def link_out(file: Path) -> None:
     file.symlink_to(elsewhere)
 
 
-def says(**fields: Any) -> Callable[[Path, Payload], None]:
-    """train.json says something else."""
+def with_state(**fields: Any) -> Callable[[Path, Payload], None]:
+    """An attack that changes train.json."""
 
     def attack(checkpoint: Path, _: Payload) -> None:
         state = json.loads((checkpoint / "train.json").read_text())
@@ -194,7 +194,7 @@ def says(**fields: Any) -> Callable[[Path, Payload], None]:
 
 
 def configured(**fields: Any) -> Callable[[Path, Payload], None]:
-    """The config in train.json has another model."""
+    """An attack that changes the model config in train.json."""
 
     def attack(checkpoint: Path, _: Payload) -> None:
         state = json.loads((checkpoint / "train.json").read_text())
@@ -270,44 +270,44 @@ ATTACKS: dict[str, Callable[..., None]] = {
     "an endless state": in_place_of("train.json", zeros),
     "a link out": in_place_of("__0_0.distcp", link_out),
     "a manifest with a path": manifest_names("../../../elsewhere"),
-    "a step below zero": says(step=-5),
-    "a step of 10^30": says(step=10**30),
-    "another step than its name": says(step=1000),
-    "a step that is a word": says(step="2"),
-    "a step that is true": says(step=True),
-    "a config that is none": says(config=[1]),
-    "a config of garbage": says(config={"model": 3}),
-    "a vocabulary of 10^12": says(vocab_size=10**12),
+    "a step below zero": with_state(step=-5),
+    "a step of 10^30": with_state(step=10**30),
+    "another step than its name": with_state(step=1000),
+    "a step that is a word": with_state(step="2"),
+    "a step that is true": with_state(step=True),
+    "a config that is none": with_state(config=[1]),
+    "a config of garbage": with_state(config={"model": 3}),
+    "a vocabulary of 10^12": with_state(vocab_size=10**12),
     "a model of 10^9 layers": configured(n_layer=10**9),
     "a model of 0 heads": configured(n_head=0),
     "a window of 10^30": configured(block_size=10**30),
-    "a loss of 10^400": says(val_loss=10**400),
-    "a guard of garbage": says(guard={"losses": "a"}),
-    "a guard of 10^400": says(guard={"losses": [10**400]}),
-    "a guard that skipped NaN": says(guard={"skips": float("nan")}),
+    "a loss of 10^400": with_state(val_loss=10**400),
+    "a guard of garbage": with_state(guard={"losses": "a"}),
+    "a guard of 10^400": with_state(guard={"losses": [10**400]}),
+    "a guard that skipped NaN": with_state(guard={"skips": float("nan")}),
     "a state of garbage": state_is("garbage"),
     "a state that is a list": state_is("[1, 2]"),
     "a state without end": state_is("[" * 1_000_000),
 }
 
 
-# The tensors are as they should be; who trains with a config of his own does not look at the one that is stored.
+# The tensors are valid, and training with another config does not read the stored one.
 OTHER_MODELS: dict[str, Callable[[Path, Payload], None]] = {
     "a model of 10^7 layers": configured(n_layer=10**7),
     "a model that is too wide": configured(n_embd=2**24),
     "a hidden layer of 2^24": configured(mlp_hidden=2**24),
-    "a vocabulary of 2^31": says(vocab_size=2**31 - 1),
+    "a vocabulary of 2^31": with_state(vocab_size=2**31 - 1),
 }
 
 
 def saved_pickle(payload: Payload) -> bytes:
-    """As torch.save() writes any object."""
+    """Return an object as torch.save() writes it."""
     return saved_with(payload)
 
 
 @pytest.fixture(autouse=True)
 def little_memory() -> Any:
-    """No test here may ask for more than 4 GiB beyond what it began with."""
+    """Limit each test here to 4 GiB more memory than at its start."""
     if sys.platform != "linux":
         yield
         return
@@ -320,7 +320,7 @@ def little_memory() -> Any:
 
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_crafted_checkpoint_is_refused_in_one_line(run: Path, dataset: Dataset, tmp_path: Path, name: str) -> None:
-    """By what sample and evaluate load with, and by what train and replay do."""
+    """The functions with which sample, evaluate, train and replay load a checkpoint refuse it."""
     shutil.rmtree(run / "checkpoints" / "step-00000001")
     crafted, marker = newest(run), tmp_path / "ran"
     ATTACKS[name](crafted, Payload(f"touch {marker}"))
@@ -337,8 +337,8 @@ def test_a_crafted_checkpoint_is_refused_in_one_line(run: Path, dataset: Dataset
 
 
 @pytest.mark.parametrize("name", OTHER_MODELS)
-def test_a_model_that_is_not_stored_is_not_made(run: Path, name: str) -> None:
-    """By sample, evaluate and replay, which take the config of the checkpoint."""
+def test_a_model_other_than_the_stored_one_is_not_allocated(run: Path, name: str) -> None:
+    """sample, evaluate and replay take the config of the checkpoint, and check it first."""
     OTHER_MODELS[name](newest(run), Payload(""))
     sign_again(newest(run))
     began = time.monotonic()
@@ -354,12 +354,12 @@ def sign(checkpoint: Path) -> None:
         try:
             sign_again(checkpoint)
         except AssertionError:
-            assert find_damage(checkpoint) != []  # for what is said there; the hashes are right
+            assert find_damage(checkpoint) != []  # the content is wrong, but its hashes are right
             assert not any("hash" in problem for problem in find_damage(checkpoint))
 
 
-def test_a_list_that_is_named_again_and_again_costs_little(run: Path) -> None:
-    """The work does not grow with the square of the index."""
+def test_a_list_that_is_named_many_times_costs_little(run: Path) -> None:
+    """The work does not grow with the square of the size of the index."""
     index = index_of(newest(run))
     tensor: Any = index.state_dict_metadata[WEIGHT]
     tensor.chunks = [tensor.chunks[0]] * 20_000
@@ -380,24 +380,24 @@ def test_an_index_is_read_as_it_was_written(saved: Path, tmp_path: Path, protoco
 
 
 def test_a_copy_under_another_name_is_not_the_newest(run: Path, dataset: Dataset) -> None:
-    """It is moved aside, so that it does not stand in the way of what follows."""
+    """It is moved aside, so that it is not in the way of later checkpoints."""
     shutil.copytree(path_of(run / "checkpoints", 1), run / "checkpoints" / "step-99999999")
     assert "is of step 1" in find_damage(run / "checkpoints" / "step-99999999")[0]
     require_same_run(run / "checkpoints", resolve([*SMALL], {}), dataset, replicas=1)
     assert load_for_inference(run, CPU)[2].step == 2
     subject = trainee(run, dataset)
     assert subject.checkpointer.restore() == 2
-    assert subject.said[0].startswith("going on from step-00000002; skipped step-99999999")
+    assert subject.messages[0].startswith("going on from step-00000002; skipped step-99999999")
     assert [read_state(checkpoint).step for checkpoint in committed(run / "checkpoints")] == [2, 1]
 
 
 @pytest.mark.parametrize("name", ["step-000000002", "step-" + "9" * 200])
-def test_a_name_that_no_step_has_is_no_checkpoint(tmp_path: Path, name: str) -> None:
+def test_a_directory_with_an_impossible_step_is_no_checkpoint(tmp_path: Path, name: str) -> None:
     (tmp_path / name).mkdir()
     assert committed(tmp_path) == []
 
 
-def test_what_stands_in_the_way_of_a_commit_is_named(tmp_path: Path) -> None:
+def test_a_directory_in_the_way_of_a_commit_is_named(tmp_path: Path) -> None:
     store = Store(tmp_path, Owner(1, "here", "now", 1, "today"))
     store.open(7, 0)
     in_the_way = path_of(tmp_path, 7)

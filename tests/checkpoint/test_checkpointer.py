@@ -34,16 +34,16 @@ from tests.datasets import make_dataset
 ONE_PROCESS = Runtime(0, 0, 1, 1, CPU)
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 
-# What was saved comes back
+# What was saved is restored.
 
 
-def test_model_and_optimizer_come_back_bit_for_bit(saved: Path, dataset: Dataset) -> None:
+def test_model_and_optimizer_are_restored_bit_for_bit(saved: Path, dataset: Dataset) -> None:
     original, restored = trainee(saved, dataset), trainee(saved, dataset)
     for _ in range(2):
         original.learn()
     assert restored.checkpointer.restore() == 2
-    assert restored.said == []
-    # The next step shows the moments and the step counts of AdamW too.
+    assert restored.messages == []
+    # The next step depends on the moments and the step counts of AdamW too.
     for subject in (original, restored):
         subject.learn()
     for (name, a), b in zip(original.model.named_parameters(), restored.model.parameters(), strict=True):
@@ -61,7 +61,7 @@ def test_hyper_parameters_come_from_the_config_and_not_from_the_checkpoint(saved
     assert {group["weight_decay"] for group in subject.optimizer.param_groups} == {0.25, 0.0}
 
 
-def test_a_checkpoint_holds_all_that_it_takes_to_go_on(saved: Path, dataset: Dataset) -> None:
+def test_a_checkpoint_holds_everything_needed_to_resume(saved: Path, dataset: Dataset) -> None:
     assert names(saved) == ["step-00000001", "step-00000002"]
     assert sorted(file.name for file in newest(saved).iterdir()) == sorted(FILES)
     state = read_state(newest(saved))
@@ -74,7 +74,7 @@ def test_a_checkpoint_holds_all_that_it_takes_to_go_on(saved: Path, dataset: Dat
 def test_no_rank_can_fail_on_its_own_before_the_collectives_of_a_save(
     tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It would leave the others waiting in them: from the staging directory on, all go to write their tensors."""
+    """The others would wait for it: once there is a staging directory, all ranks write their tensors."""
     subject = trainee(tmp_path, dataset)
 
     def failing_once_there_is_a_directory(run: RunSession) -> None:
@@ -87,8 +87,8 @@ def test_no_rank_can_fail_on_its_own_before_the_collectives_of_a_save(
     subject.checkpointer.require_saved(1)
 
 
-def test_the_tokenizer_kept_is_the_one_that_training_began_with(tmp_path: Path) -> None:
-    """Another dataset may stand in its place meanwhile, or none."""
+def test_a_checkpoint_keeps_the_tokenizer_that_training_began_with(tmp_path: Path) -> None:
+    """Another dataset, or none, may be in its directory meanwhile."""
     (tmp_path / "data").mkdir()
     dataset = make_dataset(tmp_path / "data", seed=0)
     tokenizer = dataset.path / "tokenizer.json"
@@ -108,7 +108,7 @@ def test_the_tokenizer_kept_is_the_one_that_training_began_with(tmp_path: Path) 
         load_for_inference(tmp_path / "run", CPU)
 
 
-def test_a_directory_that_cannot_be_written_shows_before_the_first_save(tmp_path: Path) -> None:
+def test_a_directory_that_is_not_writable_is_noticed_before_the_first_save(tmp_path: Path) -> None:
     require_writable(tmp_path / "run" / "checkpoints")
     assert list((tmp_path / "run" / "checkpoints").iterdir()) == []
     (tmp_path / "file").touch()
@@ -121,10 +121,10 @@ def test_a_directory_that_cannot_be_written_shows_before_the_first_save(tmp_path
             require_writable(disk / "checkpoints")
         subprocess.run(["mount", "-o", "remount,rw", disk], check=True)
         jobs.fill(disk / "filler")
-        require_writable(disk / "checkpoints")  # there may be room when the time comes
+        require_writable(disk / "checkpoints")  # there may be room by the first save
 
 
-def test_nothing_saved_is_step_0(tmp_path: Path, dataset: Dataset) -> None:
+def test_a_run_without_checkpoints_starts_at_step_0(tmp_path: Path, dataset: Dataset) -> None:
     subject = trainee(tmp_path, dataset)
     assert subject.checkpointer.restore() == 0
     assert subject.checkpointer.best_val_loss() is None
@@ -138,11 +138,11 @@ def test_saves_in_the_background_and_at_once_are_equal(tmp_path: Path, dataset: 
         subject = trainee(tmp_path / kind, dataset, f"--checkpoint.async_save={kind}")
         subject.learn()
         subject.checkpointer.save(1, val_loss=None)
-        if later == "learn":  # what training does meanwhile must not show in what is written
+        if later == "learn":  # later training must not change what is written
             for _ in range(20):
                 subject.learn()
         subject.checkpointer.require_saved(1)
-        assert subject.said == []
+        assert subject.messages == []
     jobs.assert_same_tensors(newest(tmp_path / "true"), newest(tmp_path / "false"))
 
 
@@ -170,7 +170,7 @@ def test_every_save_is_staged_in_the_same_memory(
             assert addresses.isdisjoint({staged[0][part][name].untyped_storage().data_ptr()})
 
 
-# What is broken is skipped
+# Damaged checkpoints are skipped.
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -179,8 +179,8 @@ def test_restore_falls_back_to_the_newest_good_one(run: Path, dataset: Dataset, 
     assert load_for_inference(run, CPU)[2].step == 1
     subject = trainee(run, dataset)
     assert subject.checkpointer.restore() == 1
-    assert len(subject.said) == 1
-    assert subject.said[0].startswith(f"going on from step-00000001; skipped step-00000002: {name} ")
+    assert len(subject.messages) == 1
+    assert subject.messages[0].startswith(f"going on from step-00000001; skipped step-00000002: {name} ")
     kept, broken = sorted(names(run), reverse=True)
     assert kept == "step-00000001"
     assert broken.startswith("broken-step-00000002-")
@@ -193,7 +193,7 @@ def test_restore_falls_back_to_the_newest_good_one(run: Path, dataset: Dataset, 
     assert broken in names(run)
 
 
-def test_all_broken_is_the_end(run: Path, dataset: Dataset) -> None:
+def test_restore_fails_if_all_checkpoints_are_damaged(run: Path, dataset: Dataset) -> None:
     before = names(run)
     for directory in committed(run / "checkpoints"):
         flip_bit(directory / "__0_0.distcp", random.Random(0))
@@ -223,14 +223,14 @@ def test_left_overs_of_a_kill_are_cleaned_and_never_read(run: Path, dataset: Dat
     (staging / "step-00000009" / "__0_0.distcp").write_bytes(b"half")
     subject = trainee(run, dataset)
     assert subject.checkpointer.restore() == 1
-    assert subject.said == []
+    assert subject.messages == []
     assert names(run) == ["step-00000001"]
     subject.checkpointer.save(2, val_loss=None)
     subject.checkpointer.require_saved(2)
     assert names(run) == ["step-00000001", "step-00000002"]
 
 
-def test_nothing_is_removed_for_a_checkpoint_that_is_damaged_already(
+def test_nothing_is_removed_after_a_save_that_is_already_damaged(
     tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit = Store.commit
@@ -248,15 +248,18 @@ def test_nothing_is_removed_for_a_checkpoint_that_is_damaged_already(
     with pytest.raises(StorageError, match=r"step 4 could not be saved in .*: the newest checkpoint is step-00000003"):
         subject.checkpointer.require_saved(4)
     assert names(tmp_path) == ["step-00000002", "step-00000003", "step-00000004"]
-    assert [line.split(" is damaged")[0].split("/")[-1] for line in subject.said] == ["step-00000003", "step-00000004"]
+    assert [line.split(" is damaged")[0].split("/")[-1] for line in subject.messages] == [
+        "step-00000003",
+        "step-00000004",
+    ]
     assert trainee(tmp_path, dataset).checkpointer.restore() == 2
-    # Of what is set aside the newest stays for a person to look at.
+    # The newest damaged one is kept for inspection.
     kept, broken = sorted(names(tmp_path), reverse=True)
     assert kept == "step-00000002"
     assert broken.startswith("broken-step-00000004-")
 
 
-def test_what_a_person_put_into_a_broken_checkpoint_stays(run: Path, dataset: Dataset) -> None:
+def test_files_that_a_user_put_into_a_broken_checkpoint_stay(run: Path, dataset: Dataset) -> None:
     older = run / "checkpoints" / "broken-step-00000002-1"
     older.mkdir()
     (older / "notes.txt").write_text("mine")
@@ -266,7 +269,7 @@ def test_what_a_person_put_into_a_broken_checkpoint_stays(run: Path, dataset: Da
     assert len(names(run)) == 3
 
 
-# A disk that is full
+# A full disk.
 
 
 @pytest.fixture
@@ -276,10 +279,10 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 
 @pytest.mark.parametrize("noticed", ["before", "while writing"])
-def test_a_full_disk_costs_a_checkpoint_and_no_more(
+def test_a_full_disk_costs_a_checkpoint_and_nothing_else(
     small_disk: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch, noticed: str
 ) -> None:
-    if noticed == "while writing":  # someone else fills the disk after the check
+    if noticed == "while writing":  # the disk fills up after the check
         monkeypatch.setattr(store, "require_space", lambda directory, needed: None)
     subject = trainee(small_disk, dataset)
     subject.checkpointer.save(1, val_loss=None)
@@ -288,7 +291,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(
     subject.learn()
     subject.checkpointer.save(2, val_loss=None)
     subject.checkpointer.wait()
-    (line,) = subject.said
+    (line,) = subject.messages
     assert line.startswith("CHECKPOINT NOT SAVED, training goes on: ")
     assert ("MiB free and a checkpoint takes" if noticed == "before" else "No space left on device") in line
     assert names(small_disk) == ["step-00000001"]
@@ -301,7 +304,7 @@ def test_a_full_disk_costs_a_checkpoint_and_no_more(
     assert trainee(small_disk, dataset).checkpointer.restore() == 3
 
 
-# Another run's checkpoint
+# Checkpoints of another run.
 
 
 def test_the_same_run_may_go_on_with_other_speed_and_length(saved: Path, dataset: Dataset) -> None:
@@ -326,16 +329,16 @@ def test_another_run_is_refused_with_a_diff(saved: Path, other_dataset: Dataset)
     assert "\n" not in message
 
 
-def test_a_broken_newest_one_does_not_hide_the_diff(run: Path, dataset: Dataset) -> None:
+def test_a_damaged_newest_checkpoint_does_not_hide_the_diff(run: Path, dataset: Dataset) -> None:
     (newest(run) / "train.json").write_text("{")
     with pytest.raises(UsageError, match=r"step-00000001 was made by another run: model.n_layer 1 -> 3;"):
         require_same_run(run / "checkpoints", resolve([*SMALL, "--model.n_layer=3"], {}), dataset, replicas=1)
 
 
-# What it knows of past steps
+# The outlier filter.
 
 
-def test_the_guard_comes_back_and_may_be_missing_from_an_older_checkpoint(dataset: Dataset, tmp_path: Path) -> None:
+def test_the_outlier_filter_is_restored_and_old_checkpoints_may_lack_it(dataset: Dataset, tmp_path: Path) -> None:
     subject = trainee(tmp_path, dataset)
     for step in range(40):
         subject.outliers.check(loss=4.0 - step / 30, grad_norm=1 / (step + 3))
@@ -356,10 +359,10 @@ def test_the_guard_comes_back_and_may_be_missing_from_an_older_checkpoint(datase
     assert again.outliers.state() == OutlierFilter(resolve([], {}).health).state()
 
 
-def test_a_second_save_needs_no_stager_that_stages_once(
+def test_a_second_save_works_where_a_stager_stages_only_once(
     tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As in torch 2.11, whose DefaultStager closes what it stages with after each copy."""
+    """The DefaultStager of torch 2.11 closes its resources after each copy."""
     staged = DefaultStager._stage  # noqa: SLF001
 
     def once(self: DefaultStager, *arguments: Any, **named: Any) -> Any:

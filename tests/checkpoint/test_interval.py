@@ -1,4 +1,4 @@
-"""How often to save, against worked examples; when a save is due."""
+"""The save interval, against worked examples, and when a save is due."""
 
 import math
 from typing import Literal
@@ -31,7 +31,7 @@ def test_worked_examples(cost: float, between_failures: float, expected: float) 
 
 
 def test_the_best_interval_loses_the_least() -> None:
-    """Of each second, cost / interval goes into saving and interval / (2 between_failures) is done again."""
+    """Of each second, cost / interval is spent on saves, and interval / (2 between_failures) is repeated."""
 
     def lost(interval: float) -> float:
         return 5.0 / interval + interval / (2 * 7200.0)
@@ -45,25 +45,25 @@ def test_the_best_interval_loses_the_least() -> None:
     [
         (0.0, 0, 1, DAY),
         (0.0, 0, 8, DAY / 8),
-        (3 * DAY, 0, 1, 4 * DAY),  # a quiet run comes to expect quiet
+        (3 * DAY, 0, 1, 4 * DAY),  # without failures, fewer are expected
         (3 * DAY, 1, 1, 2 * DAY),
         (HOUR, 9, 24, HOUR / 5),
     ],
 )
-def test_what_was_seen_outweighs_the_prior(seconds: float, failures: int, hosts: int, expected: float) -> None:
+def test_measurements_outweigh_the_prior(seconds: float, failures: int, hosts: int, expected: float) -> None:
     assert seconds_between_failures(seconds=seconds, failures=failures, hosts=hosts) == pytest.approx(expected)
 
 
 def test_a_save_costs_the_stall_and_the_slower_steps() -> None:
     cost = SaveCost()
-    assert (cost.of_a_save, cost.of_a_step) == (PRIOR_COST, 0.0)
+    assert (cost.seconds_per_save, cost.seconds_per_step) == (PRIOR_COST, 0.0)
     for _ in range(6):
         cost.step(0.2, writing=False)
     for _ in range(2):
         cost.save(0.3)
         cost.step(0.5, writing=True)
-    assert cost.of_a_save == pytest.approx(0.3 + 0.3)
-    assert cost.of_a_step == pytest.approx((6 * 0.2 + 2 * 0.5) / 8)
+    assert cost.seconds_per_save == pytest.approx(0.3 + 0.3)
+    assert cost.seconds_per_step == pytest.approx((6 * 0.2 + 2 * 0.5) / 8)
 
 
 def test_the_best_interval_in_steps() -> None:
@@ -74,19 +74,19 @@ def test_the_best_interval_in_steps() -> None:
     assert cost.best_steps(1e-6) == 1
 
 
-def test_steps_that_went_faster_while_a_save_was_written_earn_nothing() -> None:
+def test_faster_steps_during_a_save_do_not_lower_its_cost() -> None:
     cost = SaveCost()
     cost.save(0.3)
     cost.step(0.2, writing=False)
     cost.step(0.1, writing=True)
-    assert cost.of_a_save == 0.3
+    assert cost.seconds_per_save == 0.3
 
 
-def test_without_an_undisturbed_step_the_stall_is_all_that_is_known() -> None:
+def test_without_an_undisturbed_step_only_the_stall_counts() -> None:
     cost = SaveCost()
     cost.save(0.3)
     cost.step(9.0, writing=True)
-    assert cost.of_a_save == 0.3
+    assert cost.seconds_per_save == 0.3
 
 
 @pytest.mark.parametrize(("every", "expected"), [(3, [3, 6, 9]), (0, [])])
@@ -96,12 +96,12 @@ def test_a_fixed_interval_counts_from_the_start_of_the_run(every: int, expected:
     assert [step for step in range(1, 11) if saves.is_due(step)] == expected
 
 
-def test_auto_counts_from_the_last_save_and_takes_what_is_noticeably_better() -> None:
+def test_auto_counts_from_the_last_save_and_adopts_only_noticeable_changes() -> None:
     saves = SaveInterval("auto", start_step=100, best_val_loss=None)
     assert not any(saves.is_due(step) for step in range(101, 1000)), "nothing is known yet"
     assert saves.adopt(8)
     assert [step for step in range(101, 110) if saves.is_due(step)] == [108, 109]
-    saves.saved(110, stalled=0.1)
+    saves.record_save(110, stalled=0.1)
     assert [step for step in range(111, 120) if saves.is_due(step)] == [118, 119]
     assert not saves.adopt(9)
     assert not saves.adopt(7)
@@ -115,10 +115,10 @@ def test_auto_counts_from_the_last_save_and_takes_what_is_noticeably_better() ->
 def test_a_save_is_due_at_each_new_best_evaluation(every: Literal["auto"] | int) -> None:
     saves = SaveInterval(every, start_step=2, best_val_loss=3.0)
     found = {4: 3.5, 6: 2.5, 8: 2.5, 10: math.nan, 12: 2.0}
-    assert [step for step, loss in found.items() if saves.evaluated(step, loss)] == [6, 12]
+    assert [step for step, loss in found.items() if saves.record_evaluation(step, loss)] == [6, 12]
     saves = SaveInterval(every, start_step=2, best_val_loss=3.0)
     due = []
     for step, loss in found.items():
-        saves.evaluated(step, loss)
+        saves.record_evaluation(step, loss)
         due += [step] if saves.is_due(step) else []
     assert due == [6, 12]

@@ -1,4 +1,4 @@
-"""A checkpoint that is not whole is found, whatever is wrong with it."""
+"""Any damage of a checkpoint is found."""
 
 import errno
 import io
@@ -54,10 +54,10 @@ def test_one_flipped_bit_is_found_wherever_it_is(run: Path, name: str) -> None:
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize(("number", "damaged"), [(errno.EIO, True), (errno.ESTALE, False), (errno.EMFILE, False)])
-def test_a_file_that_cannot_be_read_now_is_not_a_damaged_one(
+def test_a_file_that_cannot_be_read_now_is_not_reported_as_damaged(
     run: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int, damaged: bool
 ) -> None:
-    """A bad sector is; a server that is away, or too many open files, say nothing of the file."""
+    """A bad sector is damage. A server that is down, or too many open files, is not."""
     opened = io.open
 
     def failing(file: Any, *rest: Any, **named: Any) -> Any:
@@ -73,7 +73,7 @@ def test_a_file_that_cannot_be_read_now_is_not_a_damaged_one(
             find_damage(newest(run))
 
 
-def test_a_state_that_is_not_as_the_manifest_has_it_is_not_read(run: Path) -> None:
+def test_a_state_that_does_not_match_the_manifest_is_not_read(run: Path) -> None:
     file = newest(run) / "train.json"
     whole, draw = file.read_bytes(), random.Random(0)
     assert read_state(newest(run)).step == 2
@@ -84,7 +84,7 @@ def test_a_state_that_is_not_as_the_manifest_has_it_is_not_read(run: Path) -> No
         file.write_bytes(whole)
 
 
-def test_ranks_share_the_work_of_looking(run: Path) -> None:
+def test_ranks_share_the_verification(run: Path) -> None:
     for name in FILES[:-1]:
         with (newest(run) / name).open("ab") as stream:
             stream.write(b"\n")
@@ -93,7 +93,7 @@ def test_ranks_share_the_work_of_looking(run: Path) -> None:
     assert max(map(len, found)) < 4
 
 
-def test_the_newest_comes_first_and_what_is_no_checkpoint_not_at_all(tmp_path: Path) -> None:
+def test_checkpoints_are_listed_newest_first_without_other_directories(tmp_path: Path) -> None:
     for name in (
         "step-00000009",
         "step-100000000",

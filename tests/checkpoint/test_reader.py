@@ -1,4 +1,4 @@
-"""Models from a run's checkpoints; what a checkpoint brings is never run."""
+"""Load models from the checkpoints of a run. Code in a checkpoint is never run."""
 
 import errno
 import os
@@ -33,7 +33,7 @@ def test_sampling_loads_the_newest_in_eval_mode(saved: Path, dataset: Dataset) -
         assert torch.equal(a, b), name
 
 
-def test_what_is_skipped_for_an_older_one_is_told(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_skipped_checkpoints_are_reported(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (newest(run) / "__0_0.distcp").unlink()
     _, _, state = load_for_inference(run, CPU)
     assert state.step == 1
@@ -62,14 +62,14 @@ def test_a_crafted_index_runs_no_code(run: Path, dataset: Dataset, tmp_path: Pat
     for directory in committed(run / "checkpoints"):
         (directory / ".metadata").write_bytes(payload)
         sign_again(directory)
-    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours: it asks for posix.system"):
+    with pytest.raises(DataError, match=r"\.metadata is not a valid checkpoint index: it asks for posix.system"):
         load_for_inference(run, CPU)
-    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours"):
+    with pytest.raises(DataError, match=r"\.metadata is not a valid checkpoint index"):
         trainee(run, dataset).checkpointer.restore()
     assert not marker.exists()
 
 
-def test_a_disk_that_fails_while_tensors_are_read_is_told_as_such(
+def test_a_disk_that_fails_while_tensors_are_read_is_a_storage_error(
     run: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def failing(*arguments: object) -> None:
@@ -81,14 +81,14 @@ def test_a_disk_that_fails_while_tensors_are_read_is_told_as_such(
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80", b"junk", pickle.dumps({"a": 1}), pickle.dumps(3)])
-def test_an_index_that_is_none_is_refused(run: Path, content: bytes) -> None:
+def test_an_invalid_index_is_refused(run: Path, content: bytes) -> None:
     (newest(run) / ".metadata").write_bytes(content)
     sign_again(newest(run))
-    with pytest.raises(DataError, match=r"\.metadata is not a checkpoint index of ours"):
+    with pytest.raises(DataError, match=r"\.metadata is not a valid checkpoint index"):
         load_for_inference(run, CPU)
 
 
-def test_other_data_is_taken_only_where_it_is_named(dataset: Dataset, other_dataset: Dataset) -> None:
+def test_other_data_is_used_only_if_it_is_given(dataset: Dataset, other_dataset: Dataset) -> None:
     recorded, other = str(dataset.path), str(other_dataset.path)
     assert open_data_of_run(recorded, None, fingerprint=dataset.fingerprint).path == dataset.path
     assert open_data_of_run(recorded, other, fingerprint=None).path == other_dataset.path
@@ -110,7 +110,7 @@ def test_the_best_the_newest_and_any_other_checkpoint_can_be_chosen(saved: Path,
 
 
 def test_a_checkpoint_is_known_by_its_own_name(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by that of a link or of the working directory, and a run may be called like one."""
+    """The name of a link or "." does not matter, and a run may have a name like that of a checkpoint."""
     checkpoint = saved / "checkpoints" / "step-00000001"
     (tmp_path / "link").symlink_to(checkpoint)
     assert choose(tmp_path / "link") == checkpoint.resolve()
@@ -119,14 +119,14 @@ def test_a_checkpoint_is_known_by_its_own_name(saved: Path, tmp_path: Path, monk
     (tmp_path / "step-decay").symlink_to(saved)
     assert choose(tmp_path / "step-decay").name == "step-00000002"
     shutil.copytree(checkpoint, tmp_path / "mine")
-    with pytest.raises(DataError, match=r"mine has no step in its name: call a copy of a checkpoint as it was, like"):
+    with pytest.raises(DataError, match=r"mine has no step in its name: give it its original name, such as"):
         load_for_inference(tmp_path / "mine", CPU)
 
 
-def test_a_checkpoint_that_cannot_be_chosen_is_told(run: Path, tmp_path: Path) -> None:
+def test_a_choice_that_does_not_exist_is_refused(run: Path, tmp_path: Path) -> None:
     older, newer = (run / "checkpoints" / f"step-0000000{step}" for step in (1, 2))
     for choice in ("3", "worst", str(tmp_path / "nowhere")):
-        with pytest.raises(UsageError, match=rf"--checkpoint is {choice}: \S+ has best, newest and .* the steps 1, 2$"):
+        with pytest.raises(UsageError, match=rf"--checkpoint is {choice}: choose best, newest or a step of \S+: 1, 2$"):
             choose(run, choice)
     with pytest.raises(UsageError, match="step-00000001 is a checkpoint already: leave out --checkpoint=best"):
         choose(older, "best")
@@ -140,4 +140,4 @@ def test_a_checkpoint_that_cannot_be_chosen_is_told(run: Path, tmp_path: Path) -
             choose(path, choice)
     (newer / "tokenizer.json").write_text("{}")
     with pytest.raises(DataError, match="step-00000002 is damaged"):
-        choose(run, "best")  # not silently another one
+        choose(run, "best")  # no other one is chosen silently

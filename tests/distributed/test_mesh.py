@@ -1,4 +1,4 @@
-"""How ranks are grouped. The meshes themselves are at work in tests/end_to_end."""
+"""The groups of ranks. tests/end_to_end trains with the meshes."""
 
 import pytest
 import torch
@@ -18,23 +18,23 @@ def config(strategy: str, shard: int) -> Config:
 
 
 @pytest.mark.parametrize("strategy", ["hsdp", "diloco"])
-def test_a_replica_is_as_asked_or_a_node(strategy: str) -> None:
+def test_replica_size_is_parallel_shard_or_the_ranks_of_a_node(strategy: str) -> None:
     sizes = [ranks_per_replica(strategy, config(strategy, shard), runtime(16)) for shard in (0, 2, 16)]
     assert sizes == [8, 2, 16]
 
 
-def test_other_strategies_shard_over_all_or_none() -> None:
+def test_other_strategies_shard_over_all_ranks_or_none() -> None:
     for strategy, ranks in {"single": 1, "ddp": 1, "fsdp": 16}.items():
         assert ranks_per_replica(strategy, config("auto", 2), runtime(16)) == ranks
 
 
 @pytest.mark.parametrize("shard", [5, 24])
-def test_a_group_that_does_not_divide_names_those_that_do(shard: int) -> None:
+def test_a_shard_size_that_does_not_divide_lists_sizes_that_do(shard: int) -> None:
     with pytest.raises(UsageError, match=f"parallel.shard is {shard}, .* 12 ranks: take 1 or 2 or 3 or 4 or 6 or 12$"):
         ranks_per_replica("hsdp", config("hsdp", shard), runtime(12))
 
 
-def test_only_replicas_of_diloco_learn_apart() -> None:
+def test_only_diloco_has_independent_replicas() -> None:
     assert independent_replicas(config("diloco", 0), runtime(16)) == 2
     assert independent_replicas(config("diloco", 1), runtime(2, per_node=2)) == 2
     assert [independent_replicas(config(other, 1), runtime(16)) for other in ("auto", "ddp", "fsdp", "hsdp")] == [
@@ -46,7 +46,7 @@ def test_only_replicas_of_diloco_learn_apart() -> None:
 
 
 def test_diloco_with_one_replica_is_refused_with_the_fix() -> None:
-    with pytest.raises(UsageError, match=r"the number of ranks is 8, all in one: take parallel.shard=1$"):
+    with pytest.raises(UsageError, match=r"the only one has all of the 8 ranks: take parallel.shard=1$"):
         independent_replicas(config("diloco", 0), runtime(8))
-    with pytest.raises(UsageError, match=r"the number of ranks is 1, .* under torchrun on several devices$"):
+    with pytest.raises(UsageError, match=r"the only one has all of the 1 ranks: .* under torchrun on several devices$"):
         independent_replicas(config("diloco", 0), runtime(1, per_node=1))

@@ -1,4 +1,4 @@
-"""How a batch and a model are spread. What it computes, over real ranks, is in tests/end_to_end."""
+"""The model of one process. tests/end_to_end trains over several ranks."""
 
 from collections.abc import Callable
 from functools import partial

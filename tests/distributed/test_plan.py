@@ -1,4 +1,4 @@
-"""How a run is laid out over its ranks."""
+"""The layout of a run over its ranks."""
 
 import pytest
 import torch
@@ -25,12 +25,12 @@ def refusal(ranks: int, *arguments: str) -> str:
     return str(caught.value)
 
 
-def test_micro_batch_is_the_one_asked_for() -> None:
+def test_micro_batch_is_the_configured_one() -> None:
     asked = config("--train.global_batch=24", "--train.micro_batch=3")
     assert [micro_batch_size(asked, runtime(ranks)) for ranks in (1, 2, 4, 8)] == [3, 3, 3, 3]
 
 
-def test_micro_batch_is_by_itself_the_largest_that_divides_and_fits() -> None:
+def test_automatic_micro_batch_is_the_largest_that_divides_and_fits() -> None:
     limit = plan.AUTO_MICRO_BATCH_TOKENS["cpu"] // 256
     for ranks, expected in {1: 16, 2: 12, 3: 16, 8: 6, 48: 1}.items():
         found = micro_batch_size(config("--train.global_batch=48", "--model.block_size=256"), runtime(ranks))
@@ -38,7 +38,7 @@ def test_micro_batch_is_by_itself_the_largest_that_divides_and_fits() -> None:
     assert micro_batch_size(config("--model.block_size=100000"), runtime(1)) == 1  # one sequence must fit
 
 
-def test_a_global_batch_that_does_not_divide_says_which_would() -> None:
+def test_a_global_batch_that_does_not_divide_lists_values_that_do() -> None:
     assert refusal(7, "--train.global_batch=64") == (
         "train.global_batch 64 does not divide over 7 ranks: take a global_batch of 63 or 70, or "
         "1 or 2 or 4 or 8 or 16 or 32 ranks"
@@ -48,21 +48,21 @@ def test_a_global_batch_that_does_not_divide_says_which_would() -> None:
     )
 
 
-def test_a_micro_batch_that_does_not_divide_says_which_would() -> None:
+def test_a_micro_batch_that_does_not_divide_lists_values_that_do() -> None:
     assert refusal(4, "--train.global_batch=48", "--train.micro_batch=8") == (
         "train.micro_batch 8 does not divide the 12 sequences of each rank (train.global_batch 48 over 4 ranks): "
         "take 1 or 2 or 3 or 4 or 6 or 12"
     )
 
 
-def test_what_is_recommended_works() -> None:
+def test_recommended_values_work() -> None:
     for global_batch in (63, 70):
         micro_batch_size(config(f"--train.global_batch={global_batch}"), runtime(7))
     for ranks in (1, 2, 4, 8, 16, 32):
         micro_batch_size(config("--train.global_batch=64"), runtime(ranks))
 
 
-def test_auto_takes_what_fits_and_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_strategy_fits_the_memory_and_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
     parameters = count_parameters(config().model, 65)
     whole = parameters * plan.BYTES_PER_PARAMETER
 
@@ -84,7 +84,7 @@ def test_auto_takes_what_fits_and_says_why(monkeypatch: pytest.MonkeyPatch) -> N
     assert chosen(room, runtime(8, per_node=4), *arguments) == ("hsdp", "as asked, 4 replicas of 2 shards")
 
 
-def test_hsdp_with_a_group_that_does_not_divide_is_refused() -> None:
+def test_hsdp_with_a_shard_size_that_does_not_divide_is_refused() -> None:
     asked = config("--parallel.strategy=hsdp", "--parallel.shard=3")
     with pytest.raises(UsageError, match=r"parallel.shard is 3, which does not divide 8 ranks"):
         choose_strategy(asked, runtime(8), vocab_size=65)

@@ -1,4 +1,4 @@
-"""The facts about a rank: its share of the cores, what it computes in."""
+"""A rank: its place, its store, its share of the cores, and its dtype."""
 
 import os
 import socket
@@ -58,7 +58,7 @@ def test_one_process_without_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="wants more ranks than GPUs")
-def test_torchrun_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_rank_is_read_from_the_environment_of_torchrun(monkeypatch: pytest.MonkeyPatch) -> None:
     numbers = {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8", "LOCAL_WORLD_SIZE": "4"}
     for name, value in {**numbers, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
@@ -68,10 +68,8 @@ def test_torchrun_says_who_this_is(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("shared", "met"), [("False", True), ("True", False)])
-def test_ranks_meet_in_a_new_store_and_not_those_before_them_in_an_old_one(
-    monkeypatch: pytest.MonkeyPatch, shared: str, met: bool
-) -> None:
-    """The agent of a host that came late has counted fewer restarts than the others."""
+def test_each_attempt_has_a_store_of_its_own(monkeypatch: pytest.MonkeyPatch, shared: str, met: bool) -> None:
+    """The agent of a host that joined late has counted fewer restarts than the others."""
     agents = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     port = agents.port if shared == "True" else free_port()
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "1"}
@@ -88,7 +86,7 @@ def test_ranks_meet_in_a_new_store_and_not_those_before_them_in_an_old_one(
 
 @jobs.linux_only
 def test_no_model_outlives_the_process_group() -> None:
-    """Else the model's end is the group's, with Python's lock held, for which a thread of the group may wait."""
+    """Otherwise the model destroys the group while it holds the GIL, for which a thread of the group may wait."""
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     command = [sys.executable, "-c", TRAIN_AND_LEAVE]
     ranks = [
@@ -106,7 +104,7 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
-def test_more_ranks_than_gpus_says_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_more_ranks_than_gpus_is_refused_with_the_number_of_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -122,13 +120,13 @@ def test_local_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     assert threads_per_rank(1) == 1
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # torchrun's own default, not a wish
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")  # the 1 is torchrun's default, not the user's choice
     assert threads_per_rank(2) == 4
     monkeypatch.setenv("OMP_NUM_THREADS", "3")
     assert threads_per_rank(8) == 3
 
 
-def test_dtype_as_asked_or_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dtype_is_the_configured_one_or_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compute_dtype("float32", CPU) == torch.float32
     assert compute_dtype("bfloat16", CPU) == torch.bfloat16
     monkeypatch.setattr("distgpt.distributed.device.cpu_has_amx", lambda: True)

@@ -1,4 +1,4 @@
-"""Runs that were never interrupted, to compare others with; each is trained once and only where a test asks for it."""
+"""Uninterrupted runs to compare others with. Each is trained once, when a test asks for it."""
 
 import json
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from tests import jobs
 from tests.once import made_once
 
 RANKS = {"single": 1, "ddp": 2, "fsdp": 2, "hsdp": 4, "diloco": 2}
-# "single" is one process, whatever it is asked for. Two ways to save, so that each is compared with the other.
+# "single" is one process. Two ways to save, so that each is compared with the other.
 ARGUMENTS = {
     "single": (),
     "ddp": ("--parallel.strategy=ddp", "--checkpoint.async_save=false", "--checkpoint.keep=1"),
@@ -35,7 +35,7 @@ class Trained:
 
 @pytest.fixture(scope="session")
 def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
-    """60 steps of jobs.TINY without a break, with dropout: whole("fsdp"). Do not change these directories."""
+    """Train 60 uninterrupted steps of jobs.TINY, with dropout: whole("fsdp"). Do not change these directories."""
 
     def trained(strategy: str) -> Trained:
         def train(root: Path) -> None:

@@ -50,6 +50,6 @@ if rank in ("", os.environ["RANK"]):
     elif what == "save":
         dcp.FileSystemWriter.write_data = slow_write  # type: ignore[method-assign, assignment]
     else:
-        loader.CHUNK_STEPS = 4  # else it would take long until training comes to wait
+        loader.CHUNK_STEPS = 4  # training waits for data sooner
         loader.WindowReader.read = slow_read  # type: ignore[method-assign]
 runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)

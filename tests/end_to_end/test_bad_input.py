@@ -1,4 +1,4 @@
-"""A user's mistake is exactly one line on stderr that says what is wrong and what would work, and its exit code."""
+"""A user's mistake gives its exit code and exactly one line on stderr: what is wrong, and what would work."""
 
 import json
 import os
@@ -49,7 +49,7 @@ EXPECTED = {
 
 LAUNCHER = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}
 
-# distgpt.train on a machine that has a GPU, as far as it gets here.
+# distgpt.train on a machine that seems to have a GPU.
 ONE_GPU = """
 import runpy, torch
 torch.cuda.is_available, torch.cuda.device_count = lambda: True, lambda: 1
@@ -61,7 +61,7 @@ runpy.run_module("distgpt.train", run_name="__main__")
 def cases(
     whole: Callable[[str], Trained], prepared: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[dict[str, jobs.Ended]]:
-    """Every case as one plain process."""
+    """Run every case in one process."""
     root = tmp_path_factory.mktemp("bad")
     (root / "empty").mkdir()
     (root / "file").write_text("")
@@ -82,7 +82,7 @@ def cases(
     lock = RunLock(RunPaths(root / "used"))
 
     run = shutil.copytree(whole("single").run, root / "done")
-    fresh = root / "run"  # none of these gets as far as to write there
+    fresh = root / "run"  # no case writes to it
 
     def case(*arguments: str, data: Path = prepared, run: Path = fresh) -> Callable[[], jobs.Ended]:
         return lambda: jobs.door("train", *tiny(data, run), *arguments)
@@ -151,7 +151,7 @@ def mixed_up(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[
     return jobs.torchrun(2, *tiny(prepared, run), "--optim.lr=1e30", "--parallel.strategy=fsdp"), run
 
 
-def test_a_loss_that_is_no_number_stops_all_ranks_before_the_update(mixed_up: tuple[jobs.Ended, Path]) -> None:
+def test_a_nan_loss_stops_all_ranks_before_the_update(mixed_up: tuple[jobs.Ended, Path]) -> None:
     ended, run = mixed_up
     assert ended.code != 0
     assert len(ended.error_lines) == 1, ended
@@ -159,7 +159,7 @@ def test_a_loss_that_is_no_number_stops_all_ranks_before_the_update(mixed_up: tu
     report = jobs.exit_report(run)
     assert report["code"] == 65
     assert ended.error_lines == [f"distgpt: error: {report['cause']}"]
-    # The step that was not made is neither logged nor saved.
+    # The unfinished step is neither logged nor saved.
     assert list(jobs.losses(run)) == list(range(1, report["step"] + 1))
     assert f"at step {report['step'] + 1}: stopped before the update" in report["cause"]
     places = []
@@ -173,7 +173,7 @@ def test_a_loss_that_is_no_number_stops_all_ranks_before_the_update(mixed_up: tu
     assert len(set(places)) == 8
 
 
-def test_under_torchrun_a_mistake_is_told_once(tmp_path: Path) -> None:
+def test_under_torchrun_a_mistake_is_printed_once(tmp_path: Path) -> None:
     run, copy = tmp_path / "run", tmp_path / "exit.json"
     job = jobs.Job(jobs.torchrun_command(2, *tiny(tmp_path / "none", run)), DISTGPT_EXIT_FILE=str(copy))
     ended = job.finish()
@@ -183,7 +183,7 @@ def test_under_torchrun_a_mistake_is_told_once(tmp_path: Path) -> None:
         f"run python -m distgpt.prepare --input ... --output {tmp_path / 'none'}"
     ]
     assert ended.traceback == []
-    # The last words of torchrun's own report are the same line.
+    # The report of torchrun ends with the same line.
     assert ended.stderr.splitlines()[-2].endswith(ended.error_lines[0])
     assert json.loads(copy.read_text())["code"] == 65
     assert not run.exists()

@@ -1,4 +1,4 @@
-"""Replicas that learn apart: what they learn is what the paper's algorithm, written out naively, learns."""
+"""Replicas of diloco end with the same weights as a plain version of the algorithm in the paper."""
 
 from collections.abc import Iterator
 from contextlib import closing
@@ -24,7 +24,7 @@ TWO = (*jobs.TINY, *ARGUMENTS["diloco"])
 
 
 def batches(config: Config, data: Path, *, replica: int) -> Iterator[list[MicroBatch]]:
-    """The micro-batches that one of two replicas gets, step by step."""
+    """Yield the micro-batches of one of two replicas, step by step."""
     dataset = open_dataset(data)
     loader = Loader(
         dataset.train,
@@ -43,7 +43,7 @@ def batches(config: Config, data: Path, *, replica: int) -> Iterator[list[MicroB
 
 
 def diloco(config: Config, data: Path, steps: int) -> nn.Module:
-    """Algorithm 1 of Douillard et al. 2023 with two workers: the model after so many inner steps."""
+    """Run algorithm 1 of Douillard et al. 2023 with two workers. Returns the model after so many inner steps."""
     dataset, parallel = open_dataset(data), config.parallel
     shared, *workers = (GPT(config.model, dataset.vocab_size, dataset.eot_id) for _ in range(3))
     for model in (shared, *workers):
@@ -70,11 +70,11 @@ def diloco(config: Config, data: Path, steps: int) -> nn.Module:
 
 @pytest.fixture(scope="module")
 def two_replicas(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of 40 steps of two replicas of a rank each."""
+    """The run directory of 40 steps of two replicas with one rank each."""
     run = tmp_path_factory.mktemp("two") / "run"
     ended = jobs.torchrun(2, *TWO, f"--data.path={prepared}", f"--run.dir={run}", "--train.steps=40")
     assert ended.code == 0, ended
-    assert "strategy  diloco, as asked, 2 replicas of 1 shards that meet every 10 steps" in ended.stdout
+    assert "strategy  diloco, as asked, 2 replicas of 1 shards that synchronize every 10 steps" in ended.stdout
     return run
 
 
@@ -94,7 +94,7 @@ def test_two_replicas_learn_what_the_algorithm_says(two_replicas: Path, prepared
 
 
 def test_shards_of_a_replica_change_nothing(prepared: Path, two_replicas: Path, tmp_path: Path) -> None:
-    """Two replicas of two ranks, which get the same batches as two of one rank."""
+    """Two replicas of two ranks each get the same batches as two of one rank each."""
     sharded = jobs.torchrun(
         4, *tiny(prepared, tmp_path), *ARGUMENTS["diloco"], "--parallel.shard=2", "--train.steps=20"
     )
@@ -103,8 +103,8 @@ def test_shards_of_a_replica_change_nothing(prepared: Path, two_replicas: Path, 
     assert jobs.losses(tmp_path) == pytest.approx(one_each, abs=1e-4)
 
 
-def test_replicas_go_on_from_a_model_that_learned_without_any(prepared: Path, tmp_path: Path) -> None:
-    """As the paper pretrains; and they cannot become more or fewer, since each has moments of its own."""
+def test_replicas_start_from_a_model_that_was_trained_without_them(prepared: Path, tmp_path: Path) -> None:
+    """The paper pretrains so. The number of replicas cannot change later, since each has moments of its own."""
     before = jobs.train(1, *tiny(prepared, tmp_path), "--train.steps=20")
     assert before.code == 0, before
     apart = jobs.torchrun(2, *tiny(prepared, tmp_path), *ARGUMENTS["diloco"], "--train.steps=40")
@@ -121,10 +121,10 @@ def test_replicas_go_on_from_a_model_that_learned_without_any(prepared: Path, tm
     assert jobs.checkpoints(tmp_path) == kept
 
 
-def test_what_comes_after_training_knows_the_shared_model(two_replicas: Path) -> None:
-    told = jobs.door("evaluate", two_replicas, "--sequences", "30")
-    assert told.code == 0, told
-    assert f"step 40 | val loss {jobs.val_losses(two_replicas)[40]:.4f} " in told.stdout
+def test_evaluate_uses_the_shared_model_and_replay_refuses_it(two_replicas: Path) -> None:
+    evaluated = jobs.door("evaluate", two_replicas, "--sequences", "30")
+    assert evaluated.code == 0, evaluated
+    assert f"step 40 | val loss {jobs.val_losses(two_replicas)[40]:.4f} " in evaluated.stdout
     refused = jobs.door("replay", two_replicas, "--step", "3")
     assert refused.code == 2
     assert (

@@ -1,4 +1,4 @@
-"""How jobs end that are not done: exit codes, one line, and nothing broken behind them."""
+"""Jobs that end early: exit codes, one line, and checkpoints that are whole."""
 
 import json
 import os
@@ -25,7 +25,7 @@ runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)
 
 
 @jobs.linux_only
-def test_a_signal_while_the_ranks_find_each_other(prepared: Path, tmp_path: Path) -> None:
+def test_a_signal_while_the_ranks_join(prepared: Path, tmp_path: Path) -> None:
     """Rank 0 waits in the rendezvous for rank 1, which stops itself before it gets there."""
     arguments = tiny(prepared, tmp_path / "run")
     (tmp_path / "late.py").write_text(LATE)
@@ -43,7 +43,7 @@ def test_a_signal_while_the_ranks_find_each_other(prepared: Path, tmp_path: Path
     cause = "interrupted by SIGTERM before the first step: run it again to go on"
     assert report["cause"] == cause
     assert [line for line in ended.stderr.splitlines() if line.startswith("distgpt:")] == [f"distgpt: {cause}"]
-    # Nothing is broken: a run of its own kind goes on from here.
+    # The same command trains in the same directory.
     again = jobs.train(1, *arguments, "--train.steps=1")
     assert again.code == 0, again
 
@@ -60,7 +60,7 @@ runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)
 """
 BROKEN = """
     def broken(threads):
-        # Not before rank 0 has the run directory, however slow the machine.
+        # Wait until rank 0 has the run directory, also on a slow machine.
         while not (os.path.exists("run/LOCK") and os.path.getsize("run/LOCK")):
             time.sleep(0.01)
         raise RuntimeError("no such GPU")
@@ -76,7 +76,7 @@ BROKEN = """
     ],
     ids=["device", "disk"],
 )
-def test_what_is_wrong_with_one_rank_is_told(
+def test_an_error_of_one_rank_is_reported(
     prepared: Path, tmp_path: Path, wrong: str, rank: int, code: int, cause: str
 ) -> None:
     (tmp_path / "elsewhere").mkdir()
@@ -112,13 +112,13 @@ def test_a_plain_process_stops_at_a_step_as_well(prepared: Path, tmp_path: Path)
     step = jobs.exit_report(tmp_path)["step"]
     assert ended.code == 75
     assert ended.stderr.splitlines() == [
-        "distgpt: stopping after this step is saved; Ctrl-C again within it ends now, unsaved",
+        "distgpt: stopping after this step is saved; Ctrl-C again stops it now, unsaved",
         f"distgpt: interrupted by SIGINT: step {step} of 60 is saved, run it again to go on",
     ]
     assert jobs.checkpoints(tmp_path)[-1] == f"step-{step:08d}"
 
 
-# distgpt.train where each micro-batch of a step is a line, and the ranks ask each other after each whether to stop.
+# distgpt.train that prints a line for each micro-batch, and checks after each one whether to stop.
 LONG_STEPS = """
 import runpy
 from distgpt.training import step
@@ -130,10 +130,10 @@ runpy.run_module("distgpt.train", run_name="__main__", alter_sys=True)
 
 @jobs.linux_only
 @pytest.mark.parametrize(("ranks", "every", "stopped_in"), [(2, 0, 2), (1, 1, 2), (1, 1, 1)])
-def test_a_long_step_is_given_up_between_two_micro_batches(
+def test_a_long_step_is_abandoned_between_two_micro_batches(
     prepared: Path, tmp_path: Path, ranks: int, every: int, stopped_in: int
 ) -> None:
-    """The step before it is saved, or was already."""
+    """The step before it is saved, unless it already was."""
     (tmp_path / "long.py").write_text(LONG_STEPS)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     launcher = torchrun if ranks > 1 else [sys.executable]
@@ -141,7 +141,7 @@ def test_a_long_step_is_given_up_between_two_micro_batches(
     long = (f"--train.global_batch={2 * count * ranks}", f"--checkpoint.every={every}", "--eval.every=0")
     job = jobs.Job([*launcher, str(tmp_path / "long.py"), *tiny(prepared, run), *long])
     job.read_until(f"step  {stopped_in}/60 | micro-batch 1/{count}\n")
-    # Rank 0 can go on for less than a step before it must be read, so the signal is there before its end.
+    # Rank 0 blocks on the pipe within a step, so the signal arrives before the end of the step.
     os.kill(job.rank(1) if ranks > 1 else job.pid, signal.SIGTERM)
     ended = job.finish()
     completed = stopped_in - 1
@@ -149,15 +149,15 @@ def test_a_long_step_is_given_up_between_two_micro_batches(
     report = jobs.exit_report(run)
     assert (report["code"], report["step"] or 0) == (75, completed), ended
     assert jobs.checkpoints(run) == ([f"step-{completed:08d}"] if completed else [])
-    said = f"step {completed} of 60 is saved, " if completed else "before the end of the first step"
-    assert said in report["cause"]
+    outcome = f"step {completed} of 60 is saved, " if completed else "before the end of the first step"
+    assert outcome in report["cause"]
 
 
 @jobs.linux_only
-def test_ctrl_c_twice_saves_all_the_same(prepared: Path, tmp_path: Path) -> None:
-    """A terminal sends it to the launcher and to all that it started, which torchrun would have heard twice."""
+def test_ctrl_c_that_reaches_torchrun_and_its_ranks_saves(prepared: Path, tmp_path: Path) -> None:
+    """A terminal sends SIGINT to the launcher and to all its children, so torchrun would get it twice."""
     local = jobs.PROJECT / "launch" / "local.sh"
-    # setsid: the terminal of the tests is not to hear it.
+    # setsid: the tests must not get the signal.
     job = jobs.Job(["setsid", str(local), *tiny(prepared, tmp_path)], NPROC_PER_NODE="2")
     job.read_until("step  2/60 ")
     for _ in range(2):
@@ -170,15 +170,15 @@ def test_ctrl_c_twice_saves_all_the_same(prepared: Path, tmp_path: Path) -> None
 
 
 @jobs.linux_only
-def test_a_terminal_that_is_closed_saves_as_well(prepared: Path, tmp_path: Path) -> None:
-    """What would be said from then on cannot be."""
+def test_a_closed_terminal_saves(prepared: Path, tmp_path: Path) -> None:
+    """Output from then on is lost."""
     local = jobs.PROJECT / "launch" / "local.sh"
     launcher, terminal = pty.fork()
     if launcher == 0:
         os.execve(local, [str(local), *tiny(prepared, tmp_path)], jobs.environment(NPROC_PER_NODE="2"))
-    said = b""
-    while b"step  2/60 " not in said:
-        said += os.read(terminal, 64)
+    output = b""
+    while b"step  2/60 " not in output:
+        output += os.read(terminal, 64)
     os.close(terminal)
     _, status = os.waitpid(launcher, 0)
     report = jobs.exit_report(tmp_path)
@@ -192,7 +192,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         yield disk
 
 
-def test_a_disk_that_fills_up_in_mid_run(
+def test_a_disk_that_fills_up_during_a_run(
     whole: Callable[[str], Trained], prepared: Path, small_disk: Path, tmp_path: Path
 ) -> None:
     run, copy = small_disk / "run", tmp_path / "exit.json"
@@ -203,7 +203,7 @@ def test_a_disk_that_fills_up_in_mid_run(
     jobs.fill(small_disk / "filler")
     ended = job.finish()
     assert ended.code != 0
-    # Training went on to the end, and said what was lost.
+    # Training went on to the end, and reported what was lost.
     assert "step 60/60 | val loss " in ended.stdout
     lost = [line for line in ended.stdout.splitlines() if line.startswith("CHECKPOINT NOT SAVED, training goes on: ")]
     assert lost
@@ -214,7 +214,7 @@ def test_a_disk_that_fills_up_in_mid_run(
     report = json.loads(copy.read_text())
     assert (report["code"], report["cause"]) == (74, cause)
     assert not [name for name in jobs.checkpoints(run) if not name.startswith("step-")]
-    # With space again it goes on from what was saved before, here on one process.
+    # With free space the run goes on from the last checkpoint, here in one process.
     (small_disk / "filler").unlink()
     again = jobs.train(1, *arguments)
     assert again.code == 0, again

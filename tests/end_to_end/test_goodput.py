@@ -1,4 +1,4 @@
-"""The ledger of a real job that is killed and started again, against a clock outside of it."""
+"""The ledger of a real job that is killed and restarted, against a clock outside of it."""
 
 import os
 import re
@@ -19,22 +19,22 @@ FORWARD_SECONDS = 0.05
 
 
 class Watched:
-    """An attempt as one sees it from outside: when rank 0 began, and when each step was told."""
+    """An attempt seen from outside: the time when rank 0 began, and when each step was printed."""
 
     def __init__(self, arguments: list[str]) -> None:
         command = jobs.torchrun_command(2, *arguments, script=Path(__file__).with_name("slow.py"))
         self.job = jobs.Job(command, SLOW=f"forward:{FORWARD_SECONDS}:")
         self.rank_0 = self.job.rank(0)
-        # By the kernel's clock: on a busy machine a rank is seen late.
+        # From the start time in /proc, since polling finds a rank late on a busy machine.
         self.began = time.monotonic() - age(self.rank_0)
-        self.told: dict[int, float] = {}
+        self.printed: dict[int, float] = {}
 
     def read_step(self, step: int) -> None:
         self.job.read_until(f"step {step:>2}/60 | loss ")
-        self.told[step] = time.monotonic()
+        self.printed[step] = time.monotonic()
 
     def between(self, first: int, last: int) -> float:
-        return self.told[last] - self.told[first]
+        return self.printed[last] - self.printed[first]
 
 
 def age(pid: int) -> float:
@@ -44,7 +44,7 @@ def age(pid: int) -> float:
 
 
 @jobs.linux_only
-def test_the_account_is_that_of_an_observer(prepared: Path, tmp_path: Path) -> None:
+def test_the_ledger_agrees_with_a_clock_outside(prepared: Path, tmp_path: Path) -> None:
     arguments = tiny(prepared, tmp_path)
     killed = Watched(arguments)
     for step in range(1, 31):
@@ -69,15 +69,19 @@ def test_the_account_is_that_of_an_observer(prepared: Path, tmp_path: Path) -> N
     steps = [finished.between(step - 1, step) for step in range(30, 61) if step != 41]
     one_step = statistics.median(steps)
     steps += [killed.between(step - 1, step) for step in range(2, 31) if step != 21]
-    # How late an observer may be on a machine with other work, by the steps themselves: most of them take as long. From
-    # outside, saves after the last step look like evaluation.
+    # The tolerance on a busy machine follows from the steps, most of which take equally long. From outside, saves after
+    # the last step look like evaluation.
     saves = account.seconds["checkpoint"] + account.seconds["other"]
     tolerance = 0.02 * total + 2 * (max(steps) - one_step)
     seen = {
-        "start": killed.told[1] - killed.began + finished.told[29] - finished.began,
+        "start": killed.printed[1] - killed.began + finished.printed[29] - finished.began,
         "recovery": finished.began - killed_at,
         "repeated": killed.between(28, 30),
-        "evaluation": killed.between(20, 21) + finished.between(40, 41) - 2 * one_step + ended_at - finished.told[60],
+        "evaluation": killed.between(20, 21)
+        + finished.between(40, 41)
+        - 2 * one_step
+        + ended_at
+        - finished.printed[60],
     }
     seen["steps"] = killed.between(1, 20) + killed.between(21, 28) + one_step
     seen["steps"] += finished.between(29, 40) + finished.between(41, 60) + one_step
@@ -88,7 +92,7 @@ def test_the_account_is_that_of_an_observer(prepared: Path, tmp_path: Path) -> N
     assert 0 < account.goodput < 1
     assert (account.attempts, account.failures) == (2, 1)
 
-    # What was there at the kill is there still, and it covered the attempt but for an interval.
+    # The lines from before the kill are kept, and cover the attempt except for one interval.
     assert read_ledger(tmp_path / "goodput.jsonl")[: len(lines)] == lines
     assert lines[-1].spent == pytest.approx(killed_at - killed.began, abs=tolerance)
     assert re.search(r"^goodput   \d+\.\d% of \d.* in 2 attempts: start ", ended.stdout, re.MULTILINE)

@@ -8,19 +8,19 @@ from tests import jobs
 from tests.end_to_end.conftest import Trained
 
 
-def test_a_step_of_several_ranks_comes_out_as_it_was_logged(whole: Callable[[str], Trained]) -> None:
+def test_a_replayed_step_of_several_ranks_gives_the_logged_figures(whole: Callable[[str], Trained]) -> None:
     run = whole("fsdp").run
     before = sorted(path for path in run.rglob("*"))
     ended = jobs.door("replay", run, "--step", "55")
     assert (ended.code, ended.stderr) == (0, "")
-    said = ended.stdout.splitlines()
-    assert said[:3] == [
+    lines = ended.stdout.splitlines()
+    assert lines[:3] == [
         "from      step-00000052, float32 on cpu",
         "weights   all finite",
         "step 55   all finite, forward and backward",
     ]
-    figures = [[float(part.split()[-1]) for part in line.split(" | ")] for line in said[3:]]
-    assert [line.split()[0] for line in said[3:]] == ["replayed", "logged"]
+    figures = [[float(part.split()[-1]) for part in line.split(" | ")] for line in lines[3:]]
+    assert [line.split()[0] for line in lines[3:]] == ["replayed", "logged"]
     assert figures[0] == pytest.approx(figures[1], abs=1e-5)
     assert figures[1][0] == pytest.approx(jobs.losses(run)[55], abs=1e-6)
     assert sorted(path for path in run.rglob("*")) == before

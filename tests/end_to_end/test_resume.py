@@ -1,4 +1,4 @@
-"""Runs that were cut, killed, or went on elsewhere end where an uninterrupted one ends."""
+"""Runs that were stopped, killed, or moved to other ranks end with the weights of an uninterrupted run."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from tests.end_to_end.conftest import ARGUMENTS, RANKS, Trained, tiny
 
 
 def assert_is_the_whole(run: Path, reference: Trained) -> None:
-    """The same weights and moments bit for bit, and each line of metrics.jsonl once."""
+    """Check that weights and moments are equal bit for bit, and each line of metrics.jsonl is there once."""
     jobs.assert_same_tensors(run / "checkpoints" / reference.last.name, reference.last)
     assert jobs.losses(run) == jobs.losses(reference.run)
     assert jobs.val_losses(run) == jobs.val_losses(reference.run)
@@ -49,7 +49,7 @@ def test_a_run_goes_on_in_any_other_topology(whole: Callable[[str], Trained], pr
 
 
 @jobs.linux_only
-def test_killed_ranks_and_a_killed_agent_cost_nothing(
+def test_killed_ranks_and_a_killed_agent_change_nothing(
     whole: Callable[[str], Trained], prepared: Path, tmp_path: Path
 ) -> None:
     arguments = [*tiny(prepared, tmp_path), "--parallel.strategy=ddp"]
@@ -111,14 +111,14 @@ def test_fresh_refuses_a_directory_with_checkpoints(started_again: Path, prepare
 
 
 def z_scores(run: Path) -> list[tuple[float | None, float | None]]:
-    """Of the loss and of the gradient norm, of each step; those after the window has filled are numbers."""
+    """Return the z-scores of loss and gradient norm of each step; they are None until the window is filled."""
     found = [(line["loss_z"], line["grad_norm_z"]) for line in jobs.metrics(run) if "loss" in line]
     assert None not in found[-1]
     return found
 
 
 def interrupt(run: Path, ranks: int, arguments: list[str], number: signal.Signals) -> int:
-    """Send a job a signal in mid-run; the step that it stopped and was saved at."""
+    """Send a job a signal during its run. Returns the step at which it stopped and saved."""
     job = jobs.Job(jobs.torchrun_command(ranks, *arguments))
     job.read_until("step  2/60 ")
     job.signal(number)

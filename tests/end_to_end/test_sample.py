@@ -1,4 +1,4 @@
-"""What is done with a trained run: sample from it and evaluate it."""
+"""Sample from a trained run, and evaluate it."""
 
 import argparse
 import re
@@ -33,11 +33,13 @@ SAMPLE = {
 
 @pytest.fixture(scope="module")
 def sampled(whole: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFactory) -> dict[str, jobs.Ended]:
-    """`python -m distgpt.sample` with each of these arguments."""
+    """The results of `python -m distgpt.sample` with each of these arguments."""
     run = str(whole("fsdp").run)  # one process reads what two wrote
-    doors = {name: partial(jobs.door, "sample", run, "--tokens=100", *arguments) for name, arguments in SAMPLE.items()}
-    doors["no run"] = partial(jobs.door, "sample", tmp_path_factory.mktemp("nowhere"))
-    return jobs.all_at_once(doors)
+    commands = {
+        name: partial(jobs.door, "sample", run, "--tokens=100", *arguments) for name, arguments in SAMPLE.items()
+    }
+    commands["no run"] = partial(jobs.door, "sample", tmp_path_factory.mktemp("nowhere"))
+    return jobs.all_at_once(commands)
 
 
 def test_the_same_seed_writes_the_same_text(sampled: dict[str, jobs.Ended]) -> None:
@@ -56,7 +58,7 @@ def test_several_samples_go_on_from_the_prompt(sampled: dict[str, jobs.Ended]) -
     assert len(set(parts[1:])) == 3
 
 
-def test_greedy_is_the_likeliest(sampled: dict[str, jobs.Ended]) -> None:
+def test_greedy_sampling_takes_the_likeliest_token(sampled: dict[str, jobs.Ended]) -> None:
     assert sampled["greedy"].code == 0
     assert sampled["greedy"].stdout == sampled["top k 1"].stdout
 
@@ -73,7 +75,7 @@ def test_an_unknown_character_is_one_clear_line(sampled: dict[str, jobs.Ended]) 
     ("name", "line"),
     [("bad temperature", "--temperature is -1"), ("no samples", "--samples is 0"), ("bad seed", "--seed is 184467")],
 )
-def test_what_cannot_be_is_one_clear_line(sampled: dict[str, jobs.Ended], name: str, line: str) -> None:
+def test_an_impossible_request_is_one_clear_line(sampled: dict[str, jobs.Ended], name: str, line: str) -> None:
     ended = sampled[name]
     assert (ended.code, ended.stdout) == (2, "")
     assert ended.stderr.startswith("distgpt: error: ")
@@ -90,8 +92,8 @@ def test_what_cannot_be_is_one_clear_line(sampled: dict[str, jobs.Ended], name: 
         ("--temperature=nan", "--temperature is nan: it must be 0 (greedy) or a positive number"),
     ],
 )
-def test_a_flag_that_cannot_be_is_named(flag: str, line: str) -> None:
-    """By its own name, before the model is loaded."""
+def test_an_impossible_value_is_refused_by_the_name_of_its_flag(flag: str, line: str) -> None:
+    """It is refused before the model is loaded."""
     with pytest.raises(UsageError) as refused:
         sample_options(["run", flag])
     assert str(refused.value) == f"{line} (--help shows the options)"
@@ -105,7 +107,7 @@ def test_a_directory_that_is_no_run_is_one_clear_line(sampled: dict[str, jobs.En
 
 @pytest.fixture(scope="module")
 def evaluated(whole: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFactory) -> dict[str, jobs.Ended]:
-    """`python -m distgpt.evaluate`, on the run's windows and on data with another tokenizer."""
+    """The results of `python -m distgpt.evaluate`, on the data of the run and on data with another tokenizer."""
     run = whole("fsdp").run
     root = tmp_path_factory.mktemp("evaluate")
     (root / "text.txt").write_text("0123456789" * 1000)
@@ -150,11 +152,11 @@ def test_a_run_is_evaluated_and_replayed_from_another_directory(
     assert f"5 windows of 16 tokens from {tmp_path / 'data'}" in capsys.readouterr().out
     for step in (1, 2):  # from the initial weights, and from the checkpoint
         start = replay.start_before(RunPaths(Path("../run")), step)
-        assert replay.data_of(start, None).path == tmp_path / "data"
+        assert replay.open_data(start, None).path == tmp_path / "data"
 
 
 def test_each_new_best_is_saved_and_can_be_chosen(prepared: Path, tmp_path: Path) -> None:
-    """Most evaluations are at other steps than those at which a save is due."""
+    """Most evaluations are at steps where no save is due otherwise."""
     ended = jobs.train(1, *tiny(prepared, tmp_path), "--checkpoint.every=15", "--checkpoint.keep=9")
     assert [line.endswith(" | best") for line in ended.stdout.splitlines() if " | val loss " in line] == [True] * 3
     assert jobs.checkpoints(tmp_path) == [f"step-{step:08d}" for step in (15, 20, 30, 40, 45, 60)]

@@ -1,4 +1,4 @@
-"""A job that finds out how often to save, is killed, and goes on; what it learns does not depend on that."""
+"""A job that chooses its save interval, is killed, and goes on: its weights do not depend on that."""
 
 import json
 import os
@@ -16,7 +16,7 @@ FAILURES = 20_000
 
 
 @jobs.linux_only
-def test_it_saves_as_often_as_it_fails_and_goes_on_exactly(
+def test_the_save_interval_follows_failures_and_the_run_resumes_exactly(
     whole: Callable[[str], Trained], prepared: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"

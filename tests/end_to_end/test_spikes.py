@@ -1,4 +1,4 @@
-"""Updates that all ranks leave out, of a step that is not finite or of a spike, and what is kept of them."""
+"""Updates that all ranks skip, after a step that is not finite or a spike, and their records."""
 
 import json
 import re
@@ -12,8 +12,7 @@ import torch
 from tests import jobs
 from tests.end_to_end.conftest import tiny
 
-# distgpt.train on a machine where one rank computes nonsense in one step; after each update every rank notes a hash of
-# the weights that it holds.
+# distgpt.train where one rank has a NaN loss in one step. After each update every rank writes a hash of its weights.
 FAULTY = """
 import hashlib, os, runpy, sys
 from torch.optim.optimizer import register_optimizer_step_post_hook
@@ -44,9 +43,7 @@ runpy.run_module("distgpt.train", run_name="__main__", alter_sys=False)
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-def test_all_ranks_leave_out_the_update_of_a_step_that_one_rank_spoiled(
-    prepared: Path, tmp_path: Path, strategy: str
-) -> None:
+def test_all_ranks_skip_an_update_that_is_not_finite_on_one_rank(prepared: Path, tmp_path: Path, strategy: str) -> None:
     run, script = tmp_path / "run", tmp_path / "faulty.py"
     script.write_text(FAULTY)
     arguments = [
@@ -55,8 +52,8 @@ def test_all_ranks_leave_out_the_update_of_a_step_that_one_rank_spoiled(
     ]
     ended = jobs.run(jobs.torchrun_command(2, *arguments, script=script))
     assert ended.code == 0, ended
-    said = "loss nan and gradient norm nan at step 3: update skipped; samples 16 to 23 (their places are in logs/)"
-    assert ended.stdout.splitlines().count(said) == 1
+    expected = "loss nan and gradient norm nan at step 3: update skipped; samples 16 to 23 (their places are in logs/)"
+    assert ended.stdout.splitlines().count(expected) == 1
     # Weights and moments are those of the step before, bit for bit; the next step goes on from them.
     names = [run / "checkpoints" / f"step-{step:08d}" for step in range(1, 6)]
     jobs.assert_same_tensors(names[2], names[1])
@@ -70,7 +67,7 @@ def test_all_ranks_leave_out_the_update_of_a_step_that_one_rank_spoiled(
     assert (notes[0] == notes[1]) == (strategy == "ddp")
     for rank in range(2):
         assert "step 3, windows of this rank as (shard, token offset): [(" in log_of(run, rank)
-    # It has a line whatever log.every says.
+    # A skipped step is logged whatever log.every is.
     lines = strict(run)
     assert [(line["step"], line["skipped"]) for line in lines if "skipped" in line] == [
         *((1, False), (2, False), (3, True), (4, False), (5, False)),
@@ -79,7 +76,7 @@ def test_all_ranks_leave_out_the_update_of_a_step_that_one_rank_spoiled(
 
 
 def test_spikes_are_skipped_and_a_resumed_run_and_a_replay_skip_the_same(prepared: Path, tmp_path: Path) -> None:
-    """A limit of half a standard deviation, which many steps exceed of a run that learns slowly in small batches."""
+    """The limit is half a standard deviation, which many steps of a slow run with small batches exceed."""
     options = (
         *("--optim.lr=3e-5", "--train.global_batch=2", "--train.micro_batch=1", "--health.skip_z=0.5"),
         *("--checkpoint.every=1", "--checkpoint.keep=100"),
@@ -100,7 +97,7 @@ def test_spikes_are_skipped_and_a_resumed_run_and_a_replay_skip_the_same(prepare
         [line[name] for name in measured] for line in trained
     ]
     jobs.assert_same_tensors(*(run / "checkpoints" / "step-00000040" for run in (whole, parts)))
-    # From so far back that there are spikes on the way.
+    # The replay starts far enough before the step to meet spikes.
     assert [step for step in spikes if step > 24]
     for step in range(25, 41):
         shutil.rmtree(whole / "checkpoints" / f"step-{step:08d}")
@@ -110,7 +107,7 @@ def test_spikes_are_skipped_and_a_resumed_run_and_a_replay_skip_the_same(prepare
 
 
 def strict(run: Path) -> list[dict[str, Any]]:
-    """metrics.jsonl as a reader sees it that knows no NaN."""
+    """Read metrics.jsonl with a parser that refuses NaN."""
 
     def refuse(constant: str) -> None:
         raise AssertionError(f"{constant} is not JSON")
@@ -119,7 +116,7 @@ def strict(run: Path) -> list[dict[str, Any]]:
 
 
 def replayed_figures(ended: jobs.Ended) -> tuple[float, float]:
-    """The loss and the gradient norm that a replay computed."""
+    """Return the loss and the gradient norm that a replay computed."""
     found = re.search(r"^replayed  loss (\S+) \| gradient norm (\S+)$", ended.stdout, re.MULTILINE)
     assert found, ended
     return float(found[1]), float(found[2])

@@ -1,4 +1,4 @@
-"""Jobs with a rank that is slow, or whose data is, on purpose; and one that is even."""
+"""Jobs with a rank that is slow on purpose, or has slow data or a slow disk, and one with equal ranks."""
 
 import signal
 import socket
@@ -17,7 +17,7 @@ def job(data: Path, run: Path, slow: str, *arguments: str) -> jobs.Job:
 
 
 def stop(started: jobs.Job) -> str:
-    """Ask a job to end; all that it said."""
+    """Ask a job to end. Returns its stdout."""
     started.signal(signal.SIGTERM)
     return started.finish().stdout
 
@@ -25,14 +25,14 @@ def stop(started: jobs.Job) -> str:
 @jobs.linux_only
 def test_a_slow_rank_is_named_with_its_host(prepared: Path, tmp_path: Path) -> None:
     started = job(prepared, tmp_path, "forward:0.1:1")
-    started.read_until(f"rank 1 on {socket.gethostname()} is slow: 2")  # two micro-batches: 200 ms and a little
+    started.read_until(f"rank 1 on {socket.gethostname()} is slow: its own work takes 2")  # 200 ms and a little
     assert "rank 0 on " not in stop(started)
     assert f"rank 1 on {socket.gethostname()} is slow: " in (tmp_path / "logs" / "rank-0.log").read_text()
 
 
 @jobs.linux_only
 def test_slow_data_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> None:
-    # Four sequences a step. What is found of a sharded model is found of a whole one.
+    # Four sequences a step. A sharded model is the harder case.
     started = job(prepared, tmp_path, "read:0.05:0", "--parallel.strategy=fsdp")
     started.read_until(f"rank 0 on {socket.gethostname()} is slow: ")
     started.read_until("; data wait ")
@@ -45,16 +45,16 @@ def test_slow_data_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> Non
 
 @jobs.linux_only
 def test_a_slow_disk_is_named_with_its_rank(prepared: Path, tmp_path: Path) -> None:
-    """Training itself waits for saves on all ranks alike."""
+    """Training waits for saves equally on all ranks."""
     started = job(prepared, tmp_path, "save:1:1", "--checkpoint.every=1")
     host = socket.gethostname()
     started.read_until(f"rank 1 on {host} is slow to save: ")
-    # It commits a checkpoint each step on a core that others may want: its own work may well be slow.
+    # Rank 0 commits a checkpoint each step on a busy core, so its own work may be slow, but not its saves.
     assert f"rank 0 on {host} is slow to save: " not in stop(started)
 
 
 @jobs.linux_only
-def test_nobody_is_named_where_all_are_as_slow(prepared: Path, tmp_path: Path) -> None:
+def test_no_rank_is_named_if_all_are_equally_slow(prepared: Path, tmp_path: Path) -> None:
     started = job(prepared, tmp_path, "forward:0.1:")
     started.read_until("step    50/10000 ")  # ten seconds
     assert " is slow: " not in stop(started)

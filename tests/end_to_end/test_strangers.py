@@ -1,4 +1,4 @@
-"""What a stranger on the network gets to see of a job, and what could run his code in it."""
+"""The ports and messages of a job that others on the network could reach or forge."""
 
 import signal
 from pathlib import Path
@@ -6,7 +6,7 @@ from pathlib import Path
 from tests import jobs
 from tests.strangers import listening
 
-# Whoever reads a pickle ends, but for torchrun's agent.
+# Every process that reads a pickle exits, except torchrun's agent.
 NO_PICKLES = """
 import pickle, sys
 if "torch.distributed.run" not in sys.orig_argv:
@@ -50,7 +50,7 @@ def test_a_job_on_one_host_listens_on_loopback_alone(prepared: Path, tmp_path: P
 
 
 def family(pid: int) -> list[int]:
-    """A process and all that descend from it."""
+    """Return a process and all its descendants."""
     parents = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:

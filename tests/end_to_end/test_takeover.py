@@ -1,4 +1,4 @@
-"""Two jobs on one run directory, on two hosts: while one sleeps the other takes over, and when it wakes up it ends."""
+"""Two jobs on one run directory, on two hosts: while one is suspended the other takes over; then the first one ends."""
 
 import hashlib
 import json
@@ -15,13 +15,13 @@ from distgpt.run.lock import BOOT_ID
 from tests import jobs
 from tests.end_to_end.conftest import Trained, tiny
 
-# The rest of the command line as if under another kernel, to which a lock that this one sees is no proof.
+# The command seems to run on another kernel, for which the flock alone does not decide.
 ELSEWHERE = ("unshare", "--mount", "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"')
 
 
 @pytest.fixture
 def elsewhere(tmp_path: Path) -> list[str]:
-    """The beginning of a command line that runs on another host; skips the test where there can be none."""
+    """Return the beginning of a command line that runs on another host. Skips the test where that is impossible."""
     boot = tmp_path / "boot_id"
     boot.write_text("00000000-0000-0000-0000-000000000000\n")
     command = [*ELSEWHERE, str(boot), str(BOOT_ID)]
@@ -45,7 +45,7 @@ def test_a_job_that_wakes_up_after_another_took_over(
     for pid in stopped:
         os.kill(pid, signal.SIGSTOP)
 
-    # Its lease runs out while this one waits.
+    # The lease of the suspended job expires meanwhile.
     second = jobs.door("train", *arguments)
     assert second.code == 0, second
     before = contents(run)
@@ -66,12 +66,12 @@ def test_a_job_that_wakes_up_after_another_took_over(
 
 
 def owner(run: Path) -> tuple[int, int]:
-    """Process id and number of the owner."""
+    """Return the process id and the fence of the owner."""
     record = json.loads((run / "LOCK").read_text())
     return record["pid"], record["fence"]
 
 
 def contents(run: Path) -> dict[str, str]:
-    """What is in every file; a log may grow."""
+    """Read every file except logs, which may grow."""
     files = [file for file in run.rglob("*") if file.is_file() and file.parent.name != "logs"]
     return {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}

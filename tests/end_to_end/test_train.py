@@ -1,4 +1,4 @@
-"""Real jobs on tinyshakespeare: they learn, and what they learn does not depend on the topology."""
+"""Real jobs on tinyshakespeare: their loss falls, and does not depend on the topology."""
 
 import math
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from tests import jobs
 from tests.end_to_end.conftest import ARGUMENTS, RANKS, Trained, tiny
 from tests.once import made_once
 
-# The ancestor's shape, smaller, without dropout.
+# The shape of the seed preset, smaller, without dropout.
 SEED_SHAPED = (
     *("seed", "--model.n_layer=2", "--model.n_embd=48", "--model.block_size=64", "--model.dropout=0"),
     *("--train.global_batch=16", "--train.steps=50", "--train.dtype=float32", "--optim.lr=1e-3", "--log.every=1"),
@@ -53,7 +53,7 @@ def test_two_processes_give_the_losses_of_one(seed_shaped: dict[str, Path], stra
     assert two == pytest.approx(one, abs=TOLERANCE)
 
 
-def test_it_learns(seed_shaped: dict[str, Path], prepared: Path) -> None:
+def test_the_loss_falls(seed_shaped: dict[str, Path], prepared: Path) -> None:
     knows_nothing = math.log(open_dataset(prepared).vocab_size)
     losses, val_losses = jobs.losses(seed_shaped["single"]), jobs.val_losses(seed_shaped["single"])
     assert losses[1] == pytest.approx(knows_nothing, abs=0.1)
@@ -90,7 +90,7 @@ def test_a_modern_model_in_bfloat16_recomputed_and_sharded(prepared: Path, tmp_p
 
 
 @pytest.mark.parametrize("strategy", ["single", "ddp", "fsdp", "hsdp"])
-def test_the_console_says_what_goes_on_and_nothing_on_stderr(whole: Callable[[str], Trained], strategy: str) -> None:
+def test_the_console_shows_progress_and_stderr_stays_empty(whole: Callable[[str], Trained], strategy: str) -> None:
     ended = whole(strategy).ended
     assert ended.stderr == ""
     lines = ended.stdout.splitlines()

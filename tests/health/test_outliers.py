@@ -1,4 +1,4 @@
-"""Which updates are left out: z-scores as numpy has them, and a judge that goes on exactly where another left off."""
+"""Skipped updates: z-scores as numpy computes them, and a filter that continues exactly from a saved state."""
 
 import json
 import math
@@ -14,17 +14,17 @@ SKIP = HealthConfig(on_nonfinite="skip")
 
 
 def figures(count: int, *, seed: int = 0) -> list[tuple[float, float]]:
-    """Losses that fall and gradient norms, with noise."""
+    """Return falling losses and gradient norms, with noise."""
     draw = random.Random(seed)
     return [(4.0 / (1 + step / 50) + draw.gauss(0, 0.1), draw.lognormvariate(0, 0.3)) for step in range(count)]
 
 
-def judged(guard: OutlierFilter, values: list[tuple[float, float]]) -> list[Decision]:
-    return [guard.check(loss=loss, grad_norm=norm) for loss, norm in values]
+def check_all(outliers: OutlierFilter, values: list[tuple[float, float]]) -> list[Decision]:
+    return [outliers.check(loss=loss, grad_norm=norm) for loss, norm in values]
 
 
 @pytest.mark.parametrize("offset", [0.0, 1e6])
-def test_z_scores_are_numpys(offset: float) -> None:
+def test_z_scores_are_those_of_numpy(offset: float) -> None:
     draw = random.Random(1)
     values = [offset + draw.gauss(3, 2) for _ in range(3 * WINDOW)]
     window = Window()
@@ -39,7 +39,7 @@ def test_z_scores_are_numpys(offset: float) -> None:
     assert window.values() == values[-WINDOW:]
 
 
-def test_there_is_no_z_score_among_equal_values_nor_for_what_is_no_number() -> None:
+def test_there_is_no_z_score_for_equal_values_or_nan() -> None:
     equal = Window([2.0] * WINDOW)
     assert equal.z_score(2.0) is None
     assert equal.z_score(3.0) is None
@@ -56,49 +56,49 @@ def test_a_step_that_is_not_finite_stops_or_is_skipped_as_configured(loss: float
 
 
 @pytest.mark.parametrize("spike", [(9.0, 1.0), (2.0, 30.0)])
-def test_a_spike_of_either_is_skipped_and_does_not_count(spike: tuple[float, float]) -> None:
-    guard, calm = OutlierFilter(HealthConfig(skip_z=6.0)), OutlierFilter(HealthConfig(skip_z=6.0))
+def test_a_spike_of_either_figure_is_skipped_and_stays_out_of_the_window(spike: tuple[float, float]) -> None:
+    outliers, undisturbed = OutlierFilter(HealthConfig(skip_z=6.0)), OutlierFilter(HealthConfig(skip_z=6.0))
     values = figures(100)
-    assert judged(guard, values) == judged(calm, values)
-    decision = guard.check(loss=spike[0], grad_norm=spike[1])
+    assert check_all(outliers, values) == check_all(undisturbed, values)
+    decision = outliers.check(loss=spike[0], grad_norm=spike[1])
     assert decision.action == "skip"
     assert max(decision.loss_z or 0.0, decision.grad_norm_z or 0.0) > 6.0
     assert f"(z {decision.loss_z:.1f}) and gradient norm {spike[1]:g} (z {decision.grad_norm_z:.1f})" in decision.reason
     more = figures(20, seed=1)
-    assert judged(guard, more) == judged(calm, more)
+    assert check_all(outliers, more) == check_all(undisturbed, more)
 
 
-def test_what_lies_far_below_is_no_spike_and_without_skip_z_nothing_is() -> None:
-    guard = OutlierFilter(HealthConfig(skip_z=3.0))
-    judged(guard, figures(100))
-    low = guard.check(loss=-50.0, grad_norm=0.0)
+def test_low_values_are_no_spikes_and_without_skip_z_nothing_is() -> None:
+    outliers = OutlierFilter(HealthConfig(skip_z=3.0))
+    check_all(outliers, figures(100))
+    low = outliers.check(loss=-50.0, grad_norm=0.0)
     assert low.action == "update"
     assert low.loss_z is not None
     assert low.loss_z < -3.0
     indifferent = OutlierFilter(HealthConfig())
-    judged(indifferent, figures(100))
+    check_all(indifferent, figures(100))
     assert indifferent.check(loss=50.0, grad_norm=50.0).action == "update"
 
 
-def test_so_many_skips_in_a_row_and_no_more() -> None:
-    guard = OutlierFilter(SKIP)
+def test_too_many_skips_in_a_row_stop_the_run() -> None:
+    outliers = OutlierFilter(SKIP)
     for _ in range(2):
-        assert {decision.action for decision in judged(guard, [(math.nan, 1.0)] * MOST_SKIPS)} == {"skip"}
-        assert guard.check(loss=1.0, grad_norm=1.0).action == "update"
-    last = judged(guard, [(math.nan, 1.0)] * (MOST_SKIPS + 1))[-1]
+        assert {decision.action for decision in check_all(outliers, [(math.nan, 1.0)] * MOST_SKIPS)} == {"skip"}
+        assert outliers.check(loss=1.0, grad_norm=1.0).action == "update"
+    last = check_all(outliers, [(math.nan, 1.0)] * (MOST_SKIPS + 1))[-1]
     assert (last.action, last.skips) == ("stop", MOST_SKIPS)
     assert f"at most {MOST_SKIPS} in a row" in help_text("train", "")
 
 
-def test_a_judge_goes_on_exactly_where_its_state_was_taken() -> None:
+def test_a_restored_filter_decides_as_the_original_does() -> None:
     config = HealthConfig(on_nonfinite="skip", skip_z=1.5)
     values = figures(300)
     for index in (5, 50, 51, 52, 200):
         values[index] = (math.nan, 1.0)
-    whole = judged(OutlierFilter(config), values)
+    whole = check_all(OutlierFilter(config), values)
     assert {decision.action for decision in whole} == {"update", "skip"}
     for cut in (0, 1, 20, 52, 201):
         first, second = OutlierFilter(config), OutlierFilter(config)
-        head = judged(first, values[:cut])
+        head = check_all(first, values[:cut])
         second.restore(json.loads(json.dumps(first.state(), allow_nan=False)))
-        assert head + judged(second, values[cut:]) == whole
+        assert head + check_all(second, values[cut:]) == whole

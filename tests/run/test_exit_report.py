@@ -1,4 +1,4 @@
-"""The first report of how a run ended."""
+"""exit.json: the first report of the end of a run wins."""
 
 import errno
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from distgpt.errors import UsageError
-from distgpt.run.exit_report import ending_of_this_job, forget_last_attempt, write_exit_report
+from distgpt.run.exit_report import remove_report_of_last_attempt, report_of_this_job, write_exit_report
 from distgpt.run.paths import RunPaths
 
 
@@ -18,7 +18,7 @@ def report(directory: Path) -> dict[str, object]:
     return found
 
 
-def test_the_first_report_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_first_report_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("DISTGPT_EXIT_FILE", raising=False)
     paths = RunPaths(tmp_path)
     assert write_exit_report(paths, code=65, cause="the loss", rank=1, step=7)
@@ -30,7 +30,7 @@ def test_the_first_report_stands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
 
 
-def test_a_report_of_an_owner_who_was_asleep_gives_way_to_that_of_the_next(
+def test_a_report_of_a_new_owner_replaces_one_of_a_suspended_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("DISTGPT_EXIT_FILE", str(tmp_path / "copy.json"))
@@ -41,7 +41,7 @@ def test_a_report_of_an_owner_who_was_asleep_gives_way_to_that_of_the_next(
     assert not write_exit_report(paths, code=0, cause="done", rank=0, step=9, fence=3)
     assert not write_exit_report(paths, code=75, cause="lost contact", rank=1, step=7, fence=4)
     assert report(tmp_path)["code"] == 74
-    # Of a launcher's own ranks the first one is right, come what may.
+    # In the launcher's file the first report always wins.
     assert json.loads((tmp_path / "copy.json").read_text())["code"] == 0
     assert sorted(file.name for file in tmp_path.iterdir()) == ["copy.json", "exit.json"]
 
@@ -55,31 +55,27 @@ def test_a_launcher_gets_a_copy_even_without_a_run_directory(tmp_path: Path, mon
     assert json.loads((tmp_path / "copy.json").read_text())["code"] == 73
 
 
-def test_a_report_that_cannot_be_written_is_still_to_be_told(tmp_path: Path) -> None:
+def test_a_report_that_cannot_be_written_is_still_to_be_printed(tmp_path: Path) -> None:
     assert write_exit_report(RunPaths(tmp_path / "gone"), code=74, cause="disk", rank=0, step=None)
 
 
-def test_a_report_of_an_earlier_attempt_is_forgotten_and_one_of_this_is_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_reports_of_earlier_attempts_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "copy.json"
     monkeypatch.setenv("DISTGPT_EXIT_FILE", str(copy))
     assert write_exit_report(None, code=75, cause="a host joined", rank=0, step=None)
-    forget_last_attempt()
+    remove_report_of_last_attempt()
     assert copy.exists()
     os.utime(copy, (0, 0))  # before this process
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
-    forget_last_attempt()
+    remove_report_of_last_attempt()
     assert copy.exists()
     monkeypatch.undo()
     monkeypatch.setenv("DISTGPT_EXIT_FILE", str(copy))
-    forget_last_attempt()
+    remove_report_of_last_attempt()
     assert not copy.exists()
 
 
-def test_a_report_of_a_file_system_without_links_is_the_first_as_well(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_report_wins_on_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
@@ -92,20 +88,20 @@ def test_a_report_of_a_file_system_without_links_is_the_first_as_well(
     assert [file.name for file in tmp_path.iterdir()] == ["exit.json"]
 
 
-def test_a_report_is_only_of_the_job_that_made_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every torchrun that was given no id calls itself none."""
+def test_a_report_belongs_only_to_the_job_that_wrote_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every torchrun without --rdzv-id has the id "none"."""
     monkeypatch.delenv("DISTGPT_EXIT_FILE", raising=False)
     for job, known_to_the_next in (("none", None), ("mine", (65, "the loss"))):
         monkeypatch.setenv("TORCHELASTIC_RUN_ID", job)
         paths = RunPaths(tmp_path / job)
         paths.root.mkdir()
         write_exit_report(paths, code=65, cause="the loss", rank=0, step=7)
-        assert ending_of_this_job(paths) == (65, "the loss")
+        assert report_of_this_job(paths) == (65, "the loss")
         with monkeypatch.context() as another:
             another.setattr(os, "getppid", lambda: 1)
-            assert ending_of_this_job(paths) == known_to_the_next
+            assert report_of_this_job(paths) == known_to_the_next
 
 
-def test_a_directory_whose_name_is_no_text_is_refused() -> None:
+def test_a_directory_name_that_is_not_utf8_is_refused() -> None:
     with pytest.raises(UsageError, match=r"run\.dir is 'runs/\\udcff', which is not UTF-8"):
         RunPaths(Path(os.fsdecode(b"runs/\xff")))

@@ -20,12 +20,12 @@ import pytest
 
 from distgpt.checkpoint.store import Store
 from distgpt.errors import DirectoryError
-from distgpt.run.lock import BOOT_ID, LEASE, RENEWAL, RunLock, lock_holder, loss_of
+from distgpt.run.lock import BOOT_ID, LEASE, RENEWAL, RunLock, lock_holder, loss_message
 from distgpt.run.paths import RunPaths
 from tests import jobs
 
-# Owns a directory, renews often, and commits there all the time as long as it may. Arguments: directory, file with the
-# boot id, and "local" for a file system whose locks do not reach from host to host.
+# Owns a directory, renews its lease often, and commits checkpoints until it loses the directory. Arguments: directory,
+# file with the boot id, and "local" for a file system whose locks do not reach from host to host.
 OWNER = """
 import fcntl, sys
 from contextlib import suppress
@@ -63,14 +63,14 @@ class Process:
         self.process.send_signal(number)
 
     def ended(self) -> tuple[int, str]:
-        """Its exit code and what it said on stderr."""
+        """Return its exit code and stderr."""
         stderr = self.process.communicate()[1]
         return self.process.returncode, stderr
 
 
 @pytest.fixture
 def own(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Process]]:
-    """Have a process own tmp_path: own(elsewhere=True, locks="local")."""
+    """Start a process that owns tmp_path: own(elsewhere=True, locks="local")."""
     started: list[Process] = []
     other_boot = tmp_path_factory.mktemp("elsewhere") / "boot_id"
     other_boot.write_text("elsewhere\n")
@@ -108,7 +108,7 @@ def committed(paths: RunPaths) -> list[Path]:
     return sorted(paths.checkpoints.glob("step-*/*"))
 
 
-def test_a_second_owner_is_refused_and_told_of_the_first(tmp_path: Path) -> None:
+def test_a_second_owner_is_refused_with_the_name_of_the_first(tmp_path: Path) -> None:
     paths = RunPaths(tmp_path / "deep" / "run")
     lock = RunLock(paths)
     paths.exit_report.write_text("{}")
@@ -134,8 +134,8 @@ def test_the_lock_is_free_after_the_owner_was_killed(own: Callable[..., Process]
     lock.release()
 
 
-def test_an_owner_that_takes_its_time_to_die_is_waited_for(paths: RunPaths) -> None:
-    """As one does that was killed in a write to a slow disk: its lock is held until that is done."""
+def test_an_owner_that_dies_slowly_is_waited_for(paths: RunPaths) -> None:
+    """A process that is killed in a write to a slow disk holds its lock until the write is done."""
     lock = RunLock(paths)
     alive = paths.lock.read_bytes()
     lock.release()
@@ -158,7 +158,7 @@ def test_an_owner_that_is_stopped_on_this_host_keeps_its_lock(own: Callable[...,
 
 
 @pytest.mark.parametrize("locks", ["shared", "local"])
-def test_an_owner_on_another_host_that_renews_is_not_disturbed(
+def test_an_owner_on_another_host_that_renews_keeps_its_lock(
     own: Callable[..., Process], paths: RunPaths, locks: str
 ) -> None:
     owner = own(elsewhere=True, locks=locks)
@@ -170,10 +170,10 @@ def test_an_owner_on_another_host_that_renews_is_not_disturbed(
 
 
 @pytest.mark.parametrize("locks", ["shared", "local"])
-def test_who_wakes_up_after_another_took_over_writes_nothing_more(
+def test_an_owner_that_wakes_up_after_a_takeover_writes_nothing_more(
     own: Callable[..., Process], paths: RunPaths, locks: str
 ) -> None:
-    """With "shared" the lock of the stopped owner is still held, as one is whose host is gone."""
+    """With "shared" locks, the stopped owner still holds its lock, as an owner on a lost host does."""
     owner = own(elsewhere=True, locks=locks)
     owner.signal(signal.SIGSTOP)
     with pytest.raises(DirectoryError, match="in use by"):
@@ -191,7 +191,7 @@ def test_who_wakes_up_after_another_took_over_writes_nothing_more(
     lock.release()
 
 
-def test_a_dead_owner_of_another_host_is_waited_for_unless_it_left_in_order(
+def test_a_dead_owner_on_another_host_is_waited_for_unless_it_released_its_lock(
     own: Callable[..., Process], paths: RunPaths
 ) -> None:
     owner = own(elsewhere=True)
@@ -216,13 +216,13 @@ def test_an_owner_whose_lock_was_removed_ends(own: Callable[..., Process], paths
     assert re.fullmatch(r"distgpt: error: lost the run directory \S+ \(its LOCK was removed or damaged\): .*\n", stderr)
 
 
-def test_any_rank_can_ask(paths: RunPaths) -> None:
+def test_any_rank_can_check_the_owner(paths: RunPaths) -> None:
     first = RunLock(paths)
-    assert loss_of(paths, first.owner) is None
+    assert loss_message(paths, first.owner) is None
     first.release()
-    assert loss_of(paths, first.owner) is None
+    assert loss_message(paths, first.owner) is None
     second = RunLock(paths)
-    assert str(second.owner) in (loss_of(paths, first.owner) or "")
+    assert str(second.owner) in (loss_message(paths, first.owner) or "")
     second.release()
 
 
@@ -233,18 +233,18 @@ def test_a_lock_without_a_readable_owner_is_still_a_lock(paths: RunPaths) -> Non
         RunLock(paths)
     lock.release()
     after = RunLock(paths)
-    assert after.owner.fence > 10**9  # above any that came before
+    assert after.owner.fence > 10**9  # above any earlier one
     after.release()
 
 
-def test_a_new_owner_forgets_how_the_last_run_ended(paths: RunPaths) -> None:
+def test_a_new_owner_removes_the_last_exit_report(paths: RunPaths) -> None:
     paths.exit_report.write_text("{}")
-    (paths.root / ".LOCK.000001-elsewhere-7.tmp").touch()  # of one that was killed before its LOCK was in place
+    (paths.root / ".LOCK.000001-elsewhere-7.tmp").touch()  # of an owner that was killed before its LOCK was in place
     RunLock(paths).release()
     assert [file.name for file in paths.root.iterdir()] == ["LOCK"]
 
 
-def test_a_directory_that_cannot_be_is_refused(tmp_path: Path) -> None:
+def test_a_directory_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for root in (tmp_path / "file", tmp_path / "file" / "run"):
         with pytest.raises(DirectoryError, match=rf"cannot write to the run directory {root}: .*--run.dir=DIR"):

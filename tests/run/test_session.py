@@ -1,4 +1,4 @@
-"""Whatever ends a run becomes an exit code, exit.json and one line; no rank outlives its agent."""
+"""Whatever ends a run becomes an exit code, exit.json and one line; no rank outlives its torchrun."""
 
 import errno
 import json
@@ -20,7 +20,7 @@ from distgpt.run.paths import RunPaths
 from distgpt.run.session import RunSession
 from tests import jobs
 
-# A rank as train.py is one, without torch. RANK and BODY are replaced.
+# A rank as in train.py, without torch. RANK and BODY are replaced.
 PROGRAM = """
 import os, signal, sys, time
 from pathlib import Path
@@ -35,7 +35,7 @@ with RunSession(RunPaths(Path(sys.argv[1])), int(sys.argv[2])) as run:
 
 
 def rank(directory: Path, body: str, *, number: int = 0, **variables: str) -> jobs.Ended:
-    """One rank to its end."""
+    """Run one rank to its end."""
     program = PROGRAM.format(body=body.replace("\n", "\n    "))
     return jobs.run([sys.executable, "-c", program, str(directory), str(number)], **variables)
 
@@ -70,7 +70,7 @@ def test_outcome(error: BaseException, code: int, cause: str) -> None:
     assert "\n" not in found_cause
 
 
-def test_gpu_out_of_memory_and_a_lost_nccl_peer_are_told_by_name() -> None:
+def test_gpu_out_of_memory_and_a_lost_nccl_peer_are_recognized() -> None:
     import torch
     import torch.distributed as dist
 
@@ -78,7 +78,7 @@ def test_gpu_out_of_memory_and_a_lost_nccl_peer_are_told_by_name() -> None:
     assert outcome(dist.DistBackendError("NCCL error"))[0] == 75
 
 
-def test_a_missing_compiler_is_told_by_name() -> None:
+def test_a_missing_compiler_is_recognized() -> None:
     from torch._inductor.exc import InductorError, InvalidCxxCompiler
 
     code, cause = outcome(InductorError(InvalidCxxCompiler(), None))
@@ -87,8 +87,8 @@ def test_a_missing_compiler_is_told_by_name() -> None:
 
 def test_done_is_reported_by_rank_0_alone(tmp_path: Path) -> None:
     assert rank(tmp_path, "run.acquire(); run.step = 7", number=0).code == 0
-    told = {"code": 0, "cause": "done", "rank": 0, "host": socket.gethostname(), "step": 7, "fence": 1, "job": None}
-    assert jobs.exit_report(tmp_path) | {"time": ""} == {**told, "time": ""}
+    expected = {"code": 0, "cause": "done", "rank": 0, "host": socket.gethostname(), "step": 7, "fence": 1, "job": None}
+    assert jobs.exit_report(tmp_path) | {"time": ""} == {**expected, "time": ""}
     (tmp_path / "exit.json").unlink()
     assert rank(tmp_path, "run.attach_logs(None)", number=1).code == 0
     assert not (tmp_path / "exit.json").exists()
@@ -102,7 +102,7 @@ def test_an_error_is_one_line_and_a_report(tmp_path: Path) -> None:
     assert "the loss" in (tmp_path / "logs" / "rank-0.log").read_text()
 
 
-def test_the_second_rank_to_fail_says_nothing(tmp_path: Path) -> None:
+def test_the_second_rank_to_fail_prints_nothing(tmp_path: Path) -> None:
     first = rank(tmp_path, "run.attach_logs(None); raise DataError('the cause')", number=1)
     assert first.stderr == "distgpt: error: the cause\n"
     second = rank(tmp_path, "run.attach_logs(None); raise RuntimeError('gloo: Connection closed by peer')", number=0)
@@ -127,7 +127,7 @@ def test_our_bug_keeps_its_traceback_on_stderr_and_in_the_log(tmp_path: Path) ->
     assert "Traceback" in (tmp_path / "logs" / "rank-0.log").read_text()
 
 
-def test_a_rank_that_owns_nothing_writes_into_no_directory(tmp_path: Path) -> None:
+def test_a_rank_without_the_lock_writes_to_no_directory(tmp_path: Path) -> None:
     directory = tmp_path / "new"
     copy = tmp_path / "copy.json"
     done = rank(directory, "raise UsageError('do this')", DISTGPT_EXIT_FILE=str(copy))
@@ -136,8 +136,8 @@ def test_a_rank_that_owns_nothing_writes_into_no_directory(tmp_path: Path) -> No
     assert json.loads(copy.read_text())["code"] == 2
 
 
-def test_a_rank_leaves_rank_0_time_to_find_the_same(tmp_path: Path) -> None:
-    """Under torchrun the first rank to end has the others ended, before they said anything."""
+def test_other_ranks_wait_for_rank_0_to_report_the_same_error(tmp_path: Path) -> None:
+    """Once the first rank ends, torchrun ends the others, which may not have printed anything yet."""
     program = PROGRAM.format(body="print('found', file=sys.stderr, flush=True); raise UsageError('do this')")
     command = [sys.executable, "-c", program, str(tmp_path / "run"), "1"]
     environment = jobs.environment(RANK="1", LOCAL_RANK="1")
@@ -152,8 +152,8 @@ def test_a_rank_leaves_rank_0_time_to_find_the_same(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("job", ["x", "another"])
-def test_a_rank_that_alone_fails_says_so_in_the_run_directory_of_its_job(tmp_path: Path, job: str) -> None:
-    """Rank 0, which waits for it, would only know that it was told to stop."""
+def test_a_rank_that_fails_alone_reports_in_the_run_directory_of_its_job(tmp_path: Path, job: str) -> None:
+    """Rank 0, which waits for it, would only know that it got a signal to stop."""
     rank_0 = f"os.environ['TORCHELASTIC_RUN_ID'] = '{job}'; RunLock(run.paths)"
     done = rank(
         tmp_path,
@@ -171,10 +171,10 @@ def test_a_rank_that_alone_fails_says_so_in_the_run_directory_of_its_job(tmp_pat
         assert (report["code"], report["rank"], report["fence"]) == (70, 1, 1)
 
 
-def test_the_report_of_the_attempt_before_does_not_silence_a_rank(
+def test_the_report_of_an_earlier_attempt_does_not_silence_a_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rank 0 of this one has not come to take the run directory, and never does."""
+    """Rank 0 of this attempt never takes the run directory."""
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
     paths, copy = RunPaths(tmp_path), tmp_path / "copy.json"
     lock = RunLock(paths)
@@ -194,7 +194,7 @@ def test_the_report_of_the_attempt_before_does_not_silence_a_rank(
     assert jobs.exit_report(tmp_path)["cause"] == "before"
 
 
-def test_a_directory_that_is_not_rank_0s_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_other_than_that_of_rank_0_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(session, "NFS_ATTRIBUTE_CACHE_SECONDS", 0.0)
     shared, own = RunPaths(tmp_path / "shared"), RunPaths(tmp_path / "own")
     lock = RunLock(shared)
@@ -227,7 +227,7 @@ def test_a_signal_while_starting_ends_the_rank(tmp_path: Path, name: str) -> Non
     [("0", {}, True), ("1e9", {}, False), ("0", {"TORCHELASTIC_RUN_ID": "x"}, False)],
     ids=["typed again", "the same once more", "under torchrun"],
 )
-def test_a_signal_is_answered_at_once_and_only_a_second_ctrl_c_ends_the_rank_unsaved(
+def test_a_signal_is_acknowledged_and_only_a_second_ctrl_c_ends_the_rank_unsaved(
     tmp_path: Path, echo_seconds: str, variables: dict[str, str], ends: bool
 ) -> None:
     program = PROGRAM.format(
@@ -247,12 +247,12 @@ def test_a_signal_is_answered_at_once_and_only_a_second_ctrl_c_ends_the_rank_uns
         assert process.stderr is not None
         assert process.stdout.readline() == "up\n"
         process.send_signal(signal.SIGINT)
-        answer = "distgpt: stopping after this step is saved; Ctrl-C again within it ends now, unsaved\n"
+        answer = "distgpt: stopping after this step is saved; Ctrl-C again stops it now, unsaved\n"
         assert process.stderr.readline() == answer
-        process.send_signal(signal.SIGTERM)  # not typed
+        process.send_signal(signal.SIGTERM)  # not from a terminal
         process.send_signal(signal.SIGINT)
         if ends:
-            cause = "interrupted by a second Ctrl-C: what came after the newest checkpoint is not saved, "
+            cause = "interrupted by a second Ctrl-C: steps after the newest checkpoint are not saved, "
             assert process.stderr.read().startswith(f"distgpt: {cause}")
             assert process.wait() == jobs.exit_report(tmp_path)["code"] == 75
         else:
@@ -262,10 +262,10 @@ def test_a_signal_is_answered_at_once_and_only_a_second_ctrl_c_ends_the_rank_uns
 
 
 @pytest.mark.parametrize("end", [", run it again to go on", ": run it again to go on"])
-def test_a_rank_leaves_advice_to_its_launcher(
+def test_a_rank_under_a_launcher_gives_no_advice(
     end: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A host that joins has all ranks stopped, and torchrun goes on: nobody is to run anything again."""
+    """When a host joins, torchrun stops all ranks and restarts them: the user need not run anything again."""
     say_end(75, f"step 4 is saved{end}")
     monkeypatch.setenv("DISTGPT_EXIT_FILE", "exit.json")
     say_end(75, f"step 4 is saved{end}")
@@ -283,7 +283,7 @@ child.wait()
 
 
 @jobs.linux_only
-def test_a_wrapper_may_stand_between_a_rank_and_its_agent() -> None:
+def test_a_wrapper_may_stand_between_a_rank_and_its_torchrun() -> None:
     wrapped = AGENT.replace(
         '[sys.executable, "-c", worker]', '["sh", "-c", \'"$0" -c "$1"; :\', sys.executable, worker]'
     )
@@ -293,7 +293,7 @@ def test_a_wrapper_may_stand_between_a_rank_and_its_agent() -> None:
 
 
 @jobs.linux_only
-def test_no_rank_outlives_its_agent() -> None:
+def test_no_rank_outlives_its_torchrun() -> None:
     with subprocess.Popen([sys.executable, "-c", AGENT], stdout=subprocess.PIPE, text=True) as agent:
         assert agent.stdout is not None
         worker = int(agent.stdout.readline())
@@ -304,8 +304,8 @@ def test_no_rank_outlives_its_agent() -> None:
 
 
 @jobs.linux_only
-def test_torchrun_s_variables_without_torchrun_are_one_line() -> None:
-    alone = "from distgpt import torchrun; torchrun._is_under_torch = lambda pid: False; torchrun.die_with_agent()"
+def test_variables_of_torchrun_without_torchrun_are_refused_in_one_line() -> None:
+    alone = "from distgpt import torchrun; torchrun._torchrun_is_above = lambda pid: False; torchrun.die_with_agent()"
     ended = jobs.run([sys.executable, "-c", alone], TORCHELASTIC_RUN_ID="x")
     assert ended.code == 2
     assert ended.error_lines == [
@@ -314,9 +314,9 @@ def test_torchrun_s_variables_without_torchrun_are_one_line() -> None:
 
 
 @jobs.linux_only
-def test_a_rank_whose_agent_is_gone_before_it_looks_ends_at_once() -> None:
+def test_a_rank_whose_torchrun_is_already_gone_ends_at_once() -> None:
     worker = f"{sys.executable} -c 'from distgpt.torchrun import *; die_with_agent(); print(1); time.sleep(600)'"
-    # The shell that starts it is gone by the time that it begins.
+    # The shell that starts the rank has ended before the rank begins.
     with subprocess.Popen(
         ["sh", "-c", f"(sleep 0.5; exec {worker}) & echo $!"],
         stdout=subprocess.PIPE,

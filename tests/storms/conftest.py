@@ -1,4 +1,4 @@
-"""How long a storm is, what it draws from, and the tables of what each came to."""
+"""The length and the seed of the storms, and tables of their results."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -9,25 +9,25 @@ import pytest
 from distgpt.corpus.shards import Dataset
 from tests.datasets import make_dataset
 from tests.once import made_once
-from tests.storms.launched import STEPS_A_STRIKE, Launched
-from tests.storms.living import Lives
+from tests.storms.forked_runs import ForkedRuns
+from tests.storms.local_run import STEPS_A_STRIKE, LocalRun
 
 Table = Callable[..., None]
 
 
 @dataclass(frozen=True)
 class Storm:
-    """As asked for by --storms and --storm-seed."""
+    """The values of --storms and --storm-seed."""
 
     full: bool
     seed: int
 
     def size(self, *, short: int, long: int) -> int:
-        """How many strikes."""
+        """Return the number of strikes."""
         return long if self.full else short
 
     def steps(self, count: int) -> int:
-        """The length of a run that lasts for `count` strikes; all short storms share one."""
+        """Return the steps of a run that lasts for `count` strikes; all short storms share one length."""
         return STEPS_A_STRIKE * (count if self.full else max(count, 3))
 
 
@@ -39,7 +39,7 @@ def storm(request: pytest.FixtureRequest) -> Storm:
 @pytest.fixture
 def table(request: pytest.FixtureRequest) -> Table:
     """Add a row to a table that is printed at the end: table("Title", {"column": value, ...})."""
-    # A property of the test, since these come back from whichever process ran it.
+    # Properties of a test reach the terminal summary from any worker.
     return lambda title, row: request.node.user_properties.append((title, row))
 
 
@@ -64,20 +64,20 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 
 
 @pytest.fixture(scope="session")
-def lives(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lives]:
-    started = Lives(dataset, tmp_path_factory.mktemp("lives"))
+def forked_runs(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Iterator[ForkedRuns]:
+    started = ForkedRuns(dataset, tmp_path_factory.mktemp("forked-runs"))
     yield started
     started.close()
 
 
 @pytest.fixture(scope="session")
 def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """undisturbed(steps): the directory of a run of so many steps under launch/local.sh that was left in peace."""
+    """Train an uninterrupted run under launch/local.sh: undisturbed(steps) returns its directory."""
 
     def trained(steps: int) -> Path:
         def train(directory: Path) -> None:
             directory.mkdir()
-            job = Launched(directory / "run", prepared, f"--train.steps={steps}")
+            job = LocalRun(directory / "run", prepared, f"--train.steps={steps}")
             assert job.code() == 0, job.output()
 
         return made_once(tmp_path_factory, f"undisturbed-{steps}", train) / "run"

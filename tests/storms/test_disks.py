@@ -1,6 +1,6 @@
-"""Disks, files and clocks that fail: each ends, or goes on, as the contract says, with one clear line.
+"""Disks, files and clocks that fail: the run ends, or goes on, as the contract says, with one clear line.
 
-More of them: a full disk and a signal in tests/end_to_end/test_endings.py, mistakes in test_bad_input.py.
+See also tests/end_to_end: a full disk and signals in test_endings.py, mistakes of users in test_bad_input.py.
 """
 
 import subprocess
@@ -39,7 +39,7 @@ def test_a_disk_that_becomes_read_only(dataset: Dataset, small_disk: Path, table
     remount(small_disk, "ro")
     subject.checkpointer.save(2, val_loss=None)
     subject.checkpointer.wait()
-    (line,) = subject.said
+    (line,) = subject.messages
     assert line.startswith("CHECKPOINT NOT SAVED, training goes on: Read-only file system: ")
     remount(small_disk, "rw")
     subject.checkpointer.save(3, val_loss=None)
@@ -49,7 +49,7 @@ def test_a_disk_that_becomes_read_only(dataset: Dataset, small_disk: Path, table
     table(TITLE, {"what fails": "the disk becomes read-only in mid-run", "what happens": "goes on", "says": line})
 
 
-def test_a_full_disk_of_tensorboard_costs_curves_and_no_more(prepared: Path, tmp_path: Path, table: Table) -> None:
+def test_a_full_disk_of_tensorboard_costs_curves_and_nothing_else(prepared: Path, tmp_path: Path, table: Table) -> None:
     run = tmp_path / "run"
     run.mkdir()
     with jobs.disk(run / "tb", "size=64k") as disk:
@@ -64,7 +64,7 @@ def test_a_full_disk_of_tensorboard_costs_curves_and_no_more(prepared: Path, tmp
 
 
 def test_a_damaged_config_and_a_clock_set_back(prepared: Path, tmp_path: Path, table: Table) -> None:
-    """What a run has resolved is for people to read: its checkpoint has its own. A file that is given must be right."""
+    """The config.toml of a run is for people to read: a resumed run does not need it. A given file must be valid."""
     run = tmp_path / "run"
     arguments = tiny(prepared, run)
     first = jobs.door("train", *arguments, "--train.steps=4")

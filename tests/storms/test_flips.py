@@ -1,6 +1,6 @@
-"""Bits flip, files are cut short or vanish, in checkpoints and in prepared data: all is found, and told in one line.
+"""Flipped bits, cut and deleted files, in checkpoints and in prepared data: all are found and reported in one line.
 
-A damaged checkpoint is skipped for an older good one; where there is none, and for data, the reader refuses.
+A damaged checkpoint is skipped for an older good one. Without one, or with damaged data, the reader refuses.
 """
 
 import random
@@ -23,7 +23,7 @@ from tests.storms.conftest import Storm, Table
 
 pytestmark = pytest.mark.storm
 TITLE = "Bits flipped, files cut short, files deleted"
-UNREAD = ("train.bin", "val.bin", "meta.pkl")  # what a dataset holds for nanoGPT alone
+UNREAD = ("train.bin", "val.bin", "meta.pkl")  # files for nanoGPT, which distgpt does not read
 
 
 def cut(file: Path, draw: random.Random) -> None:
@@ -50,8 +50,8 @@ def saved(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
-def test_a_damaged_checkpoint_is_never_believed(saved: Path, dataset: Dataset, storm: Storm, table: Table) -> None:
-    """One to three of three checkpoints are damaged, each in one file, and mended again."""
+def test_a_damaged_checkpoint_is_never_loaded(saved: Path, dataset: Dataset, storm: Storm, table: Table) -> None:
+    """Damage one to three of three checkpoints, each in one file, and repair them again."""
     config = resolve([*SMALL, "--checkpoint.keep=3"], {})
     draw = random.Random(storm.seed)
     checkpoints = committed(saved / "checkpoints")
@@ -65,7 +65,7 @@ def test_a_damaged_checkpoint_is_never_believed(saved: Path, dataset: Dataset, s
             whole[file] = file.read_bytes()
             HARMS[harm](file, draw)
         good = [checkpoint for checkpoint in checkpoints if checkpoint not in harmed]
-        require_same_run(saved / "checkpoints", config, dataset, replicas=1)  # as training does first of all
+        require_same_run(saved / "checkpoints", config, dataset, replicas=1)  # the first check of training
         where = [str(file) for file in whole]
         if good:
             step = load_for_inference(saved, CPU)[2].step
@@ -112,10 +112,10 @@ def test_damaged_data_is_refused(dataset: Dataset, tmp_path: Path, storm: Storm,
         table(TITLE, {"where": "prepared data", "harm": harm, "strikes": sum(kinds.values()), **kinds, "missed": 0})
 
 
-def test_no_bit_of_what_is_known_of_the_data_is_believed_flipped(
+def test_a_flipped_bit_in_meta_json_is_found_or_unused(
     dataset: Dataset, tmp_path: Path, storm: Storm, table: Table
 ) -> None:
-    """Every bit of meta.json in the long form, each digit of what training takes from it in the short one."""
+    """Flip every bit of meta.json in the long form, and those of the vocabulary size in the short one."""
     ignored = shutil.ignore_patterns(".verified.json")
     copy = Path(shutil.copytree(dataset.path, tmp_path / "data", ignore=ignored))
     meta = copy / "meta.json"
@@ -134,7 +134,7 @@ def test_no_bit_of_what_is_known_of_the_data_is_believed_flipped(
 
 
 def refused_or_unused(copy: Path, dataset: Dataset) -> str:
-    """meta.json has no hash of its own: a flipped bit in it is found, or is in what training does not use."""
+    """Tell what a flipped bit in meta.json, which has no hash, leads to: it is found, or training does not use it."""
     try:
         opened = open_dataset(copy)
         verify_dataset(opened)

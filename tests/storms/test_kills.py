@@ -1,4 +1,4 @@
-"""SIGKILL of a random rank or of the agent at random moments: the run ends as one that was left in peace."""
+"""SIGKILL of a random rank or of the agent at random moments: the run ends as an uninterrupted one does."""
 
 import os
 import random
@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 
 from tests import jobs
-from tests.storms import launched
+from tests.storms import local_run
 from tests.storms.conftest import Storm, Table
 
 
-def goes_on(job: launched.Launched, begun: int) -> bool:
+def goes_on(job: local_run.LocalRun, begun: int) -> bool:
     return job.begun() > begun
 
 
@@ -30,9 +30,9 @@ def test_kills_change_nothing(
 ) -> None:
     count = storm.size(short=2, long=200)
     steps = storm.steps(count)
-    job = launched.Launched(tmp_path / "storm", prepared, f"--train.steps={steps}")
+    job = local_run.LocalRun(tmp_path / "storm", prepared, f"--train.steps={steps}")
     counted, recoveries = Counter[tuple[str, str]](), []
-    for name, victim, pid in launched.strikes(count, job, ("rank 0", "rank 1", "agent"), random.Random(storm.seed)):
+    for name, victim, pid in local_run.strikes(count, job, ("rank 0", "rank 1", "agent"), random.Random(storm.seed)):
         begun = job.begun()
         os.kill(pid, signal.SIGKILL)
         counted[name, victim] += 1
@@ -41,8 +41,8 @@ def test_kills_change_nothing(
             jobs.poll(partial(goes_on, job, begun))
             recoveries.append(time.monotonic() - struck)
     assert job.code() == 0, job.output()
-    launched.assert_same_run(job.run, undisturbed(steps))
+    local_run.assert_same_run(job.run, undisturbed(steps))
     took = f"{statistics.median(recoveries):.1f} s" if recoveries else "not measured"
     note = f"{count} SIGKILLs; median from a kill in a step until the run goes on: {took}"
-    for row in launched.rows(counted, "SIGKILL in"):
+    for row in local_run.rows(counted, "SIGKILL in"):
         table(note, row)

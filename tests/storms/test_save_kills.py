@@ -1,6 +1,6 @@
-"""A life of a run is killed, or stopped while another job takes over, at every system call that changes a file.
+"""A run is killed, or stopped while another job takes over, at every system call that changes a file.
 
-Afterwards the checkpoints are the old ones or the old ones and the new one, each whole, and the next life goes on.
+Afterwards the checkpoints are the old ones, or the old ones and the new one, each whole, and the next run goes on.
 """
 
 import random
@@ -17,7 +17,7 @@ from distgpt.run.paths import RunPaths
 from tests import jobs
 from tests.checkpoint.checkpoints import flip_bit
 from tests.storms.conftest import Storm, Table
-from tests.storms.living import Ended, Lives
+from tests.storms.forked_runs import Ended, ForkedRuns
 
 pytestmark = pytest.mark.storm
 TITLE = "Killed or stopped in a save"
@@ -25,19 +25,19 @@ TITLE = "Killed or stopped in a save"
 
 @pytest.fixture(scope="module", params=["whole", "newest damaged"])
 def before(
-    request: pytest.FixtureRequest, lives: Lives, tmp_path_factory: pytest.TempPathFactory, storm: Storm
+    request: pytest.FixtureRequest, forked_runs: ForkedRuns, tmp_path_factory: pytest.TempPathFactory, storm: Storm
 ) -> Path:
-    """A run with steps 2 and 3, or with step 3 damaged and an earlier broken one and left-overs about."""
+    """A run with steps 2 and 3, or with step 3 damaged, an earlier broken one, and left-over files."""
     return begun(
-        lives, tmp_path_factory.mktemp("before") / "run", harmed=request.param != "whole", world=1, storm=storm
+        forked_runs, tmp_path_factory.mktemp("before") / "run", harmed=request.param != "whole", world=1, storm=storm
     )
 
 
-def begun(lives: Lives, run: Path, *, harmed: bool, world: int, storm: Storm) -> Path:
+def begun(forked_runs: ForkedRuns, run: Path, *, harmed: bool, world: int, storm: Storm) -> Path:
     if harmed and not storm.full:
         pytest.skip("in the long form only")
     for step in range(3):
-        ended = lives.live(run, world=world)
+        ended = forked_runs.run(run, world=world)
         assert (ended.code, ended.step) == (0, step)
     if harmed:
         flip_bit(run / "checkpoints" / "step-00000003" / "__0_0.distcp", random.Random(0))
@@ -49,36 +49,42 @@ def begun(lives: Lives, run: Path, *, harmed: bool, world: int, storm: Storm) ->
 
 @pytest.mark.parametrize("how", ["kill", "tear"])
 def test_a_kill_before_each_call(
-    lives: Lives, before: Path, how: str, tmp_path: Path, storm: Storm, table: Table
+    forked_runs: ForkedRuns, before: Path, how: str, tmp_path: Path, storm: Storm, table: Table
 ) -> None:
     if how == "tear" and not storm.full:
         pytest.skip("in the long form only")
-    strike(lives, before, how, tmp_path, drawn(24, storm), table, world=1)
+    strike(forked_runs, before, how, tmp_path, drawn(24, storm), table, world=1)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_kill_of_one_of_two_ranks(lives: Lives, rank: int, tmp_path: Path, storm: Storm, table: Table) -> None:
+def test_a_kill_of_one_of_two_ranks(
+    forked_runs: ForkedRuns, rank: int, tmp_path: Path, storm: Storm, table: Table
+) -> None:
     if not storm.full:
         pytest.skip("in the long form only")
-    run = begun(lives, tmp_path / "before", harmed=False, world=2, storm=storm)
-    strike(lives, run, "kill", tmp_path, drawn(60, Storm(False, storm.seed)), table, world=2, rank=rank)
+    run = begun(forked_runs, tmp_path / "before", harmed=False, world=2, storm=storm)
+    strike(forked_runs, run, "kill", tmp_path, drawn(60, Storm(False, storm.seed)), table, world=2, rank=rank)
 
 
-def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(lives: Lives, before: Path, tmp_path: Path) -> None:
-    """No kill shows it, since what a process wrote outlives it; a power cut would."""
+def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
+    forked_runs: ForkedRuns, before: Path, tmp_path: Path
+) -> None:
+    """No kill shows this, since the kernel keeps what a process wrote; a power cut would."""
     run = copied(before, tmp_path / "run")
-    life = lives.live(run)
-    assert life.step is not None
-    name = f"step-{life.step + 1:08d}"
-    commit = next(at for at, call in enumerate(life.calls) if re.fullmatch(rf"rename \S+ \S+/checkpoints/{name}", call))
+    ended = forked_runs.run(run)
+    assert ended.step is not None
+    name = f"step-{ended.step + 1:08d}"
+    commit = next(
+        at for at, call in enumerate(ended.calls) if re.fullmatch(rf"rename \S+ \S+/checkpoints/{name}", call)
+    )
     staged = rf"\S+/checkpoints/\.staging-[^/]+/{name}"
     for file in (run / "checkpoints" / name).iterdir():
         path = rf"{staged}/{re.escape(file.name)}(\S*\.tmp)?"
-        writes, syncs = (places(life.calls, f"{call} {path}") for call in ("write", "fsync"))
+        writes, syncs = (places(ended.calls, f"{call} {path}") for call in ("write", "fsync"))
         assert writes, file
         assert any(writes[-1] < at < commit for at in syncs), file
-        assert any(writes[-1] < at < commit for at in places(life.calls, f"fsync {staged}")), file
-    assert any(at > commit for at in places(life.calls, r"fsync \S+/checkpoints"))
+        assert any(writes[-1] < at < commit for at in places(ended.calls, f"fsync {staged}")), file
+    assert any(at > commit for at in places(ended.calls, r"fsync \S+/checkpoints"))
 
 
 def places(calls: list[str], pattern: str) -> list[int]:
@@ -86,28 +92,28 @@ def places(calls: list[str], pattern: str) -> list[int]:
 
 
 def test_a_stop_before_each_call_while_another_job_takes_over(
-    lives: Lives, before: Path, tmp_path: Path, storm: Storm, table: Table
+    forked_runs: ForkedRuns, before: Path, tmp_path: Path, storm: Storm, table: Table
 ) -> None:
-    """The one that is stopped counts as one on another host, so the other one waits for its lease alone.
+    """The stopped run counts as one on another host, so the other one only waits for its lease to expire.
 
-    No checkpoint may change once it wakes up. What it was about to write after it had looked whose the directory is may
-    still come through: to its own event file, to metrics.jsonl, or to a staging directory that nobody commits from.
+    No checkpoint may change once it wakes up. A write that it was about to make, after it had checked the owner, may
+    still happen: to its own event file, to metrics.jsonl, or to a staging directory that nobody commits from.
     """
-    places = drawn(8, storm)(lives.live(copied(before, tmp_path / "reference")).calls)
+    places = drawn(8, storm)(forked_runs.run(copied(before, tmp_path / "reference")).calls)
     refused = stray = 0
     for at in places:
         run = copied(before, tmp_path / "run")
-        stopped = lives.live(run, "stop", at, boot="elsewhere")
+        stopped = forked_runs.run(run, "stop", at, boot="elsewhere")
         assert stopped.stopped
         owned = any(call.startswith("rename") and call.endswith("/LOCK") for call in stopped.calls[:-1])
-        # One that is about to own the directory may hold its lock already, here on the same host.
-        assert lives.live(run).code in ((0,) if owned else (0, 73)), describe(at, stopped)
+        # A run that is about to own the directory may already hold its lock, here on the same host.
+        assert forked_runs.run(run).code in ((0,) if owned else (0, 73)), describe(at, stopped)
         seen = contents(run)
-        woken = lives.wake()
+        woken = forked_runs.wake()
         if not owned:
-            assert woken.code == 0, describe(at, stopped)  # it had not come to own the directory, and does so now
+            assert woken.code == 0, describe(at, stopped)  # it did not own the directory before
         elif any(call.startswith("open") and "exit.json" in call for call in stopped.calls):
-            assert woken.code == 0, describe(at, stopped)  # all its work was done
+            assert woken.code == 0, describe(at, stopped)  # it had already finished
         else:
             assert woken.code == 73, describe(at, stopped)
             changed = {name for name, _ in contents(run).items() ^ seen.items()}
@@ -126,7 +132,7 @@ def test_a_stop_before_each_call_while_another_job_takes_over(
 
 
 def strike(
-    lives: Lives,
+    forked_runs: ForkedRuns,
     before: Path,
     how: str,
     tmp_path: Path,
@@ -136,20 +142,20 @@ def strike(
     world: int,
     rank: int = 0,
 ) -> None:
-    """Kill a life at each place drawn of those that an undisturbed one passes, and live on."""
-    reference = lives.live(copied(before, tmp_path / "reference"), world=world, rank=rank)
+    """Kill a run at each place that `draw` chooses of the calls of an uninterrupted one, and run it again."""
+    reference = forked_runs.run(copied(before, tmp_path / "reference"), world=world, rank=rank)
     assert reference.code == 0
-    after = lives.live(tmp_path / "reference", world=world)
+    after = forked_runs.run(tmp_path / "reference", world=world)
     digests = {reference.step: reference.digest, after.step: after.digest}
     places = draw(reference.calls)
     went_on = dict.fromkeys(digests, 0)
     for at in places:
         run = copied(before, tmp_path / "run")
-        killed = lives.live(run, how, at, world=world, rank=rank)
+        killed = forked_runs.run(run, how, at, world=world, rank=rank)
         assert killed.code == -signal.SIGKILL, describe(at, killed)
         newest = next(path for path in committed(run / "checkpoints") if not find_damage(path))
         assert int(newest.name[5:]) in digests, describe(at, killed)
-        again = lives.live(run, world=world)
+        again = forked_runs.run(run, world=world)
         assert again.code == 0, describe(at, killed)
         assert again.step == int(newest.name[5:]), describe(at, killed)
         assert again.digest == digests[again.step], describe(at, killed)
@@ -166,7 +172,7 @@ def strike(
 
 
 def drawn(short: int, storm: Storm) -> Callable[[list[str]], list[int]]:
-    """Which of the calls, counted from 1: all in the long form, else so many, spread over those of every kind."""
+    """Choose calls, counted from 1: all in the long form, else `short` ones of different kinds."""
 
     def draw(calls: list[str]) -> list[int]:
         if storm.full:
@@ -186,7 +192,7 @@ def copied(run: Path, to: Path) -> Path:
 
 
 def assert_sound(run: Path, why: str) -> None:
-    """Nothing is half there, no step is logged twice, and the last life left in order."""
+    """Check that nothing is incomplete, no step is logged twice, and the last run ended normally."""
     names = jobs.checkpoints(run)
     assert [name for name in names if not name.startswith(("step-", "broken-"))] == [], why
     assert len([name for name in names if name.startswith("broken-")]) <= 1, why
@@ -198,7 +204,7 @@ def assert_sound(run: Path, why: str) -> None:
 
 
 def contents(run: Path) -> dict[str, bytes]:
-    """Every file but the logs, by its path in the run directory."""
+    """Read every file except the logs, by its path in the run directory."""
     files = [file for file in run.rglob("*") if file.is_file() and file.parent.name != "logs"]
     return {str(file.relative_to(run)): file.read_bytes() for file in files}
 

@@ -1,4 +1,4 @@
-"""SIGTERM and its like at random moments: exit code 75, and nothing that was done is lost."""
+"""Signals to stop at random moments: exit code 75, and no finished step is lost."""
 
 import random
 import signal
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import jobs
-from tests.storms import launched
+from tests.storms import local_run
 from tests.storms.conftest import Storm, Table
 
 pytestmark = [pytest.mark.storm, jobs.linux_only]
@@ -22,11 +22,11 @@ def test_signals_lose_nothing(
 ) -> None:
     count = storm.size(short=2, long=100)
     steps = storm.steps(count)
-    job = launched.Launched(tmp_path / "storm", prepared, f"--train.steps={steps}")
+    job = local_run.LocalRun(tmp_path / "storm", prepared, f"--train.steps={steps}")
     rng, counted = random.Random(storm.seed), Counter[tuple[str, str]]()
     for _ in range(count):
-        name, number = rng.choice(launched.MOMENTS), rng.choice(SIGNALS)
-        launched.moment(name, job, rng)
+        name, number = rng.choice(local_run.MOMENTS), rng.choice(SIGNALS)
+        local_run.moment(name, job, rng)
         assert not job.ended, job.output()
         reached = job.step()
         job.signal(number)
@@ -37,7 +37,7 @@ def test_signals_lose_nothing(
         counted[name, number.name] += 1
         job.start()
     assert job.code() == 0, job.output()
-    launched.assert_same_run(job.run, undisturbed(steps))
+    local_run.assert_same_run(job.run, undisturbed(steps))
     note = f"{count} signals to launch/local.sh, each ended with 75 and all that was logged saved"
-    for row in launched.rows(counted, "signal in"):
+    for row in local_run.rows(counted, "signal in"):
         table(note, row)

@@ -1,4 +1,4 @@
-"""SIGSTOP of a random rank at random moments: it is named and ended, and the run goes on. So it does if all stop."""
+"""SIGSTOP of a random rank at random moments: it is named and ended, and the run goes on, even if all ranks stop."""
 
 import os
 import random
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests import jobs
-from tests.storms import launched
+from tests.storms import local_run
 from tests.storms.conftest import Storm, Table
 
 pytestmark = [pytest.mark.storm, jobs.linux_only]
@@ -23,7 +23,7 @@ def have_ended(pids: Iterable[int]) -> bool:
     return not any(map(jobs.alive, pids))
 
 
-def is_named(job: launched.Launched, victim: str, *, more_than: int) -> bool:
+def is_named(job: local_run.LocalRun, victim: str, *, more_than: int) -> bool:
     return job.output().count(f"{victim} of ") > more_than
 
 
@@ -34,9 +34,9 @@ def test_ranks_that_are_stopped_are_named_and_ended(
     count = storm.size(short=1, long=50)
     steps = storm.steps(count)
     flags = (f"--train.steps={steps}", f"--health.timeout={LIMIT}")
-    job = launched.Launched(tmp_path / "storm", prepared, *flags, **jobs.REAL_AGENT)
+    job = local_run.LocalRun(tmp_path / "storm", prepared, *flags, **jobs.REAL_AGENT)
     counted, ends = Counter[tuple[str, str]](), []
-    for name, victim, pid in launched.strikes(count, job, ("rank 0", "rank 1"), random.Random(storm.seed)):
+    for name, victim, pid in local_run.strikes(count, job, ("rank 0", "rank 1"), random.Random(storm.seed)):
         named, attempt = job.output().count(f"{victim} of "), {pid, *job.ranks().values()}
         os.kill(pid, signal.SIGSTOP)
         stopped = time.monotonic()
@@ -45,28 +45,28 @@ def test_ranks_that_are_stopped_are_named_and_ended(
         jobs.poll(partial(is_named, job, victim, more_than=named))
         counted[name, victim] += 1
     assert job.code() == 0, job.output()
-    launched.assert_same_run(job.run, undisturbed(steps))
+    local_run.assert_same_run(job.run, undisturbed(steps))
     in_time = sum(seconds < LIMIT + 5 for seconds in ends)
     note = (
         f"{count} SIGSTOPs, health.timeout {LIMIT:.0f} s; all named; ended within "
         f"{max(ends):.1f} s, {in_time} of {count} within the timeout and 5 s"
     )
-    for row in launched.rows(counted, "SIGSTOP in"):
+    for row in local_run.rows(counted, "SIGSTOP in"):
         table(note, row)
 
 
 def test_ranks_that_are_all_stopped_are_ended(
     prepared: Path, undisturbed: Callable[[int], Path], tmp_path: Path, storm: Storm
 ) -> None:
-    """No rank is left to name them, and torchrun waits for the end of those that it tells to end."""
+    """No rank can name the others, and torchrun waits for ranks that it has sent SIGTERM."""
     steps = storm.steps(2)
     flags = (f"--train.steps={steps}", f"--health.timeout={LIMIT}", "--run.fresh")
-    job = launched.Launched(tmp_path / "storm", prepared, *flags, **jobs.REAL_AGENT)
+    job = local_run.LocalRun(tmp_path / "storm", prepared, *flags, **jobs.REAL_AGENT)
     for strike in (signal.SIGSTOP, signal.SIGKILL):
-        launched.moment("step", job, random.Random(storm.seed))
+        local_run.moment("step", job, random.Random(storm.seed))
         ranks = job.ranks()
         os.kill(ranks[0], signal.SIGSTOP)
         os.kill(ranks[1], strike)
         jobs.poll(partial(have_ended, ranks.values()))
     assert job.code() == 0, job.output()
-    launched.assert_same_run(job.run, undisturbed(steps))
+    local_run.assert_same_run(job.run, undisturbed(steps))

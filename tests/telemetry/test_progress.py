@@ -1,4 +1,4 @@
-"""One process's progress: how an attempt ends is in the ledger and on the console, and a full disk ends nothing."""
+"""The progress of one process: the end of an attempt is in the ledger and on the console; a full disk ends nothing."""
 
 from pathlib import Path
 
@@ -54,15 +54,15 @@ def test_an_attempt_that_ends_early_says_how_and_where_the_time_went(
     assert capsys.readouterr().out.splitlines()[-1].startswith("goodput   ")
 
 
-def test_one_that_is_done_does_too_and_tensorboard_has_all_parts(
+def test_a_finished_attempt_does_too_and_tensorboard_has_all_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tmp_path)
     assert read_ledger(tmp_path / "goodput.jsonl")[-1].end == "done"
-    said = capsys.readouterr().out.splitlines()[-1]
-    assert said.startswith("goodput   ")
+    last_line = capsys.readouterr().out.splitlines()[-1]
+    assert last_line.startswith("goodput   ")
     for part in (*PARTS, "repeated", "recovery"):
-        assert f" {part.replace('_', ' ')} " in said
+        assert f" {part.replace('_', ' ')} " in last_line
     accumulator = EventAccumulator(str(tmp_path / "tb"))
     accumulator.Reload()
     names = {f"goodput/{part}_s" for part in (*PARTS, "repeated", "recovery")} | {"goodput/share"}
@@ -70,7 +70,7 @@ def test_one_that_is_done_does_too_and_tensorboard_has_all_parts(
     assert [event.step for event in accumulator.Scalars("goodput/share")] == list(range(1, 7))
 
 
-def test_a_ledger_that_cannot_be_written_ends_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_ledger_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "goodput.jsonl").mkdir()
     train(tmp_path)
     captured = capsys.readouterr()

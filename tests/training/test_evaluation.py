@@ -1,4 +1,4 @@
-"""The validation loss is the mean over its windows, whoever computes them."""
+"""The validation loss is the mean over its windows, whichever rank computes them."""
 
 import math
 
@@ -42,7 +42,7 @@ def batches(dataset: Dataset, *, rank: int = 0, world_size: int = 1, micro_batch
     )
 
 
-def test_it_is_the_mean_over_windows_and_bits_per_byte_follow(model: GPT, dataset: Dataset, plan: Plan) -> None:
+def test_val_loss_is_the_mean_over_windows_and_gives_bits_per_byte(model: GPT, dataset: Dataset, plan: Plan) -> None:
     tokenizer = load_tokenizer(dataset.path)
     found = evaluate(model, batches(dataset), tokenizer, plan)
     losses, text_bytes, seen = [], 0, []
@@ -65,14 +65,14 @@ def test_the_parts_of_several_ranks_sum_to_the_same(model: GPT, dataset: Dataset
     tokenizer = load_tokenizer(dataset.path)
 
     def part(rank: int, ranks: int) -> float:
-        mine = batches(dataset, rank=rank, world_size=ranks)
-        return evaluate(model, mine, tokenizer, plan).val_loss
+        part_of_rank = batches(dataset, rank=rank, world_size=ranks)
+        return evaluate(model, part_of_rank, tokenizer, plan).val_loss
 
     # Each divides by all windows, so the parts add up.
     assert sum(part(rank, world_size) for rank in range(world_size)) == pytest.approx(part(0, 1), rel=1e-12)
 
 
-def test_training_goes_on_as_if_it_had_not_been(model: GPT, dataset: Dataset, plan: Plan) -> None:
+def test_an_evaluation_does_not_change_training(model: GPT, dataset: Dataset, plan: Plan) -> None:
     before = torch.random.get_rng_state()
     evaluate(model, batches(dataset), load_tokenizer(dataset.path), plan)
     assert torch.equal(torch.random.get_rng_state(), before)

@@ -1,4 +1,4 @@
-"""Reports of steps: how often to save is found, told, and found soon."""
+"""Reports of steps: the save interval is chosen early, and shown."""
 
 from pathlib import Path
 
@@ -43,11 +43,11 @@ def train(directory: Path, dataset: Dataset, *, steps: int, log_every: int) -> S
             subject.learn()
             reporter.report(step, loss=2.0, lr=1e-3, grad_norm=1.0, decision=Decision(), data_wait=0.0)
             if interval.is_due(step):
-                interval.saved(step, stalled=0.05)
+                interval.record_save(step, stalled=0.05)
     return interval
 
 
-def test_how_often_to_save_is_decided_at_a_log_step_and_told(
+def test_the_save_interval_is_chosen_at_a_log_step_and_shown(
     dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     interval = train(tmp_path, dataset, steps=6, log_every=1)
@@ -57,6 +57,6 @@ def test_how_often_to_save_is_decided_at_a_log_step_and_told(
     assert interval.is_due(10**9)
 
 
-def test_it_is_decided_soon_however_seldom_is_logged(dataset: Dataset, tmp_path: Path) -> None:
+def test_the_save_interval_is_chosen_early_even_if_steps_are_seldom_logged(dataset: Dataset, tmp_path: Path) -> None:
     assert not train(tmp_path / "a", dataset, steps=1, log_every=10**6).is_due(10**9)
     assert train(tmp_path / "b", dataset, steps=2, log_every=10**6).is_due(10**9)

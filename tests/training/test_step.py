@@ -1,4 +1,4 @@
-"""When the ranks ask each other, in the middle of a step, whether to stop."""
+"""The checks between micro-batches whether all ranks stop."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from distgpt.training.step import StopCheck
 
 
 class Clock:
-    """time.monotonic, which goes on by hand."""
+    """A time.monotonic that the test moves on."""
 
     now = 0.0
 
@@ -17,7 +17,7 @@ class Clock:
 
 
 @pytest.mark.parametrize(("seconds", "asked_after"), [(20.0, [1, 2, 3, 4]), (2.0, [1, 3, 5]), (0.01, [1, 501, 1001])])
-def test_ranks_ask_each_other_every_few_seconds_counted_in_micro_batches(
+def test_ranks_check_for_stops_every_few_seconds_counted_in_micro_batches(
     one_process: Runtime, monkeypatch: pytest.MonkeyPatch, seconds: float, asked_after: list[int]
 ) -> None:
     clock = Clock()
@@ -29,7 +29,7 @@ def test_ranks_ask_each_other_every_few_seconds_counted_in_micro_batches(
         asked.append(passed)
         return len(asked) == len(asked_after)
 
-    stops = StopCheck(requested, one_process, waited=lambda seconds: None)
+    stops = StopCheck(requested, one_process, on_wait=lambda seconds: None)
     while True:
         passed += 1
         clock.now += seconds

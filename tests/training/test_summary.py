@@ -1,4 +1,4 @@
-"""What is said before the first step: epochs, warm-up, and what is other than when the run was left."""
+"""The lines before the first step: epochs, warm-up, and values that differ when a run is resumed."""
 
 import pytest
 
@@ -12,19 +12,19 @@ def config(*arguments: str) -> Config:
     return resolve([*BATCH, *arguments], {})
 
 
-def test_a_run_of_more_than_ten_epochs_is_warned_of() -> None:
+def test_more_than_ten_epochs_give_a_warning() -> None:
     run = config("--train.steps=1000")
     assert epochs(run, 25_600) == 10
     assert list(warnings(run, 25_600)) == []
     (line,) = warnings(run, 2_000)
     assert line == (
         "the run reads its 2,000 training tokens 128 times (epochs), and little is learned after 10: "
-        "--train.steps=77 or more text will do"
+        "use --train.steps=77 or more text"
     )
-    assert list(warnings(config("--train.steps=77"), 2_000)) == []  # what it advises is not warned of again
+    assert list(warnings(config("--train.steps=77"), 2_000)) == []  # its advice gives no warning
 
 
-def test_a_warm_up_longer_than_the_run_is_warned_of() -> None:
+def test_a_warm_up_longer_than_the_run_gives_a_warning() -> None:
     assert list(warnings(config("--optim.warmup_steps=2", "--train.steps=3"), 10**9)) == []
     (line,) = warnings(config("--optim.warmup_steps=2000", "--train.steps=3"), 10**9)
     assert line == (
@@ -33,7 +33,7 @@ def test_a_warm_up_longer_than_the_run_is_warned_of() -> None:
     )
 
 
-def test_every_key_that_differs_at_resume_is_said() -> None:
+def test_every_key_that_differs_at_resume_is_listed() -> None:
     then = config("--run.dir=a", "--model.bias=true", "--optim.schedule=cosine")
     now = config("--run.dir=b", "--run.fresh", "--model.bias=false", "--optim.lr=0.5", "--log.every=1")
     assert changes(then, now) == [
@@ -49,16 +49,16 @@ COSINE = ("--optim.schedule=cosine", "--optim.lr=1e-2", "--optim.warmup_steps=5"
 
 
 @pytest.mark.parametrize(
-    ("then", "now", "said"),
+    ("then", "now", "expected"),
     [
         (COSINE, COSINE, None),
         ((*COSINE, "--train.steps=20"), (*COSINE, "--train.steps=21"), None),  # from one low rate to another
         (
             (*COSINE, "--train.steps=20"),
             (*COSINE, "--train.steps=40"),
-            "from 0.00e+00 to 5.92e-03 at step 21/40: the cosine schedule of 20 steps had come down, and one of 40 "
-            "has not; a run that may go further avoids that with a higher optim.min_lr, or with optim.schedule=wsd "
-            "from a checkpoint before its decay",
+            "from 0.00e+00 to 5.92e-03 at step 21/40: the cosine schedule of 20 steps had lowered it, and one of 40 "
+            "has not; to extend a run without a jump, use a higher optim.min_lr, or optim.schedule=wsd and a "
+            "checkpoint before its decay",
         ),
         (
             ("--train.steps=40",),
@@ -73,11 +73,11 @@ COSINE = ("--optim.schedule=cosine", "--optim.lr=1e-2", "--optim.warmup_steps=5"
         ),
     ],
 )
-def test_a_learning_rate_that_jumps_at_resume_is_warned_of(
-    then: tuple[str, ...], now: tuple[str, ...], said: str | None
+def test_a_learning_rate_that_jumps_at_resume_gives_a_warning(
+    then: tuple[str, ...], now: tuple[str, ...], expected: str | None
 ) -> None:
     line = learning_rate_jump(config(*then), config(*now), 20)
-    assert line == (said and f"the learning rate jumps {said}")
+    assert line == (expected and f"the learning rate jumps {expected}")
 
 
 def test_a_warm_up_may_double_the_rate_from_its_first_step_to_its_second() -> None:

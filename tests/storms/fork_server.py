@@ -1,7 +1,7 @@
-"""Lives of a small run, to be killed or stopped at any system call that changes a file: `python lives.py DATASET`.
+"""Fork small runs that are killed or stopped at any system call that changes a file: `python fork_server.py DATASET`.
 
-A life takes the run directory, resumes, learns one step, saves it, and leaves. This program imports torch once and
-forks a process for each rank of each life. It reads requests as JSON lines and answers each with one, see living.py.
+A run takes the run directory, resumes, trains one step, saves it, and exits. This program imports torch once and forks
+a process for each rank of each run. It reads requests as JSON lines and answers each with one, see forked_runs.py.
 """
 
 import builtins
@@ -41,18 +41,18 @@ from tests.checkpoint.checkpoints import SMALL
 
 CHANGES = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "ftruncate", "truncate", "fsync")
 OPEN = open
-ENTER: dict[str, signal.Signals] = {"kill": signal.SIGKILL, "tear": signal.SIGKILL, "stop": signal.SIGSTOP}
+SIGNAL_OF: dict[str, signal.Signals] = {"kill": signal.SIGKILL, "tear": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 class Calls:
-    """Counts the calls that change a file, notes them in `log`, and ends or stops this process just before one.
+    """Counts the calls that change a file, writes them to `log`, and ends or stops this process just before one.
 
-    "tear" lets a write do half of its work first. What the lease's thread does comes at no fixed place: not counted.
+    "tear" lets a write do half of its work first. Calls of the lease's thread are not counted: their order varies.
     """
 
     def __init__(self, log: Path, how: str, at: int) -> None:
         self._log = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-        self._note = os.write
+        self._write = os.write
         self._how, self._at, self._count = how, at, 0
         self._counting = threading.Lock()
 
@@ -65,17 +65,17 @@ class Calls:
         builtins.open = io.open = self._opened
 
     def before(self, name: str, tear: Callable[[], object] = lambda: None) -> None:
-        """A call is about to be made."""
+        """Count a call that is about to be made."""
         if threading.current_thread().name == "lease":
             return
         with self._counting:
             self._count += 1
-            struck = self._count == self._at
-            self._note(self._log, f"{name}\n".encode())
-        if struck:
+            is_chosen = self._count == self._at
+            self._write(self._log, f"{name}\n".encode())
+        if is_chosen:
             if self._how == "tear":
                 tear()
-            os.kill(os.getpid(), ENTER[self._how])
+            os.kill(os.getpid(), SIGNAL_OF[self._how])
 
     def _watched(self, name: str, call: Callable[..., Any]) -> Callable[..., Any]:
         def watched(*arguments: Any, **named: Any) -> Any:
@@ -113,7 +113,7 @@ class Calls:
 
 
 class WatchedFile(io.FileIO):
-    """A file whose real writes are counted, as they come out of the buffer."""
+    """A file whose writes are counted as they leave the buffer."""
 
     calls: Calls
 
@@ -129,8 +129,8 @@ class SilentSession(RunSession):
         pass
 
 
-def life(directory: Path, dataset: Dataset, *, rank: int, world: int, report: Path) -> None:
-    """All of it. Writes the step that it went on from and a digest of the weights to `report`."""
+def run_rank(directory: Path, dataset: Dataset, *, rank: int, world: int, report: Path) -> None:
+    """Run one rank to the end. Writes the step at which it resumed and a digest of its weights to `report`."""
     config = resolve([*SMALL, "--train.micro_batch=1", "--parallel.strategy=fsdp"], {})
     runtime = Runtime(rank, rank, world, world, torch.device("cpu"))
     with SilentSession(RunPaths(directory), rank) as run:
@@ -169,13 +169,13 @@ def life(directory: Path, dataset: Dataset, *, rank: int, world: int, report: Pa
 
 
 def digest(directory: Path, step: int) -> str:
-    """Of what is in the tensor files of a checkpoint, empty at step 0."""
+    """Return a digest of the tensor files of a checkpoint, empty at step 0."""
     files = sorted((directory / "checkpoints" / f"step-{step:08d}").glob("__*"))
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest() if files else ""
 
 
 def fork(request: dict[str, Any], dataset: Dataset, *, rank: int, report: Path, log: Path) -> int:
-    """Begin a rank's part of a life; its process id."""
+    """Fork a process for one rank of a run. Returns its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -186,7 +186,7 @@ def fork(request: dict[str, Any], dataset: Dataset, *, rank: int, report: Path, 
         calls = Calls(log, request["how"], request["at"] if rank == request["rank"] else 0)
         calls.watch()
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        life(Path(request["directory"]), dataset, rank=rank, world=request["world"], report=report)
+        run_rank(Path(request["directory"]), dataset, rank=rank, world=request["world"], report=report)
         calls.before("end")
         os._exit(0)
     os._exit(99)
@@ -195,8 +195,8 @@ def fork(request: dict[str, Any], dataset: Dataset, *, rank: int, report: Path, 
 def main() -> NoReturn:
     torch.set_num_threads(1)
     dataset = open_dataset(Path(sys.argv[1]))
-    with tempfile.TemporaryDirectory() as first:  # so that all that is imported late is there for every fork
-        life(Path(first) / "run", dataset, rank=0, world=1, report=Path(first) / "report")
+    with tempfile.TemporaryDirectory() as first:  # a first run imports what every fork needs
+        run_rank(Path(first) / "run", dataset, rank=0, world=1, report=Path(first) / "report")
     stopped: tuple[list[int], Path, Path] | None = None
     for line in sys.stdin:
         request = json.loads(line)

@@ -1,4 +1,4 @@
-"""Lives of small runs, forked by lives.py, as a test asks for them."""
+"""Small runs, forked by fork_server.py, as a test asks for them."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from tests import jobs
 
 @dataclass(frozen=True)
 class Ended:
-    """How a life ended: where it went on from, a digest of those weights, the calls that it made; or it is stopped."""
+    """A run that has ended or is stopped: where it resumed, a digest of its weights then, the calls that it made."""
 
     code: int
     stopped: bool
@@ -22,32 +22,32 @@ class Ended:
     calls: list[str]
 
 
-class Lives:
-    """A process that forks small runs, see lives.py."""
+class ForkedRuns:
+    """A process that forks small runs, see fork_server.py."""
 
     def __init__(self, dataset: Dataset, scratch: Path) -> None:
-        command = [sys.executable, "-m", "tests.storms.lives", str(dataset.path)]
+        command = [sys.executable, "-m", "tests.storms.fork_server", str(dataset.path)]
         variables = jobs.environment(PYTHONPATH=str(jobs.PROJECT))
         self._scratch = scratch
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=jobs.PROJECT, env=variables
         )
 
-    def live(
-        self, directory: Path, how: str = "live", at: int = 0, *, boot: str = "", world: int = 1, rank: int = 0
+    def run(
+        self, directory: Path, how: str = "run", at: int = 0, *, boot: str = "", world: int = 1, rank: int = 0
     ) -> Ended:
-        """A life of `world` ranks; `rank` is killed, torn or stopped just before its call number `at`, from 1."""
+        """Run `world` ranks to the end; `rank` is killed, torn or stopped just before its call number `at`, from 1."""
         request = {"directory": str(directory), "how": how, "at": at, "boot": boot, "world": world, "rank": rank}
-        return self._asked({**request, "scratch": str(self._scratch)})
+        return self._ask({**request, "scratch": str(self._scratch)})
 
     def wake(self) -> Ended:
-        """Let the life that was stopped go on, to its end."""
-        return self._asked({"wake": True})
+        """Continue the run that was stopped, to its end."""
+        return self._ask({"wake": True})
 
     def close(self) -> None:
         self._process.communicate()
 
-    def _asked(self, request: dict[str, Any]) -> Ended:
+    def _ask(self, request: dict[str, Any]) -> Ended:
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         self._process.stdin.write(json.dumps(request) + "\n")

@@ -1,4 +1,4 @@
-"""A run under launch/local.sh, and the moments of it at which a storm strikes."""
+"""A run under launch/local.sh, and the moments at which a storm strikes it."""
 
 import json
 import os
@@ -16,23 +16,23 @@ from tests import jobs
 
 LOCAL = jobs.PROJECT / "launch" / "local.sh"
 EVALUATE_EVERY = 10
-# At most so many steps pass between two strikes: a run that is long enough is still under way at the last one.
+# The most steps between two strikes, so that a run is long enough for all of them.
 STEPS_A_STRIKE = 24
 
 
-class Launched:
-    """launch/local.sh with two ranks in `run`, started again whenever it has ended before the run was done."""
+class LocalRun:
+    """launch/local.sh with two ranks in the run directory `run`."""
 
     def __init__(self, run: Path, data: Path, *flags: str, **variables: str) -> None:
         self.run = run
-        # Restart however often the storm strikes at the start.
+        # Restart after any number of strikes before the first step.
         self._variables = {"NPROC_PER_NODE": "2", "TRIES": "1000000", **variables}
         self._flags = [*jobs.TINY, f"--data.path={data}", f"--run.dir={run}", f"--eval.every={EVALUATE_EVERY}", *flags]
         self._output = run.with_name(f"{run.name}.output")
         self.start()
 
     def start(self) -> None:
-        """Launch it."""
+        """Start the launcher."""
         with self._output.open("a") as output:
             self._process = subprocess.Popen(
                 [LOCAL, *self._flags],
@@ -43,19 +43,19 @@ class Launched:
 
     @property
     def ended(self) -> bool:
-        """Whether the launcher is gone."""
+        """Tell whether the launcher has ended."""
         return self._process.poll() is not None
 
     def code(self) -> int:
-        """The launcher's exit code, when it is gone."""
+        """Wait for the launcher and return its exit code."""
         return self._process.wait(timeout=3600)
 
     def output(self) -> str:
-        """What was printed, by all launches."""
+        """Return the output of all starts."""
         return self._output.read_text(errors="replace")
 
     def agent(self) -> int | None:
-        """The process id of torchrun, None if there is none just now."""
+        """Return the process id of torchrun, None if there is none now."""
         for pid in _children(self._process.pid):
             with suppress(OSError):
                 if b"torchrun" in Path(f"/proc/{pid}/cmdline").read_bytes():
@@ -63,7 +63,7 @@ class Launched:
         return None
 
     def ranks(self) -> dict[int, int]:
-        """The process ids of the ranks that there are just now."""
+        """Return the process ids of the ranks that run now, by rank."""
         agent = self.agent()
         return {} if agent is None else jobs.ranks_of(agent)
 
@@ -72,11 +72,11 @@ class Launched:
         self._process.send_signal(number)
 
     def begun(self) -> int:
-        """How often the run began to train, from the start or from a checkpoint."""
+        """Return how often the run began to train, from the start or from a checkpoint."""
         return len(re.findall("^(?:starting in|going on from step) ", self.output(), re.MULTILINE))
 
     def step(self) -> int:
-        """The last step that was logged."""
+        """Return the last step that was logged."""
         with suppress(OSError, ValueError, IndexError):
             with (self.run / "metrics.jsonl").open("rb") as metrics:
                 metrics.seek(max(0, os.fstat(metrics.fileno()).st_size - 2000))
@@ -85,7 +85,7 @@ class Launched:
         return 0
 
 
-def moment(name: str, job: Launched, rng: random.Random) -> None:
+def moment(name: str, job: LocalRun, rng: random.Random) -> None:
     """Wait for a moment of this kind, or for the end of the job. "start" comes before the next step."""
     before, saved = job.step(), _listed(job, "step-*")
     steps, over = rng.randint(1, 8), time.monotonic() + rng.uniform(0, 5)
@@ -101,8 +101,8 @@ def moment(name: str, job: Launched, rng: random.Random) -> None:
     time.sleep(rng.uniform(0, 0.03))
 
 
-def strikes(count: int, job: Launched, victims: Sequence[str], rng: random.Random) -> Iterator[tuple[str, str, int]]:
-    """So many moments, each with a victim and its process id; launches the job again where that has ended."""
+def strikes(count: int, job: LocalRun, victims: Sequence[str], rng: random.Random) -> Iterator[tuple[str, str, int]]:
+    """Yield `count` moments, each with a victim and its process id. The launcher restarts the run after each."""
     for strike in range(count):
         name, victim = rng.choice(MOMENTS), rng.choice(victims)
         pid = None
@@ -117,7 +117,7 @@ MOMENTS = ("start", "step", "evaluation", "save", "commit")
 
 
 def assert_same_run(run: Path, other: Path) -> None:
-    """The same final weights and optimizer state bit for bit, and the same losses, each step logged once."""
+    """Check that final weights, optimizer state and losses are equal bit for bit, and each step is logged once."""
     [last, expected] = (sorted((path / "checkpoints").glob("step-*"))[-1] for path in (run, other))
     jobs.assert_same_tensors(last, expected)
     assert jobs.losses(run) == jobs.losses(other)
@@ -126,12 +126,12 @@ def assert_same_run(run: Path, other: Path) -> None:
 
 
 def rows(counted: Counter[tuple[str, str]], what: str) -> list[dict[str, object]]:
-    """How often what struck at which moment, a row a moment and a column for each of the others."""
+    """Return a table of the strikes: a row for each moment, and a column for each victim or signal."""
     columns = sorted({column for _, column in counted})
     return [{what: name, **{column: counted[name, column] for column in columns}} for name in MOMENTS]
 
 
-def _listed(job: Launched, pattern: str) -> list[str]:
+def _listed(job: LocalRun, pattern: str) -> list[str]:
     return sorted(path.name for path in (job.run / "checkpoints").glob(pattern))
 
 
