@@ -1,6 +1,5 @@
-# Sourced by the scripts beside it: make sure of a .venv with distgpt and its pinned packages in the project (`home`), and
-# find out what the options come to and how many ranks this host should have. The working directory stays the caller's,
-# as paths among the options are meant.
+# Sourced by the scripts beside it: make sure of a .venv with distgpt and its pinned packages in the project (`home`). The
+# working directory stays the caller's, as paths among the options are meant.
 # shellcheck shell=bash
 set -euo pipefail
 # The caller's directory may hold another distgpt, or a random.py: no place to take modules from.
@@ -38,31 +37,3 @@ make_venv() {
     echo "distgpt: error: no Python 3.11 or newer was found: install one" >&2
     exit 2
 }
-
-# resolve_config OPTION ...: answer --help and --print-config, or say what is wrong in one line, which would drown in
-# torchrun's report. Sets `run_dir`, and `timeout` to health.timeout in whole seconds.
-resolve_config() {
-    local resolved
-    case " $* " in *" --help "* | *" -h "* | *" --print-config "*) exec python -m distgpt.train "$@" ;; esac
-    resolved=$(python -c 'import math, os, sys
-from distgpt.cli import main_guard
-from distgpt.config import resolve
-config = main_guard(lambda: resolve(sys.argv[1:], os.environ))
-print(math.ceil(config.health.timeout), config.run_dir)' "$@")
-    # shellcheck disable=SC2034 # for the scripts that source this
-    read -r timeout run_dir <<<"$resolved"
-}
-
-# require_counts NAME ...: end if one of these variables is set and no whole number from 1.
-require_counts() {
-    local name
-    for name in "$@"; do
-        if [[ ! ${!name:-1} =~ ^[1-9][0-9]{0,8}$ ]]; then
-            echo "distgpt: error: $name=${!name}: it must be a whole number from 1" >&2
-            exit 2
-        fi
-    done
-}
-
-# default_ranks: one for each GPU that CUDA would see, else two, which share the CPUs, or one on a single CPU.
-default_ranks() { python -c 'from distgpt.machine import default_ranks; print(default_ranks())'; }

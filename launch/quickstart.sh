@@ -4,7 +4,8 @@
 # What it makes, data/stdlib and runs/quickstart, is in the directory where it is started.
 . "$(dirname "$0")/environment.sh"
 environment ""
-resolve_config quickstart "$@"
+case " $* " in *" --help "* | *" -h "* | *" --print-config "*) exec python -m distgpt.train quickstart "$@" ;; esac
+run_dir=$(python -m distgpt.launch directory quickstart "$@")
 
 python -m distgpt.prepare
 "$home/launch/local.sh" quickstart "$@"

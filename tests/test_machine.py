@@ -119,4 +119,5 @@ def test_the_launch_scripts_keep_to_the_quota(quota: None, monkeypatch: pytest.M
     assert default_ranks() == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
     assert (available_gpus(), default_ranks()) == (3, 3)
-    assert "from distgpt.machine import default_ranks" in (jobs.PROJECT / "launch/environment.sh").read_text()
+    for launcher in ("local.py", "multinode.py"):
+        assert "default_ranks()" in (jobs.PROJECT / "distgpt" / "launch" / launcher).read_text()

@@ -1,20 +1,15 @@
-"""How this host reaches the others, told without torch: launchers ask before they start anything.
-
-python -m distgpt.preflight.network route HOST            is it this host (1 or 0), own address, own interface
-python -m distgpt.preflight.network wait HOST SECONDS PORT...     the first of these ports that answers
-python -m distgpt.preflight.network guests PORT           the addresses of other hosts that are connected to this port
-"""
+"""How this host reaches the others, told without torch: launchers ask before they start anything."""
 
 import fcntl
 import ipaddress
 import socket
 import struct
-import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from distgpt.cli import main_guard
 from distgpt.errors import Interrupted, UsageError
 
 SIOCGIFADDR = 0x8915
@@ -54,15 +49,24 @@ def resolve(host: str) -> str:
 
 def interface_of(address: str) -> str:
     """The name of the interface that has this address. Raises UsageError."""
+    for name, its_address in _interfaces():
+        if its_address == address:
+            return name
+    raise UsageError(f"no interface of this host has the address {address}: set GLOO_SOCKET_IFNAME to the right one")
+
+
+def first_address() -> str | None:
+    """The first IPv4 address of this host that is not for itself alone, None if it has none."""
+    return next((address for _, address in _interfaces() if not ipaddress.ip_address(address).is_loopback), None)
+
+
+def _interfaces() -> Iterator[tuple[str, str]]:
+    """The interfaces of this host that have an IPv4 address, each with its first one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            try:
+            with suppress(OSError):  # it has no IPv4 address
                 reply = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
-            except OSError:
-                continue  # it has no IPv4 address
-            if socket.inet_ntoa(reply[20:24]) == address:
-                return name
-    raise UsageError(f"no interface of this host has the address {address}: set GLOO_SOCKET_IFNAME to the right one")
+                yield name, socket.inet_ntoa(reply[20:24])
 
 
 def can_connect(address: str, port: int, *, timeout: float) -> str | None:
@@ -115,23 +119,3 @@ def _source_address(target: str) -> str:
             raise UsageError(f"this host has no route to {target}: {error.strerror}") from None
         address: str = probe.getsockname()[0]
         return address
-
-
-def main(arguments: list[str]) -> None:
-    """One line on stdout for a shell script to read."""
-    match arguments:
-        case ["route", host]:
-            route = route_to(host)
-            print(int(route.is_here), route.address, route.interface)
-        case ["wait", host, seconds, *ports]:
-            print(wait_for_port(host, [int(port) for port in ports], seconds=float(seconds)))
-        case ["guests", port]:
-            print(*guests(int(port)))
-        case _:
-            raise UsageError(
-                "usage: python -m distgpt.preflight.network route HOST | wait HOST SECONDS PORT... | guests PORT"
-            )
-
-
-if __name__ == "__main__":
-    main_guard(lambda: main(sys.argv[1:]))

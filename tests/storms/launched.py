@@ -58,7 +58,7 @@ class Launched:
         """The process id of torchrun, None if there is none just now."""
         for pid in _children(self._process.pid):
             with suppress(OSError):
-                if b"torchrun" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if b"torch.distributed.run" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     return pid
         return None
 

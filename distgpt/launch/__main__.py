@@ -1,0 +1,39 @@
+"""The launchers: `python -m distgpt.launch local|nodes [PRESET] [--section.key=value ...]`, and parts of slurm/*.sh.
+
+`directory OPTION ...` prints the run directory that these options of distgpt.train come to.
+"""
+
+import os
+import sys
+
+from distgpt.cli import enter, main_guard
+from distgpt.config import resolve
+from distgpt.errors import UsageError
+from distgpt.launch import local, multinode
+
+ANSWERED_AT_ONCE = {"--help", "-h", "--print-config"}
+
+
+def main(arguments: list[str]) -> int:
+    """Run the launcher that is named first; return its exit code."""
+    name, options = arguments[0] if arguments else "", arguments[1:]
+    if name in ("local", "nodes") and ANSWERED_AT_ONCE & set(options):
+        os.execv(sys.executable, [sys.executable, "-m", "distgpt.train", *options])
+    match name:
+        case "local":
+            return local.main(options)
+        case "nodes":
+            return multinode.main(options)
+        case "slurm":
+            from distgpt.launch import slurm  # numpy, which the others need not wait for
+
+            return slurm.main(options)
+        case "directory":
+            print(resolve(options, os.environ).run_dir)
+            return 0
+    raise UsageError("usage: python -m distgpt.launch local|nodes [PRESET] [--section.key=value ...]")
+
+
+if __name__ == "__main__":
+    enter()
+    sys.exit(main_guard(lambda: main(sys.argv[1:])))

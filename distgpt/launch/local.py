@@ -1,0 +1,74 @@
+"""Train on all devices of this machine, again after a failure: launch/local.sh. Imports no torch."""
+
+import os
+import tempfile
+from pathlib import Path
+
+from distgpt.config import resolve
+from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK
+from distgpt.launch.agent import TORCHRUN, Supervisor
+from distgpt.launch.policy import Ending, Next, Tries, ending_in, next_after, read_report, say, say_end
+from distgpt.launch.settings import (
+    SIGNALS,
+    WITH_FILE_STORE,
+    count,
+    environment,
+    require_divisible_batch,
+    with_defaults,
+)
+from distgpt.machine import default_ranks
+from distgpt.run.exit_report import EXIT_FILE_VARIABLE, write_exit_report
+from distgpt.run.paths import RunPaths
+
+KILLED = "killed before any rank could say why: run it again to go on"
+UNSAVED = "ended at once as told: what came after the newest checkpoint is not saved, run it again to go on from there"
+
+
+def main(arguments: list[str]) -> int:
+    """Train until the run is done or cannot go on; return its exit code, which torchrun would flatten to 1."""
+    config = resolve(arguments, os.environ)
+    ranks = count("NPROC_PER_NODE") or default_ranks()
+    tries = Tries(count("TRIES") or 3, config.run_dir)
+    require_divisible_batch(config, ranks=ranks)
+    if tries.newest is None:
+        arguments = [*arguments, "--run.fresh=false"]  # what comes from here on is this job's own
+    supervisor = Supervisor(timeout=config.health.timeout)
+    while True:
+        ending = attempt(supervisor, ranks, arguments)
+        if supervisor.ended_unsaved and ending.code is None:
+            ending = Ending(EXIT_INTERRUPTED, UNSAVED)
+            if config.run_dir.is_dir():
+                write_exit_report(RunPaths(config.run_dir), code=EXIT_INTERRUPTED, cause=UNSAVED, rank=0, step=None)
+        # The last line says what happened, below torchrun's own report.
+        code = EXIT_INTERRUPTED if ending.code is None else ending.code
+        if supervisor.signalled or next_after(ending.code) != Next.RETRY:
+            if ending.cause:
+                say_end(code, ending.cause)
+            return code
+        exhausted = tries.exhausted()
+        say(ending.brief)
+        if exhausted:
+            say(f"gave up after {tries.limit} launches that got no further: run it again to go on")
+            return code
+        say(f"starting again from {tries.newest or 'the beginning'}")
+
+
+def attempt(supervisor: Supervisor, ranks: int, arguments: list[str]) -> Ending:
+    """Train until the end of one torchrun."""
+    with tempfile.TemporaryDirectory(prefix="distgpt-") as scratch:
+        report, store = Path(scratch, "exit.json"), Path(scratch, "store")
+        variables = {
+            EXIT_FILE_VARIABLE: str(report),
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            # The seconds that ranks have to save once they are told to stop; torchrun kills them after 30 by default.
+            **with_defaults(TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600),
+        }
+        # A file, where --standalone would listen on all interfaces: whoever reaches that can have torchrun run code.
+        rendezvous = (
+            *("--rdzv-backend=c10d", f"--rdzv-endpoint={store}", f"--rdzv-id={Path(scratch).name}"),
+            *(f"--rdzv-conf={WITH_FILE_STORE}", "--local-addr=127.0.0.1"),
+        )
+        command = (*TORCHRUN, f"--nproc_per_node={ranks}", "--max-restarts=3", *rendezvous, SIGNALS)
+        if supervisor.run((*command, "-m", "distgpt.train", *arguments), environment(variables)) == 0:
+            return Ending(EXIT_OK, "")
+        return ending_in(read_report(report), otherwise=KILLED)

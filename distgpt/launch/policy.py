@@ -1,0 +1,92 @@
+"""What the end of an attempt means: the run is done, the launcher gives up, or it starts again. Imports no torch."""
+
+import json
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from enum import Enum, auto
+from pathlib import Path
+from typing import Any
+
+from distgpt.errors import EXIT_CANNOT_CREATE, EXIT_INTERRUPTED, EXIT_OK
+
+
+class Next(Enum):
+    """What a launcher does next."""
+
+    DONE = auto()
+    GIVE_UP = auto()
+    RETRY = auto()
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How an attempt ended, as the first rank to know reported it. `code` is None if no rank could report."""
+
+    code: int | None
+    cause: str
+    step: int = 0
+
+    @property
+    def brief(self) -> str:
+        """The cause without its advice to run again, which the launcher does."""
+        return re.sub("[,:] run it again to go on$", "", self.cause)
+
+
+def read_report(file: Path) -> dict[str, Any] | None:
+    """Return what an exit.json says, None where there is none or it is not whole."""
+    try:
+        report = json.loads(file.read_text())
+        return {**report, "code": int(report["code"]), "cause": str(report["cause"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def ending_in(report: dict[str, Any] | None, *, otherwise: str) -> Ending:
+    """Return the ending that a report tells of, or one without a code whose cause is `otherwise`."""
+    return Ending(report["code"], report["cause"], report.get("step") or 0) if report else Ending(None, otherwise)
+
+
+def next_after(code: int | None, *, lock_may_be_ours: bool = False) -> Next:
+    """Decide by the exit code of an attempt. Only what was interrupted, or killed without a report, starts again.
+
+    `lock_may_be_ours`: an earlier attempt of the same job, cut off on another host, may still hold the run directory.
+    """
+    if code == EXIT_OK:
+        return Next.DONE
+    if code in (None, EXIT_INTERRUPTED) or (code == EXIT_CANNOT_CREATE and lock_may_be_ours):
+        return Next.RETRY
+    return Next.GIVE_UP
+
+
+class Tries:
+    """Counts the attempts in a row that left no new checkpoint in a run directory."""
+
+    def __init__(self, limit: int, run_dir: Path) -> None:
+        self.limit = limit
+        self.count = 0
+        self._run_dir = run_dir
+        self.newest = newest_checkpoint(run_dir)
+
+    def exhausted(self) -> bool:
+        """Count the attempt that has just failed; return whether it was the last one."""
+        before, self.newest = self.newest, newest_checkpoint(self._run_dir)
+        self.count = self.count + 1 if self.newest == before else 0
+        return self.count >= self.limit
+
+
+def newest_checkpoint(run_dir: Path) -> str | None:
+    """Return the name of the newest committed checkpoint, whole or damaged, None if there is none."""
+    return max((path.name for path in (run_dir / "checkpoints").glob("step-*")), default=None)
+
+
+def say(line: str) -> None:
+    """Print a line on stderr, which may be a terminal that is gone: then a buffer would fail again at the exit."""
+    with suppress(OSError):
+        os.write(2, f"distgpt: {line}\n".encode())
+
+
+def say_end(code: int, cause: str) -> None:
+    """Print why a run ended, as its ranks do."""
+    say(cause if code in (EXIT_OK, EXIT_INTERRUPTED) else f"error: {cause}")

@@ -1,0 +1,78 @@
+"""What launchers make of the end of an attempt."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from distgpt.config import resolve
+from distgpt.errors import UsageError
+from distgpt.launch.policy import Ending, Next, Tries, ending_in, newest_checkpoint, next_after, read_report
+from distgpt.launch.settings import count, require_divisible_batch
+
+
+@pytest.mark.parametrize(
+    ("code", "after"),
+    [
+        (0, Next.DONE),
+        (None, Next.RETRY),
+        (75, Next.RETRY),
+        *((code, Next.GIVE_UP) for code in (2, 65, 70, 73, 74)),
+    ],
+)
+def test_only_what_was_interrupted_starts_again(code: int | None, after: Next) -> None:
+    assert next_after(code) == after
+
+
+def test_a_lock_that_may_be_ours_is_waited_for() -> None:
+    assert next_after(73, lock_may_be_ours=True) == Next.RETRY
+    assert next_after(2, lock_may_be_ours=True) == Next.GIVE_UP
+
+
+def test_attempts_count_while_there_is_no_new_checkpoint(tmp_path: Path) -> None:
+    tries = Tries(2, tmp_path)
+    assert not tries.exhausted()
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
+    assert not tries.exhausted()
+    assert (tries.count, tries.newest) == (0, "step-00000004")
+    assert not tries.exhausted()
+    assert tries.exhausted()
+
+
+def test_the_newest_checkpoint_is_committed(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    for name in ("step-00000010", "step-00000009", ".staging-x", "broken-step-00000011"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_checkpoint(tmp_path) == "step-00000010"
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', '{"code": null, "cause": ""}', '{"code": 2}'])
+def test_a_report_that_is_not_whole_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "exit.json").write_text(text)
+    assert read_report(tmp_path / "exit.json") is None
+    assert read_report(tmp_path / "missing.json") is None
+
+
+def test_the_cause_is_the_ranks_own(tmp_path: Path) -> None:
+    report = {"code": 75, "cause": "lost rank 1, run it again to go on", "step": None}
+    (tmp_path / "exit.json").write_text(json.dumps(report))
+    ending = ending_in(read_report(tmp_path / "exit.json"), otherwise="killed")
+    assert ending == Ending(75, "lost rank 1, run it again to go on", 0)
+    assert ending.brief == "lost rank 1"
+    assert ending_in(None, otherwise="killed") == Ending(None, "killed")
+
+
+def test_a_batch_that_does_not_divide_names_one_that_does() -> None:
+    config = resolve(["--train.global_batch=16"], {})
+    require_divisible_batch(config, ranks=2)
+    with pytest.raises(UsageError, match="over 3 ranks: take a multiple of 3, or set NPROC_PER_NODE"):
+        require_divisible_batch(config, ranks=3)
+    with pytest.raises(UsageError, match="over 3 hosts x 2 ranks: take a multiple of 24, which divides for NODES=3:4"):
+        require_divisible_batch(config, ranks=2, nodes=range(3, 5), named="NODES=3:4")
+
+
+def test_a_count_that_is_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRIES", "")
+    assert count("TRIES") is None
+    monkeypatch.setenv("TRIES", "12")
+    assert count("TRIES") == 12
