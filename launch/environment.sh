@@ -1,5 +1,5 @@
 # Sourced by the scripts beside it: make sure of a .venv with distgpt and its pinned packages in the project (`home`). The
-# working directory stays the caller's, since paths among the options are relative to it.
+# working directory stays the caller's, as paths among the options are meant.
 # shellcheck shell=bash
 set -euo pipefail
 # The caller's directory may hold another distgpt, or a random.py: no place to take modules from.

@@ -5,10 +5,7 @@
 . "$(dirname "$0")/environment.sh"
 environment ""
 case " $* " in *" --help "* | *" -h "* | *" --print-config "*) exec python -m distgpt.train quickstart "$@" ;; esac
-run_dir=$(python -c 'import os, sys
-from distgpt.cli import main_guard
-from distgpt.config import resolve
-print(main_guard(lambda: resolve(sys.argv[1:], os.environ)).run_dir)' quickstart "$@")
+run_dir=$(python -m distgpt.launch directory quickstart "$@")
 
 python -m distgpt.prepare
 "$home/launch/local.sh" quickstart "$@"

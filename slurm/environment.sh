@@ -28,27 +28,6 @@ job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 attempt=${SLURM_RESTART_COUNT:-0}
 
-# own_address: this node's address as Slurm knows it.
-own_address() {
-    local name address
-    name=$(scontrol show node "$SLURMD_NODENAME" | sed -n 's/.*NodeAddr=\([^ ]*\).*/\1/p')
-    address=$(getent ahostsv4 "$name" | awk 'NR == 1 { print $1 }')
-    # Debian's /etc/hosts gives a host's own name a loopback address, where no other node finds it.
-    if [[ -z $address || ($address == 127.* && $name != 127.*) ]]; then
-        address=$(hostname -I | awk '{ print $1 }')
-    fi
-    echo "$address"
-}
-
-# require_progress FILE WORD: end the job if WORD, which changes with every step forward, is the same in too many attempts.
-require_progress() {
-    local tries=${TRIES:-5}
-    echo "$2" 2>/dev/null >>"$1" || fail 74 "cannot write in $(dirname "$1"): make room and submit it again to go on"
-    if (($(tail -n "$((tries + 1))" "$1" | grep -cxF -- "$2") > tries)); then
-        fail 75 "gave up after $tries attempts that got no further than $2, see $(dirname "$1"): submit it again to go on"
-    fi
-}
-
 pass_on() {
     stopped=${stopped:-$SECONDS}
     if [[ -n $child ]]; then kill "-$stop_signal" "$child" 2>/dev/null || true; fi

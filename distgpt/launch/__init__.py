@@ -1,7 +1,8 @@
-"""How a job is started, restarted and ended: `python -m distgpt.launch local|nodes|slurm`. Imports no torch.
+"""Start, restart and end a job: the launchers behind launch/*.sh and slurm/*.sh. Imports no torch.
 
-Reading order: policy (what an ending means: done, give up or start again), agent (run torchrun as a child and pass
-signals on), local (one machine), nodes (several hosts without a scheduler), slurm (what slurm/train.sh asks).
+Reading order: settings (variables of the environment), policy (the meaning of an ending: done, give up, start again),
+agent (torchrun as a child, from its start to its end), local (one machine), multinode (several hosts without a
+scheduler), slurm (answers for the batch scripts).
 
-It may import every room but training, and no command.
+It may import every room but training.
 """

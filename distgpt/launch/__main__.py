@@ -1,26 +1,39 @@
-"""Start a job and keep it going: `python -m distgpt.launch local|nodes [PRESET] [--section.key=value ...]`."""
+"""Launch a job: `python -m distgpt.launch local|nodes [PRESET] [--section.key=value ...]`.
 
+`slurm` answers the scripts of slurm/. `directory OPTION ...` prints the run directory of these options.
+"""
+
+import os
 import sys
 
-from distgpt.cli import TRAIN_ABOUT, main_guard
-from distgpt.config import config_from_command_line
+from distgpt.cli import main_guard, prepare_process
+from distgpt.config import resolve
 from distgpt.errors import UsageError
-from distgpt.launch import local, nodes, slurm
+from distgpt.launch import local, multinode
 
-LAUNCHERS = {"local": local.launch, "nodes": nodes.launch}
+ANSWERED_AT_ONCE = {"--help", "-h", "--print-config"}
 
 
-def main() -> int:
-    """Launch a job and return its exit code. Raises UsageError before anything starts."""
-    match sys.argv[1:]:
-        case ["slurm", *arguments]:
-            return slurm.main(arguments)
-        case [name, *arguments] if name in LAUNCHERS:
-            # --help and --print-config answer here, as does a mistake.
-            config = config_from_command_line(arguments, prog="distgpt.train", about=TRAIN_ABOUT)
-            return LAUNCHERS[name](config, arguments)
-    raise UsageError(f"usage: python -m distgpt.launch {'|'.join(LAUNCHERS)} [PRESET] [--section.key=value ...]")
+def main(arguments: list[str]) -> int:
+    """Run the launcher that is named first; return its exit code."""
+    name, options = arguments[0] if arguments else "", arguments[1:]
+    if name in ("local", "nodes") and ANSWERED_AT_ONCE & set(options):
+        os.execv(sys.executable, [sys.executable, "-m", "distgpt.train", *options])
+    match name:
+        case "local":
+            return local.main(options)
+        case "nodes":
+            return multinode.main(options)
+        case "slurm":
+            from distgpt.launch import slurm  # imports numpy, which takes time
+
+            return slurm.main(options)
+        case "directory":
+            print(resolve(options, os.environ).run_dir)
+            return 0
+    raise UsageError("usage: python -m distgpt.launch local|nodes [PRESET] [--section.key=value ...]")
 
 
 if __name__ == "__main__":
-    sys.exit(main_guard(main))
+    prepare_process()
+    sys.exit(main_guard(lambda: main(sys.argv[1:])))

@@ -1,13 +1,13 @@
-"""Run torchrun as a child: pass a signal on once, and end a torchrun that cannot end by itself."""
+"""Run torchrun as a child: pass a signal on once, and kill a torchrun that cannot end by itself."""
 
 import ctypes
-import os
+import math
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
@@ -16,105 +16,129 @@ from distgpt.files import process_stat
 from distgpt.launch.policy import say
 from distgpt.torchrun import PR_SET_PDEATHSIG
 
-# A Ctrl-C that comes so many seconds after the first one is a second one, and no echo of a wrapper.
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
+# A second Ctrl-C within this time is the echo of the first one, as a terminal and a wrapper may both send it.
 ECHO_SECONDS = 2.0
-# Seconds between two looks at the ranks of an agent, and without any rank until the agent is killed.
-LOOK_SECONDS, NO_RANKS_SECONDS = 1.0, 60
-TORCHRUN = (
-    str(Path(sys.executable).with_name("torchrun")),
-    # torchrun passes on only the signals that it is told of, and SIGUSR1 would kill it.
-    "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1",
-)
+# The longest that torchrun may take to notice that all its ranks have ended.
+NOTICE_SECONDS = 60
 
 
 class Supervisor:
-    """Runs one command after another. A signal to this process stops the command under way, with a save."""
+    r"""Runs one torchrun after another, and handles the signals that a person or a scheduler sends to the launcher.
 
-    def __init__(self) -> None:
-        """Handle signals from now on, but not those that are ignored, as under nohup."""
-        self.signalled: str | None = None  # the first signal that asked to stop
-        self._first, self._passed_on = 0.0, False
+    Only the first signal is passed on, as SIGTERM: after a second one torchrun breaks off the save. A Ctrl-C that is
+    clearly typed again asks for that, and Ctrl-\ ends torchrun at once.
+    """
+
+    def __init__(self, *, timeout: float) -> None:
+        self.signalled: signal.Signals | None = None
+        self.ended_unsaved = False
+        self._timeout = timeout
+        self._signalled_at = 0.0
         self._child: subprocess.Popen[bytes] | None = None
+        self._passed_on = False
+        self._is_waiting = False
         for number in (*STOP_SIGNALS, signal.SIGQUIT):
-            if signal.getsignal(number) != signal.SIG_IGN:
-                signal.signal(number, self._pass_on)
+            if signal.getsignal(number) != signal.SIG_IGN:  # as nohup has it
+                signal.signal(number, self._handle)
 
     def run(
-        self,
-        command: Sequence[str],
-        *,
-        environment: Mapping[str, str] | None = None,
-        stopped_limit: float,
-        give_up: Callable[[float], str | None] = lambda seconds: None,
+        self, command: Sequence[str], env: Mapping[str, str], *, give_up: Callable[[float], bool] | None = None
     ) -> int:
-        """Run a command that starts ranks, and return its exit code.
+        """Run a command and return its exit code.
 
-        It is killed if all its ranks are stopped for `stopped_limit` seconds, or gone for a while: a torchrun that the
-        network cut off waits for ever, and notices neither signals nor the end of its ranks. While it has no ranks yet,
-        `give_up` gets the seconds since the start, and returns the reason to kill it, if there is one.
+        Until it has ranks, `give_up` gets the seconds since its start, once a second, and tells whether to kill it.
         """
-        # In a process group of its own, since a terminal sends Ctrl-C to all of this one.
         self._passed_on = False
-        variables = {**os.environ, **(environment or {})}
-        child = subprocess.Popen(command, env=variables, process_group=0, preexec_fn=_terminate_with_parent)
-        self._child = child
+        self._child = child = start(command, env)
         if self.signalled and not self._passed_on:  # the signal came before there was a child
             self._send(signal.SIGTERM)
-        started, had_ranks, idle_looks = time.monotonic(), False, 0
+        watch, began = RankWatch(self._timeout), time.monotonic()
         while True:
             with suppress(subprocess.TimeoutExpired):
-                code = child.wait(LOOK_SECONDS)
+                code = child.wait(timeout=1)
                 self._child = None
-                return code
-            states = states_of_children(child.pid)
-            if any(state not in "ZT" for state in states):
-                had_ranks, idle_looks = True, 0
-            elif had_ranks or "T" in states:
-                had_ranks, idle_looks = True, idle_looks + 1
-                limit = stopped_limit if "T" in states else min(stopped_limit, NO_RANKS_SECONDS)
-                # Counted, not by the clock: this process may have been suspended, too.
-                if idle_looks * LOOK_SECONDS > limit:
-                    lasting = f"all ranks are gone or stopped since {limit:.0f} s"
-                    say(f"{lasting}: killing torchrun, which does not end by itself")
-                    self._send(signal.SIGKILL)
-            elif reason := give_up(time.monotonic() - started):
-                say(reason)
-                self._send(signal.SIGKILL)
+                return code if code >= 0 else 128 - code
+            if overdue := watch.overdue(rank_states(child.pid)):
+                say(f"all ranks are gone or stopped since {overdue} s: killing torchrun, which does not end by itself")
+                child.kill()
+            elif give_up and not watch.had_ranks and give_up(time.monotonic() - began):
+                child.kill()
 
-    def _pass_on(self, number: int, frame: FrameType | None) -> None:
-        """Pass on the first signal alone: torchrun breaks off the save if it gets a second one.
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Raise KeyboardInterrupt inside at a signal, or at once after one: there is no run to be saved."""
+        self._is_waiting = True
+        try:
+            if self.signalled:
+                raise KeyboardInterrupt
+            yield
+        finally:
+            self._is_waiting = False
 
-        A Ctrl-C that is clearly typed again asks for that, as does Ctrl-backslash.
-        """
-        if number == signal.SIGQUIT:
-            self.signalled = self.signalled or "QUIT"
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        received, now = signal.Signals(number), time.monotonic()
+        typed_again = self.signalled and received == signal.SIGINT and now - self._signalled_at >= ECHO_SECONDS
+        if received == signal.SIGQUIT or typed_again:
+            self.signalled, self.ended_unsaved = self.signalled or received, True
             self._send(signal.SIGQUIT)
         elif not self.signalled:
-            self.signalled, self._first = signal.Signals(number).name.removeprefix("SIG"), time.monotonic()
+            self.signalled, self._signalled_at = received, now
             self._send(signal.SIGTERM)
-        elif number == signal.SIGINT and time.monotonic() - self._first >= ECHO_SECONDS:
-            self._send(signal.SIGQUIT)
+        if self._is_waiting:
+            raise KeyboardInterrupt
 
     def _send(self, number: signal.Signals) -> None:
-        if self._child is not None:
+        if self._child:
             self._passed_on = True
-            self._child.send_signal(number)
+            with suppress(ProcessLookupError):
+                self._child.send_signal(number)
 
 
-def states_of_children(pid: int) -> list[str]:
-    """Return the states in /proc of the children of a process: Z is dead, T is stopped."""
+class RankWatch:
+    """Finds a torchrun that does not end by itself. It counts calls, one a second, so that suspended time is left out.
+
+    A torchrun that the network cut off from the head waits for ever, and notices neither signals nor the end of its
+    ranks. Ranks that are all stopped do not end when torchrun asks them to.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.had_ranks = False
+        self._timeout = math.ceil(timeout)
+        self._seconds = 0
+
+    def overdue(self, states: Sequence[str]) -> int | None:
+        """Return the limit in seconds, once all ranks were dead (Z in /proc) or stopped (T) for longer."""
+        if set(states) - {"Z", "T"}:
+            self.had_ranks, self._seconds = True, 0
+            return None
+        self.had_ranks = self.had_ranks or "T" in states  # ranks may be stopped before the first look
+        if not self.had_ranks:
+            return None
+        limit = self._timeout if "T" in states else min(self._timeout, NOTICE_SECONDS)
+        self._seconds += 1
+        return limit if self._seconds > limit else None
+
+
+def start(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
+    """Start a command in a process group of its own, since a terminal sends Ctrl-C to the whole group of the launcher.
+
+    If the launcher is killed, the kernel sends the command SIGTERM.
+    """
+    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def end_with_parent() -> None:
+        if libc:
+            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+
+    return subprocess.Popen(command, env=env, process_group=0, preexec_fn=end_with_parent)
+
+
+def rank_states(agent: int) -> list[str]:
+    """Return the states of the children of torchrun in /proc; none on systems without it."""
     states = []
     with suppress(OSError):
-        for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-            with suppress(OSError):
+        for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+            with suppress(OSError):  # it has ended meanwhile
                 states.append(process_stat(int(child))[0])
     return states
-
-
-def _terminate_with_parent() -> None:
-    """Let the kernel send this child SIGTERM when its parent is killed, so that it saves and ends."""
-    if _LIBC is not None:
-        _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-
-_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None

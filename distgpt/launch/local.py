@@ -1,71 +1,73 @@
-"""Launch a job on all devices of this machine, and start it again when a rank dies or hangs."""
+"""Train on all devices of this machine, again after a failure: launch/local.sh. Imports no torch."""
 
 import os
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 
-from distgpt.config import Config, require_divisible_batch
+from distgpt.config import require_divisible_batch, resolve
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK
 from distgpt.launch.agent import TORCHRUN, Supervisor
-from distgpt.launch.policy import UNKNOWN_CAUSE, Ending, Tries, count_from_environment, read_ending, say, say_end
+from distgpt.launch.policy import Ending, Next, Tries, ending_in, next_after, read_report, say, say_end
+from distgpt.launch.settings import (
+    SIGNALS,
+    WITH_FILE_STORE,
+    count,
+    environment,
+    with_defaults,
+)
 from distgpt.machine import default_ranks
 from distgpt.run.exit_report import EXIT_FILE_VARIABLE, write_exit_report
 from distgpt.run.paths import RunPaths
 
+KILLED = "killed before any rank could say why: run it again to go on"
+UNSAVED = "ended at once as told: what came after the newest checkpoint is not saved, run it again to go on from there"
 
-def launch(config: Config, arguments: Sequence[str]) -> int:
-    """Train until the run is done or TRIES launches in a row made no new checkpoint. Returns the code of the run.
 
-    Raises UsageError before anything starts.
-    """
-    ranks = count_from_environment("NPROC_PER_NODE", None) or default_ranks()
-    limit = count_from_environment("TRIES", 3) or 3
+def main(arguments: list[str]) -> int:
+    """Train until the run is done or cannot go on; return its exit code, which torchrun would flatten to 1."""
+    config = resolve(arguments, os.environ)
+    ranks = count("NPROC_PER_NODE") or default_ranks()
+    tries = Tries(count("TRIES") or 3, config.run_dir)
     require_divisible_batch(config, ranks)
-    paths, supervisor = RunPaths(config.run_dir), Supervisor()
-    tries = Tries(limit, paths)
-    # From here on the checkpoints in the run directory are this job's own.
-    fresh = [] if tries.newest_checkpoint else ["--run.fresh=false"]
-    with tempfile.TemporaryDirectory() as scratch:
-        while True:
-            ending = _attempt(config, [*arguments, *fresh], ranks, supervisor, Path(scratch))
-            if supervisor.signalled or not ending.retryable:
-                if ending.code != EXIT_OK:
-                    say_end(ending)
-                if supervisor.signalled and ending.cause == UNKNOWN_CAUSE:  # a second Ctrl-C killed the ranks
-                    write_exit_report(paths, code=ending.code, cause=ending.cause, rank=0, step=None)
-                return ending.code
-            exhausted = tries.exhausted()
-            say(ending.reason)
-            if exhausted:
-                say(f"gave up after {tries.count} launches that got no further: run it again to go on")
-                return ending.code
-            say(f"starting again from {tries.newest_checkpoint or 'the beginning'}")
+    if tries.newest is None:
+        arguments = [*arguments, "--run.fresh=false"]  # what comes from here on is this job's own
+    supervisor = Supervisor(timeout=config.health.timeout)
+    while True:
+        ending = attempt(supervisor, ranks, arguments)
+        if supervisor.ended_unsaved and ending.code is None:
+            ending = Ending(EXIT_INTERRUPTED, UNSAVED)
+            if config.run_dir.is_dir():
+                write_exit_report(RunPaths(config.run_dir), code=EXIT_INTERRUPTED, cause=UNSAVED, rank=0, step=None)
+        # The last line says what happened, below torchrun's own report.
+        code = EXIT_INTERRUPTED if ending.code is None else ending.code
+        if supervisor.signalled or next_after(ending.code) != Next.RETRY:
+            if ending.cause:
+                say_end(code, ending.cause)
+            return code
+        exhausted = tries.exhausted()
+        say(ending.brief)
+        if exhausted:
+            say(f"gave up after {tries.limit} launches that got no further: run it again to go on")
+            return code
+        say(f"starting again from {tries.newest or 'the beginning'}")
 
 
-def _attempt(config: Config, arguments: Sequence[str], ranks: int, supervisor: Supervisor, scratch: Path) -> Ending:
-    """Train until torchrun ends."""
-    # A file, where --standalone would listen on all interfaces: whoever can connect there can make torchrun run code.
-    _, rendezvous = tempfile.mkstemp(dir=scratch)
-    report = scratch / "exit.json"
-    report.unlink(missing_ok=True)
-    status = supervisor.run(
-        [
-            *(*TORCHRUN, f"--nproc_per_node={ranks}", "--max-restarts=3"),
-            *("--rdzv-backend=c10d", f"--rdzv-endpoint={rendezvous}", f"--rdzv-id={Path(rendezvous).name}"),
-            *("--rdzv-conf=store_type=file,keep_alive_interval=3600", "--local-addr=127.0.0.1"),
-            *("-m", "distgpt.train", *arguments),
-        ],
-        environment={
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+def attempt(supervisor: Supervisor, ranks: int, arguments: list[str]) -> Ending:
+    """Train until the end of one torchrun."""
+    with tempfile.TemporaryDirectory(prefix="distgpt-") as scratch:
+        report, store = Path(scratch, "exit.json"), Path(scratch, "store")
+        variables = {
             EXIT_FILE_VARIABLE: str(report),
-            # Each rank sets its own share of the threads; this only keeps torchrun from warning about it.
-            "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1"),
-            # Seconds that ranks have to save once they are told to stop. torchrun's default is 30.
-            "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": os.environ.get("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600"),
-        },
-        stopped_limit=config.health.timeout,
-    )
-    if status == 0:
-        return Ending(EXIT_OK, "")
-    return read_ending(report) or Ending(EXIT_INTERRUPTED, UNKNOWN_CAUSE)
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            # The seconds that ranks have to save once they are told to stop; torchrun kills them after 30 by default.
+            **with_defaults(TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600),
+        }
+        # A file, where --standalone would listen on all interfaces: whoever reaches that can have torchrun run code.
+        rendezvous = (
+            *("--rdzv-backend=c10d", f"--rdzv-endpoint={store}", f"--rdzv-id={Path(scratch).name}"),
+            *(f"--rdzv-conf={WITH_FILE_STORE}", "--local-addr=127.0.0.1"),
+        )
+        command = (*TORCHRUN, f"--nproc_per_node={ranks}", "--max-restarts=3", *rendezvous, SIGNALS)
+        if supervisor.run((*command, "-m", "distgpt.train", *arguments), environment(variables)) == 0:
+            return Ending(EXIT_OK, "")
+        return ending_in(read_report(report), otherwise=KILLED)

@@ -1,82 +1,92 @@
-"""Decide what the ending of an attempt means: the job is done, it gives up, or it starts again."""
+"""Decide what the ending of an attempt means: the run is done, the launcher gives up, or it starts again."""
 
 import json
 import os
-import sys
+import re
 from contextlib import suppress
 from dataclasses import dataclass
+from enum import Enum, auto
 from pathlib import Path
+from typing import Any
 
-from distgpt.checkpoint.manifest import committed
-from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
-from distgpt.run.paths import RunPaths
+from distgpt.errors import EXIT_CANNOT_CREATE, EXIT_INTERRUPTED, EXIT_OK
 
-MOST = 999_999_999
-UNKNOWN_CAUSE = "killed before any rank could say why: run it again to go on"
+
+class Next(Enum):
+    """The next action of a launcher."""
+
+    DONE = auto()
+    GIVE_UP = auto()
+    RETRY = auto()
 
 
 @dataclass(frozen=True)
 class Ending:
-    """How an attempt ended: the exit code and the cause in a report."""
+    """The ending of an attempt, as the first rank that knew reported it. `code` is None if no rank could report."""
 
-    code: int
+    code: int | None
     cause: str
+    step: int = 0
 
     @property
-    def retryable(self) -> bool:
-        """Whether starting again can help."""
-        return self.code == EXIT_INTERRUPTED
-
-    @property
-    def reason(self) -> str:
-        """The cause without the advice to run it again, which a launcher follows by itself."""
-        return self.cause.removesuffix("run it again to go on").rstrip(" ,:") if self.retryable else self.cause
+    def brief(self) -> str:
+        """The cause without its advice to run again, which the launcher does."""
+        return re.sub("[,:] run it again to go on$", "", self.cause)
 
 
-def read_ending(report: Path) -> Ending | None:
-    """Read an exit report; None if there is none yet."""
-    with suppress(OSError, ValueError, KeyError, TypeError):
-        values = json.loads(report.read_text())
-        return Ending(int(values["code"]), str(values["cause"]))
-    return None
+def read_report(file: Path) -> dict[str, Any] | None:
+    """Read an exit.json; None if there is none or it is not whole."""
+    try:
+        report = json.loads(file.read_text())
+        return {**report, "code": int(report["code"]), "cause": str(report["cause"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def ending_in(report: dict[str, Any] | None, *, otherwise: str) -> Ending:
+    """Return the ending in a report; without a report, one without a code, whose cause is `otherwise`."""
+    return Ending(report["code"], report["cause"], report.get("step") or 0) if report else Ending(None, otherwise)
+
+
+def next_after(code: int | None, *, lock_may_be_ours: bool = False) -> Next:
+    """Decide by the exit code of an attempt. One that was interrupted, or killed without a report, starts again.
+
+    `lock_may_be_ours`: an earlier attempt of the same job, cut off on another host, may still hold the run directory.
+    """
+    if code == EXIT_OK:
+        return Next.DONE
+    if code in (None, EXIT_INTERRUPTED) or (code == EXIT_CANNOT_CREATE and lock_may_be_ours):
+        return Next.RETRY
+    return Next.GIVE_UP
 
 
 class Tries:
-    """Counts attempts in a row that made no new checkpoint."""
+    """Counts the attempts in a row that left no new checkpoint in a run directory."""
 
-    def __init__(self, limit: int, paths: RunPaths) -> None:
-        self.count, self._limit, self._paths = 0, limit, paths
-        self._newest = self.newest_checkpoint
-
-    @property
-    def newest_checkpoint(self) -> str | None:
-        """The name of the newest checkpoint."""
-        return next((checkpoint.name for checkpoint in committed(self._paths.checkpoints)), None)
+    def __init__(self, limit: int, run_dir: Path) -> None:
+        self.limit = limit
+        self.count = 0
+        self._run_dir = run_dir
+        self.newest = newest_checkpoint(run_dir)
 
     def exhausted(self) -> bool:
-        """Count an attempt that ended; tell whether it was the last one to try."""
-        newest = self.newest_checkpoint
-        self.count = self.count + 1 if newest == self._newest else 0
-        self._newest = newest
-        return self.count >= self._limit
+        """Count an attempt that failed; tell whether it was the last one to try."""
+        before, self.newest = self.newest, newest_checkpoint(self._run_dir)
+        self.count = self.count + 1 if self.newest == before else 0
+        return self.count >= self.limit
 
 
-def count_from_environment(name: str, default: int | None) -> int | None:
-    """Read a whole number from 1 from an environment variable. Raises UsageError."""
-    text = os.environ.get(name) or ""
-    if not text:
-        return default
-    if not (text.isascii() and text.isdigit() and not text.startswith("0") and int(text) <= MOST):
-        raise UsageError(f"{name}={text}: it must be a whole number from 1")
-    return int(text)
+def newest_checkpoint(run_dir: Path) -> str | None:
+    """Return the name of the newest committed checkpoint, whole or damaged, None if there is none."""
+    return max((path.name for path in (run_dir / "checkpoints").glob("step-*")), default=None)
 
 
 def say(line: str) -> None:
-    """Print a line on stderr. The terminal may be gone."""
+    """Print a line on stderr. The terminal may be gone: a buffer would fail again at the exit."""
     with suppress(OSError):
-        print(f"distgpt: {line}", file=sys.stderr, flush=True)
+        os.write(2, f"distgpt: {line}\n".encode())
 
 
-def say_end(ending: Ending) -> None:
-    """Print why a job ended, as its ranks would."""
-    say(ending.cause if ending.code in (EXIT_OK, EXIT_INTERRUPTED) else f"error: {ending.cause}")
+def say_end(code: int, cause: str) -> None:
+    """Print why a run ended, as its ranks do."""
+    say(cause if code in (EXIT_OK, EXIT_INTERRUPTED) else f"error: {cause}")

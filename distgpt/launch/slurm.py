@@ -1,46 +1,241 @@
-"""Answers for slurm/train.sh, which runs outside of a container and asks Python inside of it.
+"""Answer the scripts of slurm/, which call Slurm themselves. Imports no torch.
 
-python -m distgpt.launch slurm flags FILE TASK      the flags in the line of an array task, each ended by NUL
-python -m distgpt.launch slurm plan OPTION...       steps and run directory of a run whose config and data are good
-python -m distgpt.launch slurm ending REPORT        exit code, step and cause in an exit report
+This may run in a container (DISTGPT_RUN), which has none of Slurm's commands. The last line on stdout is the answer,
+since a container may print a greeting first.
 """
 
 import itertools
 import json
 import os
+import re
 import shlex
-from collections.abc import Sequence
+import socket
+import sys
+import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from distgpt.config import resolve
 from distgpt.corpus.shards import open_dataset
-from distgpt.errors import UsageError
+from distgpt.errors import EXIT_INTERRUPTED, EXIT_IO, DirectoryError, Interrupted, StorageError, UsageError
+from distgpt.launch.agent import TORCHRUN
+from distgpt.launch.policy import Ending, Next, ending_in, newest_checkpoint, next_after, read_report, say
+from distgpt.launch.settings import SIGNALS, WITH_FILE_STORE, count, with_defaults
+from distgpt.machine import available_gpus
+from distgpt.preflight import network
+from distgpt.run.exit_report import EXIT_FILE_VARIABLE
+
+# `scontrol show node` of this node.
+NODE_VARIABLE = "DISTGPT_SLURM_NODE"
+PROBE_BYTES = 4096
+RESOURCES = ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE", "GPUS_ON_NODE")
 
 
-def main(arguments: Sequence[str]) -> int:
-    """Print one answer. Raises UsageError and DataError as the job would."""
+def main(arguments: list[str]) -> int:
+    """Answer on stdout; return the exit code."""
     match arguments:
-        case ["flags", file, task]:
-            print(*flags_of_task(Path(file), int(task)), sep="\0", end="\0")
         case ["plan", *options]:
-            config = resolve(options, os.environ)
-            open_dataset(Path(config.data.path))
-            print(config.train.steps, config.run_dir)
-        case ["ending", report]:
-            values = json.loads(Path(report).read_text())
-            print(values["code"], values.get("step") or 0, *str(values["cause"]).split())
+            print(in_one_line(plan(options)))
+        case ["node", module, *options]:
+            run_on_this_node(module, options)
+        case ["ending", logs, run_dir, steps, module, status]:
+            ending = ending_of(Path(logs), run_dir, int(steps), module, int(status))
+            print(ending.code, *ending.brief.split())
+        case ["progress", run_dir, steps]:
+            print(progress(Path(run_dir), int(steps)))
         case _:
-            raise UsageError(f"slurm {' '.join(arguments)[:80]}: expected flags, plan or ending")
+            raise UsageError("python -m distgpt.launch slurm is for the scripts in slurm/: sbatch slurm/train.sh ...")
     return 0
 
 
-def flags_of_task(sweep: Path, task: int) -> list[str]:
-    """Read the line of an array task, from 0, with quotes as in a shell. Raises UsageError if it has no flags."""
+def plan(options: list[str]) -> list[str]:
+    """Check a job before any rank starts, and lay it out.
+
+    Returns the run directory, the number of steps, the directory of this attempt's logs, the newest checkpoint, this
+    node's address, a file for the rendezvous (empty on several nodes), and all options of distgpt.train.
+    """
+    count("NPROC_PER_NODE")  # a mistake is one line here, not one in the log of each node
+    tries = count("TRIES") or 5
+    task, attempt = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_RESTART_COUNT") or "0"
+    flags = sweep_flags(os.environ.get("DISTGPT_SWEEP", ""), int(task)) if task else []
+    options = [*options, *flags]
+    if attempt != "0":
+        options.append("--run.fresh=false")  # what a later attempt finds in the run directory is the job's own
+    check_resources(os.environ.get(NODE_VARIABLE, ""))
+    config = resolve(options, os.environ)
+    open_dataset(Path(config.data.path))
+    run_dir = config.run_dir
+    if task and not any(flag == "--run.dir" or flag.startswith("--run.dir=") for flag in flags):
+        run_dir = Path(f"{run_dir}-{task}")
+        options.append(f"--run.dir={run_dir}")
+    logs = run_dir / "logs" / f"slurm-{os.environ['SLURM_JOB_ID']}"
+    mine = logs / f"attempt-{attempt}"
+    try:
+        mine.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        raise DirectoryError(
+            f"cannot write to the run directory {run_dir}; choose another with --run.dir=DIR"
+        ) from None
+    newest = newest_checkpoint(run_dir) or "no checkpoint"
+    require_progress(logs, newest, tries)
+    address = own_address()
+    store = rendezvous_file() if os.environ["SLURM_NNODES"] == "1" else ""
+    return [str(run_dir), str(config.train.steps), str(mine), newest, address, store, *options]
+
+
+def sweep_flags(path: str, task: int) -> list[str]:
+    """Return the flags of a task of an array: a line of a file, with quotes as in a shell, and ends as any editor's.
+
+    Raises UsageError.
+    """
     why: object = "no flags"
     try:
-        with sweep.open(encoding="utf-8-sig") as file:
+        with open(path, encoding="utf-8-sig") as file:
             if flags := shlex.split(next(itertools.islice(file, task, None), "")):
                 return flags
-    except (OSError, ValueError) as error:
+    except OSError:
+        raise UsageError(
+            f"DISTGPT_SWEEP={path} cannot be read: it must name a file with a line of flags for each task"
+        ) from None
+    except ValueError as error:
         why = error
-    raise UsageError(f"DISTGPT_SWEEP={sweep}: {why} in line {task + 1}, that of task {task} (from 0)")
+    raise UsageError(f"DISTGPT_SWEEP={path}: {why} in line {task + 1}, that of task {task} (from 0)")
+
+
+def check_resources(node: str) -> None:
+    """Say if the job has little of its node's memory. Raises UsageError if it has none of its GPUs."""
+    name, job = os.environ["SLURMD_NODENAME"], {key: os.environ.get(f"SLURM_{key}") for key in RESOURCES}
+    memory = int(job["MEM_PER_NODE"] or 0) + int(job["MEM_PER_CPU"] or 0) * int(job["CPUS_ON_NODE"] or 1)
+    whole = re.search("RealMemory=([0-9]+)", node)
+    if whole and 0 < 2 * memory < int(whole[1]):
+        say(f"the job may use {memory} of the {whole[1]} MiB of memory of {name}: --mem=0 asks for all of it")
+    if not (job["GPUS_ON_NODE"] or os.environ.get("NPROC_PER_NODE")) and re.search(r"Gres=\S*gpu", node):
+        raise UsageError(
+            f"{name} has GPUs and the job asked for none: add --gpus-per-node=N, or NPROC_PER_NODE=2 for its CPUs"
+        )
+
+
+def require_progress(logs: Path, newest: str, tries: int) -> None:
+    """Raise Interrupted if the newest checkpoint is the same after `tries` attempts of this job in a row."""
+    history = logs / "progress"
+    try:
+        with history.open("a") as file:
+            file.write(f"{newest}\n")
+        found = history.read_text().splitlines()
+    except OSError:
+        raise StorageError(f"cannot write in {logs}: make room and submit it again to go on") from None
+    if found[-tries - 1 :].count(newest) > tries:
+        raise Interrupted(
+            f"gave up after {tries} attempts that got no further than {newest}, see {logs}: submit it again to go on"
+        )
+
+
+def rendezvous_file() -> str:
+    """Return a new file for torchrun's store, made where torchrun runs. Raises StorageError."""
+    try:
+        return tempfile.mkstemp()[1]
+    except OSError:
+        raise StorageError(
+            f"cannot create a temporary file on {os.environ['SLURMD_NODENAME']}: free some space or set TMPDIR, then "
+            "submit the job again"
+        ) from None
+
+
+def own_address() -> str:
+    """Return this node's address as Slurm knows it, at which the other nodes find it."""
+    node = re.search(r"NodeAddr=(\S+)", os.environ.get(NODE_VARIABLE, ""))
+    name = node[1] if node else socket.gethostname()
+    address = ""
+    with suppress(OSError):
+        address = socket.gethostbyname(name)
+    # Debian's /etc/hosts gives a host's own name a loopback address, where no other node finds it.
+    if not address or (address.startswith("127.") and not name.startswith("127.")):
+        return network.first_address() or address
+    return address
+
+
+def run_on_this_node(module: str, options: list[str]) -> None:
+    """Become torchrun with a rank for each GPU that Slurm gave, or two that share the CPUs."""
+    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or available_gpus())
+    cpus = int(os.environ.get("SLURM_CPUS_ON_NODE") or 1)
+    ranks = count("NPROC_PER_NODE") or gpus or min(2, cpus)
+    nodes = os.environ["SLURM_NNODES"]
+    variables = with_defaults(
+        # Threads of a rank: its share of the CPUs that Slurm gave, not of all that the node has.
+        OMP_NUM_THREADS=max(1, cpus // ranks),
+        # Says what went wrong where NCCL would only return an error; costs nothing while nothing does.
+        NCCL_DEBUG="WARN",
+        # The seconds that ranks have to save once they are told to stop; torchrun kills them after 30 by default.
+        TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150,
+    )
+    # torchrun's rendezvous c10d unpickles what it reads from its store, so anyone who can write there can run code. On
+    # one node the store is therefore a private file, and the job listens on loopback only: the ranks have a store of
+    # their own. On several nodes the static rendezvous is used, which reads no pickles.
+    if nodes == "1":
+        variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-conf={WITH_FILE_STORE}", "--local-addr=127.0.0.1"]
+    else:
+        # Both libraries would otherwise pick an interface by the host's name, on some clusters a loopback or management
+        # network. NCCL only bootstraps over it and finds InfiniBand by itself.
+        with suppress(UsageError):
+            interface = network.interface_of(own_address())
+            variables |= with_defaults(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+        # timeout: on a busy network file system Python may start minutes later on one node than on another.
+        node = os.environ["SLURM_NODEID"]
+        rendezvous = ["--rdzv-backend=static", "--rdzv-conf=timeout=600", f"--node-rank={node}"]
+    rendezvous += [f"--rdzv-{name}={os.environ[f'RENDEZVOUS_{name.upper()}']}" for name in ("endpoint", "id")]
+    command = [*TORCHRUN, f"--nnodes={nodes}", f"--nproc_per_node={ranks}", "--max-restarts=0", *rendezvous, SIGNALS]
+    os.execve(sys.executable, [*command, "-m", module, *options], {**os.environ, **variables})
+
+
+def ending_of(logs: Path, run_dir: str, steps: int, module: str, status: int) -> Ending:
+    """Decide how an attempt ended: 0, 75 to start again, or the code with which to give up.
+
+    Training has succeeded where a rank says so after the last step, and not where nothing failed: what never started
+    does not either.
+    """
+    report = read_report(Path(os.environ[EXIT_FILE_VARIABLE]))
+    ending = ending_in(report, otherwise=f"no rank could say how it ended, see {logs}")
+    if ending.code is None and status == 0 and module != "distgpt.train":
+        return Ending(0, "")
+    if ending.code is None and not can_write(logs):
+        return Ending(EXIT_IO, f"cannot write in {run_dir}: make room and submit it again to go on")
+    if ending.code == 0 and ending.step < steps:
+        ending = Ending(None, f"ended at step {ending.step} of {steps}")
+    # What is left of the last attempt may still hold the run directory on a node that was lost.
+    restarted = (os.environ.get("SLURM_RESTART_COUNT") or "0") != "0"
+    if next_after(ending.code, lock_may_be_ours=restarted) == Next.RETRY:
+        return Ending(EXIT_INTERRUPTED, ending.cause)
+    return ending
+
+
+def can_write(logs: Path) -> bool:
+    """Return whether there is room for a rank to say how it ended."""
+    probe = logs / "probe"
+    try:
+        probe.write_bytes(bytes(PROBE_BYTES))
+        probe.unlink()
+    except OSError:
+        return False
+    return True
+
+
+def progress(run_dir: Path, steps: int) -> str:
+    """Return the newest training line for the job's comment, empty if there is none among the last ones."""
+    lines: list[str] = []
+    with suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
+        file.seek(max(0, os.fstat(file.fileno()).st_size - PROBE_BYTES))
+        lines = file.read().decode(errors="replace").splitlines()
+    for line in reversed(lines):
+        with suppress(ValueError, KeyError, TypeError):
+            found = json.loads(line)
+            minutes, seconds = divmod(int((steps - found["step"]) * found["seconds"]), 60)
+            hours, minutes = divmod(minutes, 60)
+            left = f"{hours // 24}-{hours % 24:02d}:{minutes:02d}:{seconds:02d}"
+            return f"step {found['step']}/{steps} loss {found['loss']:.4f} ETA {left}"
+    return ""
+
+
+def in_one_line(words: list[str]) -> str:
+    """Return the words quoted for bash, without ends of lines."""
+    return shlex.join(words).replace("\n", "'$'\\n''")

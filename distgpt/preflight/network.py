@@ -5,7 +5,8 @@ import ipaddress
 import socket
 import struct
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,16 +49,25 @@ def resolve(host: str) -> str:
 
 
 def interface_of(address: str) -> str:
-    """Return the name of the interface that has this address. Raises UsageError if none has it."""
+    """Return the name of the interface that has this address. Raises UsageError."""
+    for name, its_address in _interfaces():
+        if its_address == address:
+            return name
+    raise UsageError(f"no interface of this host has the address {address}: set GLOO_SOCKET_IFNAME to the right one")
+
+
+def first_address() -> str | None:
+    """Return the first IPv4 address of this host that other hosts can use, None if there is none."""
+    return next((address for _, address in _interfaces() if not ipaddress.ip_address(address).is_loopback), None)
+
+
+def _interfaces() -> Iterator[tuple[str, str]]:
+    """List the interfaces of this host that have an IPv4 address, each with its first one."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
-            try:
+            with suppress(OSError):  # it has no IPv4 address
                 reply = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
-            except OSError:
-                continue  # this interface has no IPv4 address
-            if socket.inet_ntoa(reply[20:24]) == address:
-                return name
-    raise UsageError(f"no interface of this host has the address {address}: set GLOO_SOCKET_IFNAME to the right one")
+                yield name, socket.inet_ntoa(reply[20:24])
 
 
 def connection_error(address: str, port: int, *, timeout: float) -> str | None:
@@ -69,22 +79,16 @@ def connection_error(address: str, port: int, *, timeout: float) -> str | None:
     return None
 
 
-def wait_for_port(
-    host: str, ports: Sequence[int], *, seconds: float, stopped: Callable[[], object] = lambda: False
-) -> int | None:
-    """Wait until one of `ports` accepts a connection and return it; None once `stopped` says so.
-
-    Raises Interrupted after `seconds`.
-    """
+def wait_for_port(host: str, ports: Sequence[int], *, seconds: float) -> int:
+    """Wait until one of `ports` accepts a connection and return it. Raises Interrupted after `seconds`."""
     deadline = time.monotonic() + seconds
-    while not stopped():
+    while True:
         for port in ports:
             if connection_error(host, port, timeout=2) is None:
                 return port
         if time.monotonic() > deadline:
             raise Interrupted(f"{host}:{ports[0]} did not answer for {seconds:.0f} s: start the same command on {host}")
         time.sleep(0.2)
-    return None
 
 
 def guests(port: int) -> list[str]:

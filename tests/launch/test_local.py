@@ -29,3 +29,10 @@ def test_a_count_that_is_none_is_one_line(tmp_path: Path, name: str, value: str)
     done = launch(tmp_path, "local.sh", **{name: value})
     assert (done.code, done.stdout) == (2, "")
     assert done.stderr == f"distgpt: error: {name}={value}: it must be a whole number from 1\n"
+
+
+def test_a_batch_that_the_ranks_cannot_share_starts_nothing(tmp_path: Path) -> None:
+    done = launch(tmp_path, "local.sh", "--train.global_batch=7", NPROC_PER_NODE="2")
+    assert (done.code, done.stdout) == (2, "")
+    assert done.stderr.startswith("distgpt: error: train.global_batch 7 does not divide over 2 ranks: take a global")
+    assert list(tmp_path.iterdir()) == []

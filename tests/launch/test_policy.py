@@ -1,57 +1,67 @@
-"""Endings of attempts: which of them are tried again, and how often."""
+"""Endings of attempts, and what launchers do next."""
 
 import json
 from pathlib import Path
 
 import pytest
 
-from distgpt.errors import UsageError
-from distgpt.launch.policy import Ending, Tries, count_from_environment, read_ending
-from distgpt.run.paths import RunPaths
+from distgpt.launch.policy import Ending, Next, Tries, ending_in, newest_checkpoint, next_after, read_report
+from distgpt.launch.settings import count
 
 
-def checkpoint(run: Path, step: int) -> None:
-    (run / "checkpoints" / f"step-{step:08d}").mkdir(parents=True)
+@pytest.mark.parametrize(
+    ("code", "after"),
+    [
+        (0, Next.DONE),
+        (None, Next.RETRY),
+        (75, Next.RETRY),
+        *((code, Next.GIVE_UP) for code in (2, 65, 70, 73, 74)),
+    ],
+)
+def test_only_what_was_interrupted_starts_again(code: int | None, after: Next) -> None:
+    assert next_after(code) == after
 
 
-@pytest.mark.parametrize(("code", "retryable"), [(0, False), (2, False), (65, False), (70, False), (75, True)])
-def test_only_an_interruption_is_tried_again(code: int, retryable: bool) -> None:
-    assert Ending(code, "why").retryable == retryable
+def test_a_lock_that_may_be_ours_is_waited_for() -> None:
+    assert next_after(73, lock_may_be_ours=True) == Next.RETRY
+    assert next_after(2, lock_may_be_ours=True) == Next.GIVE_UP
 
 
-def test_a_cause_loses_the_advice_that_a_launcher_follows_itself() -> None:
-    assert Ending(75, "rank 1 is gone: run it again to go on").reason == "rank 1 is gone"
-    assert Ending(75, "step 3 is saved, run it again to go on").reason == "step 3 is saved"
-    assert Ending(65, "bad data: run it again to go on").reason == "bad data: run it again to go on"
-
-
-def test_attempts_without_a_new_checkpoint_are_counted(tmp_path: Path) -> None:
-    tries = Tries(2, RunPaths(tmp_path))
+def test_attempts_count_while_there_is_no_new_checkpoint(tmp_path: Path) -> None:
+    tries = Tries(2, tmp_path)
     assert not tries.exhausted()
-    checkpoint(tmp_path, 1)
+    (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
     assert not tries.exhausted()
-    assert (tries.count, tries.newest_checkpoint) == (0, "step-00000001")
-    assert [tries.exhausted(), tries.exhausted()] == [False, True]
+    assert (tries.count, tries.newest) == (0, "step-00000004")
+    assert not tries.exhausted()
+    assert tries.exhausted()
 
 
-def test_a_report_that_is_missing_or_torn_is_none(tmp_path: Path) -> None:
-    report = tmp_path / "exit.json"
-    assert read_ending(report) is None
-    report.write_text('{"code": 75, "cau')
-    assert read_ending(report) is None
-    report.write_text(json.dumps({"code": 75, "cause": "a signal", "rank": 1}))
-    assert read_ending(report) == Ending(75, "a signal")
+def test_the_newest_checkpoint_is_committed(tmp_path: Path) -> None:
+    assert newest_checkpoint(tmp_path) is None
+    for name in ("step-00000010", "step-00000009", ".staging-x", "broken-step-00000011"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    assert newest_checkpoint(tmp_path) == "step-00000010"
 
 
-@pytest.mark.parametrize("text", ["0", "-1", "x", "1.5", "01", "9999999999", "\u0663"])
-def test_a_count_that_is_none_is_refused(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
-    monkeypatch.setenv("TRIES", text)
-    with pytest.raises(UsageError, match=f"TRIES={text}: it must be a whole number from 1"):
-        count_from_environment("TRIES", 3)
+@pytest.mark.parametrize("text", ["", "{", "[]", '"x"', '{"code": null, "cause": ""}', '{"code": 2}'])
+def test_a_report_that_is_not_whole_is_none(tmp_path: Path, text: str) -> None:
+    (tmp_path / "exit.json").write_text(text)
+    assert read_report(tmp_path / "exit.json") is None
+    assert read_report(tmp_path / "missing.json") is None
 
 
-def test_an_empty_count_is_the_default(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_cause_is_the_ranks_own(tmp_path: Path) -> None:
+    report = {"code": 75, "cause": "lost rank 1, run it again to go on", "step": None}
+    (tmp_path / "exit.json").write_text(json.dumps(report))
+    ending = ending_in(read_report(tmp_path / "exit.json"), otherwise="killed")
+    assert ending == Ending(75, "lost rank 1, run it again to go on", 0)
+    assert ending.brief == "lost rank 1"
+    assert ending_in(None, otherwise="killed") == Ending(None, "killed")
+
+
+def test_a_count_that_is_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIES", "")
-    assert count_from_environment("TRIES", 3) == 3
-    monkeypatch.setenv("TRIES", "7")
-    assert count_from_environment("TRIES", 3) == 7
+    assert count("TRIES") is None
+    monkeypatch.setenv("TRIES", "12")
+    assert count("TRIES") == 12

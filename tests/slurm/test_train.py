@@ -178,7 +178,7 @@ def test_one_job_a_run_directory_until_it_is_cancelled(runs: Runs) -> None:
 
 def test_what_cannot_succeed_ends_with_one_line(runs: Runs) -> None:
     # Everything is killed every time, before any rank can say why.
-    (runs.cluster.work / "killer").write_text('[[ " $* " == *torch.distributed.run* ]] && kill -KILL $$\nexec "$@"\n')
+    (runs.cluster.work / "killer").write_text('[[ " $* " == *" slurm node "* ]] && kill -KILL $$\nexec "$@"\n')
     known = (runs.cluster.work / "environment").read_text()
     (runs.cluster.work / "container").write_text(f'{known}DISTGPT_RUN="bash {runs.cluster.work / "killer"}"\n')
     (runs.cluster.work / "packages").write_text("DISTGPT_RUN=no-such-command\n")

@@ -58,7 +58,7 @@ class LocalRun:
         """Return the process id of torchrun, None if there is none now."""
         for pid in _children(self._process.pid):
             with suppress(OSError):
-                if b"torchrun" in Path(f"/proc/{pid}/cmdline").read_bytes():
+                if b"torch.distributed.run" in Path(f"/proc/{pid}/cmdline").read_bytes():
                     return pid
         return None
 

@@ -20,7 +20,7 @@ _SEPARATOR_LINES = re.compile(rb"(?m)^(?:<\|endoftext\|>|<\|end_of_text\|>|</s>)
 
 
 def cut_text(content: SourceBytes, target: int) -> int:
-    """Return the offset of the first end of a word from `target` on, or the end of the content."""
+    """Return the offset of the first end of a word at or after `target`, or the end of the content."""
     for position, window in windows(content, target, CUT_OVERLAP):
         if position > target + 3 * sizes.UNIT_BYTES:
             # One run without a space, longer than three units: cut between characters, BPE ids may differ there.

@@ -1,0 +1,226 @@
+"""Train on several hosts without a scheduler, and through their failures: launch/multinode.sh. Imports no torch."""
+
+import math
+import os
+import re
+import tempfile
+import time
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+
+from distgpt.config import Config, resolve
+from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
+from distgpt.launch.agent import TORCHRUN, Supervisor
+from distgpt.launch.policy import Ending, Next, Tries, ending_in, next_after, read_report, say, say_end
+from distgpt.launch.settings import SIGNALS, count, environment, with_defaults
+from distgpt.machine import default_ranks
+from distgpt.preflight import network
+from distgpt.run.exit_report import EXIT_FILE_VARIABLE
+
+PREFLIGHT, TRAIN = ("distgpt.doctor", "--distributed"), ("distgpt.train",)
+LONGEST_PAUSE = 5.0
+# Hosts that have met wait so many seconds for more of them.
+LAST_CALL = {PREFLIGHT: 10, TRAIN: 3}
+# Beyond JOIN_SECONDS, hosts may just have met, and wait for more.
+MEETING_SECONDS = 15
+
+
+@dataclass(frozen=True)
+class Hosts:
+    """The hosts of the job, by HEAD and NODES, and what each of them does."""
+
+    head: str
+    port: int  # of training; the next one is the preflight's
+    least: int
+    most: int
+    ranks: int
+    join_seconds: int
+    tries: int
+
+
+def main(arguments: list[str]) -> int:
+    """Train until the run is done or cannot go on; return its exit code, which torchrun would flatten to 1."""
+    config = resolve(arguments, os.environ)
+    hosts = read_hosts(config)
+    # Told explicitly, since guessing from the hostname goes wrong where names are shared, missing or mean 127.0.1.1.
+    route = network.route_to(hosts.head)
+    if route.is_here:
+        require_free_ports(hosts, route.address)
+    with tempfile.TemporaryDirectory(prefix="distgpt-") as scratch:
+        return Launcher(config, hosts, route, Path(scratch), arguments).run()
+
+
+def read_hosts(config: Config) -> Hosts:
+    """Return what the environment says. Raises UsageError."""
+    ranks, join_seconds, tries = (count(name) for name in ("NPROC_PER_NODE", "JOIN_SECONDS", "TRIES"))
+    head, nodes = os.environ.get("HEAD", ""), os.environ.get("NODES", "")
+    place = re.fullmatch("([^:]+):([1-9][0-9]{0,4})", head)
+    if not place or int(place[2]) > 65534:
+        raise UsageError(f"HEAD={head} must be host:port: one of the hosts, and a free port on it from 1 to 65534")
+    numbers = re.fullmatch("([1-9][0-9]{0,4})(?::([1-9][0-9]{0,4}))?", nodes)
+    if not numbers:
+        raise UsageError(f"NODES={nodes} must say how many hosts there are: NODES=4 or NODES=3:4")
+    least, most = int(numbers[1]), int(numbers[2] or numbers[1])
+    if not least <= most < 2 * least:  # a cut network must not leave two groups that both go on
+        raise UsageError(
+            f"NODES={nodes}: the smaller number must be more than half of the larger one, so that only one side goes "
+            "on when the network is cut"
+        )
+    if config.parallel.strategy == "diloco" and least < most:
+        raise UsageError(f"NODES={nodes}: diloco keeps the number of its replicas, write NODES={most}")
+    hosts = Hosts(place[1], int(place[2]), least, most, ranks or default_ranks(), join_seconds or 600, tries or 10)
+    batch, micro_batch, sizes = config.train.global_batch, max(1, config.train.micro_batch), range(least, most + 1)
+    for size in sizes:
+        if batch % (size * hosts.ranks * micro_batch):
+            step = math.lcm(*sizes) * hosts.ranks * micro_batch
+            raise UsageError(
+                f"train.global_batch {batch} does not divide over {size} hosts x {hosts.ranks} ranks x "
+                f"train.micro_batch {micro_batch}: take a multiple of {step}, which divides for NODES={nodes}"
+            )
+    return hosts
+
+
+def require_free_ports(hosts: Hosts, address: str) -> None:
+    """Raise UsageError if a port is taken: two jobs at one rendezvous would wait for each other's hosts silently."""
+    for port in (hosts.port, hosts.port + 1):
+        if network.connection_error(address, port, timeout=2) is None:
+            raise UsageError(
+                f"port {port} of {hosts.head} is taken, by another job or one that still ends: choose another in HEAD "
+                "(its port and the next one are used)"
+            )
+
+
+class Launcher:
+    """This host's part in the job, attempt after attempt."""
+
+    def __init__(self, config: Config, hosts: Hosts, route: network.Route, scratch: Path, arguments: list[str]) -> None:
+        self._run_dir, self._hosts, self._route, self._scratch = config.run_dir, hosts, route, scratch
+        self._tries = Tries(hosts.tries, config.run_dir)
+        # What comes from here on is this job's own.
+        self._arguments = arguments if self._tries.newest else [*arguments, "--run.fresh=false"]
+        self._supervisor = Supervisor(timeout=config.health.timeout)
+        self._checked = self._alone = False
+        self._attempts = 0
+
+    def run(self) -> int:
+        """Start again until the run is done, or until nothing is gained by that; return the exit code."""
+        while not self._supervisor.signalled:
+            self._attempts += 1
+            phase = self._phase()
+            ending = self._attempt(phase)
+            if ending is None:
+                if phase == TRAIN:
+                    return EXIT_OK
+                self._checked = True
+            elif self._alone:
+                return EXIT_INTERRUPTED
+            elif (code := self._code_after(ending)) is not None:
+                return code
+        return EXIT_INTERRUPTED
+
+    def _phase(self) -> tuple[str, ...]:
+        """Return what is next. The head's state decides, for all hosts.
+
+        A host that comes late, or back, finds training under way and joins it, and a head that was restarted finds the
+        others ready to go through the preflight with it.
+        """
+        ports = [self._hosts.port, *([] if self._checked else [self._hosts.port + 1])]
+        if self._route.is_here:
+            open_port = ports[-1]
+        else:
+            with self._supervisor.waiting():
+                open_port = network.wait_for_port(self._hosts.head, ports, seconds=self._hosts.join_seconds)
+        self._checked = open_port == self._hosts.port
+        return TRAIN if self._checked else PREFLIGHT
+
+    def _attempt(self, phase: tuple[str, ...]) -> Ending | None:
+        """Run one torchrun on this host to its end; return how it failed, None if it did not."""
+        report, before = self._scratch / f"exit-{self._attempts}.json", read_report(self._run_dir / "exit.json")
+        interface = self._route.interface
+        variables = {
+            EXIT_FILE_VARIABLE: str(report),
+            # When a host joins, torchrun restarts its ranks; in the store of before, gloo would find stale addresses.
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            **with_defaults(
+                GLOO_SOCKET_IFNAME=interface,
+                # NCCL chooses by itself among InfiniBand ports; this is for its first contact, and for plain Ethernet.
+                NCCL_SOCKET_IFNAME=interface,
+                # The seconds that ranks have to save once they are told to stop; 30 by default.
+                TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120,
+            ),
+        }
+        command = self._command(phase)
+        if self._supervisor.run(command, environment(variables), give_up=self._nobody_comes) == 0:
+            return None
+        found, shared = read_report(report), read_report(self._run_dir / "exit.json")
+        if (found is None or found["code"] == EXIT_INTERRUPTED) and shared and shared != before:
+            # Other hosts than the one with the trouble, or than the first to leave when all is done, only see that it
+            # is gone. The run's own report, if it is new, says why.
+            found = found if shared["code"] == EXIT_INTERRUPTED else shared
+        return ending_in(found, otherwise="")
+
+    def _command(self, phase: tuple[str, ...]) -> list[str]:
+        """Return the command line of torchrun.
+
+        Hosts find each other by their run directory: one of another job waits for its own, and leaves the others
+        alone. Every attempt has a store of its own, which ends with the head's torchrun, and no restart inside of it:
+        after a network failure such a restart would wait for agents that cannot hear each other.
+        """
+        hosts, is_head = self._hosts, int(self._route.is_here)
+        port = hosts.port if phase == TRAIN else hosts.port + 1
+        join_timeout = 2 * hosts.join_seconds + 600
+        return [
+            *(*TORCHRUN, f"--nnodes={hosts.least}:{hosts.most}", f"--nproc_per_node={hosts.ranks}"),
+            *("--rdzv-backend=c10d", f"--rdzv-endpoint={hosts.head}:{port}"),
+            *(f"--rdzv-id={zlib.crc32(str(self._run_dir).encode())}", f"--local-addr={self._route.address}"),
+            f"--rdzv-conf=is_host={is_head},join_timeout={join_timeout},last_call_timeout={LAST_CALL[phase]}",
+            *("--max-restarts=0", "--monitor-interval=0.1", SIGNALS, "-m", *phase, *self._arguments),
+        ]
+
+    def _nobody_comes(self, seconds: float) -> bool:
+        """Return whether the hosts did not meet in time, and say so.
+
+        torchrun's own limit, which is longer, ends in a traceback that does not tell how many are missing.
+        """
+        hosts, limit = self._hosts, self._hosts.join_seconds
+        if hosts.least == 1 or seconds < limit:
+            return False
+        came = network.guests(hosts.port + (not self._checked)) if self._route.is_here else []
+        if self._route.is_here and len(came) + 1 < hosts.least:
+            listed = ", ".join(["this one", *came])
+            say(
+                f"{len(came) + 1} of {hosts.least} hosts came within {limit} s ({listed}): start the same command on "
+                "the missing ones"
+            )
+        elif seconds >= limit + MEETING_SECONDS:
+            say(
+                f"{hosts.least} hosts did not meet at {hosts.head} within {limit} s: have all of them the same "
+                "run.dir and NODES?"
+            )
+        else:
+            return False
+        self._alone = True
+        return True
+
+    def _code_after(self, ending: Ending) -> int | None:
+        """Say how an attempt ended; return the exit code of the job, None if it starts again."""
+        stopped_by = self._supervisor.signalled
+        if stopped_by and ending.code != EXIT_OK:
+            say(f"stopped by {stopped_by.name} on this host{ending.cause and f': {ending.cause}'}")
+            return EXIT_INTERRUPTED
+        # Later, ranks of ours that are cut off hold the run directory.
+        if next_after(ending.code, lock_may_be_ours=self._attempts > 2) != Next.RETRY:
+            assert ending.code is not None
+            say_end(ending.code, ending.cause)
+            return ending.code
+        cause, exhausted = ending.brief or "no rank could say why, see above", self._tries.exhausted()
+        if exhausted:
+            say(f"gave up after {self._tries.limit} attempts without a new checkpoint: {cause}; run it again to go on")
+            return EXIT_INTERRUPTED
+        if not self._route.is_here:
+            self._checked = False
+        say(f"{cause}; starting again (attempt {self._attempts + 1})")
+        with self._supervisor.waiting():
+            time.sleep(min(max(self._tries.count, 1), LONGEST_PAUSE))
+        return None
