@@ -112,7 +112,7 @@ def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The corpus, char-level."""
 
     def prepare(directory: Path) -> None:
-        done = jobs.door("prepare", "--input", corpus, "--output", directory, "--tokenizer", "char")
+        done = jobs.command("prepare", "--input", corpus, "--output", directory, "--tokenizer", "char")
         assert done.code == 0, done
 
     return made_once(tmp_path_factory, "corpus", prepare)

@@ -41,7 +41,7 @@ SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # What torchrun, Slurm or a person set for another job.
 FOREIGN = ("DISTGPT_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_")
 
-# The variables of a command that must start as a person starts it, and not as a fork: jobs.door("train", **jobs.REAL).
+# The variables of a command that starts as a person starts it, not as a fork: jobs.command("train", **jobs.REAL).
 REAL = {"PYTHONPATH": ""}
 # Those of a script that looks for the children of its torchrun, which then is no fork; only its ranks are.
 REAL_AGENT = {"FORK_SERVER": ""}
@@ -143,7 +143,7 @@ def run(command: Sequence[str], **variables: str) -> Ended:
     return _run(command, variables, core=None)
 
 
-def door(name: str, *arguments: str | Path, **variables: str) -> Ended:
+def command(name: str, *arguments: str | Path, **variables: str) -> Ended:
     """`python -m distgpt.<name>`, on one core: what is small is only slower on several."""
     core = next(_cores) if sys.platform == "linux" else None
     return _run([sys.executable, "-m", f"distgpt.{name}", *map(str, arguments)], variables, core=core)
@@ -165,7 +165,7 @@ def torchrun(ranks: int, *arguments: str, **variables: str) -> Ended:
 
 def train(ranks: int, *arguments: str, **variables: str) -> Ended:
     """Train to the end, under torchrun or, with one rank, as a plain process."""
-    return torchrun(ranks, *arguments, **variables) if ranks > 1 else door("train", *arguments, **variables)
+    return torchrun(ranks, *arguments, **variables) if ranks > 1 else command("train", *arguments, **variables)
 
 
 def torchrun_command(ranks: int, *arguments: str, script: Path | None = None) -> list[str]:

@@ -1,4 +1,4 @@
-"""How a door ends: its exit code and its one line on stderr."""
+"""Endings of commands: the exit code and the one line on stderr."""
 
 import os
 import signal
@@ -17,7 +17,7 @@ OTHER_RANK = {"RANK": "1", "MASTER_ADDR": "node1"}
 
 
 def ended(body: str, **variables: str) -> subprocess.CompletedProcess[str]:
-    """A door whose main is `body`, and with which no rank has patience."""
+    """Run a command whose main is `body`, and in which no rank waits for rank 0."""
     quick = "import distgpt.cli; distgpt.cli.RANK_ZERO_SECONDS = 0"
     program = (
         f"from distgpt.cli import *\nfrom distgpt.errors import *\n{quick}\ndef main():\n    {body}\nmain_guard(main)\n"

@@ -40,7 +40,7 @@ def data(prepared: Path) -> str:
 
 
 def test_a_fit_machine(data: str, tmp_path: Path) -> None:
-    done = jobs.door("doctor", *jobs.TINY, data, f"--run.dir={tmp_path / 'deep' / 'run'}")
+    done = jobs.command("doctor", *jobs.TINY, data, f"--run.dir={tmp_path / 'deep' / 'run'}")
     assert done.code == 0, done
     assert set(checks(done).values()) <= {"ok", "warn"}
     expected = ["python", "torch", "devices", "batch", "shared memory", "data", "windows", "run directory", "disk"]
@@ -55,7 +55,7 @@ def test_the_first_failure_gives_the_code(prepared: Path, tmp_path: Path) -> Non
     shard = copy / "val-00000.bin"
     shard.write_bytes(b"\1\0" * (shard.stat().st_size // 2))
     (tmp_path / "run").write_text("in the way")
-    done = jobs.door("doctor", *jobs.TINY, f"--data.path={copy}", f"--run.dir={tmp_path / 'run'}")
+    done = jobs.command("doctor", *jobs.TINY, f"--data.path={copy}", f"--run.dir={tmp_path / 'run'}")
     assert done.code == 65, done
     assert {name for name, level in checks(done).items() if level == "FAIL"} == {"data", "run directory", "disk"}
     assert f"{shard} is damaged" in done.stdout
@@ -64,7 +64,7 @@ def test_the_first_failure_gives_the_code(prepared: Path, tmp_path: Path) -> Non
 def test_a_run_directory_in_use(data: str, tmp_path: Path) -> None:
     lock = RunLock(RunPaths(tmp_path))
     before = files(tmp_path)
-    done = jobs.door("doctor", *jobs.TINY, data, f"--run.dir={tmp_path}")
+    done = jobs.command("doctor", *jobs.TINY, data, f"--run.dir={tmp_path}")
     assert done.code == 73, done
     assert "is in use by pid" in done.stdout
     assert files(tmp_path) == before
@@ -72,7 +72,7 @@ def test_a_run_directory_in_use(data: str, tmp_path: Path) -> None:
 
 
 def test_no_data(tmp_path: Path) -> None:
-    done = jobs.door("doctor", *jobs.TINY, f"--data.path={tmp_path / 'none'}", f"--run.dir={tmp_path}")
+    done = jobs.command("doctor", *jobs.TINY, f"--data.path={tmp_path / 'none'}", f"--run.dir={tmp_path}")
     assert done.code == 65, done
     assert "FAIL  data           no prepared data in" in done.stdout
     assert "python -m distgpt.prepare" in done.stdout
@@ -87,7 +87,7 @@ def test_no_data(tmp_path: Path) -> None:
     ],
 )
 def test_a_mistyped_command(arguments: list[str], variables: dict[str, str], message: str) -> None:
-    done = jobs.door("doctor", *arguments, **variables)
+    done = jobs.command("doctor", *arguments, **variables)
     assert done.code == 2
     (line,) = done.error_lines
     assert message in line

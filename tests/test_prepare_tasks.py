@@ -176,7 +176,7 @@ def test_a_task_that_waits_for_a_commit_finds_the_output(options: list[str], tmp
 
 @pytest.mark.parametrize("task", ["3/3", "1", "-1/2", "a/b"])
 def test_a_task_is_a_number_below_another(task: str, tmp_path: Path) -> None:
-    done = jobs.door("prepare", "--input", "x", "--output", tmp_path / "out", f"--task={task}")
+    done = jobs.command("prepare", "--input", "x", "--output", tmp_path / "out", f"--task={task}")
     assert (done.code, done.error_lines) == (
         2,
         [
@@ -187,7 +187,7 @@ def test_a_task_is_a_number_below_another(task: str, tmp_path: Path) -> None:
 
 def test_tasks_cannot_overwrite_or_read_standard_input(tmp_path: Path) -> None:
     for flags in (["--overwrite", "--input", "x"], ["--input", "-"]):
-        done = jobs.door("prepare", *flags, "--output", tmp_path / "out", "--task", "0/2")
+        done = jobs.command("prepare", *flags, "--output", tmp_path / "out", "--task", "0/2")
         assert (done.code, done.error_lines) == (
             2,
             ["distgpt: error: --task cannot be combined with --overwrite or standard input"],

@@ -413,6 +413,6 @@ def test_each_command_refuses_with_exit_65(run: Path, tmp_path: Path, command: s
         ATTACKS["a tensor that is called bytes"](checkpoint, Payload(f"touch {tmp_path / 'ran'}"))
         sign_again(checkpoint)
     extra = ("--step=3",) if command == "replay" else ()
-    ended = jobs.door(command, str(run), *extra)
+    ended = jobs.command(command, str(run), *extra)
     assert ended.code == 65, ended
     assert not (tmp_path / "ran").exists()

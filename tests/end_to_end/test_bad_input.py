@@ -77,7 +77,7 @@ def cases(
     (root / "digits.txt").write_text("0123456789" * 1000)
     (root / "few.txt").write_text("0123456789" * 9)
     for name in ("digits", "few"):
-        made = jobs.door("prepare", "--input", root / f"{name}.txt", "--output", root / name, "--tokenizer", "char")
+        made = jobs.command("prepare", "--input", root / f"{name}.txt", "--output", root / name, "--tokenizer", "char")
         assert made.code == 0, made
     lock = RunLock(RunPaths(root / "used"))
 
@@ -85,7 +85,7 @@ def cases(
     fresh = root / "run"  # no case writes to it
 
     def case(*arguments: str, data: Path = prepared, run: Path = fresh) -> Callable[[], jobs.Ended]:
-        return lambda: jobs.door("train", *tiny(data, run), *arguments)
+        return lambda: jobs.command("train", *tiny(data, run), *arguments)
 
     found = jobs.all_at_once(
         {
@@ -95,11 +95,11 @@ def cases(
             "flipped byte": case(data=root / "flipped", run=root / "run-flipped"),
             "foreign token": case(data=root / "foreign", run=root / "run-foreign"),
             "short corpus": case(data=root / "few", run=root / "run-short"),
-            "batch over ranks": lambda: jobs.door("train", *tiny(prepared, fresh), WORLD_SIZE="3", **LAUNCHER),
+            "batch over ranks": lambda: jobs.command("train", *tiny(prepared, fresh), WORLD_SIZE="3", **LAUNCHER),
             "ranks over GPUs": lambda: jobs.run(
                 [sys.executable, "-c", ONE_GPU, *tiny(prepared, fresh)], LOCAL_WORLD_SIZE="2", **LAUNCHER
             ),
-            "stale variables": lambda: jobs.door("train", *tiny(prepared, fresh), RANK="3", WORLD_SIZE="8"),
+            "stale variables": lambda: jobs.command("train", *tiny(prepared, fresh), RANK="3", WORLD_SIZE="8"),
             "micro batch": case("--train.micro_batch=3"),
             "head count": case("--model.n_head=3"),
             "unknown key": case("--train.step=3"),
@@ -136,7 +136,7 @@ def test_one_line_and_its_exit_code(cases: dict[str, jobs.Ended], name: str) -> 
 
 def test_a_read_only_run_directory(prepared: Path, tmp_path: Path) -> None:
     with jobs.disk(tmp_path / "disk", "ro") as disk:
-        ended = jobs.door("train", *tiny(prepared, disk / "run"))
+        ended = jobs.command("train", *tiny(prepared, disk / "run"))
     assert ended.code == 73
     assert ended.stderr == (
         f"distgpt: error: cannot write to the run directory {disk / 'run'}: Read-only file system; "

@@ -122,10 +122,10 @@ def test_replicas_start_from_a_model_that_was_trained_without_them(prepared: Pat
 
 
 def test_evaluate_uses_the_shared_model_and_replay_refuses_it(two_replicas: Path) -> None:
-    evaluated = jobs.door("evaluate", two_replicas, "--sequences", "30")
+    evaluated = jobs.command("evaluate", two_replicas, "--sequences", "30")
     assert evaluated.code == 0, evaluated
     assert f"step 40 | val loss {jobs.val_losses(two_replicas)[40]:.4f} " in evaluated.stdout
-    refused = jobs.door("replay", two_replicas, "--step", "3")
+    refused = jobs.command("replay", two_replicas, "--step", "3")
     assert refused.code == 2
     assert (
         refused.stderr

@@ -92,10 +92,10 @@ def test_an_error_of_one_rank_is_reported(
 
 
 @jobs.linux_only
-@pytest.mark.parametrize("door", ["train", "evaluate", "sample", "replay"])
-def test_a_signal_while_torch_is_imported(tmp_path: Path, door: str) -> None:
-    arguments = {"train": [], "replay": [str(tmp_path), "--step=1"]}.get(door, [str(tmp_path)])
-    job = jobs.Job([sys.executable, "-m", f"distgpt.{door}", *arguments], **jobs.REAL)
+@pytest.mark.parametrize("command", ["train", "evaluate", "sample", "replay"])
+def test_a_signal_while_torch_is_imported(tmp_path: Path, command: str) -> None:
+    arguments = {"train": [], "replay": [str(tmp_path), "--step=1"]}.get(command, [str(tmp_path)])
+    job = jobs.Job([sys.executable, "-m", f"distgpt.{command}", *arguments], **jobs.REAL)
     maps = Path(f"/proc/{job.pid}/maps")
     jobs.poll(lambda: "libtorch" in maps.read_text())
     job.signal(signal.SIGINT)

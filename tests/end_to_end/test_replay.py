@@ -11,7 +11,7 @@ from tests.end_to_end.conftest import Trained
 def test_a_replayed_step_of_several_ranks_gives_the_logged_figures(whole: Callable[[str], Trained]) -> None:
     run = whole("fsdp").run
     before = sorted(path for path in run.rglob("*"))
-    ended = jobs.door("replay", run, "--step", "55")
+    ended = jobs.command("replay", run, "--step", "55")
     assert (ended.code, ended.stderr) == (0, "")
     lines = ended.stdout.splitlines()
     assert lines[:3] == [
@@ -24,6 +24,6 @@ def test_a_replayed_step_of_several_ranks_gives_the_logged_figures(whole: Callab
     assert figures[0] == pytest.approx(figures[1], abs=1e-5)
     assert figures[1][0] == pytest.approx(jobs.losses(run)[55], abs=1e-6)
     assert sorted(path for path in run.rglob("*")) == before
-    refused = jobs.door("replay", run, "--step", "61")
+    refused = jobs.command("replay", run, "--step", "61")
     assert refused.code == 2
     assert refused.stderr == "distgpt: error: --step is 61: the run has steps 1 to 60\n"

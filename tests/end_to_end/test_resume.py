@@ -106,7 +106,7 @@ def test_fresh_refuses_a_directory_with_checkpoints(started_again: Path, prepare
 
     arguments = [*tiny(prepared, started_again), "--run.fresh"]
     # By torchrun, after a rank died.
-    restarted = jobs.door("train", *arguments, TORCHELASTIC_RESTART_COUNT="1", TORCHELASTIC_RUN_ID="fresh")
+    restarted = jobs.command("train", *arguments, TORCHELASTIC_RESTART_COUNT="1", TORCHELASTIC_RUN_ID="fresh")
     assert restarted.code == 0, restarted
 
 

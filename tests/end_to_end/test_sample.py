@@ -36,9 +36,9 @@ def sampled(whole: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFa
     """The results of `python -m distgpt.sample` with each of these arguments."""
     run = str(whole("fsdp").run)  # one process reads what two wrote
     commands = {
-        name: partial(jobs.door, "sample", run, "--tokens=100", *arguments) for name, arguments in SAMPLE.items()
+        name: partial(jobs.command, "sample", run, "--tokens=100", *arguments) for name, arguments in SAMPLE.items()
     }
-    commands["no run"] = partial(jobs.door, "sample", tmp_path_factory.mktemp("nowhere"))
+    commands["no run"] = partial(jobs.command, "sample", tmp_path_factory.mktemp("nowhere"))
     return jobs.all_at_once(commands)
 
 
@@ -111,12 +111,12 @@ def evaluated(whole: Callable[[str], Trained], tmp_path_factory: pytest.TempPath
     run = whole("fsdp").run
     root = tmp_path_factory.mktemp("evaluate")
     (root / "text.txt").write_text("0123456789" * 1000)
-    made = jobs.door("prepare", "--input", root / "text.txt", "--output", root / "other", "--tokenizer", "char")
+    made = jobs.command("prepare", "--input", root / "text.txt", "--output", root / "other", "--tokenizer", "char")
     assert made.code == 0, made
     return jobs.all_at_once(
         {
-            "same windows": lambda: jobs.door("evaluate", run, "--sequences=30"),
-            "other tokenizer": lambda: jobs.door("evaluate", run, f"--data={root / 'other'}"),
+            "same windows": lambda: jobs.command("evaluate", run, "--sequences=30"),
+            "other tokenizer": lambda: jobs.command("evaluate", run, f"--data={root / 'other'}"),
         }
     )
 
@@ -160,7 +160,7 @@ def test_each_new_best_is_saved_and_can_be_chosen(prepared: Path, tmp_path: Path
     ended = jobs.train(1, *tiny(prepared, tmp_path), "--checkpoint.every=15", "--checkpoint.keep=9")
     assert [line.endswith(" | best") for line in ended.stdout.splitlines() if " | val loss " in line] == [True] * 3
     assert jobs.checkpoints(tmp_path) == [f"step-{step:08d}" for step in (15, 20, 30, 40, 45, 60)]
-    ended = jobs.door("evaluate", tmp_path, "--sequences=30", "--checkpoint=40")
+    ended = jobs.command("evaluate", tmp_path, "--sequences=30", "--checkpoint=40")
     assert ended.stdout.startswith(f"step 40 | val loss {jobs.val_losses(tmp_path)[40]:.4f} | "), ended
-    ended = jobs.door("sample", tmp_path / "checkpoints" / "step-00000020", "--tokens=1")
+    ended = jobs.command("sample", tmp_path / "checkpoints" / "step-00000020", "--tokens=1")
     assert (ended.code, ended.stderr) == (0, ""), ended

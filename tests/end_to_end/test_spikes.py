@@ -101,7 +101,7 @@ def test_spikes_are_skipped_and_a_resumed_run_and_a_replay_skip_the_same(prepare
     assert [step for step in spikes if step > 24]
     for step in range(25, 41):
         shutil.rmtree(whole / "checkpoints" / f"step-{step:08d}")
-    replayed = jobs.door("replay", whole, "--step", "40")
+    replayed = jobs.command("replay", whole, "--step", "40")
     assert "from      step-00000024, float32 on cpu\n" in replayed.stdout, replayed
     assert replayed_figures(replayed) == pytest.approx((trained[-1]["loss"], trained[-1]["grad_norm"]), abs=1e-5)
 

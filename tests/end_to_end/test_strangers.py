@@ -32,7 +32,7 @@ def test_ranks_read_no_pickle(prepared: Path, tmp_path: Path) -> None:
     assert "going on from step 4" in ended.stdout
     assert "CHECKPOINT NOT SAVED" not in ended.stdout + ended.stderr
     assert jobs.checkpoints(run_dir)[-1] == "step-00000008"
-    ended = jobs.door("evaluate", run_dir, PYTHONPATH=str(tmp_path))
+    ended = jobs.command("evaluate", run_dir, PYTHONPATH=str(tmp_path))
     assert ended.code == 0, ended
 
 

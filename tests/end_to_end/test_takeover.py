@@ -46,7 +46,7 @@ def test_a_job_that_wakes_up_after_another_took_over(
         os.kill(pid, signal.SIGSTOP)
 
     # The lease of the suspended job expires meanwhile.
-    second = jobs.door("train", *arguments)
+    second = jobs.command("train", *arguments)
     assert second.code == 0, second
     before = contents(run)
     assert owner(run)[1] == 2

@@ -14,7 +14,7 @@ SHORT = (*SHAPE, "--train.steps=20", "--eval.every=10", "--checkpoint.every=10")
 
 
 def test_they_train_as_one_process_does(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
-    alone = jobs.door("train", *SHORT, f"--data.path={prepared}", f"--run.dir={tmp_path / 'one'}")
+    alone = jobs.command("train", *SHORT, f"--data.path={prepared}", f"--run.dir={tmp_path / 'one'}")
     assert alone.code == 0, alone
     hosts = make_network(2)
     hosts.move_far_away("n2", megabits=100, round_trip=0.05)

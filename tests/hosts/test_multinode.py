@@ -46,7 +46,7 @@ def one_process(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """The run directory of one process."""
 
     def train(directory: Path) -> None:
-        done = jobs.door("train", *SHAPE, f"--data.path={prepared}", f"--run.dir={directory / 'run'}")
+        done = jobs.command("train", *SHAPE, f"--data.path={prepared}", f"--run.dir={directory / 'run'}")
         assert done.code == 0, done
 
     return made_once(tmp_path_factory, "one-process", train) / "run"
@@ -85,7 +85,7 @@ def test_four_hosts_train_as_one_process_and_the_slow_host_is_named(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path
 ) -> None:
     arguments = [*SHAPE, "--train.global_batch=16", "--train.steps=20", "--eval.every=10", f"--data.path={prepared}"]
-    alone = jobs.door("train", *arguments, f"--run.dir={tmp_path / 'alone'}")
+    alone = jobs.command("train", *arguments, f"--run.dir={tmp_path / 'alone'}")
     assert alone.code == 0, alone
     hosts = make_network(4)
     hosts.limit("n3", "100mbit")

@@ -20,7 +20,7 @@ def test_an_array_writes_what_one_process_writes(runs: Runs, tmp_path: Path) -> 
         for index in range(800):
             file.write(json.dumps({"text": " ".join([*draw.choices(words, k=50), str(index)]) * 200}) + "\n")
     options = ["--input", str(corpus), "--tokenizer", "bytes"]
-    alone = jobs.door("prepare", *options, "--output", tmp_path / "alone")
+    alone = jobs.command("prepare", *options, "--output", tmp_path / "alone")
     assert alone.code == 0, alone
     # Seven parts: 2 and 3 are the share of task 1, 4 to 6 that of task 2. Each is held at its second.
     second = {1: "000003.part", 2: "000005.part"}

@@ -54,7 +54,7 @@ def test_a_full_disk_of_tensorboard_costs_curves_and_nothing_else(prepared: Path
     run.mkdir()
     with jobs.disk(run / "tb", "size=64k") as disk:
         jobs.fill(disk / "filler")
-        ended = jobs.door("train", *tiny(prepared, run), "--train.steps=8", "--eval.every=4")
+        ended = jobs.command("train", *tiny(prepared, run), "--train.steps=8", "--eval.every=4")
     assert ended.code == 0, ended
     assert ended.stderr.count("metrics are being lost, training goes on: ") == 1, ended
     assert ended.stderr.count("\n") == 1, ended
@@ -67,15 +67,15 @@ def test_a_damaged_config_and_a_clock_set_back(prepared: Path, tmp_path: Path, t
     """The config.toml of a run is for people to read: a resumed run does not need it. A given file must be valid."""
     run = tmp_path / "run"
     arguments = tiny(prepared, run)
-    first = jobs.door("train", *arguments, "--train.steps=4")
+    first = jobs.command("train", *arguments, "--train.steps=4")
     assert first.code == 0, first
     (run / "config.toml").write_bytes(b"\x00\xff[[[")
-    given = jobs.door("train", str(run / "config.toml"), *arguments)
+    given = jobs.command("train", str(run / "config.toml"), *arguments)
     assert given.code == 2, given
     assert given.stderr.count("\n") == 1, given
     assert given.stderr.startswith(f"distgpt: error: cannot read {run / 'config.toml'}: ")
     (tmp_path / "sitecustomize.py").write_text(SET_BACK)
-    again = jobs.door("train", *arguments, "--train.steps=8", PYTHONPATH=str(tmp_path))
+    again = jobs.command("train", *arguments, "--train.steps=8", PYTHONPATH=str(tmp_path))
     assert (again.code, again.stderr) == (0, ""), again
     assert f"going on from step 4 in {run}" in again.stdout
     assert list(jobs.losses(run)) == list(range(1, 9))

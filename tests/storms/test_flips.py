@@ -149,7 +149,7 @@ def test_the_doors_tell_it_in_one_line(saved: Path, dataset: Dataset, tmp_path: 
     draw = random.Random(storm.seed)
     for checkpoint in committed(run / "checkpoints"):
         flip_bit(draw.choice(sorted(checkpoint.iterdir())), draw)
-    ended = jobs.door("sample", run)
+    ended = jobs.command("sample", run)
     assert ended.code == 65, ended
     assert ended.stderr.count("\n") == 1, ended
     assert ended.error_lines == [ended.stderr.rstrip("\n")]
