@@ -26,7 +26,6 @@ from distgpt.corpus.shards import Dataset
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import DataError, DirectoryError, StorageError, UsageError
 from distgpt.health.outliers import OutlierFilter
-from distgpt.run.session import RunSession
 from tests import jobs
 from tests.checkpoint.checkpoints import CPU, FILES, SMALL, flip_bit, names, newest, sign_again, trainee
 from tests.datasets import make_dataset
@@ -69,22 +68,6 @@ def test_a_checkpoint_holds_everything_needed_to_resume(saved: Path, dataset: Da
     assert state.data_fingerprint == dataset.fingerprint
     assert state.config["model"]["n_embd"] == 16
     assert trainee(saved, dataset).checkpointer.best_val_loss() == 4.0
-
-
-def test_no_rank_can_fail_on_its_own_before_the_collectives_of_a_save(
-    tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The others would wait for it: once there is a staging directory, all ranks write their tensors."""
-    subject = trainee(tmp_path, dataset)
-
-    def failing_once_there_is_a_directory(run: RunSession) -> None:
-        for staging in (tmp_path / "checkpoints").glob(".staging-*/step-*"):
-            if not any(staging.iterdir()):
-                raise OSError(5, "Input/output error")
-
-    monkeypatch.setattr(RunSession, "require_owned", failing_once_there_is_a_directory)
-    subject.checkpointer.save(1, val_loss=None)
-    subject.checkpointer.require_saved(1)
 
 
 def test_a_checkpoint_keeps_the_tokenizer_that_training_began_with(tmp_path: Path) -> None:
