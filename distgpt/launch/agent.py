@@ -19,6 +19,8 @@ from distgpt.torchrun import PR_SET_PDEATHSIG
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 # A second Ctrl-C within this time is the echo of the first one, as a terminal and a wrapper may both send it.
 ECHO_SECONDS = 2.0
+# torchrun has so many seconds to end at once.
+QUIT_SECONDS = 3.0
 # The longest that torchrun may take to notice that all its ranks have ended.
 NOTICE_SECONDS = 60
 
@@ -62,6 +64,10 @@ class Supervisor:
             if overdue := watch.overdue(rank_states(child.pid)):
                 say(f"all ranks are gone or stopped since {overdue} s: killing torchrun, which does not end by itself")
                 child.kill()
+            elif self.ended_unsaved and time.monotonic() > self._signalled_at + QUIT_SECONDS:
+                # Told of a second signal, torchrun breaks off what it did about the first, and then waits for its ranks
+                # once more. They die with it.
+                child.kill()
             elif give_up and not watch.had_ranks and give_up(time.monotonic() - began):
                 child.kill()
 
@@ -80,7 +86,8 @@ class Supervisor:
         received, now = signal.Signals(number), time.monotonic()
         typed_again = self.signalled and received == signal.SIGINT and now - self._signalled_at >= ECHO_SECONDS
         if received == signal.SIGQUIT or typed_again:
-            self.signalled, self.ended_unsaved = self.signalled or received, True
+            self.signalled, self._signalled_at = self.signalled or received, now
+            self.ended_unsaved = True
             self._tell(signal.SIGQUIT)
         elif not self.signalled:
             self.signalled, self._signalled_at = received, now
