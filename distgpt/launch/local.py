@@ -12,12 +12,11 @@ from distgpt.launch.settings import (
     SIGNALS,
     WITH_FILE_STORE,
     count,
-    environment,
     require_divisible_batch,
-    with_defaults,
+    torchrun_environment,
 )
 from distgpt.machine import default_ranks
-from distgpt.run.exit_report import EXIT_FILE_VARIABLE, write_exit_report
+from distgpt.run.exit_report import write_exit_report
 from distgpt.run.paths import RunPaths
 
 KILLED = "killed before any rank could say why: run it again to go on"
@@ -55,20 +54,15 @@ def main(arguments: list[str]) -> int:
 
 def attempt(supervisor: Supervisor, ranks: int, arguments: list[str]) -> Ending:
     """Train until the end of one torchrun."""
-    with tempfile.TemporaryDirectory(prefix="distgpt-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="distgpt-", ignore_cleanup_errors=True) as scratch:
         report, store = Path(scratch, "exit.json"), Path(scratch, "store")
-        variables = {
-            EXIT_FILE_VARIABLE: str(report),
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            # The seconds that ranks have to save once they are told to stop; torchrun kills them after 30 by default.
-            **with_defaults(TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600),
-        }
         # A file, where --standalone would listen on all interfaces: whoever reaches that can have torchrun run code.
         rendezvous = (
             *("--rdzv-backend=c10d", f"--rdzv-endpoint={store}", f"--rdzv-id={Path(scratch).name}"),
             *(f"--rdzv-conf={WITH_FILE_STORE}", "--local-addr=127.0.0.1"),
         )
+        env = torchrun_environment(report, shutdown_seconds=600)
         command = (*TORCHRUN, f"--nproc_per_node={ranks}", "--max-restarts=3", *rendezvous, SIGNALS)
-        if supervisor.run((*command, "-m", "distgpt.train", *arguments), environment(variables)) == 0:
+        if supervisor.run((*command, "-m", "distgpt.train", *arguments), env) == 0:
             return Ending(EXIT_OK, "")
         return ending_in(read_report(report), otherwise=KILLED)

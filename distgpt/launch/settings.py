@@ -3,10 +3,11 @@
 import math
 import os
 import re
-from collections.abc import Mapping
+from pathlib import Path
 
 from distgpt.config import Config
 from distgpt.errors import UsageError
+from distgpt.run.exit_report import EXIT_FILE_VARIABLE
 
 # torchrun passes on only the signals that it is told of, and SIGUSR1 would kill it.
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -43,9 +44,16 @@ def require_divisible_batch(config: Config, *, ranks: int, nodes: range = range(
             raise UsageError(f"train.global_batch {batch} does not divide over {over}: take a multiple of {step}{fits}")
 
 
-def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return this process's environment with `variables` for torchrun.
+def torchrun_environment(report: Path, *, shutdown_seconds: int, **defaults: str) -> dict[str, str]:
+    """Return the environment of a torchrun whose ranks say in `report` how they ended, with these defaults.
 
-    Each rank sets its own share of the threads; OMP_NUM_THREADS only keeps torchrun from warning about it.
+    `shutdown_seconds`: the time that ranks have to save once they are told to stop; 30 by default.
     """
-    return {**os.environ, **with_defaults(OMP_NUM_THREADS=1), **variables}
+    return {
+        **os.environ,
+        # Each rank sets its own share of the threads; this only keeps torchrun from warning about it.
+        **with_defaults(OMP_NUM_THREADS=1, TORCH_ELASTIC_SHUTDOWN_TIMEOUT=shutdown_seconds, **defaults),
+        EXIT_FILE_VARIABLE: str(report),
+        # Ranks that torchrun starts again get a store of their own: in that of before, gloo would find stale addresses.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }
