@@ -1,4 +1,4 @@
-"""What the end of an attempt means: the run is done, the launcher gives up, or it starts again. Imports no torch."""
+"""The meaning of the end of an attempt: the run is done, the launcher gives up or starts again. Imports no torch."""
 
 import json
 import os
@@ -13,7 +13,7 @@ from distgpt.errors import EXIT_CANNOT_CREATE, EXIT_INTERRUPTED, EXIT_OK
 
 
 class Next(Enum):
-    """What a launcher does next."""
+    """The next thing that a launcher does."""
 
     DONE = auto()
     GIVE_UP = auto()

@@ -1,4 +1,4 @@
-"""What the environment asks of a launcher, checked before anything starts. Imports no torch."""
+"""Settings of a launcher from the environment, checked before anything starts. Imports no torch."""
 
 import math
 import os

@@ -1,4 +1,4 @@
-"""What the scripts of slurm/ ask, where they themselves talk with Slurm. Imports no torch.
+"""The part of slurm/*.sh that decides, while the scripts talk with Slurm. Imports no torch.
 
 Slurm's commands may be missing in a container (DISTGPT_RUN), in which this runs, so the scripts call them. The last
 line on stdout is the answer, since a container may greet first.

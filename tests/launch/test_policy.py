@@ -1,4 +1,4 @@
-"""What launchers make of the end of an attempt."""
+"""Decisions of launchers at the end of an attempt."""
 
 import json
 from pathlib import Path
