@@ -29,7 +29,11 @@ def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
     """Resolve `train.dtype`: auto is bfloat16 on GPUs that have it and on CPUs with AMX, else float32."""
     if asked != "auto":
         return torch.bfloat16 if asked == "bfloat16" else torch.float32
-    fast = torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda" else cpu_has_amx()
+    if device.type == "cuda":
+        with torch.cuda.device(device):  # it asks for the current device
+            fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = cpu_has_amx()
     return torch.bfloat16 if fast else torch.float32
 
 

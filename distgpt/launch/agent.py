@@ -19,6 +19,8 @@ from distgpt.torchrun import PR_SET_PDEATHSIG
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 # A second Ctrl-C within this time is the echo of the first one, as a terminal and a wrapper may both send it.
 ECHO_SECONDS = 2.0
+# Seconds that torchrun has to end after it was told to end at once.
+QUIT_SECONDS = 3.0
 # The longest that torchrun may take to notice that all its ranks have ended.
 NOTICE_SECONDS = 60
 
@@ -54,13 +56,31 @@ class Supervisor:
         if self.signalled and not self._passed_on:  # the signal came before there was a child
             self._send(signal.SIGTERM)
         watch, began = RankWatch(self._timeout), time.monotonic()
+        try:
+            return self._wait(child, watch, give_up, began)
+        finally:
+            if self._child is not None:  # something failed here: no torchrun may go on alone
+                child.kill()
+                self._child = None
+
+    def _wait(
+        self,
+        child: subprocess.Popen[bytes],
+        watch: "RankWatch",
+        give_up: Callable[[float], bool] | None,
+        began: float,
+    ) -> int:
+        """Wait for the end of a child, and kill it if it cannot end by itself."""
         while True:
             with suppress(subprocess.TimeoutExpired):
                 code = child.wait(timeout=1)
                 self._child = None
                 return code if code >= 0 else 128 - code
             if overdue := watch.overdue(rank_states(child.pid)):
-                say(f"all ranks are gone or stopped since {overdue} s: killing torchrun, which does not end by itself")
+                say(f"all ranks are gone or stopped for {overdue} s: killing torchrun, which does not end by itself")
+                child.kill()
+            elif self.ended_unsaved and time.monotonic() > self._signalled_at + QUIT_SECONDS:
+                # After a second signal torchrun waits for its ranks once more. They die with it.
                 child.kill()
             elif give_up and not watch.had_ranks and give_up(time.monotonic() - began):
                 child.kill()
@@ -80,7 +100,8 @@ class Supervisor:
         received, now = signal.Signals(number), time.monotonic()
         typed_again = self.signalled and received == signal.SIGINT and now - self._signalled_at >= ECHO_SECONDS
         if received == signal.SIGQUIT or typed_again:
-            self.signalled, self.ended_unsaved = self.signalled or received, True
+            self.signalled, self._signalled_at = self.signalled or received, now
+            self.ended_unsaved = True
             self._send(signal.SIGQUIT)
         elif not self.signalled:
             self.signalled, self._signalled_at = received, now

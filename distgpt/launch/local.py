@@ -8,15 +8,10 @@ from distgpt.config import require_divisible_batch, resolve
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK
 from distgpt.launch.agent import TORCHRUN, Supervisor
 from distgpt.launch.policy import Ending, Next, Tries, ending_in, next_after, read_report, say, say_end
-from distgpt.launch.settings import (
-    SIGNALS,
-    WITH_FILE_STORE,
-    count,
-    environment,
-    with_defaults,
-)
+from distgpt.launch.settings import SIGNALS, WITH_FILE_STORE, count, torchrun_environment
 from distgpt.machine import default_ranks
-from distgpt.run.exit_report import EXIT_FILE_VARIABLE, write_exit_report
+from distgpt.run.exit_report import write_exit_report
+from distgpt.run.lock import lock_holder
 from distgpt.run.paths import RunPaths
 
 KILLED = "killed before any rank could say why: run it again to go on"
@@ -31,13 +26,13 @@ def main(arguments: list[str]) -> int:
     require_divisible_batch(config, ranks)
     if tries.newest is None:
         arguments = [*arguments, "--run.fresh=false"]  # what comes from here on is this job's own
-    supervisor = Supervisor(timeout=config.health.timeout)
+    supervisor, paths = Supervisor(timeout=config.health.timeout), RunPaths(config.run_dir)
     while True:
         ending = attempt(supervisor, ranks, arguments)
         if supervisor.ended_unsaved and ending.code is None:
             ending = Ending(EXIT_INTERRUPTED, UNSAVED)
-            if config.run_dir.is_dir():
-                write_exit_report(RunPaths(config.run_dir), code=EXIT_INTERRUPTED, cause=UNSAVED, rank=0, step=None)
+            if lock_holder(paths) is None:  # its ranks are gone, and no other job has the run directory
+                write_exit_report(paths, code=EXIT_INTERRUPTED, cause=UNSAVED, rank=0, step=None)
         # The last line says what happened, below torchrun's own report.
         code = EXIT_INTERRUPTED if ending.code is None else ending.code
         if supervisor.signalled or next_after(ending.code) != Next.RETRY:
@@ -54,20 +49,15 @@ def main(arguments: list[str]) -> int:
 
 def attempt(supervisor: Supervisor, ranks: int, arguments: list[str]) -> Ending:
     """Train until the end of one torchrun."""
-    with tempfile.TemporaryDirectory(prefix="distgpt-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="distgpt-", ignore_cleanup_errors=True) as scratch:
         report, store = Path(scratch, "exit.json"), Path(scratch, "store")
-        variables = {
-            EXIT_FILE_VARIABLE: str(report),
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            # The seconds that ranks have to save once they are told to stop; torchrun kills them after 30 by default.
-            **with_defaults(TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600),
-        }
-        # A file, where --standalone would listen on all interfaces: whoever reaches that can have torchrun run code.
+        # A file: --standalone would listen on all interfaces, and whoever can connect could make torchrun run code.
         rendezvous = (
             *("--rdzv-backend=c10d", f"--rdzv-endpoint={store}", f"--rdzv-id={Path(scratch).name}"),
             *(f"--rdzv-conf={WITH_FILE_STORE}", "--local-addr=127.0.0.1"),
         )
+        env = torchrun_environment(report, shutdown_seconds=600)
         command = (*TORCHRUN, f"--nproc_per_node={ranks}", "--max-restarts=3", *rendezvous, SIGNALS)
-        if supervisor.run((*command, "-m", "distgpt.train", *arguments), environment(variables)) == 0:
+        if supervisor.run((*command, "-m", "distgpt.train", *arguments), env) == 0:
             return Ending(EXIT_OK, "")
         return ending_in(read_report(report), otherwise=KILLED)

@@ -13,10 +13,9 @@ from distgpt.config import Config, resolve
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 from distgpt.launch.agent import TORCHRUN, Supervisor
 from distgpt.launch.policy import Ending, Next, Tries, ending_in, next_after, read_report, say, say_end
-from distgpt.launch.settings import SIGNALS, count, environment, with_defaults
+from distgpt.launch.settings import SIGNALS, count, torchrun_environment
 from distgpt.machine import default_ranks
 from distgpt.preflight import network
-from distgpt.run.exit_report import EXIT_FILE_VARIABLE
 
 PREFLIGHT, TRAIN = ("distgpt.doctor", "--distributed"), ("distgpt.train",)
 LONGEST_PAUSE = 5.0
@@ -47,7 +46,7 @@ def main(arguments: list[str]) -> int:
     route = network.route_to(hosts.head)
     if route.is_here:
         require_free_ports(hosts, route.address)
-    with tempfile.TemporaryDirectory(prefix="distgpt-") as scratch:
+    with tempfile.TemporaryDirectory(prefix="distgpt-", ignore_cleanup_errors=True) as scratch:
         return Launcher(config, hosts, route, Path(scratch), arguments).run()
 
 
@@ -137,21 +136,10 @@ class Launcher:
     def _attempt(self, phase: tuple[str, ...]) -> Ending | None:
         """Run one torchrun on this host to its end; return how it failed, None if it did not."""
         report, before = self._scratch / f"exit-{self._attempts}.json", read_report(self._run_dir / "exit.json")
-        interface = self._route.interface
-        variables = {
-            EXIT_FILE_VARIABLE: str(report),
-            # When a host joins, torchrun restarts its ranks; in the store of before, gloo would find stale addresses.
-            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-            **with_defaults(
-                GLOO_SOCKET_IFNAME=interface,
-                # NCCL chooses by itself among InfiniBand ports; this is for its first contact, and for plain Ethernet.
-                NCCL_SOCKET_IFNAME=interface,
-                # The seconds that ranks have to save once they are told to stop; 30 by default.
-                TORCH_ELASTIC_SHUTDOWN_TIMEOUT=120,
-            ),
-        }
-        command = self._command(phase)
-        if self._supervisor.run(command, environment(variables), give_up=self._nobody_comes) == 0:
+        # NCCL chooses InfiniBand ports by itself; its variable is for its first contact, and for plain Ethernet.
+        names = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self._route.interface)
+        env = torchrun_environment(report, shutdown_seconds=120, **names)
+        if self._supervisor.run(self._command(phase), env, give_up=self._nobody_comes) == 0:
             return None
         found, shared = read_report(report), read_report(self._run_dir / "exit.json")
         if (found is None or found["code"] == EXIT_INTERRUPTED) and shared and shared != before:

@@ -71,7 +71,9 @@ class Tries:
 
     def exhausted(self) -> bool:
         """Count an attempt that failed; tell whether it was the last one to try."""
-        before, self.newest = self.newest, newest_checkpoint(self._run_dir)
+        before = self.newest
+        with suppress(OSError):  # a disk that cannot be read now says nothing of progress
+            self.newest = newest_checkpoint(self._run_dir)
         self.count = self.count + 1 if self.newest == before else 0
         return self.count >= self.limit
 

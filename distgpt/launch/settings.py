@@ -2,9 +2,10 @@
 
 import os
 import re
-from collections.abc import Mapping
+from pathlib import Path
 
 from distgpt.errors import UsageError
+from distgpt.run.exit_report import EXIT_FILE_VARIABLE
 
 # torchrun passes on only the signals that it is told of, and SIGUSR1 would kill it.
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
@@ -26,9 +27,16 @@ def with_defaults(**defaults: object) -> dict[str, str]:
     return {name: os.environ.get(name) or str(value) for name, value in defaults.items()}
 
 
-def environment(variables: Mapping[str, str]) -> dict[str, str]:
-    """Return this process's environment with `variables` for torchrun.
+def torchrun_environment(report: Path, *, shutdown_seconds: int, **defaults: str) -> dict[str, str]:
+    """Return the environment of a torchrun whose ranks write `report`; `defaults` are for variables that are not set.
 
-    Each rank sets its own share of the threads; OMP_NUM_THREADS only keeps torchrun from warning about it.
+    `shutdown_seconds`: the time that ranks have to save once they are told to stop. torchrun's default is 30.
     """
-    return {**os.environ, **with_defaults(OMP_NUM_THREADS=1), **variables}
+    return {
+        **os.environ,
+        # Each rank sets its own share of the threads; this only keeps torchrun from warning about it.
+        **with_defaults(OMP_NUM_THREADS=1, TORCH_ELASTIC_SHUTDOWN_TIMEOUT=shutdown_seconds, **defaults),
+        EXIT_FILE_VARIABLE: str(report),
+        # Restarted ranks get a store of their own: gloo would find stale addresses in the store of earlier ones.
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+    }

@@ -32,7 +32,17 @@ RESOURCES = ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE", "GPUS_ON_NODE")
 
 
 def main(arguments: list[str]) -> int:
-    """Answer on stdout; return the exit code."""
+    """Answer on stdout; return the exit code. Raises UsageError if the environment of the job is missing."""
+    try:
+        return answer(arguments)
+    except KeyError as error:
+        raise UsageError(
+            f"{error.args[0]} is not set: DISTGPT_RUN must pass the environment of the job into the container"
+        ) from None
+
+
+def answer(arguments: list[str]) -> int:
+    """Print one answer; return the exit code."""
     match arguments:
         case ["plan", *options]:
             print(in_one_line(plan(options)))
@@ -40,7 +50,8 @@ def main(arguments: list[str]) -> int:
             run_on_this_node(module, options)
         case ["ending", logs, run_dir, steps, module, status]:
             ending = ending_of(Path(logs), run_dir, int(steps), module, int(status))
-            print(ending.code, *ending.brief.split())
+            cause = ending.brief if ending.code == EXIT_INTERRUPTED else ending.cause
+            print(ending.code, *cause.split())
         case ["progress", run_dir, steps]:
             print(progress(Path(run_dir), int(steps)))
         case _:
@@ -177,9 +188,11 @@ def run_on_this_node(module: str, options: list[str]) -> None:
     else:
         # Both libraries would otherwise pick an interface by the host's name, on some clusters a loopback or management
         # network. NCCL only bootstraps over it and finds InfiniBand by itself.
-        with suppress(UsageError):
+        try:
             interface = network.interface_of(own_address())
             variables |= with_defaults(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+        except UsageError as error:
+            say(str(error))
         # timeout: on a busy network file system Python may start minutes later on one node than on another.
         node = os.environ["SLURM_NODEID"]
         rendezvous = ["--rdzv-backend=static", "--rdzv-conf=timeout=600", f"--node-rank={node}"]

@@ -95,7 +95,11 @@ def guests(port: int) -> list[str]:
     """Return the IPv4 addresses of other hosts that are connected to this port of this host."""
     addresses = set()
     for table in ("tcp", "tcp6"):
-        for line in Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]:
+        try:
+            lines = Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]
+        except OSError:  # no IPv6, or no /proc
+            continue
+        for line in lines:
             _, local, remote, state, *_ = line.split()
             if int(local.rpartition(":")[2], 16) == port and state == ESTABLISHED:
                 # The last 32 bits of an IPv6 address: they hold the IPv4 address of a client that uses IPv4.

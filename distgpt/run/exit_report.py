@@ -55,9 +55,10 @@ def remove_report_of_last_attempt() -> None:
     """
     launcher_file = Path(os.environ.get(EXIT_FILE_VARIABLE, ""))
     with suppress(OSError, ValueError, KeyError, TypeError):
-        # Ranks start together, so no report of this attempt is older than this process.
-        before = launcher_file.stat().st_mtime < time.time() - process_age()
-        if before and json.loads(launcher_file.read_text())["host"] == socket.gethostname():
+        # Ranks start together, so no report of this attempt is older than this process. Its age may be unknown (0).
+        age = process_age()
+        before = launcher_file.stat().st_mtime < time.time() - age
+        if age and before and json.loads(launcher_file.read_text())["host"] == socket.gethostname():
             launcher_file.unlink()
 
 

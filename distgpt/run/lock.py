@@ -70,7 +70,7 @@ class _Record:
     released: bool
 
     def to_bytes(self) -> bytes:
-        record = {**asdict(self.owner), "renewals": self.renewals, "released": self.released}
+        record = {**asdict(self.owner), "beat": self.renewals, "released": self.released}
         return json.dumps(record).encode().ljust(RECORD_BYTES - 1) + b"\n"
 
 
@@ -288,7 +288,7 @@ def _read_record(fd: int) -> _Record | None:
         content = os.pread(fd, 4096, 0)
         try:
             values: dict[str, Any] = json.loads(content)
-            renewals, released = values.pop("renewals"), values.pop("released")
+            renewals, released = values.pop("beat"), values.pop("released")
             return _Record(Owner(**values), renewals, released)
         except (ValueError, KeyError, TypeError, AttributeError):
             time.sleep(0.01 if content else 0)

@@ -56,8 +56,9 @@ class StepReporter:
         if not self._plan.runtime.distributed:
             return
         comparison = self._stragglers.compare(seconds)
-        for line in comparison.messages:
-            log.info(line)
+        if self._plan.runtime.rank == 0:
+            for line in comparison.messages:
+                log.info(line)
         figures = {
             "own_work_s_median": comparison.median_own_work,
             "own_work_s_longest": comparison.longest_own_work,

@@ -1,4 +1,4 @@
-"""What launchers do with signals, and with a torchrun that does not end by itself."""
+"""Launchers pass on signals once, and end a torchrun that does not end by itself."""
 
 import os
 import signal

@@ -1,5 +1,8 @@
 """launch/local.sh where the tests of endings and storms do not look."""
 
+import os
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -36,3 +39,23 @@ def test_a_batch_that_the_ranks_cannot_share_starts_nothing(tmp_path: Path) -> N
     assert (done.code, done.stdout) == (2, "")
     assert done.stderr.startswith("distgpt: error: train.global_batch 7 does not divide over 2 ranks: take a global")
     assert list(tmp_path.iterdir()) == []
+
+
+@jobs.linux_only
+def test_a_second_ctrl_c_ends_it_now_and_is_reported(prepared: Path, tmp_path: Path) -> None:
+    """In a save that does not come to its end."""
+    run, hold = tmp_path / "run", jobs.PROJECT / "tests" / "slurm" / "hold"
+    run.mkdir()
+    (run / "hold-step-00000004").touch()
+    command = ["setsid", str(jobs.PROJECT / "launch" / "local.sh"), *jobs.TINY]
+    flags = (f"--data.path={prepared}", f"--run.dir={run}")
+    job = jobs.Job([*command, *flags], NPROC_PER_NODE="1", PYTHONPATH=f"{hold}:{jobs.FORKED}")
+    job.read_until("step  4/60 ")
+    os.killpg(job.pid, signal.SIGINT)
+    time.sleep(2.5)
+    assert jobs.alive(job.pid)
+    os.killpg(job.pid, signal.SIGINT)
+    ended, report = job.finish(), jobs.exit_report(run)
+    assert ended.code == report["code"] == 75, ended
+    assert "what came after the newest checkpoint is not saved" in report["cause"]
+    assert ended.stderr.splitlines()[-1] == f"distgpt: {report['cause']}"

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from distgpt.launch import policy
 from distgpt.launch.policy import Ending, Next, Tries, ending_in, newest_checkpoint, next_after, read_report
 from distgpt.launch.settings import count
 
@@ -65,3 +66,15 @@ def test_a_count_that_is_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> No
     assert count("TRIES") is None
     monkeypatch.setenv("TRIES", "12")
     assert count("TRIES") == 12
+
+
+def test_a_disk_that_cannot_be_read_is_no_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "checkpoints" / "step-00000001").mkdir(parents=True)
+    tries = Tries(2, tmp_path)
+
+    def failing(run_dir: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(policy, "newest_checkpoint", failing)
+    assert [tries.exhausted(), tries.exhausted()] == [False, True]
+    assert tries.newest == "step-00000001"

@@ -1,4 +1,4 @@
-"""What the scripts of slurm/ ask of Python, without a Slurm."""
+"""The decisions of slurm/train.sh, without a Slurm."""
 
 import json
 import subprocess

@@ -253,3 +253,11 @@ def test_a_directory_that_cannot_be_created_is_refused(tmp_path: Path) -> None:
 
 def test_a_lease_outlasts_several_renewals() -> None:
     assert LEASE >= 4 * RENEWAL
+
+
+def test_the_file_of_an_older_version_is_read(tmp_path: Path) -> None:
+    """Its key for the renewals stays, so that no owner is taken for damage."""
+    held = RunLock(RunPaths(tmp_path))
+    record = json.loads((tmp_path / "LOCK").read_text())
+    assert record.keys() == {"fence", "host", "boot", "pid", "started", "job", "attempt", "beat", "released"}
+    held.release()
