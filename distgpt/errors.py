@@ -1,7 +1,7 @@
 """Exceptions that end a command early, and their exit codes.
 
 A user's mistake is an exception with one clear line: what is wrong, where, and the fix.
-`main_guard` turns it into that line on stderr and the exit code; anything else is our bug and keeps its traceback.
+`cli.main_guard` prints that line on stderr and exits with its code. Any other exception is our bug, with a traceback.
 """
 
 import errno

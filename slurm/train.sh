@@ -97,7 +97,7 @@ on_all_nodes() {
     read -r code cause <<<"${ended##*$'\n'}"
     case $code in
         0) ;;
-        75 | "") requeue "${cause:-nobody could say how it ended, see $mine}" ;;
+        75 | "") requeue "${cause:-no rank could say how it ended, see $mine}" ;;
         *) fail "$code" "$cause" ;;
     esac
 }

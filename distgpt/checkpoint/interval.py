@@ -112,7 +112,7 @@ class SaveInterval:
     def reconsider(self, between_failures: float, runtime: Runtime) -> int | None:
         """Find the best interval on rank 0, and adopt it on all ranks. All ranks call it.
 
-        Returns the new interval in steps, None if it does not change. `between_failures` in seconds.
+        Returns the new interval in steps, None if it does not change or is fixed. `between_failures` in seconds.
         """
         if not self.auto:
             return None

@@ -43,7 +43,7 @@ class RunState:
     vocab_size: int
     eot_id: int | None
     micro_batch: int = 0  # sequences per forward; old checkpoints lack it and the keys below
-    guard: dict[str, Any] = field(default_factory=dict)  # state of the OutlierFilter
+    guard: dict[str, Any] = field(default_factory=dict)  # state of the OutlierFilter; old checkpoints have this key
     replicas: int = 1  # Plan.independent_replicas
 
 

@@ -7,8 +7,8 @@ from pathlib import Path
 from distgpt.config import require_divisible_batch, resolve
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK
 from distgpt.launch.agent import TORCHRUN, Supervisor
-from distgpt.launch.policy import Ending, Next, Tries, ending_in, next_after, read_report, say, say_end
-from distgpt.launch.settings import SIGNALS, WITH_FILE_STORE, count, torchrun_environment
+from distgpt.launch.policy import Ending, Tries, can_retry, ending_in, read_report, say, say_end
+from distgpt.launch.settings import FILE_STORE_CONF, SIGNALS, count_from_environment, torchrun_environment
 from distgpt.machine import default_ranks
 from distgpt.run.exit_report import write_exit_report
 from distgpt.run.lock import lock_holder
@@ -21,8 +21,8 @@ UNSAVED = "ended at once as told: what came after the newest checkpoint is not s
 def main(arguments: list[str]) -> int:
     """Train until the run is done or cannot go on; return its exit code, which torchrun would flatten to 1."""
     config = resolve(arguments, os.environ)
-    ranks = count("NPROC_PER_NODE") or default_ranks()
-    tries = Tries(count("TRIES") or 3, config.run_dir)
+    ranks = count_from_environment("NPROC_PER_NODE") or default_ranks()
+    tries = Tries(count_from_environment("TRIES") or 3, config.run_dir)
     require_divisible_batch(config, ranks)
     if tries.newest is None:
         arguments = [*arguments, "--run.fresh=false"]  # what comes from here on is this job's own
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> int:
                 write_exit_report(paths, code=EXIT_INTERRUPTED, cause=UNSAVED, rank=0, step=None)
         # The last line says what happened, below torchrun's own report.
         code = EXIT_INTERRUPTED if ending.code is None else ending.code
-        if supervisor.signalled or next_after(ending.code) != Next.RETRY:
+        if supervisor.signalled or not can_retry(ending.code):
             if ending.cause:
                 say_end(code, ending.cause)
             return code
@@ -54,7 +54,7 @@ def attempt(supervisor: Supervisor, ranks: int, arguments: list[str]) -> Ending:
         # A file: --standalone would listen on all interfaces, and whoever can connect could make torchrun run code.
         rendezvous = (
             *("--rdzv-backend=c10d", f"--rdzv-endpoint={store}", f"--rdzv-id={Path(scratch).name}"),
-            *(f"--rdzv-conf={WITH_FILE_STORE}", "--local-addr=127.0.0.1"),
+            *(f"--rdzv-conf={FILE_STORE_CONF}", "--local-addr=127.0.0.1"),
         )
         env = torchrun_environment(report, shutdown_seconds=600)
         command = (*TORCHRUN, f"--nproc_per_node={ranks}", "--max-restarts=3", *rendezvous, SIGNALS)

@@ -12,8 +12,8 @@ from pathlib import Path
 from distgpt.config import Config, resolve
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 from distgpt.launch.agent import TORCHRUN, Supervisor
-from distgpt.launch.policy import Ending, Next, Tries, ending_in, next_after, read_report, say, say_end
-from distgpt.launch.settings import SIGNALS, count, torchrun_environment
+from distgpt.launch.policy import Ending, Tries, can_retry, ending_in, read_report, say, say_end
+from distgpt.launch.settings import SIGNALS, count_from_environment, torchrun_environment
 from distgpt.machine import default_ranks
 from distgpt.preflight import network
 
@@ -52,7 +52,7 @@ def main(arguments: list[str]) -> int:
 
 def read_hosts(config: Config) -> Hosts:
     """Return what the environment says. Raises UsageError."""
-    ranks, join_seconds, tries = (count(name) for name in ("NPROC_PER_NODE", "JOIN_SECONDS", "TRIES"))
+    ranks, join_seconds, tries = (count_from_environment(name) for name in ("NPROC_PER_NODE", "JOIN_SECONDS", "TRIES"))
     head, nodes = os.environ.get("HEAD", ""), os.environ.get("NODES", "")
     place = re.fullmatch("([^:]+):([1-9][0-9]{0,4})", head)
     if not place or int(place[2]) > 65534:
@@ -139,7 +139,7 @@ class Launcher:
         # NCCL chooses InfiniBand ports by itself; its variable is for its first contact, and for plain Ethernet.
         names = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self._route.interface)
         env = torchrun_environment(report, shutdown_seconds=120, **names)
-        if self._supervisor.run(self._command(phase), env, give_up=self._nobody_comes) == 0:
+        if self._supervisor.run(self._command(phase), env, give_up=self._give_up_waiting) == 0:
             return None
         found, shared = read_report(report), read_report(self._run_dir / "exit.json")
         if (found is None or found["code"] == EXIT_INTERRUPTED) and shared and shared != before:
@@ -166,10 +166,10 @@ class Launcher:
             *("--max-restarts=0", "--monitor-interval=0.1", SIGNALS, "-m", *phase, *self._arguments),
         ]
 
-    def _nobody_comes(self, seconds: float) -> bool:
-        """Return whether the hosts did not meet in time, and say so.
+    def _give_up_waiting(self, seconds: float) -> bool:
+        """Tell whether the hosts did not meet in time, and say which are missing.
 
-        torchrun's own limit, which is longer, ends in a traceback that does not tell how many are missing.
+        torchrun has a longer limit, and ends with a traceback that does not say how many hosts are missing.
         """
         hosts, limit = self._hosts, self._hosts.join_seconds
         if hosts.least == 1 or seconds < limit:
@@ -183,7 +183,7 @@ class Launcher:
             )
         elif seconds >= limit + MEETING_SECONDS:
             say(
-                f"{hosts.least} hosts did not meet at {hosts.head} within {limit} s: have all of them the same "
+                f"{hosts.least} hosts did not meet at {hosts.head} within {limit} s: do all of them have the same "
                 "run.dir and NODES?"
             )
         else:
@@ -198,7 +198,7 @@ class Launcher:
             say(f"stopped by {stopped_by.name} on this host{ending.cause and f': {ending.cause}'}")
             return EXIT_INTERRUPTED
         # Later, ranks of ours that are cut off hold the run directory.
-        if next_after(ending.code, lock_may_be_ours=self._attempts > 2) != Next.RETRY:
+        if not can_retry(ending.code, lock_may_be_ours=self._attempts > 2):
             assert ending.code is not None
             say_end(ending.code, ending.cause)
             return ending.code

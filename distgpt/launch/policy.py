@@ -5,19 +5,10 @@ import os
 import re
 from contextlib import suppress
 from dataclasses import dataclass
-from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
 from distgpt.errors import EXIT_CANNOT_CREATE, EXIT_INTERRUPTED, EXIT_OK
-
-
-class Next(Enum):
-    """The next action of a launcher."""
-
-    DONE = auto()
-    GIVE_UP = auto()
-    RETRY = auto()
 
 
 @dataclass(frozen=True)
@@ -48,16 +39,12 @@ def ending_in(report: dict[str, Any] | None, *, otherwise: str) -> Ending:
     return Ending(report["code"], report["cause"], report.get("step") or 0) if report else Ending(None, otherwise)
 
 
-def next_after(code: int | None, *, lock_may_be_ours: bool = False) -> Next:
-    """Decide by the exit code of an attempt. One that was interrupted, or killed without a report, starts again.
+def can_retry(code: int | None, *, lock_may_be_ours: bool = False) -> bool:
+    """Tell whether a launcher starts again after an attempt with this exit code. None: no rank could report.
 
     `lock_may_be_ours`: an earlier attempt of the same job, cut off on another host, may still hold the run directory.
     """
-    if code == EXIT_OK:
-        return Next.DONE
-    if code in (None, EXIT_INTERRUPTED) or (code == EXIT_CANNOT_CREATE and lock_may_be_ours):
-        return Next.RETRY
-    return Next.GIVE_UP
+    return code in (None, EXIT_INTERRUPTED) or (code == EXIT_CANNOT_CREATE and lock_may_be_ours)
 
 
 class Tries:

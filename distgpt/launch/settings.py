@@ -9,10 +9,10 @@ from distgpt.run.exit_report import EXIT_FILE_VARIABLE
 
 # torchrun passes on only the signals that it is told of, and SIGUSR1 would kill it.
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-WITH_FILE_STORE = "store_type=file,keep_alive_interval=3600"  # each keep-alive makes the file longer
+FILE_STORE_CONF = "store_type=file,keep_alive_interval=3600"  # each keep-alive makes the file longer
 
 
-def count(name: str) -> int | None:
+def count_from_environment(name: str) -> int | None:
     """Return the whole number in an environment variable, None where it is not set. Raises UsageError."""
     text = os.environ.get(name)
     if not text:

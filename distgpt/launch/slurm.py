@@ -19,8 +19,8 @@ from distgpt.config import resolve
 from distgpt.corpus.shards import open_dataset
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_IO, DirectoryError, Interrupted, StorageError, UsageError
 from distgpt.launch.agent import TORCHRUN
-from distgpt.launch.policy import Ending, Next, ending_in, newest_checkpoint, next_after, read_report, say
-from distgpt.launch.settings import SIGNALS, WITH_FILE_STORE, count, with_defaults
+from distgpt.launch.policy import Ending, can_retry, ending_in, newest_checkpoint, read_report, say
+from distgpt.launch.settings import FILE_STORE_CONF, SIGNALS, count_from_environment, with_defaults
 from distgpt.machine import available_gpus
 from distgpt.preflight import network
 from distgpt.run.exit_report import EXIT_FILE_VARIABLE
@@ -65,8 +65,8 @@ def plan(options: list[str]) -> list[str]:
     Returns the run directory, the number of steps, the directory of this attempt's logs, the newest checkpoint, this
     node's address, a file for the rendezvous (empty on several nodes), and all options of distgpt.train.
     """
-    count("NPROC_PER_NODE")  # a mistake is one line here, not one in the log of each node
-    tries = count("TRIES") or 5
+    count_from_environment("NPROC_PER_NODE")  # a mistake is one line here, not one in the log of each node
+    tries = count_from_environment("TRIES") or 5
     task, attempt = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_RESTART_COUNT") or "0"
     flags = sweep_flags(os.environ.get("DISTGPT_SWEEP", ""), int(task)) if task else []
     options = [*options, *flags]
@@ -169,7 +169,7 @@ def run_on_this_node(module: str, options: list[str]) -> None:
     """Become torchrun with a rank for each GPU that Slurm gave, or two that share the CPUs."""
     gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or available_gpus())
     cpus = int(os.environ.get("SLURM_CPUS_ON_NODE") or 1)
-    ranks = count("NPROC_PER_NODE") or gpus or min(2, cpus)
+    ranks = count_from_environment("NPROC_PER_NODE") or gpus or min(2, cpus)
     nodes = os.environ["SLURM_NNODES"]
     variables = with_defaults(
         # Threads of a rank: its share of the CPUs that Slurm gave, not of all that the node has.
@@ -184,7 +184,7 @@ def run_on_this_node(module: str, options: list[str]) -> None:
     # their own. On several nodes the static rendezvous is used, which reads no pickles.
     if nodes == "1":
         variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-conf={WITH_FILE_STORE}", "--local-addr=127.0.0.1"]
+        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-conf={FILE_STORE_CONF}", "--local-addr=127.0.0.1"]
     else:
         # Both libraries would otherwise pick an interface by the host's name, on some clusters a loopback or management
         # network. NCCL only bootstraps over it and finds InfiniBand by itself.
@@ -217,7 +217,7 @@ def ending_of(logs: Path, run_dir: str, steps: int, module: str, status: int) ->
         ending = Ending(None, f"ended at step {ending.step} of {steps}")
     # What is left of the last attempt may still hold the run directory on a node that was lost.
     restarted = (os.environ.get("SLURM_RESTART_COUNT") or "0") != "0"
-    if next_after(ending.code, lock_may_be_ours=restarted) == Next.RETRY:
+    if can_retry(ending.code, lock_may_be_ours=restarted):
         return Ending(EXIT_INTERRUPTED, ending.cause)
     return ending
 

@@ -230,13 +230,13 @@ def _live_owner(paths: RunPaths, fd: int, lease: float | None) -> str | None:
     if lease is None:
         gone = False
     elif flock_decides:
-        gone = _owner_dies(paths, fd, record, lease)
+        gone = _wait_for_death(paths, fd, record, lease)
     else:
-        gone = not _lock_changes(paths, record, lease)
+        gone = not _wait_for_change(paths, record, lease)
     return None if gone else str((_read_lock(paths) or record).owner)
 
 
-def _owner_dies(paths: RunPaths, fd: int, record: _Record, lease: float) -> bool:
+def _wait_for_death(paths: RunPaths, fd: int, record: _Record, lease: float) -> bool:
     """Wait up to `lease` seconds for an owner on this kernel to die; `fd` then holds the flock.
 
     A process that is killed while it writes to a slow disk, or frees much memory, ends only when that is done.
@@ -249,7 +249,7 @@ def _owner_dies(paths: RunPaths, fd: int, record: _Record, lease: float) -> bool
     return False
 
 
-def _lock_changes(paths: RunPaths, record: _Record, lease: float) -> bool:
+def _wait_for_change(paths: RunPaths, record: _Record, lease: float) -> bool:
     """Watch LOCK for up to `lease` seconds; tell whether its owner renews it, or another one replaces it."""
     deadline = time.monotonic() + lease
     while time.monotonic() < deadline:

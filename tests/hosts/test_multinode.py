@@ -183,7 +183,7 @@ def test_another_job_at_the_same_head_is_left_out(
             running["n1"].read_slowly_until(f"step {next(steps):3}/120")
     endings = finish(running)
     assert ending.result().code == 75, ending.result()
-    assert "2 hosts did not meet at n2 within 3 s: have all of them the same run.dir" in ending.result().stderr
+    assert "2 hosts did not meet at n2 within 3 s: do all of them have the same run.dir" in ending.result().stderr
     assert not (tmp_path / "other").exists()
     assert_finished(endings, run, one_process)
     assert "going on from step" not in endings["n1"].stdout

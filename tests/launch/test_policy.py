@@ -6,26 +6,20 @@ from pathlib import Path
 import pytest
 
 from distgpt.launch import policy
-from distgpt.launch.policy import Ending, Next, Tries, ending_in, newest_checkpoint, next_after, read_report
-from distgpt.launch.settings import count
+from distgpt.launch.policy import Ending, Tries, can_retry, ending_in, newest_checkpoint, read_report
+from distgpt.launch.settings import count_from_environment
 
 
 @pytest.mark.parametrize(
-    ("code", "after"),
-    [
-        (0, Next.DONE),
-        (None, Next.RETRY),
-        (75, Next.RETRY),
-        *((code, Next.GIVE_UP) for code in (2, 65, 70, 73, 74)),
-    ],
+    ("code", "expected"), [(0, False), (None, True), (75, True), *((code, False) for code in (2, 65, 70, 73, 74))]
 )
-def test_only_what_was_interrupted_starts_again(code: int | None, after: Next) -> None:
-    assert next_after(code) == after
+def test_only_what_was_interrupted_starts_again(code: int | None, expected: bool) -> None:
+    assert can_retry(code) == expected
 
 
 def test_a_lock_that_may_be_ours_is_waited_for() -> None:
-    assert next_after(73, lock_may_be_ours=True) == Next.RETRY
-    assert next_after(2, lock_may_be_ours=True) == Next.GIVE_UP
+    assert can_retry(73, lock_may_be_ours=True)
+    assert not can_retry(2, lock_may_be_ours=True)
 
 
 def test_attempts_count_while_there_is_no_new_checkpoint(tmp_path: Path) -> None:
@@ -63,9 +57,9 @@ def test_the_cause_is_the_ranks_own(tmp_path: Path) -> None:
 
 def test_a_count_that_is_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRIES", "")
-    assert count("TRIES") is None
+    assert count_from_environment("TRIES") is None
     monkeypatch.setenv("TRIES", "12")
-    assert count("TRIES") == 12
+    assert count_from_environment("TRIES") == 12
 
 
 def test_a_disk_that_cannot_be_read_is_no_progress(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
