@@ -468,7 +468,9 @@ def _read_toml(argument: str) -> dict[str, Any]:
             hint = f"did you mean {near}?" if near else f"the presets are {', '.join(preset_names())}"
             raise UsageError(f"unknown preset {argument}: {hint} (a config file must end in .toml)")
         return tomllib.loads(Path(user_path(argument)).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except OSError as error:
+        raise UsageError(f"cannot read {argument}: {error.strerror}") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read {argument}: {error}") from None
 
 

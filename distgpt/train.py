@@ -9,7 +9,7 @@ both are functions of (seed, s, position in the global batch).
 from distgpt import cli
 
 if __name__ == "__main__":
-    cli.run("train")  # parses the command line before the imports below, then calls main()
+    cli.run("train")  # parses the command line, then imports this file as a module and calls main(); does not return
 
 import os
 import time
@@ -59,7 +59,7 @@ def main(config: Config) -> None:
 def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     config: Config, plan: Plan, dataset: Dataset, session: RunSession, watchdog: Watchdog
 ) -> None:
-    """Build the model, resume, and train to the last step. Models die in here, before the process group does."""
+    """Build the model, resume, and train to the last step. Models are freed at the end, before the process group is."""
     health, runtime, last = config.health, plan.runtime, config.train.steps
     watchdog.heartbeat("building the model", health.start_timeout)
     model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id)
@@ -150,11 +150,11 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
         for step in range(start + 1, last + 1):
             # learn
             stragglers.begin_step()
-            lr = set_lr(optimizer, lr_at(step - 1, config.optim, last))
+            lr = set_lr(optimizer, lr_at(step - 1, config.optim, last))  # steps count from 1, the schedule from 0
             loss = accumulate_gradients(
                 model, batches.next_step(), step, plan, seed=config.run.seed, after_each=after_micro_batch
             )
-            norm = grad_norm_of(model)
+            norm = grad_norm_of(model)  # a tensor, to clip with; grad_norm is its value, equal on all ranks
             mean_loss, grad_norm, stop = reduce_scalars(loss, norm, session.stop_requested is not None, runtime)
             decision = outliers.check(loss=mean_loss, grad_norm=grad_norm)
             if decision.action == "update":
@@ -182,7 +182,8 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
                 require_finite_weights(step)
                 with progress.evaluating(), watchdog.during(f"evaluating step {step}", health.eval_timeout):
                     result = evaluate(model, validation, tokenizer, plan)
-                    val_loss, best = result.val_loss, interval.record_evaluation(step, result.val_loss)
+                    val_loss = result.val_loss
+                    best = interval.record_evaluation(step, result.val_loss)
                     progress.evaluation(step, val_loss=val_loss, val_bits_per_byte=result.val_bits_per_byte, best=best)
                     if config.eval.sample_tokens:
                         progress.sample(step, sample_text(model, tokenizer, step, config, plan))

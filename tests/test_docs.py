@@ -54,7 +54,7 @@ COVERED = {
     ".venv/bin/pip install pre-commit && .venv/bin/pre-commit install": HOOKS,
     "python docs/generate.py": TABLES,
     "launch/local.sh gpt2-124m --data.path=data/mine": LOCAL,
-    "launch/local.sh quickstart --run.dir=runs/mine --train.steps=600": GO_FURTHER,
+    "launch/local.sh quickstart --data.path=data/mine --run.dir=runs/mine --train.steps=600": GO_FURTHER,
     "HEAD=node1:29500 NODES=4 launch/multinode.sh gpt2-1558m --data.path=/shared/data/mine "
     "--run.dir=/shared/runs/mine": HOSTS,
     "python -m distgpt.prepare": STANDARD_LIBRARY,

@@ -72,6 +72,10 @@ def _newest_of(run: Path) -> Path:
     checkpoint, damaged = newest_good(committed(run / "checkpoints"))
     if checkpoint is None and damaged:
         raise DataError(f"{run} {describe_all_damaged(damaged)}")
+    if checkpoint is None and run.is_file():
+        raise DataError(f"{run} is a file: give the run directory")
+    if checkpoint is None and (run / "meta.json").exists():
+        raise DataError(f"{run} is prepared data, not a run directory")
     if checkpoint is None:
         raise DataError(f"{run} holds no checkpoint: train one with python -m distgpt.train --run.dir={run}")
     if damaged:

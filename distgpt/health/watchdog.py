@@ -93,6 +93,8 @@ class Watchdog:
     def connect(self, store: "Store") -> None:
         """From now on, call all ranks through `store`, which they share."""
         shared: Any = store  # some stubs of torch lack clone()
+        # Rank 0 serves the store as long as it holds this reference: until all ranks have left.
+        self._shared_store = shared
         # Each thread needs a client of its own, since calls block.
         self._store, calls = shared.clone(), shared.clone()
         # From here on all ranks record the same heartbeats; before, rank 0 had more to do.

@@ -4,7 +4,9 @@ import os
 import tempfile
 from pathlib import Path
 
+from distgpt.checkpoint.compatibility import require_same_run
 from distgpt.config import require_divisible_batch, resolve
+from distgpt.corpus.shards import open_dataset
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK
 from distgpt.launch.agent import TORCHRUN, Supervisor
 from distgpt.launch.policy import Ending, Tries, can_retry, ending_in, read_report, say, say_end
@@ -24,6 +26,9 @@ def main(arguments: list[str]) -> int:
     ranks = count_from_environment("NPROC_PER_NODE") or default_ranks()
     tries = Tries(count_from_environment("TRIES") or 3, config.run_dir)
     require_divisible_batch(config, ranks)
+    dataset = open_dataset(Path(config.data.path))
+    if config.parallel.strategy != "diloco":  # whose replicas depend on the ranks
+        require_same_run(RunPaths(config.run_dir).checkpoints, config, dataset, replicas=1)
     if tries.newest is None:
         arguments = [*arguments, "--run.fresh=false"]  # what comes from here on is this job's own
     supervisor, paths = Supervisor(timeout=config.health.timeout), RunPaths(config.run_dir)

@@ -27,7 +27,7 @@ from distgpt.errors import (
     DistgptError,
     Interrupted,
 )
-from distgpt.run.exit_report import remove_report_of_last_attempt, write_exit_report
+from distgpt.run.exit_report import EXIT_FILE_VARIABLE, remove_report_of_last_attempt, write_exit_report
 from distgpt.run.lock import LEASE, RENEWAL, Owner, RunLock, loss_message, owner_of_this_attempt
 from distgpt.run.outcome import outcome, say_end
 from distgpt.run.paths import RunPaths
@@ -268,7 +268,9 @@ class RunSession:
 def _acknowledge(number: int) -> None:
     """Print on each host that a signal to stop has arrived: the step may be long."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        again = "; Ctrl-C again stops it now, unsaved" if number in TERMINAL_SIGNALS else ""
+        # torchrun by itself waits for its ranks after a second Ctrl-C, too.
+        heeded = "TORCHELASTIC_RUN_ID" not in os.environ or EXIT_FILE_VARIABLE in os.environ
+        again = "; Ctrl-C again stops it now, unsaved" if heeded and number in TERMINAL_SIGNALS else ""
         below_the_bar = "\n" if sys.stderr.isatty() else ""
         print(f"{below_the_bar}distgpt: stopping after this step is saved{again}", file=sys.stderr, flush=True)
 

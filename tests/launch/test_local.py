@@ -59,3 +59,27 @@ def test_a_second_ctrl_c_ends_it_now_and_is_reported(prepared: Path, tmp_path: P
     assert ended.code == report["code"] == 75, ended
     assert "what came after the newest checkpoint is not saved" in report["cause"]
     assert ended.stderr.splitlines()[-1] == f"distgpt: {report['cause']}"
+
+
+def test_data_that_is_not_there_is_one_line_before_torchrun_starts(tmp_path: Path) -> None:
+    done = launch(tmp_path, "local.sh", "--data.path=nowhere")
+    assert (done.code, done.stdout) == (65, "")
+    assert done.stderr.startswith("distgpt: error: no prepared data in nowhere")
+    assert len(done.stderr.splitlines()) == 1
+
+
+def test_another_model_in_the_run_directory_is_one_line_before_torchrun_starts(prepared: Path, tmp_path: Path) -> None:
+    flags = [*jobs.TINY, f"--data.path={prepared}", "--train.steps=1"]
+    assert launch(tmp_path, "local.sh", *flags).code == 0
+    done = launch(tmp_path, "local.sh", *flags, "--model.n_layer=3")
+    assert (done.code, done.stdout) == (2, "")
+    assert "was made by another run: model.n_layer 2 -> 3; " in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+
+
+@jobs.linux_only
+def test_ranks_that_are_done_leave_their_store_without_a_stack_trace(prepared: Path, tmp_path: Path) -> None:
+    flags = [*jobs.TINY, f"--data.path={prepared}", "--train.steps=2"]
+    done = launch(tmp_path, "local.sh", *flags, NPROC_PER_NODE="2", **jobs.environment())
+    assert done.code == 0, done
+    assert "recvValue failed" not in done.stderr, done.stderr

@@ -247,8 +247,8 @@ def test_a_signal_is_acknowledged_and_only_a_second_ctrl_c_ends_the_rank_unsaved
         assert process.stderr is not None
         assert process.stdout.readline() == "up\n"
         process.send_signal(signal.SIGINT)
-        answer = "distgpt: stopping after this step is saved; Ctrl-C again stops it now, unsaved\n"
-        assert process.stderr.readline() == answer
+        again = "" if variables else "; Ctrl-C again stops it now, unsaved"  # torchrun by itself waits for its ranks
+        assert process.stderr.readline() == f"distgpt: stopping after this step is saved{again}\n"
         process.send_signal(signal.SIGTERM)  # not from a terminal
         process.send_signal(signal.SIGINT)
         if ends:
