@@ -49,11 +49,22 @@ class _Server:
     def __init__(self) -> None:
         self.address = f"{tempfile.mkdtemp(prefix='distgpt-test-')}/server"
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        # Here, so that others can connect before the server has imported all.
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        listener.bind(self.address)
+        listener.listen()
         variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "ROOM": " " * ROOM}
-        with theirs:
+        with theirs, listener:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "tests.forking.server", str(theirs.fileno()), self.address],
-                pass_fds=[theirs.fileno()],
+                [
+                    sys.executable,
+                    "-m",
+                    "tests.forking.server",
+                    str(theirs.fileno()),
+                    str(listener.fileno()),
+                    self.address,
+                ],
+                pass_fds=[theirs.fileno(), listener.fileno()],
                 cwd=PROJECT,
                 stdin=subprocess.DEVNULL,
                 env=variables,

@@ -1,12 +1,13 @@
-"""Forks programs for a test process and for what it starts: `python -m tests.forking.server FD ADDRESS`.
+"""Forks programs for a test process and for what it starts: `python -m tests.forking.server FD LISTENER`.
 
-FD is a socket to the test process, ADDRESS where others connect. A request is one message: JSON with the command, its
-variables, directory and cores, and four file descriptors: the standard streams, and a socket for the answers. These are
-a line with the process id, then one with the exit code and the CPU seconds that it took. What is forked for a relay
-(relay.py) runs in the namespaces of that process, and is killed when it is gone.
+FD is a socket to the test process, LISTENER one to which others connect. A request is one message: JSON with the
+command, its variables, directory and cores, and four file descriptors: the standard streams, and a socket for the
+answers. These are a line with the process id, then one with the exit code and the CPU seconds that it took. A program
+that is forked for a relay (relay.py) runs in the namespaces of that process, and is killed when the relay is gone.
 """
 
 import ctypes
+import gc
 import json
 import os
 import selectors
@@ -37,11 +38,8 @@ class Child:
 class Server:
     """Serves until the test process closes its end."""
 
-    def __init__(self, requests: socket.socket, address: str) -> None:
-        self._requests = requests
-        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._listener.bind(address)
-        self._listener.listen()
+    def __init__(self, requests: socket.socket, listener: socket.socket) -> None:
+        self._requests, self._listener = requests, listener
         self._selector = selectors.DefaultSelector()
         for one in (requests, self._listener):
             self._selector.register(one, selectors.EVENT_READ)
@@ -145,5 +143,6 @@ def _namespace(pid: str, name: str) -> str:
 
 if __name__ == "__main__":
     program.import_packages()
+    gc.freeze()  # or each fork would look through all objects of torch, and copy their pages
     signal.signal(signal.SIGINT, signal.SIG_DFL)
-    Server(socket.socket(fileno=int(sys.argv[1])), sys.argv[2]).serve()
+    Server(*(socket.socket(fileno=int(fd)) for fd in sys.argv[1:3])).serve()

@@ -70,7 +70,7 @@ def test_data_that_is_not_there_is_one_line_before_torchrun_starts(tmp_path: Pat
 
 def test_another_model_in_the_run_directory_is_one_line_before_torchrun_starts(prepared: Path, tmp_path: Path) -> None:
     flags = [*jobs.TINY, f"--data.path={prepared}", "--train.steps=1"]
-    assert launch(tmp_path, "local.sh", *flags).code == 0
+    assert launch(tmp_path, "local.sh", *flags, **jobs.environment()).code == 0
     done = launch(tmp_path, "local.sh", *flags, "--model.n_layer=3")
     assert (done.code, done.stdout) == (2, "")
     assert "was made by another run: model.n_layer 2 -> 3; " in done.stderr
