@@ -98,9 +98,8 @@ class Checkpointer:
         Damaged ones are moved aside, and a message says which and why. Raises DataError if all are damaged.
         """
         self._run_on_rank_zero(self._store.remove_left_overs)
-        # All ranks use the list of rank 0, since theirs may be stale on a network file system.
-        names = self._run_on_rank_zero(lambda: [checkpoint.name for checkpoint in committed(self._directory)])
-        checkpoint, damaged = newest_good([self._directory / name for name in names], self._find_damage)
+        found = self._list_on_rank_zero(partial(committed, self._directory))
+        checkpoint, damaged = newest_good(found, self._find_damage)
         if checkpoint is None and damaged:
             raise DataError(f"{self._directory} {describe_all_damaged(damaged)}; move it away to start over")
         if checkpoint is None:
@@ -219,10 +218,7 @@ class Checkpointer:
         problems: list[str] = []
         try:
             keep = self._config.checkpoint.keep
-            names = self._run_on_rank_zero(
-                lambda: [checkpoint.name for checkpoint in prunable(self._directory, keep=keep)]
-            )
-            old = [self._directory / name for name in names]
+            old = self._list_on_rank_zero(partial(prunable, self._directory, keep=keep))
             problems = self._find_damage(saved) if old else []
             if old and not problems:
                 self._run_on_rank_zero(partial(self._store.remove, old))
@@ -241,6 +237,11 @@ class Checkpointer:
 
         shares = self._run_on_all_ranks(damage_of_share)
         return [problem for share in shares for problem in share]
+
+    def _list_on_rank_zero(self, find: Callable[[], list[Path]]) -> list[Path]:
+        """List checkpoints as rank 0 finds them: on a network file system the list of another rank may be stale."""
+        names = self._run_on_rank_zero(lambda: [checkpoint.name for checkpoint in find()])
+        return [self._directory / name for name in names]
 
     def _run_on_rank_zero(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and return its result on every rank. Raises StorageError on all if it failed."""

@@ -112,10 +112,8 @@ class SaveInterval:
     def reconsider(self, between_failures: float, runtime: Runtime) -> int | None:
         """Find the best interval on rank 0, and adopt it on all ranks. All ranks call it.
 
-        Returns the new interval in steps, None if it does not change or is fixed. `between_failures` in seconds.
+        Only for auto. Returns the new interval in steps, None if it does not change. `between_failures` in seconds.
         """
-        if not self.auto:
-            return None
         proposal = self.cost.best_steps(between_failures) if runtime.rank == 0 else 0
         steps = int(sum_over_ranks(torch.tensor([proposal], device=runtime.device), runtime).item())
         return steps if self.adopt(steps) else None

@@ -55,22 +55,16 @@ class Supervisor:
         self._child = child = start(command, env)
         if self.signalled and not self._passed_on:  # the signal came before there was a child
             self._send(signal.SIGTERM)
-        watch, began = RankWatch(self._timeout), time.monotonic()
         try:
-            return self._wait(child, watch, give_up, began)
+            return self._wait(child, give_up)
         finally:
             if self._child is not None:  # something failed here: no torchrun may go on alone
                 child.kill()
                 self._child = None
 
-    def _wait(
-        self,
-        child: subprocess.Popen[bytes],
-        watch: "RankWatch",
-        give_up: Callable[[float], bool] | None,
-        began: float,
-    ) -> int:
+    def _wait(self, child: subprocess.Popen[bytes], give_up: Callable[[float], bool] | None) -> int:
         """Wait for the end of a child, and kill it if it cannot end by itself."""
+        watch, began = RankWatch(self._timeout), time.monotonic()
         while True:
             with suppress(subprocess.TimeoutExpired):
                 code = child.wait(timeout=1)

@@ -23,15 +23,16 @@ UNSAVED = "ended at once as told: what came after the newest checkpoint is not s
 def main(arguments: list[str]) -> int:
     """Train until the run is done or cannot go on; return its exit code, which torchrun would flatten to 1."""
     config = resolve(arguments, os.environ)
+    paths = RunPaths(config.run_dir)
     ranks = count_from_environment("NPROC_PER_NODE") or default_ranks()
     tries = Tries(count_from_environment("TRIES") or 3, config.run_dir)
     require_divisible_batch(config, ranks)
     dataset = open_dataset(Path(config.data.path))
     if config.parallel.strategy != "diloco":  # whose replicas depend on the ranks
-        require_same_run(RunPaths(config.run_dir).checkpoints, config, dataset, replicas=1)
+        require_same_run(paths.checkpoints, config, dataset, replicas=1)
     if tries.newest is None:
         arguments = [*arguments, "--run.fresh=false"]  # what comes from here on is this job's own
-    supervisor, paths = Supervisor(timeout=config.health.timeout), RunPaths(config.run_dir)
+    supervisor = Supervisor(timeout=config.health.timeout)
     while True:
         ending = attempt(supervisor, ranks, arguments)
         if supervisor.ended_unsaved and ending.code is None:

@@ -16,6 +16,7 @@ from distgpt.launch.policy import Ending, Tries, can_retry, ending_in, read_repo
 from distgpt.launch.settings import SIGNALS, count_from_environment, torchrun_environment
 from distgpt.machine import default_ranks
 from distgpt.preflight import network
+from distgpt.run.paths import RunPaths
 
 PREFLIGHT, TRAIN = ("distgpt.doctor", "--distributed"), ("distgpt.train",)
 LONGEST_PAUSE = 5.0
@@ -95,6 +96,7 @@ class Launcher:
 
     def __init__(self, config: Config, hosts: Hosts, route: network.Route, scratch: Path, arguments: list[str]) -> None:
         self._run_dir, self._hosts, self._route, self._scratch = config.run_dir, hosts, route, scratch
+        self._shared_report = RunPaths(config.run_dir).exit_report
         self._tries = Tries(hosts.tries, config.run_dir)
         # What comes from here on is this job's own.
         self._arguments = arguments if self._tries.newest else [*arguments, "--run.fresh=false"]
@@ -135,13 +137,13 @@ class Launcher:
 
     def _attempt(self, phase: tuple[str, ...]) -> Ending | None:
         """Run one torchrun on this host to its end; return how it failed, None if it did not."""
-        report, before = self._scratch / f"exit-{self._attempts}.json", read_report(self._run_dir / "exit.json")
+        report, before = self._scratch / f"exit-{self._attempts}.json", read_report(self._shared_report)
         # NCCL chooses InfiniBand ports by itself; its variable is for its first contact, and for plain Ethernet.
         names = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self._route.interface)
         env = torchrun_environment(report, shutdown_seconds=120, **names)
         if self._supervisor.run(self._command(phase), env, give_up=self._give_up_waiting) == 0:
             return None
-        found, shared = read_report(report), read_report(self._run_dir / "exit.json")
+        found, shared = read_report(report), read_report(self._shared_report)
         if (found is None or found["code"] == EXIT_INTERRUPTED) and shared and shared != before:
             # Other hosts than the one with the trouble, or than the first to leave when all is done, only see that it
             # is gone. The run's own report, if it is new, says why.

@@ -2,13 +2,15 @@
 
 import json
 import os
-import re
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from distgpt.checkpoint.manifest import committed
 from distgpt.errors import EXIT_CANNOT_CREATE, EXIT_INTERRUPTED, EXIT_OK
+from distgpt.run.outcome import without_advice
+from distgpt.run.paths import RunPaths
 
 
 @dataclass(frozen=True)
@@ -22,7 +24,7 @@ class Ending:
     @property
     def brief(self) -> str:
         """The cause without its advice to run again, which the launcher does."""
-        return re.sub("[,:] run it again to go on$", "", self.cause)
+        return without_advice(self.cause)
 
 
 def read_report(file: Path) -> dict[str, Any] | None:
@@ -67,7 +69,7 @@ class Tries:
 
 def newest_checkpoint(run_dir: Path) -> str | None:
     """Return the name of the newest committed checkpoint, whole or damaged, None if there is none."""
-    return max((path.name for path in (run_dir / "checkpoints").glob("step-*")), default=None)
+    return next((checkpoint.name for checkpoint in committed(RunPaths(run_dir).checkpoints)), None)
 
 
 def say(line: str) -> None:

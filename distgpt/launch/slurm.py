@@ -24,6 +24,7 @@ from distgpt.launch.settings import FILE_STORE_CONF, SIGNALS, count_from_environ
 from distgpt.machine import available_gpus
 from distgpt.preflight import network
 from distgpt.run.exit_report import EXIT_FILE_VARIABLE
+from distgpt.run.paths import RunPaths
 
 # `scontrol show node` of this node.
 NODE_VARIABLE = "DISTGPT_SLURM_NODE"
@@ -79,7 +80,7 @@ def plan(options: list[str]) -> list[str]:
     if task and not any(flag == "--run.dir" or flag.startswith("--run.dir=") for flag in flags):
         run_dir = Path(f"{run_dir}-{task}")
         options.append(f"--run.dir={run_dir}")
-    logs = run_dir / "logs" / f"slurm-{os.environ['SLURM_JOB_ID']}"
+    logs = RunPaths(run_dir).logs / f"slurm-{os.environ['SLURM_JOB_ID']}"
     mine = logs / f"attempt-{attempt}"
     try:
         mine.mkdir(parents=True, exist_ok=True)
@@ -236,7 +237,7 @@ def can_write(logs: Path) -> bool:
 def progress(run_dir: Path, steps: int) -> str:
     """Return the newest training line for the job's comment, empty if there is none among the last ones."""
     lines: list[str] = []
-    with suppress(OSError), (run_dir / "metrics.jsonl").open("rb") as file:
+    with suppress(OSError), RunPaths(run_dir).metrics.open("rb") as file:
         file.seek(max(0, os.fstat(file.fileno()).st_size - PROBE_BYTES))
         lines = file.read().decode(errors="replace").splitlines()
     for line in reversed(lines):

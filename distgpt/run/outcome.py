@@ -15,8 +15,13 @@ def say_end(code: int, cause: str) -> None:
     """Print why a run ended, as the last line of this process."""
     if code == EXIT_INTERRUPTED and EXIT_FILE_VARIABLE in os.environ:
         # The launcher decides whether to restart, and says so itself. When a host joins, torchrun restarts silently.
-        cause = re.sub("[,:] run it again to go on$", "", cause)
+        cause = without_advice(cause)
     print_cause(f"distgpt: {cause}" if code == EXIT_INTERRUPTED else f"distgpt: error: {cause}")
+
+
+def without_advice(cause: str) -> str:
+    """Return a cause without the advice to run it again, which a launcher follows by itself."""
+    return re.sub("[,:] run it again to go on$", "", cause)
 
 
 def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:

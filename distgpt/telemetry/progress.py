@@ -62,10 +62,6 @@ class Progress:
         """Show that `done` of `count` micro-batches of this rank are done in the current step."""
         self._console.micro_batch(done, count)
 
-    def message(self, line: str) -> None:
-        """Print a message above the progress bar."""
-        self._console.message(line)
-
     def step_done(self, step: int, *, data_wait: float) -> float:
         """Record a finished optimizer step and return its seconds. `data_wait`: seconds of it spent on data."""
         self._console.advance()

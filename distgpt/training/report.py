@@ -49,7 +49,8 @@ class StepReporter:
                 self._stragglers.reset()
             else:
                 self._compare_ranks(step, elapsed)
-                self._reconsider_interval()
+                if self._interval.auto:
+                    self._reconsider_interval()
         self._progress.predict(step, seconds)
 
     def _compare_ranks(self, step: int, seconds: float) -> None:
