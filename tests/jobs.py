@@ -43,8 +43,8 @@ FOREIGN = ("DISTGPT_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_
 
 # The variables of a command that starts as a person starts it, not as a fork: jobs.command("train", **jobs.REAL).
 REAL = {"PYTHONPATH": ""}
-# Those of a script that looks for the children of its torchrun, which then is no fork; only its ranks are.
-REAL_AGENT = {"FORK_SERVER": ""}
+# Those of a launcher that looks for the children of its torchrun: a fork that forks it.
+FORKED_LAUNCHER = {"FORK_LAUNCHER": "1"}
 
 T = TypeVar("T")
 
