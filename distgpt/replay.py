@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from distgpt.checkpoint.choice import NEWEST, choose, is_checkpoint, newest_good
 from distgpt.checkpoint.manifest import STATE, RunState, committed, list_damage, read_state, step_of
-from distgpt.checkpoint.reader import load_for_training, require_model
+from distgpt.checkpoint.reader import TrainingState, require_model
 from distgpt.config import Config, from_dict, resolve
 from distgpt.corpus.loader import Loader
 from distgpt.corpus.shards import Dataset
@@ -137,9 +137,8 @@ def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> Non
     model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id)
     optimizer = build_optimizer(model, config.optim, runtime.device.type)
     outliers = OutlierFilter(config.health)
-    if start.checkpoint is not None and start.state is not None:
-        load_for_training(start.checkpoint, model, optimizer)
-        outliers.restore(start.state.guard)
+    if start.checkpoint is not None:
+        TrainingState(model, optimizer, outliers).load(start.checkpoint)
     origin = start.checkpoint.name if start.checkpoint else "the initial weights"
     print(f"from      {origin}, {str(plan.dtype).removeprefix('torch.')} on {runtime.device.type}", flush=True)
 

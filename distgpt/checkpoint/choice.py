@@ -10,7 +10,6 @@ from distgpt.checkpoint.manifest import (
     MANIFEST,
     NAME,
     committed,
-    describe_all_damaged,
     find_damage,
     list_damage,
     path_of,
@@ -71,7 +70,7 @@ def is_checkpoint(directory: Path) -> bool:
 def _newest_of(run: Path) -> Path:
     checkpoint, damaged = newest_good(committed(run / "checkpoints"))
     if checkpoint is None and damaged:
-        raise DataError(f"{run} {describe_all_damaged(damaged)}")
+        raise DataError(f"{run} holds no whole checkpoint ({list_damage(damaged)})")
     if checkpoint is None and run.is_file():
         raise DataError(f"{run} is a file: give the run directory")
     if checkpoint is None and (run / "meta.json").exists():

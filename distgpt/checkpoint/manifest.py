@@ -234,11 +234,6 @@ def read_file(file: Path, most: int) -> bytes:
     return content
 
 
-def describe_all_damaged(damaged: dict[str, str]) -> str:
-    """Say that all checkpoints of a directory are damaged, and how."""
-    return f"holds no whole checkpoint ({list_damage(damaged)})"
-
-
 def list_damage(damaged: dict[str, str]) -> str:
     """List damaged checkpoints, with the damage of each, in one line."""
     return "; ".join(f"{name}: {why}" for name, why in damaged.items())
