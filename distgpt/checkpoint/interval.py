@@ -39,12 +39,12 @@ class SaveCost:
         self._steps = {False: 0, True: 0}
         self._seconds = {False: 0.0, True: 0.0}
 
-    def save(self, stalled: float) -> None:
+    def add_save(self, stalled: float) -> None:
         """Record a save that stopped training for `stalled` seconds."""
         self._saves += 1
         self._stalled += stalled
 
-    def step(self, seconds: float, *, writing: bool) -> None:
+    def add_step(self, seconds: float, *, writing: bool) -> None:
         """Record a step of so many seconds; `writing`: a save was being written meanwhile."""
         self._steps[writing] += 1
         self._seconds[writing] += seconds
@@ -67,10 +67,8 @@ class SaveCost:
 
     def best_steps(self, between_failures: float) -> int:
         """Return the best number of steps between saves, at least 1; `between_failures` in seconds."""
-        return max(
-            1,
-            round(best_interval(cost=self.seconds_per_save, between_failures=between_failures) / self.seconds_per_step),
-        )
+        seconds = best_interval(cost=self.seconds_per_save, between_failures=between_failures)
+        return max(1, round(seconds / self.seconds_per_step))
 
 
 class SaveInterval:
@@ -107,7 +105,7 @@ class SaveInterval:
     def record_save(self, step: int, *, stalled: float) -> None:
         """Record a save that began after this step and stopped training for `stalled` seconds."""
         self.last_save = step
-        self.cost.save(stalled)
+        self.cost.add_save(stalled)
 
     def reconsider(self, between_failures: float, runtime: Runtime) -> int | None:
         """Find the best interval on rank 0, and adopt it on all ranks. All ranks call it.
