@@ -31,7 +31,7 @@ from distgpt.distributed.collectives import grad_norm_of
 from distgpt.distributed.parallelize import build_model
 from distgpt.distributed.plan import make_plan
 from distgpt.distributed.process_group import process_group
-from distgpt.distributed.runtime import Runtime, this_rank
+from distgpt.distributed.runtime import Runtime, only_rank
 from distgpt.errors import DataError, UsageError
 from distgpt.health.outliers import OutlierFilter
 from distgpt.model.optim import build_optimizer, lr_at, set_lr
@@ -61,9 +61,7 @@ def main(arguments: argparse.Namespace) -> None:
     path, step = Path(arguments.run), arguments.step
     run = RunPaths(path.resolve().parents[1] if is_checkpoint(path) else path)
     is_chosen = is_checkpoint(path) or arguments.checkpoint != NEWEST
-    runtime = this_rank()
-    if runtime.distributed:
-        raise UsageError("replay runs in one process: start it without torchrun")
+    runtime = only_rank("replay")
     start = start_from(choose(path, arguments.checkpoint), run, step) if is_chosen else start_before(run, step)
     if start.config.parallel.strategy == "diloco":
         raise UsageError("the replicas of diloco train independently, which one process cannot replay")

@@ -1,6 +1,6 @@
 """Checkpoints: staged, written in the background, hashed, committed by rename, verified before they are loaded.
 
-manifest.py describes one on disk, reader.py reads its tensors, and retention.py decides which ones stay.
+manifest.py describes one on disk, reader.py reads its tensors, store.py changes the directory.
 Random state is not stored: the data order and dropout are pure functions of (seed, step), see `train.py`.
 """
 
@@ -37,8 +37,7 @@ from distgpt.checkpoint.manifest import (
     step_of,
 )
 from distgpt.checkpoint.reader import TrainingState
-from distgpt.checkpoint.retention import best_checkpoint, prunable
-from distgpt.checkpoint.store import Store
+from distgpt.checkpoint.store import Store, best_checkpoint, prunable
 from distgpt.checkpoint.writer import ShareWriter
 from distgpt.config import Config, to_dict
 from distgpt.corpus.shards import Dataset
@@ -216,7 +215,9 @@ class Checkpointer:
         runtime = self._plan.runtime
 
         def damage_of_share() -> list[str]:
-            _require_visible(checkpoint)
+            if not checkpoint.is_dir():  # rank 0 sees it, so it is not damaged
+                host = socket.gethostname()
+                raise StorageError(f"{host} does not see {checkpoint}: is the run directory on a shared disk?")
             return find_damage(checkpoint, runtime.rank, runtime.world_size)
 
         shares = self._run_on_all_ranks(damage_of_share)
@@ -262,12 +263,6 @@ def _tokenizer_of(dataset: Dataset) -> bytes:
     if hashlib.sha256(content).hexdigest() != dataset.meta["tokenizer"]["sha256"]:
         raise DataError(f"{dataset.path / TOKENIZER} is not the one that the data was prepared with")
     return content
-
-
-def _require_visible(checkpoint: Path) -> None:
-    """Raise StorageError if this rank does not see a checkpoint that rank 0 sees: it is not damaged."""
-    if not checkpoint.is_dir():
-        raise StorageError(f"{socket.gethostname()} does not see {checkpoint}: is the run directory on a shared disk?")
 
 
 def _bytes_of(tensors: dict[str, Any]) -> int:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from distgpt.checkpoint.manifest import MANIFEST, NAME, committed, find_damage, list_damage, path_of, step_of
-from distgpt.checkpoint.retention import best_checkpoint
+from distgpt.checkpoint.store import best_checkpoint
 from distgpt.errors import DataError, UsageError
 
 BEST, NEWEST = "best", "newest"

@@ -15,6 +15,8 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -70,27 +72,30 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
     Raises StorageError if it cannot be read now but may be whole.
     """
-    try:
+    with _damage_as_data_error(checkpoint / MANIFEST):
         content = read_file(checkpoint / MANIFEST, LARGEST_JSON)
         files: dict[str, dict[str, Any]] = json.loads(content)["files"]
         if manifest_bytes(files) != content:
             raise DataError(f"{MANIFEST} is damaged")
-        _require_checkpoint_files(files)
-    except FileNotFoundError:
-        raise DataError(f"{MANIFEST} is missing") from None
-    except OSError as error:
-        raise DataError(f"{MANIFEST} cannot be read ({_describe_error(checkpoint / MANIFEST, error)})") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{MANIFEST} cannot be read ({one_line(error)})") from None
+        for name, entry in files.items():
+            if not is_checkpoint_file(name) or name == MANIFEST:
+                raise DataError(f"{MANIFEST} names {name[:100]!r}, which a checkpoint does not have")
+            if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+                raise DataError(f"{MANIFEST} has no size and hash of {name}")
     return files
 
 
-def _require_checkpoint_files(files: dict[str, dict[str, Any]]) -> None:
-    for name, entry in files.items():
-        if not is_checkpoint_file(name) or name == MANIFEST:
-            raise DataError(f"{MANIFEST} names {name[:100]!r}, which a checkpoint does not have")
-        if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
-            raise DataError(f"{MANIFEST} has no size and hash of {name}")
+@contextmanager
+def _damage_as_data_error(file: Path) -> Iterator[None]:
+    """Raise DataError for whatever is wrong with the content of a file. Raises StorageError if it may be whole."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{file.name} is missing") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {_describe_error(file, error)}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{file} cannot be read: {one_line(error)[:200]}") from None
 
 
 def find_damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
@@ -137,16 +142,12 @@ def read_state(checkpoint: Path) -> RunState:
     Raises DataError unless it matches the manifest and the step in the name of its directory, and is valid.
     """
     file = checkpoint / STATE
-    try:
+    with _damage_as_data_error(file):
         content = read_file(file, LARGEST_JSON)
         if hashlib.sha256(content).hexdigest() != read_manifest(checkpoint)[STATE]["sha256"]:
             raise DataError(f"{file} does not match its hash")
         state = RunState(**json.loads(content))
         _require_valid(state, file)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {_describe_error(file, error)}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read: {one_line(error)[:200]}") from None
     if state.step != step_of(checkpoint):
         raise DataError(f"{file} is of step {state.step}, and its directory has the name {checkpoint.name}")
     return state
