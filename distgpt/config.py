@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
@@ -276,7 +276,7 @@ def preset_names() -> list[str]:
 
 def keys() -> list[str]:
     """Return every `section.key`, in order."""
-    return list(_fields())
+    return [f"{s.name}.{k.name}" for s in dataclasses.fields(Config) for k in dataclasses.fields(_section_type(s.name))]
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
@@ -309,8 +309,9 @@ def help_text(prog: str, about: str) -> str:
     width = max(map(len, keys())) + 4
     for section in dataclasses.fields(Config):
         lines.append("")
-        for key in dataclasses.fields(getattr(Config, section.name)):
-            choices = f" [{'|'.join(get_args(key.type))}]" if get_origin(key.type) is Literal else ""
+        for key in dataclasses.fields(_section_type(section.name)):
+            kind = get_type_hints(_section_type(section.name))[key.name]
+            choices = f" [{'|'.join(get_args(kind))}]" if get_origin(kind) is Literal else ""
             name = f"--{section.name}.{key.name}"
             lines.append(f"  {name:<{width}}{key.metadata['help']}{choices} (default: {_format_default(key.default)})")
     return "\n".join(lines)
@@ -408,9 +409,8 @@ def _format_default(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value) or "empty"
 
 
-def _fields() -> dict[str, Any]:
-    """Return the field of every `section.key`, in order."""
-    return {f"{s.name}.{k.name}": k for s in dataclasses.fields(Config) for k in dataclasses.fields(getattr(Config, s.name))}
+def _section_type(name: str) -> Any:
+    return get_type_hints(Config)[name]
 
 
 def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
@@ -491,12 +491,13 @@ def _with_value(config: Config, key: str, value: Any, *, source: str) -> Config:
 
 
 def _type_of(key: str, *, source: str) -> Any:
-    if (field := _fields().get(key)) is None:
+    if key not in keys():
         near = _nearest_keys(key)
         hint = f"did you mean {_join_with_or(near)}?" if near else "--help lists every key"
         where = "" if source.lstrip("-").startswith(key) else f" (in {source})"
         raise UsageError(f"unknown key {key}{where}: {hint}")
-    return field.type
+    section, name = key.split(".")
+    return get_type_hints(_section_type(section))[name]
 
 
 def _nearest_keys(key: str) -> list[str]:

@@ -210,7 +210,9 @@ class NotAFileError(OSError):
 def open_file(file: Path) -> io.BufferedReader:
     """Open a file of a checkpoint to read. Raises OSError, and NotAFileError for a pipe or device, without a wait."""
     file_size(file)
-    return io.open(file, "rb", opener=_open_without_waiting)  # noqa: UP020  tests replace io.open to inject faults
+    no_wait = os.O_NONBLOCK | os.O_NOFOLLOW  # a pipe may have replaced the file since
+    # io.open: tests replace it to inject faults.
+    return io.open(file, "rb", opener=lambda path, flags: os.open(path, flags | no_wait))  # noqa: UP020
 
 
 def file_size(file: Path) -> int:
@@ -219,11 +221,6 @@ def file_size(file: Path) -> int:
     if not stat.S_ISREG(status.st_mode):
         raise NotAFileError(errno.EINVAL, "it is a link" if stat.S_ISLNK(status.st_mode) else "it is not a file")
     return status.st_size
-
-
-def _open_without_waiting(path: str, flags: int) -> int:
-    # A pipe may have replaced the file since file_size() checked it.
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
 
 
 def read_file(file: Path, most: int) -> bytes:

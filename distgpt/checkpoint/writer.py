@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ class ShareWriter:
         started = time.perf_counter()
         results = self._writer.write_data(share, self._planner).wait()
         self.seconds, self.bytes = time.perf_counter() - started, sum(result.size_in_bytes for result in results)
-        tensors = [[_index_to_json(r.index), r.size_in_bytes, _place_to_json(r.storage_data)] for r in results]
+        tensors = [[_index_to_json(r.index), r.size_in_bytes, astuple(r.storage_data)] for r in results]
         return {"tensors": tensors, "files": dict(self._files.written)}
 
     def finish(self, written: list[dict[str, Any]]) -> None:
@@ -104,10 +105,6 @@ def _index_to_json(index: MetadataIndex) -> list[Any]:
 
 def _index_from_json(name: str, offset: list[int] | None, number: int | None) -> MetadataIndex:
     return MetadataIndex(name, None if offset is None else torch.Size(offset), number)
-
-
-def _place_to_json(place: _StorageInfo) -> list[Any]:
-    return [place.relative_path, place.offset, place.length]
 
 
 def _plan_from_json(items: list[list[Any]], names: dict[str, list[Any]]) -> SavePlan:

@@ -89,7 +89,9 @@ class RunLock:
         before = _open_when_free(paths, lease)
         try:
             record = _read_record(before)
-            fence = record.owner.fence + 1 if record else _first_fence(before)
+            # After a LOCK that cannot be read, the time: a number above any fence.
+            first = int(time.time()) if os.fstat(before).st_size else 1
+            fence = record.owner.fence + 1 if record else first
             started = time.strftime("%Y-%m-%d %H:%M:%S %z")
             here = socket.gethostname(), _boot_id(), os.getpid()
             self.owner = Owner(fence, *here, started, this_job(), this_attempt())
@@ -273,11 +275,6 @@ def _read_record(fd: int) -> _Record | None:
         except (ValueError, KeyError, TypeError, AttributeError):
             time.sleep(0.01 if content else 0)
     return None
-
-
-def _first_fence(fd: int) -> int:
-    """Return the fence of a first owner: 1, or if a previous fence cannot be read, a number above any fence."""
-    return int(time.time()) if os.fstat(fd).st_size else 1
 
 
 def _describe_loss(paths: RunPaths, record: _Record | None) -> str:

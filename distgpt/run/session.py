@@ -128,7 +128,7 @@ class RunSession:
         faulthandler.enable(stream)
         faulthandler.register(STACKS_SIGNAL, stream)
 
-    def sees_same_directory(self, owner: Owner | None) -> bool:
+    def sees_same_directory(self, owner: Owner) -> bool:
         """Tell whether the run directory of this rank is the one that rank 0 took as `owner`.
 
         Takes up to NFS_ATTRIBUTE_CACHE_SECONDS.
@@ -136,7 +136,7 @@ class RunSession:
         deadline = time.monotonic() + NFS_ATTRIBUTE_CACHE_SECONDS
         while True:
             with suppress(OSError):
-                if owner is None or loss_message(self.paths, owner) is None:
+                if loss_message(self.paths, owner) is None:
                     return True
             if time.monotonic() > deadline:
                 return False
@@ -233,7 +233,8 @@ class RunSession:
         self.stop_requested = signal.Signals(number).name
 
     def _handle_signals(self) -> None:
-        acknowledged: float | None = None
+        # torchrun gets a second Ctrl-C itself, and ends its ranks.
+        acknowledged, torchrun = None, "TORCHELASTIC_RUN_ID" in os.environ
         while received := self._wakeup[0].recv(1):
             number = received[0]
             if number not in STOP_SIGNALS:
@@ -246,7 +247,7 @@ class RunSession:
             elif acknowledged is None:
                 acknowledged = time.monotonic()
                 _acknowledge(number)
-            elif number == signal.SIGINT and _is_second_ctrl_c(acknowledged):
+            elif number == signal.SIGINT and not torchrun and time.monotonic() - acknowledged > ECHO_SECONDS:
                 self._exit_interrupted(
                     "interrupted by a second Ctrl-C: steps after the newest checkpoint are not saved, "
                     "run it again to go on from there"
@@ -270,14 +271,6 @@ def _acknowledge(number: int) -> None:
         again = "; Ctrl-C again stops it now, unsaved" if heeded and number in TERMINAL_SIGNALS else ""
         below_the_bar = "\n" if sys.stderr.isatty() else ""
         print(f"{below_the_bar}distgpt: stopping after this step is saved{again}", file=sys.stderr, flush=True)
-
-
-def _is_second_ctrl_c(acknowledged: float) -> bool:
-    """Tell whether a SIGINT now is a second one of the user. Slurm may send the first one twice to each rank.
-
-    Never under torchrun, which gets a second SIGINT itself, and ends its ranks. `acknowledged`: time.monotonic() then.
-    """
-    return "TORCHELASTIC_RUN_ID" not in os.environ and time.monotonic() - acknowledged > ECHO_SECONDS
 
 
 def _end_process(code: int) -> NoReturn:
