@@ -85,11 +85,10 @@ class Checkpointer:
         self._run_on_rank_zero(self._store.remove_left_overs)
         found = self._list_on_rank_zero(partial(committed, self._directory))
         checkpoint, damaged = newest_good(found, self._find_damage)
-        if checkpoint is None and damaged:
-            raise DataError(
-                f"{self._directory} holds no whole checkpoint ({list_damage(damaged)}); move it away to start over"
-            )
         if checkpoint is None:
+            if damaged:
+                why = list_damage(damaged)
+                raise DataError(f"{self._directory} holds no whole checkpoint ({why}); move it away to start over")
             return 0
         self.restored = self._training.load(checkpoint)
         if damaged:

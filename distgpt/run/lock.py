@@ -149,17 +149,14 @@ class RunLock:
         """Renew the lease in LOCK if it is still ours, otherwise return a message with its owner. Raises OSError."""
         try:
             # Opened by name, since another owner replaces the file. Closing it makes NFS send the write.
-            fd = os.open(self._paths.lock, os.O_RDWR)
+            with open(self._paths.lock, "r+b", buffering=0) as file:
+                record = _read_record(file.fileno())
+                if record is None or record.owner != self.owner:
+                    return _describe_loss(self._paths, record)
+                self._renewals += 1
+                os.pwrite(file.fileno(), _Record(self.owner, self._renewals, released).to_bytes(), 0)
         except FileNotFoundError:
             return _describe_loss(self._paths, None)
-        try:
-            record = _read_record(fd)
-            if record is None or record.owner != self.owner:
-                return _describe_loss(self._paths, record)
-            self._renewals += 1
-            os.pwrite(fd, _Record(self.owner, self._renewals, released).to_bytes(), 0)
-        finally:
-            os.close(fd)
         return None
 
 
