@@ -19,6 +19,7 @@ from pathlib import Path
 
 from distgpt.checkpoint.checkpointer import Checkpointer
 from distgpt.checkpoint.interval import SaveInterval
+from distgpt.checkpoint.reader import TrainingState
 from distgpt.config import Config, to_toml, with_absolute_data
 from distgpt.corpus.shards import Dataset, open_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
@@ -66,16 +67,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     optimizer = build_optimizer(model, config.optim, runtime.device.type)
     outer = OuterOptimizer(unwrap_model(model), config, plan) if plan.strategy == "diloco" else None
     outliers = OutlierFilter(health)
-    checkpoints = Checkpointer(
-        session,
-        config=config,
-        plan=plan,
-        dataset=dataset,
-        model=model,
-        optimizer=optimizer,
-        outliers=outliers,
-        outer=outer,
-    )
+    checkpoints = Checkpointer(session, config, plan, dataset, TrainingState(model, optimizer, outliers, outer))
     validation = startup.validation_batches(config, plan, dataset, sequences=config.eval.sequences)
     tokenizer = load_tokenizer(dataset.path)
 

@@ -12,10 +12,11 @@ from pathlib import Path
 from distgpt.config import Config, resolve
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 from distgpt.launch.agent import TORCHRUN, Supervisor
-from distgpt.launch.policy import Ending, Tries, can_retry, ending_in, read_report, say, say_end
+from distgpt.launch.policy import Ending, Tries, can_retry, say, say_end
 from distgpt.launch.settings import SIGNALS, count_from_environment, torchrun_environment
 from distgpt.machine import default_ranks
 from distgpt.preflight import network
+from distgpt.run.exit_report import read_report
 from distgpt.run.paths import RunPaths
 
 PREFLIGHT, TRAIN = ("distgpt.doctor", "--distributed"), ("distgpt.train",)
@@ -148,7 +149,7 @@ class Launcher:
             # Other hosts than the one with the trouble, or than the first to leave when all is done, only see that it
             # is gone. The run's own report, if it is new, says why.
             found = found if shared["code"] == EXIT_INTERRUPTED else shared
-        return ending_in(found, otherwise="")
+        return Ending.from_report(found, otherwise="")
 
     def _command(self, phase: tuple[str, ...]) -> list[str]:
         """Return the command line of torchrun.
@@ -204,7 +205,7 @@ class Launcher:
             assert ending.code is not None
             say_end(ending.code, ending.cause)
             return ending.code
-        cause, exhausted = ending.brief or "no rank could say why, see above", self._tries.exhausted()
+        cause, exhausted = ending.cause_without_advice or "no rank could say why, see above", self._tries.exhausted()
         if exhausted:
             say(f"gave up after {self._tries.limit} attempts without a new checkpoint: {cause}; run it again to go on")
             return EXIT_INTERRUPTED

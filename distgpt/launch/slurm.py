@@ -19,11 +19,11 @@ from distgpt.config import resolve
 from distgpt.corpus.shards import open_dataset
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_IO, DirectoryError, Interrupted, StorageError, UsageError
 from distgpt.launch.agent import TORCHRUN
-from distgpt.launch.policy import Ending, can_retry, ending_in, newest_checkpoint, read_report, say
+from distgpt.launch.policy import Ending, can_retry, newest_checkpoint, say
 from distgpt.launch.settings import FILE_STORE_CONF, SIGNALS, count_from_environment, with_defaults
 from distgpt.machine import available_gpus
 from distgpt.preflight import network
-from distgpt.run.exit_report import EXIT_FILE_VARIABLE
+from distgpt.run.exit_report import EXIT_FILE_VARIABLE, read_report
 from distgpt.run.paths import RunPaths
 
 # `scontrol show node` of this node.
@@ -51,7 +51,7 @@ def answer(arguments: list[str]) -> int:
             run_on_this_node(module, options)
         case ["ending", logs, run_dir, steps, module, status]:
             ending = ending_of(Path(logs), run_dir, int(steps), module, int(status))
-            cause = ending.brief if ending.code == EXIT_INTERRUPTED else ending.cause
+            cause = ending.cause_without_advice if ending.code == EXIT_INTERRUPTED else ending.cause
             print(ending.code, *cause.split())
         case ["progress", run_dir, steps]:
             print(progress(Path(run_dir), int(steps)))
@@ -209,7 +209,7 @@ def ending_of(logs: Path, run_dir: str, steps: int, module: str, status: int) ->
     does not either.
     """
     report = read_report(Path(os.environ[EXIT_FILE_VARIABLE]))
-    ending = ending_in(report, otherwise=f"no rank could say how it ended, see {logs}")
+    ending = Ending.from_report(report, otherwise=f"no rank could say how it ended, see {logs}")
     if ending.code is None and status == 0 and module != "distgpt.train":
         return Ending(0, "")
     if ending.code is None and not can_write(logs):

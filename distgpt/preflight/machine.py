@@ -15,7 +15,7 @@ import torch.distributed as dist
 
 from distgpt.checkpoint.compatibility import require_same_run
 from distgpt.checkpoint.manifest import committed
-from distgpt.checkpoint.retention import CHECKPOINT_BYTES, OUTER_BYTES, checkpoint_bytes, require_space
+from distgpt.checkpoint.store import CHECKPOINT_BYTES, OUTER_BYTES, checkpoint_bytes, require_space
 from distgpt.config import Config
 from distgpt.corpus.order import Order, evaluation_windows
 from distgpt.corpus.shards import Dataset, Split, open_dataset, verify_dataset

@@ -42,7 +42,7 @@ class StepReporter:
         save_seconds, saved_bytes = self._checkpoints.pop_write_stats()
         self._stragglers.end_step(data_wait=data_wait, save_seconds=save_seconds, saved_bytes=saved_bytes)
         if step > self._first_step:  # the first step warms up
-            self._interval.cost.step(seconds, writing=self._checkpoints.writing)
+            self._interval.record_step(seconds, writing=self._checkpoints.writing)
         if self._progress.is_logged(step) or decision.action == "skip":
             elapsed = self._progress.log(step, loss=loss, lr=lr, grad_norm=grad_norm, decision=decision)
             if step == self._first_step:
@@ -75,9 +75,11 @@ class StepReporter:
             hosts=runtime.world_size // runtime.local_world_size,
         )
         if steps := self._interval.reconsider(between_failures, runtime):
-            cost = self._interval.cost
             self._progress.save_interval(
-                steps, step_seconds=cost.seconds_per_step, cost=cost.seconds_per_save, between_failures=between_failures
+                steps,
+                step_seconds=self._interval.seconds_per_step,
+                cost=self._interval.seconds_per_save,
+                between_failures=between_failures,
             )
 
 
