@@ -68,10 +68,10 @@ class StepReporter:
         self._progress.compare_ranks(step, comparison.messages, figures)
 
     def _reconsider_interval(self) -> None:
-        account, runtime = self._progress.account(), self._plan.runtime
+        spent, runtime = self._progress.time_spent(), self._plan.runtime
         between_failures = seconds_between_failures(
-            seconds=account.total - account.seconds["recovery"],
-            failures=account.failures,
+            seconds=spent.total - spent.seconds["recovery"],
+            failures=spent.failures,
             hosts=runtime.world_size // runtime.local_world_size,
         )
         if steps := self._interval.reconsider(between_failures, runtime):
@@ -81,13 +81,16 @@ class StepReporter:
             )
 
 
-def total_peak_flops(plan: Plan) -> float | None:
-    """Return the peak FLOP/s of all ranks together, None if one has an unknown device. All ranks call it."""
+def peak_tokens_per_second(plan: Plan, *, flops_per_token: float) -> float | None:
+    """Return the tokens per second at the peak speed of all ranks, None if one has an unknown device.
+
+    All ranks call it. Work that the model does not need, such as recomputed activations, is not in `flops_per_token`.
+    """
     runtime = plan.runtime
     peak = device_peak_flops(runtime.device, plan.dtype)
     values = torch.tensor([peak or 0.0, float(peak is None)], dtype=torch.float64, device=runtime.device)
     total, unknown = sum_over_ranks(values, runtime).tolist()
-    return None if unknown else float(total)
+    return None if unknown else float(total) / flops_per_token
 
 
 def explain_outlier(decision: Decision, step: int, config: Config, batches: Loader) -> str:

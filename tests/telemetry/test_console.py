@@ -41,8 +41,8 @@ def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
         console.train(replace(FIGURES, step=100, mfu=0.412))
         console.train(replace(FIGURES, step=5000))
         console.train(replace(FIGURES, step=200, loss_z=2.9, grad_norm_z=-3.21, skipped=True))
-        console.evaluation(step=500, val_loss=1.6543, val_perplexity=5.229, val_bits_per_byte=2.387, best=True)
-        console.evaluation(step=500, val_loss=1.6543, val_perplexity=5.229, val_bits_per_byte=None, best=False)
+        console.evaluation(500, val_loss=1.6543, val_bits_per_byte=2.387, best=True)
+        console.evaluation(500, val_loss=1.6543, val_bits_per_byte=2.387, best=False)
         console.message("hello")
     output = capsys.readouterr()
     assert output.out.splitlines() == [
@@ -51,7 +51,7 @@ def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
         "step  200/5000 | loss 2.3456 | lr 3.00e-04 | norm 0.81 (z -3.2) | 123 ms | 12.3k tok/s | eta 9m50s"
         " | update skipped",
         "step  500/5000 | val loss 1.6543 | ppl 5.23 | 2.39 bits/byte | best",
-        "step  500/5000 | val loss 1.6543 | ppl 5.23",
+        "step  500/5000 | val loss 1.6543 | ppl 5.23 | 2.39 bits/byte",
         "hello",
     ]
     assert output.err == "", "there is no bar without a terminal"
