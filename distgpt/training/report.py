@@ -56,16 +56,11 @@ class StepReporter:
     def _compare_ranks(self, step: int, seconds: float) -> None:
         if not self._plan.runtime.distributed:
             return
-        comparison = self._stragglers.compare(seconds)
+        messages, figures = self._stragglers.compare(seconds)
         if self._plan.runtime.rank == 0:
-            for line in comparison.messages:
+            for line in messages:
                 log.info(line)
-        figures = {
-            "own_work_s_median": comparison.median_own_work,
-            "own_work_s_longest": comparison.longest_own_work,
-            "data_wait_s_longest": comparison.longest_data_wait,
-        }
-        self._progress.compare_ranks(step, comparison.messages, figures)
+        self._progress.compare_ranks(step, messages, figures)
 
     def _reconsider_interval(self) -> None:
         spent, runtime = self._progress.time_spent(), self._plan.runtime
