@@ -8,9 +8,9 @@ from distgpt.checkpoint.compatibility import require_same_run
 from distgpt.config import require_divisible_batch, resolve
 from distgpt.corpus.shards import open_dataset
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK
-from distgpt.launch.agent import TORCHRUN, Supervisor
+from distgpt.launch.agent import Supervisor
 from distgpt.launch.policy import Ending, Tries, can_retry, ending_in, read_report, say, say_end
-from distgpt.launch.settings import FILE_STORE_CONF, SIGNALS, count_from_environment, torchrun_environment
+from distgpt.launch.settings import FILE_STORE_CONF, SIGNALS, TORCHRUN, count_from_environment, torchrun_environment
 from distgpt.machine import default_ranks
 from distgpt.run.exit_report import write_exit_report
 from distgpt.run.lock import lock_holder

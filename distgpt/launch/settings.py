@@ -1,12 +1,14 @@
-"""Settings of launchers in the environment, checked before anything starts."""
+"""Settings of launchers in the environment, and those of torchrun."""
 
 import os
 import re
+import sys
 from pathlib import Path
 
 from distgpt.errors import UsageError
 from distgpt.run.exit_report import EXIT_FILE_VARIABLE
 
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 # torchrun passes on only the signals that it is told of, and SIGUSR1 would kill it.
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 FILE_STORE_CONF = "store_type=file,keep_alive_interval=3600"  # each keep-alive makes the file longer
@@ -22,21 +24,17 @@ def count_from_environment(name: str) -> int | None:
     return int(text)
 
 
-def with_defaults(**defaults: object) -> dict[str, str]:
-    """Return these variables with their values in the environment, or else with these values."""
-    return {name: os.environ.get(name) or str(value) for name, value in defaults.items()}
-
-
-def torchrun_environment(report: Path, *, shutdown_seconds: int, **defaults: str) -> dict[str, str]:
+def torchrun_environment(
+    report: Path, *, shutdown_seconds: int, own_store: bool = True, **defaults: object
+) -> dict[str, str]:
     """Return the environment of a torchrun whose ranks write `report`; `defaults` are for variables that are not set.
 
     `shutdown_seconds`: the time that ranks have to save once they are told to stop. torchrun's default is 30.
+    `own_store`: the ranks do not share torchrun's store.
     """
-    return {
-        **os.environ,
-        # Each rank sets its own share of the threads; this only keeps torchrun from warning about it.
-        **with_defaults(OMP_NUM_THREADS=1, TORCH_ELASTIC_SHUTDOWN_TIMEOUT=shutdown_seconds, **defaults),
-        EXIT_FILE_VARIABLE: str(report),
-        # Restarted ranks get a store of their own: gloo would find stale addresses in the store of earlier ones.
-        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
-    }
+    # Each rank sets its own share of the threads; this only keeps torchrun from warning about it.
+    defaults = {"OMP_NUM_THREADS": 1, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": shutdown_seconds, **defaults}
+    unset = {name: str(value) for name, value in defaults.items() if not os.environ.get(name)}
+    # Restarted ranks need a store of their own: gloo would find stale addresses in the store of earlier ones.
+    store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if own_store else {}
+    return {**os.environ, **unset, **store, EXIT_FILE_VARIABLE: str(report)}

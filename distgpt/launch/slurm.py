@@ -14,13 +14,13 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from distgpt.config import resolve
 from distgpt.corpus.shards import open_dataset
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_IO, DirectoryError, Interrupted, StorageError, UsageError
-from distgpt.launch.agent import TORCHRUN
 from distgpt.launch.policy import Ending, can_retry, ending_in, newest_checkpoint, read_report, say
-from distgpt.launch.settings import FILE_STORE_CONF, SIGNALS, count_from_environment, with_defaults
+from distgpt.launch.settings import FILE_STORE_CONF, SIGNALS, TORCHRUN, count_from_environment, torchrun_environment
 from distgpt.machine import available_gpus
 from distgpt.preflight import network
 from distgpt.run.exit_report import EXIT_FILE_VARIABLE
@@ -33,39 +33,32 @@ RESOURCES = ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE", "GPUS_ON_NODE")
 
 
 def main(arguments: list[str]) -> int:
-    """Answer on stdout; return the exit code. Raises UsageError if the environment of the job is missing."""
+    """Print one answer and return the exit code. Raises UsageError if the environment of the job is missing."""
     try:
-        return answer(arguments)
+        match arguments:
+            case ["attempt", *options]:
+                print(in_bash(lay_out_attempt(options)))
+            case ["node", module, *options]:
+                run_on_this_node(module, options)
+            case ["ending", logs, run_dir, steps, module, status]:
+                ending = ending_of(Path(logs), run_dir, int(steps), module, int(status))
+                cause = ending.brief if ending.code == EXIT_INTERRUPTED else ending.cause
+                print(ending.code, *cause.split())
+            case ["progress", run_dir, steps]:
+                print(progress(Path(run_dir), int(steps)))
+            case _:
+                raise UsageError(
+                    "python -m distgpt.launch slurm is for the scripts in slurm/: sbatch slurm/train.sh ..."
+                )
     except KeyError as error:
         raise UsageError(
             f"{error.args[0]} is not set: DISTGPT_RUN must pass the environment of the job into the container"
         ) from None
-
-
-def answer(arguments: list[str]) -> int:
-    """Print one answer; return the exit code."""
-    match arguments:
-        case ["plan", *options]:
-            print(in_one_line(plan(options)))
-        case ["node", module, *options]:
-            run_on_this_node(module, options)
-        case ["ending", logs, run_dir, steps, module, status]:
-            ending = ending_of(Path(logs), run_dir, int(steps), module, int(status))
-            cause = ending.brief if ending.code == EXIT_INTERRUPTED else ending.cause
-            print(ending.code, *cause.split())
-        case ["progress", run_dir, steps]:
-            print(progress(Path(run_dir), int(steps)))
-        case _:
-            raise UsageError("python -m distgpt.launch slurm is for the scripts in slurm/: sbatch slurm/train.sh ...")
     return 0
 
 
-def plan(options: list[str]) -> list[str]:
-    """Check a job before any rank starts, and lay it out.
-
-    Returns the run directory, the number of steps, the directory of this attempt's logs, the newest checkpoint, this
-    node's address, a file for the rendezvous (empty on several nodes), and all options of distgpt.train.
-    """
+def lay_out_attempt(options: list[str]) -> dict[str, str | list[str]]:
+    """Check a job before any rank starts; return the variables of slurm/train.sh."""
     count_from_environment("NPROC_PER_NODE")  # a mistake is one line here, not one in the log of each node
     tries = count_from_environment("TRIES") or 5
     task, attempt = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_RESTART_COUNT") or "0"
@@ -90,9 +83,15 @@ def plan(options: list[str]) -> list[str]:
         ) from None
     newest = newest_checkpoint(run_dir) or "no checkpoint"
     require_progress(logs, newest, tries)
-    address = own_address()
-    store = rendezvous_file() if os.environ["SLURM_NNODES"] == "1" else ""
-    return [str(run_dir), str(config.train.steps), str(mine), newest, address, store, *options]
+    return {
+        "run_dir": str(run_dir),
+        "steps": str(config.train.steps),
+        "mine": str(mine),  # the directory of this attempt's logs
+        "newest": newest,
+        "address": own_address(),
+        "rendezvous_file": rendezvous_file() if os.environ["SLURM_NNODES"] == "1" else "",
+        "options": options,  # all of distgpt.train
+    }
 
 
 def sweep_flags(path: str, task: int) -> list[str]:
@@ -172,34 +171,36 @@ def run_on_this_node(module: str, options: list[str]) -> None:
     cpus = int(os.environ.get("SLURM_CPUS_ON_NODE") or 1)
     ranks = count_from_environment("NPROC_PER_NODE") or gpus or min(2, cpus)
     nodes = os.environ["SLURM_NNODES"]
-    variables = with_defaults(
-        # Threads of a rank: its share of the CPUs that Slurm gave, not of all that the node has.
-        OMP_NUM_THREADS=max(1, cpus // ranks),
-        # Says what went wrong where NCCL would only return an error; costs nothing while nothing does.
-        NCCL_DEBUG="WARN",
-        # The seconds that ranks have to save once they are told to stop; torchrun kills them after 30 by default.
-        TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150,
-    )
+    interfaces: dict[str, Any] = {}
     # torchrun's rendezvous c10d unpickles what it reads from its store, so anyone who can write there can run code. On
     # one node the store is therefore a private file, and the job listens on loopback only: the ranks have a store of
     # their own. On several nodes the static rendezvous is used, which reads no pickles.
     if nodes == "1":
-        variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
         rendezvous = ["--rdzv-backend=c10d", f"--rdzv-conf={FILE_STORE_CONF}", "--local-addr=127.0.0.1"]
     else:
         # Both libraries would otherwise pick an interface by the host's name, on some clusters a loopback or management
         # network. NCCL only bootstraps over it and finds InfiniBand by itself.
         try:
             interface = network.interface_of(own_address())
-            variables |= with_defaults(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
+            interfaces = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), interface)
         except UsageError as error:
             say(str(error))
         # timeout: on a busy network file system Python may start minutes later on one node than on another.
         node = os.environ["SLURM_NODEID"]
         rendezvous = ["--rdzv-backend=static", "--rdzv-conf=timeout=600", f"--node-rank={node}"]
     rendezvous += [f"--rdzv-{name}={os.environ[f'RENDEZVOUS_{name.upper()}']}" for name in ("endpoint", "id")]
+    env = torchrun_environment(
+        Path(os.environ[EXIT_FILE_VARIABLE]),
+        shutdown_seconds=150,
+        own_store=nodes == "1",
+        # Threads of a rank: its share of the CPUs that Slurm gave, not of all that the node has.
+        OMP_NUM_THREADS=max(1, cpus // ranks),
+        # Says what went wrong where NCCL would only return an error; costs nothing while nothing does.
+        NCCL_DEBUG="WARN",
+        **interfaces,
+    )
     command = [*TORCHRUN, f"--nnodes={nodes}", f"--nproc_per_node={ranks}", "--max-restarts=0", *rendezvous, SIGNALS]
-    os.execve(sys.executable, [*command, "-m", module, *options], {**os.environ, **variables})
+    os.execve(sys.executable, [*command, "-m", module, *options], env)
 
 
 def ending_of(logs: Path, run_dir: str, steps: int, module: str, status: int) -> Ending:
@@ -250,6 +251,10 @@ def progress(run_dir: Path, steps: int) -> str:
     return ""
 
 
-def in_one_line(words: list[str]) -> str:
-    """Return the words quoted for bash, without ends of lines."""
-    return shlex.join(words).replace("\n", "'$'\\n''")
+def in_bash(variables: dict[str, str | list[str]]) -> str:
+    """Return assignments for bash in one line: strings, and arrays for lists."""
+    text = " ".join(
+        f"{name}=({shlex.join(value)})" if isinstance(value, list) else f"{name}={shlex.quote(value)}"
+        for name, value in variables.items()
+    )
+    return text.replace("\n", "'$'\\n''")

@@ -35,6 +35,7 @@ from distgpt.preflight.finding import Finding, failure, ok, run_check, warning
 from distgpt.run.lock import lock_holder
 from distgpt.run.paths import RunPaths
 from distgpt.suggestion import MANY_EPOCHS, steps_of_many_epochs
+from distgpt.units import count_text, ranks_text, size_text
 
 # Weights, gradients and moments may take this share of a device's memory; activations need the rest.
 MAX_STATE_SHARE = 0.7
@@ -101,7 +102,9 @@ def check_batch(config: Config, runtime: Runtime) -> Finding:
     """Check that the global batch divides over the ranks. Raises UsageError."""
     size, ranks = micro_batch_size(config, runtime), runtime.world_size
     steps = config.train.global_batch // (size * ranks)
-    return ok("batch", f"{config.train.global_batch} = {ranks} ranks x {size} sequences x {steps} accumulation steps")
+    return ok(
+        "batch", f"{config.train.global_batch} = {ranks_text(ranks)} x {size} sequences x {steps} accumulation steps"
+    )
 
 
 def check_shared_memory(runtime: Runtime) -> Finding:
@@ -114,8 +117,8 @@ def check_shared_memory(runtime: Runtime) -> Finding:
         return warning(name, f"{path} is missing or not writable: {fix}")
     free, wanted = shutil.disk_usage(path).free, SHARED_MEMORY_BYTES[runtime.device.type]
     if free < wanted:
-        return warning(name, f"{path} has {_size(free)} free, the ranks may need {_size(wanted)}: {fix}")
-    return ok(name, f"{path} has {_size(free)} free")
+        return warning(name, f"{path} has {size_text(free)} free, the ranks may need {size_text(wanted)}: {fix}")
+    return ok(name, f"{path} has {size_text(free)} free")
 
 
 def check_data(dataset: Dataset, *, thorough: bool) -> Finding:
@@ -136,8 +139,7 @@ def check_windows(config: Config, dataset: Dataset) -> Finding:
     evaluated, _ = evaluation_windows(shard_lengths(val), block_size, config.eval.sequences, val.name)
     epochs = config.train.steps * config.train.global_batch / order.windows
     text = f"{order.windows:,} of {block_size} tokens for training, {len(evaluated):,} for evaluation"
-    times = f"{epochs:.3g}" if epochs < 100 else f"{epochs:,.0f}"
-    text += f"; {config.train.steps:,} steps read the training text {times} times"
+    text += f"; {config.train.steps:,} steps read the training text {count_text(epochs)} times"
     if epochs > MANY_EPOCHS:
         fewer = steps_of_many_epochs(order.windows, config.train.global_batch)
         return warning(
@@ -190,7 +192,7 @@ def check_disk(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     missing = max(1, wanted - len(committed(paths.checkpoints)))
     require_space(nearest, one)
     free = shutil.disk_usage(nearest).free
-    text = f"{_size(free)} free at {nearest}, one checkpoint needs {_size(one)}"
+    text = f"{size_text(free)} free at {nearest}, one checkpoint needs {size_text(one)}"
     if free < missing * one:
         return warning("disk", f"{text} and up to {wanted} are kept: free some space or lower checkpoint.keep")
     return ok("disk", text)
@@ -207,7 +209,7 @@ def check_memory(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     each = BYTES_PER_PARAMETER + outer + (0 if on_gpu else CHECKPOINT_BYTES + outer)
     need = parameters * each / shards
     room = torch.cuda.mem_get_info(runtime.device)[0] if on_gpu else free_memory() / runtime.local_world_size
-    text = f"{parameters:,} parameters, {strategy}: a rank needs {_size(need)} of {_size(room)} free"
+    text = f"{parameters:,} parameters, {strategy}: a rank needs {size_text(need)} of {size_text(room)} free"
     fix = "shard over more ranks with parallel.strategy=fsdp, or take a smaller model"
     if need > room:
         raise UsageError(f"{text}, without activations: {fix}")
@@ -235,10 +237,3 @@ def free_memory() -> float:
     except (OSError, ValueError, KeyError):
         pass  # not Linux, no such control group, or no limit ("max")
     return room
-
-
-def _size(number: float) -> str:
-    for unit, size in (("GiB", GIB), ("MiB", 2**20)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number / 1024:.0f} KiB"
