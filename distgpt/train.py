@@ -87,7 +87,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
         return
     session.say(summary.start_message(config, checkpoints.restored))
     if runtime.rank == 0:
-        for line in summary.list_warnings(config, dataset, checkpoints.restored):
+        for line in summary.warnings(config, dataset.train.tokens, checkpoints.restored):
             startup.warn(line)
         session.require_owned()
         # Record the micro-batch in use: dropout masks depend on it.

@@ -168,8 +168,7 @@ def check_connections(config: Config, store: SharedStore) -> Iterator[Finding]:
             answers = [store.get(f"answer from host {number + 1}") for number in range(node_count())]
     if runtime.rank:
         return
-    names = _host_names(store)
-    by_host = dict(zip(names, answers, strict=True))
+    by_host = {name: answer for (name, _, _), answer in zip(store.get("hosts"), answers, strict=True)}
     broken = [f"{name} cannot reach {other}" for name, answer in by_host.items() for other in answer["unreachable"]]
     if broken:
         yield failure("network", StorageError(f"{'; '.join(broken[:6])}: {OPEN_PORTS}"))
@@ -195,7 +194,7 @@ def measure_network(config: Config, store: SharedStore) -> Iterator[Finding]:
     all_reduce, measured = links.measure(runtime)
     if runtime.rank:
         return
-    names = _host_names(store)
+    names = [name for name, _, _ in store.get("hosts")]
     if offsets:
         yield check_clocks({names[number]: offset for number, offset in offsets.items()})
     yield all_reduce
@@ -243,19 +242,14 @@ def run_directory_problem(store: SharedStore) -> str | None:
     """Return why this host cannot use the run directory of the first host, None if it can."""
     marker = Path(store.get("marker file"))
     deadline = time.monotonic() + NFS_DIRECTORY_CACHE_SECONDS
-    while True:
-        try:
-            if marker.name in os.listdir(marker.parent):
-                break
-        except OSError as error:
-            return f"{marker.parent}: {error.strerror}"
-        if time.monotonic() > deadline:
-            return f"{marker.parent} is not the same directory as on the first host"
-        time.sleep(0.2)
     try:
+        while marker.name not in os.listdir(marker.parent):
+            if time.monotonic() > deadline:
+                return f"{marker.parent} is not the same directory as on the first host"
+            time.sleep(0.2)
         marker.with_name(f"{marker.name}-{node_rank()}").touch()
     except OSError as error:
-        return f"cannot write to {marker.parent}: {error.strerror}"
+        return f"{marker.parent}: {error.strerror}"
     return None
 
 
@@ -270,7 +264,3 @@ def clock_offsets(runtime: Runtime, host_of: Sequence[int]) -> dict[int, float]:
         looks.append([row[0] for row in all_gather_row([time.time()], runtime)])
     first_ranks = {host: host_of.index(host) for host in host_of}
     return {host: statistics.median(times[rank] - times[0] for times in looks) for host, rank in first_ranks.items()}
-
-
-def _host_names(store: SharedStore) -> list[str]:
-    return [name for name, _, _ in store.get("hosts")]

@@ -18,7 +18,7 @@ from distgpt.checkpoint.manifest import committed
 from distgpt.checkpoint.retention import CHECKPOINT_BYTES, OUTER_BYTES, checkpoint_bytes, require_space
 from distgpt.config import Config
 from distgpt.corpus.order import Order, evaluation_windows
-from distgpt.corpus.shards import Dataset, Split, open_dataset, verify_dataset
+from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.distributed.device import compute_dtype, threads_per_rank
 from distgpt.distributed.plan import (
@@ -90,21 +90,17 @@ def check_devices(config: Config, runtime: Runtime) -> Finding:
         return ok("devices", f"{listed}, {dtype}")
     if Path("/dev/nvidia0").exists():
         built = torch.version.cuda
-        why = (
-            f"PyTorch for CUDA {built} cannot use it: update the driver" if built else "PyTorch was built without CUDA"
-        )
-        return warning("devices", f"this machine has an NVIDIA GPU, but {why}; training uses the CPU")
+        why = f"for CUDA {built} cannot use it: update the driver" if built else "was built without CUDA"
+        return warning("devices", f"this machine has an NVIDIA GPU, but PyTorch {why}; training uses the CPU")
     threads = threads_per_rank(runtime.local_world_size)
     return ok("devices", f"{runtime.local_world_size} x CPU with {threads} threads, {dtype}")
 
 
 def check_batch(config: Config, runtime: Runtime) -> Finding:
     """Check that the global batch divides over the ranks. Raises UsageError."""
-    size, ranks = micro_batch_size(config, runtime), runtime.world_size
-    steps = config.train.global_batch // (size * ranks)
-    return ok(
-        "batch", f"{config.train.global_batch} = {ranks_text(ranks)} x {size} sequences x {steps} accumulation steps"
-    )
+    batch, size, ranks = config.train.global_batch, micro_batch_size(config, runtime), runtime.world_size
+    steps = batch // (size * ranks)
+    return ok("batch", f"{batch} = {ranks_text(ranks)} x {size} sequences x {steps} accumulation steps")
 
 
 def check_shared_memory(runtime: Runtime) -> Finding:
@@ -134,23 +130,18 @@ def check_data(dataset: Dataset, *, thorough: bool) -> Finding:
 
 def check_windows(config: Config, dataset: Dataset) -> Finding:
     """Count the windows of each split, and the epochs. Raises DataError if a split holds none."""
-    block_size, train, val = config.model.block_size, dataset.train, dataset.val
-    order = Order(shard_lengths(train), block_size=block_size, seed=config.run.seed, split=train.name)
-    evaluated, _ = evaluation_windows(shard_lengths(val), block_size, config.eval.sequences, val.name)
-    epochs = config.train.steps * config.train.global_batch / order.windows
-    text = f"{order.windows:,} of {block_size} tokens for training, {len(evaluated):,} for evaluation"
+    block_size = config.model.block_size
+    train, val = ([len(shard) for shard in split.shards] for split in (dataset.train, dataset.val))
+    windows = Order(train, block_size=block_size, seed=config.run.seed).windows
+    evaluated, _ = evaluation_windows(val, block_size, config.eval.sequences)
+    epochs = config.train.steps * config.train.global_batch / windows
+    text = f"{windows:,} of {block_size} tokens for training, {len(evaluated):,} for evaluation"
     text += f"; {config.train.steps:,} steps read the training text {count_text(epochs)} times"
     if epochs > MANY_EPOCHS:
-        fewer = steps_of_many_epochs(order.windows, config.train.global_batch)
-        return warning(
-            "windows", f"{text}: prepare more text, or read it {MANY_EPOCHS} times with --train.steps={fewer}"
-        )
+        fewer = steps_of_many_epochs(windows, config.train.global_batch)
+        fix = f"prepare more text, or read it {MANY_EPOCHS} times with --train.steps={fewer}"
+        return warning("windows", f"{text}: {fix}")
     return ok("windows", text)
-
-
-def shard_lengths(split: Split) -> list[int]:
-    """Return the number of tokens of each shard."""
-    return [len(shard) for shard in split.shards]
 
 
 def check_run_directory(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
@@ -159,25 +150,21 @@ def check_run_directory(config: Config, runtime: Runtime, dataset: Dataset) -> F
     Raises DirectoryError, StorageError or UsageError.
     """
     paths = RunPaths(config.run_dir)
+    another = "choose another --run.dir"
     if owner := lock_holder(paths):
-        raise DirectoryError(
-            f"the run directory {paths.root} is in use by {owner}; wait for it or choose another --run.dir"
-        )
+        raise DirectoryError(f"the run directory {paths.root} is in use by {owner}; wait for it or {another}")
     nearest = nearest_directory(paths.root)
     try:
         with tempfile.TemporaryFile(dir=nearest) as probe:
             fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise DirectoryError(
-            f"cannot write to the run directory {paths.root} ({nearest}: {error.strerror}); choose another --run.dir"
-        ) from None
+        where = f"the run directory {paths.root} ({nearest}: {error.strerror})"
+        raise DirectoryError(f"cannot write to {where}; {another}") from None
     checkpoints = committed(paths.checkpoints)
     if not checkpoints:
         return ok("run directory", f"{paths.root}, a new run")
     if config.run.fresh:
-        raise DirectoryError(
-            f"{paths.root} holds checkpoints: --run.fresh needs an empty run directory; choose another --run.dir"
-        )
+        raise DirectoryError(f"{paths.root} holds checkpoints: --run.fresh needs an empty run directory; {another}")
     require_same_run(paths.checkpoints, config, dataset, replicas=independent_replicas(config, runtime))
     return ok("run directory", f"{paths.root}, resumes from {checkpoints[0].name}")
 

@@ -48,7 +48,7 @@ class Console:
 
     def train(self, figures: StepFigures) -> None:
         """Print the figures of a log step."""
-        rate = f"{_with_suffix(figures.tokens_per_second)} tok/s"
+        rate = f"{tqdm.format_sizeof(figures.tokens_per_second)} tok/s"
         eta = f"eta {duration((self._total - figures.step) * figures.seconds)}"
         self._row(
             figures.step,
@@ -123,11 +123,3 @@ def _precise_duration(seconds: float) -> str:
 def step_time(seconds: float) -> str:
     """Format the seconds of a step: 45 ms, 12.3 s."""
     return f"{seconds * 1e3:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
-
-
-def _with_suffix(number: float) -> str:
-    """Format a number with about three digits: 950, 12.3k, 1.23M."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.{2 - min(1, int(math.log10(number / size)))}f}{suffix}"
-    return f"{number:.0f}"

@@ -66,24 +66,18 @@ class Metrics:
 
     def train(self, figures: StepFigures) -> None:
         """Log the figures of a training step."""
-        self._write_line(asdict(figures))
-        self.scalars(
-            figures.step,
-            {
-                "train/loss": figures.loss,
-                "train/lr": figures.lr,
-                "train/grad_norm": figures.grad_norm,
-                "train/loss_z": figures.loss_z,
-                "train/grad_norm_z": figures.grad_norm_z,
-                "train/skipped": float(figures.skipped),
-                "perf/tokens_per_second": figures.tokens_per_second,
-                "perf/mfu": figures.mfu,
-                "perf/step_s": figures.seconds,
-                "perf/memory_gib": figures.memory_bytes / GIB,
-                "perf/data_wait_s": figures.data_wait,
-                "perf/checkpoint_stall_s": figures.checkpoint_stall,
-            },
-        )
+        values = asdict(figures)
+        self._write_line(values)
+        learning = ("loss", "lr", "grad_norm", "loss_z", "grad_norm_z", "skipped")
+        performance = {
+            "perf/tokens_per_second": figures.tokens_per_second,
+            "perf/mfu": figures.mfu,
+            "perf/step_s": figures.seconds,
+            "perf/memory_gib": figures.memory_bytes / GIB,
+            "perf/data_wait_s": figures.data_wait,
+            "perf/checkpoint_stall_s": figures.checkpoint_stall,
+        }
+        self.scalars(figures.step, {f"train/{name}": values[name] for name in learning} | performance)
 
     def evaluation(self, step: int, *, val_loss: float, val_bits_per_byte: float) -> None:
         """Log the evaluation after `step`."""

@@ -54,16 +54,7 @@ def nothing_to_do_message(config: Config, step: int) -> str:
     )
 
 
-def list_warnings(config: Config, dataset: Dataset, restored: RunState | None) -> list[str]:
-    """List values that look like mistakes, one line for each."""
-    lines = list(warnings(config, dataset.train.tokens))
-    if restored is not None:
-        jump = learning_rate_jump(from_dict(restored.config, source=STATE), config, restored.step)
-        lines += [jump] if jump else []
-    return lines
-
-
-def warnings(config: Config, train_tokens: int) -> Iterator[str]:
+def warnings(config: Config, train_tokens: int, restored: RunState | None) -> Iterator[str]:
     """Yield a line for each value that can work but is probably a mistake."""
     steps, optim = config.train.steps, config.optim
     if epochs(config, train_tokens) > MANY_EPOCHS:
@@ -78,6 +69,9 @@ def warnings(config: Config, train_tokens: int) -> Iterator[str]:
             f"optim.warmup_steps is {optim.warmup_steps:,} and the run has {steps:,} steps: the learning rate ends at "
             f"{lr_at(steps - 1, optim, steps):.2e} and never reaches optim.lr = {optim.lr:.2e}; warm up for fewer steps"
         )
+    if restored is not None:
+        jump = learning_rate_jump(from_dict(restored.config, source=STATE), config, restored.step)
+        yield from [jump] if jump else []
 
 
 def changes(then: Config, now: Config) -> list[str]:
