@@ -130,7 +130,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
                 checkpoints.require_saved(completed)
             raise session.interrupted(last)
 
-    stop_check = StopCheck(lambda: session.stop_requested is not None, runtime, on_wait=stragglers.exclude)
+    stop_check = StopCheck(lambda: session.stop_requested is not None, runtime, on_wait=stragglers.timer.exclude)
     with (
         closing(startup.training_batches(config, plan, dataset, start_step=start)) as batches,
         Progress(
@@ -147,7 +147,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
         watchdog.heartbeat("waiting for data", health.start_timeout)
         for step in range(start + 1, last + 1):
             # learn
-            stragglers.begin_step()
+            stragglers.timer.begin()
             lr = set_lr(optimizer, lr_at(step - 1, config.optim, last))  # steps count from 1, the schedule from 0
             loss = accumulate_gradients(
                 model, batches.next_step(), step, plan, seed=config.run.seed, after_each=after_micro_batch

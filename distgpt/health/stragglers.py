@@ -46,21 +46,13 @@ class StragglerMonitor:
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._timer = OwnWorkTimer(model, runtime.device)
+        self.timer = OwnWorkTimer(model, runtime.device)
         self._detector = StragglerDetector(hosts_of_ranks(runtime))
         self.reset()
 
-    def begin_step(self) -> None:
-        """Start the clock of a step."""
-        self._timer.begin()
-
-    def exclude(self, seconds: float) -> None:
-        """Subtract seconds for which this rank waited for the others in the middle of a step."""
-        self._timer.exclude(seconds)
-
     def end_step(self, *, data_wait: float, save_seconds: float, saved_bytes: float) -> None:
-        """Add the step since begin_step(), with its data wait and saves. Call it after the gradients are reduced."""
-        self._work += Work(self._timer.seconds(), data_wait, save_seconds, saved_bytes)
+        """Add the step that `timer` timed, with its data wait and saves. Call it after the gradients are reduced."""
+        self._work += Work(self.timer.seconds(), data_wait, save_seconds, saved_bytes)
         self._steps += 1
 
     def reset(self) -> None:

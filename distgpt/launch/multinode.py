@@ -9,7 +9,6 @@ import time
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from distgpt.config import Config, resolve
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
@@ -143,9 +142,7 @@ class Launcher:
     def _attempt(self) -> Ending | None:
         """Run one torchrun on this host to its end; return how it failed, None if it did not."""
         report, before = self._scratch / f"exit-{self._attempts}.json", read_report(self._shared_report)
-        # NCCL chooses InfiniBand ports by itself; its variable is for its first contact, and for plain Ethernet.
-        names: dict[str, Any] = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self._route.interface)
-        env = torchrun_environment(report, shutdown_seconds=120, **names)
+        env = torchrun_environment(report, shutdown_seconds=120, interface=self._route.interface)
         if self._supervisor.run(self._command(), env, while_waiting=self._require_hosts_in_time) == 0:
             return None
         found, shared = read_report(report), read_report(self._shared_report)

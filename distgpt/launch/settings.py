@@ -25,16 +25,21 @@ def count_from_environment(name: str) -> int | None:
 
 
 def torchrun_environment(
-    report: Path, *, shutdown_seconds: int, own_store: bool = True, **defaults: object
+    report: Path, *, shutdown_seconds: int, interface: str = "", own_store: bool = True, threads: int = 1
 ) -> dict[str, str]:
-    """Return the environment of a torchrun whose ranks write `report`; `defaults` are for variables that are not set.
+    """Return the environment of a torchrun whose ranks write `report`. Variables that are set keep their values.
 
     `shutdown_seconds`: the time that ranks have to save once they are told to stop. torchrun's default is 30.
-    `own_store`: the ranks do not share torchrun's store.
+    `interface`: the one to the other hosts. `own_store`: the ranks do not share torchrun's store.
     """
-    # Each rank sets its own share of the threads; this only keeps torchrun from warning about it.
-    defaults = {"OMP_NUM_THREADS": 1, "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": shutdown_seconds, **defaults}
-    unset = {name: str(value) for name, value in defaults.items() if not os.environ.get(name)}
+    defaults = {
+        # Each rank sets its own share of the threads if there is no better value; 1 keeps torchrun from warning.
+        "OMP_NUM_THREADS": str(threads),
+        "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(shutdown_seconds),
+        # NCCL chooses InfiniBand ports by itself; its variable is for its first contact, and for plain Ethernet.
+        **(dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), interface) if interface else {}),
+    }
+    unset = {name: value for name, value in defaults.items() if not os.environ.get(name)}
     # Restarted ranks need a store of their own: gloo would find stale addresses in the store of earlier ones.
     store = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"} if own_store else {}
     return {**os.environ, **unset, **store, EXIT_FILE_VARIABLE: str(report)}

@@ -14,7 +14,6 @@ import sys
 import tempfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 from distgpt.config import resolve
 from distgpt.corpus.shards import open_dataset
@@ -47,13 +46,10 @@ def main(arguments: list[str]) -> int:
             case ["progress", run_dir, steps]:
                 print(progress(Path(run_dir), int(steps)))
             case _:
-                raise UsageError(
-                    "python -m distgpt.launch slurm is for the scripts in slurm/: sbatch slurm/train.sh ..."
-                )
+                raise UsageError("this answers the scripts in slurm/: sbatch slurm/train.sh ...")
     except KeyError as error:
-        raise UsageError(
-            f"{error.args[0]} is not set: DISTGPT_RUN must pass the environment of the job into the container"
-        ) from None
+        fix = "DISTGPT_RUN must pass the environment of the job into the container"
+        raise UsageError(f"{error.args[0]} is not set: {fix}") from None
     return 0
 
 
@@ -70,7 +66,7 @@ def lay_out_attempt(options: list[str]) -> dict[str, str | list[str]]:
     config = resolve(options, os.environ)
     open_dataset(Path(config.data.path))
     run_dir = config.run_dir
-    if task and not any(flag == "--run.dir" or flag.startswith("--run.dir=") for flag in flags):
+    if task and "--run.dir" not in (flag.partition("=")[0] for flag in flags):
         run_dir = Path(f"{run_dir}-{task}")
         options.append(f"--run.dir={run_dir}")
     logs = RunPaths(run_dir).logs / f"slurm-{os.environ['SLURM_JOB_ID']}"
@@ -78,9 +74,7 @@ def lay_out_attempt(options: list[str]) -> dict[str, str | list[str]]:
     try:
         mine.mkdir(parents=True, exist_ok=True)
     except OSError:
-        raise DirectoryError(
-            f"cannot write to the run directory {run_dir}; choose another with --run.dir=DIR"
-        ) from None
+        raise DirectoryError(f"cannot write to the run directory {run_dir}; choose another --run.dir") from None
     newest = newest_checkpoint(run_dir) or "no checkpoint"
     require_progress(logs, newest, tries)
     return {
@@ -105,9 +99,8 @@ def sweep_flags(path: str, task: int) -> list[str]:
             if flags := shlex.split(next(itertools.islice(file, task, None), "")):
                 return flags
     except OSError:
-        raise UsageError(
-            f"DISTGPT_SWEEP={path} cannot be read: it must name a file with a line of flags for each task"
-        ) from None
+        fix = "it must name a file with a line of flags for each task"
+        raise UsageError(f"DISTGPT_SWEEP={path} cannot be read: {fix}") from None
     except ValueError as error:
         why = error
     raise UsageError(f"DISTGPT_SWEEP={path}: {why} in line {task + 1}, that of task {task} (from 0)")
@@ -121,9 +114,8 @@ def check_resources(node: str) -> None:
     if whole and 0 < 2 * memory < int(whole[1]):
         say(f"the job may use {memory} of the {whole[1]} MiB of memory of {name}: --mem=0 asks for all of it")
     if not (job["GPUS_ON_NODE"] or os.environ.get("NPROC_PER_NODE")) and re.search(r"Gres=\S*gpu", node):
-        raise UsageError(
-            f"{name} has GPUs and the job asked for none: add --gpus-per-node=N, or NPROC_PER_NODE=2 for its CPUs"
-        )
+        fix = "add --gpus-per-node=N, or NPROC_PER_NODE=2 for its CPUs"
+        raise UsageError(f"{name} has GPUs and the job asked for none: {fix}")
 
 
 def require_progress(logs: Path, newest: str, tries: int) -> None:
@@ -136,9 +128,8 @@ def require_progress(logs: Path, newest: str, tries: int) -> None:
     except OSError:
         raise StorageError(f"cannot write in {logs}: make room and submit it again to go on") from None
     if found[-tries - 1 :].count(newest) > tries:
-        raise Interrupted(
-            f"gave up after {tries} attempts that got no further than {newest}, see {logs}: submit it again to go on"
-        )
+        gave_up = f"gave up after {tries} attempts that got no further than {newest}"
+        raise Interrupted(f"{gave_up}, see {logs}: submit it again to go on")
 
 
 def rendezvous_file() -> str:
@@ -146,10 +137,8 @@ def rendezvous_file() -> str:
     try:
         return tempfile.mkstemp()[1]
     except OSError:
-        raise StorageError(
-            f"cannot create a temporary file on {os.environ['SLURMD_NODENAME']}: free some space or set TMPDIR, then "
-            "submit the job again"
-        ) from None
+        fix = "free some space or set TMPDIR, then submit the job again"
+        raise StorageError(f"cannot create a temporary file on {os.environ['SLURMD_NODENAME']}: {fix}") from None
 
 
 def own_address() -> str:
@@ -170,19 +159,16 @@ def run_on_this_node(module: str, options: list[str]) -> None:
     gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or available_gpus())
     cpus = int(os.environ.get("SLURM_CPUS_ON_NODE") or 1)
     ranks = count_from_environment("NPROC_PER_NODE") or gpus or min(2, cpus)
-    nodes = os.environ["SLURM_NNODES"]
-    interfaces: dict[str, Any] = {}
+    nodes, interface = os.environ["SLURM_NNODES"], ""
     # torchrun's rendezvous c10d unpickles what it reads from its store, so anyone who can write there can run code. On
     # one node the store is therefore a private file, and the job listens on loopback only: the ranks have a store of
     # their own. On several nodes the static rendezvous is used, which reads no pickles.
     if nodes == "1":
         rendezvous = ["--rdzv-backend=c10d", f"--rdzv-conf={FILE_STORE_CONF}", "--local-addr=127.0.0.1"]
     else:
-        # Both libraries would otherwise pick an interface by the host's name, on some clusters a loopback or management
-        # network. NCCL only bootstraps over it and finds InfiniBand by itself.
+        # gloo and NCCL would pick one by the host's name, on some clusters a loopback or management network.
         try:
             interface = network.interface_of(own_address())
-            interfaces = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), interface)
         except UsageError as error:
             say(str(error))
         # timeout: on a busy network file system Python may start minutes later on one node than on another.
@@ -192,13 +178,12 @@ def run_on_this_node(module: str, options: list[str]) -> None:
     env = torchrun_environment(
         Path(os.environ[EXIT_FILE_VARIABLE]),
         shutdown_seconds=150,
+        interface=interface,
         own_store=nodes == "1",
-        # Threads of a rank: its share of the CPUs that Slurm gave, not of all that the node has.
-        OMP_NUM_THREADS=max(1, cpus // ranks),
-        # Says what went wrong where NCCL would only return an error; costs nothing while nothing does.
-        NCCL_DEBUG="WARN",
-        **interfaces,
+        threads=max(1, cpus // ranks),  # a share of the CPUs that Slurm gave, not of all that the node has
     )
+    # Says what went wrong where NCCL would only return an error; costs nothing while nothing does.
+    env.setdefault("NCCL_DEBUG", "WARN")
     command = [*TORCHRUN, f"--nnodes={nodes}", f"--nproc_per_node={ranks}", "--max-restarts=0", *rendezvous, SIGNALS]
     os.execve(sys.executable, [*command, "-m", module, *options], env)
 
@@ -226,13 +211,9 @@ def ending_of(logs: Path, run_dir: str, steps: int, module: str, status: int) ->
 
 def can_write(logs: Path) -> bool:
     """Return whether there is room for a rank to say how it ended."""
-    probe = logs / "probe"
-    try:
-        probe.write_bytes(bytes(PROBE_BYTES))
-        probe.unlink()
-    except OSError:
-        return False
-    return True
+    with suppress(OSError), tempfile.TemporaryFile(dir=logs, buffering=0) as probe:
+        return probe.write(bytes(PROBE_BYTES)) == PROBE_BYTES
+    return False
 
 
 def progress(run_dir: Path, steps: int) -> str:

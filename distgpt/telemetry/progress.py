@@ -12,7 +12,7 @@ from distgpt.errors import Interrupted, StorageError
 from distgpt.health.outliers import Decision
 from distgpt.run.session import RunSession
 from distgpt.telemetry.console import Console, duration, step_time
-from distgpt.telemetry.goodput import End, Goodput, TimeSpent
+from distgpt.telemetry.goodput import End, Goodput
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes
 from distgpt.telemetry.plots import plot_losses
 
@@ -36,7 +36,7 @@ class Progress:
             Metrics(self._paths.root, resume_step=start_step, require_owned=self._require_owned) if writes else None
         )
         path = self._paths.goodput if writes else None
-        self._goodput = Goodput(path, start_step=start_step, require_owned=self._require_owned)
+        self.goodput = Goodput(path, start_step=start_step, require_owned=self._require_owned)
         self._console = Console(config.train.steps, start_step, writes)
         self._start_step = self._logged_step = start_step
         self._since = time.perf_counter()
@@ -54,7 +54,7 @@ class Progress:
     def step_done(self, step: int, *, data_wait: float) -> float:
         """Record a finished optimizer step and return its seconds. `data_wait`: seconds of it spent on data."""
         self._console.advance()
-        seconds = self._goodput.step(step, data_wait=data_wait)
+        seconds = self.goodput.step(step, data_wait=data_wait)
         self._data_wait += data_wait
         self._write_goodput()
         return seconds
@@ -91,7 +91,7 @@ class Progress:
         self._console.train(figures)
         if self._metrics is not None:
             self._metrics.train(figures)
-            spent = self.time_spent()
+            spent = self.goodput.so_far()
             parts = {f"goodput/{part}_s": part_seconds for part, part_seconds in spent.seconds.items()}
             self._metrics.scalars(step, {"goodput/share": spent.goodput, **parts})
         self._logged_step, self._since = step, now
@@ -124,10 +124,6 @@ class Progress:
             mean = spent / len(self._first_steps)
             self._console.message(f"time      {left:,} more steps of {step_time(mean)} take {duration(left * mean)}")
 
-    def time_spent(self) -> TimeSpent:
-        """Return the time of the run so far by part, over all its attempts."""
-        return self._goodput.so_far()
-
     @contextmanager
     def pausing(self, part: Literal["evaluation", "checkpoint"]) -> Iterator[None]:
         """Wrap an evaluation, or the part of a save for which training stops: its time is not that of steps."""
@@ -135,13 +131,13 @@ class Progress:
         if part == "checkpoint":
             if self._metrics is not None:
                 self._metrics.sync()
-            self._goodput.charge("other")  # an unfinished step, if any
+            self.goodput.charge("other")  # an unfinished step, if any
         yield
         paused = time.perf_counter() - started
         self._paused += paused
         if part == "checkpoint":
             self._checkpoint_stall += paused
-        self._goodput.charge(part)
+        self.goodput.charge(part)
         self._write_goodput()
 
     def evaluation(self, step: int, *, val_loss: float, val_bits_per_byte: float, best: bool) -> None:
@@ -168,14 +164,14 @@ class Progress:
         """Remove the progress bar and show where the time went."""
         self._console.close()
         if self._metrics is not None:
-            self._goodput.charge("other")
+            self.goodput.charge("other")
             stopped: End = "interrupted" if isinstance(error, Interrupted) else "failed"
             self._write_goodput(end="done" if error is None else stopped)
-            self._console.goodput(self.time_spent())
-            self._goodput.close()
+            self._console.goodput(self.goodput.so_far())
+            self.goodput.close()
             self._metrics.close()
 
     def _write_goodput(self, *, end: End | None = None) -> None:
         if self._metrics is not None:
             with self._metrics.counting_drops():
-                self._goodput.write(end=end)
+                self.goodput.write(end=end)

@@ -1,6 +1,7 @@
 """Report a step: show and record it, name slow ranks, adapt the save interval, explain a skipped update."""
 
 import logging
+import math
 
 import torch
 
@@ -63,7 +64,7 @@ class StepReporter:
         self._progress.compare_ranks(step, messages, figures)
 
     def _reconsider_interval(self) -> None:
-        spent, runtime = self._progress.time_spent(), self._plan.runtime
+        spent, runtime = self._progress.goodput.so_far(), self._plan.runtime
         between_failures = seconds_between_failures(
             seconds=spent.total - spent.seconds["recovery"],
             failures=spent.failures,
@@ -83,9 +84,9 @@ def peak_tokens_per_second(plan: Plan, *, flops_per_token: float) -> float | Non
     """
     runtime = plan.runtime
     peak = device_peak_flops(runtime.device, plan.dtype)
-    values = torch.tensor([peak or 0.0, float(peak is None)], dtype=torch.float64, device=runtime.device)
-    total, unknown = sum_over_ranks(values, runtime).tolist()
-    return None if unknown else float(total) / flops_per_token
+    value = torch.tensor(math.nan if peak is None else peak, dtype=torch.float64, device=runtime.device)
+    total = sum_over_ranks(value, runtime).item()
+    return None if math.isnan(total) else total / flops_per_token
 
 
 def explain_outlier(decision: Decision, step: int, config: Config, batches: Loader) -> str:

@@ -33,7 +33,7 @@ def train(directory: Path, dataset: Dataset, *, steps: int, log_every: int) -> S
     reporter = StepReporter(plan, progress, stragglers, interval, subject.checkpointer, start_step=0)
     with progress:
         for step in range(1, steps + 1):
-            stragglers.begin_step()
+            stragglers.timer.begin()
             subject.learn()
             reporter.report(step, loss=2.0, lr=1e-3, grad_norm=1.0, decision=Decision(), data_wait=0.0)
             if interval.is_due(step):
