@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from distgpt.config import HealthConfig
 from distgpt.errors import EXIT_INTERRUPTED
+from distgpt.files import children_of
 from distgpt.health import backstop
 from distgpt.health.backstop import STACK_DUMP_SECONDS, state_of
 from distgpt.health.diagnosis import RankProgress, current_line, describe_hanging_ranks, write_flight_recorders
@@ -270,14 +271,10 @@ def _start_backstop(logs: Path) -> RawIOBase:
 
 def ranks_of_this_host() -> dict[int, int]:
     """Return the process ids of the other ranks of this torchrun, by rank; empty without torchrun or /proc."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID")
-    agent = os.getppid()
-    found: dict[int, int] = {}
-    try:
-        children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split() if job is not None else []
-    except OSError:
-        return found
-    for pid in map(int, children):
+    job, found, siblings = os.environ.get("TORCHELASTIC_RUN_ID"), dict[int, int](), list[int]()
+    with suppress(OSError):
+        siblings = children_of(os.getppid()) if job is not None else []
+    for pid in siblings:
         with suppress(OSError):
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             if pid != os.getpid() and f"TORCHELASTIC_RUN_ID={job}".encode() in variables:

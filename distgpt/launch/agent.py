@@ -7,11 +7,10 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
 from types import FrameType
 
 from distgpt.errors import STOP_SIGNALS
-from distgpt.files import process_stat
+from distgpt.files import children_of, process_stat
 from distgpt.launch.policy import say
 from distgpt.torchrun import signal_when_parent_dies
 
@@ -141,7 +140,7 @@ def rank_states(agent: int) -> list[str]:
     """Return the states of the children of torchrun in /proc; none on systems without it."""
     states = []
     with suppress(OSError):
-        for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        for child in children_of(agent):
             with suppress(OSError):  # it has ended meanwhile
-                states.append(process_stat(int(child))[0])
+                states.append(process_stat(child)[0])
     return states

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from distgpt.telemetry.owned_files import append_or_undo, open_for_appending, replace_file
@@ -53,14 +52,8 @@ class EventFile:
         """Add a text, which TensorBoard shows verbatim."""
         longest = max(map(len, re.findall("`+", text)), default=0)
         fence = "`" * max(3, longest + 1)
-        markdown = TensorProto(
-            dtype="DT_STRING",
-            string_val=[f"{fence}\n{text}\n{fence}".encode(errors="replace")],
-            tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
-        )
-        kind = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-        value = Summary.Value(tag=f"{tag}/text_summary", metadata=kind, tensor=markdown)
-        self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=[value])))
+        markdown = f"{fence}\n{text}\n{fence}".encode(errors="replace")
+        self._append(Event(wall_time=time.time(), step=step, summary=text_pb(f"{tag}/text_summary", markdown)))
 
     def close(self) -> None:
         """Close the file. Every record is already written."""
