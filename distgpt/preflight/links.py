@@ -4,7 +4,6 @@ All links of one direction are measured at the same time, so that the time does 
 receiver of each link takes the time. The amount of data grows until the slowest link takes ENOUGH_SECONDS.
 """
 
-import dataclasses
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distgpt.distributed.collectives import all_gather_json
+from distgpt.distributed.collectives import all_gather_row
 from distgpt.distributed.runtime import Runtime
 from distgpt.preflight.finding import Finding, ok, warning
 
@@ -38,12 +37,13 @@ def measure(runtime: Runtime) -> tuple[Finding, list[Link]]:
     """Measure the all-reduce and all links. Collective: all ranks call it, and all get the whole result."""
     if not runtime.distributed:
         return ok("links", "one rank, no link to measure"), []
-    links = []
-    for shift in sorted({1, runtime.world_size - 1}):
-        source = (runtime.rank - shift) % runtime.world_size
-        links.append(Link(source, runtime.rank, _measure_link(runtime, shift)))
-    everyone = all_gather_json([dataclasses.astuple(link) for link in links])
-    return _measure_all_reduce(runtime), [Link(*link) for links_of_rank in everyone for link in links_of_rank]
+    shifts = sorted({1, runtime.world_size - 1})
+    rates = all_gather_row([_measure_link(runtime, shift) for shift in shifts], runtime)
+    return _measure_all_reduce(runtime), [
+        Link((rank - shift) % runtime.world_size, rank, rate)
+        for rank, row in enumerate(rates)
+        for shift, rate in zip(shifts, row, strict=True)
+    ]
 
 
 def check_links(links: Sequence[Link], *, host_of: Sequence[int], names: Sequence[str]) -> list[Finding]:
@@ -104,7 +104,7 @@ def _measure_all_reduce(runtime: Runtime) -> Finding:
         return []
 
     amount, seconds = _time_transfer(runtime, all_reduce)
-    slowest = _max_over_ranks(seconds)
+    slowest = _max_over_ranks(seconds, runtime)
     # A ring all-reduce sends 2 (n - 1) / n of the tensor over each link.
     rate = 2 * (runtime.world_size - 1) / runtime.world_size * amount / slowest
     size = f"{amount / 2**20:.2g} MiB over {runtime.world_size} ranks"
@@ -129,13 +129,11 @@ def _time_transfer(runtime: Runtime, transfer: Callable[[Tensor], list[dist.Work
             times.append(time.perf_counter() - started)
             for work in pending:
                 work.wait()
-        if amount >= LAST_BYTES or _max_over_ranks(min(times)) > ENOUGH_SECONDS:
+        if amount >= LAST_BYTES or _max_over_ranks(min(times), runtime) > ENOUGH_SECONDS:
             return amount, min(times)
         amount *= 4
 
 
-def _max_over_ranks(seconds: float) -> float:
+def _max_over_ranks(seconds: float, runtime: Runtime) -> float:
     """Return the longest time of all ranks, so that all of them go on or stop together."""
-    value = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value.item()
+    return max(row[0] for row in all_gather_row([seconds], runtime))

@@ -81,13 +81,9 @@ class Metrics:
 
     def evaluation(self, step: int, *, val_loss: float, val_bits_per_byte: float) -> None:
         """Log the evaluation after `step`."""
-        values = {
-            "val_loss": val_loss,
-            "val_perplexity": perplexity(val_loss),
-            "val_bits_per_byte": val_bits_per_byte,
-        }
-        self._write_line({"step": step, **values})
-        self.scalars(step, {name.replace("val_", "eval/"): value for name, value in values.items()})
+        values = {"loss": val_loss, "perplexity": perplexity(val_loss), "bits_per_byte": val_bits_per_byte}
+        self._write_line({"step": step, **{f"val_{name}": value for name, value in values.items()}})
+        self.scalars(step, {f"eval/{name}": value for name, value in values.items()})
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Add one point to each curve in TensorBoard; values that are None are left out."""
