@@ -11,7 +11,6 @@ from distgpt.run.exit_report import EXIT_FILE_VARIABLE
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 # torchrun passes on only the signals that it is told of, and SIGUSR1 would kill it.
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-FILE_STORE_CONF = "store_type=file,keep_alive_interval=3600"  # each keep-alive makes the file longer
 
 
 def count_from_environment(name: str) -> int | None:
@@ -22,6 +21,16 @@ def count_from_environment(name: str) -> int | None:
     if not re.fullmatch("[1-9][0-9]{0,8}", text):
         raise UsageError(f"{name}={text}: it must be a whole number from 1")
     return int(text)
+
+
+def loopback_rendezvous(store: str, job: str) -> list[str]:
+    """Return options of torchrun for one machine: a private file is its store, and it listens on loopback only.
+
+    torchrun's rendezvous c10d unpickles what it reads from its store, so anyone who can write there can run code.
+    """
+    conf = "store_type=file,keep_alive_interval=3600"  # each keep-alive makes the file longer
+    place = ["--rdzv-backend=c10d", f"--rdzv-endpoint={store}", f"--rdzv-id={job}"]
+    return [*place, f"--rdzv-conf={conf}", "--local-addr=127.0.0.1"]
 
 
 def torchrun_environment(

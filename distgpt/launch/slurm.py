@@ -19,7 +19,7 @@ from distgpt.config import resolve
 from distgpt.corpus.shards import open_dataset
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_IO, DirectoryError, Interrupted, StorageError, UsageError
 from distgpt.launch.policy import Ending, can_retry, ending_in, newest_checkpoint, read_report, say
-from distgpt.launch.settings import FILE_STORE_CONF, SIGNALS, TORCHRUN, count_from_environment, torchrun_environment
+from distgpt.launch.settings import SIGNALS, TORCHRUN, count_from_environment, loopback_rendezvous, torchrun_environment
 from distgpt.machine import available_gpus
 from distgpt.preflight import network
 from distgpt.run.exit_report import EXIT_FILE_VARIABLE
@@ -160,21 +160,19 @@ def run_on_this_node(module: str, options: list[str]) -> None:
     cpus = int(os.environ.get("SLURM_CPUS_ON_NODE") or 1)
     ranks = count_from_environment("NPROC_PER_NODE") or gpus or min(2, cpus)
     nodes, interface = os.environ["SLURM_NNODES"], ""
-    # torchrun's rendezvous c10d unpickles what it reads from its store, so anyone who can write there can run code. On
-    # one node the store is therefore a private file, and the job listens on loopback only: the ranks have a store of
-    # their own. On several nodes the static rendezvous is used, which reads no pickles.
+    endpoint, job = os.environ["RENDEZVOUS_ENDPOINT"], os.environ["RENDEZVOUS_ID"]
     if nodes == "1":
-        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-conf={FILE_STORE_CONF}", "--local-addr=127.0.0.1"]
+        rendezvous = loopback_rendezvous(endpoint, job)
     else:
         # gloo and NCCL would pick one by the host's name, on some clusters a loopback or management network.
         try:
             interface = network.interface_of(own_address())
         except UsageError as error:
             say(str(error))
-        # timeout: on a busy network file system Python may start minutes later on one node than on another.
-        node = os.environ["SLURM_NODEID"]
-        rendezvous = ["--rdzv-backend=static", "--rdzv-conf=timeout=600", f"--node-rank={node}"]
-    rendezvous += [f"--rdzv-{name}={os.environ[f'RENDEZVOUS_{name.upper()}']}" for name in ("endpoint", "id")]
+        # The static rendezvous reads no pickles. timeout: on a busy network file system Python may start minutes later
+        # on one node than on another.
+        rendezvous = ["--rdzv-backend=static", "--rdzv-conf=timeout=600", f"--node-rank={os.environ['SLURM_NODEID']}"]
+        rendezvous += [f"--rdzv-endpoint={endpoint}", f"--rdzv-id={job}"]
     env = torchrun_environment(
         Path(os.environ[EXIT_FILE_VARIABLE]),
         shutdown_seconds=150,
