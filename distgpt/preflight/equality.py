@@ -8,7 +8,7 @@ import socket
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -42,8 +42,8 @@ class HostReport:
     address: str
     port: int
     findings: list[Finding]
-    must_match: dict[str, str] = field(default_factory=dict)  # by check: a value that must be equal on all hosts
-    config: dict[str, str] = field(default_factory=dict)
+    must_match: dict[str, str]  # by check: a value that must be equal on all hosts
+    config: dict[str, str]
 
 
 def describe_this_host(config: Config, runtime: Runtime, *, port: int, alone: bool) -> HostReport:

@@ -152,7 +152,9 @@ def test_different_clocks_warn() -> None:
 
 
 def test_hosts_with_the_same_name_get_their_address_as_label() -> None:
-    reports = [equality.HostReport(name, f"10.0.0.{i}", 1, []) for i, name in enumerate(["node", "other", "node"])]
+    reports = [
+        equality.HostReport(name, f"10.0.0.{i}", 1, [], {}, {}) for i, name in enumerate(["node", "other", "node"])
+    ]
     assert equality.host_labels(reports) == ["node (10.0.0.0)", "other", "node (10.0.0.2)"]
 
 
