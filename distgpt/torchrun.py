@@ -41,7 +41,7 @@ def die_with_agent() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return
     agent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    signal_when_parent_dies(signal.SIGKILL)
     # The agent may have died before the call above took effect.
     if os.getppid() != agent:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -49,6 +49,12 @@ def die_with_agent() -> None:
         with suppress(OSError):
             print_cause("distgpt: error: TORCHELASTIC_RUN_ID is set, but no torchrun is above this process: unset it")
         os._exit(EXIT_USAGE)
+
+
+def signal_when_parent_dies(number: signal.Signals) -> None:
+    """Let the kernel send this process a signal when its parent dies. Only Linux does so."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
 def _torchrun_is_above(pid: int) -> bool:
