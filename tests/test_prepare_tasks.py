@@ -13,10 +13,10 @@ from tests import jobs
 # The same command with units of 64 KiB, so that a small corpus has many; workers import this file too.
 SMALL_UNITS = """
 from distgpt.cli import main_guard
-from distgpt.corpus.reading import sizes
+from distgpt.corpus.reading import sources
 from distgpt.prepare import main
 
-sizes.UNIT_BYTES = 2**16
+sources.UNIT_BYTES = 2**16
 if __name__ == "__main__":
     main_guard(main)
 """

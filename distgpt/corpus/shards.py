@@ -16,7 +16,7 @@ import os
 import re
 import resource
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ VERSION = 1
 DTYPE = np.dtype("<u2")
 CHUNK_BYTES = 2**22
 
+TokenMap = np.memmap[Any, np.dtype[np.uint16]]
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = ("train", "val")
 
@@ -68,7 +69,7 @@ class Split:
     """The tokens of one split: one uint16 (tokens,) memory map per shard."""
 
     name: str
-    shards: tuple[np.memmap[Any, np.dtype[np.uint16]], ...]
+    shards: tuple[TokenMap, ...]
 
     @property
     def tokens(self) -> int:
@@ -97,14 +98,15 @@ def open_dataset(path: Path) -> Dataset:
     _allow_open_files()
     try:
         _check_files(path, meta)
+        train, val = (Split(name, tuple(_map(path / s.file) for s in shards_of(meta, name))) for name in SPLITS)
         return Dataset(
             path=path,
             meta=meta,
             vocab_size=int(meta["vocab_size"]),
             eot_id=None if meta["eot_id"] is None else int(meta["eot_id"]),
             fingerprint=_fingerprint(meta),
-            train=_open_split(path, meta, "train"),
-            val=_open_split(path, meta, "val"),
+            train=train,
+            val=val,
         )
     except (KeyError, TypeError, ValueError) as error:
         raise DataError(f"{path / META} is damaged ({type(error).__name__}: {error}): {_AGAIN}") from None
@@ -152,9 +154,15 @@ def verify_dataset(dataset: Dataset, *, always: bool = False) -> None:
         write_file(dataset.path / VERIFIED, json.dumps(stamps).encode())
 
 
-def shards_of(meta: Mapping[str, Any], names: Sequence[SplitName] = SPLITS) -> list[Shard]:
-    """Return the shards of these splits, in order."""
-    return [Shard(**shard) for name in names for shard in meta["splits"][name]]
+def shards_of(meta: Mapping[str, Any], *names: SplitName) -> list[Shard]:
+    """Return the shards of these splits, or of all, in order."""
+    return [Shard(**shard) for name in names or SPLITS for shard in meta["splits"][name]]
+
+
+def mapping_of(tokens: TokenMap) -> mmap.mmap:
+    """Return the memory map behind the tokens of a shard."""
+    assert isinstance(tokens.base, mmap.mmap)
+    return tokens.base
 
 
 def is_dataset_file(name: str) -> bool:
@@ -209,20 +217,14 @@ def _allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _open_split(path: Path, meta: Mapping[str, Any], name: SplitName) -> Split:
-    return Split(name, tuple(_map(path / shard.file) for shard in shards_of(meta, [name])))
-
-
-def _map(path: Path) -> np.memmap[Any, np.dtype[np.uint16]]:
+def _map(path: Path) -> TokenMap:
     try:
-        tokens: np.memmap[Any, np.dtype[np.uint16]] = np.memmap(path, dtype=DTYPE, mode="r")
+        tokens: TokenMap = np.memmap(path, dtype=DTYPE, mode="r")
     except OSError as error:
         fix = _FEWER if error.errno == errno.EMFILE else ""
         raise DataError(f"cannot read {path}: {error.strerror}{fix}") from None
-    memory = getattr(tokens, "_mmap", None)
-    if memory is not None and hasattr(mmap, "MADV_RANDOM"):
-        # Windows are read at random: read-ahead would fetch a hundred bytes for each one that is used.
-        memory.madvise(mmap.MADV_RANDOM)
+    # Windows are read at random: read-ahead would fetch a hundred bytes for each one that is used.
+    mapping_of(tokens).madvise(mmap.MADV_RANDOM)
     return tokens
 
 

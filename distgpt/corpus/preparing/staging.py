@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from distgpt.files import sync, write_file
 STDIN_NAME = "stdin"
 LOCK_NAME = "lock"
 JOB_NAME = "job.json"
-PARTS, DATASET = "parts", "dataset"
+PARTS, DATASET, REPLACED = "parts", "dataset", "replaced"
 
 
 class CommittedError(DirectoryError):
@@ -91,11 +91,7 @@ def begin(directory: Path, job: Mapping[str, Any]) -> None:
     """Make the staging directory one of this job; parts of an interrupted run of the same job stay. Raises OSError."""
     same = _job_of(directory) == job
     (directory / JOB_NAME).unlink(missing_ok=True)
-    for entry in directory.iterdir():
-        if entry.is_dir() and not (same and entry.name == PARTS):
-            shutil.rmtree(entry)
-        elif not entry.is_dir() and not same and entry.name not in (STDIN_NAME, LOCK_NAME):
-            entry.unlink()
+    _remove(directory, {DATASET, REPLACED} if same else {*os.listdir(directory)} - {STDIN_NAME, LOCK_NAME})
     for name in (PARTS, DATASET):
         (directory / name).mkdir(exist_ok=True)
     write_file(directory / JOB_NAME, json.dumps(job).encode())
@@ -108,7 +104,7 @@ def commit(directory: Path, output: Path) -> None:
         os.rename(staged, output)
     elif not exchange(staged, output):
         # Where two names cannot be exchanged, a kill between these two lines leaves the old dataset to `recover`.
-        os.rename(output, directory / "replaced")
+        os.rename(output, directory / REPLACED)
         os.rename(staged, output)
     sync(output.parent)
     _clear(directory)
@@ -123,7 +119,7 @@ def clear_leftovers(output: Path, job: Mapping[str, Any]) -> None:
 
 def recover(output: Path) -> None:
     """Undo a replacement that was killed between its two renames. Raises OSError."""
-    replaced = directory_of(output) / "replaced"
+    replaced = directory_of(output) / REPLACED
     if replaced.exists() and not output.exists():
         os.rename(replaced, output)
 
@@ -138,11 +134,15 @@ def exchange(first: Path, second: Path) -> bool:
 
 def _clear(directory: Path) -> None:
     """Remove everything but the lock from a staging directory. Raises OSError."""
-    for entry in directory.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name != LOCK_NAME:
-            entry.unlink()
+    _remove(directory, {*os.listdir(directory)} - {LOCK_NAME})
+
+
+def _remove(directory: Path, names: Iterable[str]) -> None:
+    for path in map(directory.joinpath, names):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _job_of(directory: Path) -> object:

@@ -7,8 +7,8 @@ from typing import Any
 
 import orjson
 
-from distgpt.corpus.reading import sizes
-from distgpt.corpus.reading.source import Checked
+from distgpt.corpus.reading import sources, streams
+from distgpt.corpus.reading.sources import Checked
 from distgpt.corpus.reading.streams import SourceBytes, windows
 
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}"]', re.DOTALL)
@@ -20,26 +20,24 @@ def cut_lines(content: SourceBytes, target: int) -> int:
     for position, window in windows(content, target, 0):
         if end := window.find(b"\n") + 1:
             return position + end
-    assert content.end is not None
     return content.end
 
 
 def cut_objects(content: SourceBytes, start: int) -> int:
     """Return the end of the first object that ends UNIT_BYTES after `start`, or of the content; `start` is in none."""
-    position, size, level = start, sizes.WINDOW_BYTES, 0
+    position, size, level = start, streams.WINDOW_BYTES, 0
     while window := content.peek(position, size):
         used = len(window)
         for token in _TOKEN.finditer(window):
             level, ends = _nesting(level, token.group())
-            if ends and position + token.end() >= start + sizes.UNIT_BYTES:
+            if ends and position + token.end() >= start + sources.UNIT_BYTES:
                 return position + token.end()
             if token.group() == b'"':  # a string that goes on after the window
                 used = token.start()
                 break
         if used == 0 and len(window) < size:
             break
-        position, size = (position + used, sizes.WINDOW_BYTES) if used else (position, 2 * size)
-    assert content.end is not None
+        position, size = (position + used, streams.WINDOW_BYTES) if used else (position, 2 * size)
     return content.end
 
 
