@@ -56,8 +56,8 @@ class ForkedChild:
         return code
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        if self.returncode is None:
+            signal.pidfd_send_signal(self._ended, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)
