@@ -66,15 +66,21 @@ class LayerCache:
         self.v_BKSD[:, :, start : self.length] = v_BKTD
         return self.k_BKSD[:, :, : self.length], self.v_BKSD[:, :, : self.length]
 
+    def keep(self, rows_B: Tensor) -> None:
+        """Keep these sequences of the batch alone."""
+        self.k_BKSD, self.v_BKSD = self.k_BKSD[rows_B], self.v_BKSD[rows_B]
+
 
 class KVCache:
     """The keys and values of one batch of sequences. Pass it to every forward, together with the new tokens alone.
 
-    Holds at most block_size tokens. It is updated in place, so use it under torch.no_grad.
+    Holds at most `capacity` tokens of each sequence, and at most block_size. It is updated in place, so use it under
+    torch.no_grad.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.layers = [LayerCache(config.block_size) for _ in range(config.n_layer)]
+    def __init__(self, config: ModelConfig, capacity: int | None = None) -> None:
+        capacity = config.block_size if capacity is None else min(capacity, config.block_size)
+        self.layers = [LayerCache(capacity) for _ in range(config.n_layer)]
         self.tokens_BS: Tensor | None = None
 
     @property
@@ -87,6 +93,13 @@ class KVCache:
         tokens_BS = tokens_BT if self.tokens_BS is None else torch.cat((self.tokens_BS, tokens_BT), dim=1)
         self.tokens_BS = tokens_BS
         return tokens_BS
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Keep these sequences of the batch alone."""
+        for layer in self.layers:
+            layer.keep(rows_B)
+        if self.tokens_BS is not None:
+            self.tokens_BS = self.tokens_BS[rows_B]
 
 
 class Attention(nn.Module):
@@ -248,10 +261,18 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.copy_(self.initial_value(name, seed=seed))
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
         """Return the logits (B, T, V); with targets, the mean cross-entropy of each sequence in nats, float32, (B,).
 
-        `cache` holds the tokens before these. Raises ValueError if all of them together exceed block_size.
+        `cache` holds the tokens before these. `last_only`: return the logits of the last token alone, (B, 1, V).
+        Raises ValueError if all tokens together exceed block_size.
         """
         start = 0 if cache is None else cache.length
         end = start + tokens_BT.shape[1]
@@ -266,7 +287,7 @@ class GPT(nn.Module):
         mask = self._attention_mask(tokens_BT, positions_T, cache)
         for layer, block in enumerate(self.blocks):
             x_BTC = block(x_BTC, rope, mask, None if cache is None else cache.layers[layer])
-        x_BTC = self.norm(x_BTC)
+        x_BTC = self.norm(x_BTC[:, -1:] if last_only else x_BTC)
         if targets_BT is None:
             return self._project(x_BTC, *self._head_parameters())
         return self._loss(x_BTC, targets_BT)
