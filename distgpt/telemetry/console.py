@@ -17,6 +17,8 @@ MIN_SHOWN_Z = 3.0
 BAR_FORMAT = "{percentage:3.0f}% |{bar}| {place}{postfix}"
 # Without a bar, a step that takes longer than this prints how many micro-batches are done.
 QUIET_SECONDS = 60.0
+# The beginning of a sample is shown: lines, and characters of a line.
+SAMPLE_LINES, SAMPLE_WIDTH = 8, 100
 
 
 class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
@@ -94,6 +96,14 @@ class Console:
         parts += [] if val_bits_per_byte is None else [f"{val_bits_per_byte:.2f} bits/byte"]
         parts += ["best"] if best else []
         self.message(" | ".join(parts))
+
+    def sample(self, step: int, text: str) -> None:
+        """Print the beginning of a text that the model has generated, without characters that steer a terminal."""
+        printable = "".join(
+            c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.expandtabs(4)
+        )
+        lines = [f"    {line[:SAMPLE_WIDTH]}" for line in printable.split("\n")[:SAMPLE_LINES]]
+        self.message("\n".join([f"{self._step(step)} | sample, whole in samples.jsonl:", *lines]))
 
     def goodput(self, account: Account) -> None:
         """Print how the time of the run was spent, over all its attempts."""
