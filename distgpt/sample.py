@@ -44,7 +44,7 @@ def main(arguments: argparse.Namespace) -> None:
 def read_prompts(file: Path) -> list[str]:
     """Return the prompts of a file: its lines, or the "prompt" of each object in a .jsonl. Raises DataError."""
     try:
-        lines = [line for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [line for line in file.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
         prompts = [json.loads(line)["prompt"] for line in lines] if file.suffix == ".jsonl" else lines
     except OSError as error:
         raise DataError(f"cannot read {file}: {error.strerror}") from None
@@ -94,7 +94,7 @@ def write_all(
     for i, prompt in enumerate(repeated):
         try:
             texts.append(Text(prompt, tokenizer, seed=seed + i, max_tokens=arguments.tokens, stops=arguments.stop))
-        except DataError as error:
+        except (DataError, UnicodeEncodeError) as error:
             which = f" {i // arguments.samples + 1}" if len(prompts) > 1 else ""
             raise UsageError(f"prompt{which}: {error}") from None
     for start in range(0, len(texts), arguments.batch):

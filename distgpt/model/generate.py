@@ -123,13 +123,14 @@ def _generate(
                     texts[row].append(token)
                     yield row, token
             unfinished = [i for i, row in enumerate(rows) if len(texts[row]) < lengths[row] and not ended(row)]
+            if not unfinished:
+                return
             if len(unfinished) < len(rows):
                 rows = [rows[i] for i in unfinished]
-                kept_B = torch.tensor(unfinished, dtype=torch.int64, device=device)
+                kept_B = torch.tensor(unfinished, device=device)
                 cache.keep(kept_B)
                 seen_BV = None if seen_BV is None else seen_BV[kept_B]
-            position += 1
-            first = position - 1
+            first, position = position, position + 1
             if cache.length == block_size:
                 cache, first = KVCache(model.config), position - max(1, block_size // 2)
             new_BT = torch.tensor([texts[row][first:position] for row in rows])

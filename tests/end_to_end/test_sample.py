@@ -8,14 +8,20 @@ import re
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
 
 from distgpt import evaluate, replay, sample
+from distgpt.checkpoint.manifest import RunState
+from distgpt.checkpoint.reader import load_for_inference
 from distgpt.cli import sample_options
+from distgpt.corpus.tokenizer import Tokenizer
 from distgpt.errors import DataError, UsageError
+from distgpt.model.gpt import GPT
 from distgpt.run.paths import RunPaths
 from tests import jobs
 from tests.end_to_end.conftest import Trained, tiny
@@ -29,6 +35,7 @@ SAMPLE = {
     "in batches": ["--samples=3", f"--prompt={PROMPT}", "--batch=2"],
     "json": ["--samples=2", "--seed=1", "--json", "--repetition-penalty=1.1", "--min-p=0.01"],
     "stop": ["--seed=1", "--stop=☃", "--stop= "],
+    "not UTF-8": ["--prompt=\udcff"],
     "no tokens": ["--tokens=0", f"--prompt={PROMPT}"],
     "greedy": ["--temperature=0", "--tokens=30"],
     "top k 1": ["--top-k=1", "--tokens=30"],
@@ -129,6 +136,28 @@ def test_a_file_of_prompts_that_is_none_is_one_clear_line(
         sample.read_prompts(file)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_run_is_sampled_in_the_data_type_that_it_computed_in(
+    dtype: str,
+    whole: Callable[[str], Trained],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    dtypes = set[torch.dtype]()
+
+    def load(run: Path, device: torch.device, choice: str) -> tuple[GPT, Tokenizer, RunState]:
+        model, tokenizer, state = load_for_inference(run, device, choice)
+        model.register_forward_hook(lambda _module, _arguments, logits: dtypes.add(logits.dtype))
+        config = {**state.config, "train": {**state.config["train"], "dtype": dtype}}
+        return model, tokenizer, replace(state, config=config)
+
+    monkeypatch.setattr(sample, "load_for_inference", load)
+    monkeypatch.setenv("OMP_NUM_THREADS", str(torch.get_num_threads()))
+    sample.main(*sample_options([str(whole("fsdp").run), "--tokens=3"]))
+    assert dtypes == {getattr(torch, dtype)}
+    assert len(capsys.readouterr().out) == 4
+
+
 class Terminal:
     """A command in a terminal of its own."""
 
@@ -188,11 +217,12 @@ def test_greedy_sampling_takes_the_likeliest_token(sampled: dict[str, jobs.Ended
     assert sampled["greedy"].stdout == sampled["top k 1"].stdout
 
 
-def test_an_unknown_character_is_one_clear_line(sampled: dict[str, jobs.Ended]) -> None:
-    ended = sampled["unknown character"]
+@pytest.mark.parametrize(("name", "character"), [("unknown character", "ä"), ("not UTF-8", "udcff")])
+def test_an_unknown_character_is_one_clear_line(sampled: dict[str, jobs.Ended], name: str, character: str) -> None:
+    ended = sampled[name]
     assert (ended.code, ended.stdout) == (2, "")
     assert ended.stderr.startswith("distgpt: error: prompt: ")
-    assert "ä" in ended.stderr
+    assert character in ended.stderr
     assert ended.stderr.count("\n") == 1
 
 

@@ -12,7 +12,7 @@ from torch.distributed.fsdp import fully_shard
 
 from distgpt.config import ModelConfig
 from distgpt.model.generate import TOP_PART, Sampling, draw, generate
-from distgpt.model.gpt import GPT
+from distgpt.model.gpt import GPT, KVCache
 
 EOT = 3
 VOCAB = 37
@@ -142,6 +142,18 @@ def test_a_text_of_a_batch_is_that_of_its_prompt_and_seed_alone(
     assert together(model, prompts, 24, seeds=seeds, **options) == alone
 
 
+def test_a_cache_under_autocast_is_float32_on_a_cpu_and_gives_the_logits_of_one_forward() -> None:
+    model, tokens_BT = make("modern").eval(), torch.arange(16).view(2, 8)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        cache, expected = KVCache(model.config, capacity=8), model(tokens_BT)
+        found = torch.cat([model(piece, cache=cache) for piece in torch.split(tokens_BT, [5, 1, 1, 1], dim=1)], dim=1)
+        last = model(tokens_BT, last_only=True)
+    assert cache.layers[0].k_BKSD.dtype == torch.float32
+    assert cache.layers[0].k_BKSD.shape[2] == 8
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+    assert torch.equal(last, expected[:, -1:])
+
+
 def test_each_step_of_a_batch_is_one_forward() -> None:
     model, shapes = make(), list[tuple[int, ...]]()
     model.register_forward_pre_hook(lambda _, arguments: shapes.append(tuple(arguments[0].shape)))
@@ -161,6 +173,7 @@ def test_the_mode_is_restored_and_gradients_stay_enabled_for_the_caller(training
     tokens = stream(model, [1], 5)
     next(tokens)
     assert torch.is_grad_enabled()
+    assert torch.backends.mkldnn.enabled
     assert not model.training
     tokens.close()
     assert model.training is training
