@@ -25,7 +25,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
 from distgpt.checkpoint.checkpointer import Checkpointer
-from distgpt.checkpoint.reader import training_tensors
+from distgpt.checkpoint.reader import TrainingState
 from distgpt.config import resolve
 from distgpt.corpus.shard_writer import Documents, write_dataset
 from distgpt.corpus.shards import Dataset, open_dataset
@@ -62,15 +62,8 @@ def compare(directory: Path, preset: str, saves: int) -> None:
     optimizer = build_optimizer(model, config.optim, "cpu")
     session = RunSession(RunPaths(directory / "run"), 0)
     session.acquire()
-    checkpointer = Checkpointer(
-        session,
-        config=config,
-        plan=plan,
-        dataset=dataset,
-        model=model,
-        optimizer=optimizer,
-        outliers=OutlierFilter(config.health),
-    )
+    training = TrainingState(model, optimizer, OutlierFilter(config.health))
+    checkpointer = Checkpointer(session, config, plan, dataset, training)
 
     def train() -> None:
         x_BT = torch.randint(0, dataset.vocab_size, (1, config.model.block_size))
@@ -83,11 +76,11 @@ def compare(directory: Path, preset: str, saves: int) -> None:
         return checkpointer.wait
 
     def synchronous(step: int) -> Callable[[], object]:
-        dcp.save(training_tensors(model, optimizer), checkpoint_id=directory / f"sync-{step}")
+        dcp.save(training.tensors(), checkpoint_id=directory / f"sync-{step}")
         return lambda: shutil.rmtree(directory / f"sync-{step}")
 
     def asynchronous(step: int) -> Callable[[], object]:
-        future = dcp.async_save(training_tensors(model, optimizer), checkpoint_id=directory / f"async-{step}")
+        future = dcp.async_save(training.tensors(), checkpoint_id=directory / f"async-{step}")
         assert isinstance(future, Future)
 
         def finish() -> None:

@@ -14,7 +14,6 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from types import FrameType
 from typing import Any, NoReturn, TypeVar
 
 from distgpt.checkpoint.choice import add_option
@@ -170,14 +169,10 @@ def prepare_process() -> None:
     """Let a signal to stop end this process silently, and print "?" for characters that stdout cannot encode."""
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so must we
-            signal.signal(number, _leave_interrupted)
+            # No exception: an import under way would print it, or go on without the module.
+            signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
-
-
-def _leave_interrupted(number: int, frame: FrameType | None) -> NoReturn:
-    # No exception: an import under way would print it, or go on without the module.
-    os._exit(EXIT_INTERRUPTED)
 
 
 def main_guard(main: Callable[[], T]) -> T:
@@ -191,15 +186,14 @@ def main_guard(main: Callable[[], T]) -> T:
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except BrokenPipeError:
-        # The reader has left (`| head`). Redirect stdout, or the last flush of the interpreter prints an error.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(EXIT_IO)
     except OSError as error:
-        if error.errno not in DISK_FULL:
+        reader_left = isinstance(error, BrokenPipeError)  # as with `| head`
+        if not reader_left and error.errno not in DISK_FULL:
             traceback.print_exc()
             sys.exit(EXIT_BUG)
-        print(f"distgpt: error: cannot write: {error.strerror}", file=sys.stderr, flush=True)
+        if not reader_left:
+            print(f"distgpt: error: cannot write: {error.strerror}", file=sys.stderr, flush=True)
+        # Redirect stdout, or the last flush of the interpreter prints an error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_IO)
     except Exception:

@@ -14,17 +14,15 @@ from distgpt.checkpoint.reader import load_for_inference
 from distgpt.config import ParallelConfig, from_dict
 from distgpt.distributed.plan import make_plan
 from distgpt.distributed.process_group import process_group
-from distgpt.distributed.runtime import this_rank
-from distgpt.errors import DataError, UsageError
+from distgpt.distributed.runtime import only_rank
+from distgpt.errors import DataError
 from distgpt.training.evaluation import evaluate
 from distgpt.training.startup import open_data_of_run, validation_batches
 
 
 def main(arguments: argparse.Namespace) -> None:
     """Load a checkpoint, evaluate it in one process, and print one line."""
-    runtime = this_rank()
-    if runtime.distributed:
-        raise UsageError("evaluate runs in one process: start it without torchrun")
+    runtime = only_rank("evaluate")
     with process_group(runtime, timeout=0):
         model, tokenizer, state = load_for_inference(Path(arguments.run), runtime.device, arguments.checkpoint)
         config = from_dict(state.config, source=arguments.run)

@@ -62,6 +62,11 @@ def parent_of(pid: int) -> int:
     return int(process_stat(pid)[1])
 
 
+def children_of(pid: int) -> list[int]:
+    """Return the process ids of the children that a process's main thread has. Raises OSError without /proc."""
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
 def start_ticks(pid: int) -> int:
     """Return when a process started, in ticks since the boot of its kernel. Raises OSError where there is no /proc."""
     return int(process_stat(pid)[19])

@@ -54,7 +54,8 @@ def _control_groups(root: Path) -> Iterator[Path]:
         mounts = [line.split() for line in (root / "proc/self/mountinfo").read_text().splitlines()]
     except OSError:
         return
-    paths = {"cgroup2" if number == "0" else "cgroup": path for number, names, path in groups if _has_cpu(names)}
+    with_cpu = [(number, path) for number, names, path in groups if not names or "cpu" in names.split(",")]
+    paths = {"cgroup2" if number == "0" else "cgroup": path for number, path in with_cpu}
     for mount in mounts:
         kind, options = mount[mount.index("-") + 1], mount[-1].split(",")
         if kind not in paths or (kind == "cgroup" and "cpu" not in options):
@@ -63,7 +64,3 @@ def _control_groups(root: Path) -> Iterator[Path]:
         inside, top = os.path.relpath(paths[kind], mount[3]), root / mount[4].lstrip("/")
         group = top if inside.startswith("..") else top / inside
         yield from (directory for directory in (group, *group.parents) if directory.is_relative_to(top))
-
-
-def _has_cpu(controllers: str) -> bool:
-    return not controllers or "cpu" in controllers.split(",")

@@ -7,8 +7,7 @@ import os
 import signal
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
@@ -21,7 +20,7 @@ from distgpt.corpus.preparing.build import Job
 from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.reading import formats, streams
 from distgpt.corpus.reading.finding import STDIN, Finder, standard_library
-from distgpt.corpus.reading.source import OnBad, ReadOptions, Source
+from distgpt.corpus.reading.sources import Format, OnBad, ReadOptions, Source
 from distgpt.corpus.tokenizer.base import MAX_VOCAB_SIZE
 from distgpt.corpus.tokenizer.loading import given_tokenizer
 from distgpt.errors import DISK_FULL, Interrupted, StorageError, UsageError
@@ -61,11 +60,12 @@ def main() -> None:
         print(_verify(options.verify))
         return
     output = Path(os.path.realpath(options.output))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _interrupt)
     try:
-        with _interruptible():
-            job = _job(options, output)
-            with Workers(options.workers, preload=build.__name__) as workers:
-                text = build.prepare(job, workers)
+        job = _job(options, output)
+        with Workers(options.workers) as workers:
+            text = build.prepare(job, workers)
     except OSError as error:
         raise _storage_error(error, output) from None
     print(text, flush=True)
@@ -160,9 +160,7 @@ def _job(options: argparse.Namespace, output: Path) -> Job:
     settings = {
         "tokenizer": "file" if tokenizer else options.tokenizer,
         "tokenizer_sha256": hashlib.sha256(tokenizer.to_json().encode()).hexdigest() if tokenizer else None,
-        "vocab_size": options.vocab_size,
-        "val_fraction": options.val_fraction,
-        "shard_tokens": options.shard_tokens,
+        **{name: getattr(options, name) for name in ("vocab_size", "val_fraction", "shard_tokens")},
     }
     # Options that came later are noted only if they are used, so that the settings of older datasets still match.
     later = {"document_separator": "", "encoding": "", "on_bad_document": "stop"}
@@ -183,10 +181,8 @@ def find_inputs(options: argparse.Namespace, output: Path) -> tuple[list[Source]
     """Return the sources, and the number of ignored files by suffix. Raises DataError, UsageError, OSError."""
     text_key = options.text_key or "text"
     reading = ReadOptions(text_key, options.document_separator, options.encoding, options.on_bad_document)
-    spool = str(staging.directory_of(output) / staging.STDIN_NAME)
-    stdin = Source(spool, "standard input", "separated" if reading.separator else "text", "", reading)
-    if options.text_key is not None:
-        stdin = replace(stdin, format="jsonl")
+    text_format: Format = "separated" if reading.separator else "text"
+    stdin = Source("", "standard input", text_format if options.text_key is None else "jsonl", "", reading)
     finder = Finder(reading, stdin=stdin, excluded=(output, staging.directory_of(output)))
     sources = finder.find(options.input) if options.input else standard_library()
     if options.val_input:
@@ -219,19 +215,8 @@ def _verify(path: Path) -> str:
     return f"{path}: OK, {tokens:,} tokens below {dataset.vocab_size:,}, every file as it was written"
 
 
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Make SIGINT and SIGTERM raise Interrupted."""
-
-    def interrupt(number: int, _: FrameType | None) -> None:
-        raise Interrupted(f"stopped by {signal.Signals(number).name}: run the same command again to go on")
-
-    before = {number: signal.signal(number, interrupt) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+def _interrupt(number: int, _: FrameType | None) -> None:
+    raise Interrupted(f"stopped by {signal.Signals(number).name}: run the same command again to go on")
 
 
 def _storage_error(error: OSError, output: Path) -> StorageError:

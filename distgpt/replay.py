@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from distgpt.checkpoint.choice import NEWEST, choose, is_checkpoint, newest_good
 from distgpt.checkpoint.manifest import STATE, RunState, committed, list_damage, read_state, step_of
-from distgpt.checkpoint.reader import load_for_training, require_model
+from distgpt.checkpoint.reader import TrainingState, require_model
 from distgpt.config import Config, from_dict, resolve
 from distgpt.corpus.loader import Loader
 from distgpt.corpus.shards import Dataset
@@ -31,7 +31,7 @@ from distgpt.distributed.collectives import grad_norm_of
 from distgpt.distributed.parallelize import build_model
 from distgpt.distributed.plan import make_plan
 from distgpt.distributed.process_group import process_group
-from distgpt.distributed.runtime import Runtime, this_rank
+from distgpt.distributed.runtime import Runtime, only_rank
 from distgpt.errors import DataError, UsageError
 from distgpt.health.outliers import OutlierFilter
 from distgpt.model.optim import build_optimizer, lr_at, set_lr
@@ -61,9 +61,7 @@ def main(arguments: argparse.Namespace) -> None:
     path, step = Path(arguments.run), arguments.step
     run = RunPaths(path.resolve().parents[1] if is_checkpoint(path) else path)
     is_chosen = is_checkpoint(path) or arguments.checkpoint != NEWEST
-    runtime = this_rank()
-    if runtime.distributed:
-        raise UsageError("replay runs in one process: start it without torchrun")
+    runtime = only_rank("replay")
     start = start_from(choose(path, arguments.checkpoint), run, step) if is_chosen else start_before(run, step)
     if start.config.parallel.strategy == "diloco":
         raise UsageError("the replicas of diloco train independently, which one process cannot replay")
@@ -137,9 +135,8 @@ def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> Non
     model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id)
     optimizer = build_optimizer(model, config.optim, runtime.device.type)
     outliers = OutlierFilter(config.health)
-    if start.checkpoint is not None and start.state is not None:
-        load_for_training(start.checkpoint, model, optimizer)
-        outliers.restore(start.state.guard)
+    if start.checkpoint is not None:
+        TrainingState(model, optimizer, outliers).load(start.checkpoint)
     origin = start.checkpoint.name if start.checkpoint else "the initial weights"
     print(f"from      {origin}, {str(plan.dtype).removeprefix('torch.')} on {runtime.device.type}", flush=True)
 

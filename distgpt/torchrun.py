@@ -41,7 +41,7 @@ def die_with_agent() -> None:
     if "TORCHELASTIC_RUN_ID" not in os.environ or sys.platform != "linux":
         return
     agent = os.getppid()
-    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    signal_when_parent_dies(signal.SIGKILL)
     # The agent may have died before the call above took effect.
     if os.getppid() != agent:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -51,26 +51,27 @@ def die_with_agent() -> None:
         os._exit(EXIT_USAGE)
 
 
+def signal_when_parent_dies(number: signal.Signals) -> None:
+    """Let the kernel send this process a signal when its parent dies. Only Linux does so."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
+
+
 def _torchrun_is_above(pid: int) -> bool:
-    """Tell whether a process or its ancestor may be torchrun: a wrapper may stand between torchrun and its ranks."""
+    """Tell whether a process or an ancestor may be torchrun, which loads torch: a wrapper may stand in between.
+
+    An init process, which adopts orphans, has not loaded torch or is another user's.
+    """
     while pid:
-        if _may_be_torchrun(pid):
-            return True
         try:
+            if os.stat(f"/proc/{pid}").st_uid == os.getuid() and "libtorch" in Path(f"/proc/{pid}/maps").read_text():
+                return True
             pid = parent_of(pid)
+        except PermissionError:
+            return pid != 1
         except OSError:
             return False
     return False
-
-
-def _may_be_torchrun(pid: int) -> bool:
-    """Tell whether a process has loaded torch. An init process, which adopts orphans, has not or is another user's."""
-    try:
-        return os.stat(f"/proc/{pid}").st_uid == os.getuid() and "libtorch" in Path(f"/proc/{pid}/maps").read_text()
-    except FileNotFoundError:
-        return False
-    except PermissionError:
-        return pid != 1
 
 
 def print_cause(line: str) -> None:

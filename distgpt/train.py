@@ -19,6 +19,7 @@ from pathlib import Path
 
 from distgpt.checkpoint.checkpointer import Checkpointer
 from distgpt.checkpoint.interval import SaveInterval
+from distgpt.checkpoint.reader import TrainingState
 from distgpt.config import Config, to_toml, with_absolute_data
 from distgpt.corpus.shards import Dataset, open_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
@@ -39,7 +40,7 @@ from distgpt.run.session import RunSession
 from distgpt.telemetry.progress import Progress
 from distgpt.training import startup, summary
 from distgpt.training.evaluation import evaluate, sample_text
-from distgpt.training.report import StepReporter, explain_outlier, total_peak_flops
+from distgpt.training.report import StepReporter, explain_outlier, peak_tokens_per_second
 from distgpt.training.step import StopCheck, accumulate_gradients, apply_update
 
 
@@ -66,16 +67,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     optimizer = build_optimizer(model, config.optim, runtime.device.type)
     outer = OuterOptimizer(unwrap_model(model), config, plan) if plan.strategy == "diloco" else None
     outliers = OutlierFilter(health)
-    checkpoints = Checkpointer(
-        session,
-        config=config,
-        plan=plan,
-        dataset=dataset,
-        model=model,
-        optimizer=optimizer,
-        outliers=outliers,
-        outer=outer,
-    )
+    checkpoints = Checkpointer(session, config, plan, dataset, TrainingState(model, optimizer, outliers, outer))
     validation = startup.validation_batches(config, plan, dataset, sequences=config.eval.sequences)
     tokenizer = load_tokenizer(dataset.path)
 
@@ -87,7 +79,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
         return
     session.say(summary.start_message(config, checkpoints.restored))
     if runtime.rank == 0:
-        for line in summary.list_warnings(config, dataset, checkpoints.restored):
+        for line in summary.warnings(config, dataset.train.tokens, checkpoints.restored):
             startup.warn(line)
         session.require_owned()
         # Record the micro-batch in use: dropout masks depend on it.
@@ -111,7 +103,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
         """Save the weights after `step`; `wait`: return when they are on disk, because the run ends there."""
         require_finite_weights(step)
         started = time.perf_counter()
-        with progress.checkpointing(), watchdog.during(f"saving step {step}", health.checkpoint_timeout):
+        with progress.pausing("checkpoint"), watchdog.during(f"saving step {step}", health.checkpoint_timeout):
             checkpoints.save(step, val_loss=val_loss)
             if wait:
                 checkpoints.require_saved(step)
@@ -130,17 +122,15 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
                 checkpoints.require_saved(completed)
             raise session.interrupted(last)
 
-    stop_check = StopCheck(lambda: session.stop_requested is not None, runtime, on_wait=stragglers.exclude)
+    stop_check = StopCheck(lambda: session.stop_requested is not None, runtime, on_wait=stragglers.timer.exclude)
     with (
         closing(startup.training_batches(config, plan, dataset, start_step=start)) as batches,
         Progress(
-            session.paths,
-            config=config,
-            plan=plan,
-            flops_per_token=unwrap_model(model).flops_per_token(),
-            peak_flops=total_peak_flops(plan),
+            session,
+            config,
+            plan,
             start_step=start,
-            require_owned=session.require_owned,
+            peak_tokens_per_second=peak_tokens_per_second(plan, flops_per_token=unwrap_model(model).flops_per_token()),
         ) as progress,
     ):
         reporter = StepReporter(plan, progress, stragglers, interval, checkpoints, start_step=start)
@@ -149,7 +139,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
         watchdog.heartbeat("waiting for data", health.start_timeout)
         for step in range(start + 1, last + 1):
             # learn
-            stragglers.begin_step()
+            stragglers.timer.begin()
             lr = set_lr(optimizer, lr_at(step - 1, config.optim, last))  # steps count from 1, the schedule from 0
             loss = accumulate_gradients(
                 model, batches.next_step(), step, plan, seed=config.run.seed, after_each=after_micro_batch
@@ -180,7 +170,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
             val_loss = None
             if step == last or (config.eval.every > 0 and step % config.eval.every == 0):
                 require_finite_weights(step)
-                with progress.evaluating(), watchdog.during(f"evaluating step {step}", health.eval_timeout):
+                with progress.pausing("evaluation"), watchdog.during(f"evaluating step {step}", health.eval_timeout):
                     result = evaluate(model, validation, tokenizer, plan)
                     val_loss = result.val_loss
                     best = interval.record_evaluation(step, result.val_loss)

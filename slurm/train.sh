@@ -46,10 +46,10 @@ require_python
 # A mistake is one line here, before any rank starts.
 DISTGPT_SLURM_NODE=$(scontrol show node "$SLURMD_NODENAME") || DISTGPT_SLURM_NODE=
 export DISTGPT_SLURM_NODE
-plan=$("${python[@]}" -m distgpt.launch slurm plan "$@")
-eval "plan=(${plan##*$'\n'})"
-run_dir=${plan[0]} steps=${plan[1]} mine=${plan[2]} newest=${plan[3]} address=${plan[4]} rendezvous_file=${plan[5]}
-set -- "${plan[@]:6}"
+run_dir='' steps='' mine='' newest='' address='' rendezvous_file='' options=()
+variables=$("${python[@]}" -m distgpt.launch slurm attempt "$@")
+eval "${variables##*$'\n'}"
+set -- "${options[@]}"
 
 # comment: show the newest training line, where there is one, as the job's comment.
 comment() {
@@ -110,8 +110,8 @@ if ((SLURM_NNODES > 1)); then
     require_shared_directory
     [[ ${DISTGPT_PREFLIGHT:-yes} == no ]] || on_all_nodes distgpt.doctor --distributed "$@"
 fi
-# Often at first, then once a minute.
-for ((pause = 2; ; pause = pause < 60 ? 2 * pause : 60)); do sleep "$pause" && comment; done &
+# Often at first, then every five minutes, since each time a Python starts.
+for ((pause = 2; ; pause = pause < 300 ? 2 * pause : 300)); do sleep "$pause" && comment; done &
 commenting=$!
 on_all_nodes distgpt.train "$@"
 say "done: $run_dir is at $(basename "$(printf '%s\n' "$run_dir"/checkpoints/step-* | tail -n 1)")"

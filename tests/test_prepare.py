@@ -28,7 +28,7 @@ import zstandard
 
 from distgpt import prepare as prepare_command
 from distgpt.corpus.preparing import encode, parts, report, scan, vocabulary
-from distgpt.corpus.reading.source import ReadOptions, Source
+from distgpt.corpus.reading.sources import ReadOptions, Source
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.corpus.tokenizer.bpe import train_bpe
@@ -36,17 +36,6 @@ from distgpt.errors import DataError, StorageError, UsageError
 from tests import jobs
 
 SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
-
-# The same command with units of 64 KiB, so that a small corpus has many; workers import this file too.
-SMALL_UNITS = """
-from distgpt.cli import main_guard
-from distgpt.corpus.reading import sizes
-from distgpt.prepare import main
-
-sizes.UNIT_BYTES = 2**16
-if __name__ == "__main__":
-    main_guard(main)
-"""
 
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
@@ -68,7 +57,7 @@ def command_of(tmp_path: Path, small_units: bool) -> list[str]:
     if not small_units:
         return [sys.executable, "-m", "distgpt.prepare"]
     program = tmp_path / "small_units.py"
-    program.write_text(SMALL_UNITS)
+    program.write_text(jobs.SMALL_UNITS)
     return [sys.executable, str(program)]
 
 
@@ -512,7 +501,7 @@ def test_no_part_is_written_with_ids_that_differ_from_hugging_face(
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     source = Source(str(path), "in.jsonl", "jsonl", "", ReadOptions())
-    pieces = [scanned for scanned, _ in scan.scan_task(scan.ScanTask([], source, False))]
+    pieces = [scanned for scanned, _ in scan.scan_task((source, False))]
     encoder = encode.Encoder(tokenizer=tmp_path, eot_id=None, hashes={})
     with pytest.raises(DataError, match=r"^the tokenizer is wrong for in\.jsonl: after '' its ids are"):
         list(encode.encode_units(([encode.Unit(0, pieces)], tmp_path, encoder)))
@@ -667,7 +656,7 @@ def test_memory_is_bounded_for_highly_compressed_input(name: str, tmp_path: Path
     else:
         (tmp_path / name).write_bytes(zstandard.compress(text.encode() * 1_200))
     assert (tmp_path / name).stat().st_size < 2**17
-    (tmp_path / "program.py").write_text(SMALL_UNITS.replace("2**16", "2**20"))
+    (tmp_path / "program.py").write_text(jobs.SMALL_UNITS.replace("2**16", "2**20"))
     done = subprocess.run(
         [sys.executable, "program.py", "--input", name, "--output", "out", "--tokenizer", "bytes", "--workers", "1"],
         cwd=tmp_path,

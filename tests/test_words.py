@@ -23,7 +23,7 @@ PRIVATE = re.compile(
     re.IGNORECASE,
 )
 # A key of train.json, which these files read and write.
-KEY, FILES_WITH_KEY = "guard", ("checkpoint/manifest.py", "checkpoint/checkpointer.py", "replay.py")
+KEY, FILES_WITH_KEY = "guard", ("checkpoint/manifest.py", "checkpoint/checkpointer.py", "checkpoint/reader.py")
 
 
 @each_file

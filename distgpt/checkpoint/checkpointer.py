@@ -1,6 +1,6 @@
 """Checkpoints: staged, written in the background, hashed, committed by rename, verified before they are loaded.
 
-manifest.py describes one on disk, reader.py reads its tensors, and retention.py decides which ones stay.
+manifest.py describes one on disk, reader.py reads its tensors, store.py changes the directory.
 Random state is not stored: the data order and dropout are pure functions of (seed, step), see `train.py`.
 """
 
@@ -17,10 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
-import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import nn
 from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from distgpt.checkpoint.choice import newest_good
@@ -30,7 +28,6 @@ from distgpt.checkpoint.manifest import (
     TOKENIZER,
     RunState,
     committed,
-    describe_all_damaged,
     find_damage,
     list_damage,
     one_line,
@@ -39,18 +36,15 @@ from distgpt.checkpoint.manifest import (
     sha256_of,
     step_of,
 )
-from distgpt.checkpoint.reader import load_for_training, training_tensors
-from distgpt.checkpoint.retention import best_checkpoint, prunable
-from distgpt.checkpoint.store import Store
+from distgpt.checkpoint.reader import TrainingState
+from distgpt.checkpoint.store import Store, best_checkpoint, prunable
 from distgpt.checkpoint.writer import ShareWriter
 from distgpt.config import Config, to_dict
 from distgpt.corpus.shards import Dataset
 from distgpt.distributed.collectives import all_gather_json
-from distgpt.distributed.diloco import OuterOptimizer
 from distgpt.distributed.plan import Plan
 from distgpt.errors import DataError, StorageError
 from distgpt.files import write_file
-from distgpt.health.outliers import OutlierFilter
 from distgpt.run.session import RunSession
 
 T = TypeVar("T")
@@ -62,20 +56,11 @@ class Checkpointer:
     """Saves and restores a run. All ranks call its methods together, in the same order."""
 
     def __init__(
-        self,
-        session: RunSession,
-        *,
-        config: Config,
-        plan: Plan,
-        dataset: Dataset,
-        model: nn.Module,
-        optimizer: torch.optim.Optimizer,
-        outliers: OutlierFilter,
-        outer: OuterOptimizer | None = None,
+        self, session: RunSession, config: Config, plan: Plan, dataset: Dataset, training: TrainingState
     ) -> None:
-        """`outer`: the outer optimizer of diloco. Raises DataError if the tokenizer of the data has been replaced."""
+        """Raise DataError if the tokenizer of the data has been replaced."""
         self._session, self._config, self._plan, self._dataset = session, config, plan, dataset
-        self._model, self._optimizer, self._outer, self._outliers = model, optimizer, outer, outliers
+        self._training = training
         self._directory = session.paths.checkpoints
         assert session.owner, "the run directory is owned before anything is written there"
         self._store = Store(self._directory, session.owner)
@@ -100,19 +85,17 @@ class Checkpointer:
         self._run_on_rank_zero(self._store.remove_left_overs)
         found = self._list_on_rank_zero(partial(committed, self._directory))
         checkpoint, damaged = newest_good(found, self._find_damage)
-        if checkpoint is None and damaged:
-            raise DataError(f"{self._directory} {describe_all_damaged(damaged)}; move it away to start over")
         if checkpoint is None:
+            if damaged:
+                why = list_damage(damaged)
+                raise DataError(f"{self._directory} holds no whole checkpoint ({why}); move it away to start over")
             return 0
-        load_for_training(checkpoint, self._model, self._optimizer, self._outer)
+        self.restored = self._training.load(checkpoint)
         if damaged:
             self._run_on_rank_zero(self._store.create_staging_root)
             self._run_on_rank_zero(partial(self._store.set_aside, list(reversed(damaged))))
             self._session.say(f"going on from {checkpoint.name}; skipped {list_damage(damaged)}")
-        state = read_state(checkpoint)
-        self._outliers.restore(state.guard)
-        self.restored = state
-        return state.step
+        return self.restored.step
 
     def best_val_loss(self) -> float | None:
         """Return the lowest validation loss of all checkpoints, as rank 0 reads it."""
@@ -129,8 +112,7 @@ class Checkpointer:
         If a save fails, rank 0 prints a message and training goes on.
         """
         self.wait()
-        tensors = training_tensors(self._model, self._optimizer)
-        staged = self._stager.stage(self._outer.checkpoint_tensors(tensors) if self._outer else tensors)
+        staged = self._stager.stage(self._training.tensors())
         state = RunState(
             step=step,
             val_loss=val_loss,
@@ -140,7 +122,7 @@ class Checkpointer:
             vocab_size=self._dataset.vocab_size,
             eot_id=self._dataset.eot_id,
             micro_batch=self._plan.micro_batch,
-            guard=self._outliers.state(),
+            guard=self._training.outliers.state(),
             replicas=self._plan.independent_replicas,
         )
         self._pending = self._thread.submit(self._write_and_commit, staged, state)
@@ -232,7 +214,9 @@ class Checkpointer:
         runtime = self._plan.runtime
 
         def damage_of_share() -> list[str]:
-            _require_visible(checkpoint)
+            if not checkpoint.is_dir():  # rank 0 sees it, so it is not damaged
+                host = socket.gethostname()
+                raise StorageError(f"{host} does not see {checkpoint}: is the run directory on a shared disk?")
             return find_damage(checkpoint, runtime.rank, runtime.world_size)
 
         shares = self._run_on_all_ranks(damage_of_share)
@@ -245,7 +229,7 @@ class Checkpointer:
 
     def _run_on_rank_zero(self, action: Callable[[], T]) -> T:
         """Run `action` on rank 0 and return its result on every rank. Raises StorageError on all if it failed."""
-        first, *_ = self._run_on_all_ranks(action if self._plan.runtime.rank == 0 else _nothing)
+        first, *_ = self._run_on_all_ranks(action if self._plan.runtime.rank == 0 else lambda: None)
         return cast(T, first)
 
     def _run_on_all_ranks(self, action: Callable[[], T]) -> list[T]:
@@ -278,16 +262,6 @@ def _tokenizer_of(dataset: Dataset) -> bytes:
     if hashlib.sha256(content).hexdigest() != dataset.meta["tokenizer"]["sha256"]:
         raise DataError(f"{dataset.path / TOKENIZER} is not the one that the data was prepared with")
     return content
-
-
-def _require_visible(checkpoint: Path) -> None:
-    """Raise StorageError if this rank does not see a checkpoint that rank 0 sees: it is not damaged."""
-    if not checkpoint.is_dir():
-        raise StorageError(f"{socket.gethostname()} does not see {checkpoint}: is the run directory on a shared disk?")
-
-
-def _nothing() -> None:
-    """Do nothing: the action of the other ranks while rank 0 has one."""
 
 
 def _bytes_of(tensors: dict[str, Any]) -> int:

@@ -6,17 +6,8 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from distgpt.checkpoint.manifest import (
-    MANIFEST,
-    NAME,
-    committed,
-    describe_all_damaged,
-    find_damage,
-    list_damage,
-    path_of,
-    step_of,
-)
-from distgpt.checkpoint.retention import best_checkpoint
+from distgpt.checkpoint.manifest import MANIFEST, NAME, committed, find_damage, list_damage, path_of, step_of
+from distgpt.checkpoint.store import best_checkpoint
 from distgpt.errors import DataError, UsageError
 
 BEST, NEWEST = "best", "newest"
@@ -70,17 +61,17 @@ def is_checkpoint(directory: Path) -> bool:
 
 def _newest_of(run: Path) -> Path:
     checkpoint, damaged = newest_good(committed(run / "checkpoints"))
-    if checkpoint is None and damaged:
-        raise DataError(f"{run} {describe_all_damaged(damaged)}")
-    if checkpoint is None and run.is_file():
-        raise DataError(f"{run} is a file: give the run directory")
-    if checkpoint is None and (run / "meta.json").exists():
-        raise DataError(f"{run} is prepared data, not a run directory")
-    if checkpoint is None:
-        raise DataError(f"{run} holds no checkpoint: train one with python -m distgpt.train --run.dir={run}")
+    if checkpoint is not None:
+        if damaged:
+            print(f"distgpt: reading {checkpoint}; skipped {list_damage(damaged)}", file=sys.stderr)
+        return checkpoint
     if damaged:
-        print(f"distgpt: reading {checkpoint}; skipped {list_damage(damaged)}", file=sys.stderr)
-    return checkpoint
+        raise DataError(f"{run} holds no whole checkpoint ({list_damage(damaged)})")
+    if run.is_file():
+        raise DataError(f"{run} is a file: give the run directory")
+    if (run / "meta.json").exists():
+        raise DataError(f"{run} is prepared data, not a run directory")
+    raise DataError(f"{run} holds no checkpoint: train one with python -m distgpt.train --run.dir={run}")
 
 
 def _require_good(checkpoint: Path) -> Path:

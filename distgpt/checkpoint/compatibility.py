@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from distgpt.checkpoint.manifest import STATE, RunState, committed, read_state
-from distgpt.config import Config, from_dict, to_dict
+from distgpt.config import Config, from_dict, keys, value_at
 from distgpt.corpus.shards import Dataset
 from distgpt.errors import DataError, UsageError
 
@@ -35,14 +35,10 @@ def require_same_run(directory: Path, config: Config, dataset: Dataset, *, repli
 
 
 def _differences(state: RunState, config: Config, dataset: Dataset) -> list[str]:
-    then, now = from_dict(state.config, source=STATE), config
-    model_keys = (f"model.{name}" for name in to_dict(config)["model"])
-    differences = []
-    for key in (*model_keys, *FIXED_KEYS):
-        section, name = key.split(".")
-        old, new = (to_dict(c)[section][name] for c in (then, now))
-        if old != new and key not in FREE_KEYS:
-            differences.append(f"{key} {old} -> {new}")
+    then = from_dict(state.config, source=STATE)
+    fixed = [key for key in keys() if key in FIXED_KEYS or (key.startswith("model.") and key not in FREE_KEYS)]
+    values = {key: (value_at(then, key), value_at(config, key)) for key in fixed}
+    differences = [f"{key} {old} -> {new}" for key, (old, new) in values.items() if old != new]
     if state.vocab_size != dataset.vocab_size:
         differences.append(f"vocabulary {state.vocab_size} -> {dataset.vocab_size}")
     if state.data_fingerprint != dataset.fingerprint:

@@ -7,9 +7,8 @@ needs. It builds plain values and imports nothing. The values are then checked f
 import math
 import pickletools
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
@@ -36,25 +35,6 @@ BYTES_PER_OBJECT, FREE_OBJECTS = 4, 1000
 LARGEST_TENSOR, MOST_DIMS = 2**60, 8  # elements
 SHARD = re.compile(r"__\d+_\d+\.distcp")
 
-_DTYPES = ("float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool")
-_RECORDS = {
-    "torch.distributed.checkpoint.metadata": (
-        *("Metadata", "StorageMeta", "TensorStorageMetadata", "TensorProperties"),
-        *("ChunkStorageMetadata", "MetadataIndex"),
-    ),
-    "torch.distributed.checkpoint.filesystem": ("_StorageInfo",),
-}
-# Globals besides the records: torch.Size, dtypes, and functions whose values are ignored.
-_OTHERS = {
-    "torch": ("Size", *_DTYPES),
-    "torch.serialization": ("_get_layout",),
-    "torch.distributed.checkpoint.metadata": ("_MEM_FORMAT_ENCODING",),
-    "builtins": ("getattr",),  # a member of an Enum, as Python 3.11 up to 3.11.3 writes it
-    "collections": ("OrderedDict",),
-    "pathlib": ("PosixPath",),
-    "pathlib._local": ("PosixPath",),
-}
-
 
 class _InvalidIndex(ValueError):
     """An index that holds something which distgpt does not write."""
@@ -80,129 +60,126 @@ class _Flat(tuple[Any, ...]):
     """A tuple that holds no tuple. Since nesting is bounded, hashes and messages take little time."""
 
 
-class _Mark:
-    """The beginning of a run of items on the stack."""
+_METADATA = "torch.distributed.checkpoint.metadata"
+_SIZE, _ENUM = _Global("torch", "Size"), _Global(_METADATA, "_MEM_FORMAT_ENCODING")
+_GETATTR = _Global("builtins", "getattr")  # gets a member of _ENUM, as Python 3.11 up to 3.11.3 writes it
+_DTYPES = {
+    _Global("torch", name): getattr(torch, name)
+    for name in ("float32", "float64", "bfloat16", "float16", "int64", "int32", "uint8", "bool")
+}
+_RECORDS = {
+    _Global("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    *(_Global(_METADATA, name) for name in ("Metadata", "StorageMeta", "TensorStorageMetadata", "TensorProperties")),
+    *(_Global(_METADATA, name) for name in ("ChunkStorageMetadata", "MetadataIndex")),
+}
+# Functions whose values are ignored.
+_IGNORED = {
+    *(_ENUM, _GETATTR, _Global("torch.serialization", "_get_layout"), _Global("collections", "OrderedDict")),
+    *(_Global("pathlib", "PosixPath"), _Global("pathlib._local", "PosixPath")),
+}
+_KNOWN = {_SIZE, *_DTYPES, *_RECORDS, *_IGNORED}
 
 
-_VALUES = frozenset(
-    (
-        *("NONE", "NEWTRUE", "NEWFALSE", "BININT", "BININT1", "BININT2", "LONG1"),
-        *("SHORT_BINUNICODE", "BINUNICODE", "EMPTY_TUPLE"),
-    )
-)
-_SILENT = frozenset(("PROTO", "FRAME"))
-_MAKING = frozenset(
-    ("EMPTY_DICT", "EMPTY_LIST", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "NEWOBJ", "REDUCE", "GLOBAL", "STACK_GLOBAL")
-)
-_PUT, _GET = frozenset(("MEMOIZE", "BINPUT", "LONG_BINPUT")), frozenset(("BINGET", "LONG_BINGET"))
+def _unpickle(content: bytes) -> Any:
+    """Build the content of an index from dicts, lists, tuples, numbers, strings and records. Raises ValueError."""
+    stack: list[Any] = []
+    memo: dict[int, Any] = {}
+    made, most = 0, FREE_OBJECTS + len(content) // BYTES_PER_OBJECT
+    for operation, value, _ in pickletools.genops(content):
+        name, argument = operation.name, cast(Any, value)
+        if name in _VALUES:
+            stack.append(argument)
+        elif name in _CONSTANTS:
+            stack.append(_CONSTANTS[name])
+        elif name in ("MEMOIZE", "BINPUT", "LONG_BINPUT"):
+            memo[len(memo) if argument is None else argument] = stack[-1]
+        elif name in ("BINGET", "LONG_BINGET"):
+            stack.append(memo[argument])
+        elif name == "GLOBAL":
+            stack.append(_global(*argument.split(" ", 1)))
+        elif found := _MAKING.get(name) or _FILLING.get(name):
+            number, function = found
+            stack.append(function(*_operands(stack, number, marked=name in _MARKED)))
+        else:
+            _require(name in ("PROTO", "FRAME", "STOP"), f"it uses the operation {name}")
+        made += name in _MAKING or name == "GLOBAL"
+        _require(max(made, len(memo)) <= most, "it holds too many objects for its size")
+        _require(len(stack) <= DEEPEST_STACK, "it puts too many values on the stack")
+    return stack.pop()
 
 
-class _IndexReader:
-    """Builds the content of an index from dicts, lists, tuples, numbers, strings and records. Raises ValueError."""
-
-    def __init__(self) -> None:
-        self._stack: list[Any] = []
-        self._memo: dict[int, Any] = {}
-        self._actions: dict[str, Callable[[], None]] = {
-            "MARK": lambda: self._stack.append(_Mark),
-            "EMPTY_DICT": lambda: self._stack.append({}),
-            "EMPTY_LIST": lambda: self._stack.append([]),
-            "TUPLE": lambda: self._tuple(self._items()),
-            **{f"TUPLE{n}": partial(self._tuple_of, n) for n in (1, 2, 3)},
-            "APPEND": lambda: self._extend([self._pop()]),
-            "APPENDS": lambda: self._extend(self._items()),
-            "SETITEM": lambda: self._update(self._last(2)),
-            "SETITEMS": lambda: self._update(self._items()),
-            "STACK_GLOBAL": self._stack_global,
-            "NEWOBJ": self._new,
-            "REDUCE": self._reduce,
-            "BUILD": self._build,
-        }
-
-    def read(self, content: bytes) -> Any:
-        made, most = 0, FREE_OBJECTS + len(content) // BYTES_PER_OBJECT
-        for operation, value, _ in pickletools.genops(content):
-            name, argument = operation.name, cast(Any, value)
-            made += name in _MAKING
-            _require(max(made, len(self._memo)) <= most, "it holds too many objects for its size")
-            if name in _VALUES:
-                self._stack.append(_VALUE_OF.get(name, argument))
-            elif name in _PUT:
-                self._memo[len(self._memo) if argument is None else argument] = self._stack[-1]
-            elif name in _GET:
-                self._stack.append(self._memo[argument])
-            elif name == "GLOBAL":
-                self._global(*argument.split(" ", 1))
-            elif name in self._actions:
-                self._actions[name]()
-            elif name not in _SILENT and name != "STOP":
-                raise _InvalidIndex(f"it uses the operation {name}")
-            _require(len(self._stack) <= DEEPEST_STACK, "it puts too many values on the stack")
-        return self._pop()
-
-    def _pop(self) -> Any:
-        value = self._stack.pop()
-        if value is _Mark:
-            raise _InvalidIndex("its marks do not match")
-        return value
-
-    def _items(self) -> list[Any]:
-        items = []
-        while (value := self._stack.pop()) is not _Mark:
-            items.append(value)
-        return items[::-1]
-
-    def _last(self, number: int) -> list[Any]:
-        return [self._pop() for _ in range(number)][::-1]
-
-    def _tuple_of(self, number: int) -> None:
-        self._tuple(self._last(number))
-
-    def _tuple(self, items: list[Any]) -> None:
-        if any(type(item) is tuple for item in items):
-            raise _InvalidIndex("its tuples are nested too deeply")
-        flat = not any(isinstance(item, tuple) for item in items)
-        self._stack.append(_Flat(items) if flat else tuple(items))
-
-    def _extend(self, items: list[Any]) -> None:
-        _typed(self._stack[-1], list).extend(items)
-
-    def _update(self, items: list[Any]) -> None:
-        target = _typed(self._stack[-1], dict)
-        for key, value in zip(items[::2], items[1::2], strict=True):
-            target[_typed(key, str, _Record)] = value
-
-    def _stack_global(self) -> None:
-        name, module = self._pop(), self._pop()
-        self._global(_typed(module, str), _typed(name, str))
-
-    def _global(self, module: str, name: str) -> None:
-        if name not in (*_RECORDS.get(module, ()), *_OTHERS.get(module, ())):
-            raise _InvalidIndex(f"it asks for {module}.{name}"[:200])
-        self._stack.append(_Global(module, name))
-
-    def _new(self) -> None:
-        arguments, kind = self._pop(), _typed(self._pop(), _Global)
-        if arguments != () or kind.name not in _RECORDS.get(kind.module, ()):
-            raise _InvalidIndex(f"it creates a {kind.name}")
-        self._stack.append(_Record(kind.name))
-
-    def _reduce(self) -> None:
-        arguments, function = _typed(self._pop(), tuple), _typed(self._pop(), _Global)
-        if function.name == "getattr":
-            _require(arguments[0] == _Global(*_ENUM), f"it asks for an attribute of {_name(arguments[0])}")
-        size = function == _Global("torch", "Size")
-        _require(size or (function.module, function.name) in _IGNORED, f"it calls {function.name}")
-        self._stack.append(arguments[0] if size else None)
-
-    def _build(self) -> None:
-        state = self._pop()
-        _typed(self._stack[-1], _Record).state = state
+def _operands(stack: list[Any], number: int, *, marked: bool) -> list[Any]:
+    """Take `number` values from the stack, and if `marked` those after the last mark."""
+    taken = []
+    while marked and (value := stack.pop()) is not _MARK:
+        taken.append(value)
+    return [*taken, *(stack.pop() for _ in range(number))][::-1]
 
 
-_VALUE_OF: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": _Flat()}
-_ENUM = "torch.distributed.checkpoint.metadata", "_MEM_FORMAT_ENCODING"
-_IGNORED = {(m, n) for m, names in _OTHERS.items() for n in names if n not in _DTYPES}
+def _tuple(*items: Any) -> tuple[Any, ...]:
+    _require(not any(type(item) is tuple for item in items), "its tuples are nested too deeply")
+    return items if any(isinstance(item, tuple) for item in items) else _Flat(items)
+
+
+def _extend(target: Any, *items: Any) -> Any:
+    _typed(target, list).extend(items)
+    return target
+
+
+def _update(target: Any, *items: Any) -> Any:
+    for key, value in zip(items[::2], items[1::2], strict=True):
+        _typed(target, dict)[_typed(key, str, _Record)] = value
+    return target
+
+
+def _build(record: Any, state: Any) -> Any:
+    _typed(record, _Record).state = state
+    return record
+
+
+def _global(module: Any, name: Any) -> _Global:
+    found = _Global(_typed(module, str), _typed(name, str))
+    _require(found in _KNOWN, f"it asks for {module}.{name}"[:200])
+    return found
+
+
+def _new(kind: Any, arguments: Any) -> _Record:
+    _require(_typed(kind, _Global) in _RECORDS and arguments == (), f"it creates a {_name(kind)}")
+    return _Record(kind.name)
+
+
+def _call(function: Any, arguments: Any) -> Any:
+    called, given = _typed(function, _Global), _typed(arguments, tuple)
+    if called == _GETATTR:
+        _require(given[0] == _ENUM, f"it asks for an attribute of {_name(given[0])}")
+    _require(called == _SIZE or called in _IGNORED, f"it calls {called.name}")
+    return given[0] if called == _SIZE else None
+
+
+_MARK = object()  # the beginning of a run of items on the stack
+_VALUES = {"BININT", "BININT1", "BININT2", "LONG1", "SHORT_BINUNICODE", "BINUNICODE"}
+_CONSTANTS: dict[str, Any] = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": _Flat(), "MARK": _MARK}
+# Operations with operands: how many each takes from the stack, besides those after the last mark, and what it then puts
+# there. The first table makes objects, the second fills them.
+_MAKING: dict[str, tuple[int, Callable[..., Any]]] = {
+    "EMPTY_DICT": (0, dict),
+    "EMPTY_LIST": (0, list),
+    "TUPLE": (0, _tuple),
+    "TUPLE1": (1, _tuple),
+    "TUPLE2": (2, _tuple),
+    "TUPLE3": (3, _tuple),
+    "NEWOBJ": (2, _new),
+    "REDUCE": (2, _call),
+    "STACK_GLOBAL": (2, _global),
+}
+_FILLING: dict[str, tuple[int, Callable[..., Any]]] = {
+    "APPEND": (2, _extend),
+    "APPENDS": (1, _extend),
+    "SETITEM": (3, _update),
+    "SETITEMS": (1, _update),
+    "BUILD": (2, _build),
+}
+_MARKED = {"TUPLE", "APPENDS", "SETITEMS"}
 
 
 def read_index(checkpoint: Path) -> Metadata:
@@ -210,11 +187,9 @@ def read_index(checkpoint: Path) -> Metadata:
     path = checkpoint / INDEX
     content = read_file(path, _largest_index(checkpoint))
     try:
-        fields = _fields(_IndexReader().read(content), "Metadata")
+        fields = _fields(_unpickle(content), "Metadata")
         places = dict(_place(key, record) for key, record in _typed(fields["storage_data"], dict).items())
-        records = _typed(fields["state_dict_metadata"], dict)
-        _require_few_chunks(records, len(places))
-        tensors = {_typed(name, str): _tensor(name, record) for name, record in records.items()}
+        tensors = _tensors(_typed(fields["state_dict_metadata"], dict), len(places))
         _require_whole(tensors, places, checkpoint)
     except (ValueError, KeyError, IndexError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         raise DataError(f"{path} is not a valid checkpoint index: {one_line(error)[:200]}") from None
@@ -227,63 +202,26 @@ def _largest_index(checkpoint: Path) -> int:
     return max(LARGEST_OF_SMALL, min(sum(sizes), LARGEST_PER_FILE * len(sizes)))
 
 
-def require_tensors(index: Metadata, wanted: Mapping[str, Any], path: Path) -> None:
-    """Raise DataError unless an index holds exactly the tensors of a nested dict, with their shapes and dtypes.
-
-    It may also hold tensors of other parts of a run, such as its optimizer or another replica.
-    """
-    tensors = _flattened(wanted)
-    parts = {_part(name) for name in tensors}
-    for name in sorted(tensors.keys() | index.state_dict_metadata.keys()):
-        known, held = tensors.get(name), index.state_dict_metadata.get(name)
-        if not isinstance(held, TensorStorageMetadata):
-            raise DataError(f"{path} holds no {name}")
-        if known is None:
-            if _part(name) in parts or name.split(".")[0] not in ("model", "optim", "outer", "replica"):
-                raise DataError(f"{path} holds {name[:100]}, which the model does not have")
-            continue
-        then, now = (held.size, held.properties.dtype), (known.shape, known.dtype)
-        if then != now:
-            raise DataError(f"{path} holds {name} as {_shown(*then)}, and the model has {_shown(*now)}")
-
-
-def _flattened(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
-    flat: dict[str, torch.Tensor] = {}
-    for name, value in tensors.items():
-        flat |= _flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
-    return flat
-
-
-def _part(name: str) -> tuple[str, ...]:
-    """Return the part of a run that a tensor belongs to: the model, its optimizer, or one replica."""
-    first, *rest = name.split(".")
-    return (first, *rest[: 1 if first == "replica" else 0])
-
-
-def _shown(size: torch.Size, dtype: torch.dtype) -> str:
-    return f"{str(dtype).removeprefix('torch.')} {list(size)}"
-
-
-def _require_few_chunks(records: dict[str, Any], places: int) -> None:
-    """Count chunks before they are read one by one: a short file may name the same long list many times."""
-    count = 0
-    for record in records.values():
-        count += len(_typed(_fields(record, "TensorStorageMetadata")["chunks"], list))
+def _tensors(records: dict[Any, Any], places: int) -> dict[str, TensorStorageMetadata]:
+    """Read the tensors. Count their chunks before: a short file may name the same long list many times."""
+    tensors, count = {}, 0
+    for name, record in records.items():
+        fields = _fields(record, "TensorStorageMetadata")
+        count += len(_typed(fields["chunks"], list))
         _require(count <= places, "its tensors and their places do not agree")
+        tensors[_typed(name, str)] = _tensor(name, fields)
+    return tensors
 
 
-def _tensor(name: str, record: Any) -> TensorStorageMetadata:
-    fields = _fields(record, "TensorStorageMetadata")
+def _tensor(name: str, fields: dict[str, Any]) -> TensorStorageMetadata:
     properties = _typed(_typed(fields["properties"], _Record).state, tuple)
-    dtype = _typed(properties[0], _Global)
-    _require(dtype.name in _DTYPES, f"{name} is of no known dtype")
-    size = _size(fields["size"])
-    chunks = [_chunk(chunk) for chunk in _typed(fields["chunks"], list)]
+    _require(_typed(properties[0], _Global) in _DTYPES, f"{name} is of no known dtype")
+    size, chunks = _size(fields["size"]), [_chunk(chunk) for chunk in fields["chunks"]]
     _require(math.prod(size) < LARGEST_TENSOR, f"{name} is too large")
     same_dims = all(len(size) == len(chunk.sizes) == len(chunk.offsets) for chunk in chunks)
     _require(same_dims, f"{name} has chunks of another shape")
     _require(_covers_once(chunks, size), f"{name} has chunks that overlap or leave gaps")
-    return TensorStorageMetadata(TensorProperties(getattr(torch, dtype.name)), size, chunks)
+    return TensorStorageMetadata(TensorProperties(_DTYPES[properties[0]]), size, chunks)
 
 
 def _covers_once(chunks: list[ChunkStorageMetadata], size: torch.Size) -> bool:

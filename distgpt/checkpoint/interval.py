@@ -30,49 +30,6 @@ def seconds_between_failures(*, seconds: float, failures: int, hosts: int) -> fl
     return (PRIOR_SECONDS / hosts + seconds) / (1 + failures)
 
 
-class SaveCost:
-    """Measures the cost of a save: training stops for a moment, then is slower while the save is written."""
-
-    def __init__(self) -> None:
-        self._saves, self._stalled = 0, 0.0
-        # By whether a save was being written meanwhile.
-        self._steps = {False: 0, True: 0}
-        self._seconds = {False: 0.0, True: 0.0}
-
-    def save(self, stalled: float) -> None:
-        """Record a save that stopped training for `stalled` seconds."""
-        self._saves += 1
-        self._stalled += stalled
-
-    def step(self, seconds: float, *, writing: bool) -> None:
-        """Record a step of so many seconds; `writing`: a save was being written meanwhile."""
-        self._steps[writing] += 1
-        self._seconds[writing] += seconds
-
-    @property
-    def seconds_per_save(self) -> float:
-        """The seconds of training that a save costs; PRIOR_COST before the first save."""
-        if not self._saves:
-            return PRIOR_COST
-        slower = 0.0
-        if self._steps[False]:
-            undisturbed = self._seconds[False] / self._steps[False]
-            slower = max(0.0, self._seconds[True] - self._steps[True] * undisturbed)
-        return (self._stalled + slower) / self._saves
-
-    @property
-    def seconds_per_step(self) -> float:
-        """The seconds that a step takes; 0 before the first step."""
-        return sum(self._seconds.values()) / max(1, sum(self._steps.values()))
-
-    def best_steps(self, between_failures: float) -> int:
-        """Return the best number of steps between saves, at least 1; `between_failures` in seconds."""
-        return max(
-            1,
-            round(best_interval(cost=self.seconds_per_save, between_failures=between_failures) / self.seconds_per_step),
-        )
-
-
 class SaveInterval:
     """Decides after which steps to save: at a fixed interval, or (auto) at the one that rank 0 finds best.
 
@@ -84,7 +41,10 @@ class SaveInterval:
         """`best_val_loss`: the lowest validation loss of the checkpoints that exist already."""
         self.auto = every == "auto"
         self.last_save = start_step  # the step after which the last save began
-        self.cost = SaveCost()
+        self._saves, self._stalled = 0, 0.0
+        # By whether a save was being written meanwhile.
+        self._steps = {False: 0, True: 0}
+        self._seconds = {False: 0.0, True: 0.0}
         self._every = 0 if every == "auto" else every
         self._best = math.inf if best_val_loss is None else best_val_loss
         self._best_step: int | None = None
@@ -107,14 +67,44 @@ class SaveInterval:
     def record_save(self, step: int, *, stalled: float) -> None:
         """Record a save that began after this step and stopped training for `stalled` seconds."""
         self.last_save = step
-        self.cost.save(stalled)
+        self._saves += 1
+        self._stalled += stalled
+
+    def record_step(self, seconds: float, *, writing: bool) -> None:
+        """Record a step of so many seconds; `writing`: a save was being written meanwhile."""
+        self._steps[writing] += 1
+        self._seconds[writing] += seconds
+
+    @property
+    def seconds_per_save(self) -> float:
+        """The seconds of training that a save costs: it stops for a moment, then is slower while the save is written.
+
+        PRIOR_COST before the first save.
+        """
+        if not self._saves:
+            return PRIOR_COST
+        slower = 0.0
+        if self._steps[False]:
+            undisturbed = self._seconds[False] / self._steps[False]
+            slower = max(0.0, self._seconds[True] - self._steps[True] * undisturbed)
+        return (self._stalled + slower) / self._saves
+
+    @property
+    def seconds_per_step(self) -> float:
+        """The seconds that a step takes; 0 before the first step."""
+        return sum(self._seconds.values()) / max(1, sum(self._steps.values()))
+
+    def best_steps(self, between_failures: float) -> int:
+        """Return the best number of steps between saves, at least 1; `between_failures` in seconds."""
+        seconds = best_interval(cost=self.seconds_per_save, between_failures=between_failures)
+        return max(1, round(seconds / self.seconds_per_step))
 
     def reconsider(self, between_failures: float, runtime: Runtime) -> int | None:
         """Find the best interval on rank 0, and adopt it on all ranks. All ranks call it.
 
         Only for auto. Returns the new interval in steps, None if it does not change. `between_failures` in seconds.
         """
-        proposal = self.cost.best_steps(between_failures) if runtime.rank == 0 else 0
+        proposal = self.best_steps(between_failures) if runtime.rank == 0 else 0
         steps = int(sum_over_ranks(torch.tensor([proposal], device=runtime.device), runtime).item())
         return steps if self.adopt(steps) else None
 

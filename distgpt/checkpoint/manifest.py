@@ -15,6 +15,8 @@ import json
 import os
 import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -70,27 +72,30 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
     Raises StorageError if it cannot be read now but may be whole.
     """
-    try:
+    with _damage_as_data_error(checkpoint / MANIFEST):
         content = read_file(checkpoint / MANIFEST, LARGEST_JSON)
         files: dict[str, dict[str, Any]] = json.loads(content)["files"]
         if manifest_bytes(files) != content:
             raise DataError(f"{MANIFEST} is damaged")
-        _require_checkpoint_files(files)
-    except FileNotFoundError:
-        raise DataError(f"{MANIFEST} is missing") from None
-    except OSError as error:
-        raise DataError(f"{MANIFEST} cannot be read ({_describe_error(checkpoint / MANIFEST, error)})") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{MANIFEST} cannot be read ({one_line(error)})") from None
+        for name, entry in files.items():
+            if not is_checkpoint_file(name) or name == MANIFEST:
+                raise DataError(f"{MANIFEST} names {name[:100]!r}, which a checkpoint does not have")
+            if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
+                raise DataError(f"{MANIFEST} has no size and hash of {name}")
     return files
 
 
-def _require_checkpoint_files(files: dict[str, dict[str, Any]]) -> None:
-    for name, entry in files.items():
-        if not is_checkpoint_file(name) or name == MANIFEST:
-            raise DataError(f"{MANIFEST} names {name[:100]!r}, which a checkpoint does not have")
-        if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
-            raise DataError(f"{MANIFEST} has no size and hash of {name}")
+@contextmanager
+def _damage_as_data_error(file: Path) -> Iterator[None]:
+    """Raise DataError for whatever is wrong with the content of a file. Raises StorageError if it may be whole."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise DataError(f"{file.name} is missing") from None
+    except OSError as error:
+        raise DataError(f"{file} cannot be read: {_describe_error(file, error)}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{file} cannot be read: {one_line(error)[:200]}") from None
 
 
 def find_damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[str]:
@@ -137,16 +142,12 @@ def read_state(checkpoint: Path) -> RunState:
     Raises DataError unless it matches the manifest and the step in the name of its directory, and is valid.
     """
     file = checkpoint / STATE
-    try:
+    with _damage_as_data_error(file):
         content = read_file(file, LARGEST_JSON)
         if hashlib.sha256(content).hexdigest() != read_manifest(checkpoint)[STATE]["sha256"]:
             raise DataError(f"{file} does not match its hash")
         state = RunState(**json.loads(content))
         _require_valid(state, file)
-    except OSError as error:
-        raise DataError(f"{file} cannot be read: {_describe_error(file, error)}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise DataError(f"{file} cannot be read: {one_line(error)[:200]}") from None
     if state.step != step_of(checkpoint):
         raise DataError(f"{file} is of step {state.step}, and its directory has the name {checkpoint.name}")
     return state
@@ -209,7 +210,9 @@ class NotAFileError(OSError):
 def open_file(file: Path) -> io.BufferedReader:
     """Open a file of a checkpoint to read. Raises OSError, and NotAFileError for a pipe or device, without a wait."""
     file_size(file)
-    return io.open(file, "rb", opener=_open_without_waiting)  # noqa: UP020  tests replace io.open to inject faults
+    no_wait = os.O_NONBLOCK | os.O_NOFOLLOW  # a pipe may have replaced the file since
+    # io.open: tests replace it to inject faults.
+    return io.open(file, "rb", opener=lambda path, flags: os.open(path, flags | no_wait))  # noqa: UP020
 
 
 def file_size(file: Path) -> int:
@@ -220,11 +223,6 @@ def file_size(file: Path) -> int:
     return status.st_size
 
 
-def _open_without_waiting(path: str, flags: int) -> int:
-    # A pipe may have replaced the file since file_size() checked it.
-    return os.open(path, flags | os.O_NONBLOCK | os.O_NOFOLLOW)
-
-
 def read_file(file: Path, most: int) -> bytes:
     """Read a file of at most `most` bytes. Raises OSError, and DataError if it is larger."""
     with open_file(file) as stream:
@@ -232,11 +230,6 @@ def read_file(file: Path, most: int) -> bytes:
     if len(content) > most:
         raise DataError(f"{file} is larger than {most // 2**20} MiB, the most that it may have")
     return content
-
-
-def describe_all_damaged(damaged: dict[str, str]) -> str:
-    """Say that all checkpoints of a directory are damaged, and how."""
-    return f"holds no whole checkpoint ({list_damage(damaged)})"
 
 
 def list_damage(damaged: dict[str, str]) -> str:

@@ -1,6 +1,5 @@
 """Read the tensors of a checkpoint into any sharding, without running code that its files may hold."""
 
-import errno
 import io
 import pickle
 import pickletools
@@ -8,7 +7,8 @@ import re
 import struct
 import warnings
 import zipfile
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,12 +27,13 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.futures import Future
 
 from distgpt.checkpoint.choice import NEWEST, choose
-from distgpt.checkpoint.index import read_index, require_tensors
+from distgpt.checkpoint.index import read_index
 from distgpt.checkpoint.manifest import INDEX, STATE, TOKENIZER, RunState, one_line, open_file, read_state, sha256_of
 from distgpt.config import Config, from_dict
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.distributed.diloco import OuterOptimizer
 from distgpt.errors import DataError, StorageError
+from distgpt.health.outliers import OutlierFilter
 from distgpt.model.gpt import GPT
 
 # The most bytes of a stored tensor besides its values: in its record, and in all.
@@ -46,6 +47,8 @@ _OPERATIONS = frozenset(
     )
 )
 _GLOBALS = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict|torch [A-Z][A-Za-z0-9]*Storage")
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
 # It is intended that one process saves and loads alone.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -81,44 +84,48 @@ def require_model(checkpoint: Path, config: Config, vocab_size: int) -> None:
     require_tensors(index, {"model": model.state_dict()}, checkpoint / INDEX)
 
 
-def load_for_training(
-    checkpoint: Path,
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    outer: OuterOptimizer | None = None,
-) -> None:
-    """Load a checkpoint into a model and its optimizers; each rank reads its own share.
+@dataclass(frozen=True)
+class TrainingState:
+    """All that a run learns and a checkpoint stores. `outer`: the outer optimizer of diloco."""
 
-    Raises DataError or StorageError.
-    """
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    optim = get_optimizer_state_dict(model, optimizer, options=options)
-    tensors = training_tensors(model, optimizer)
-    has_replicas = read_state(checkpoint).replicas > 1
-    read_tensors(outer.checkpoint_tensors(tensors) if outer and has_replicas else tensors, checkpoint)
-    set_model_state_dict(model, tensors["model"])
-    set_optimizer_state_dict(model, optimizer, {**optim, **tensors["optim"]}, options=options)
-    if outer and not has_replicas:
-        outer.reset()
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+    outliers: OutlierFilter
+    outer: OuterOptimizer | None = None
 
+    def tensors(self) -> dict[str, Any]:
+        """Return the tensors of this rank by name, as a checkpoint stores them."""
+        own = self._model_and_optimizer()
+        return self.outer.checkpoint_tensors(own) if self.outer else own
 
-def training_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """Return model and optimizer state by name, without hyper-parameters, which the config and the step give."""
-    options = StateDictOptions(flatten_optimizer_state_dict=True)
-    optim = get_optimizer_state_dict(model, optimizer, options=options)
-    return {
-        "model": get_model_state_dict(model),
-        "optim": {name: value for name, value in optim.items() if name.startswith("state.")},
-    }
+    def load(self, checkpoint: Path) -> RunState:
+        """Load a checkpoint; each rank reads its own share. Raises DataError or StorageError."""
+        state, own = read_state(checkpoint), self._model_and_optimizer()
+        from_replicas = self.outer if state.replicas > 1 else None
+        read_tensors(from_replicas.checkpoint_tensors(own) if from_replicas else own, checkpoint)
+        set_model_state_dict(self.model, own["model"])
+        optim = {**self._optimizer_state(), **own["optim"]}
+        set_optimizer_state_dict(self.model, self.optimizer, optim, options=FLAT)
+        if self.outer and not from_replicas:
+            self.outer.reset()
+        self.outliers.restore(state.guard)
+        return state
+
+    def _model_and_optimizer(self) -> dict[str, Any]:
+        """Return their tensors, without hyper-parameters, which the config and the step give."""
+        moments = {name: value for name, value in self._optimizer_state().items() if name.startswith("state.")}
+        return {"model": get_model_state_dict(self.model), "optim": moments}
+
+    def _optimizer_state(self) -> dict[str, Any]:
+        return get_optimizer_state_dict(self.model, self.optimizer, options=FLAT)
 
 
 def read_tensors(tensors: dict[str, Any], checkpoint: Path) -> None:
     """Fill `tensors` in place; the checkpoint may be sharded in another way. Raises DataError or StorageError."""
     index = read_index(checkpoint)  # outside of dcp.load, which would wrap a DataError
     require_tensors(index, tensors, checkpoint / INDEX)
-    reader = _Reader(checkpoint, index)
     try:
-        dcp.load(tensors, storage_reader=reader, no_dist=True)  # else ranks exchange pickles
+        dcp.load(tensors, storage_reader=_Reader(checkpoint, index), no_dist=True)  # else ranks exchange pickles
     except dcp.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         if isinstance(cause, DataError | AssertionError | RuntimeError | ValueError | pickle.UnpicklingError):
@@ -128,14 +135,51 @@ def read_tensors(tensors: dict[str, Any], checkpoint: Path) -> None:
         raise StorageError(f"{checkpoint} cannot be read: {one_line(cause)}") from None
 
 
+def require_tensors(index: Metadata, wanted: Mapping[str, Any], path: Path) -> None:
+    """Raise DataError unless an index holds exactly the tensors of a nested dict, with their shapes and dtypes.
+
+    It may also hold tensors of other parts of a run, such as its optimizer or another replica.
+    """
+    tensors = _flattened(wanted)
+    parts = {_part(name) for name in tensors}
+    for name in sorted(tensors.keys() | index.state_dict_metadata.keys()):
+        known, held = tensors.get(name), index.state_dict_metadata.get(name)
+        if not isinstance(held, TensorStorageMetadata):
+            raise DataError(f"{path} holds no {name}")
+        if known is None:
+            if _part(name) in parts or name.split(".")[0] not in ("model", "optim", "outer", "replica"):
+                raise DataError(f"{path} holds {name[:100]}, which the model does not have")
+            continue
+        then, now = (held.size, held.properties.dtype), (known.shape, known.dtype)
+        if then != now:
+            raise DataError(f"{path} holds {name} as {_shown(*then)}, and the model has {_shown(*now)}")
+
+
+def _flattened(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    flat: dict[str, torch.Tensor] = {}
+    for name, value in tensors.items():
+        flat |= _flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+    return flat
+
+
+def _part(name: str) -> tuple[str, ...]:
+    """Return the part of a run that a tensor belongs to: the model, its optimizer, or one replica."""
+    first, *rest = name.split(".")
+    return (first, *rest[: 1 if first == "replica" else 0])
+
+
+def _shown(size: torch.Size, dtype: torch.dtype) -> str:
+    return f"{str(dtype).removeprefix('torch.')} {list(size)}"
+
+
 class _Reader(dcp.FileSystemReader):
     """Takes an index that is already read, and reads only payloads that are plain tensors."""
 
     def __init__(self, checkpoint: Path, index: Metadata) -> None:
         super().__init__(checkpoint)
         self._index = index
-        self._sizes = {
-            MetadataIndex(name, chunk.offsets): chunk.sizes.numel() * tensor.properties.dtype.itemsize
+        self._chunks = {
+            MetadataIndex(name, chunk.offsets): (chunk.sizes, tensor.properties.dtype.itemsize)
             for name, tensor in index.state_dict_metadata.items()
             if isinstance(tensor, TensorStorageMetadata)
             for chunk in tensor.chunks
@@ -146,47 +190,37 @@ class _Reader(dcp.FileSystemReader):
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
         for item in plan.items:
-            place = self._index.storage_data[item.storage_index]
-            with open_file(Path(self.path) / place.relative_path) as file:
-                stored = _Slice(file, place.offset, place.length)
-                _require_tensor(stored, self._sizes[item.storage_index], item.storage_index.fqn)
-        return super().read_data(plan, planner)
+            stored = self._read_chunk(item.storage_index)
+            cut = tuple(slice(at, at + n) for at, n in zip(item.storage_offsets, item.lengths, strict=True))
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(stored[cut])
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+    def _read_chunk(self, index: MetadataIndex) -> torch.Tensor:
+        """Read a stored tensor. Raises OSError, and DataError if it is not the one that the index describes."""
+        place, (shape, item_size) = self._index.storage_data[index], self._chunks[index]
+        size = shape.numel() * item_size
+        if place.length > size + LARGEST_EXTRA:
+            raise DataError(f"{index.fqn} is stored in {place.length} bytes, and is a tensor of {size}")
+        with open_file(Path(self.path) / place.relative_path) as file:
+            file.seek(place.offset)
+            stored = io.BytesIO(file.read(place.length))
+        _require_tensor(stored, size, index.fqn)
+        stored.seek(0)
+        tensor = torch.load(stored, map_location="cpu", weights_only=True)
+        if not isinstance(tensor, torch.Tensor) or tensor.shape != shape:
+            raise DataError(f"{index.fqn} is not stored as a tensor of shape {list(shape)}")
+        return tensor
 
 
-class _Slice(io.RawIOBase):
-    """A part of a file, read as a file of its own."""
-
-    def __init__(self, file: io.BufferedReader, start: int, length: int) -> None:
-        self._file, self._start, self.length, self._at = file, start, length, 0
-
-    def seekable(self) -> bool:
-        return True
-
-    def readable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        self._at = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self.length}[whence] + offset
-        if self._at < 0:
-            raise OSError(errno.EINVAL, "negative position")
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        self._file.seek(self._start + self._at)
-        content = self._file.read(max(0, min(len(buffer), self.length - self._at)))
-        buffer[: len(content)] = content
-        self._at += len(content)
-        return len(content)
-
-
-def _require_tensor(stored: _Slice, size: int, name: str) -> None:
+def _require_tensor(file: io.BytesIO, size: int, name: str) -> None:
     """Raise DataError unless torch.load() will read no more than a tensor of `size` bytes.
 
     It loads tensors only, but may unpack a thousand times as much, or run operations that take any memory and time.
     """
-    if stored.length > size + LARGEST_EXTRA:
-        raise DataError(f"{name} is stored in {stored.length} bytes, and is a tensor of {size}")
-    file = io.BufferedReader(stored)
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()

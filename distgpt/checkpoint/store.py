@@ -1,9 +1,11 @@
-"""Change the directory of checkpoints, on rank 0, so that a kill at any moment leaves each one whole or absent.
+"""The directory of checkpoints: the best one, those to remove, and changes that a kill cannot leave half done.
 
 Unfinished checkpoints, and those being removed, lie in a staging directory named after the owner of the run directory.
 The next owner moves it away before it starts, so that an earlier owner which wakes up cannot rename anything from it.
 """
 
+import logging
+import math
 import os
 import re
 import shutil
@@ -13,13 +15,86 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from distgpt.checkpoint.manifest import MANIFEST, is_checkpoint_file, manifest_bytes, path_of
-from distgpt.checkpoint.retention import require_space
-from distgpt.errors import DISK_FULL, DirectoryError, StorageError
+from distgpt.checkpoint.manifest import (
+    MANIFEST,
+    committed,
+    is_checkpoint_file,
+    manifest_bytes,
+    one_line,
+    path_of,
+    read_manifest,
+    read_state,
+)
+from distgpt.errors import DISK_FULL, DataError, DirectoryError, StorageError
 from distgpt.files import sync, write_file
 from distgpt.run.lock import Owner
 
+CHECKPOINT_BYTES = 12  # for each parameter: a float32 weight and AdamW's two moments
+OUTER_BYTES = 8  # for each parameter, with independent replicas: the shared weight and its momentum
 STAGING, BROKEN = ".staging-", "broken-"  # beginnings of the names of directories that are no checkpoints
+
+log = logging.getLogger(__name__)
+
+
+def require_space(directory: Path, needed: int) -> None:
+    """Raise StorageError unless the disk of `directory` has room for `needed` bytes and a little more."""
+    free = shutil.disk_usage(directory).free
+    wanted = needed * 1.02 + 2**20
+    if free < wanted:
+        # Rounded down and up, so that the message never shows two equal figures.
+        free_mib, wanted_mib = math.floor(free / 2**20 * 10) / 10, math.ceil(wanted / 2**20 * 10) / 10
+        raise StorageError(
+            f"{directory} has {free_mib:.1f} MiB free and a checkpoint takes {wanted_mib:.1f} MiB with 1 MiB to spare: "
+            "free some space or lower checkpoint.keep"
+        )
+
+
+def checkpoint_bytes(parameters: int, replicas: int) -> int:
+    """Return the bytes of a checkpoint with this number of parameters and independent replicas."""
+    return parameters * (CHECKPOINT_BYTES * replicas + (OUTER_BYTES if replicas > 1 else 0))
+
+
+def prunable(directory: Path, *, keep: int) -> list[Path]:
+    """List the checkpoints to remove: all but the newest `keep` and the one with the lowest validation loss.
+
+    A checkpoint stays if it holds a file that is not in its manifest, or cannot be read.
+    """
+    losses = _losses(directory)
+    best = _best(losses)
+    removable = []
+    for checkpoint in committed(directory)[keep:]:
+        try:
+            known = {MANIFEST, *read_manifest(checkpoint)}
+            if checkpoint in losses and checkpoint != best and {file.name for file in checkpoint.iterdir()} == known:
+                removable.append(checkpoint)
+        except (OSError, DataError, StorageError) as error:
+            log.warning("%s is not removed: %s", checkpoint, one_line(error))
+    return removable
+
+
+def best_checkpoint(directory: Path) -> Path | None:
+    """Return the checkpoint with the lowest validation loss that can be read, None if there is none."""
+    return _best(_losses(directory))
+
+
+def _losses(directory: Path) -> dict[Path, float]:
+    """Read the validation losses of the checkpoints that can be read now; NaN where it is missing or damaged."""
+    losses = {}
+    for checkpoint in committed(directory):
+        try:
+            loss = read_state(checkpoint).val_loss
+        except DataError:
+            loss = None
+        except StorageError as error:
+            log.warning("%s", error)
+            continue
+        losses[checkpoint] = math.nan if loss is None else loss
+    return losses
+
+
+def _best(losses: dict[Path, float]) -> Path | None:
+    finite = {checkpoint: loss for checkpoint, loss in losses.items() if math.isfinite(loss)}
+    return min(finite, key=lambda checkpoint: finite[checkpoint], default=None)
 
 
 def require_writable(directory: Path) -> None:
@@ -33,7 +108,7 @@ def require_writable(directory: Path) -> None:
 
 
 class Store:
-    """The directory of checkpoints, as the owner of the run changes it. Methods raise OSError."""
+    """Changes the directory of checkpoints, on rank 0: each one stays whole or absent. Methods raise OSError."""
 
     def __init__(self, directory: Path, owner: Owner) -> None:
         self.directory = directory
@@ -50,7 +125,7 @@ class Store:
             self.directory.mkdir(parents=True)
             sync(self.directory.parent)
         require_space(self.directory, needed)
-        self._staging_root.mkdir(exist_ok=True)
+        self.create_staging_root()
         self.staging(step).mkdir()
 
     def commit(self, step: int, files: dict[str, dict[str, Any]]) -> None:

@@ -9,8 +9,9 @@ import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import astuple
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -18,11 +19,6 @@ from torch.distributed.checkpoint.filesystem import FileSystem, _StorageInfo
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
-
-if TYPE_CHECKING:
-    from _typeshed import ReadableBuffer
-
-_PLACE_FIELDS = ("relative_path", "offset", "length")
 
 
 class ShareWriter:
@@ -50,25 +46,23 @@ class ShareWriter:
 
         Returns the place of each tensor, and the size and SHA-256 of each file.
         """
-        parsed = [
-            SavePlan([_item_from_json(item) for item in plan["items"]], planner_data=_names_from_json(plan["names"]))
-            for plan in plans
-        ]
-        shares, self._metadata = self._planner.create_global_plan(parsed)
+        shares, self._metadata = self._planner.create_global_plan([_plan_from_json(**plan) for plan in plans])
         share = self._planner.finish_plan(self._writer.prepare_global_plan(shares)[self._rank])
         started = time.perf_counter()
         results = self._writer.write_data(share, self._planner).wait()
         self.seconds, self.bytes = time.perf_counter() - started, sum(result.size_in_bytes for result in results)
-        tensors = [
-            [*_index_to_json(r.index), r.size_in_bytes, *(getattr(r.storage_data, k) for k in _PLACE_FIELDS)]
-            for r in results
-        ]
+        tensors = [[_index_to_json(r.index), r.size_in_bytes, astuple(r.storage_data)] for r in results]
         return {"tensors": tensors, "files": dict(self._files.written)}
 
     def finish(self, written: list[dict[str, Any]]) -> None:
         """Write the index, given the results of write() on every rank."""
         assert self._metadata is not None, "write() comes first"
-        self._writer.finish(self._metadata, [[_result_from_json(*r) for r in rank["tensors"]] for rank in written])
+        results = [
+            WriteResult(_index_from_json(*index), size, _StorageInfo(*place))
+            for share in written
+            for index, size, place in share["tensors"]
+        ]
+        self._writer.finish(self._metadata, [results])
 
 
 class _HashingFileSystem(FileSystem):
@@ -86,33 +80,22 @@ class _HashingFileSystem(FileSystem):
         self.written[Path(path).name] = {"bytes": file.bytes, "sha256": file.digest.hexdigest()}
 
 
-class _HashingFile(io.BufferedIOBase):
+class _HashingFile(io.BufferedWriter):
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self._file = open(path, "wb")  # noqa: SIM115  close() closes it
+        super().__init__(open(path, "wb", buffering=0))  # noqa: SIM115  close() closes it
         self.digest, self.bytes = hashlib.sha256(), 0
 
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: "ReadableBuffer") -> int:
+    def write(self, data: Any) -> int:
         self.digest.update(data)
         self.bytes += memoryview(data).nbytes
-        return self._file.write(data)
-
-    def tell(self) -> int:
-        return self._file.tell()
-
-    def flush(self) -> None:
-        if not self._file.closed:
-            self._file.flush()
+        return super().write(data)
 
     def close(self) -> None:
         try:
-            if not self._file.closed:
-                self._file.flush()
-                os.fsync(self._file.fileno())
+            if not self.closed:
+                self.flush()
+                os.fsync(self.fileno())
         finally:
-            self._file.close()
             super().close()
 
 
@@ -124,10 +107,8 @@ def _index_from_json(name: str, offset: list[int] | None, number: int | None) ->
     return MetadataIndex(name, None if offset is None else torch.Size(offset), number)
 
 
-def _result_from_json(
-    name: str, at: list[int] | None, number: int | None, size: int, file: str, offset: int, length: int
-) -> WriteResult:
-    return WriteResult(_index_from_json(name, at, number), size, _StorageInfo(file, offset, length))
+def _plan_from_json(items: list[list[Any]], names: dict[str, list[Any]]) -> SavePlan:
+    return SavePlan(list(map(_item_from_json, items)), planner_data={name: tuple(path) for name, path in names.items()})
 
 
 def _item_to_json(item: WriteItem) -> list[Any]:
@@ -145,7 +126,3 @@ def _item_from_json(item: list[Any]) -> WriteItem:
     chunk = ChunkStorageMetadata(torch.Size(offsets), torch.Size(sizes))
     data = TensorWriteData(chunk, TensorProperties(dtype), torch.Size(size))
     return WriteItem(_index_from_json(*index), WriteItemType[kind], tensor_data=data)
-
-
-def _names_from_json(names: dict[str, list[Any]]) -> dict[str, tuple[Any, ...]]:
-    return {name: tuple(path) for name, path in names.items()}

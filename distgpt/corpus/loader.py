@@ -11,7 +11,6 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
 
 import numpy as np
 import torch
@@ -20,11 +19,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from distgpt.corpus.order import Ints, Order, evaluation_windows
-from distgpt.corpus.shards import Split
+from distgpt.corpus.shards import Split, TokenMap, mapping_of
 from distgpt.errors import StorageError
 
 MicroBatch = tuple[Tensor, Tensor]
-TokenMap = np.memmap[Any, np.dtype[np.uint16]]
 
 # The thread prepares whole steps in chunks of at most about this size: numpy's and the lock's overhead is paid once a
 # chunk, and the disk sees all its reads at once.
@@ -78,7 +76,12 @@ class Loader:
         Raises StorageError if the data cannot be read any more.
         """
         if not self._ready:
-            self._ready.extend(self._widened(self._next_chunk()))
+            started = time.perf_counter()
+            chunk = self._chunks.popleft().result()
+            self._wait += time.perf_counter() - started
+            self._fetch_next_chunk()
+            x, y = (torch.split(part, self._micro_batch) for part in _inputs_and_targets(chunk, self._device))
+            self._ready.extend(zip(x, y, strict=True))
         return [self._ready.popleft() for _ in range(self._rows // self._micro_batch)]
 
     def pop_data_wait(self) -> float:
@@ -86,9 +89,10 @@ class Loader:
         wait, self._wait = self._wait, 0.0
         return wait
 
-    def sample_numbers(self, step: int) -> Ints:
-        """Return the numbers, counted over the whole run, of this rank's sequences in `step`, in order."""
-        return self._numbers_of(step, 1)
+    def sample_numbers(self, step: int, steps: int = 1) -> Ints:
+        """Return the numbers, counted over the whole run, of this rank's sequences in `step` and those after it."""
+        first = np.arange(step, step + steps, dtype=np.int64) * self._global_batch + self._rank * self._rows
+        return (first[:, None] + np.arange(self._rows)).ravel()
 
     def places(self, step: int) -> tuple[Ints, Ints]:
         """Return the shard and the offset in tokens of each of the windows that sample_numbers(step) numbers."""
@@ -97,21 +101,6 @@ class Loader:
     def close(self) -> None:
         """End the thread and drop the batches that it has prepared."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _numbers_of(self, step: int, steps: int) -> Ints:
-        first = np.arange(step, step + steps, dtype=np.int64) * self._global_batch + self._rank * self._rows
-        return (first[:, None] + np.arange(self._rows)).ravel()
-
-    def _next_chunk(self) -> Tensor:
-        started = time.perf_counter()
-        chunk = self._chunks.popleft().result()
-        self._wait += time.perf_counter() - started
-        self._fetch_next_chunk()
-        return chunk
-
-    def _widened(self, chunk: Tensor) -> Iterator[MicroBatch]:
-        x, y = (part.view(-1, self._micro_batch, part.shape[-1]) for part in _inputs_and_targets(chunk, self._device))
-        return zip(x.unbind(), y.unbind(), strict=True)
 
     def _fetch_next_chunk(self) -> None:
         self._chunks.append(self._thread.submit(self._chunk, self._step_to_fetch))
@@ -122,7 +111,7 @@ class Loader:
 
         numpy only: a torch operation here would start a second pool of OpenMP threads beside the one that trains.
         """
-        shards, offsets = self.order.starts(self._numbers_of(step, self._steps_per_chunk))
+        shards, offsets = self.order.starts(self.sample_numbers(step, self._steps_per_chunk))
         shape, pinned = (len(offsets), self._windows.length), self._device.type == "cuda"
         tokens = torch.empty(shape, dtype=torch.uint16, pin_memory=pinned)
         self._windows.read(shards, offsets, tokens.numpy())
@@ -190,7 +179,7 @@ class WindowReader:
         self._small = sum(shard.nbytes for shard in split.shards) <= READ_WHOLE_BYTES
         if self._small:
             for shard in split.shards:
-                _mapping(shard).madvise(mmap.MADV_WILLNEED)
+                mapping_of(shard).madvise(mmap.MADV_WILLNEED)
 
     def read(self, shards: Ints, offsets: Ints, tokens: NDArray[np.uint16]) -> None:
         """Copy the windows at these places into `tokens` [windows, length]. Raises StorageError."""
@@ -210,14 +199,9 @@ class WindowReader:
         itemsize = self._shards[shard].itemsize
         pages = offsets * itemsize // mmap.PAGESIZE * mmap.PAGESIZE
         ends = (offsets + self.length) * itemsize
-        mapping = _mapping(self._shards[shard])
+        mapping = mapping_of(self._shards[shard])
         for page, end in zip(pages.tolist(), ends.tolist(), strict=True):
             mapping.madvise(mmap.MADV_WILLNEED, page, end - page)
-
-
-def _mapping(shard: TokenMap) -> mmap.mmap:
-    assert isinstance(shard.base, mmap.mmap)
-    return shard.base
 
 
 def _check_length(shard: TokenMap, mapped: os.stat_result | None) -> None:

@@ -9,6 +9,7 @@ from distgpt.distributed.device import compute_dtype, device_memory
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import UsageError
 from distgpt.model.gpt import count_parameters
+from distgpt.units import size_text
 
 # float32 weights, gradients and AdamW's two moments
 BYTES_PER_PARAMETER = 16
@@ -104,7 +105,7 @@ def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tup
         return asked, "as asked"
     need = BYTES_PER_PARAMETER * count_parameters(config.model, vocab_size)
     room = REPLICA_SHARE * device_memory(runtime)
-    sizes = f"weights, gradients and moments take {need / 2**30:.1f} of {room / 2**30:.1f} GiB a rank"
+    sizes = f"weights, gradients and moments take {size_text(need)} of {size_text(room)} a rank"
     if need <= room:
         return "ddp", f"{sizes}: every rank holds a whole replica"
     nodes = runtime.world_size // runtime.local_world_size

@@ -41,6 +41,14 @@ def this_rank() -> Runtime:
     return Runtime(place.rank, place.local_rank, place.world_size, place.local_world_size, device)
 
 
+def only_rank(command: str) -> Runtime:
+    """Return the rank of a command that runs in one process. Raises UsageError under torchrun with several."""
+    runtime = this_rank()
+    if runtime.distributed:
+        raise UsageError(f"{command} runs in one process: start it without torchrun")
+    return runtime
+
+
 def restarted() -> bool:
     """Tell whether torchrun has restarted the ranks of this job."""
     return this_attempt() > 0

@@ -6,12 +6,13 @@ llm.c's outlier detector; here a value does not belong to the window that it is 
 
 import math
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from distgpt.config import HealthConfig
 
+# The number of last values that a value is compared with.
 WINDOW = 128
 # The standard deviation of fewer values is too uncertain: of 32 values, its error is about an eighth.
 LEAST_VALUES = 32
@@ -19,31 +20,17 @@ LEAST_VALUES = 32
 MOST_SKIPS = 10
 
 
-class Window:
-    """The last WINDOW values of a figure."""
+def z_score(values: Collection[float], value: float) -> float | None:
+    """Return how far `value` lies above the mean of `values`, in their standard deviations.
 
-    def __init__(self, values: Iterable[float] = ()) -> None:
-        self._values = deque(values, maxlen=WINDOW)
-
-    def add(self, value: float) -> None:
-        """Add a value and forget the oldest one."""
-        self._values.append(value)
-
-    def z_score(self, value: float) -> float | None:
-        """Return how far `value` lies above the mean, in standard deviations.
-
-        None if it is not finite, if there are fewer than LEAST_VALUES values, or if all of them are equal.
-        """
-        count = len(self._values)
-        if count < LEAST_VALUES or not math.isfinite(value):
-            return None
-        mean = math.fsum(self._values) / count
-        deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in self._values) / count)
-        return (value - mean) / deviation if deviation else None
-
-    def values(self) -> list[float]:
-        """Return the values, the oldest first."""
-        return list(self._values)
+    None if it is not finite, if there are fewer than LEAST_VALUES values, or if all of them are equal.
+    """
+    count = len(values)
+    if count < LEAST_VALUES or not math.isfinite(value):
+        return None
+    mean = math.fsum(values) / count
+    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / count)
+    return (value - mean) / deviation if deviation else None
 
 
 @dataclass(frozen=True)
@@ -69,11 +56,11 @@ class OutlierFilter:
 
         Skipped steps do not enter the windows. Ranks with equal figures come to equal decisions.
         """
-        loss_z, grad_norm_z = self._losses.z_score(loss), self._grad_norms.z_score(grad_norm)
+        loss_z, grad_norm_z = z_score(self._losses, loss), z_score(self._grad_norms, grad_norm)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
         if finite and not self._is_spike(loss_z) and not self._is_spike(grad_norm_z):
-            self._losses.add(loss)
-            self._grad_norms.add(grad_norm)
+            self._losses.append(loss)
+            self._grad_norms.append(grad_norm)
             self._skips = 0
             return Decision(loss_z, grad_norm_z)
         reason = f"loss {_figure(loss, loss_z)} and gradient norm {_figure(grad_norm, grad_norm_z)}"
@@ -83,12 +70,12 @@ class OutlierFilter:
 
     def state(self) -> dict[str, Any]:
         """Return what `restore` needs to make an equal filter. JSON keeps it exactly."""
-        return {"losses": self._losses.values(), "grad_norms": self._grad_norms.values(), "skips": self._skips}
+        return {"losses": list(self._losses), "grad_norms": list(self._grad_norms), "skips": self._skips}
 
     def restore(self, state: dict[str, Any]) -> None:
         """Continue from a `state()`. An empty one is that of a new run."""
-        self._losses = Window(state.get("losses", ()))
-        self._grad_norms = Window(state.get("grad_norms", ()))
+        self._losses = deque[float](state.get("losses", ()), maxlen=WINDOW)
+        self._grad_norms = deque[float](state.get("grad_norms", ()), maxlen=WINDOW)
         self._skips = int(state.get("skips", 0))
 
     def _is_spike(self, z: float | None) -> bool:

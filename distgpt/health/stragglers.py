@@ -41,54 +41,36 @@ class Work:
         return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
-@dataclass(frozen=True)
-class Comparison:
-    """A comparison of all ranks over some steps. Seconds are means per step."""
-
-    messages: list[str]  # for the user: ranks that have become slow, or keep up again
-    median_own_work: float
-    longest_own_work: float
-    longest_data_wait: float
-
-
 class StragglerMonitor:
     """Collects the work of this rank and compares it with that of the others. All ranks make the same calls."""
 
     def __init__(self, model: nn.Module, runtime: Runtime) -> None:
         self._runtime = runtime
-        self._timer = OwnWorkTimer(model, runtime.device)
+        self.timer = OwnWorkTimer(model, runtime.device)
         self._detector = StragglerDetector(hosts_of_ranks(runtime))
-        self._work, self._steps = Work(), 0
-
-    def begin_step(self) -> None:
-        """Start the clock of a step."""
-        self._timer.begin()
-
-    def exclude(self, seconds: float) -> None:
-        """Subtract seconds for which this rank waited for the others in the middle of a step."""
-        self._timer.exclude(seconds)
+        self.reset()
 
     def end_step(self, *, data_wait: float, save_seconds: float, saved_bytes: float) -> None:
-        """Add the step since begin_step(), with its data wait and saves. Call it after the gradients are reduced."""
-        self._work += Work(self._timer.seconds(), data_wait, save_seconds, saved_bytes)
+        """Add the step that `timer` timed, with its data wait and saves. Call it after the gradients are reduced."""
+        self._work += Work(self.timer.seconds(), data_wait, save_seconds, saved_bytes)
         self._steps += 1
 
     def reset(self) -> None:
         """Forget the steps since the last comparison, such as the first one of an attempt, which warms up."""
         self._work, self._steps = Work(), 0
 
-    def compare(self, seconds: float) -> Comparison:
-        """Compare the steps since the last comparison, which took so many seconds. All ranks call it."""
-        rows = all_gather_row(astuple(self._work), self._runtime)
-        works, steps = [Work(*row) for row in rows], self._steps
+    def compare(self, seconds: float) -> tuple[list[str], dict[str, float]]:
+        """Compare the steps since the last comparison, which took so many seconds. All ranks call it.
+
+        Returns messages about ranks that have become slow or keep up again, and figures by name, in seconds a step.
+        """
+        works, steps = [Work(*row) for row in all_gather_row(astuple(self._work), self._runtime)], self._steps
         self.reset()
-        own = sorted(work.own / steps for work in works)
-        return Comparison(
-            self._detector.update(works, steps=steps, seconds=seconds),
-            statistics.median(own),
-            own[-1],
-            max(work.data_wait / steps for work in works),
-        )
+        return self._detector.update(works, steps=steps, seconds=seconds), {
+            "own_work_s_median": statistics.median(work.own for work in works) / steps,
+            "own_work_s_longest": max(work.own for work in works) / steps,
+            "data_wait_s_longest": max(work.data_wait for work in works) / steps,
+        }
 
 
 class OwnWorkTimer:
@@ -102,12 +84,10 @@ class OwnWorkTimer:
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
         gpt = unwrap_model(model)
-        sharded = isinstance(gpt, FSDPModule)
-        self._stopwatch: _Stopwatch | _CudaStopwatch
-        self._stopwatch = _CudaStopwatch() if device.type == "cuda" and not sharded else _Stopwatch()
-        self._forward_came, self._sharded = False, sharded
-        self._excluded = 0.0
-        if sharded:
+        self._sharded = isinstance(gpt, FSDPModule)
+        self._times_kernels = device.type == "cuda" and not self._sharded
+        self.begin()
+        if self._sharded:
             # Before FSDP's own hook, which waits.
             gpt.register_forward_pre_hook(self._at_forward, prepend=True)
         else:
@@ -115,24 +95,35 @@ class OwnWorkTimer:
 
     def begin(self) -> None:
         """Start the clock."""
+        self._started = self._stopped = self._now()
         self._forward_came, self._excluded = False, 0.0
-        self._stopwatch.start()
 
     def seconds(self) -> float:
         """Return the own work since begin(). Call it after the gradients are reduced."""
-        return self._stopwatch.seconds() - self._excluded
+        if not self._times_kernels:
+            return float(self._stopped - self._started) - self._excluded
+        self._stopped.synchronize()
+        return float(self._started.elapsed_time(self._stopped)) / 1e3 - self._excluded
 
     def exclude(self, seconds: float) -> None:
         """Subtract seconds for which this rank waited for the others between two micro-batches."""
         if not self._sharded:
             self._excluded += seconds
 
+    def _now(self) -> Any:
+        """Return the host's time in seconds, or record an event in the stream, where kernels run asynchronously."""
+        if not self._times_kernels:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
     def _at_last_gradient(self, _: torch.Tensor) -> None:
-        self._stopwatch.stop()
+        self._stopped = self._now()
 
     def _at_forward(self, *_: Any) -> None:
         if not self._forward_came:
-            self._stopwatch.stop()
+            self._stopped = self._now()
         self._forward_came = True
 
 
@@ -142,8 +133,7 @@ class StragglerDetector:
     def __init__(self, hosts: Sequence[str]) -> None:
         """`hosts`: the name of the host of each rank."""
         self._hosts = hosts
-        self._sums = [Work()] * len(hosts)
-        self._steps, self._seconds = 0, 0.0
+        self._sums, self._steps, self._seconds = [Work()] * len(hosts), 0, 0.0
         self._histories = [_History() for _ in hosts]
         self._save_histories = [_History() for _ in hosts]
 
@@ -211,40 +201,6 @@ class _History:
             return False
         self.disagreeing = self.age = 0
         return True
-
-
-class _Stopwatch:
-    """Seconds of the host's clock from start() to the last stop()."""
-
-    def __init__(self) -> None:
-        self._started = self._stopped = 0.0
-
-    def start(self) -> None:
-        self._started = self._stopped = time.perf_counter()
-
-    def stop(self) -> None:
-        self._stopped = time.perf_counter()
-
-    def seconds(self) -> float:
-        return self._stopped - self._started
-
-
-class _CudaStopwatch:
-    """Seconds from start() to the last stop() in the current CUDA stream, where kernels run asynchronously."""
-
-    def __init__(self) -> None:
-        self._started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self._stopped = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-    def start(self) -> None:
-        self._started.record()
-
-    def stop(self) -> None:
-        self._stopped.record()
-
-    def seconds(self) -> float:
-        self._stopped.synchronize()
-        return float(self._started.elapsed_time(self._stopped)) / 1e3
 
 
 def median_without(ordered: Sequence[float], value: float) -> float:

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from distgpt.config import HealthConfig
 from distgpt.errors import EXIT_INTERRUPTED
+from distgpt.files import children_of
 from distgpt.health import backstop
 from distgpt.health.backstop import STACK_DUMP_SECONDS, state_of
 from distgpt.health.diagnosis import RankProgress, current_line, describe_hanging_ranks, write_flight_recorders
@@ -73,7 +74,7 @@ class Watchdog:
         self._gone_since: dict[int, float] = {}
         self._store: Store | None = None
         self._called, self._ended = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._watch_with_backstop, name="watchdog", daemon=True)
+        self._thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
         self._listener: threading.Thread | None = None
 
     def __enter__(self) -> Self:
@@ -144,28 +145,24 @@ class Watchdog:
     def _record_pass(self, module: "nn.Module", activity: str) -> None:
         self.heartbeat(activity if module.training else self._activity)
 
-    def _watch_with_backstop(self) -> None:
-        with self._backstop:
-            self._watch()
-
     def _watch(self) -> None:
         last_tick = time.monotonic()
-        while not self._ended.is_set():
-            called = self._called.wait(TICK_SECONDS)
-            now = time.monotonic()
-            if now - last_tick > SUSPENDED_SECONDS:
-                self._last_heartbeat = now
-            last_tick = now
-            limit = self._limit
-            with suppress(OSError):  # the backstop may have ended
-                self._backstop.write(f"{limit} ".encode())
-            late = now - self._last_heartbeat > limit
-            present = ranks_of_this_host()
-            stopped = self._stopped_ranks(present, now)
-            too_long = any(now - since > self._stopped_limit for since in stopped.values())
-            gone = self._gone_ranks(present, now)
-            if (called or late or too_long or gone) and not self._ended.is_set():
-                self._end_all_ranks(list(stopped), gone)
+        with self._backstop:
+            while not self._ended.is_set():
+                called = self._called.wait(TICK_SECONDS)
+                now = time.monotonic()
+                if now - last_tick > SUSPENDED_SECONDS:
+                    self._last_heartbeat = now
+                last_tick, limit = now, self._limit
+                with suppress(OSError):  # the backstop may have ended
+                    self._backstop.write(f"{limit} ".encode())
+                late = now - self._last_heartbeat > limit
+                present = ranks_of_this_host()
+                stopped = self._stopped_ranks(present, now)
+                too_long = any(now - since > self._stopped_limit for since in stopped.values())
+                gone = self._gone_ranks(present, now)
+                if (called or late or too_long or gone) and not self._ended.is_set():
+                    self._end_all_ranks(list(stopped), gone)
 
     def _stopped_ranks(self, present: Mapping[int, int], now: float) -> dict[int, float]:
         """Return the ranks of this host that a signal has stopped, with the time when that was first noticed."""
@@ -212,8 +209,8 @@ class Watchdog:
         )
         # The first rank of this host may be a stopped one, which cannot report.
         first_running = min(({self._run.rank} | ranks_of_this_host().keys()) - set(stopped))
-        for_host = first_running == self._run.rank if stopped else not_joined or None
-        if self._run.report(EXIT_INTERRUPTED, cause, for_host=for_host):
+        is_first = first_running == self._run.rank if stopped else not_joined or None
+        if self._run.report(EXIT_INTERRUPTED, cause, as_first_of_host=is_first):
             with suppress(OSError):
                 os.write(sys.stderr.fileno(), f"distgpt: {cause}\n".encode())
         silent = set(range(self._world_size)) - {answer.rank for answer in answers}
@@ -274,14 +271,10 @@ def _start_backstop(logs: Path) -> RawIOBase:
 
 def ranks_of_this_host() -> dict[int, int]:
     """Return the process ids of the other ranks of this torchrun, by rank; empty without torchrun or /proc."""
-    job = os.environ.get("TORCHELASTIC_RUN_ID")
-    agent = os.getppid()
-    found: dict[int, int] = {}
-    try:
-        children = Path(f"/proc/{agent}/task/{agent}/children").read_text().split() if job is not None else []
-    except OSError:
-        return found
-    for pid in map(int, children):
+    job, found, siblings = os.environ.get("TORCHELASTIC_RUN_ID"), dict[int, int](), list[int]()
+    with suppress(OSError):
+        siblings = children_of(os.getppid()) if job is not None else []
+    for pid in siblings:
         with suppress(OSError):
             variables = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
             if pid != os.getpid() and f"TORCHELASTIC_RUN_ID={job}".encode() in variables:

@@ -1,22 +1,19 @@
 """Run torchrun as a child: pass a signal on once, and kill a torchrun that cannot end by itself."""
 
-import ctypes
 import math
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
+from functools import partial
 from types import FrameType
 
 from distgpt.errors import STOP_SIGNALS
-from distgpt.files import process_stat
+from distgpt.files import children_of, process_stat
 from distgpt.launch.policy import say
-from distgpt.torchrun import PR_SET_PDEATHSIG
+from distgpt.torchrun import signal_when_parent_dies
 
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 # A second Ctrl-C within this time is the echo of the first one, as a terminal and a wrapper may both send it.
 ECHO_SECONDS = 2.0
 # Seconds that torchrun has to end after it was told to end at once.
@@ -45,24 +42,28 @@ class Supervisor:
                 signal.signal(number, self._handle)
 
     def run(
-        self, command: Sequence[str], env: Mapping[str, str], *, give_up: Callable[[float], bool] | None = None
+        self, command: Sequence[str], env: Mapping[str, str], *, while_waiting: Callable[[float], None] | None = None
     ) -> int:
-        """Run a command and return its exit code.
+        """Run a command and return its exit code. If the launcher is killed, the kernel sends the command SIGTERM.
 
-        Until it has ranks, `give_up` gets the seconds since its start, once a second, and tells whether to kill it.
+        Until it has ranks, `while_waiting` gets the seconds since its start, once a second. It may raise to end it.
         """
         self._passed_on = False
-        self._child = child = start(command, env)
+        # In a process group of its own, since a terminal sends Ctrl-C to the whole group of the launcher.
+        self._child = child = subprocess.Popen(
+            command, env=env, process_group=0, preexec_fn=partial(signal_when_parent_dies, signal.SIGTERM)
+        )
         if self.signalled and not self._passed_on:  # the signal came before there was a child
             self._send(signal.SIGTERM)
         try:
-            return self._wait(child, give_up)
+            return self._wait(child, while_waiting)
         finally:
-            if self._child is not None:  # something failed here: no torchrun may go on alone
+            if self._child is not None:  # something was raised here: no torchrun may go on alone
                 child.kill()
+                child.wait()
                 self._child = None
 
-    def _wait(self, child: subprocess.Popen[bytes], give_up: Callable[[float], bool] | None) -> int:
+    def _wait(self, child: subprocess.Popen[bytes], while_waiting: Callable[[float], None] | None) -> int:
         """Wait for the end of a child, and kill it if it cannot end by itself."""
         watch, began = RankWatch(self._timeout), time.monotonic()
         while True:
@@ -70,14 +71,14 @@ class Supervisor:
                 code = child.wait(timeout=1)
                 self._child = None
                 return code if code >= 0 else 128 - code
-            if overdue := watch.overdue(rank_states(child.pid)):
-                say(f"all ranks are gone or stopped for {overdue} s: killing torchrun, which does not end by itself")
+            if limit := watch.limit_exceeded(rank_states(child.pid)):
+                say(f"all ranks are gone or stopped for {limit} s: killing torchrun, which does not end by itself")
                 child.kill()
             elif self.ended_unsaved and time.monotonic() > self._signalled_at + QUIT_SECONDS:
                 # After a second signal torchrun waits for its ranks once more. They die with it.
                 child.kill()
-            elif give_up and not watch.had_ranks and give_up(time.monotonic() - began):
-                child.kill()
+            elif while_waiting and not watch.had_ranks:
+                while_waiting(time.monotonic() - began)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:
@@ -122,7 +123,7 @@ class RankWatch:
         self._timeout = math.ceil(timeout)
         self._seconds = 0
 
-    def overdue(self, states: Sequence[str]) -> int | None:
+    def limit_exceeded(self, states: Sequence[str]) -> int | None:
         """Return the limit in seconds, once all ranks were dead (Z in /proc) or stopped (T) for longer."""
         if set(states) - {"Z", "T"}:
             self.had_ranks, self._seconds = True, 0
@@ -135,25 +136,11 @@ class RankWatch:
         return limit if self._seconds > limit else None
 
 
-def start(command: Sequence[str], env: Mapping[str, str]) -> subprocess.Popen[bytes]:
-    """Start a command in a process group of its own, since a terminal sends Ctrl-C to the whole group of the launcher.
-
-    If the launcher is killed, the kernel sends the command SIGTERM.
-    """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def end_with_parent() -> None:
-        if libc:
-            libc.prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
-
-    return subprocess.Popen(command, env=env, process_group=0, preexec_fn=end_with_parent)
-
-
 def rank_states(agent: int) -> list[str]:
     """Return the states of the children of torchrun in /proc; none on systems without it."""
     states = []
     with suppress(OSError):
-        for child in Path(f"/proc/{agent}/task/{agent}/children").read_text().split():
+        for child in children_of(agent):
             with suppress(OSError):  # it has ended meanwhile
-                states.append(process_stat(int(child))[0])
+                states.append(process_stat(child)[0])
     return states

@@ -8,11 +8,11 @@ from distgpt.checkpoint.compatibility import require_same_run
 from distgpt.config import require_divisible_batch, resolve
 from distgpt.corpus.shards import open_dataset
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK
-from distgpt.launch.agent import TORCHRUN, Supervisor
-from distgpt.launch.policy import Ending, Tries, can_retry, ending_in, read_report, say, say_end
-from distgpt.launch.settings import FILE_STORE_CONF, SIGNALS, count_from_environment, torchrun_environment
+from distgpt.launch.agent import Supervisor
+from distgpt.launch.policy import Ending, Tries, can_retry, say, say_end
+from distgpt.launch.settings import SIGNALS, TORCHRUN, count_from_environment, loopback_rendezvous, torchrun_environment
 from distgpt.machine import default_ranks
-from distgpt.run.exit_report import write_exit_report
+from distgpt.run.exit_report import read_report, write_exit_report
 from distgpt.run.lock import lock_holder
 from distgpt.run.paths import RunPaths
 
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
                 say_end(code, ending.cause)
             return code
         exhausted = tries.exhausted()
-        say(ending.brief)
+        say(ending.cause_without_advice)
         if exhausted:
             say(f"gave up after {tries.limit} launches that got no further: run it again to go on")
             return code
@@ -56,14 +56,11 @@ def main(arguments: list[str]) -> int:
 def attempt(supervisor: Supervisor, ranks: int, arguments: list[str]) -> Ending:
     """Train until the end of one torchrun."""
     with tempfile.TemporaryDirectory(prefix="distgpt-", ignore_cleanup_errors=True) as scratch:
-        report, store = Path(scratch, "exit.json"), Path(scratch, "store")
-        # A file: --standalone would listen on all interfaces, and whoever can connect could make torchrun run code.
-        rendezvous = (
-            *("--rdzv-backend=c10d", f"--rdzv-endpoint={store}", f"--rdzv-id={Path(scratch).name}"),
-            *(f"--rdzv-conf={FILE_STORE_CONF}", "--local-addr=127.0.0.1"),
-        )
+        report = Path(scratch, "exit.json")
+        # Not --standalone, which would listen on all interfaces.
+        rendezvous = loopback_rendezvous(f"{scratch}/store", Path(scratch).name)
         env = torchrun_environment(report, shutdown_seconds=600)
         command = (*TORCHRUN, f"--nproc_per_node={ranks}", "--max-restarts=3", *rendezvous, SIGNALS)
         if supervisor.run((*command, "-m", "distgpt.train", *arguments), env) == 0:
             return Ending(EXIT_OK, "")
-        return ending_in(read_report(report), otherwise=KILLED)
+        return Ending.from_report(read_report(report), otherwise=KILLED)

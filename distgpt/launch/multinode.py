@@ -3,6 +3,7 @@
 import math
 import os
 import re
+import sys
 import tempfile
 import time
 import zlib
@@ -11,14 +12,17 @@ from pathlib import Path
 
 from distgpt.config import Config, resolve
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
-from distgpt.launch.agent import TORCHRUN, Supervisor
-from distgpt.launch.policy import Ending, Tries, can_retry, ending_in, read_report, say, say_end
-from distgpt.launch.settings import SIGNALS, count_from_environment, torchrun_environment
+from distgpt.launch.agent import Supervisor
+from distgpt.launch.policy import Ending, Tries, can_retry, say, say_end
+from distgpt.launch.settings import SIGNALS, TORCHRUN, count_from_environment, torchrun_environment
 from distgpt.machine import default_ranks
 from distgpt.preflight import network
+from distgpt.run.exit_report import read_report
 from distgpt.run.paths import RunPaths
 
-PREFLIGHT, TRAIN = ("distgpt.doctor", "--distributed"), ("distgpt.train",)
+# What an attempt has torchrun start, one after the other.
+PREFLIGHT: tuple[str, ...] = ("distgpt.doctor", "--distributed")
+TRAIN: tuple[str, ...] = ("distgpt.train",)
 LONGEST_PAUSE = 5.0
 # Hosts that have met wait so many seconds for more of them.
 LAST_CALL = {PREFLIGHT: 10, TRAIN: 3}
@@ -101,56 +105,55 @@ class Launcher:
         # What comes from here on is this job's own.
         self._arguments = arguments if self._tries.newest else [*arguments, "--run.fresh=false"]
         self._supervisor = Supervisor(timeout=config.health.timeout)
-        self._checked = self._alone = False
+        self._phase = PREFLIGHT
         self._attempts = 0
+
+    @property
+    def _port(self) -> int:
+        """The port at which the hosts meet in this phase."""
+        return self._hosts.port + (self._phase == PREFLIGHT)
 
     def run(self) -> int:
         """Start again until the run is done, or until nothing is gained by that; return the exit code."""
         while not self._supervisor.signalled:
             self._attempts += 1
-            phase = self._phase()
-            ending = self._attempt(phase)
+            if not self._route.is_here:
+                self._join_phase_of_head()
+            ending = self._attempt()
+            if ending is None and self._phase == TRAIN:
+                return EXIT_OK
             if ending is None:
-                if phase == TRAIN:
-                    return EXIT_OK
-                self._checked = True
-            elif self._alone:
-                return EXIT_INTERRUPTED
+                self._phase = TRAIN
             elif (code := self._code_after(ending)) is not None:
                 return code
         return EXIT_INTERRUPTED
 
-    def _phase(self) -> tuple[str, ...]:
-        """Return what is next. The head's state decides, for all hosts.
+    def _join_phase_of_head(self) -> None:
+        """Wait until the head has a phase under way, which it decides for all hosts.
 
         A host that comes late, or back, finds training under way and joins it, and a head that was restarted finds the
         others ready to go through the preflight with it.
         """
-        ports = [self._hosts.port, *([] if self._checked else [self._hosts.port + 1])]
-        if self._route.is_here:
-            open_port = ports[-1]
-        else:
-            with self._supervisor.waiting():
-                open_port = network.wait_for_port(self._hosts.head, ports, seconds=self._hosts.join_seconds)
-        self._checked = open_port == self._hosts.port
-        return TRAIN if self._checked else PREFLIGHT
+        hosts = self._hosts
+        ports = [hosts.port] if self._phase == TRAIN else [hosts.port, hosts.port + 1]
+        with self._supervisor.waiting():
+            open_port = network.wait_for_port(hosts.head, ports, seconds=hosts.join_seconds)
+        self._phase = TRAIN if open_port == hosts.port else PREFLIGHT
 
-    def _attempt(self, phase: tuple[str, ...]) -> Ending | None:
+    def _attempt(self) -> Ending | None:
         """Run one torchrun on this host to its end; return how it failed, None if it did not."""
         report, before = self._scratch / f"exit-{self._attempts}.json", read_report(self._shared_report)
-        # NCCL chooses InfiniBand ports by itself; its variable is for its first contact, and for plain Ethernet.
-        names = dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), self._route.interface)
-        env = torchrun_environment(report, shutdown_seconds=120, **names)
-        if self._supervisor.run(self._command(phase), env, give_up=self._give_up_waiting) == 0:
+        env = torchrun_environment(report, shutdown_seconds=120, interface=self._route.interface)
+        if self._supervisor.run(self._command(), env, while_waiting=self._require_hosts_in_time) == 0:
             return None
         found, shared = read_report(report), read_report(self._shared_report)
         if (found is None or found["code"] == EXIT_INTERRUPTED) and shared and shared != before:
             # Other hosts than the one with the trouble, or than the first to leave when all is done, only see that it
             # is gone. The run's own report, if it is new, says why.
             found = found if shared["code"] == EXIT_INTERRUPTED else shared
-        return ending_in(found, otherwise="")
+        return Ending.from_report(found, otherwise="")
 
-    def _command(self, phase: tuple[str, ...]) -> list[str]:
+    def _command(self) -> list[str]:
         """Return the command line of torchrun.
 
         Hosts find each other by their run directory: one of another job waits for its own, and leaves the others
@@ -158,25 +161,24 @@ class Launcher:
         after a network failure such a restart would wait for agents that cannot hear each other.
         """
         hosts, is_head = self._hosts, int(self._route.is_here)
-        port = hosts.port if phase == TRAIN else hosts.port + 1
         join_timeout = 2 * hosts.join_seconds + 600
         return [
             *(*TORCHRUN, f"--nnodes={hosts.least}:{hosts.most}", f"--nproc_per_node={hosts.ranks}"),
-            *("--rdzv-backend=c10d", f"--rdzv-endpoint={hosts.head}:{port}"),
+            *("--rdzv-backend=c10d", f"--rdzv-endpoint={hosts.head}:{self._port}"),
             *(f"--rdzv-id={zlib.crc32(str(self._run_dir).encode())}", f"--local-addr={self._route.address}"),
-            f"--rdzv-conf=is_host={is_head},join_timeout={join_timeout},last_call_timeout={LAST_CALL[phase]}",
-            *("--max-restarts=0", "--monitor-interval=0.1", SIGNALS, "-m", *phase, *self._arguments),
+            f"--rdzv-conf=is_host={is_head},join_timeout={join_timeout},last_call_timeout={LAST_CALL[self._phase]}",
+            *("--max-restarts=0", "--monitor-interval=0.1", SIGNALS, "-m", *self._phase, *self._arguments),
         ]
 
-    def _give_up_waiting(self, seconds: float) -> bool:
-        """Tell whether the hosts did not meet in time, and say which are missing.
+    def _require_hosts_in_time(self, seconds: float) -> None:
+        """End this launcher if the hosts did not meet in time, and say which are missing.
 
         torchrun has a longer limit, and ends with a traceback that does not say how many hosts are missing.
         """
         hosts, limit = self._hosts, self._hosts.join_seconds
         if hosts.least == 1 or seconds < limit:
-            return False
-        came = network.guests(hosts.port + (not self._checked)) if self._route.is_here else []
+            return
+        came = network.guests(self._port) if self._route.is_here else []
         if self._route.is_here and len(came) + 1 < hosts.least:
             listed = ", ".join(["this one", *came])
             say(
@@ -189,9 +191,8 @@ class Launcher:
                 "run.dir and NODES?"
             )
         else:
-            return False
-        self._alone = True
-        return True
+            return
+        sys.exit(EXIT_INTERRUPTED)
 
     def _code_after(self, ending: Ending) -> int | None:
         """Say how an attempt ended; return the exit code of the job, None if it starts again."""
@@ -204,12 +205,12 @@ class Launcher:
             assert ending.code is not None
             say_end(ending.code, ending.cause)
             return ending.code
-        cause, exhausted = ending.brief or "no rank could say why, see above", self._tries.exhausted()
+        cause, exhausted = ending.cause_without_advice or "no rank could say why, see above", self._tries.exhausted()
         if exhausted:
             say(f"gave up after {self._tries.limit} attempts without a new checkpoint: {cause}; run it again to go on")
             return EXIT_INTERRUPTED
         if not self._route.is_here:
-            self._checked = False
+            self._phase = PREFLIGHT
         say(f"{cause}; starting again (attempt {self._attempts + 1})")
         with self._supervisor.waiting():
             time.sleep(min(max(self._tries.count, 1), LONGEST_PAUSE))

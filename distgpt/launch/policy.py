@@ -1,11 +1,10 @@
 """Decide what the ending of an attempt means: the run is done, the launcher gives up, or it starts again."""
 
-import json
 import os
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from distgpt.checkpoint.manifest import committed
 from distgpt.errors import EXIT_CANNOT_CREATE, EXIT_INTERRUPTED, EXIT_OK
@@ -21,24 +20,15 @@ class Ending:
     cause: str
     step: int = 0
 
+    @classmethod
+    def from_report(cls, report: dict[str, Any] | None, *, otherwise: str) -> Self:
+        """Return the ending in a report; without a report, one without a code, whose cause is `otherwise`."""
+        return cls(report["code"], report["cause"], report.get("step") or 0) if report else cls(None, otherwise)
+
     @property
-    def brief(self) -> str:
+    def cause_without_advice(self) -> str:
         """The cause without its advice to run again, which the launcher does."""
         return without_advice(self.cause)
-
-
-def read_report(file: Path) -> dict[str, Any] | None:
-    """Read an exit.json; None if there is none or it is not whole."""
-    try:
-        report = json.loads(file.read_text())
-        return {**report, "code": int(report["code"]), "cause": str(report["cause"])}
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-
-
-def ending_in(report: dict[str, Any] | None, *, otherwise: str) -> Ending:
-    """Return the ending in a report; without a report, one without a code, whose cause is `otherwise`."""
-    return Ending(report["code"], report["cause"], report.get("step") or 0) if report else Ending(None, otherwise)
 
 
 def can_retry(code: int | None, *, lock_may_be_ours: bool = False) -> bool:

@@ -18,12 +18,11 @@ from pathlib import Path
 from distgpt.config import resolve
 from distgpt.corpus.shards import open_dataset
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_IO, DirectoryError, Interrupted, StorageError, UsageError
-from distgpt.launch.agent import TORCHRUN
-from distgpt.launch.policy import Ending, can_retry, ending_in, newest_checkpoint, read_report, say
-from distgpt.launch.settings import FILE_STORE_CONF, SIGNALS, count_from_environment, with_defaults
+from distgpt.launch.policy import Ending, can_retry, newest_checkpoint, say
+from distgpt.launch.settings import SIGNALS, TORCHRUN, count_from_environment, loopback_rendezvous, torchrun_environment
 from distgpt.machine import available_gpus
 from distgpt.preflight import network
-from distgpt.run.exit_report import EXIT_FILE_VARIABLE
+from distgpt.run.exit_report import EXIT_FILE_VARIABLE, read_report
 from distgpt.run.paths import RunPaths
 
 # `scontrol show node` of this node.
@@ -33,39 +32,29 @@ RESOURCES = ("MEM_PER_NODE", "MEM_PER_CPU", "CPUS_ON_NODE", "GPUS_ON_NODE")
 
 
 def main(arguments: list[str]) -> int:
-    """Answer on stdout; return the exit code. Raises UsageError if the environment of the job is missing."""
+    """Print one answer and return the exit code. Raises UsageError if the environment of the job is missing."""
     try:
-        return answer(arguments)
+        match arguments:
+            case ["attempt", *options]:
+                print(in_bash(lay_out_attempt(options)))
+            case ["node", module, *options]:
+                run_on_this_node(module, options)
+            case ["ending", logs, run_dir, steps, module, status]:
+                ending = ending_of(Path(logs), run_dir, int(steps), module, int(status))
+                cause = ending.cause_without_advice if ending.code == EXIT_INTERRUPTED else ending.cause
+                print(ending.code, *cause.split())
+            case ["progress", run_dir, steps]:
+                print(progress(Path(run_dir), int(steps)))
+            case _:
+                raise UsageError("this answers the scripts in slurm/: sbatch slurm/train.sh ...")
     except KeyError as error:
-        raise UsageError(
-            f"{error.args[0]} is not set: DISTGPT_RUN must pass the environment of the job into the container"
-        ) from None
-
-
-def answer(arguments: list[str]) -> int:
-    """Print one answer; return the exit code."""
-    match arguments:
-        case ["plan", *options]:
-            print(in_one_line(plan(options)))
-        case ["node", module, *options]:
-            run_on_this_node(module, options)
-        case ["ending", logs, run_dir, steps, module, status]:
-            ending = ending_of(Path(logs), run_dir, int(steps), module, int(status))
-            cause = ending.brief if ending.code == EXIT_INTERRUPTED else ending.cause
-            print(ending.code, *cause.split())
-        case ["progress", run_dir, steps]:
-            print(progress(Path(run_dir), int(steps)))
-        case _:
-            raise UsageError("python -m distgpt.launch slurm is for the scripts in slurm/: sbatch slurm/train.sh ...")
+        fix = "DISTGPT_RUN must pass the environment of the job into the container"
+        raise UsageError(f"{error.args[0]} is not set: {fix}") from None
     return 0
 
 
-def plan(options: list[str]) -> list[str]:
-    """Check a job before any rank starts, and lay it out.
-
-    Returns the run directory, the number of steps, the directory of this attempt's logs, the newest checkpoint, this
-    node's address, a file for the rendezvous (empty on several nodes), and all options of distgpt.train.
-    """
+def lay_out_attempt(options: list[str]) -> dict[str, str | list[str]]:
+    """Check a job before any rank starts; return the variables of slurm/train.sh."""
     count_from_environment("NPROC_PER_NODE")  # a mistake is one line here, not one in the log of each node
     tries = count_from_environment("TRIES") or 5
     task, attempt = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_RESTART_COUNT") or "0"
@@ -77,7 +66,7 @@ def plan(options: list[str]) -> list[str]:
     config = resolve(options, os.environ)
     open_dataset(Path(config.data.path))
     run_dir = config.run_dir
-    if task and not any(flag == "--run.dir" or flag.startswith("--run.dir=") for flag in flags):
+    if task and "--run.dir" not in (flag.partition("=")[0] for flag in flags):
         run_dir = Path(f"{run_dir}-{task}")
         options.append(f"--run.dir={run_dir}")
     logs = RunPaths(run_dir).logs / f"slurm-{os.environ['SLURM_JOB_ID']}"
@@ -85,14 +74,18 @@ def plan(options: list[str]) -> list[str]:
     try:
         mine.mkdir(parents=True, exist_ok=True)
     except OSError:
-        raise DirectoryError(
-            f"cannot write to the run directory {run_dir}; choose another with --run.dir=DIR"
-        ) from None
+        raise DirectoryError(f"cannot write to the run directory {run_dir}; choose another --run.dir") from None
     newest = newest_checkpoint(run_dir) or "no checkpoint"
     require_progress(logs, newest, tries)
-    address = own_address()
-    store = rendezvous_file() if os.environ["SLURM_NNODES"] == "1" else ""
-    return [str(run_dir), str(config.train.steps), str(mine), newest, address, store, *options]
+    return {
+        "run_dir": str(run_dir),
+        "steps": str(config.train.steps),
+        "mine": str(mine),  # the directory of this attempt's logs
+        "newest": newest,
+        "address": own_address(),
+        "rendezvous_file": rendezvous_file() if os.environ["SLURM_NNODES"] == "1" else "",
+        "options": options,  # all of distgpt.train
+    }
 
 
 def sweep_flags(path: str, task: int) -> list[str]:
@@ -106,9 +99,8 @@ def sweep_flags(path: str, task: int) -> list[str]:
             if flags := shlex.split(next(itertools.islice(file, task, None), "")):
                 return flags
     except OSError:
-        raise UsageError(
-            f"DISTGPT_SWEEP={path} cannot be read: it must name a file with a line of flags for each task"
-        ) from None
+        fix = "it must name a file with a line of flags for each task"
+        raise UsageError(f"DISTGPT_SWEEP={path} cannot be read: {fix}") from None
     except ValueError as error:
         why = error
     raise UsageError(f"DISTGPT_SWEEP={path}: {why} in line {task + 1}, that of task {task} (from 0)")
@@ -122,9 +114,8 @@ def check_resources(node: str) -> None:
     if whole and 0 < 2 * memory < int(whole[1]):
         say(f"the job may use {memory} of the {whole[1]} MiB of memory of {name}: --mem=0 asks for all of it")
     if not (job["GPUS_ON_NODE"] or os.environ.get("NPROC_PER_NODE")) and re.search(r"Gres=\S*gpu", node):
-        raise UsageError(
-            f"{name} has GPUs and the job asked for none: add --gpus-per-node=N, or NPROC_PER_NODE=2 for its CPUs"
-        )
+        fix = "add --gpus-per-node=N, or NPROC_PER_NODE=2 for its CPUs"
+        raise UsageError(f"{name} has GPUs and the job asked for none: {fix}")
 
 
 def require_progress(logs: Path, newest: str, tries: int) -> None:
@@ -137,9 +128,8 @@ def require_progress(logs: Path, newest: str, tries: int) -> None:
     except OSError:
         raise StorageError(f"cannot write in {logs}: make room and submit it again to go on") from None
     if found[-tries - 1 :].count(newest) > tries:
-        raise Interrupted(
-            f"gave up after {tries} attempts that got no further than {newest}, see {logs}: submit it again to go on"
-        )
+        gave_up = f"gave up after {tries} attempts that got no further than {newest}"
+        raise Interrupted(f"{gave_up}, see {logs}: submit it again to go on")
 
 
 def rendezvous_file() -> str:
@@ -147,10 +137,8 @@ def rendezvous_file() -> str:
     try:
         return tempfile.mkstemp()[1]
     except OSError:
-        raise StorageError(
-            f"cannot create a temporary file on {os.environ['SLURMD_NODENAME']}: free some space or set TMPDIR, then "
-            "submit the job again"
-        ) from None
+        fix = "free some space or set TMPDIR, then submit the job again"
+        raise StorageError(f"cannot create a temporary file on {os.environ['SLURMD_NODENAME']}: {fix}") from None
 
 
 def own_address() -> str:
@@ -171,35 +159,31 @@ def run_on_this_node(module: str, options: list[str]) -> None:
     gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or available_gpus())
     cpus = int(os.environ.get("SLURM_CPUS_ON_NODE") or 1)
     ranks = count_from_environment("NPROC_PER_NODE") or gpus or min(2, cpus)
-    nodes = os.environ["SLURM_NNODES"]
-    variables = with_defaults(
-        # Threads of a rank: its share of the CPUs that Slurm gave, not of all that the node has.
-        OMP_NUM_THREADS=max(1, cpus // ranks),
-        # Says what went wrong where NCCL would only return an error; costs nothing while nothing does.
-        NCCL_DEBUG="WARN",
-        # The seconds that ranks have to save once they are told to stop; torchrun kills them after 30 by default.
-        TORCH_ELASTIC_SHUTDOWN_TIMEOUT=150,
-    )
-    # torchrun's rendezvous c10d unpickles what it reads from its store, so anyone who can write there can run code. On
-    # one node the store is therefore a private file, and the job listens on loopback only: the ranks have a store of
-    # their own. On several nodes the static rendezvous is used, which reads no pickles.
+    nodes, interface = os.environ["SLURM_NNODES"], ""
+    endpoint, job = os.environ["RENDEZVOUS_ENDPOINT"], os.environ["RENDEZVOUS_ID"]
     if nodes == "1":
-        variables["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
-        rendezvous = ["--rdzv-backend=c10d", f"--rdzv-conf={FILE_STORE_CONF}", "--local-addr=127.0.0.1"]
+        rendezvous = loopback_rendezvous(endpoint, job)
     else:
-        # Both libraries would otherwise pick an interface by the host's name, on some clusters a loopback or management
-        # network. NCCL only bootstraps over it and finds InfiniBand by itself.
+        # gloo and NCCL would pick one by the host's name, on some clusters a loopback or management network.
         try:
             interface = network.interface_of(own_address())
-            variables |= with_defaults(GLOO_SOCKET_IFNAME=interface, NCCL_SOCKET_IFNAME=interface)
         except UsageError as error:
             say(str(error))
-        # timeout: on a busy network file system Python may start minutes later on one node than on another.
-        node = os.environ["SLURM_NODEID"]
-        rendezvous = ["--rdzv-backend=static", "--rdzv-conf=timeout=600", f"--node-rank={node}"]
-    rendezvous += [f"--rdzv-{name}={os.environ[f'RENDEZVOUS_{name.upper()}']}" for name in ("endpoint", "id")]
+        # The static rendezvous reads no pickles. timeout: on a busy network file system Python may start minutes later
+        # on one node than on another.
+        rendezvous = ["--rdzv-backend=static", "--rdzv-conf=timeout=600", f"--node-rank={os.environ['SLURM_NODEID']}"]
+        rendezvous += [f"--rdzv-endpoint={endpoint}", f"--rdzv-id={job}"]
+    env = torchrun_environment(
+        Path(os.environ[EXIT_FILE_VARIABLE]),
+        shutdown_seconds=150,
+        interface=interface,
+        own_store=nodes == "1",
+        threads=max(1, cpus // ranks),  # a share of the CPUs that Slurm gave, not of all that the node has
+    )
+    # Says what went wrong where NCCL would only return an error; costs nothing while nothing does.
+    env.setdefault("NCCL_DEBUG", "WARN")
     command = [*TORCHRUN, f"--nnodes={nodes}", f"--nproc_per_node={ranks}", "--max-restarts=0", *rendezvous, SIGNALS]
-    os.execve(sys.executable, [*command, "-m", module, *options], {**os.environ, **variables})
+    os.execve(sys.executable, [*command, "-m", module, *options], env)
 
 
 def ending_of(logs: Path, run_dir: str, steps: int, module: str, status: int) -> Ending:
@@ -209,7 +193,7 @@ def ending_of(logs: Path, run_dir: str, steps: int, module: str, status: int) ->
     does not either.
     """
     report = read_report(Path(os.environ[EXIT_FILE_VARIABLE]))
-    ending = ending_in(report, otherwise=f"no rank could say how it ended, see {logs}")
+    ending = Ending.from_report(report, otherwise=f"no rank could say how it ended, see {logs}")
     if ending.code is None and status == 0 and module != "distgpt.train":
         return Ending(0, "")
     if ending.code is None and not can_write(logs):
@@ -225,13 +209,9 @@ def ending_of(logs: Path, run_dir: str, steps: int, module: str, status: int) ->
 
 def can_write(logs: Path) -> bool:
     """Return whether there is room for a rank to say how it ended."""
-    probe = logs / "probe"
-    try:
-        probe.write_bytes(bytes(PROBE_BYTES))
-        probe.unlink()
-    except OSError:
-        return False
-    return True
+    with suppress(OSError), tempfile.TemporaryFile(dir=logs, buffering=0) as probe:
+        return probe.write(bytes(PROBE_BYTES)) == PROBE_BYTES
+    return False
 
 
 def progress(run_dir: Path, steps: int) -> str:
@@ -250,6 +230,10 @@ def progress(run_dir: Path, steps: int) -> str:
     return ""
 
 
-def in_one_line(words: list[str]) -> str:
-    """Return the words quoted for bash, without ends of lines."""
-    return shlex.join(words).replace("\n", "'$'\\n''")
+def in_bash(variables: dict[str, str | list[str]]) -> str:
+    """Return assignments for bash in one line: strings, and arrays for lists."""
+    text = " ".join(
+        f"{name}=({shlex.join(value)})" if isinstance(value, list) else f"{name}={shlex.quote(value)}"
+        for name, value in variables.items()
+    )
+    return text.replace("\n", "'$'\\n''")

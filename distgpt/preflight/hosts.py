@@ -5,17 +5,14 @@ that cannot form reports a timeout, but not which host is the cause. The third s
 """
 
 import dataclasses
-import hashlib
 import json
 import os
-import platform
 import socket
+import statistics
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -24,40 +21,24 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from distgpt.config import PACKAGE, Config, to_dict
-from distgpt.corpus.shards import Split, open_dataset
-from distgpt.distributed.collectives import all_gather_json
+from distgpt.config import Config
+from distgpt.distributed.collectives import all_gather_json, all_gather_row
 from distgpt.distributed.process_group import init_process_group
 from distgpt.distributed.runtime import Runtime
-from distgpt.errors import EXIT_DATA, EXIT_USAGE, DirectoryError, DistgptError, Interrupted, StorageError, UsageError
+from distgpt.errors import DirectoryError, Interrupted, StorageError
 from distgpt.preflight import links, network
+from distgpt.preflight.equality import HostReport, compare_reports, describe_this_host, host_labels
 from distgpt.preflight.finding import Finding, failure, ok, warning
-from distgpt.preflight.machine import check_machine, nearest_directory
+from distgpt.preflight.machine import nearest_directory
 
 # The longest wait for another host, and the longest time for all checks, which usually take a few seconds.
 ANSWER_SECONDS = 60.0
 LONGEST_SECONDS = 3 * ANSWER_SECONDS
 CONNECT_SECONDS = 5.0
 OPEN_PORTS = "open all TCP ports between the hosts and check their routes"
-MAX_CLOCK_DIFFERENCE_SECONDS = 1.0
+MAX_CLOCK_DIFFERENCE_SECONDS, CLOCK_LOOKS = 1.0, 5
 # A network file system may show a new file this late on other hosts.
 NFS_DIRECTORY_CACHE_SECONDS = 10.0
-# Number and length of the samples of a split that are hashed.
-SAMPLES, SAMPLE_TOKENS = 256, 2048
-# These may differ: each host can have its own copy of the data, and a launcher clears run.fresh when it restarts.
-LOCAL_KEYS = ("data.path", "run.fresh")
-
-
-@dataclass(frozen=True)
-class HostReport:
-    """Facts about one host and the findings of its own checks. `port`: an open port for the other hosts to try."""
-
-    host: str
-    address: str
-    port: int
-    findings: list[dict[str, Any]]
-    must_match: dict[str, str] = field(default_factory=dict)  # by check: a value that must be equal on all hosts
-    config: dict[str, str] = field(default_factory=dict)
 
 
 class SharedStore:
@@ -82,8 +63,8 @@ class SharedStore:
         self.listener = socket.create_server(("127.0.0.1" if node_count() == 1 else "", 0), backlog=1024)
 
     def set(self, key: str, value: Any) -> None:
-        """Share `value`, which must be JSON, with all ranks."""
-        self.store.set(key, json.dumps(value))
+        """Share `value`, of JSON and dataclasses, which become objects, with all ranks."""
+        self.store.set(key, json.dumps(value, default=dataclasses.asdict))
 
     def get(self, key: str) -> Any:
         """Wait for the value of `key` and return it. Raises Interrupted after `timeout`: a host may hang."""
@@ -124,7 +105,7 @@ def check_hosts(
             say(made[-1])
         key = f"findings from rank 0 ({stage.__name__})"
         if runtime.rank == 0:
-            store.set(key, [dataclasses.asdict(finding) for finding in made])
+            store.set(key, made)
         findings = [Finding(**finding) for finding in store.get(key)]
         failures = [finding for finding in findings if finding.level == "FAIL"]
         if failures:
@@ -145,26 +126,6 @@ def node_count() -> int:
     return int(os.environ.get("GROUP_WORLD_SIZE", "1"))
 
 
-def host_labels(reports: Sequence[HostReport]) -> list[str]:
-    """Return a unique name for each host: its hostname, with the address or a number added if hosts share it."""
-    counts = Counter(report.host for report in reports)
-    names = [report.host if counts[report.host] == 1 else f"{report.host} ({report.address})" for report in reports]
-    return [name if names.count(name) == 1 else f"{name} #{number}" for number, name in enumerate(names, 1)]
-
-
-def check_equal(check: str, values: Mapping[str, str], *, fix: str, code: int = EXIT_USAGE) -> Finding:
-    """Check that all hosts have the same value, and name those that differ. `values`: by host."""
-    counts = Counter(values.values())
-    if len(counts) == 1:
-        return ok(check, f"{next(iter(counts))} on all {len(values)} hosts")
-    (common, count), (_, next_count) = counts.most_common(2)
-    has_majority = count > next_count
-    listed = [f"{host} has {value}" for host, value in values.items() if value != common or not has_majority]
-    if has_majority:
-        listed.append(f"the other {count} have {common}")
-    return Finding(check, "FAIL", f"{', '.join(listed)}: {fix}", code)
-
-
 def check_clocks(offsets: Mapping[str, float]) -> Finding:
     """Check that the clocks agree. `offsets`: seconds ahead of the first host's clock, by host."""
     behind, ahead = min(offsets, key=lambda h: offsets[h]), max(offsets, key=lambda h: offsets[h])
@@ -179,25 +140,6 @@ def check_clocks(offsets: Mapping[str, float]) -> Finding:
     )
 
 
-def package_hash() -> str:
-    """Return a short hash of the code that runs: all .py and .toml files of the package."""
-    digest = hashlib.sha256()
-    for path in sorted(p for p in PACKAGE.rglob("*") if p.suffix in (".py", ".toml")):
-        digest.update(f"{path.relative_to(PACKAGE)}\0".encode() + path.read_bytes() + b"\0")
-    return digest.hexdigest()[:12]
-
-
-def sample_hash(split: Split) -> str:
-    """Return a short hash of samples spread evenly over the tokens. Reading all tokens would take too long here."""
-    digest = hashlib.sha256()
-    samples = max(1, SAMPLES // len(split.shards))
-    for shard in split.shards:
-        stride = max(1, len(shard) // samples)
-        for start in range(0, len(shard), stride):
-            digest.update(shard[start : start + SAMPLE_TOKENS].tobytes())
-    return digest.hexdigest()[:12]
-
-
 def compare_hosts(config: Config, store: SharedStore) -> Iterator[Finding]:
     """Check each host by itself, then compare their versions, data and configs."""
     runtime = store.runtime
@@ -205,22 +147,11 @@ def compare_hosts(config: Config, store: SharedStore) -> Iterator[Finding]:
         send_report(config, store)
     if runtime.rank:
         return
-    reports = [HostReport(**store.get(_report_key(number))) for number in range(node_count())]
+    answers = [store.get(_report_key(number)) for number in range(node_count())]
+    reports = [HostReport(**{**a, "findings": [Finding(**f) for f in a["findings"]]}) for a in answers]
     names = host_labels(reports)
     store.set("hosts", [(name, report.address, report.port) for name, report in zip(names, reports, strict=True)])
-    yield from _merge_findings(names, reports)
-    if node_count() == 1:
-        return
-    for check, fix, code in (
-        ("python", "install the same version on all hosts", EXIT_USAGE),
-        ("torch", "install the same version on all hosts", EXIT_USAGE),
-        ("distgpt", "copy the same code to all hosts", EXIT_USAGE),
-        ("data", "prepare it once and copy it, or share one directory", EXIT_DATA),
-    ):
-        if all(check in report.must_match for report in reports):
-            values = {name: report.must_match[check] for name, report in zip(names, reports, strict=True)}
-            yield check_equal(f"same {check}", values, fix=fix, code=code)
-    yield from _compare_configs(names, reports)
+    yield from compare_reports(names, reports)
 
 
 def check_connections(config: Config, store: SharedStore) -> Iterator[Finding]:
@@ -237,8 +168,7 @@ def check_connections(config: Config, store: SharedStore) -> Iterator[Finding]:
             answers = [store.get(f"answer from host {number + 1}") for number in range(node_count())]
     if runtime.rank:
         return
-    names = _host_names(store)
-    by_host = dict(zip(names, answers, strict=True))
+    by_host = {name: answer for (name, _, _), answer in zip(store.get("hosts"), answers, strict=True)}
     broken = [f"{name} cannot reach {other}" for name, answer in by_host.items() for other in answer["unreachable"]]
     if broken:
         yield failure("network", StorageError(f"{'; '.join(broken[:6])}: {OPEN_PORTS}"))
@@ -260,102 +190,26 @@ def measure_network(config: Config, store: SharedStore) -> Iterator[Finding]:
     if runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
     host_of = all_gather_json(node_rank()) if runtime.distributed else [node_rank()]
-    offsets = clock_offsets(runtime, host_of)
+    offsets = clock_offsets(runtime, host_of) if node_count() > 1 else {}
     all_reduce, measured = links.measure(runtime)
     if runtime.rank:
         return
-    names = _host_names(store)
-    if len(names) > 1:
+    names = [name for name, _, _ in store.get("hosts")]
+    if offsets:
         yield check_clocks({names[number]: offset for number, offset in offsets.items()})
     yield all_reduce
-    yield from links.check_links(measured, host_of=host_of, names=dict(enumerate(names)))
+    yield from links.check_links(measured, host_of=host_of, names=names)
 
 
 def send_report(config: Config, store: SharedStore) -> None:
     """Check this host by itself and share the report. Local rank 0 calls it."""
-    address = network.route_to(os.environ["MASTER_ADDR"]).address
-    findings = [dataclasses.asdict(f) for f in check_machine(config, store.runtime, thorough=False)]
-    findings += [dataclasses.asdict(f) for f in check_own_address(address)]
-    must_match = {"python": platform.python_version(), "torch": torch_build(), "distgpt": package_hash()}
-    with suppress(DistgptError):  # check_machine reports it
-        dataset = open_dataset(Path(config.data.path))
-        must_match["data"] = " ".join((dataset.fingerprint[:12], sample_hash(dataset.train), sample_hash(dataset.val)))
-    flat = {f"{section}.{key}": str(value) for section, keys in to_dict(config).items() for key, value in keys.items()}
-    report = HostReport(
-        socket.gethostname(),
-        address,
-        store.listener.getsockname()[1],
-        findings,
-        must_match,
-        {key: value for key, value in flat.items() if key not in LOCAL_KEYS},
-    )
-    store.set(_report_key(node_rank()), dataclasses.asdict(report))
+    port = store.listener.getsockname()[1]
+    report = describe_this_host(config, store.runtime, port=port, alone=node_count() == 1)
+    store.set(_report_key(node_rank()), report)
 
 
 def _report_key(number: int) -> str:
     return f"report from host {number + 1} of {node_count()}"
-
-
-def check_own_address(address: str) -> Iterator[Finding]:
-    """Check that this host's name resolves to `address`, at which the other hosts reach it.
-
-    Without GLOO_SOCKET_IFNAME, gloo gives the other hosts the address to which the hostname resolves.
-    """
-    if node_count() == 1 or os.environ.get("GLOO_SOCKET_IFNAME"):
-        return
-    name = socket.gethostname()
-    try:
-        own = socket.gethostbyname(name)
-    except OSError:
-        own = "no address"
-    if own != address:
-        interface = network.interface_of(address)
-        yield failure(
-            "own address",
-            UsageError(
-                f"this host resolves its name {name} to {own}, but the other hosts reach it at {address}: "
-                f"set GLOO_SOCKET_IFNAME={interface}, or correct /etc/hosts"
-            ),
-        )
-
-
-def torch_build() -> str:
-    """Return the versions of PyTorch and CUDA and the name of the GPU."""
-    parts: list[object] = [torch.__version__]
-    if torch.cuda.is_available():
-        parts += ["CUDA", torch.version.cuda, "on", torch.cuda.get_device_name()]
-    return " ".join(map(str, parts))
-
-
-def _merge_findings(names: Sequence[str], reports: Sequence[HostReport]) -> Iterator[Finding]:
-    """Merge the findings of all hosts, one per check: the first host's if all are ok, else those of the worst level."""
-    by_check: dict[str, dict[str, Finding]] = {}
-    for name, report in zip(names, reports, strict=True):
-        for finding in report.findings:
-            by_check.setdefault(finding["check"], {})[name] = Finding(**finding)
-    for by_host in by_check.values():
-        levels = {finding.level for finding in by_host.values()}
-        worst = next((level for level in ("FAIL", "warn") if level in levels), "ok")
-        worst_findings = {name: finding for name, finding in by_host.items() if finding.level == worst}
-        first = next(iter(worst_findings.values()))
-        texts = {finding.text for finding in worst_findings.values()}
-        if worst == "ok" or len(reports) == 1:
-            text = first.text
-        elif len(texts) == 1:
-            text = f"{', '.join(worst_findings)}: {first.text}"
-        else:
-            text = "; ".join(f"{name}: {finding.text}" for name, finding in worst_findings.items())
-        yield dataclasses.replace(first, text=text)
-
-
-def _compare_configs(names: Sequence[str], reports: Sequence[HostReport]) -> Iterator[Finding]:
-    keys = [key for key in reports[0].config if len({report.config.get(key) for report in reports}) > 1]
-    if not keys:
-        yield ok("same config", f"on all {len(names)} hosts")
-    for key in keys:
-        values = {name: report.config.get(key, "no such key") for name, report in zip(names, reports, strict=True)}
-        finding = check_equal("same config", values, fix="start the same command on all hosts")
-        yield dataclasses.replace(finding, text=f"{key}: {finding.text}")
 
 
 def _unreachable_hosts(store: SharedStore) -> list[str]:
@@ -388,46 +242,25 @@ def run_directory_problem(store: SharedStore) -> str | None:
     """Return why this host cannot use the run directory of the first host, None if it can."""
     marker = Path(store.get("marker file"))
     deadline = time.monotonic() + NFS_DIRECTORY_CACHE_SECONDS
-    while True:
-        try:
-            if marker.name in os.listdir(marker.parent):
-                break
-        except OSError as error:
-            return f"{marker.parent}: {error.strerror}"
-        if time.monotonic() > deadline:
-            return f"{marker.parent} is not the same directory as on the first host"
-        time.sleep(0.2)
     try:
+        while marker.name not in os.listdir(marker.parent):
+            if time.monotonic() > deadline:
+                return f"{marker.parent} is not the same directory as on the first host"
+            time.sleep(0.2)
         marker.with_name(f"{marker.name}-{node_rank()}").touch()
     except OSError as error:
-        return f"cannot write to {marker.parent}: {error.strerror}"
+        return f"{marker.parent}: {error.strerror}"
     return None
 
 
 def clock_offsets(runtime: Runtime, host_of: Sequence[int]) -> dict[int, float]:
-    """Return on rank 0, by host, how many seconds its clock is ahead of the first host's.
+    """Return, by host, how many seconds its clock is ahead of the first host's. Collective: all ranks call it.
 
-    Rank 0 asks the first rank of each host for the time and uses the answer with the shortest round trip.
+    All ranks look at their clocks right after a barrier. The median leaves out looks that the machine delayed.
     """
-    offsets = {host_of[0]: 0.0}
-    now = torch.zeros(1, dtype=torch.float64)
-    for number in sorted(set(host_of)):
-        rank = host_of.index(number)
-        shortest = float("inf")
-        for _ in range(5 if rank and runtime.rank in (0, rank) else 0):
-            if runtime.rank == rank:
-                dist.recv(now, 0)
-                dist.send(torch.tensor([time.time()], dtype=torch.float64), 0)
-                continue
-            asked = time.time()
-            dist.send(now, rank)
-            dist.recv(now, rank)
-            answered = time.time()
-            if answered - asked < shortest:
-                shortest = answered - asked
-                offsets[number] = now.item() - (asked + answered) / 2
-    return offsets
-
-
-def _host_names(store: SharedStore) -> list[str]:
-    return [name for name, _, _ in store.get("hosts")]
+    looks: list[list[float]] = []
+    for _ in range(CLOCK_LOOKS):
+        dist.barrier()
+        looks.append([row[0] for row in all_gather_row([time.time()], runtime)])
+    first_ranks = {host: host_of.index(host) for host in host_of}
+    return {host: statistics.median(times[rank] - times[0] for times in looks) for host, rank in first_ranks.items()}

@@ -4,17 +4,16 @@ All links of one direction are measured at the same time, so that the time does 
 receiver of each link takes the time. The amount of data grows until the slowest link takes ENOUGH_SECONDS.
 """
 
-import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from distgpt.distributed.collectives import all_gather_json
+from distgpt.distributed.collectives import all_gather_row
 from distgpt.distributed.runtime import Runtime
 from distgpt.preflight.finding import Finding, ok, warning
 
@@ -38,32 +37,30 @@ def measure(runtime: Runtime) -> tuple[Finding, list[Link]]:
     """Measure the all-reduce and all links. Collective: all ranks call it, and all get the whole result."""
     if not runtime.distributed:
         return ok("links", "one rank, no link to measure"), []
-    links = []
-    for shift in sorted({1, runtime.world_size - 1}):
-        source = (runtime.rank - shift) % runtime.world_size
-        links.append(Link(source, runtime.rank, _measure_link(runtime, shift)))
-    everyone = all_gather_json([dataclasses.astuple(link) for link in links])
-    return _measure_all_reduce(runtime), [Link(*link) for links_of_rank in everyone for link in links_of_rank]
+    shifts = sorted({1, runtime.world_size - 1})
+    rates = all_gather_row([_measure_link(runtime, shift) for shift in shifts], runtime)
+    return _measure_all_reduce(runtime), [
+        Link((rank - shift) % runtime.world_size, rank, rate)
+        for rank, row in enumerate(rates)
+        for shift, rate in zip(shifts, row, strict=True)
+    ]
 
 
-def check_links(links: Sequence[Link], *, host_of: Sequence[int], names: Mapping[int, str]) -> list[Finding]:
+def check_links(links: Sequence[Link], *, host_of: Sequence[int], names: Sequence[str]) -> list[Finding]:
     """Return a finding for the links between hosts and one for those within a host, if there are such links.
 
     `host_of`: the number of each rank's host, by rank. `names`: the names of the hosts, by number.
     """
-    within = [host_of[link.source] == host_of[link.destination] for link in links]
-    host_labels = [names[host] for host in host_of]
-    rank_labels = [f"{names[host]} rank {rank}" for rank, host in enumerate(host_of)]
-    findings = []
-    for check, inside, labels in (("links", False, host_labels), ("inside a host", True, rank_labels)):
-        if chosen := [link for link, is_inside in zip(links, within, strict=True) if is_inside == inside]:
-            findings.append(_compare_links(check, chosen, labels, host_of, names))
-    return findings
+    host_names = [names[host] for host in host_of]
+    rank_names = [f"{name} rank {rank}" for rank, name in enumerate(host_names)]
+    between = [link for link in links if host_of[link.source] != host_of[link.destination]]
+    within = [link for link in links if host_of[link.source] == host_of[link.destination]]
+    findings = [_compare_links("links", between, host_names, host_names)] if between else []
+    return findings + ([_compare_links("inside a host", within, rank_names, host_names)] if within else [])
 
 
-def _compare_links(
-    check: str, links: Sequence[Link], labels: Sequence[str], host_of: Sequence[int], names: Mapping[int, str]
-) -> Finding:
+def _compare_links(check: str, links: Sequence[Link], labels: Sequence[str], host_names: Sequence[str]) -> Finding:
+    """Compare links with each other. `labels`, `host_names`: the names to show of each rank and of its host."""
     median = statistics.median(link.bytes_per_second for link in links)
     by_speed = sorted(links, key=lambda link: link.bytes_per_second)
     described = [
@@ -72,8 +69,8 @@ def _compare_links(
     slow = [link for link in by_speed if link.bytes_per_second < SLOW_SHARE * median]
     if not slow:
         return ok(check, f"median {_rate(median)}; slowest {described[0]}")
-    common_hosts = set.intersection(*({host_of[link.source], host_of[link.destination]} for link in slow))
-    slow_host = f"{names[common_hosts.pop()]} is slow: " if len(slow) > 1 and len(common_hosts) == 1 else "slow: "
+    common_hosts = set.intersection(*({host_names[link.source], host_names[link.destination]} for link in slow))
+    slow_host = f"{common_hosts.pop()} is slow: " if len(slow) > 1 and len(common_hosts) == 1 else "slow: "
     return warning(
         check,
         f"{slow_host}{', '.join(described[: min(4, len(slow))])} (median {_rate(median)}): all ranks wait for the "
@@ -107,7 +104,7 @@ def _measure_all_reduce(runtime: Runtime) -> Finding:
         return []
 
     amount, seconds = _time_transfer(runtime, all_reduce)
-    slowest = _max_over_ranks(seconds)
+    slowest = _max_over_ranks(seconds, runtime)
     # A ring all-reduce sends 2 (n - 1) / n of the tensor over each link.
     rate = 2 * (runtime.world_size - 1) / runtime.world_size * amount / slowest
     size = f"{amount / 2**20:.2g} MiB over {runtime.world_size} ranks"
@@ -132,13 +129,11 @@ def _time_transfer(runtime: Runtime, transfer: Callable[[Tensor], list[dist.Work
             times.append(time.perf_counter() - started)
             for work in pending:
                 work.wait()
-        if amount >= LAST_BYTES or _max_over_ranks(min(times)) > ENOUGH_SECONDS:
+        if amount >= LAST_BYTES or _max_over_ranks(min(times), runtime) > ENOUGH_SECONDS:
             return amount, min(times)
         amount *= 4
 
 
-def _max_over_ranks(seconds: float) -> float:
+def _max_over_ranks(seconds: float, runtime: Runtime) -> float:
     """Return the longest time of all ranks, so that all of them go on or stop together."""
-    value = torch.tensor(seconds, dtype=torch.float64)
-    dist.all_reduce(value, op=dist.ReduceOp.MAX)
-    return value.item()
+    return max(row[0] for row in all_gather_row([seconds], runtime))

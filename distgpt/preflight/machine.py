@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from distgpt.checkpoint.compatibility import require_same_run
 from distgpt.checkpoint.manifest import committed
-from distgpt.checkpoint.retention import CHECKPOINT_BYTES, OUTER_BYTES, checkpoint_bytes, require_space
+from distgpt.checkpoint.store import CHECKPOINT_BYTES, OUTER_BYTES, checkpoint_bytes, require_space
 from distgpt.config import Config
 from distgpt.corpus.order import Order, evaluation_windows
-from distgpt.corpus.shards import Dataset, Split, open_dataset, verify_dataset
+from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.distributed.device import compute_dtype, threads_per_rank
 from distgpt.distributed.plan import (
@@ -35,6 +35,7 @@ from distgpt.preflight.finding import Finding, failure, ok, run_check, warning
 from distgpt.run.lock import lock_holder
 from distgpt.run.paths import RunPaths
 from distgpt.suggestion import MANY_EPOCHS, steps_of_many_epochs
+from distgpt.units import count_text, ranks_text, size_text
 
 # Weights, gradients and moments may take this share of a device's memory; activations need the rest.
 MAX_STATE_SHARE = 0.7
@@ -89,19 +90,17 @@ def check_devices(config: Config, runtime: Runtime) -> Finding:
         return ok("devices", f"{listed}, {dtype}")
     if Path("/dev/nvidia0").exists():
         built = torch.version.cuda
-        why = (
-            f"PyTorch for CUDA {built} cannot use it: update the driver" if built else "PyTorch was built without CUDA"
-        )
-        return warning("devices", f"this machine has an NVIDIA GPU, but {why}; training uses the CPU")
+        why = f"for CUDA {built} cannot use it: update the driver" if built else "was built without CUDA"
+        return warning("devices", f"this machine has an NVIDIA GPU, but PyTorch {why}; training uses the CPU")
     threads = threads_per_rank(runtime.local_world_size)
     return ok("devices", f"{runtime.local_world_size} x CPU with {threads} threads, {dtype}")
 
 
 def check_batch(config: Config, runtime: Runtime) -> Finding:
     """Check that the global batch divides over the ranks. Raises UsageError."""
-    size, ranks = micro_batch_size(config, runtime), runtime.world_size
-    steps = config.train.global_batch // (size * ranks)
-    return ok("batch", f"{config.train.global_batch} = {ranks} ranks x {size} sequences x {steps} accumulation steps")
+    batch, size, ranks = config.train.global_batch, micro_batch_size(config, runtime), runtime.world_size
+    steps = batch // (size * ranks)
+    return ok("batch", f"{batch} = {ranks_text(ranks)} x {size} sequences x {steps} accumulation steps")
 
 
 def check_shared_memory(runtime: Runtime) -> Finding:
@@ -114,8 +113,8 @@ def check_shared_memory(runtime: Runtime) -> Finding:
         return warning(name, f"{path} is missing or not writable: {fix}")
     free, wanted = shutil.disk_usage(path).free, SHARED_MEMORY_BYTES[runtime.device.type]
     if free < wanted:
-        return warning(name, f"{path} has {_size(free)} free, the ranks may need {_size(wanted)}: {fix}")
-    return ok(name, f"{path} has {_size(free)} free")
+        return warning(name, f"{path} has {size_text(free)} free, the ranks may need {size_text(wanted)}: {fix}")
+    return ok(name, f"{path} has {size_text(free)} free")
 
 
 def check_data(dataset: Dataset, *, thorough: bool) -> Finding:
@@ -131,24 +130,18 @@ def check_data(dataset: Dataset, *, thorough: bool) -> Finding:
 
 def check_windows(config: Config, dataset: Dataset) -> Finding:
     """Count the windows of each split, and the epochs. Raises DataError if a split holds none."""
-    block_size, train, val = config.model.block_size, dataset.train, dataset.val
-    order = Order(shard_lengths(train), block_size=block_size, seed=config.run.seed, split=train.name)
-    evaluated, _ = evaluation_windows(shard_lengths(val), block_size, config.eval.sequences, val.name)
-    epochs = config.train.steps * config.train.global_batch / order.windows
-    text = f"{order.windows:,} of {block_size} tokens for training, {len(evaluated):,} for evaluation"
-    times = f"{epochs:.3g}" if epochs < 100 else f"{epochs:,.0f}"
-    text += f"; {config.train.steps:,} steps read the training text {times} times"
+    block_size = config.model.block_size
+    train, val = ([len(shard) for shard in split.shards] for split in (dataset.train, dataset.val))
+    windows = Order(train, block_size=block_size, seed=config.run.seed).windows
+    evaluated, _ = evaluation_windows(val, block_size, config.eval.sequences)
+    epochs = config.train.steps * config.train.global_batch / windows
+    text = f"{windows:,} of {block_size} tokens for training, {len(evaluated):,} for evaluation"
+    text += f"; {config.train.steps:,} steps read the training text {count_text(epochs)} times"
     if epochs > MANY_EPOCHS:
-        fewer = steps_of_many_epochs(order.windows, config.train.global_batch)
-        return warning(
-            "windows", f"{text}: prepare more text, or read it {MANY_EPOCHS} times with --train.steps={fewer}"
-        )
+        fewer = steps_of_many_epochs(windows, config.train.global_batch)
+        fix = f"prepare more text, or read it {MANY_EPOCHS} times with --train.steps={fewer}"
+        return warning("windows", f"{text}: {fix}")
     return ok("windows", text)
-
-
-def shard_lengths(split: Split) -> list[int]:
-    """Return the number of tokens of each shard."""
-    return [len(shard) for shard in split.shards]
 
 
 def check_run_directory(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
@@ -157,25 +150,21 @@ def check_run_directory(config: Config, runtime: Runtime, dataset: Dataset) -> F
     Raises DirectoryError, StorageError or UsageError.
     """
     paths = RunPaths(config.run_dir)
+    another = "choose another --run.dir"
     if owner := lock_holder(paths):
-        raise DirectoryError(
-            f"the run directory {paths.root} is in use by {owner}; wait for it or choose another --run.dir"
-        )
+        raise DirectoryError(f"the run directory {paths.root} is in use by {owner}; wait for it or {another}")
     nearest = nearest_directory(paths.root)
     try:
         with tempfile.TemporaryFile(dir=nearest) as probe:
             fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise DirectoryError(
-            f"cannot write to the run directory {paths.root} ({nearest}: {error.strerror}); choose another --run.dir"
-        ) from None
+        where = f"the run directory {paths.root} ({nearest}: {error.strerror})"
+        raise DirectoryError(f"cannot write to {where}; {another}") from None
     checkpoints = committed(paths.checkpoints)
     if not checkpoints:
         return ok("run directory", f"{paths.root}, a new run")
     if config.run.fresh:
-        raise DirectoryError(
-            f"{paths.root} holds checkpoints: --run.fresh needs an empty run directory; choose another --run.dir"
-        )
+        raise DirectoryError(f"{paths.root} holds checkpoints: --run.fresh needs an empty run directory; {another}")
     require_same_run(paths.checkpoints, config, dataset, replicas=independent_replicas(config, runtime))
     return ok("run directory", f"{paths.root}, resumes from {checkpoints[0].name}")
 
@@ -190,7 +179,7 @@ def check_disk(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     missing = max(1, wanted - len(committed(paths.checkpoints)))
     require_space(nearest, one)
     free = shutil.disk_usage(nearest).free
-    text = f"{_size(free)} free at {nearest}, one checkpoint needs {_size(one)}"
+    text = f"{size_text(free)} free at {nearest}, one checkpoint needs {size_text(one)}"
     if free < missing * one:
         return warning("disk", f"{text} and up to {wanted} are kept: free some space or lower checkpoint.keep")
     return ok("disk", text)
@@ -207,7 +196,7 @@ def check_memory(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     each = BYTES_PER_PARAMETER + outer + (0 if on_gpu else CHECKPOINT_BYTES + outer)
     need = parameters * each / shards
     room = torch.cuda.mem_get_info(runtime.device)[0] if on_gpu else free_memory() / runtime.local_world_size
-    text = f"{parameters:,} parameters, {strategy}: a rank needs {_size(need)} of {_size(room)} free"
+    text = f"{parameters:,} parameters, {strategy}: a rank needs {size_text(need)} of {size_text(room)} free"
     fix = "shard over more ranks with parallel.strategy=fsdp, or take a smaller model"
     if need > room:
         raise UsageError(f"{text}, without activations: {fix}")
@@ -235,10 +224,3 @@ def free_memory() -> float:
     except (OSError, ValueError, KeyError):
         pass  # not Linux, no such control group, or no limit ("max")
     return room
-
-
-def _size(number: float) -> str:
-    for unit, size in (("GiB", GIB), ("MiB", 2**20)):
-        if number >= size:
-            return f"{number / size:.1f} {unit}"
-    return f"{number / 1024:.0f} KiB"

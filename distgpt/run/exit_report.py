@@ -29,16 +29,9 @@ def write_exit_report(
 
     Returns whether this report is the first in the run directory, or if that has none, in the launcher's file.
     """
-    report = {
-        "code": code,
-        "cause": cause,
-        "rank": rank,
-        "host": socket.gethostname(),
-        "step": step,
-        "fence": fence,
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "job": this_job(),
-    }
+    now, host = time.strftime("%Y-%m-%dT%H:%M:%S%z"), socket.gethostname()
+    end = {"code": code, "cause": cause, "rank": rank, "host": host, "step": step}
+    report = {**end, "fence": fence, "time": now, "job": this_job()}
     targets = [(paths.exit_report, fence)] if paths else []
     if launcher_file := os.environ.get(EXIT_FILE_VARIABLE):
         targets.append((Path(launcher_file), 0))
@@ -54,21 +47,30 @@ def remove_report_of_last_attempt() -> None:
     hosts share a file, the report of another host stays: its clock differs, and it may have started earlier.
     """
     launcher_file = Path(os.environ.get(EXIT_FILE_VARIABLE, ""))
-    with suppress(OSError, ValueError, KeyError, TypeError):
+    report = read_report(launcher_file) or {}
+    with suppress(OSError):
         # Ranks start together, so no report of this attempt is older than this process. Its age may be unknown (0).
         age = process_age()
         before = launcher_file.stat().st_mtime < time.time() - age
-        if age and before and json.loads(launcher_file.read_text())["host"] == socket.gethostname():
+        if age and before and report.get("host") == socket.gethostname():
             launcher_file.unlink()
+
+
+def read_report(file: Path) -> dict[str, Any] | None:
+    """Read an exit.json; None if there is none or it is not whole."""
+    try:
+        report = json.loads(file.read_text())
+        return {**report, "code": int(report["code"]), "cause": str(report["cause"])}
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
 
 
 def report_of_this_job(paths: RunPaths) -> tuple[int, str] | None:
     """Return the exit code and cause that an earlier attempt of this torchrun reported; None if there is no report."""
     for file in (Path(os.environ.get(EXIT_FILE_VARIABLE, "")), paths.exit_report):
-        with suppress(OSError, ValueError):
-            report = json.loads(file.read_text())
-            if isinstance(report, dict) and report.get("job") == this_job():
-                return int(report["code"]), str(report["cause"])
+        report = read_report(file)
+        if report and report.get("job") == this_job():
+            return report["code"], report["cause"]
     return None
 
 
@@ -83,7 +85,7 @@ def _write_once(target: Path, report: dict[str, Any], least_fence: int) -> bool 
         try:
             _link_once(staged, target)
         except FileExistsError:
-            if _fence_of(target) >= least_fence:
+            if (read_report(target) or {}).get("fence", 0) >= least_fence:
                 return False
             os.replace(staged, target)
     except OSError:
@@ -103,13 +105,6 @@ def _link_once(staged: Path, target: Path) -> None:
             raise
         with target.open("x") as file:  # a reader may see a part of it
             file.write(staged.read_text())
-
-
-def _fence_of(report: Path) -> int:
-    try:
-        return int(json.loads(report.read_text())["fence"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return 0
 
 
 def exit_if_restart_cannot_help(paths: RunPaths) -> None:

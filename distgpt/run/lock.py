@@ -14,7 +14,6 @@ Imports no torch: a locked or read-only directory is noticed before anything hea
 
 import errno
 import fcntl
-import itertools
 import json
 import os
 import socket
@@ -77,28 +76,31 @@ class _Record:
 class RunLock:
     """The lock of a run directory, held by rank 0. The file LOCK stays when the lock is released."""
 
-    def __init__(self, paths: RunPaths, *, lease: float = LEASE, wait: bool = True) -> None:
+    def __init__(self, paths: RunPaths, *, lease: float = LEASE) -> None:
         """Create the directory and lock it. Watch another owner for up to `lease` seconds, to see whether it is alive.
 
-        With `wait=False` any other owner counts as alive. Raises DirectoryError if another process owns the directory
+        With a lease of 0, any other owner counts as alive. Raises DirectoryError if another process owns the directory
         or it cannot be written, StorageError if its file system has no locks or no room.
         """
         self._paths = paths
         self._renewals = 0
         self._released = threading.Event()
         self._renewing = threading.Lock()
-        before = _open_when_free(paths, lease if wait else None)
+        before = _open_when_free(paths, lease)
         try:
             record = _read_record(before)
-            fence = record.owner.fence + 1 if record else _first_fence(before)
+            # After a LOCK that cannot be read, the time: a number above any fence.
+            first = int(time.time()) if os.fstat(before).st_size else 1
+            fence = record.owner.fence + 1 if record else first
             started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-            self.owner = Owner(
-                fence, socket.gethostname(), _boot_id(), os.getpid(), started, this_job(), this_attempt()
-            )
+            here = socket.gethostname(), _boot_id(), os.getpid()
+            self.owner = Owner(fence, *here, started, this_job(), this_attempt())
             # Remove the report of the last run before LOCK is in place: afterwards another owner may have written it.
             paths.exit_report.unlink(missing_ok=True)
             self._fd = self._put_in_place()
-            self._remove_left_overs()
+            # A former owner that wakes up cannot put in place what it had staged.
+            for staged in (file for pattern in STAGED for file in paths.root.glob(pattern)):
+                staged.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot write {paths.lock}: {error.strerror}") from None
         finally:
@@ -143,26 +145,18 @@ class RunLock:
             raise
         return fd
 
-    def _remove_left_overs(self) -> None:
-        """Remove files that earlier owners staged, so that one that wakes up cannot put them in place any more."""
-        for staged in itertools.chain.from_iterable(map(self._paths.root.glob, STAGED)):
-            staged.unlink(missing_ok=True)
-
     def _renew(self, *, released: bool = False) -> str | None:
         """Renew the lease in LOCK if it is still ours, otherwise return a message with its owner. Raises OSError."""
         try:
             # Opened by name, since another owner replaces the file. Closing it makes NFS send the write.
-            fd = os.open(self._paths.lock, os.O_RDWR)
+            with open(self._paths.lock, "r+b", buffering=0) as file:
+                record = _read_record(file.fileno())
+                if record is None or record.owner != self.owner:
+                    return _describe_loss(self._paths, record)
+                self._renewals += 1
+                os.pwrite(file.fileno(), _Record(self.owner, self._renewals, released).to_bytes(), 0)
         except FileNotFoundError:
             return _describe_loss(self._paths, None)
-        try:
-            record = _read_record(fd)
-            if record is None or record.owner != self.owner:
-                return _describe_loss(self._paths, record)
-            self._renewals += 1
-            os.pwrite(fd, _Record(self.owner, self._renewals, released).to_bytes(), 0)
-        finally:
-            os.close(fd)
         return None
 
 
@@ -192,7 +186,7 @@ def lock_holder(paths: RunPaths) -> str | None:
         os.close(fd)
 
 
-def _open_when_free(paths: RunPaths, lease: float | None) -> int:
+def _open_when_free(paths: RunPaths, lease: float) -> int:
     """Open LOCK once no other process that is alive holds it. Returns its descriptor. Raises as RunLock does."""
     while True:
         try:
@@ -215,48 +209,36 @@ def _open_when_free(paths: RunPaths, lease: float | None) -> int:
         os.close(fd)  # another job has replaced the file between open and flock: try the new one
 
 
-def _live_owner(paths: RunPaths, fd: int, lease: float | None) -> str | None:
+def _live_owner(paths: RunPaths, fd: int, lease: float) -> str | None:
     """Describe the owner of an open LOCK. Returns None if none is alive; `fd` then has the flock if it is free.
 
-    `lease`: seconds to watch an owner on another host; None: it counts as alive. Raises StorageError.
+    `lease`: seconds to watch the owner; 0: it counts as alive. Raises StorageError.
     """
     free = _flock(paths, fd)
     record = _read_record(fd)
     if record is None:
         return None if free else "another job"
     flock_decides = record.released or record.owner.boot == _boot_id()
-    if free and flock_decides:
+    if flock_decides and free:
         return None
-    if lease is None:
-        gone = False
-    elif flock_decides:
-        gone = _wait_for_death(paths, fd, record, lease)
-    else:
-        gone = not _wait_for_change(paths, record, lease)
-    return None if gone else str((_read_lock(paths) or record).owner)
+    if lease and _is_gone(paths, fd, record, lease, flock_decides=flock_decides):
+        return None
+    return str((_read_lock(paths) or record).owner)
 
 
-def _wait_for_death(paths: RunPaths, fd: int, record: _Record, lease: float) -> bool:
-    """Wait up to `lease` seconds for an owner on this kernel to die; `fd` then holds the flock.
+def _is_gone(paths: RunPaths, fd: int, record: _Record, lease: float, *, flock_decides: bool) -> bool:
+    """Watch an owner for up to `lease` seconds. On this kernel, it is gone if it dies, else if it changes nothing.
 
     A process that is killed while it writes to a slow disk, or frees much memory, ends only when that is done.
     """
     deadline = time.monotonic() + lease
-    while time.monotonic() < deadline and _read_lock(paths) == record:
-        time.sleep(lease / 100)
-        if _flock(paths, fd):
-            return True
-    return False
-
-
-def _wait_for_change(paths: RunPaths, record: _Record, lease: float) -> bool:
-    """Watch LOCK for up to `lease` seconds; tell whether its owner renews it, or another one replaces it."""
-    deadline = time.monotonic() + lease
     while time.monotonic() < deadline:
-        time.sleep(lease / 20)
         if _read_lock(paths) != record:
+            return False
+        time.sleep(lease / 100)
+        if flock_decides and _flock(paths, fd):
             return True
-    return False
+    return not flock_decides
 
 
 def _flock(paths: RunPaths, fd: int) -> bool:
@@ -273,13 +255,10 @@ def _flock(paths: RunPaths, fd: int) -> bool:
 def _read_lock(paths: RunPaths) -> _Record | None:
     """Read LOCK, None if there is no valid one. Opening it each time makes a network file system ask its server."""
     try:
-        fd = os.open(paths.lock, os.O_RDONLY)
+        with open(paths.lock, "rb", buffering=0) as file:
+            return _read_record(file.fileno())
     except FileNotFoundError:
         return None
-    try:
-        return _read_record(fd)
-    finally:
-        os.close(fd)
 
 
 def _read_record(fd: int) -> _Record | None:
@@ -293,11 +272,6 @@ def _read_record(fd: int) -> _Record | None:
         except (ValueError, KeyError, TypeError, AttributeError):
             time.sleep(0.01 if content else 0)
     return None
-
-
-def _first_fence(fd: int) -> int:
-    """Return the fence of a first owner: 1, or if a previous fence cannot be read, a number above any fence."""
-    return int(time.time()) if os.fstat(fd).st_size else 1
 
 
 def _describe_loss(paths: RunPaths, record: _Record | None) -> str:

@@ -111,9 +111,8 @@ class RunSession:
         self._lock_refused = True
         self._lock = RunLock(self.paths, lease=lease)
         self._lock_refused = False
-        self.owner = self._lock.owner
+        self._report_in_directory_of(self._lock.owner)
         self._lock.renew_in_background(self._exit_lost, every=renewal)
-        self._reports_in_directory = True
         self.paths.logs.mkdir(exist_ok=True)  # the watchdog writes stacks there if the start hangs
 
     def attach_logs(self, owner: Owner | None) -> None:
@@ -129,7 +128,7 @@ class RunSession:
         faulthandler.enable(stream)
         faulthandler.register(STACKS_SIGNAL, stream)
 
-    def sees_same_directory(self, owner: Owner | None) -> bool:
+    def sees_same_directory(self, owner: Owner) -> bool:
         """Tell whether the run directory of this rank is the one that rank 0 took as `owner`.
 
         Takes up to NFS_ATTRIBUTE_CACHE_SECONDS.
@@ -137,7 +136,7 @@ class RunSession:
         deadline = time.monotonic() + NFS_ATTRIBUTE_CACHE_SECONDS
         while True:
             with suppress(OSError):
-                if owner is None or loss_message(self.paths, owner) is None:
+                if loss_message(self.paths, owner) is None:
                     return True
             if time.monotonic() > deadline:
                 return False
@@ -184,42 +183,38 @@ class RunSession:
         if not_joined:
             # If rank 0 has the same error, torchrun ends this rank meanwhile with SIGTERM.
             time.sleep(RANK_ZERO_SECONDS)
-            if self.report(code, cause, for_host=True) and not prints:
+            if self.report(code, cause, as_first_of_host=True) and not prints:
                 say_end(code, cause)
         self._release()
         _end_process(code)
 
-    def report(self, code: int, cause: str, *, for_host: bool | None = None) -> bool:
+    def report(self, code: int, cause: str, *, as_first_of_host: bool | None = None) -> bool:
         """Report why the run ends. Returns whether this rank is the one to print it.
 
         Ends the process if another job has taken the run directory.
-        `for_host`: whether this rank reports for its host if it has not joined the others; None: if it is the first
-        one of its host. If rank 0 already has the run directory, the report goes there, before one of rank 0.
+        Of ranks that have not joined the others, rank 0 and the first one of each host report, the latter to their
+        launcher. `as_first_of_host`: whether this rank is that one; None: if its local rank is 0. If it is, and rank 0
+        already has the run directory, the report goes there, before one of rank 0.
         """
-        if for_host and self.rank and not self._reports_in_directory:
-            self._report_as_joined()
+        if as_first_of_host and self.rank and not self._reports_in_directory:
+            with suppress(OSError):
+                self._report_in_directory_of(owner_of_this_attempt(self.paths))
         with suppress(OSError):
             self.require_owned()
-        if self._reports_in_directory:
-            fence = self.owner.fence if self.owner else 0
-            return write_exit_report(self.paths, code=code, cause=cause, rank=self.rank, step=self.step, fence=fence)
-        if self.rank:
+        if self.rank and not self._reports_in_directory:
             # The other ranks of the host and rank 0 probably fail alike: one line for each host, for its launcher.
-            if not (os.environ.get("LOCAL_RANK") == "0" if for_host is None else for_host):
+            if not (os.environ.get("LOCAL_RANK") == "0" if as_first_of_host is None else as_first_of_host):
                 return False
-            return write_exit_report(None, code=code, cause=cause, rank=self.rank, step=None)
-        with suppress(DistgptError):
-            if self.paths.root.is_dir() and not self._lock_refused:
-                self._lock = RunLock(self.paths, wait=False)
-        paths, fence = (self.paths, self._lock.owner.fence) if self._lock else (None, 0)
-        return write_exit_report(paths, code=code, cause=cause, rank=0, step=None, fence=fence)
+        elif not self._reports_in_directory and self.paths.root.is_dir() and not self._lock_refused:
+            with suppress(DistgptError):
+                self._lock = RunLock(self.paths, lease=0)
+                self._report_in_directory_of(self._lock.owner)
+        paths, fence = (self.paths if self._reports_in_directory else None), (self.owner.fence if self.owner else 0)
+        return write_exit_report(paths, code=code, cause=cause, rank=self.rank, step=self.step, fence=fence)
 
-    def _report_as_joined(self) -> None:
-        """Let reports go to the run directory if rank 0 of this attempt has taken it."""
-        with suppress(OSError):
-            owner = owner_of_this_attempt(self.paths)
-            if owner is not None:
-                self.owner, self._reports_in_directory = owner, True
+    def _report_in_directory_of(self, owner: Owner | None) -> None:
+        if owner is not None:
+            self.owner, self._reports_in_directory = owner, True
 
     def _exit_lost(self, message: str) -> NoReturn:
         """End this process because another job has taken the run directory; rank 0 prints `message`."""
@@ -238,7 +233,8 @@ class RunSession:
         self.stop_requested = signal.Signals(number).name
 
     def _handle_signals(self) -> None:
-        acknowledged: float | None = None
+        # torchrun gets a second Ctrl-C itself, and ends its ranks.
+        acknowledged, torchrun = None, "TORCHELASTIC_RUN_ID" in os.environ
         while received := self._wakeup[0].recv(1):
             number = received[0]
             if number not in STOP_SIGNALS:
@@ -251,14 +247,16 @@ class RunSession:
             elif acknowledged is None:
                 acknowledged = time.monotonic()
                 _acknowledge(number)
-            elif number == signal.SIGINT and _is_second_ctrl_c(acknowledged):
+            elif number == signal.SIGINT and not torchrun and time.monotonic() - acknowledged > ECHO_SECONDS:
                 self._exit_interrupted(
                     "interrupted by a second Ctrl-C: steps after the newest checkpoint are not saved, "
                     "run it again to go on from there"
                 )
 
     def _exit_interrupted(self, cause: str) -> NoReturn:
-        threading.Thread(target=_exit_after_deadline, daemon=True).start()
+        deadline = threading.Timer(REPORT_SECONDS, os._exit, [EXIT_INTERRUPTED])
+        deadline.daemon = True
+        deadline.start()
         if self.report(EXIT_INTERRUPTED, cause):
             say_end(EXIT_INTERRUPTED, cause)
         self._release()
@@ -273,20 +271,6 @@ def _acknowledge(number: int) -> None:
         again = "; Ctrl-C again stops it now, unsaved" if heeded and number in TERMINAL_SIGNALS else ""
         below_the_bar = "\n" if sys.stderr.isatty() else ""
         print(f"{below_the_bar}distgpt: stopping after this step is saved{again}", file=sys.stderr, flush=True)
-
-
-def _is_second_ctrl_c(acknowledged: float) -> bool:
-    """Tell whether a SIGINT now is a second one of the user. Slurm may send the first one twice to each rank.
-
-    Never under torchrun, which gets a second SIGINT itself, and ends its ranks. `acknowledged`: time.monotonic() then.
-    """
-    return "TORCHELASTIC_RUN_ID" not in os.environ and time.monotonic() - acknowledged > ECHO_SECONDS
-
-
-def _exit_after_deadline() -> None:
-    """End the process after REPORT_SECONDS, even if its report hangs."""
-    time.sleep(REPORT_SECONDS)
-    os._exit(EXIT_INTERRUPTED)
 
 
 def _end_process(code: int) -> NoReturn:

@@ -1,7 +1,8 @@
 """Output of a run for people: console lines, files and plots. This room writes; it decides nothing.
 
 Reading order: progress (times the steps and passes the measurements on), console, metrics (metrics.jsonl), tensorboard
-(event files), goodput (how the time was spent), plots (the loss curve), peaks (the peak speed of a device, MFU).
+(event files), goodput (how the time was spent), plots (the loss curve), owned_files (writes that an earlier owner of
+the run directory cannot disturb), peaks (the peak speed of a device).
 
 It may import run, distributed, model, corpus and the modules beside the rooms.
 """

@@ -3,38 +3,21 @@
 import math
 import sys
 import time
-from collections.abc import MutableMapping
 from typing import Any
 
 from tqdm import tqdm
 
-from distgpt.telemetry.goodput import Account
-from distgpt.telemetry.metrics import StepFigures
+from distgpt.telemetry.goodput import TimeSpent
+from distgpt.telemetry.metrics import StepFigures, perplexity
 
 # z-scores are shown from this value on. Normally distributed values reach it once in 370 steps.
 MIN_SHOWN_Z = 3.0
 
-BAR_FORMAT = "{percentage:3.0f}% |{bar}| {place}{postfix}"
+BAR_FORMAT = "{percentage:3.0f}% |{bar}| {desc}{postfix}"
 # Without a bar, a step that takes longer than this prints how many micro-batches are done.
 QUIET_SECONDS = 60.0
 # The beginning of a sample is shown: lines, and characters of a line.
 SAMPLE_LINES, SAMPLE_WIDTH = 8, 100
-
-
-class _Bar(tqdm):  # type: ignore[misc]  # tqdm has no types
-    """A progress bar over steps that can also show a part of a step."""
-
-    place = ""
-
-    @property
-    def format_dict(self) -> MutableMapping[str, Any]:
-        return {**super().format_dict, "place": self.place}
-
-    def move(self, step: int, done: int, count: int) -> None:
-        """Show that `step` steps are done, and `done` of the `count` micro-batches of the next one."""
-        self.place = f"{step}/{self.total}" + (f", micro-batch {done}/{count}" if count > 1 else "")
-        self.n = step + done / count
-        self.update(0)
 
 
 class Console:
@@ -47,55 +30,46 @@ class Console:
         self._total, self._done = total_steps, start_step
         self._enabled = enabled
         self._last_line = time.monotonic()
-        self._bar: _Bar | None = None
+        self._bar: Any = None
         if enabled and sys.stdout.isatty() and sys.stderr.isatty():
-            self._bar = _Bar(
-                total=total_steps,
-                initial=start_step,
-                bar_format=BAR_FORMAT,
-                dynamic_ncols=True,
-                leave=False,
-                miniters=0,
-            )
-            self._bar.move(start_step, 0, 1)
+            self._bar = tqdm(total=total_steps, bar_format=BAR_FORMAT, dynamic_ncols=True, leave=False, miniters=0)
+            self._move_bar(0, 1)
 
     def advance(self) -> None:
         """Count a finished step and move the bar."""
         self._done += 1
         if self._bar is not None:
-            self._bar.move(self._done, 0, 1)
+            self._move_bar(0, 1)
 
     def micro_batch(self, done: int, count: int) -> None:
         """Show that `done` of `count` micro-batches of this step are done: on the bar, or in a line now and then."""
         if self._bar is not None:
-            self._bar.move(self._done, done, count)
+            self._move_bar(done, count)
         elif time.monotonic() - self._last_line > QUIET_SECONDS:
-            self.message(f"{self._step(self._done + 1)} | micro-batch {done}/{count}")
+            self._row(self._done + 1, f"micro-batch {done}/{count}")
 
     def train(self, figures: StepFigures) -> None:
         """Print the figures of a log step."""
-        rate = f"{_with_suffix(figures.tokens_per_second)} tok/s"
+        rate = f"{tqdm.format_sizeof(figures.tokens_per_second)} tok/s"
         eta = f"eta {duration((self._total - figures.step) * figures.seconds)}"
-        parts = [
-            *(self._step(figures.step), f"loss {figures.loss:.4f}{_z_score(figures.loss_z)}"),
-            *(f"lr {figures.lr:.2e}", f"norm {figures.grad_norm:.2f}{_z_score(figures.grad_norm_z)}"),
-            *(step_time(figures.seconds), rate),
-            *([] if figures.mfu is None else [f"mfu {figures.mfu:.1%}"]),
+        self._row(
+            figures.step,
+            f"loss {figures.loss:.4f}{_z_score(figures.loss_z)}",
+            f"lr {figures.lr:.2e}",
+            f"norm {figures.grad_norm:.2f}{_z_score(figures.grad_norm_z)}",
+            step_time(figures.seconds),
+            rate,
+            "" if figures.mfu is None else f"mfu {figures.mfu:.1%}",
             eta,
-            *(["update skipped"] if figures.skipped else []),
-        ]
-        self.message(" | ".join(parts))
+            "update skipped" if figures.skipped else "",
+        )
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {figures.loss:.4f} | {rate} | {eta}")
 
-    def evaluation(
-        self, *, step: int, val_loss: float, val_perplexity: float, val_bits_per_byte: float | None, best: bool
-    ) -> None:
+    def evaluation(self, step: int, *, val_loss: float, val_bits_per_byte: float, best: bool) -> None:
         """Print the result of the evaluation after `step`. `best`: it is the lowest loss so far."""
-        parts = [self._step(step), f"val loss {val_loss:.4f}", f"ppl {val_perplexity:.2f}"]
-        parts += [] if val_bits_per_byte is None else [f"{val_bits_per_byte:.2f} bits/byte"]
-        parts += ["best"] if best else []
-        self.message(" | ".join(parts))
+        bits, shown_best = f"{val_bits_per_byte:.2f} bits/byte", "best" if best else ""
+        self._row(step, f"val loss {val_loss:.4f}", f"ppl {perplexity(val_loss):.2f}", bits, shown_best)
 
     def sample(self, step: int, text: str) -> None:
         """Print the beginning of a text that the model has generated, without characters that steer a terminal."""
@@ -103,15 +77,14 @@ class Console:
             c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.expandtabs(4)
         )
         lines = [f"    {line[:SAMPLE_WIDTH]}" for line in printable.split("\n")[:SAMPLE_LINES]]
-        self.message("\n".join([f"{self._step(step)} | sample, whole in samples.jsonl:", *lines]))
+        self._row(step, "\n".join(["sample, whole in samples.jsonl:", *lines]))
 
-    def goodput(self, account: Account) -> None:
-        """Print how the time of the run was spent, over all its attempts."""
-        attempts = f" in {account.attempts} attempts" if account.attempts > 1 else ""
-        parts = [f"{part.replace('_', ' ')} {_precise_duration(seconds)}" for part, seconds in account.seconds.items()]
-        self.message(
-            f"goodput   {account.goodput:.1%} of {_precise_duration(account.total)}{attempts}: {', '.join(parts)}"
-        )
+    def goodput(self, spent: TimeSpent) -> None:
+        """Print how the time of the run was spent, over all its attempts, without the parts that took none."""
+        attempts = f" in {spent.attempts} attempts" if spent.attempts > 1 else ""
+        shown = {part.replace("_", " "): _precise_duration(seconds) for part, seconds in spent.seconds.items()}
+        parts = ", ".join(f"{part} {text}" for part, text in shown.items() if text != "0.0s")
+        self.message(f"goodput   {spent.goodput:.1%} of {_precise_duration(spent.total)}{attempts}: {parts}")
 
     def message(self, text: str) -> None:
         """Print a line."""
@@ -126,8 +99,16 @@ class Console:
         if self._bar is not None:
             self._bar.close()
 
-    def _step(self, step: int) -> str:
-        return f"step {step:>{len(str(self._total))}}/{self._total}"
+    def _move_bar(self, done: int, count: int) -> None:
+        """Show that `done` of `count` micro-batches of this step are done."""
+        place = f"{self._done}/{self._total}" + (f", micro-batch {done}/{count}" if count > 1 else "")
+        self._bar.set_description_str(place, refresh=False)
+        self._bar.n = self._done + done / count
+        self._bar.update(0)
+
+    def _row(self, step: int, *parts: str) -> None:
+        """Print a line about a step, of those parts that are not empty."""
+        self.message(" | ".join([f"step {step:>{len(str(self._total))}}/{self._total}", *filter(None, parts)]))
 
 
 def _z_score(z: float | None) -> str:
@@ -152,11 +133,3 @@ def _precise_duration(seconds: float) -> str:
 def step_time(seconds: float) -> str:
     """Format the seconds of a step: 45 ms, 12.3 s."""
     return f"{seconds * 1e3:.0f} ms" if seconds < 10 else f"{seconds:.1f} s"
-
-
-def _with_suffix(number: float) -> str:
-    """Format a number with about three digits: 950, 12.3k, 1.23M."""
-    for size, suffix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.{2 - min(1, int(math.log10(number / size)))}f}{suffix}"
-    return f"{number:.0f}"

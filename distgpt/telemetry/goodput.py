@@ -1,4 +1,4 @@
-"""An account of how a run's time was spent, over all its attempts. Rank 0 keeps it in a ledger, goodput.jsonl.
+"""The time of a run by what it was spent on, over all its attempts. Rank 0 keeps it in goodput.jsonl.
 
 An attempt is one start of the training processes. Each line holds all seconds that its attempt has spent so far, so a
 lost line costs nothing once the next one is written. Time within an attempt is measured with the monotonic clock. Time
@@ -10,17 +10,18 @@ The time of a killed attempt after its last line counts as recovery, and so does
 import bisect
 import itertools
 import json
+import math
 import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
 from distgpt.files import process_age
-from distgpt.telemetry.tensorboard import append_or_undo, replace_with_copy
+from distgpt.telemetry.owned_files import append_or_undo, open_for_appending
 
 Part = Literal["start", "steps", "data_wait", "checkpoint", "evaluation", "other"]
 End = Literal["done", "interrupted", "failed"]
@@ -52,7 +53,7 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Account:
+class TimeSpent:
     """The seconds of a run by part: the parts of a Line, `repeated` and `recovery`.
 
     `repeated`: steps that were lost and done again. `recovery`: from an attempt's last line to the next attempt.
@@ -73,8 +74,8 @@ class Account:
         return self.seconds["steps"] / self.total if self.total else 0.0
 
 
-def account_of(lines: Sequence[Line]) -> Account:
-    """Add up the lines of a ledger. The time between "done" and a later attempt to train more steps does not count."""
+def time_spent(lines: Sequence[Line]) -> TimeSpent:
+    """Add up the lines of a run. The time between "done" and a later attempt to train more steps does not count."""
     # Sorted, since a process that hung and was replaced may have written one more line later.
     by_attempt = itertools.groupby(sorted(lines, key=lambda line: line.attempt), key=lambda line: line.attempt)
     attempts = [list(group) for _, group in by_attempt]
@@ -83,11 +84,11 @@ def account_of(lines: Sequence[Line]) -> Account:
     seconds["steps"] -= seconds["repeated"]
     seconds["recovery"] = sum(_seconds_between(a[-1], b[0]) for a, b in itertools.pairwise(attempts))
     failures = sum(attempt[-1].end not in ("done", "interrupted") for attempt in attempts[:-1])
-    return Account(seconds, len(attempts), failures)
+    return TimeSpent(seconds, len(attempts), failures)
 
 
-def read_ledger(path: Path) -> list[Line]:
-    """Return the lines of a ledger, none if there is no file. Incomplete and foreign lines are left out."""
+def read_goodput(path: Path) -> list[Line]:
+    """Return the lines of a goodput.jsonl, none if there is no file. Incomplete and foreign lines are left out."""
     try:
         content = path.read_bytes()
     except OSError:
@@ -95,33 +96,28 @@ def read_ledger(path: Path) -> list[Line]:
     return [line for text in content.splitlines() if (line := _parse_line(text)) is not None]
 
 
-class Ledger:
-    """The account of the current attempt, which began with this process, added to the attempts before it."""
+class Goodput:
+    """The time of the current attempt, which began with this process, added to that of the attempts before it."""
 
     def __init__(self, path: Path | None, *, start_step: int, require_owned: Callable[[], object]) -> None:
-        """Read the earlier attempts from `path`. With None, as on other ranks, nothing is read or written.
-
-        `require_owned` is called before each write.
-        """
-        self._path = path
-        self._require_owned = require_owned
+        """Read the earlier attempts from `path`. With None, as on other ranks, nothing is read or written."""
+        self._path, self._require_owned = path, require_owned
+        self._file: int | None = None
         age = process_age()
-        earlier = read_ledger(path) if path else []
+        earlier = read_goodput(path) if path else []
         attempt = 1 + max((line.attempt for line in earlier), default=0)
         self._first_line = Line(attempt, at=time.time() - age, step=start_step)
-        self._earlier = account_of([*earlier, self._first_line])
+        self._earlier = time_spent([*earlier, self._first_line])
         self._spent: dict[str, float] = dict.fromkeys(PARTS, 0.0)
         self._step = start_step
-        self._began = self._last_call = time.monotonic() - age
-        self._due_at = self._began
+        self._began = self._last_call = self._due_at = time.monotonic() - age
         self._wrote_first_line = False
-        self.spend("start")
+        self.charge("start")
 
-    def spend(self, part: Part) -> float:
+    def charge(self, part: Part) -> float:
         """Attribute the time since the last call, or since the process began, to `part`; return its seconds."""
         now = time.monotonic()
-        seconds = now - self._last_call
-        self._last_call = now
+        seconds, self._last_call = now - self._last_call, now
         self._spent[part] += seconds
         return seconds
 
@@ -129,17 +125,18 @@ class Ledger:
         """Attribute the time since the last call to a finished step and its data wait; return its seconds."""
         is_first = self._step == self._first_line.step
         self._step = step
-        seconds = self.spend("start" if is_first else "steps")
+        seconds = self.charge("start" if is_first else "steps")
         if not is_first:
             waited = min(data_wait, seconds)
             self._spent["steps"] -= waited
             self._spent["data_wait"] += waited
         return seconds
 
-    def account(self) -> Account:
-        """Return the account of the whole run up to the last call of spend or step."""
-        seconds = {part: before + self._spent.get(part, 0.0) for part, before in self._earlier.seconds.items()}
-        return Account(seconds, self._earlier.attempts, self._earlier.failures)
+    def so_far(self) -> TimeSpent:
+        """Return the time of the whole run up to the last call of charge or step."""
+        return replace(
+            self._earlier, seconds={part: t + self._spent.get(part, 0.0) for part, t in self._earlier.seconds.items()}
+        )
 
     def write(self, *, end: End | None = None) -> None:
         """Append a line if one is due; the first and the last line always are.
@@ -150,21 +147,27 @@ class Ledger:
         if self._path is None or (end is None and now < self._due_at):
             return
         self._due_at = now + min(LINE_SECONDS, LINE_SHARE * (now - self._began))
+        if self._file is None:
+            self._file = _open(self._path, self._require_owned)
         spent = {part: round(seconds, 3) for part, seconds in self._spent.items()}
         line = Line(self._first_line.attempt, time.time(), self._step, end=end, **spent)
         lines = [line] if self._wrote_first_line else [self._first_line, line]
-        text = "".join(f"{json.dumps(asdict(line))}\n" for line in lines)
-        if not self._wrote_first_line and self._path.exists():
-            replace_with_copy(self._path, require_owned=self._require_owned)
-        file = os.open(self._path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-        try:
-            # Checked once the file is open: an owner that takes over after this check replaces the file by a copy,
-            # which this write does not reach.
-            self._require_owned()
-            append_or_undo(file, (_missing_newline(file) + text).encode())
-        finally:
-            os.close(file)
+        self._require_owned()
+        append_or_undo(self._file, "".join(f"{json.dumps(asdict(line))}\n" for line in lines).encode())
         self._wrote_first_line = True
+
+    def close(self) -> None:
+        """Close the file. Every line is already written."""
+        if self._file is not None:
+            os.close(self._file)
+
+
+def _open(path: Path, require_owned: Callable[[], object]) -> int:
+    """Open a goodput.jsonl for appending, its last line ended, since an earlier attempt may have left half a line."""
+    file = open_for_appending(path, require_owned=require_owned)
+    if (size := os.fstat(file).st_size) and os.pread(file, 1, size - 1) != b"\n":
+        append_or_undo(file, b"\n")
+    return file
 
 
 def _repeated_seconds(attempts: Iterable[Sequence[Line]]) -> float:
@@ -196,16 +199,7 @@ def _seconds_between(last: Line, first: Line) -> float:
 
 def _parse_line(text: bytes) -> Line | None:
     try:
-        values = json.loads(text)
-    except ValueError:
+        line = Line(**json.loads(text))
+        return line if math.isfinite(line.attempt + line.at + line.step + line.spent) else None
+    except (ValueError, TypeError):
         return None
-    if not isinstance(values, dict) or values.keys() != {field.name for field in fields(Line)}:
-        return None
-    numbers = all(isinstance(value, int | float) for name, value in values.items() if name != "end")
-    return Line(**values) if numbers else None
-
-
-def _missing_newline(file: int) -> str:
-    """Return a newline if the file ends in an incomplete line, so that the next line starts on its own."""
-    size = os.fstat(file).st_size
-    return "\n" if size and os.pread(file, 1, size - 1) != b"\n" else ""

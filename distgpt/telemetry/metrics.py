@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from distgpt.errors import StorageError
-from distgpt.telemetry.tensorboard import EventFile, append_or_undo, replace_file
+from distgpt.telemetry.owned_files import append_or_undo, open_for_appending
+from distgpt.telemetry.tensorboard import EventFile
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
@@ -54,46 +55,35 @@ class Metrics:
 
     def __init__(self, run_dir: Path, *, resume_step: int, require_owned: Callable[[], object]) -> None:
         self.dropped = 0
-        self._require_owned = require_owned
-        path = run_dir / METRICS_FILE
+        self._run_dir, self._resume_step, self._require_owned = run_dir, resume_step, require_owned
         try:
-            require_owned()
-            self._file = _open_up_to(path, resume_step, require_owned)
+            self._file = self._open(METRICS_FILE)
         except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror}") from error
-        self._samples: int | None = None
-        self._run_dir, self._resume_step = run_dir, resume_step
+            raise StorageError(f"cannot write {run_dir / METRICS_FILE}: {error.strerror}") from error
+        self._samples: int | None = None  # opened for the first text
         first_step = resume_step + 1 if resume_step else 0
         self._events = EventFile(run_dir / "tb", first_step=first_step, require_owned=require_owned)
 
     def train(self, figures: StepFigures) -> None:
         """Log the figures of a training step."""
-        self._write_line(asdict(figures))
-        self.scalars(
-            figures.step,
-            {
-                "train/loss": figures.loss,
-                "train/lr": figures.lr,
-                "train/grad_norm": figures.grad_norm,
-                "train/loss_z": figures.loss_z,
-                "train/grad_norm_z": figures.grad_norm_z,
-                "train/skipped": float(figures.skipped),
-                "perf/tokens_per_second": figures.tokens_per_second,
-                "perf/mfu": figures.mfu,
-                "perf/step_s": figures.seconds,
-                "perf/memory_gib": figures.memory_bytes / GIB,
-                "perf/data_wait_s": figures.data_wait,
-                "perf/checkpoint_stall_s": figures.checkpoint_stall,
-            },
-        )
+        values = asdict(figures)
+        self._write_line(values)
+        learning = ("loss", "lr", "grad_norm", "loss_z", "grad_norm_z", "skipped")
+        performance = {
+            "perf/tokens_per_second": figures.tokens_per_second,
+            "perf/mfu": figures.mfu,
+            "perf/step_s": figures.seconds,
+            "perf/memory_gib": figures.memory_bytes / GIB,
+            "perf/data_wait_s": figures.data_wait,
+            "perf/checkpoint_stall_s": figures.checkpoint_stall,
+        }
+        self.scalars(figures.step, {f"train/{name}": values[name] for name in learning} | performance)
 
-    def evaluation(self, *, step: int, val_loss: float, val_bits_per_byte: float | None) -> None:
-        """Log the evaluation after `step`. `val_bits_per_byte`: None if the tokenizer does not count bytes."""
-        values = {"val_loss": val_loss, "val_perplexity": perplexity(val_loss)}
-        if val_bits_per_byte is not None:
-            values["val_bits_per_byte"] = val_bits_per_byte
-        self._write_line({"step": step, **values})
-        self.scalars(step, {name.replace("val_", "eval/"): value for name, value in values.items()})
+    def evaluation(self, step: int, *, val_loss: float, val_bits_per_byte: float) -> None:
+        """Log the evaluation after `step`."""
+        values = {"loss": val_loss, "perplexity": perplexity(val_loss), "bits_per_byte": val_bits_per_byte}
+        self._write_line({"step": step, **{f"val_{name}": value for name, value in values.items()}})
+        self.scalars(step, {f"eval/{name}": value for name, value in values.items()})
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
         """Add one point to each curve in TensorBoard; values that are None are left out."""
@@ -110,7 +100,7 @@ class Metrics:
         self.text("sample", text, step)
         with self.counting_drops():
             if self._samples is None:
-                self._samples = _open_up_to(self._run_dir / SAMPLES_FILE, self._resume_step, self._require_owned)
+                self._samples = self._open(SAMPLES_FILE)
             self._require_owned()
             append_or_undo(self._samples, json.dumps({"step": step, "text": text}).encode() + b"\n")
 
@@ -125,6 +115,14 @@ class Metrics:
         os.close(self._file)
         if self._samples is not None:
             os.close(self._samples)
+
+    def _open(self, name: str) -> int:
+        """Open a file of JSON lines without those after resume_step, and return its descriptor."""
+        return open_for_appending(
+            self._run_dir / name,
+            keep=lambda content: _end_of_step(content, self._resume_step),
+            require_owned=self._require_owned,
+        )
 
     def _write_line(self, values: Mapping[str, float | None]) -> None:
         line = json.dumps({name: _finite_or_none(value) for name, value in values.items()})
@@ -171,26 +169,12 @@ def memory_bytes(device: torch.device) -> int:
     return resident_pages * resource.getpagesize()
 
 
-def _open_up_to(path: Path, step: int, require_owned: Callable[[], object]) -> int:
-    """Open metrics.jsonl for appending without the lines after `step`, or empty if `step` is 0; return the descriptor.
+def _end_of_step(content: bytes, step: int) -> int:
+    """Return the length of metrics.jsonl up to the last line of `step`; 0 if `step` is 0.
 
-    Steps grow from line to line, so a run that resumes at `step` writes all removed lines again. The lines are copied
-    to a new file, see `replace_file`; if a full disk has no space for a copy, the old file is truncated.
+    Steps grow from line to line, so a run that resumes at `step` writes all later lines again.
     """
-    file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o666)
-    with open(os.dup(file), "rb") as lines:
-        content = lines.read()
-    kept = [line_end for values, line_end in _whole_lines(content) if values["step"] <= step]
-    end = kept[-1] if step and kept else 0
-    try:
-        copy = replace_file(path, content[:end], require_owned=require_owned)
-    except OSError:
-        require_owned()
-        os.ftruncate(file, end)
-        os.fsync(file)
-        return file
-    os.close(file)
-    return copy
+    return max((end for values, end in _whole_lines(content) if values["step"] <= step), default=0) if step else 0
 
 
 def _whole_lines(content: bytes) -> list[tuple[dict[str, Any], int]]:

@@ -1,7 +1,9 @@
-"""The peak speed of a device in matrix products, and model FLOPs utilization (MFU), a run's share of it."""
+"""The peak speed of a device in matrix products. A run's share of it is its model FLOPs utilization (MFU)."""
 
 import re
 import time
+import timeit
+from functools import partial
 
 import torch
 
@@ -64,32 +66,14 @@ def named_peak_flops(name: str, dtype: torch.dtype, *, tf32: bool) -> float | No
     return None
 
 
-def mfu(*, tokens_per_second: float, flops_per_token: float, peak_flops: float | None) -> float | None:
-    """Return model FLOPs utilization, 0 to 1: tokens_per_second * flops_per_token / peak_flops of the same devices.
-
-    Work that the model does not need, such as recomputed activations, does not count. None if the peak is unknown.
-    """
-    return None if peak_flops is None else tokens_per_second * flops_per_token / peak_flops
-
-
 def _measure_peak(dtype: torch.dtype) -> float:
     """Return the best FLOP/s of square matrix products, over sizes and repeats."""
     deadline = time.perf_counter() + MEASURE_SECONDS
     best, size = 0.0, 256
     while True:
-        fastest = _time_product(size, dtype)
+        square = torch.ones(size, size, dtype=dtype)
+        fastest = min(timeit.repeat(partial(torch.mm, square, square), number=1, repeat=REPEATS))
         best = max(best, 2 * size**3 / fastest)
         if time.perf_counter() + 8 * fastest * (REPEATS + 1) > deadline:
             return best
         size *= 2
-
-
-def _time_product(size: int, dtype: torch.dtype) -> float:
-    """Return the shortest time in seconds of a product of two [size, size] matrices."""
-    left, right = torch.ones(size, size, dtype=dtype), torch.ones(size, size, dtype=dtype)
-    times = []
-    for _ in range(REPEATS):
-        started = time.perf_counter()
-        torch.mm(left, right)
-        times.append(time.perf_counter() - started)
-    return min(times)

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from distgpt.errors import StorageError
 from distgpt.telemetry.metrics import read_metrics
-from distgpt.telemetry.tensorboard import replace_file
+from distgpt.telemetry.owned_files import replace_file
 
 Floats = NDArray[np.float64]
 
@@ -32,10 +32,24 @@ def plot_losses(metrics_file: Path, picture: Path, *, require_owned: Callable[[]
     lines = read_metrics(metrics_file)
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    _draw_training(axes, *_series(lines, "loss"))
-    _draw_validation(axes, *_series(lines, "val_loss"))
+    steps, losses = _series(lines, "loss")
+    if len(steps):
+        marker = "o" if len(steps) == 1 else None
+        axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1)
+        axes.plot(steps, smooth(losses), color=BLUE, linewidth=1.8, marker=marker, label="training (smoothed)")
+    steps, losses = _series(lines, "val_loss")
+    if len(steps):
+        axes.plot(steps, losses, color=ORANGE, linewidth=1.2, marker="o", markersize=4.5, label="validation", zorder=3)
+        above: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "horizontalalignment": "right"}
+        axes.annotate(f"{losses[-1]:.4f}", (steps[-1], losses[-1]), color=ORANGE, fontweight="bold", **above)
     _add_labels(axes, title=metrics_file.resolve().parent.name)
-    _save(figure, picture, require_owned)
+    png = io.BytesIO()
+    figure.savefig(png, format="png")
+    try:
+        picture.parent.mkdir(parents=True, exist_ok=True)
+        os.close(replace_file(picture, png.getvalue(), require_owned=require_owned))
+    except OSError as error:
+        raise StorageError(f"cannot write {picture}: {error.strerror}") from error
 
 
 def smooth(values: Sequence[float] | NDArray[np.floating]) -> Floats:
@@ -55,28 +69,6 @@ def _series(lines: Sequence[dict[str, Any]], name: str) -> tuple[Floats, Floats]
     return steps, values
 
 
-def _draw_training(axes: Any, steps: Floats, losses: Floats) -> None:
-    if len(steps):
-        marker = "o" if len(steps) == 1 else None
-        axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1)
-        axes.plot(steps, smooth(losses), color=BLUE, linewidth=1.8, marker=marker, label="training (smoothed)")
-
-
-def _draw_validation(axes: Any, steps: Floats, losses: Floats) -> None:
-    if not len(steps):
-        return
-    axes.plot(steps, losses, color=ORANGE, linewidth=1.2, marker="o", markersize=4.5, label="validation", zorder=3)
-    axes.annotate(
-        f"{losses[-1]:.4f}",
-        (steps[-1], losses[-1]),
-        xytext=(0, 9),
-        textcoords="offset points",
-        horizontalalignment="right",
-        color=ORANGE,
-        fontweight="bold",
-    )
-
-
 def _add_labels(axes: Any, *, title: str) -> None:
     axes.set_title(title, loc="left", fontweight="bold")
     axes.set_xlabel("optimizer step")
@@ -87,13 +79,3 @@ def _add_labels(axes: Any, *, title: str) -> None:
         axes.legend(frameon=False)
     else:
         axes.text(0.5, 0.5, "no losses logged yet", transform=axes.transAxes, ha="center", color=GREY)
-
-
-def _save(figure: Any, picture: Path, require_owned: Callable[[], object]) -> None:
-    png = io.BytesIO()
-    figure.savefig(png, format="png")
-    try:
-        picture.parent.mkdir(parents=True, exist_ok=True)
-        os.close(replace_file(picture, png.getvalue(), require_owned=require_owned))
-    except OSError as error:
-        raise StorageError(f"cannot write {picture}: {error.strerror}") from error

@@ -1,20 +1,19 @@
 """The progress of one run: time its steps, and pass what was measured to the console and to files."""
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 from distgpt.config import Config, to_toml
 from distgpt.distributed.plan import Plan
 from distgpt.errors import Interrupted, StorageError
 from distgpt.health.outliers import Decision
-from distgpt.run.paths import RunPaths
+from distgpt.run.session import RunSession
 from distgpt.telemetry.console import Console, duration, step_time
-from distgpt.telemetry.goodput import Account, End, Ledger
-from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity
-from distgpt.telemetry.peaks import mfu
+from distgpt.telemetry.goodput import End, Goodput
+from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes
 from distgpt.telemetry.plots import plot_losses
 
 # The duration of a run is predicted after so many steps or seconds.
@@ -25,30 +24,20 @@ class Progress:
     """Shows and records the progress of a run. Every rank has one; only that of rank 0 prints and writes."""
 
     def __init__(
-        self,
-        paths: RunPaths,
-        *,
-        config: Config,
-        plan: Plan,
-        flops_per_token: float,
-        peak_flops: float | None,
-        start_step: int,
-        require_owned: Callable[[], object],
+        self, session: RunSession, config: Config, plan: Plan, *, start_step: int, peak_tokens_per_second: float | None
     ) -> None:
-        """`peak_flops`: of all devices together, per second; None if unknown.
-
-        `require_owned` is called before each write to the run directory, see `RunSession.require_owned`.
-        """
-        self._paths, self._config, self._plan = paths, config, plan
-        self._flops_per_token, self._peak_flops = flops_per_token, peak_flops
-        is_rank_zero = plan.runtime.rank == 0
-        self._require_owned = require_owned
+        """`peak_tokens_per_second`: the rate at an MFU of 1 on all devices together; None if unknown."""
+        self._paths, self._require_owned = session.paths, session.require_owned
+        self._config, self._device = config, plan.runtime.device
+        self._tokens_per_step = config.train.global_batch * config.model.block_size
+        self._peak_tokens_per_second = peak_tokens_per_second
+        writes = plan.runtime.rank == 0
         self._metrics = (
-            Metrics(paths.root, resume_step=start_step, require_owned=require_owned) if is_rank_zero else None
+            Metrics(self._paths.root, resume_step=start_step, require_owned=self._require_owned) if writes else None
         )
-        ledger = paths.goodput if is_rank_zero else None
-        self._ledger = Ledger(ledger, start_step=start_step, require_owned=require_owned)
-        self._console = Console(config.train.steps, start_step, is_rank_zero)
+        path = self._paths.goodput if writes else None
+        self.goodput = Goodput(path, start_step=start_step, require_owned=self._require_owned)
+        self._console = Console(config.train.steps, start_step, writes)
         self._start_step = self._logged_step = start_step
         self._since = time.perf_counter()
         self._paused = self._checkpoint_stall = self._data_wait = 0.0
@@ -56,7 +45,7 @@ class Progress:
         self._predicted = False
         if self._metrics is not None:
             self._metrics.text("config", to_toml(config), start_step)
-        self._write_ledger()
+        self._write_goodput()
 
     def micro_batch(self, done: int, count: int) -> None:
         """Show that `done` of `count` micro-batches of this rank are done in the current step."""
@@ -65,9 +54,9 @@ class Progress:
     def step_done(self, step: int, *, data_wait: float) -> float:
         """Record a finished optimizer step and return its seconds. `data_wait`: seconds of it spent on data."""
         self._console.advance()
-        seconds = self._ledger.step(step, data_wait=data_wait)
+        seconds = self.goodput.step(step, data_wait=data_wait)
         self._data_wait += data_wait
-        self._write_ledger()
+        self._write_goodput()
         return seconds
 
     def is_logged(self, step: int) -> bool:
@@ -82,9 +71,7 @@ class Progress:
         now = time.perf_counter()
         elapsed = now - self._since
         seconds = (elapsed - self._paused) / (step - self._logged_step)
-        tokens_per_step = self._config.train.global_batch * self._config.model.block_size
-        rate = tokens_per_step / seconds
-        utilization = mfu(tokens_per_second=rate, flops_per_token=self._flops_per_token, peak_flops=self._peak_flops)
+        rate, peak = self._tokens_per_step / seconds, self._peak_tokens_per_second
         figures = StepFigures(
             step=step,
             loss=loss,
@@ -93,20 +80,20 @@ class Progress:
             loss_z=decision.loss_z,
             grad_norm_z=decision.grad_norm_z,
             skipped=decision.action == "skip",
-            tokens=step * tokens_per_step,
+            tokens=step * self._tokens_per_step,
             tokens_per_second=rate,
-            mfu=utilization,
+            mfu=None if peak is None else rate / peak,
             seconds=seconds,
-            memory_bytes=memory_bytes(self._plan.runtime.device),
+            memory_bytes=memory_bytes(self._device),
             data_wait=self._data_wait,
             checkpoint_stall=self._checkpoint_stall,
         )
         self._console.train(figures)
         if self._metrics is not None:
             self._metrics.train(figures)
-            account = self.account()
-            spent = {f"goodput/{part}_s": part_seconds for part, part_seconds in account.seconds.items()}
-            self._metrics.scalars(step, {"goodput/share": account.goodput, **spent})
+            spent = self.goodput.so_far()
+            parts = {f"goodput/{part}_s": part_seconds for part, part_seconds in spent.seconds.items()}
+            self._metrics.scalars(step, {"goodput/share": spent.goodput, **parts})
         self._logged_step, self._since = step, now
         self._paused = self._checkpoint_stall = self._data_wait = 0.0
         return elapsed
@@ -137,45 +124,31 @@ class Progress:
             mean = spent / len(self._first_steps)
             self._console.message(f"time      {left:,} more steps of {step_time(mean)} take {duration(left * mean)}")
 
-    def account(self) -> Account:
-        """Return the account of the time of the run so far, over all its attempts."""
-        return self._ledger.account()
-
     @contextmanager
-    def evaluating(self) -> Iterator[None]:
-        """Wrap an evaluation, so that its time does not count as time of steps."""
+    def pausing(self, part: Literal["evaluation", "checkpoint"]) -> Iterator[None]:
+        """Wrap an evaluation, or the part of a save for which training stops: its time is not that of steps."""
         started = time.perf_counter()
+        if part == "checkpoint":
+            if self._metrics is not None:
+                self._metrics.sync()
+            self.goodput.charge("other")  # an unfinished step, if any
         yield
-        self._paused += time.perf_counter() - started
-        self._ledger.spend("evaluation")
-        self._write_ledger()
-
-    @contextmanager
-    def checkpointing(self) -> Iterator[None]:
-        """Wrap the part of a save for which training stops, so that its time is logged."""
-        started = time.perf_counter()
-        if self._metrics is not None:
-            self._metrics.sync()
-        self._ledger.spend("other")  # an unfinished step, if any
-        yield
-        stalled = time.perf_counter() - started
-        self._checkpoint_stall += stalled
-        self._paused += stalled
-        self._ledger.spend("checkpoint")
-        self._write_ledger()
+        paused = time.perf_counter() - started
+        self._paused += paused
+        if part == "checkpoint":
+            self._checkpoint_stall += paused
+        self.goodput.charge(part)
+        self._write_goodput()
 
     def evaluation(self, step: int, *, val_loss: float, val_bits_per_byte: float, best: bool) -> None:
         """Log an evaluation and redraw the loss curve. `best`: its loss is the lowest so far."""
-        self._console.evaluation(
-            step=step,
-            val_loss=val_loss,
-            val_perplexity=perplexity(val_loss),
-            val_bits_per_byte=val_bits_per_byte,
-            best=best,
-        )
+        self._console.evaluation(step, val_loss=val_loss, val_bits_per_byte=val_bits_per_byte, best=best)
         if self._metrics is not None:
-            self._metrics.evaluation(step=step, val_loss=val_loss, val_bits_per_byte=val_bits_per_byte)
-            self._plot()
+            self._metrics.evaluation(step, val_loss=val_loss, val_bits_per_byte=val_bits_per_byte)
+            try:
+                plot_losses(self._paths.metrics, self._paths.plot, require_owned=self._require_owned)
+            except StorageError as error:
+                self._console.message(f"the loss curve was not redrawn: {error}")
 
     def sample(self, step: int, text: str) -> None:
         """Log a text that the model has generated."""
@@ -192,19 +165,14 @@ class Progress:
         """Remove the progress bar and show where the time went."""
         self._console.close()
         if self._metrics is not None:
-            self._ledger.spend("other")
+            self.goodput.charge("other")
             stopped: End = "interrupted" if isinstance(error, Interrupted) else "failed"
-            self._write_ledger(end="done" if error is None else stopped)
-            self._console.goodput(self.account())
+            self._write_goodput(end="done" if error is None else stopped)
+            self._console.goodput(self.goodput.so_far())
+            self.goodput.close()
             self._metrics.close()
 
-    def _write_ledger(self, *, end: End | None = None) -> None:
+    def _write_goodput(self, *, end: End | None = None) -> None:
         if self._metrics is not None:
             with self._metrics.counting_drops():
-                self._ledger.write(end=end)
-
-    def _plot(self) -> None:
-        try:
-            plot_losses(self._paths.metrics, self._paths.plot, require_owned=self._require_owned)
-        except StorageError as error:
-            self._console.message(f"the loss curve was not redrawn: {error}")
+                self.goodput.write(end=end)

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
-from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
-from tensorboard.compat.proto.tensor_pb2 import TensorProto
-from tensorboard.compat.proto.tensor_shape_pb2 import TensorShapeProto
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.text.summary import text_pb
 from tensorboard.summary.writer.record_writer import RecordWriter
+
+from distgpt.telemetry.owned_files import append_or_undo, open_for_appending, replace_file
 
 FILE_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
 
@@ -36,7 +37,8 @@ class EventFile:
         earlier = {int(match[1]): file for file in directory.glob("*") if (match := FILE_NAME.match(file.name))}
         stamp = max([time.time_ns() // 10**9, *(stamp + 1 for stamp in earlier)])
         if earlier:
-            replace_with_copy(earlier[max(earlier)], require_owned=require_owned)
+            with suppress(OSError):
+                os.close(open_for_appending(earlier[max(earlier)], require_owned=require_owned))
         self._path = directory / f"events.out.tfevents.{stamp:010d}.{socket.gethostname()}.{os.getpid()}"
         self._first_step = first_step
         self._file: int | None = None
@@ -50,14 +52,8 @@ class EventFile:
         """Add a text, which TensorBoard shows verbatim."""
         longest = max(map(len, re.findall("`+", text)), default=0)
         fence = "`" * max(3, longest + 1)
-        markdown = TensorProto(
-            dtype="DT_STRING",
-            string_val=[f"{fence}\n{text}\n{fence}".encode(errors="replace")],
-            tensor_shape=TensorShapeProto(dim=[TensorShapeProto.Dim(size=1)]),
-        )
-        kind = SummaryMetadata(plugin_data=SummaryMetadata.PluginData(plugin_name="text"))
-        value = Summary.Value(tag=f"{tag}/text_summary", metadata=kind, tensor=markdown)
-        self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=[value])))
+        markdown = f"{fence}\n{text}\n{fence}".encode(errors="replace")
+        self._append(Event(wall_time=time.time(), step=step, summary=text_pb(f"{tag}/text_summary", markdown)))
 
     def close(self) -> None:
         """Close the file. Every record is already written."""
@@ -79,48 +75,6 @@ class EventFile:
         start = Event(wall_time=now, step=self._first_step, session_log=SessionLog(status=SessionLog.START))
         self._path.parent.mkdir(parents=True, exist_ok=True)
         return replace_file(self._path, _record(version) + _record(start), require_owned=self._require_owned)
-
-
-def replace_file(path: Path, content: bytes, *, require_owned: Callable[[], object]) -> int:
-    """Replace `path` by a new file; return its descriptor, open for appending. Raises OSError and keeps the old file.
-
-    This keeps out an earlier owner of the run directory that was suspended and wakes up: a file that it has open is no
-    longer the one at `path`, and its rename fails because the next owner has removed its staging file.
-    """
-    require_owned()
-    staged = path.with_name(f".staged.{os.getpid()}.tmp")
-    file = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_APPEND, 0o666)
-    try:
-        append_or_undo(file, content)
-        os.fsync(file)
-        require_owned()
-        os.replace(staged, path)
-    except BaseException:
-        os.close(file)
-        staged.unlink(missing_ok=True)
-        require_owned()  # reports a takeover if that is why the staging file is gone
-        raise
-    return file
-
-
-def replace_with_copy(path: Path, *, require_owned: Callable[[], object]) -> None:
-    """Replace a file by a copy, so that no earlier owner of the run directory can append to it."""
-    with suppress(OSError):  # a full disk has no space for a copy
-        os.close(replace_file(path, path.read_bytes(), require_owned=require_owned))
-
-
-def append_or_undo(file: int, data: bytes) -> None:
-    """Append `data` to a file open with O_APPEND. If that fails, remove the part written and raise OSError."""
-    end = os.fstat(file).st_size
-    try:
-        written = 0
-        while written < len(data):
-            written += os.write(file, data[written:])
-    except OSError:
-        # Half a record would make the next one unreadable.
-        with suppress(OSError):
-            os.ftruncate(file, end)
-        raise
 
 
 def _record(event: Any) -> bytes:

@@ -1,6 +1,7 @@
 """Report a step: show and record it, name slow ranks, adapt the save interval, explain a skipped update."""
 
 import logging
+import math
 
 import torch
 
@@ -42,7 +43,7 @@ class StepReporter:
         save_seconds, saved_bytes = self._checkpoints.pop_write_stats()
         self._stragglers.end_step(data_wait=data_wait, save_seconds=save_seconds, saved_bytes=saved_bytes)
         if step > self._first_step:  # the first step warms up
-            self._interval.cost.step(seconds, writing=self._checkpoints.writing)
+            self._interval.record_step(seconds, writing=self._checkpoints.writing)
         if self._progress.is_logged(step) or decision.action == "skip":
             elapsed = self._progress.log(step, loss=loss, lr=lr, grad_norm=grad_norm, decision=decision)
             if step == self._first_step:
@@ -56,38 +57,38 @@ class StepReporter:
     def _compare_ranks(self, step: int, seconds: float) -> None:
         if not self._plan.runtime.distributed:
             return
-        comparison = self._stragglers.compare(seconds)
+        messages, figures = self._stragglers.compare(seconds)
         if self._plan.runtime.rank == 0:
-            for line in comparison.messages:
+            for line in messages:
                 log.info(line)
-        figures = {
-            "own_work_s_median": comparison.median_own_work,
-            "own_work_s_longest": comparison.longest_own_work,
-            "data_wait_s_longest": comparison.longest_data_wait,
-        }
-        self._progress.compare_ranks(step, comparison.messages, figures)
+        self._progress.compare_ranks(step, messages, figures)
 
     def _reconsider_interval(self) -> None:
-        account, runtime = self._progress.account(), self._plan.runtime
+        spent, runtime = self._progress.goodput.so_far(), self._plan.runtime
         between_failures = seconds_between_failures(
-            seconds=account.total - account.seconds["recovery"],
-            failures=account.failures,
+            seconds=spent.total - spent.seconds["recovery"],
+            failures=spent.failures,
             hosts=runtime.world_size // runtime.local_world_size,
         )
         if steps := self._interval.reconsider(between_failures, runtime):
-            cost = self._interval.cost
             self._progress.save_interval(
-                steps, step_seconds=cost.seconds_per_step, cost=cost.seconds_per_save, between_failures=between_failures
+                steps,
+                step_seconds=self._interval.seconds_per_step,
+                cost=self._interval.seconds_per_save,
+                between_failures=between_failures,
             )
 
 
-def total_peak_flops(plan: Plan) -> float | None:
-    """Return the peak FLOP/s of all ranks together, None if one has an unknown device. All ranks call it."""
+def peak_tokens_per_second(plan: Plan, *, flops_per_token: float) -> float | None:
+    """Return the tokens per second at the peak speed of all ranks, None if one has an unknown device.
+
+    All ranks call it. Work that the model does not need, such as recomputed activations, is not in `flops_per_token`.
+    """
     runtime = plan.runtime
     peak = device_peak_flops(runtime.device, plan.dtype)
-    values = torch.tensor([peak or 0.0, float(peak is None)], dtype=torch.float64, device=runtime.device)
-    total, unknown = sum_over_ranks(values, runtime).tolist()
-    return None if unknown else float(total)
+    value = torch.tensor(math.nan if peak is None else peak, dtype=torch.float64, device=runtime.device)
+    total = sum_over_ranks(value, runtime).item()
+    return None if math.isnan(total) else total / flops_per_token
 
 
 def explain_outlier(decision: Decision, step: int, config: Config, batches: Loader) -> str:

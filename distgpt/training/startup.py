@@ -8,8 +8,7 @@ from pathlib import Path
 
 from distgpt.checkpoint.compatibility import require_same_run
 from distgpt.checkpoint.manifest import committed
-from distgpt.checkpoint.retention import checkpoint_bytes, require_space
-from distgpt.checkpoint.store import require_writable
+from distgpt.checkpoint.store import checkpoint_bytes, require_space, require_writable
 from distgpt.config import Config, to_dict
 from distgpt.corpus.loader import EvaluationBatches, Loader
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset

@@ -11,6 +11,7 @@ from distgpt.corpus.shards import Dataset
 from distgpt.distributed.plan import Plan
 from distgpt.model.optim import lr_at
 from distgpt.suggestion import MANY_EPOCHS, steps_of_many_epochs
+from distgpt.units import count_text, ranks_text
 
 # Keys that may differ from one attempt to the next: the place of the run, and a flag that launchers clear on a restart.
 PLACE_KEYS = ("run.dir", "run.fresh")
@@ -28,9 +29,9 @@ def describe(config: Config, plan: Plan, dataset: Dataset, model: nn.Module) -> 
         f"model     {parameters:,} parameters, computes in {str(plan.dtype).removeprefix('torch.')}\n"
         f"devices   {runtime.world_size} x {device} ({each})\n"
         f"batch     {config.train.global_batch} sequences of {config.model.block_size} tokens = "
-        f"{runtime.world_size} ranks x {plan.micro_batch} x {plan.accumulation} accumulation steps\n"
+        f"{ranks_text(runtime.world_size)} x {plan.micro_batch} x {plan.accumulation} accumulation steps\n"
         f"length    {config.train.steps:,} steps = {config.train.steps * tokens_per_step(config):,} tokens, "
-        f"{_format_count(epochs(config, dataset.train.tokens))} epochs\n"
+        f"{count_text(epochs(config, dataset.train.tokens))} epochs\n"
         f"strategy  {plan.strategy}, {plan.reason}"
     )
 
@@ -53,21 +54,12 @@ def nothing_to_do_message(config: Config, step: int) -> str:
     )
 
 
-def list_warnings(config: Config, dataset: Dataset, restored: RunState | None) -> list[str]:
-    """List values that look like mistakes, one line for each."""
-    lines = list(warnings(config, dataset.train.tokens))
-    if restored is not None:
-        jump = learning_rate_jump(from_dict(restored.config, source=STATE), config, restored.step)
-        lines += [jump] if jump else []
-    return lines
-
-
-def warnings(config: Config, train_tokens: int) -> Iterator[str]:
+def warnings(config: Config, train_tokens: int, restored: RunState | None) -> Iterator[str]:
     """Yield a line for each value that can work but is probably a mistake."""
     steps, optim = config.train.steps, config.optim
     if epochs(config, train_tokens) > MANY_EPOCHS:
         enough = steps_of_many_epochs(train_tokens // config.model.block_size, config.train.global_batch)
-        times = _format_count(epochs(config, train_tokens))
+        times = count_text(epochs(config, train_tokens))
         yield (
             f"the run reads its {train_tokens:,} training tokens {times} times (epochs), "
             f"and little is learned after {MANY_EPOCHS}: use --train.steps={enough} or more text"
@@ -77,6 +69,9 @@ def warnings(config: Config, train_tokens: int) -> Iterator[str]:
             f"optim.warmup_steps is {optim.warmup_steps:,} and the run has {steps:,} steps: the learning rate ends at "
             f"{lr_at(steps - 1, optim, steps):.2e} and never reaches optim.lr = {optim.lr:.2e}; warm up for fewer steps"
         )
+    if restored is not None:
+        jump = learning_rate_jump(from_dict(restored.config, source=STATE), config, restored.step)
+        yield from [jump] if jump else []
 
 
 def changes(then: Config, now: Config) -> list[str]:
@@ -114,10 +109,6 @@ def tokens_per_step(config: Config) -> int:
 def epochs(config: Config, train_tokens: int) -> float:
     """Return how many times the run reads its training text."""
     return config.train.steps * tokens_per_step(config) / train_tokens
-
-
-def _format_count(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
 def _format_value(value: object) -> str:

@@ -10,6 +10,7 @@ import torch
 
 from distgpt.checkpoint.checkpointer import Checkpointer
 from distgpt.checkpoint.manifest import committed, find_damage
+from distgpt.checkpoint.reader import TrainingState
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset
 from distgpt.distributed.parallelize import build_model
@@ -68,9 +69,7 @@ def trainee(run: Path, dataset: Dataset, *arguments: str) -> Trainee:
     assert isinstance(model, GPT)
     optimizer = build_optimizer(model, config.optim, "cpu")
     outliers, session = OutlierFilter(config.health), OnlyRun(run)
-    checkpointer = Checkpointer(
-        session, config=config, plan=plan, dataset=dataset, model=model, optimizer=optimizer, outliers=outliers
-    )
+    checkpointer = Checkpointer(session, config, plan, dataset, TrainingState(model, optimizer, outliers))
     return Trainee(model, optimizer, outliers, checkpointer, session.messages)
 
 

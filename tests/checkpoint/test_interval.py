@@ -9,7 +9,6 @@ from distgpt.checkpoint.interval import (
     DAY,
     HOUR,
     PRIOR_COST,
-    SaveCost,
     SaveInterval,
     best_interval,
     seconds_between_failures,
@@ -55,38 +54,38 @@ def test_measurements_outweigh_the_prior(seconds: float, failures: int, hosts: i
 
 
 def test_a_save_costs_the_stall_and_the_slower_steps() -> None:
-    cost = SaveCost()
-    assert (cost.seconds_per_save, cost.seconds_per_step) == (PRIOR_COST, 0.0)
+    saves = SaveInterval("auto", start_step=0, best_val_loss=None)
+    assert (saves.seconds_per_save, saves.seconds_per_step) == (PRIOR_COST, 0.0)
     for _ in range(6):
-        cost.step(0.2, writing=False)
+        saves.record_step(0.2, writing=False)
     for _ in range(2):
-        cost.save(0.3)
-        cost.step(0.5, writing=True)
-    assert cost.seconds_per_save == pytest.approx(0.3 + 0.3)
-    assert cost.seconds_per_step == pytest.approx((6 * 0.2 + 2 * 0.5) / 8)
+        saves.record_save(1, stalled=0.3)
+        saves.record_step(0.5, writing=True)
+    assert saves.seconds_per_save == pytest.approx(0.3 + 0.3)
+    assert saves.seconds_per_step == pytest.approx((6 * 0.2 + 2 * 0.5) / 8)
 
 
 def test_the_best_interval_in_steps() -> None:
-    cost = SaveCost()
-    cost.step(0.1, writing=False)
-    cost.save(0.5)
-    assert cost.best_steps(100.0) == 100  # 10 seconds
-    assert cost.best_steps(1e-6) == 1
+    saves = SaveInterval("auto", start_step=0, best_val_loss=None)
+    saves.record_step(0.1, writing=False)
+    saves.record_save(1, stalled=0.5)
+    assert saves.best_steps(100.0) == 100  # 10 seconds
+    assert saves.best_steps(1e-6) == 1
 
 
 def test_faster_steps_during_a_save_do_not_lower_its_cost() -> None:
-    cost = SaveCost()
-    cost.save(0.3)
-    cost.step(0.2, writing=False)
-    cost.step(0.1, writing=True)
-    assert cost.seconds_per_save == 0.3
+    saves = SaveInterval("auto", start_step=0, best_val_loss=None)
+    saves.record_save(1, stalled=0.3)
+    saves.record_step(0.2, writing=False)
+    saves.record_step(0.1, writing=True)
+    assert saves.seconds_per_save == 0.3
 
 
 def test_without_an_undisturbed_step_only_the_stall_counts() -> None:
-    cost = SaveCost()
-    cost.save(0.3)
-    cost.step(9.0, writing=True)
-    assert cost.seconds_per_save == 0.3
+    saves = SaveInterval("auto", start_step=0, best_val_loss=None)
+    saves.record_save(1, stalled=0.3)
+    saves.record_step(9.0, writing=True)
+    assert saves.seconds_per_save == 0.3
 
 
 @pytest.mark.parametrize(("every", "expected"), [(3, [3, 6, 9]), (0, [])])

@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed.checkpoint as dcp
 
+from distgpt.checkpoint import reader
 from distgpt.checkpoint.choice import choose
 from distgpt.checkpoint.manifest import committed
 from distgpt.checkpoint.reader import load_for_inference
@@ -75,7 +75,7 @@ def test_a_disk_that_fails_while_tensors_are_read_is_a_storage_error(
     def failing(*arguments: object) -> None:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    monkeypatch.setattr(dcp.FileSystemReader, "read_data", failing)
+    monkeypatch.setattr(reader, "open_file", failing)
     with pytest.raises(StorageError, match=r"step-00000002 cannot be read: .*Input/output error"):
         trainee(run, dataset).checkpointer.restore()
 

@@ -13,9 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 import distgpt.corpus.loader as loader_module
-from distgpt.corpus.loader import EvaluationBatches, Loader, TokenMap, WindowReader
+from distgpt.corpus.loader import EvaluationBatches, Loader, WindowReader
 from distgpt.corpus.order import Ints
-from distgpt.corpus.shards import Split
+from distgpt.corpus.shards import Split, TokenMap
 from distgpt.errors import DataError, StorageError
 from tests import jobs
 
@@ -209,7 +209,7 @@ def test_an_interpreter_exits_although_its_loader_was_never_closed(tmp_path: Pat
     program = """
 import sys, numpy as np, torch
 from distgpt.corpus.loader import Loader
-from distgpt.corpus.shards import Split
+from distgpt.corpus.shards import Split, TokenMap
 split = Split("train", (np.memmap(sys.argv[1], dtype=np.uint16, mode="r"),))
 batches = Loader(split, block_size=16, global_batch=4, micro_batch=4, rank=0, world_size=1, seed=0,
                  device=torch.device("cpu"), start_step=0)

@@ -1,5 +1,6 @@
-"""Part files and their merging: each part is read once, whichever way the documents are split."""
+"""Part files, merged in one read of each; the validation split near the share asked for, for any documents."""
 
+import random
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -9,13 +10,13 @@ import pytest
 
 from distgpt.corpus.preparing import parts
 from distgpt.corpus.preparing.encode import Encoder, encode_units, units_of
-from distgpt.corpus.preparing.merge import merged
+from distgpt.corpus.preparing.merge import is_near, merged, nearest
 from distgpt.corpus.preparing.scan import scan_input
 from distgpt.corpus.preparing.workers import Workers
-from distgpt.corpus.reading import sizes
-from distgpt.corpus.reading.source import Source
+from distgpt.corpus.reading import sources
+from distgpt.corpus.reading.sources import Source
 from distgpt.corpus.tokenizer.simple import ByteTokenizer
-from distgpt.errors import StorageError
+from distgpt.errors import DataError, StorageError
 
 
 def test_the_table_of_a_part_is_read_without_its_tokens(tmp_path: Path) -> None:
@@ -23,7 +24,7 @@ def test_the_table_of_a_part_is_read_without_its_tokens(tmp_path: Path) -> None:
     raw = bytearray((tmp_path / "000000.part").read_bytes())
     raw[-33] ^= 1  # the last byte of the tokens
     (tmp_path / "000000.part").write_bytes(raw)
-    assert [column.tolist() for column in parts.read_table(tmp_path, 0)] == [[3], [True], [7]]
+    assert parts.read_table(tmp_path, 0).tolist() == [(3, True, 7)]
     with pytest.raises(StorageError, match=r"000000\.part is damaged"):
         parts.read_part(tmp_path, 0)
 
@@ -41,17 +42,17 @@ def test_the_table_of_a_part_is_read_without_its_tokens(tmp_path: Path) -> None:
 def test_merging_reads_each_part_once(
     texts: list[str], val_fraction: float | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sizes, "UNIT_BYTES", 2**13)
-    sources = []
+    monkeypatch.setattr(sources, "UNIT_BYTES", 2**13)
+    inputs = []
     for number, text in enumerate(texts):
         path = tmp_path / f"{number}.txt"
         path.write_text(text)
-        sources.append(Source(str(path), path.name, "text"))
+        inputs.append(Source(str(path), path.name, "text"))
     if val_fraction is None:
-        sources[-1] = replace(sources[-1], validates=True)
+        inputs[-1] = replace(inputs[-1], validates=True)
     (tmp_path / "tokenizer.json").write_text(ByteTokenizer(end_of_text=False).to_json())
-    with Workers(1, preload="distgpt.corpus.preparing.encode") as workers:
-        found = scan_input(sources, characters=False, workers=workers, advance=lambda count: None)
+    with Workers(1) as workers:
+        found = scan_input(inputs, characters=False, workers=workers, advance=lambda count: None)
     units = units_of(found)
     assert len(units) > 5
     list(encode_units((units, tmp_path, Encoder(tmp_path / "tokenizer.json", None, {}))))
@@ -68,3 +69,44 @@ def test_merging_reads_each_part_once(
     assert reads == dict.fromkeys(range(len(units)), 1)
     assert {part.split for part in documents} == {"train", "val"}
     assert sum(part.tokens.size for part in documents) == sum(map(len, texts))
+
+
+def share(sizes: list[int], fraction: float, seed: int) -> float:
+    """Return the share of all tokens that validates, with random hashes."""
+    hashes = np.array([random.Random(f"{seed} {i}").getrandbits(64) for i in range(len(sizes))], dtype=np.uint64)
+    chosen = np.isin(hashes, nearest(hashes, np.array(sizes), fraction))
+    assert 0 < chosen.sum() < len(sizes)
+    return float(np.array(sizes)[chosen].sum() / sum(sizes))
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_few_documents_give_the_nearest_share_whatever_their_hashes(seed: int) -> None:
+    assert share([976, 24], 0.1, seed) == 0.024  # train.txt and valid.txt
+    assert share([60, 40], 0.4, seed) == 0.4
+    assert share([50, 50], 0.1, seed) == 0.5
+    assert share([20, 120, 860], 0.1, seed) in (0.12, 0.14)
+    assert share([50, 50], 0.9, seed) == 0.5
+    assert share([10] * 30, 0.1, seed) == 0.1
+    assert share([970] + [1] * 30, 0.1, seed) == 0.03
+
+
+def test_validation_gets_more_than_half_only_if_asked_for() -> None:
+    for seed in range(200):
+        source = random.Random(seed)
+        sizes = [source.choice([1, 10, 100, 1000]) * source.randrange(1, 20) for _ in range(source.randrange(2, 9))]
+        assert share(sizes, source.uniform(0.01, 0.5), seed) <= 0.5
+
+
+def test_documents_with_the_same_text_stay_together() -> None:
+    hashes = np.array([7, 5, 7, 7], dtype=np.uint64)
+    assert nearest(hashes, np.array([1, 2, 1, 1]), 0.3).tolist() == [5]
+    with pytest.raises(DataError, match="all documents of the input hold the same text"):
+        nearest(hashes[[0, 2, 3]], np.array([1, 1, 1]), 0.1)
+
+
+def test_near_is_within_a_factor_of_two_on_both_sides() -> None:
+    assert all(is_near(share, 0.1) for share in (0.05, 0.1, 0.2))
+    assert not any(is_near(share, 0.1) for share in (0.0, 0.049, 0.21, 0.976, 1.0))
+    assert is_near(0.501, 0.5)
+    assert not any(is_near(share, 0.5) for share in (0.2, 0.95))
+    assert not is_near(0.51, 0.4)

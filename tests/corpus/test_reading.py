@@ -20,11 +20,11 @@ import pytest
 import zstandard
 
 from distgpt.corpus.preparing import scan
-from distgpt.corpus.reading import sizes
+from distgpt.corpus.reading import sources, streams
 from distgpt.corpus.reading.finding import Finder, standard_library
 from distgpt.corpus.reading.reader import open_source
-from distgpt.corpus.reading.source import OnBad, Piece, ReadOptions, Source
-from distgpt.corpus.reading.streams import ZstdStream, checked_encoding
+from distgpt.corpus.reading.sources import OnBad, Piece, ReadOptions, Source
+from distgpt.corpus.reading.streams import checked_encoding, zstd_chunks
 from distgpt.corpus.tokenizer.bpe import train_bpe
 from distgpt.errors import DataError, UsageError
 
@@ -41,8 +41,8 @@ STDIN = Source("/nowhere", "standard input", "text")
 
 @pytest.fixture
 def small_units(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sizes, "UNIT_BYTES", 5_000)
-    monkeypatch.setattr(sizes, "WINDOW_BYTES", 512)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 5_000)
+    monkeypatch.setattr(streams, "WINDOW_BYTES", 512)
 
 
 def find(*inputs: Path | str, options: ReadOptions = DEFAULTS, excluded: Sequence[Path] = ()) -> list[Source]:
@@ -260,11 +260,8 @@ def test_a_byte_order_mark_alone_is_an_empty_file(name: str, tmp_path: Path) -> 
 
 def test_zstandard_is_read_in_small_chunks_at_any_compression_ratio(tmp_path: Path) -> None:
     (tmp_path / "t.txt.zst").write_bytes(zstandard.compress(b"a b " * 2**24))
-    sizes = []
     with open(tmp_path / "t.txt.zst", "rb") as file:
-        stream = ZstdStream(find(tmp_path / "t.txt.zst")[0], file)
-        while chunk := stream.read(2**20):
-            sizes.append(len(chunk))
+        sizes = [len(chunk) for chunk in zstd_chunks(find(tmp_path / "t.txt.zst")[0], file)]
     assert sum(sizes) == 2**26
     assert max(sizes) < 2**24
 
@@ -377,8 +374,8 @@ def test_json_is_read_in_every_layout(layout: str, suffix: str, tmp_path: Path) 
 def test_a_string_longer_than_a_window_does_not_hide_the_end_of_its_object(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sizes, "WINDOW_BYTES", 32)
-    monkeypatch.setattr(sizes, "UNIT_BYTES", 10)
+    monkeypatch.setattr(streams, "WINDOW_BYTES", 32)
+    monkeypatch.setattr(sources, "UNIT_BYTES", 10)
     texts = ["}{" * 100, "\\" * 77, "short", '"' * 40]
     (tmp_path / "in.json").write_text(json.dumps([{"text": text} for text in texts]))
     assert [text for _, found in read(find(tmp_path)[0])[:4] for text in found] == texts

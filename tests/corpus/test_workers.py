@@ -35,7 +35,7 @@ def test_results_come_in_order_within_a_task_from_no_more_processes_than_asked_f
     tasks = [3, 0, 5, 1, 4, 2]
     found: list[list[int]] = [[] for _ in tasks]
     pids = set()
-    with Workers(2, preload="distgpt.corpus.preparing.workers") as pool:
+    with Workers(2) as pool:
         for index, (value, pid) in pool.run(count_to, tasks):
             found[index].append(value)
             pids.add(pid)
@@ -55,7 +55,7 @@ def test_an_exception_or_kill_in_a_task_reaches_the_parent() -> None:
         ("bug", RuntimeError, "ZeroDivisionError: ours"),
         ("kill", StorageError, "worker process was killed"),
     ):
-        with Workers(1, preload="distgpt.corpus.preparing.workers") as pool, pytest.raises(error, match=message):
+        with Workers(1) as pool, pytest.raises(error, match=message):
             list(pool.run(fail, [kind]))
 
 
@@ -68,7 +68,7 @@ def sleep(seconds):
     time.sleep(seconds)
 
 if __name__ == "__main__":
-    with Workers(2, preload="distgpt.corpus.preparing.workers") as workers:
+    with Workers(2) as workers:
         for _, pid in workers.run(sleep, [100, 100]):
             print(pid, flush=True)
 """

@@ -1,4 +1,4 @@
-"""The ledger of a real job that is killed and restarted, against a clock outside of it."""
+"""The current of a real job that is killed and restarted, against a clock outside of it."""
 
 import os
 import re
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from distgpt.telemetry.goodput import account_of, read_ledger
+from distgpt.telemetry.goodput import read_goodput, time_spent
 from tests import jobs
 from tests.end_to_end.conftest import tiny
 
@@ -44,7 +44,7 @@ def age(pid: int) -> float:
 
 
 @jobs.linux_only
-def test_the_ledger_agrees_with_a_clock_outside(prepared: Path, tmp_path: Path) -> None:
+def test_the_file_agrees_with_a_clock_outside(prepared: Path, tmp_path: Path) -> None:
     arguments = tiny(prepared, tmp_path)
     killed = Watched(arguments)
     for step in range(1, 31):
@@ -52,7 +52,7 @@ def test_the_ledger_agrees_with_a_clock_outside(prepared: Path, tmp_path: Path) 
     jobs.poll((tmp_path / "checkpoints" / "step-00000028").is_dir)
     os.kill(killed.rank_0, signal.SIGKILL)
     killed_at = time.monotonic()
-    lines = read_ledger(tmp_path / "goodput.jsonl")
+    lines = read_goodput(tmp_path / "goodput.jsonl")
     killed.job.finish()
 
     finished = Watched(arguments)
@@ -63,15 +63,15 @@ def test_the_ledger_agrees_with_a_clock_outside(prepared: Path, tmp_path: Path) 
     ended = finished.job.finish()
     assert ended.code == 0, ended
 
-    account = account_of(read_ledger(tmp_path / "goodput.jsonl"))
+    spent = time_spent(read_goodput(tmp_path / "goodput.jsonl"))
     total = ended_at - killed.began
-    assert account.total == pytest.approx(total, rel=0.01, abs=0.5)
+    assert spent.total == pytest.approx(total, rel=0.01, abs=0.5)
     steps = [finished.between(step - 1, step) for step in range(30, 61) if step != 41]
     one_step = statistics.median(steps)
     steps += [killed.between(step - 1, step) for step in range(2, 31) if step != 21]
     # The tolerance on a busy machine follows from the steps, most of which take equally long. From outside, saves after
     # the last step look like evaluation.
-    saves = account.seconds["checkpoint"] + account.seconds["other"]
+    saves = spent.seconds["checkpoint"] + spent.seconds["other"]
     tolerance = 0.02 * total + 2 * (max(steps) - one_step)
     seen = {
         "start": killed.printed[1] - killed.began + finished.printed[29] - finished.began,
@@ -87,17 +87,17 @@ def test_the_ledger_agrees_with_a_clock_outside(prepared: Path, tmp_path: Path) 
     seen["steps"] += finished.between(29, 40) + finished.between(41, 60) + one_step
     for part, seconds in seen.items():
         late = saves if part == "evaluation" else 0.0
-        assert account.seconds[part] == pytest.approx(seconds, abs=tolerance + late), part
-    assert account.seconds["data_wait"] + saves < 0.05 * total + tolerance
-    assert 0 < account.goodput < 1
-    assert (account.attempts, account.failures) == (2, 1)
+        assert spent.seconds[part] == pytest.approx(seconds, abs=tolerance + late), part
+    assert spent.seconds["data_wait"] + saves < 0.05 * total + tolerance
+    assert 0 < spent.goodput < 1
+    assert (spent.attempts, spent.failures) == (2, 1)
 
     # The lines from before the kill are kept, and cover the attempt except for one interval.
-    assert read_ledger(tmp_path / "goodput.jsonl")[: len(lines)] == lines
+    assert read_goodput(tmp_path / "goodput.jsonl")[: len(lines)] == lines
     assert lines[-1].spent == pytest.approx(killed_at - killed.began, abs=tolerance)
     assert re.search(r"^goodput   \d+\.\d% of \d.* in 2 attempts: start ", ended.stdout, re.MULTILINE)
     accumulator = EventAccumulator(str(tmp_path / "tb"))
     accumulator.Reload()
     shown = {event.step: event.value for event in accumulator.Scalars("goodput/recovery_s")}
     assert shown[28] == 0.0
-    assert shown[60] == pytest.approx(account.seconds["recovery"], abs=0.01)
+    assert shown[60] == pytest.approx(spent.seconds["recovery"], abs=0.01)

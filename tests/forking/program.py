@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import NoReturn
 
 PRODUCT = "distgpt"
+LAUNCHER = f"{PRODUCT}.launch"
 COMMANDS = ("train", "evaluate", "sample", "replay", "doctor", "prepare")
 # What they import on the way; torch imports its compiler when a model is first made.
 COMPILER = "torch._dynamo"

@@ -1,7 +1,7 @@
-"""Replaces torchrun in scripts under test.
+"""Replaces torchrun, or a launcher, in scripts under test.
 
-The real torchrun is forked by the test server, which already has torch imported, and runs in this process's namespaces
-and on its cores. This process forwards signals and returns the exit code; if it is killed, torchrun is killed too.
+The real program is forked by the test server, which already has torch imported, and runs in this process's namespaces
+and on its cores. This process forwards signals and returns the exit code; if it is killed, the program is killed too.
 """
 
 import json
@@ -14,27 +14,28 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-# Of the torchrun and its ranks: the id of the process that stands for it.
+# Of the program and its children: the id of the process that stands for it.
 RELAY = "FORKED_FOR"
 
 
-def relay(server: str, arguments: Sequence[str]) -> NoReturn:
-    """Be `torchrun ARGUMENTS` until its end."""
-    agent, early = 0, list[int]()
+def relay(server: str, command: Sequence[str]) -> NoReturn:
+    """Be `command`, a module or torchrun and its arguments, until its end."""
+    module = "torch.distributed.run" if command[0].endswith("/torchrun") else command[0]
+    forked, early = 0, list[int]()
 
     def pass_on(number: int, _: Any = None) -> None:
-        if not agent:
+        if not forked:
             early.append(number)
             return
         with suppress(ProcessLookupError):  # it has just ended
-            os.kill(agent, number)
+            os.kill(forked, number)
 
     for number in PASSED_ON:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, pass_on)
     ours, theirs = socket.socketpair()
     request = {
-        "command": [sys.executable, "-m", "torch.distributed.run", *arguments],
+        "command": [sys.executable, "-m", module, *command[1:]],
         "env": {**os.environ, RELAY: str(os.getpid())},
         "cwd": os.getcwd(),
         "cores": sorted(os.sched_getaffinity(0)),
@@ -44,7 +45,7 @@ def relay(server: str, arguments: Sequence[str]) -> NoReturn:
         connection.connect(server)
         socket.send_fds(connection, [json.dumps(request).encode()], [0, 1, 2, theirs.fileno()])
     answers = ours.makefile()
-    agent = int(answers.readline())
+    forked = int(answers.readline())
     for missed in early:
         pass_on(missed)
     code = int(answers.readline().split()[0])

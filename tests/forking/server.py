@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from tests.forking import program, ranks
+from tests.forking import children, program
 
 LONGEST_REQUEST = 2**17
 
@@ -118,8 +118,7 @@ def fork(request: dict[str, Any], streams: list[int]) -> int:
             enter_namespaces(request["relay"])
         if request["cores"] is not None:
             os.sched_setaffinity(0, request["cores"])
-        if "torch.distributed.run" in request["command"]:
-            ranks.fork_ranks()
+        children.fork_children(request["command"])
         program.run(request["command"], env=request["env"], cwd=request["cwd"])
     except BaseException:
         traceback.print_exc()

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distgpt.config import HealthConfig, help_text
-from distgpt.health.outliers import LEAST_VALUES, MOST_SKIPS, WINDOW, Decision, OutlierFilter, Window
+from distgpt.health.outliers import LEAST_VALUES, MOST_SKIPS, WINDOW, Decision, OutlierFilter, z_score
 
 SKIP = HealthConfig(on_nonfinite="skip")
 
@@ -27,25 +27,21 @@ def check_all(outliers: OutlierFilter, values: list[tuple[float, float]]) -> lis
 def test_z_scores_are_those_of_numpy(offset: float) -> None:
     draw = random.Random(1)
     values = [offset + draw.gauss(3, 2) for _ in range(3 * WINDOW)]
-    window = Window()
+    outliers = OutlierFilter(HealthConfig())
     for index, value in enumerate(values):
         before = np.array(values[max(0, index - WINDOW) : index])
-        z = window.z_score(value)
+        z = outliers.check(loss=value, grad_norm=1.0).loss_z
         if index < LEAST_VALUES:
             assert z is None
         else:
             assert z == pytest.approx((value - before.mean()) / before.std(), abs=1e-6)
-        window.add(value)
-    assert window.values() == values[-WINDOW:]
+    assert outliers.state()["losses"] == values[-WINDOW:]
 
 
 def test_there_is_no_z_score_for_equal_values_or_nan() -> None:
-    equal = Window([2.0] * WINDOW)
-    assert equal.z_score(2.0) is None
-    assert equal.z_score(3.0) is None
-    window = Window(range(WINDOW))
-    assert window.z_score(1.0) is not None
-    assert [window.z_score(value) for value in (math.nan, math.inf, -math.inf)] == [None] * 3
+    assert [z_score([2.0] * WINDOW, value) for value in (2.0, 3.0)] == [None] * 2
+    assert z_score(range(WINDOW), 1.0) is not None
+    assert [z_score(range(WINDOW), value) for value in (math.nan, math.inf, -math.inf)] == [None] * 3
 
 
 @pytest.mark.parametrize(("loss", "grad_norm"), [(math.nan, 1.0), (2.0, math.inf), (math.nan, math.nan)])

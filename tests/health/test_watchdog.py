@@ -194,7 +194,7 @@ def test_rank_0_stopped_before_all_have_joined_is_named_by_another_rank(tmp_path
     programs += [program("time.sleep(600)", rank=1).replace("sys.argv[1]", repr(str(tmp_path)))]
     # The report of an earlier attempt of the same torchrun does not count.
     copy = tmp_path / "copy.json"
-    copy.write_text(json.dumps({"host": socket.gethostname()}))
+    copy.write_text(json.dumps({"code": 75, "cause": "before", "host": socket.gethostname()}))
     os.utime(copy, (0, 0))
     codes, stderr = stopped(0, programs, DISTGPT_EXIT_FILE=str(copy))
     assert codes[0] < 0  # killed by a signal: that for stacks ends a program without a handler for it

@@ -145,7 +145,7 @@ def test_a_setting_that_cannot_be_starts_nothing(installed: None, tmp_path: Path
 def test_a_head_that_stays_alone_says_so_once(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
     hosts = make_network(2)
     arguments = [*SHAPE, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}"]
-    done = multinode(hosts, arguments, on=["n1"], nodes="2", JOIN_SECONDS="3", TRIES="2", **jobs.REAL_AGENT)[
+    done = multinode(hosts, arguments, on=["n1"], nodes="2", JOIN_SECONDS="3", TRIES="2", **jobs.FORKED_LAUNCHER)[
         "n1"
     ].finish()
     line = "distgpt: 1 of 2 hosts came within 3 s (this one): start the same command on the missing ones"
@@ -170,7 +170,7 @@ def test_another_job_at_the_same_head_is_left_out(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path
 ) -> None:
     hosts, run = make_network(3), tmp_path / "run"
-    arguments, settings = [*SHAPE, f"--data.path={prepared}"], {"head": "n2", "nodes": "2:3", **jobs.REAL_AGENT}
+    arguments, settings = [*SHAPE, f"--data.path={prepared}"], {"head": "n2", "nodes": "2:3", **jobs.FORKED_LAUNCHER}
     running = multinode(hosts, [*arguments, f"--run.dir={run}"], on=["n1", "n2"], **settings)
     running["n1"].read_until("step  20/120")
     others = [*arguments, f"--run.dir={tmp_path / 'other'}"]
@@ -216,7 +216,7 @@ def test_a_host_joins_is_lost_and_comes_back(
     hosts, run = make_network(3), tmp_path / "run"
     # Ranks that start again, here or because a host joined, are no second run.
     arguments = [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}", "--run.fresh"]
-    settings = {"head": "n2", "nodes": "2:3", **jobs.REAL_AGENT}
+    settings = {"head": "n2", "nodes": "2:3", **jobs.FORKED_LAUNCHER}
     running = multinode(hosts, arguments, on=["n1", "n2"], **settings)
     two, three = "= 2 ranks x 2 x 3 accumulation steps", "= 3 ranks x 2 x 2 accumulation steps"
     running["n1"].read_until(two)
@@ -235,7 +235,7 @@ def test_a_host_is_cut_off_for_good(
     """The hardest one to lose: n1 has the lowest address, so rank 0 runs there, which writes and holds the lock."""
     hosts, run = make_network(3), tmp_path / "run"
     arguments = [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}"]
-    running = multinode(hosts, arguments, head="n2", nodes="2:3", **jobs.REAL_AGENT)
+    running = multinode(hosts, arguments, head="n2", nodes="2:3", **jobs.FORKED_LAUNCHER)
     running["n1"].read_until("step  20/120")
     assert owner(run) == "n1"
 
@@ -260,7 +260,9 @@ def test_a_host_is_cut_off_for_good(
 def test_a_link_that_heals(make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path) -> None:
     """Three seconds are not noticed. After a longer cut each host ends its attempt in time, and they start again."""
     hosts, run = make_network(2), tmp_path / "run"
-    running = multinode(hosts, [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}"], **jobs.REAL_AGENT)
+    running = multinode(
+        hosts, [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}"], **jobs.FORKED_LAUNCHER
+    )
     running["n1"].read_until("step  20/120")
     first = hosts.ranks("n1")
     hosts.cut("n2")

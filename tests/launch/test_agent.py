@@ -95,25 +95,25 @@ def is_child(pid: int, parent: int) -> bool:
         return False
 
 
-def test_ranks_that_are_gone_for_long_are_overdue() -> None:
+def test_ranks_that_are_gone_for_long_exceed_the_limit() -> None:
     watch = RankWatch(3.0)
-    assert [watch.overdue([]) for _ in range(9)] == [None] * 9, "it never had any"
-    assert watch.overdue(["S", "Z"]) is None
-    assert [watch.overdue(["Z"]) for _ in range(4)] == [None, None, None, 3]
-    assert watch.overdue(["T", "R"]) is None
-    assert [watch.overdue(["T", "Z"]) for _ in range(4)] == [None, None, None, 3]
+    assert [watch.limit_exceeded([]) for _ in range(9)] == [None] * 9, "it never had any"
+    assert watch.limit_exceeded(["S", "Z"]) is None
+    assert [watch.limit_exceeded(["Z"]) for _ in range(4)] == [None, None, None, 3]
+    assert watch.limit_exceeded(["T", "R"]) is None
+    assert [watch.limit_exceeded(["T", "Z"]) for _ in range(4)] == [None, None, None, 3]
 
 
-def test_ranks_that_were_stopped_before_the_first_look_are_overdue() -> None:
+def test_ranks_that_were_stopped_before_the_first_look_exceed_the_limit() -> None:
     watch = RankWatch(3.0)
-    assert [watch.overdue(["T", "T"]) for _ in range(4)] == [None, None, None, 3]
+    assert [watch.limit_exceeded(["T", "T"]) for _ in range(4)] == [None, None, None, 3]
 
 
 def test_torchrun_has_less_time_for_ranks_that_are_gone_than_for_stopped_ones() -> None:
     for state, limit in (("Z", 60), ("T", 600)):
         watch = RankWatch(600.0)
-        watch.overdue(["S"])
-        assert [watch.overdue([state]) for _ in range(limit + 1)] == [None] * limit + [limit]
+        watch.limit_exceeded(["S"])
+        assert [watch.limit_exceeded([state]) for _ in range(limit + 1)] == [None] * limit + [limit]
 
 
 @jobs.linux_only

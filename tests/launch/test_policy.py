@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from distgpt.launch import policy
-from distgpt.launch.policy import Ending, Tries, can_retry, ending_in, newest_checkpoint, read_report
+from distgpt.launch.policy import Ending, Tries, can_retry, newest_checkpoint
 from distgpt.launch.settings import count_from_environment
+from distgpt.run.exit_report import read_report
 
 
 @pytest.mark.parametrize(
@@ -49,10 +50,10 @@ def test_a_report_that_is_not_whole_is_none(tmp_path: Path, text: str) -> None:
 def test_the_cause_is_the_ranks_own(tmp_path: Path) -> None:
     report = {"code": 75, "cause": "lost rank 1, run it again to go on", "step": None}
     (tmp_path / "exit.json").write_text(json.dumps(report))
-    ending = ending_in(read_report(tmp_path / "exit.json"), otherwise="killed")
+    ending = Ending.from_report(read_report(tmp_path / "exit.json"), otherwise="killed")
     assert ending == Ending(75, "lost rank 1, run it again to go on", 0)
-    assert ending.brief == "lost rank 1"
-    assert ending_in(None, otherwise="killed") == Ending(None, "killed")
+    assert ending.cause_without_advice == "lost rank 1"
+    assert Ending.from_report(None, otherwise="killed") == Ending(None, "killed")
 
 
 def test_a_count_that_is_empty_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:

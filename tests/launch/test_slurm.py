@@ -83,11 +83,11 @@ def test_progress_is_the_newest_training_line(tmp_path: Path) -> None:
 
 def test_bash_reads_the_answer(tmp_path: Path) -> None:
     words = ["", "a b", "it's", "two\nlines'\n\"", "$HOME `x` \\n", "--a=*"]
-    line = slurm.in_one_line(words)
+    line = slurm.in_bash({"word": words[3], "words": words})
     assert "\n" not in line
-    script = 'eval "words=($1)"; printf "%s\\0" "${words[@]}"'
+    script = 'eval "$1"; printf "%s\\0" "$word" "${words[@]}"'
     read = subprocess.run(["bash", "-c", script, "bash", line], capture_output=True, text=True, check=True)
-    assert read.stdout.split("\0") == [*words, ""]
+    assert read.stdout.split("\0") == [words[3], *words, ""]
 
 
 @pytest.mark.parametrize(

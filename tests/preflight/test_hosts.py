@@ -2,26 +2,20 @@
 
 import dataclasses
 import platform
-import queue
 import shutil
 import socket
-import threading
-import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 import torch.distributed as dist
 
 from distgpt.config import Config, resolve
 from distgpt.corpus.shards import Dataset
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import Interrupted, StorageError
-from distgpt.preflight import hosts
+from distgpt.preflight import equality, hosts
 from distgpt.preflight.finding import Finding
 from distgpt.preflight.hosts import SharedStore
 from tests import jobs
@@ -83,7 +77,7 @@ def test_equal_hosts_pass(store: SharedStore, config: Config) -> None:
 
 
 @pytest.mark.parametrize(
-    ("check", "where", "name"), [("python", platform, "python_version"), ("torch", hosts, "torch_build")]
+    ("check", "where", "name"), [("python", platform, "python_version"), ("torch", equality, "torch_build")]
 )
 def test_another_version_on_one_host_fails(
     check: str, where: object, name: str, store: SharedStore, config: Config
@@ -99,7 +93,7 @@ def test_other_code_on_one_host_fails(store: SharedStore, config: Config, tmp_pa
     copy = tmp_path / "distgpt"
     shutil.copytree(jobs.PROJECT / "distgpt", copy)
     (copy / "errors.py").open("a").write("# a change\n")
-    findings = findings_of_two_hosts(store, config, change=lambda other: other.setattr(hosts, "PACKAGE", copy))
+    findings = findings_of_two_hosts(store, config, change=lambda other: other.setattr(equality, "PACKAGE", copy))
     assert failures(findings) == ["same distgpt"]
     assert findings["same distgpt"].code == 2
 
@@ -116,7 +110,7 @@ def test_a_changed_copy_of_the_data_fails(store: SharedStore, config: Config, tm
 
 def test_hosts_with_the_same_name_and_address_are_numbered(store: SharedStore, config: Config) -> None:
     findings = findings_of_two_hosts(
-        store, config, name="n1", change=lambda other: other.setattr(hosts, "torch_build", lambda: "0.1")
+        store, config, name="n1", change=lambda other: other.setattr(equality, "torch_build", lambda: "0.1")
     )
     assert failures(findings) == ["same torch"]
     assert "n1 (127.0.0.1) #2 has 0.1" in findings["same torch"].text
@@ -185,37 +179,26 @@ def test_a_run_directory_that_is_not_shared_fails(store: SharedStore, config: Co
 
 
 def test_clock_offsets_are_measured(one_process: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Three hosts, the second with two ranks: the first rank of each host answers."""
-    host_of, ahead = [0, 1, 1, 2], {0: 0.0, 1: 5.0, 2: -3.0}
-    sent: dict[tuple[int, int], queue.Queue[torch.Tensor]] = defaultdict(queue.Queue)
-    me = threading.local()
+    """Three hosts, the second with two ranks. Looks at a clock that come late are left out."""
+    late = iter([(0.0, 9.0), (9.0, 0.0), (0.0, 0.0), (0.1, 0.0), (0.0, 0.1)])
 
-    def receive(value: torch.Tensor, source: int) -> None:
-        value.copy_(sent[source, me.rank].get(timeout=60))
+    def gather(row: list[float], _: Runtime) -> list[list[float]]:
+        first, second = next(late)
+        return [[row[0] + first], [row[0] + 5.0 + second], [0.0], [row[0] - 3.0]]
 
-    def send(value: torch.Tensor, destination: int) -> None:
-        sent[me.rank, destination].put(value.clone())
-
-    def offsets(rank: int) -> dict[int, float]:
-        me.rank = rank
-        return hosts.clock_offsets(dataclasses.replace(one_process, rank=rank, world_size=4), host_of)
-
-    real = time.time
-    monkeypatch.setattr(hosts, "dist", SimpleNamespace(send=send, recv=receive))
-    monkeypatch.setattr(hosts, "time", SimpleNamespace(time=lambda: real() + ahead[host_of[me.rank]]))
-    with ThreadPoolExecutor(4) as pool:
-        measured, *_ = pool.map(offsets, range(4))
-    assert measured == pytest.approx(ahead, abs=0.5)
+    monkeypatch.setattr(hosts, "dist", SimpleNamespace(barrier=lambda: None))
+    monkeypatch.setattr(hosts, "all_gather_row", gather)
+    assert hosts.clock_offsets(one_process, [0, 1, 1, 2]) == pytest.approx({0: 0.0, 1: 5.0, 2: -3.0}, abs=0.2)
 
 
 def test_a_hostname_with_another_address_fails(store: SharedStore, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostbyname", lambda name: "127.0.1.1")
-    assert list(hosts.check_own_address("127.0.0.1")) == []  # GLOO_SOCKET_IFNAME is set, so the hostname is not used
+    assert list(equality.check_own_address("127.0.0.1")) == []  # GLOO_SOCKET_IFNAME is set, so the hostname is not used
     monkeypatch.delenv("GLOO_SOCKET_IFNAME")
-    (finding,) = hosts.check_own_address("127.0.0.1")
+    (finding,) = equality.check_own_address("127.0.0.1")
     assert (finding.check, finding.level, finding.code) == ("own address", "FAIL", 2)
     assert finding.text.startswith(
         "this host resolves its name n1 to 127.0.1.1, but the other hosts reach it at 127.0.0.1: "
     )
     assert "GLOO_SOCKET_IFNAME=lo" in finding.text
-    assert list(hosts.check_own_address("127.0.1.1")) == []
+    assert list(equality.check_own_address("127.0.1.1")) == []

@@ -17,7 +17,7 @@ from distgpt.corpus.shards import Dataset
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import DirectoryError, Interrupted, StorageError, UsageError
 from distgpt.model.gpt import count_parameters
-from distgpt.preflight import hosts, links, machine, network
+from distgpt.preflight import equality, hosts, links, machine, network
 from distgpt.preflight.finding import Finding
 from distgpt.preflight.links import Link
 from distgpt.run import lock
@@ -136,9 +136,9 @@ def test_a_locked_run_directory_names_its_owner(tmp_path: Path, monkeypatch: pyt
 
 def test_check_equal_names_the_hosts_that_differ() -> None:
     def text(**values: str) -> str:
-        return hosts.check_equal("torch", values, fix="do this").text
+        return equality.check_equal("torch", values, fix="do this", code=2).text
 
-    assert hosts.check_equal("torch", {"a": "1", "b": "1"}, fix="").level == "ok"
+    assert equality.check_equal("torch", {"a": "1", "b": "1"}, fix="", code=2).level == "ok"
     assert text(a="1", b="2") == "a has 1, b has 2: do this"
     assert text(a="1", b="2", c="1") == "b has 2, the other 2 have 1: do this"
     assert text(a="1", b="2", c="1", d="3", e="1") == "b has 2, d has 3, the other 3 have 1: do this"
@@ -152,14 +152,16 @@ def test_different_clocks_warn() -> None:
 
 
 def test_hosts_with_the_same_name_get_their_address_as_label() -> None:
-    reports = [hosts.HostReport(name, f"10.0.0.{i}", 1, []) for i, name in enumerate(["node", "other", "node"])]
-    assert hosts.host_labels(reports) == ["node (10.0.0.0)", "other", "node (10.0.0.2)"]
+    reports = [
+        equality.HostReport(name, f"10.0.0.{i}", 1, [], {}, {}) for i, name in enumerate(["node", "other", "node"])
+    ]
+    assert equality.host_labels(reports) == ["node (10.0.0.0)", "other", "node (10.0.0.2)"]
 
 
 def test_hashes_are_stable_and_differ_with_the_data(dataset: Dataset, other_dataset: Dataset) -> None:
-    assert hosts.package_hash() == hosts.package_hash()
-    assert hosts.sample_hash(dataset.train) == hosts.sample_hash(dataset.train)
-    assert hosts.sample_hash(dataset.train) != hosts.sample_hash(other_dataset.train)
+    assert equality.package_hash() == equality.package_hash()
+    assert equality.sample_hash(dataset.train) == equality.sample_hash(dataset.train)
+    assert equality.sample_hash(dataset.train) != equality.sample_hash(other_dataset.train)
 
 
 def ring(slow: dict[tuple[int, int], float]) -> Iterator[Link]:
@@ -170,7 +172,7 @@ def ring(slow: dict[tuple[int, int], float]) -> Iterator[Link]:
 
 
 def link_finding(*measured: Link) -> Finding:
-    (finding,) = links.check_links(measured, host_of=[0, 1, 2, 3], names=dict(enumerate("abcd")))
+    (finding,) = links.check_links(measured, host_of=[0, 1, 2, 3], names=["a", "b", "c", "d"])
     return finding
 
 
@@ -189,7 +191,7 @@ def test_a_slow_link_or_host_is_named() -> None:
 
 def test_links_within_a_host_are_compared_with_each_other_only() -> None:
     measured = [Link(0, 1, 5e9), Link(1, 2, 1e8), Link(2, 3, 5e9), Link(3, 0, 1e8)]
-    findings = links.check_links(measured, host_of=[0, 0, 1, 1], names={0: "a", 1: "b"})
+    findings = links.check_links(measured, host_of=[0, 0, 1, 1], names=["a", "b"])
     assert [(f.check, f.level) for f in findings] == [("links", "ok"), ("inside a host", "ok")]
 
 

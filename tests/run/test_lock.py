@@ -129,7 +129,7 @@ def test_the_lock_is_free_after_the_owner_was_killed(own: Callable[..., Process]
         RunLock(paths)
     owner.signal(signal.SIGKILL)
     assert owner.ended()[0] == -signal.SIGKILL
-    lock = RunLock(paths, wait=False)
+    lock = RunLock(paths, lease=0)
     assert (lock.owner.fence, record(paths)["pid"]) == (2, os.getpid())
     lock.release()
 
@@ -143,7 +143,7 @@ def test_an_owner_that_dies_slowly_is_waited_for(paths: RunPaths) -> None:
     dying = os.open(paths.lock, os.O_RDWR)
     fcntl.flock(dying, fcntl.LOCK_EX)
     with pytest.raises(DirectoryError, match="in use by"):
-        RunLock(paths, wait=False)
+        RunLock(paths, lease=0)
     threading.Timer(0.3, os.close, [dying]).start()
     lock = RunLock(paths, lease=60)
     assert lock.owner.fence == 2
@@ -177,7 +177,7 @@ def test_an_owner_that_wakes_up_after_a_takeover_writes_nothing_more(
     owner = own(elsewhere=True, locks=locks)
     owner.signal(signal.SIGSTOP)
     with pytest.raises(DirectoryError, match="in use by"):
-        RunLock(paths, wait=False)
+        RunLock(paths, lease=0)
     lock = RunLock(paths, lease=0.5)
     assert lock.owner.fence == 2
     Store(paths.checkpoints, lock.owner).remove_left_overs()
@@ -198,12 +198,12 @@ def test_a_dead_owner_on_another_host_is_waited_for_unless_it_released_its_lock(
     owner.signal(signal.SIGKILL)
     owner.ended()
     with pytest.raises(DirectoryError, match="in use by"):
-        RunLock(paths, wait=False)
+        RunLock(paths, lease=0)
     RunLock(paths, lease=0.5).release()
     owner = own(elsewhere=True)
     owner.signal(signal.SIGTERM)
     assert owner.ended()[0] == 75
-    lock = RunLock(paths, wait=False)
+    lock = RunLock(paths, lease=0)
     assert lock.owner.fence == 4
     lock.release()
 

@@ -182,7 +182,7 @@ def test_the_report_of_an_earlier_attempt_does_not_silence_a_rank(
     lock.release()
     done = rank(
         tmp_path,
-        "told = run.report(75, 'now', for_host=True); print(told)",
+        "told = run.report(75, 'now', as_first_of_host=True); print(told)",
         number=1,
         LOCAL_RANK="1",
         TORCHELASTIC_RUN_ID="x",

@@ -24,6 +24,7 @@ import torch
 import torch.distributed as dist
 
 from distgpt.checkpoint.checkpointer import Checkpointer
+from distgpt.checkpoint.reader import TrainingState
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset, open_dataset
 from distgpt.distributed.collectives import broadcast_from_rank_zero
@@ -143,15 +144,8 @@ def run_rank(directory: Path, dataset: Dataset, *, rank: int, world: int, report
         plan = make_plan(config, runtime, vocab_size=dataset.vocab_size)
         model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=None)
         optimizer = build_optimizer(model, config.optim, "cpu")
-        checkpointer = Checkpointer(
-            run,
-            config=config,
-            plan=plan,
-            dataset=dataset,
-            model=model,
-            optimizer=optimizer,
-            outliers=OutlierFilter(config.health),
-        )
+        training = TrainingState(model, optimizer, OutlierFilter(config.health))
+        checkpointer = Checkpointer(run, config, plan, dataset, training)
         step = checkpointer.restore()
         run.allow_graceful_stop()
         if rank == 0:
@@ -163,7 +157,7 @@ def run_rank(directory: Path, dataset: Dataset, *, rank: int, world: int, report
         optimizer.step()
         checkpointer.save(step + 1, val_loss=None)
         if rank == 0:
-            metrics.evaluation(step=step + 1, val_loss=1.0, val_bits_per_byte=None)
+            metrics.evaluation(step=step + 1, val_loss=1.0, val_bits_per_byte=2.0)
         checkpointer.require_saved(step + 1)
         run.step = step + 1
 

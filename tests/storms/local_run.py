@@ -64,8 +64,7 @@ class LocalRun:
 
     def ranks(self) -> dict[int, int]:
         """Return the process ids of the ranks that run now, by rank."""
-        agent = self.agent()
-        return {} if agent is None else jobs.ranks_of(agent)
+        return jobs.ranks_of(self.agent() or self._process.pid)  # which may stand for a launcher that was forked
 
     def signal(self, number: signal.Signals) -> None:
         """Send the launcher a signal."""

@@ -34,7 +34,7 @@ def test_ranks_that_are_stopped_are_named_and_ended(
     count = storm.size(short=1, long=50)
     steps = storm.steps(count)
     flags = (f"--train.steps={steps}", f"--health.timeout={LIMIT}")
-    job = local_run.LocalRun(tmp_path / "storm", prepared, *flags, **jobs.REAL_AGENT)
+    job = local_run.LocalRun(tmp_path / "storm", prepared, *flags, **jobs.FORKED_LAUNCHER)
     counted, ends = Counter[tuple[str, str]](), []
     for name, victim, pid in local_run.strikes(count, job, ("rank 0", "rank 1"), random.Random(storm.seed)):
         named, attempt = job.output().count(f"{victim} of "), {pid, *job.ranks().values()}
@@ -61,7 +61,7 @@ def test_ranks_that_are_all_stopped_are_ended(
     """No rank can name the others, and torchrun waits for ranks that it has sent SIGTERM."""
     steps = storm.steps(2)
     flags = (f"--train.steps={steps}", f"--health.timeout={LIMIT}", "--run.fresh")
-    job = local_run.LocalRun(tmp_path / "storm", prepared, *flags, **jobs.REAL_AGENT)
+    job = local_run.LocalRun(tmp_path / "storm", prepared, *flags, **jobs.FORKED_LAUNCHER)
     for strike in (signal.SIGSTOP, signal.SIGKILL):
         local_run.moment("step", job, random.Random(storm.seed))
         ranks = job.ranks()

@@ -75,21 +75,19 @@ def test_lines_have_the_documented_fields(tmp_path: Path) -> None:
     with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
         log_step(metrics, 1, mfu=0.4)
         assert len(lines(tmp_path)) == 1, "a line must be in the file at once"
-        metrics.evaluation(step=1, val_loss=1.5, val_bits_per_byte=2.2)
-        metrics.evaluation(step=2, val_loss=1.5, val_bits_per_byte=None)
-    training, evaluation, without_bytes = lines(tmp_path)
+        metrics.evaluation(1, val_loss=1.5, val_bits_per_byte=2.2)
+    training, evaluation = lines(tmp_path)
     documented = {"step", "loss", "lr", "grad_norm", "tokens", "tokens_per_second", "mfu", "seconds"}
     assert documented <= training.keys()
     assert training["mfu"] == 0.4
     assert evaluation == {"step": 1, "val_loss": 1.5, "val_perplexity": math.exp(1.5), "val_bits_per_byte": 2.2}
-    assert without_bytes.keys() == {"step", "val_loss", "val_perplexity"}
     assert metrics.dropped == 0
 
 
 def test_values_that_are_not_finite_are_null(tmp_path: Path) -> None:
     with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
         log_step(metrics, 1, loss=math.nan, skipped=True)
-        metrics.evaluation(step=1, val_loss=5000.0, val_bits_per_byte=math.inf)
+        metrics.evaluation(1, val_loss=5000.0, val_bits_per_byte=math.inf)
     training, evaluation = lines(tmp_path)
     assert training["loss"] is None
     assert training["skipped"] is True
@@ -103,7 +101,7 @@ def test_no_step_is_logged_twice_after_a_kill(tmp_path: Path) -> None:
     killed = Metrics(tmp_path, resume_step=0, require_owned=owned)
     for step in range(1, 9):
         log_step(killed, step, loss=9.0)
-    killed.evaluation(step=8, val_loss=9.0, val_bits_per_byte=None)
+    killed.evaluation(8, val_loss=9.0, val_bits_per_byte=2.0)
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "loss": 1.')
     with closing(Metrics(tmp_path, resume_step=5, require_owned=owned)) as metrics:
@@ -145,7 +143,7 @@ def test_tensorboard_shows_a_run_resumed_after_the_clock_was_set_back(
 def test_a_run_killed_before_its_first_checkpoint_restarts_with_an_empty_file(tmp_path: Path) -> None:
     for _ in range(2):
         metrics = Metrics(tmp_path, resume_step=0, require_owned=owned)
-        metrics.evaluation(step=0, val_loss=4.0, val_bits_per_byte=None)
+        metrics.evaluation(0, val_loss=4.0, val_bits_per_byte=2.0)
         log_step(metrics, 1)
     assert [line["step"] for line in lines(tmp_path)] == [0, 1]
     assert len(tensorboard(tmp_path).Scalars("eval/loss")) == 1
@@ -154,7 +152,7 @@ def test_a_run_killed_before_its_first_checkpoint_restarts_with_an_empty_file(tm
 def test_tensorboard_has_curves_and_verbatim_text(tmp_path: Path) -> None:
     with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
         log_step(metrics, 3, mfu=0.25, skipped=True)
-        metrics.evaluation(step=3, val_loss=1.5, val_bits_per_byte=2.0)
+        metrics.evaluation(3, val_loss=1.5, val_bits_per_byte=2.0)
         metrics.text("sample", "# no heading\n```\n*no* emphasis \udcff", 3)
     events = tensorboard(tmp_path)
     tags = events.Tags()

@@ -5,7 +5,7 @@ import time
 import pytest
 import torch
 
-from distgpt.telemetry.peaks import device_peak_flops, mfu, named_peak_flops
+from distgpt.telemetry.peaks import device_peak_flops, named_peak_flops
 
 
 @pytest.mark.parametrize(
@@ -61,8 +61,3 @@ def test_a_cpu_is_measured_quickly(dtype: torch.dtype) -> None:
 
 def test_an_unknown_type_of_device_has_no_figure() -> None:
     assert device_peak_flops(torch.device("meta"), torch.float32) is None
-
-
-def test_mfu() -> None:
-    assert mfu(tokens_per_second=1e5, flops_per_token=1e9, peak_flops=1e15) == pytest.approx(0.1)
-    assert mfu(tokens_per_second=1e5, flops_per_token=1e9, peak_flops=None) is None

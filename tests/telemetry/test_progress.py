@@ -1,4 +1,4 @@
-"""The progress of one process: the end of an attempt is in the ledger and on the console; a full disk ends nothing."""
+"""The progress of one process: the end of an attempt is in goodput.jsonl and on the console; a full disk is no end."""
 
 from pathlib import Path
 
@@ -12,23 +12,18 @@ from distgpt.distributed.runtime import Runtime
 from distgpt.errors import DataError, Interrupted
 from distgpt.health.outliers import Decision
 from distgpt.run.paths import RunPaths
-from distgpt.telemetry.goodput import PARTS, read_ledger
+from distgpt.run.session import RunSession
+from distgpt.telemetry.goodput import PARTS, read_goodput
+from distgpt.telemetry.metrics import read_metrics
 from distgpt.telemetry.progress import Progress
 
 CONFIG = resolve(["--train.steps=6", "--log.every=1"], {})
 
 
 def progress_in(directory: Path) -> Progress:
-    runtime = Runtime(0, 0, 1, 1, torch.device("cpu"))
-    return Progress(
-        RunPaths(directory),
-        config=CONFIG,
-        plan=make_plan(CONFIG, runtime, vocab_size=11),
-        flops_per_token=1e6,
-        peak_flops=None,
-        start_step=0,
-        require_owned=lambda: None,
-    )
+    plan = make_plan(CONFIG, Runtime(0, 0, 1, 1, torch.device("cpu")), vocab_size=11)
+    session = RunSession(RunPaths(directory), 0)
+    return Progress(session, CONFIG, plan, start_step=0, peak_tokens_per_second=60e3)
 
 
 def train(directory: Path, *, steps: int = 6, error: Exception | None = None) -> None:
@@ -37,7 +32,7 @@ def train(directory: Path, *, steps: int = 6, error: Exception | None = None) ->
         for step in range(1, steps + 1):
             progress.step_done(step, data_wait=0.0)
             progress.log(step, loss=2.0, lr=1e-3, grad_norm=1.0, decision=Decision())
-            with progress.checkpointing():
+            with progress.pausing("checkpoint"):
                 pass
         if error is not None:
             raise error
@@ -49,7 +44,7 @@ def test_an_attempt_that_ends_early_says_how_and_where_the_time_went(
 ) -> None:
     with pytest.raises(type(error)):
         train(tmp_path, steps=3, error=error)
-    last = read_ledger(tmp_path / "goodput.jsonl")[-1]
+    last = read_goodput(tmp_path / "goodput.jsonl")[-1]
     assert (last.end, last.step) == (end, 3)
     assert capsys.readouterr().out.splitlines()[-1].startswith("goodput   ")
 
@@ -58,11 +53,15 @@ def test_a_finished_attempt_does_too_and_tensorboard_has_all_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tmp_path)
-    assert read_ledger(tmp_path / "goodput.jsonl")[-1].end == "done"
+    assert read_goodput(tmp_path / "goodput.jsonl")[-1].end == "done"
     last_line = capsys.readouterr().out.splitlines()[-1]
     assert last_line.startswith("goodput   ")
-    for part in (*PARTS, "repeated", "recovery"):
-        assert f" {part.replace('_', ' ')} " in last_line
+    assert " start " in last_line
+    assert " 0.0s" not in last_line, "parts that took no time are left out"
+    assert "recovery" not in last_line
+    assert [line["mfu"] * 60e3 for line in read_metrics(tmp_path / "metrics.jsonl")] == [
+        pytest.approx(line["tokens_per_second"]) for line in read_metrics(tmp_path / "metrics.jsonl")
+    ]
     accumulator = EventAccumulator(str(tmp_path / "tb"))
     accumulator.Reload()
     names = {f"goodput/{part}_s" for part in (*PARTS, "repeated", "recovery")} | {"goodput/share"}
@@ -70,7 +69,7 @@ def test_a_finished_attempt_does_too_and_tensorboard_has_all_parts(
     assert [event.step for event in accumulator.Scalars("goodput/share")] == list(range(1, 7))
 
 
-def test_an_unwritable_ledger_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unwritable_goodput_file_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "goodput.jsonl").mkdir()
     train(tmp_path)
     captured = capsys.readouterr()

@@ -13,6 +13,7 @@ from distgpt.distributed.runtime import Runtime
 from distgpt.health.outliers import Decision
 from distgpt.health.stragglers import StragglerMonitor
 from distgpt.run.paths import RunPaths
+from distgpt.run.session import RunSession
 from distgpt.telemetry.progress import Progress
 from distgpt.training.report import StepReporter
 from tests.checkpoint.checkpoints import trainee
@@ -26,20 +27,13 @@ def train(directory: Path, dataset: Dataset, *, steps: int, log_every: int) -> S
     runtime = Runtime(0, 0, 1, 1, torch.device("cpu"))
     plan = make_plan(config, runtime, vocab_size=dataset.vocab_size)
     interval = SaveInterval("auto", start_step=0, best_val_loss=None)
-    progress = Progress(
-        RunPaths(directory),
-        config=config,
-        plan=plan,
-        flops_per_token=1e6,
-        peak_flops=None,
-        start_step=0,
-        require_owned=lambda: None,
-    )
+    session = RunSession(RunPaths(directory), 0)
+    progress = Progress(session, config, plan, start_step=0, peak_tokens_per_second=None)
     stragglers = StragglerMonitor(subject.model, runtime)
     reporter = StepReporter(plan, progress, stragglers, interval, subject.checkpointer, start_step=0)
     with progress:
         for step in range(1, steps + 1):
-            stragglers.begin_step()
+            stragglers.timer.begin()
             subject.learn()
             reporter.report(step, loss=2.0, lr=1e-3, grad_norm=1.0, decision=Decision(), data_wait=0.0)
             if interval.is_due(step):

@@ -15,18 +15,18 @@ def config(*arguments: str) -> Config:
 def test_more_than_ten_epochs_give_a_warning() -> None:
     run = config("--train.steps=1000")
     assert epochs(run, 25_600) == 10
-    assert list(warnings(run, 25_600)) == []
-    (line,) = warnings(run, 2_000)
+    assert list(warnings(run, 25_600, None)) == []
+    (line,) = warnings(run, 2_000, None)
     assert line == (
         "the run reads its 2,000 training tokens 128 times (epochs), and little is learned after 10: "
         "use --train.steps=77 or more text"
     )
-    assert list(warnings(config("--train.steps=77"), 2_000)) == []  # its advice gives no warning
+    assert list(warnings(config("--train.steps=77"), 2_000, None)) == []  # its advice gives no warning
 
 
 def test_a_warm_up_longer_than_the_run_gives_a_warning() -> None:
-    assert list(warnings(config("--optim.warmup_steps=2", "--train.steps=3"), 10**9)) == []
-    (line,) = warnings(config("--optim.warmup_steps=2000", "--train.steps=3"), 10**9)
+    assert list(warnings(config("--optim.warmup_steps=2", "--train.steps=3"), 10**9, None)) == []
+    (line,) = warnings(config("--optim.warmup_steps=2000", "--train.steps=3"), 10**9, None)
     assert line == (
         "optim.warmup_steps is 2,000 and the run has 3 steps: the learning rate ends at 4.50e-07 and never reaches "
         "optim.lr = 3.00e-04; warm up for fewer steps"

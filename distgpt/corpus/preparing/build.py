@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from distgpt.corpus.preparing import encode, merge, parts, report, scan, staging
 from distgpt.corpus.preparing.encode import Unit
 from distgpt.corpus.preparing.scan import Scan
 from distgpt.corpus.preparing.workers import Workers
-from distgpt.corpus.reading import formats, sizes
-from distgpt.corpus.reading.source import Source
+from distgpt.corpus.reading import formats, sources
+from distgpt.corpus.reading.sources import Source
 from distgpt.corpus.tokenizer import Tokenizer
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer
 from distgpt.corpus.tokenizer.loading import gpt2
@@ -48,20 +49,19 @@ class Job:
 def prepare(job: Job, workers: Workers) -> str:
     """Prepare the output, or find it prepared; return the text to print."""
     staging.recover(job.output)
-    spool = str(staging.directory_of(job.output) / staging.STDIN_NAME)
-    if _may_be_prepared(job) and all(source.path != spool for source in job.inputs):
-        return _already_prepared(job, _scan(job, workers), clean=True)
+    if _exists_with_these_options(job) and all(source.path for source in job.inputs):
+        return _already_prepared(job, _scan(job, workers))
     if job.settings["tokenizer"] == "gpt2":  # only now, as it may be a download
         job = replace(job, tokenizer=gpt2())
     if job.task is not None:
         return _prepare_share(job, *job.task, workers)
     with staging.exclusive(job.output) as directory:
         # Only now no other process can make it.
-        may_be_prepared = _may_be_prepared(job)
-        job = replace(job, inputs=[_keep_stdin(source) if source.path == spool else source for source in job.inputs])
+        exists = _exists_with_these_options(job)
+        job = replace(job, inputs=[source if source.path else _keep_stdin(source, directory) for source in job.inputs])
         found = _scan(job, workers)
-        if may_be_prepared:
-            return _already_prepared(job, found, clean=False)
+        if exists:
+            return _already_prepared(job, found)
         return _build(job, found, encode.units_of(found), directory, workers)
 
 
@@ -71,17 +71,14 @@ def _prepare_share(job: Job, index: int, count: int, workers: Workers) -> str:
     units = encode.units_of(found)
     share = units[len(units) * index // count : len(units) * (index + 1) // count]
 
-    def set_up(directory: Path) -> None:
-        vocabulary.make_tokenizer(found, directory, job.settings, job.tokenizer, workers)
-
+    identity, load = _identity(job, found), vocabulary.saved_tokenizer
+    set_up = partial(vocabulary.make_tokenizer, found, job.settings, job.tokenizer, workers)
     try:
-        with staging.shared(job.output, _identity(job, found), set_up, vocabulary.saved_tokenizer) as directory:
-            tokenizer = vocabulary.saved_tokenizer(directory)
-            assert tokenizer is not None, "it is set up"
+        with staging.shared(job.output, identity, set_up, load) as (directory, tokenizer):
             _encode(share, found, tokenizer, directory, workers)
     except staging.CommittedError:  # a restart of this task that was not needed, or the same task started twice
-        _may_be_prepared(job)
-        return _already_prepared(job, found, clean=True)
+        _exists_with_these_options(job)
+        return _already_prepared(job, found)
     # Of the tasks that let go of the directory, the last gets it for itself and finds every part there.
     with suppress(DirectoryError), staging.exclusive(job.output) as directory:
         if all(parts.is_whole(directory / staging.PARTS, unit.index) for unit in units):
@@ -89,8 +86,8 @@ def _prepare_share(job: Job, index: int, count: int, workers: Workers) -> str:
     return f"task {index} of {count} is done; the last of the others writes {job.shown_output}"
 
 
-def _may_be_prepared(job: Job) -> bool:
-    """Return True if the output exists and was prepared with these options, so that it may be this very dataset.
+def _exists_with_these_options(job: Job) -> bool:
+    """Return True if the output exists and was prepared with these options, False if it is to be made or overwritten.
 
     Raises DirectoryError for another output, and DataError for a dataset that cannot be read, which is kept as well.
     """
@@ -110,8 +107,8 @@ def _may_be_prepared(job: Job) -> bool:
     return True
 
 
-def _already_prepared(job: Job, found: Scan, *, clean: bool) -> str:
-    """Verify that the output is this dataset; return the text to print. `clean`: remove leftovers of its preparation.
+def _already_prepared(job: Job, found: Scan) -> str:
+    """Verify that the output is this dataset, remove leftovers of its preparation; return the text to print.
 
     Raises DirectoryError if it was prepared from another input, DataError if it is damaged.
     """
@@ -119,14 +116,14 @@ def _already_prepared(job: Job, found: Scan, *, clean: bool) -> str:
     if dataset.meta["input"]["fingerprint"] != found.fingerprint:
         raise DirectoryError(f"{job.output} was prepared from another input: {ANOTHER_OUTPUT}")
     shards.verify_dataset(dataset)
-    if clean:
-        staging.clear_leftovers(job.output, _identity(job, found))
+    staging.clear_leftovers(job.output, _identity(job, found))
     size = f"{dataset.train.tokens + dataset.val.tokens:,} tokens, vocabulary {dataset.vocab_size:,}"
     return f"{job.shown_output} is already prepared from this input: {size}"
 
 
-def _keep_stdin(source: Source) -> Source:
+def _keep_stdin(source: Source, directory: Path) -> Source:
     """Copy standard input to where every worker can read it. Return it with the format that it turns out to have."""
+    source = replace(source, path=str(directory / staging.STDIN_NAME))
     with open(source.path, "wb") as file, report.progress("keeping standard input", None) as advance:
         while chunk := sys.stdin.buffer.read(2**20):
             file.write(chunk)
@@ -155,7 +152,7 @@ def _scan(job: Job, workers: Workers) -> Scan:
 
 def _identity(job: Job, found: Scan) -> dict[str, Any]:
     """Return all that the content of a part depends on: parts of another job are not used."""
-    return {"input": found.fingerprint, "options": job.settings, "unit_bytes": sizes.UNIT_BYTES}
+    return {"input": found.fingerprint, "options": job.settings, "unit_bytes": sources.UNIT_BYTES}
 
 
 def _build(
@@ -164,7 +161,7 @@ def _build(
     """Make the dataset in the staging directory and give it its name; return the summary."""
     started = time.monotonic()
     staging.begin(directory, _identity(job, found))
-    tokenizer = vocabulary.make_tokenizer(found, directory, job.settings, job.tokenizer, workers)
+    tokenizer = vocabulary.make_tokenizer(found, job.settings, job.tokenizer, workers, directory)
     if not is_encoded:
         _encode(units, found, tokenizer, directory, workers)
     part_files, val_fraction = directory / staging.PARTS, job.settings["val_fraction"]

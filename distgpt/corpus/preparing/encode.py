@@ -1,7 +1,7 @@
 """Encode the input in units: each becomes one part file."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -9,12 +9,11 @@ from pathlib import Path
 
 import numpy as np
 
-from distgpt.corpus.preparing import parts, split
-from distgpt.corpus.preparing.scan import Advance, Scan, ScannedPiece, read_again
+from distgpt.corpus.preparing import parts
+from distgpt.corpus.preparing.scan import Advance, Scan, ScannedPiece, grouped, read_again
 from distgpt.corpus.preparing.workers import Workers
-from distgpt.corpus.reading import sizes
 from distgpt.corpus.reading.reader import open_source
-from distgpt.corpus.reading.source import Piece, Source
+from distgpt.corpus.reading.sources import Piece, Source
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.corpus.tokenizer.base import Tokens
 from distgpt.errors import DataError
@@ -47,15 +46,8 @@ class Encoder:
 
 def units_of(found: Scan) -> list[Unit]:
     """Group the pieces of the input into units."""
-    groups: list[list[ScannedPiece]] = []
-    for _, pieces in groupby(found.pieces, key=lambda scanned: scanned.piece.source.validates):
-        size = sizes.UNIT_BYTES
-        for scanned in pieces:
-            if size >= sizes.UNIT_BYTES:
-                groups.append([])
-                size = 0
-            groups[-1].append(scanned)
-            size += scanned.text_bytes
+    by_split = groupby(found.pieces, key=lambda scanned: scanned.piece.source.validates)
+    groups = (group for _, pieces in by_split for group in grouped(pieces, lambda scanned: scanned.text_bytes))
     return [Unit(index, pieces) for index, pieces in enumerate(groups)]
 
 
@@ -70,10 +62,13 @@ def encode(units: Sequence[Unit], directory: Path, *, encoder: Encoder, workers:
     """Write the parts of these units; `advance` gets the bytes encoded. Raises DataError, OSError."""
     runs = [list(group) for _, group in groupby(units, key=_read_together)]
     # A worker that starts inside a compressed file reads it from its beginning: divide one only if workers are idle.
-    share = max(workers.count // len(runs), 1) if runs else 1
-    tasks = [(part, directory, encoder) for run in runs for part in _split(run, share)]
-    for _, size in workers.run(encode_units, tasks):
-        advance(size)
+    share = max(workers.count // len(runs), 1)
+    tasks = []
+    for run in runs:
+        size = -(-len(run) // share)
+        tasks += [(run[start : start + size], directory, encoder) for start in range(0, len(run), size)]
+    for _, text_bytes in workers.run(encode_units, tasks):
+        advance(text_bytes)
 
 
 def encode_units(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
@@ -93,23 +88,23 @@ def encode_units(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
 
 
 def _hash_document(source: Source) -> Iterator[int]:
-    """Yield `split.text_hash` of a text file that is too long for one piece."""
-    digest = hashlib.blake2b(digest_size=split.HASH_BYTES)
+    """Yield the text hash of a text file that is too long for one piece."""
     with open_source(source) as reader:
-        for piece in reader.pieces():
-            digest.update(reader.content(piece).texts[0].encode())
-    yield int.from_bytes(digest.digest(), "big")
+        yield _text_hash(reader.content(piece).texts[0] for piece in reader.pieces())
+
+
+def _text_hash(pieces: Iterable[str]) -> int:
+    """Return a 64-bit hash of a document's UTF-8 text."""
+    digest = hashlib.blake2b(digest_size=8)
+    for text in pieces:
+        digest.update(text.encode())
+    return int.from_bytes(digest.digest(), "big")
 
 
 def _read_together(unit: Unit) -> tuple[str, int]:
     """Return a key that is equal for units of one compressed file."""
     source = unit.pieces[0].piece.source
     return ("", unit.index) if source.is_seekable else (source.path, 0)
-
-
-def _split(run: Sequence[Unit], count: int) -> list[Sequence[Unit]]:
-    size = -(-len(run) // count)
-    return [run[start : start + size] for start in range(0, len(run), size)]
 
 
 def _check(tokenizer: Tokenizer, piece: Piece, texts: Sequence[str], characters: int) -> int:
@@ -136,4 +131,4 @@ def _encode_piece(
     for text in filter(None, texts):
         ids = tokenizer.encode(text)
         ids = np.concatenate((ids, end_of_text)) if end_of_text.size else ids
-        yield (ids.size, ends, split.text_hash(text.encode()) if known is None else known), ids
+        yield (ids.size, ends, _text_hash([text]) if known is None else known), ids

@@ -11,7 +11,7 @@ from typing import Any
 from tqdm import tqdm
 
 from distgpt.corpus import shards
-from distgpt.corpus.preparing import split
+from distgpt.corpus.preparing import merge
 from distgpt.corpus.preparing.scan import BadDocuments
 from distgpt.suggestion import training_command
 
@@ -26,48 +26,42 @@ def say(line: str) -> None:
 @contextmanager
 def progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
     """Show progress on stderr, a bar on a terminal, otherwise lines. Yields the function that gets the bytes done."""
-    if not sys.stderr.isatty():
-        yield _Lines(name, total).advance
+    if sys.stderr.isatty():
+        with tqdm(desc=name, total=total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
+
+            def move(count: int) -> None:
+                bar.update(count)
+                if count == 0:
+                    bar.refresh()  # it shows the time
+
+            yield move
         return
-    with tqdm(desc=name, total=total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
+    done = 0
+    started = printed = time.monotonic()
 
-        def advance(count: int) -> None:
-            bar.update(count)
-            if count == 0:
-                bar.refresh()  # it shows the time
-
-        yield advance
-
-
-class _Lines:
-    """The lines of a phase. `total`: its bytes, None if they are not known."""
-
-    def __init__(self, name: str, total: int | None) -> None:
-        self._name, self._total = name, total
-        self._done = 0
-        self._started = self._printed = time.monotonic()
-
-    def advance(self, count: int) -> None:
-        self._done += count
+    def advance(count: int) -> None:
+        nonlocal done, printed
+        done += count
         now = time.monotonic()
-        if now - self._printed > LINE_SECONDS:
-            self._printed = now
-            say(self._line(now - self._started))
+        if now - printed > LINE_SECONDS:
+            printed = now
+            say(f"{name}: {_amount(done, total, now - started)}")
 
-    def _line(self, seconds: float) -> str:
-        rate = self._done / seconds
-        line = f"{self._name}: {self._done / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s"
-        if not self._total:
-            return line
-        if self._done >= self._total:
-            return f"{self._name}: all {self._done / 1e6:,.0f} MB read, {seconds:,.0f} s so far"
-        left = (self._total - self._done) / max(rate, 1)
-        return f"{line}, {self._done / self._total:.0%}, {left:,.0f} s left"
+    yield advance
+
+
+def _amount(done: int, total: int | None, seconds: float) -> str:
+    """Describe the bytes done in this time, of a total if it is known."""
+    if total and done >= total:
+        return f"all {done / 1e6:,.0f} MB read, {seconds:,.0f} s so far"
+    rate = done / seconds
+    speed = f"{done / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s"
+    return f"{speed}, {done / total:.0%}, {(total - done) / max(rate, 1):,.0f} s left" if total else speed
 
 
 def summary(output: Path, meta: dict[str, Any], *, bad: BadDocuments, ignored: Counter[str], seconds: float) -> str:
     """Return the summary of a dataset that was made in so many seconds, with the training command that fits it."""
-    splits = [shards.shards_of(meta, [name]) for name in shards.SPLITS]
+    splits = [shards.shards_of(meta, name) for name in shards.SPLITS]
     tokens = [sum(shard.tokens for shard in split) for split in splits]
     documents = [sum(shard.documents for shard in split) for split in splits]
     longest = min(max(shard.tokens for shard in split) for split in splits)
@@ -105,12 +99,12 @@ def left_out_lines(ignored: Counter[str], bad: BadDocuments) -> Sequence[str]:
 
 def warn_of_split(meta: dict[str, Any]) -> None:
     """Warn if the share of validation is far from the one asked for, which may happen with few documents."""
-    train, val = (sum(shard.tokens for shard in shards.shards_of(meta, [name])) for name in shards.SPLITS)
+    train, val = (sum(shard.tokens for shard in shards.shards_of(meta, name)) for name in shards.SPLITS)
     share, val_fraction = val / (train + val), meta["options"]["val_fraction"]
     if val_fraction is None:
         if share > 0.5:
             say(f"warning: --val-input holds more text than --input: {share:.1%} of all tokens validate")
-    elif not split.is_near(share, val_fraction):
+    elif not merge.is_near(share, val_fraction):
         say(
             f"warning: {share:.1%} of the tokens validate, not {val_fraction:.1%}: the text cannot be divided better; "
             f"name validation text with --val-input, or give more documents"

@@ -1,24 +1,26 @@
 """Read the whole input once: check it, cut it into pieces, count and hash it."""
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from distgpt.corpus.preparing.workers import Workers
-from distgpt.corpus.reading import sizes
-from distgpt.corpus.reading.reader import Reader, open_source
-from distgpt.corpus.reading.source import BadDocument, Content, Piece, Source, utf8_size
+from distgpt.corpus.reading import sources
+from distgpt.corpus.reading.reader import open_source
+from distgpt.corpus.reading.sources import BadDocument, Content, Piece, Source, utf8_size
 from distgpt.errors import DataError
 
 MAX_PLACES = 10
 ON_BAD_HINT = "--on-bad-document=skip leaves such documents out"
 
+T = TypeVar("T")
 Advance = Callable[[int], None]
+# Pieces of sources that are seekable, or one source that has to be read through.
+Work = list[Piece] | Source
 
 
 class ScannedPiece(NamedTuple):
@@ -63,21 +65,12 @@ class Scan:
     separators: int
 
 
-@dataclass(frozen=True)
-class ScanTask:
-    """Pieces of sources that are seekable, or one source that has to be read through."""
-
-    pieces: list[Piece]
-    source: Source | None
-    characters: bool
-
-
 def scan_input(inputs: Sequence[Source], *, characters: bool, workers: Workers, advance: Advance) -> Scan:
     """Read the whole input; `advance` gets the number of bytes read. Raises DataError for bad or no text, OSError."""
     stops = any(source.options.on_bad == "stop" for source in inputs)
-    tasks = list(_scan_tasks(inputs, characters))
+    tasks = list(_divided(inputs))
     results: list[list[ScannedPiece]] = [[] for _ in tasks]
-    for index, (scanned, consumed) in workers.run(scan_task, tasks):
+    for index, (scanned, consumed) in workers.run(scan_task, [(work, characters) for work in tasks]):
         results[index].append(scanned)
         advance(consumed)
         if stops and scanned.skipped:
@@ -105,17 +98,19 @@ def scan_input(inputs: Sequence[Source], *, characters: bool, workers: Workers, 
     )
 
 
-def scan_task(task: ScanTask) -> Iterator[tuple[ScannedPiece, int]]:
-    """Yield each piece of a task, scanned, with the number of bytes read for it."""
-    for piece in task.pieces:
-        with open_source(piece.source) as reader:
-            yield scan_piece(reader.content(piece), piece, task.characters), piece.stop - piece.start
-    if task.source is not None:
-        with open_source(task.source) as reader:
+def scan_task(task: tuple[Work, bool]) -> Iterator[tuple[ScannedPiece, int]]:
+    """Yield each piece of the work, scanned with its characters or not, and the number of bytes read for it."""
+    work, characters = task
+    if isinstance(work, Source):
+        with open_source(work) as reader:
             before = 0
             for piece in reader.pieces():
-                yield scan_piece(reader.content(piece), piece, task.characters), reader.consumed - before
+                yield scan_piece(reader.content(piece), piece, characters), reader.consumed - before
                 before = reader.consumed
+        return
+    for piece in work:
+        with open_source(piece.source) as reader:
+            yield scan_piece(reader.content(piece), piece, characters), piece.stop - piece.start
 
 
 def scan_piece(content: Content, piece: Piece, characters: bool) -> ScannedPiece:
@@ -156,44 +151,48 @@ def bad_documents(pieces: Sequence[ScannedPiece]) -> BadDocuments:
 def read_again(pieces: Sequence[ScannedPiece]) -> Iterator[tuple[ScannedPiece, Content]]:
     """Yield the pieces with their content; each file is opened once. Raises DataError if it changed since the scan."""
     for source, group in groupby(pieces, key=lambda scanned: scanned.piece.source):
-        with ExitStack() as stack:
-            reader: Reader | None = None
+        with open_source(source) as reader:
             for scanned in group:
-                reader = reader or stack.enter_context(open_source(source))
                 content = reader.content(scanned.piece)
                 if content.digest != scanned.digest:
                     raise DataError(f"{source.name} changed while it was prepared: start again")
                 yield scanned, content
 
 
-def _scan_tasks(inputs: Sequence[Source], characters: bool) -> Iterator[ScanTask]:
-    """Yield a task for each source that is not seekable, and for about UNIT_BYTES of pieces of the others."""
-    batch: list[Piece] = []
-    size = 0
+def grouped(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
+    """Yield consecutive items together whose sizes add up to about UNIT_BYTES."""
+    group, total = list[T](), 0
+    for item in items:
+        group.append(item)
+        total += size(item)
+        if total >= sources.UNIT_BYTES:
+            yield group
+            group, total = [], 0
+    if group:
+        yield group
+
+
+def _divided(inputs: Sequence[Source]) -> Iterator[Work]:
+    """Divide the input into the work of tasks."""
+    for is_seekable, group in groupby(inputs, key=lambda source: source.is_seekable):
+        if is_seekable:
+            yield from grouped(_pieces_of(group), lambda piece: piece.stop - piece.start)
+        else:
+            yield from group
+
+
+def _pieces_of(inputs: Iterable[Source]) -> Iterator[Piece]:
     for source in inputs:
-        if not source.is_seekable:
-            if batch:
-                yield ScanTask(batch, None, characters)
-                batch, size = [], 0
-            yield ScanTask([], source, characters)
-            continue
         with open_source(source) as reader:
-            for piece in reader.pieces():
-                batch.append(piece)
-                size += piece.stop - piece.start
-                if size >= sizes.UNIT_BYTES:
-                    yield ScanTask(batch, None, characters)
-                    batch, size = [], 0
-    if batch:
-        yield ScanTask(batch, None, characters)
+            yield from reader.pieces()
 
 
-def _scanned_so_far(tasks: Sequence[ScanTask], results: Sequence[list[ScannedPiece]]) -> list[ScannedPiece]:
+def _scanned_so_far(tasks: Sequence[Work], results: Sequence[list[ScannedPiece]]) -> list[ScannedPiece]:
     """Return the pieces before the first that is not yet scanned: only for these the line numbers are known."""
     known: list[ScannedPiece] = []
-    for task, scanned in zip(tasks, results, strict=True):
+    for work, scanned in zip(tasks, results, strict=True):
         known += scanned
-        if len(scanned) < len(task.pieces):
+        if isinstance(work, list) and len(scanned) < len(work):
             break
     return known
 

@@ -10,18 +10,20 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distgpt.errors import DataError, DirectoryError
 from distgpt.files import sync, write_file
 
+T = TypeVar("T")
+
 STDIN_NAME = "stdin"
 LOCK_NAME = "lock"
 JOB_NAME = "job.json"
-PARTS, DATASET = "parts", "dataset"
+PARTS, DATASET, REPLACED = "parts", "dataset", "replaced"
 
 
 class CommittedError(DirectoryError):
@@ -58,13 +60,13 @@ def exclusive(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def shared(
-    output: Path, job: Mapping[str, Any], set_up: Callable[[Path], None], is_set_up: Callable[[Path], object]
-) -> Iterator[Path]:
+    output: Path, job: Mapping[str, Any], set_up: Callable[[Path], object], load: Callable[[Path], T | None]
+) -> Iterator[tuple[Path, T]]:
     """Hold the staging directory of `output` together with other processes that do a part of the same job each.
 
     A process that holds it alone sets it up, which does no harm a second time; if that is interrupted, another one does
-    it. Then all may write parts, and none commits. Raises CommittedError if another process has committed,
-    DirectoryError if the directory is for another job or cannot be made.
+    it. Then all get the directory and what they `load` from it. They may write parts, and none commits. Raises
+    CommittedError if another process has committed, DirectoryError for the directory of another job or none at all.
     """
     directory = directory_of(output)
     while True:
@@ -80,8 +82,8 @@ def shared(
             found = _job_of(directory)
             if found not in (None, job):
                 raise DirectoryError(f"{directory} is for another input or other options: finish that job or remove it")
-            if found is not None and is_set_up(directory):
-                yield directory
+            if found is not None and (loaded := load(directory)) is not None:
+                yield directory, loaded
                 return
         finally:
             os.close(lock)
@@ -91,11 +93,7 @@ def begin(directory: Path, job: Mapping[str, Any]) -> None:
     """Make the staging directory one of this job; parts of an interrupted run of the same job stay. Raises OSError."""
     same = _job_of(directory) == job
     (directory / JOB_NAME).unlink(missing_ok=True)
-    for entry in directory.iterdir():
-        if entry.is_dir() and not (same and entry.name == PARTS):
-            shutil.rmtree(entry)
-        elif not entry.is_dir() and not same and entry.name not in (STDIN_NAME, LOCK_NAME):
-            entry.unlink()
+    _remove(directory, {DATASET, REPLACED} if same else {*os.listdir(directory)} - {STDIN_NAME, LOCK_NAME})
     for name in (PARTS, DATASET):
         (directory / name).mkdir(exist_ok=True)
     write_file(directory / JOB_NAME, json.dumps(job).encode())
@@ -108,7 +106,7 @@ def commit(directory: Path, output: Path) -> None:
         os.rename(staged, output)
     elif not exchange(staged, output):
         # Where two names cannot be exchanged, a kill between these two lines leaves the old dataset to `recover`.
-        os.rename(output, directory / "replaced")
+        os.rename(output, directory / REPLACED)
         os.rename(staged, output)
     sync(output.parent)
     _clear(directory)
@@ -123,7 +121,7 @@ def clear_leftovers(output: Path, job: Mapping[str, Any]) -> None:
 
 def recover(output: Path) -> None:
     """Undo a replacement that was killed between its two renames. Raises OSError."""
-    replaced = directory_of(output) / "replaced"
+    replaced = directory_of(output) / REPLACED
     if replaced.exists() and not output.exists():
         os.rename(replaced, output)
 
@@ -138,11 +136,15 @@ def exchange(first: Path, second: Path) -> bool:
 
 def _clear(directory: Path) -> None:
     """Remove everything but the lock from a staging directory. Raises OSError."""
-    for entry in directory.iterdir():
-        if entry.is_dir():
-            shutil.rmtree(entry)
-        elif entry.name != LOCK_NAME:
-            entry.unlink()
+    _remove(directory, {*os.listdir(directory)} - {LOCK_NAME})
+
+
+def _remove(directory: Path, names: Iterable[str]) -> None:
+    for path in map(directory.joinpath, names):
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _job_of(directory: Path) -> object:

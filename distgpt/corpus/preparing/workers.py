@@ -9,6 +9,7 @@ import signal
 import tempfile
 import threading
 import traceback
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection, get_context, parent_process, resource_tracker
 from multiprocessing.process import BaseProcess
@@ -16,6 +17,7 @@ from typing import Any, Self
 
 from distgpt.errors import DistgptError, StorageError, UsageError
 
+PRELOAD = "distgpt.corpus.preparing.build"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 # A socket's name has at most 103 bytes on macOS, 107 on Linux.
 LONGEST_SOCKET_FOLDER = 103 - len("/pymp-12345678/listener-12345678")
@@ -23,22 +25,22 @@ SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 class Workers:
-    """Up to `count` processes with the module `preload`; they end at once with the `with` block or their parent."""
+    """Up to `count` processes with the module PRELOAD; they end at once with the `with` block or their parent."""
 
-    def __init__(self, count: int, *, preload: str) -> None:
+    def __init__(self, count: int) -> None:
         self.count = count
         self._context = get_context("forkserver")
-        self._context.set_forkserver_preload([preload])
-        self._workers: list[tuple[BaseProcess, Any]] = []
+        self._context.set_forkserver_preload([PRELOAD])
+        self._workers: dict[Any, BaseProcess] = {}  # by our end of their pipes
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for process, pipe in self._workers:
+        for pipe, process in self._workers.items():
             process.kill()
             pipe.close()
-        for process, _ in self._workers:
+        for process in self._workers.values():
             process.join()
         self._workers.clear()
 
@@ -48,18 +50,22 @@ class Workers:
         A worker has one task at a time. Raises the exceptions of the function, and StorageError if a worker dies.
         """
         self._start(min(self.count, len(tasks)))
-        waiting = iter(enumerate(tasks))
-        idle = [pipe for _, pipe in self._workers]
+        waiting, idle = deque(enumerate(tasks)), list(self._workers)
         working: dict[Any, int] = {}
-        while True:
-            while idle and (following := next(waiting, None)) is not None:
+        while waiting or working:
+            while waiting and idle:
                 pipe = idle.pop()
-                working[pipe] = following[0]
-                pipe.send((function, following[1]))
-            if not working:
-                return
-            for pipe in connection.wait(list(working)):
-                kind, value = _receive(pipe)
+                working[pipe], task = waiting.popleft()
+                pipe.send((function, task))
+            ready: list[Any] = connection.wait(list(working))
+            for pipe in ready:
+                try:
+                    kind, value = pipe.recv()
+                except (EOFError, ConnectionError):
+                    cause = "perhaps because memory ran out: try fewer --workers"
+                    raise StorageError(f"a worker process was killed, {cause}") from None
+                if kind == "error":
+                    raise value
                 if kind == "result":
                     yield working[pipe], value
                 else:
@@ -79,7 +85,7 @@ class Workers:
                 process = self._context.Process(target=_work, args=(theirs,), daemon=True)
                 process.start()
                 theirs.close()
-                self._workers.append((process, ours))
+                self._workers[ours] = process
         finally:
             tempfile.tempdir = usual_folder
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -96,17 +102,6 @@ def socket_folder(usual: str) -> str:
         f"the folder for temporary files, {usual}, has a name too long for a socket: set TMPDIR to a path of at most "
         f"{LONGEST_SOCKET_FOLDER} bytes"
     )
-
-
-def _receive(pipe: Any) -> tuple[str, Any]:
-    """Return ("result", it) or ("done", None). Raises the exception that ended the task."""
-    try:
-        kind, value = pipe.recv()
-    except (EOFError, ConnectionError):
-        raise StorageError("a worker process was killed, perhaps because memory ran out: try fewer --workers") from None
-    if kind == "error":
-        raise value
-    return kind, value
 
 
 def _work(pipe: Any) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from distgpt.corpus.reading import formats
-from distgpt.corpus.reading.source import ReadOptions, Source
+from distgpt.corpus.reading.sources import ReadOptions, Source
 from distgpt.errors import DataError, UsageError
 
 STDIN = "-"
@@ -57,31 +57,28 @@ class Finder:
         found = [file for path in matches for file in self._files_in(path)]
         # A shell that expands * names the output of an earlier start.
         if not found and not self._is_excluded(named):
-            has_json = any(".json" in suffix for suffix in self.ignored.values())
-            key = f"; .json if it begins with an object that has the key {self._options.text_key!r}"
-            key += ": --text-key names another"
-            raise DataError(
-                f"{value} holds no text: the files of a folder count if they end in "
-                f"{', '.join(formats.FOLDER_SUFFIXES)}{key if has_json else ''}"
-            )
+            problem = f"holds no text: the files of a folder count if they end in {', '.join(formats.FOLDER_SUFFIXES)}"
+            if any(".json" in suffix for suffix in self.ignored.values()):
+                problem += f"; .json if it begins with an object that has the key {self._options.text_key!r}"
+                problem += ": --text-key names another"
+            raise DataError(f"{value} {problem}")
         return found
 
     def _files_in(self, path: Path) -> list[Path]:
         """Return the file, or the files below the folder that count; hidden ones do not."""
+
+        def enters(folder: Path) -> bool:
+            return not folder.name.startswith(".") and not self._is_excluded(folder)
+
         if self._is_excluded(path):
             return []
-        if not path.exists():
-            self.ignored[os.path.realpath(path)] = DANGLING
-            return []
-        if not path.is_dir():
-            return [path]
+        is_folder = path.is_dir()
+        files = [file for file in walk(path, enters) if not file.name.startswith(".")] if is_folder else [path]
         found = []
-        for file in walk(path, lambda folder: not folder.name.startswith(".") and not self._is_excluded(folder)):
-            if file.name.startswith("."):
-                continue
+        for file in files:
             if not file.exists():
                 self.ignored[os.path.realpath(file)] = DANGLING
-            elif formats.counts_in_folder(file, self._options):
+            elif not is_folder or formats.counts_in_folder(file, self._options):
                 found.append(file)
             else:
                 suffixes = file.suffixes[-2:] if file.suffix in formats.COMPRESSIONS else [file.suffix]

@@ -8,11 +8,12 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
-from distgpt.corpus.reading import json_text, sizes
-from distgpt.corpus.reading.source import Compression, ReadOptions, Source
+from distgpt.corpus.reading import json_text
+from distgpt.corpus.reading.sources import Compression, ReadOptions, Source
 from distgpt.corpus.reading.streams import SourceBytes
 from distgpt.errors import DataError, UsageError
 
+HEAD_BYTES = 2**16  # of a file, to see whether it is JSON
 TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cc", ".cpp", ".cu", ".java", ".js"),
     *(".ts", ".go", ".rs", ".sh"),
@@ -63,8 +64,6 @@ def counts_in_folder(path: Path, options: ReadOptions) -> bool:
     """Return True for a file of a folder that is input."""
     inner, compression = _suffixes(path)
     if inner == ".json":  # settings end in .json as well
-        if compression == ".zst":
-            _require("zstandard", path)
         head = _head(Source(str(path), str(path), "text", compression, options))
         return head is None or _is_json(head, options.text_key)  # a file that cannot be read is an error later
     return inner in FOLDER_SUFFIXES and not (compression and inner == ".parquet")
@@ -101,8 +100,8 @@ def _head(source: Source) -> bytes | None:
     """Return the first bytes of a file without a byte order mark; None if they cannot be read, an error later."""
     try:
         with open(source.path, "rb") as file:
-            return SourceBytes(source, file).peek(0, sizes.HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
-    except (DataError, EOFError, OSError, zlib.error):
+            return SourceBytes(source, file).peek(0, HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
+    except (DataError, EOFError, ImportError, OSError, zlib.error):
         return None
 
 

@@ -7,9 +7,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, BinaryIO
 
-from distgpt.corpus.reading import sizes
-from distgpt.corpus.reading.source import Checked, Content, Piece, Source, content_of, utf8_size
+from distgpt.corpus.reading import sources
+from distgpt.corpus.reading.sources import Checked, Content, Piece, Source, content_of, utf8_size
 from distgpt.errors import DataError
+
+BATCH_ROWS = 16
+ROW_BYTES = 64  # memory of a row besides its text, so that a piece of empty rows ends too
 
 
 class ParquetReader:
@@ -28,8 +31,9 @@ class ParquetReader:
         self._fields = _fields(schema, source.text_key)
         if not self._fields:
             names = ", ".join(schema.names[:8])
-            problem = f"no column {source.text_key!r} (there are: {names})"
-            raise DataError(f"{source.name}: {problem}; --text-key names the one to read")
+            raise DataError(
+                f"{source.name}: no column {source.text_key!r} (there are: {names}); --text-key names the one to read"
+            )
         self._rows: int = self._file.metadata.num_rows
         self._row = 0  # the number of the next one to read from the file
         self._texts: Iterator[Checked] | None = None
@@ -45,8 +49,8 @@ class ParquetReader:
         start = size = 0
         for text, reason in self._texts:
             self._ahead.append((text, reason))
-            size += utf8_size(text) + sizes.PARQUET_ROW_BYTES
-            if size >= sizes.UNIT_BYTES or self._row == self._rows:
+            size += utf8_size(text) + ROW_BYTES
+            if size >= sources.UNIT_BYTES or self._row == self._rows:
                 yield Piece(self._source, start, self._row, self._row == self._rows)
                 start, size = self._row, 0
 
@@ -64,23 +68,17 @@ class ParquetReader:
 
     def _read(self, start: int) -> Iterator[Checked]:
         """Yield the text of each row from `start` on."""
-        metadata = self._file.metadata
-        counts = [metadata.row_group(number).num_rows for number in range(metadata.num_row_groups)]
-        passed = 0
-        while start and counts[passed] <= start:
-            start -= counts[passed]
+        key, metadata = self._source.text_key, self._file.metadata
+        passed = 0  # row groups
+        while start and (rows := metadata.row_group(passed).num_rows) <= start:
+            start -= rows
             passed += 1
+        groups = range(passed, metadata.num_row_groups)
         with self._damage_named():
-            batches = self._file.iter_batches(
-                sizes.PARQUET_BATCH,
-                row_groups=range(passed, len(counts)),
-                columns=[self._source.text_key],
-                use_threads=False,
-            )
-            for batch in batches:
+            for batch in self._file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[key], use_threads=False):
                 for value in batch.column(0)[start:]:
                     self._row += 1
-                    yield _text_of(value, self._fields, self._source.text_key)
+                    yield _text_of(value, self._fields, key)
                 start = max(start - len(batch), 0)
 
     @contextmanager

@@ -2,36 +2,38 @@
 
 import codecs
 import gzip
-import io
 import os
+import sys
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
-from distgpt.corpus.reading import sizes
-from distgpt.corpus.reading.source import Source
+from distgpt.corpus.reading.sources import Source
 from distgpt.errors import DataError, UsageError
 
+WINDOW_BYTES = 2**16  # looked at in one go for a place to cut
+CHUNK_BYTES = 2**20
+ZSTD_BYTES = 2**10  # each four of which may hold 128 KiB
 MARK_BAD = "distgpt-bad"  # the name of a codec error handler
+BAD_BYTE = b"\xff"  # is nowhere in UTF-8
 HALF_FOR_BAD = "\udcff"
 
 
 class SourceBytes:
-    """The bytes of an open source at offsets. `end` is their number, or None until `peek` has come to it.
+    """The bytes of an open source at offsets. `end` is their number, or more as long as `peek` has not come to it.
 
     A file that is compressed or not in UTF-8 can only be read forwards: after `forget(offset)`, bytes before the offset
     must not be read any more.
     """
 
     def __init__(self, source: Source, file: BinaryIO) -> None:
+        self.source = source
         self._file = file
-        self._stream: Any = None
-        if source.compression:
-            self._stream = gzip.GzipFile(fileobj=file) if source.compression == ".gz" else ZstdStream(source, file)
-        if source.options.encoding:
-            self._stream = _Recoded(self._stream or file, source.options.encoding)
+        self._chunks: Iterator[bytes] | None = None
+        if source.compression or source.options.encoding:
+            self._chunks = _chunks(source, file)
         self._buffer = bytearray()
         self._base = self._needed = 0
-        self.end = os.fstat(file.fileno()).st_size if self._stream is None else None
+        self.end = os.fstat(file.fileno()).st_size if self._chunks is None else sys.maxsize
 
     @property
     def consumed(self) -> int:
@@ -40,11 +42,11 @@ class SourceBytes:
 
     def peek(self, offset: int, size: int) -> bytes:
         """Return `size` bytes from the offset on, fewer at the end of the content."""
-        if self._stream is None:
+        if self._chunks is None:
             self._file.seek(offset)
             return self._file.read(size)
-        while self.end is None and self._base + len(self._buffer) < offset + size:
-            chunk = self._stream.read(2**20)
+        while self._base + len(self._buffer) < min(offset + size, self.end):
+            chunk = next(self._chunks, b"")
             self._buffer += chunk
             if not chunk:
                 self.end = self._base + len(self._buffer)
@@ -63,9 +65,9 @@ class SourceBytes:
 
 def windows(content: SourceBytes, position: int, overlap: int) -> Iterator[tuple[int, bytes]]:
     """Yield a window at a time from `position` on, with their offset; each begins `overlap` before the last ends."""
-    while window := content.peek(position, sizes.WINDOW_BYTES):
+    while window := content.peek(position, WINDOW_BYTES):
         yield position, window
-        position += max(len(window) - overlap, 1) if len(window) == sizes.WINDOW_BYTES else len(window)
+        position += max(len(window) - overlap, 1) if len(window) == WINDOW_BYTES else len(window)
 
 
 def checked_encoding(name: str) -> str:
@@ -81,66 +83,48 @@ def checked_encoding(name: str) -> str:
 
 
 def _mark_bad(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Put a byte 0xFF, which UTF-8 does not have, for bytes that cannot be decoded and for half a character."""
+    """Put BAD_BYTE for bytes that cannot be decoded and for half a character."""
     if isinstance(error, UnicodeDecodeError):
         return HALF_FOR_BAD, error.end
     assert isinstance(error, UnicodeEncodeError)
-    return b"\xff" * (error.end - error.start), error.end
+    return BAD_BYTE * (error.end - error.start), error.end
 
 
 codecs.register_error(MARK_BAD, _mark_bad)
 
 
-class _Recoded(io.RawIOBase):
-    """A stream of another encoding as UTF-8, with a byte 0xFF for all that is not in that encoding."""
-
-    def __init__(self, stream: Any, encoding: str) -> None:
-        self._stream = stream
-        self._decoder = codecs.getincrementaldecoder(encoding)(MARK_BAD)
-        self._ended = False
-
-    def read(self, size: int = -1) -> bytes:
-        """Return the next bytes, more or fewer than `size` but never many; none at the end."""
-        while not self._ended:
-            raw = self._stream.read(size)
-            self._ended = not raw
-            try:
-                text = self._decoder.decode(raw, final=self._ended)
-            except UnicodeError:  # without a byte order mark, nothing can be decoded
-                text, self._ended = HALF_FOR_BAD, True
-            if text:
-                return text.encode("utf-8", MARK_BAD)
-        return b""
+def _chunks(source: Source, file: BinaryIO) -> Iterator[bytes]:
+    """Yield the content in UTF-8, with BAD_BYTE for all that is not in the encoding of the source."""
+    if source.compression == ".zst":
+        chunks = zstd_chunks(source, file)
+    else:
+        stream = gzip.GzipFile(fileobj=file) if source.compression else file
+        chunks = iter(lambda: stream.read(CHUNK_BYTES), b"")
+    if not source.options.encoding:
+        yield from chunks
+        return
+    try:
+        for text in codecs.iterdecode(chunks, source.options.encoding, MARK_BAD):
+            yield text.encode("utf-8", MARK_BAD)
+    except UnicodeError:  # without a byte order mark, nothing can be decoded
+        yield BAD_BYTE
 
 
-class ZstdStream(io.RawIOBase):
-    """Zstandard frames as a stream that, unlike the package's own, notices a missing end."""
+def zstd_chunks(source: Source, file: BinaryIO) -> Iterator[bytes]:
+    """Yield the content of Zstandard frames. Raises DataError, also for a missing end, unlike the package's reader."""
+    import zstandard
 
-    def __init__(self, source: Source, file: BinaryIO) -> None:
-        import zstandard
-
-        self._error = zstandard.ZstdError
-        self._context = zstandard.ZstdDecompressor(max_window_size=2**31)
-        self._frame = self._context.decompressobj()
-        self._source = source
-        self._file = file
-        self._started = False
-        self._rest = b""
-
-    def read(self, size: int = -1) -> bytes:
-        """Return the next bytes, more or fewer than `size` but never many; none at the end. Raises DataError."""
-        while packed := self._rest or self._file.read(sizes.ZSTD_BYTES):
-            try:
-                self._started = True
-                plain: bytes = self._frame.decompress(packed)
-            except self._error as error:
-                raise DataError(f"{self._source.name}: damaged or cut short ({error})") from None
-            self._rest = b""
-            if self._frame.eof:
-                self._rest, self._started = self._frame.unused_data, False
-                self._frame = self._context.decompressobj()
-            if plain:
-                return plain
-        if self._started:
-            raise DataError(f"{self._source.name}: damaged or cut short (its last frame has no end)")
-        return b""
+    frames = zstandard.ZstdDecompressor(max_window_size=2**31)
+    frame, is_open, packed = frames.decompressobj(), False, b""
+    while packed := packed or file.read(ZSTD_BYTES):
+        try:
+            plain = frame.decompress(packed)
+        except zstandard.ZstdError as error:
+            raise DataError(f"{source.name}: damaged or cut short ({error})") from None
+        is_open, packed = not frame.eof, frame.unused_data
+        if frame.eof:
+            frame = frames.decompressobj()
+        if plain:
+            yield plain
+    if is_open:
+        raise DataError(f"{source.name}: damaged or cut short (its last frame has no end)")

@@ -1,23 +1,19 @@
-"""For the PYTHONPATH of scripts under test, after the project.
+"""For the PYTHONPATH of scripts under test, after the project: torchrun is forked by the server of the tests.
 
-torchrun is forked by the server of the tests; without FORK_SERVER it runs here, and forks its ranks.
+With FORK_LAUNCHER the launcher is forked instead, and forks its torchrun: a launcher that looks for the children of its
+torchrun must be its parent.
 """
 
 import os
 import sys
 
-# Its place in the command line: python [-u] .../torchrun, or python -m torch.distributed.run.
-_launcher = 2 if sys.orig_argv[1][:1] == "-" else 1
-if not sys.orig_argv[_launcher].endswith(("/torchrun", "torch.distributed.run")):
-    _launcher = 0
-if _launcher and os.environ.get("FORK_SERVER"):
+# Its place in the command line: python [-u] .../torchrun, or python [-u] -m MODULE.
+_program = 2 if sys.orig_argv[1][:1] == "-" else 1
+_forked = ("distgpt.launch",) if os.environ.get("FORK_LAUNCHER") else ("/torchrun", "torch.distributed.run")
+if sys.orig_argv[_program].endswith(_forked):
     from tests.forking.relay import relay
 
     try:
-        relay(os.environ["FORK_SERVER"], sys.orig_argv[_launcher + 1 :])
+        relay(os.environ["FORK_SERVER"], sys.orig_argv[_program:])
     finally:
         os._exit(70)  # Python would go on after an error here
-elif _launcher:
-    from tests.forking.ranks import fork_ranks
-
-    fork_ranks()

@@ -1,13 +1,14 @@
 """A file of input, and the pieces that it is cut into.
 
 A text file is one document, or several with a separator between them; an object of JSON or a row of Parquet is one
-document each. A source is cut into pieces of about sizes.UNIT_BYTES of text, and a worker holds one of them at a time.
-A longer text file continues over several pieces.
+document each. A worker holds one piece at a time. A longer text file continues over several pieces.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
+
+UNIT_BYTES = 8 * 2**20  # of text in a piece, about
 
 Format = Literal["text", "separated", "jsonl", "json", "parquet"]
 Compression = Literal["", ".gz", ".zst"]
@@ -26,7 +27,7 @@ class ReadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file of input. Messages call it `name`. With `validates`, it was named as validation text.
+    """One file of input, or standard input if `path` is empty. Messages call it `name`. `validates`: not for training.
 
     "separated" is text with a separator between documents, "json" has objects in an array or over several lines.
     """
@@ -96,9 +97,8 @@ def content_of(source: Source, documents: Iterable[Checked], digest: bytes, sepa
     texts, bad = [], []
     for number, (text, reason) in enumerate(documents):
         if reason:
-            is_replaced = source.options.on_bad == "replace" and text != ""
-            bad.append(BadDocument(number, reason, is_replaced))
-            text = text if is_replaced else ""
+            text = text if source.options.on_bad == "replace" else ""
+            bad.append(BadDocument(number, reason, replaced=text != ""))
         texts.append(text)
     return Content(texts, digest, bad, separators)
 

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 
 from distgpt.checkpoint.manifest import manifest_bytes
-from distgpt.checkpoint.retention import best_checkpoint, prunable, require_space
+from distgpt.checkpoint.store import best_checkpoint, prunable, require_space
 from distgpt.errors import StorageError
 
 

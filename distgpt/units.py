@@ -1,0 +1,19 @@
+"""Numbers as people read them. Imports no torch."""
+
+SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
+
+
+def size_text(number: float) -> str:
+    """Return a number of bytes in its largest unit: 1.5 GiB, 12.0 MiB, 0.3 KiB."""
+    unit, size = next((unit for unit in SIZES if number >= unit[1]), SIZES[-1])
+    return f"{number / size:.1f} {unit}"
+
+
+def ranks_text(count: int) -> str:
+    """Return a number of ranks: 1 rank, 2 ranks."""
+    return f"{count} rank{'s' * (count > 1)}"
+
+
+def count_text(number: float) -> str:
+    """Return a number with three digits if it is below 100, else as a whole one: 0.123, 12.3, 12,345."""
+    return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
