@@ -100,8 +100,9 @@ class Attention(nn.Module):
         self.dropout = config.dropout
         rows = (self.n_head + 2 * self.n_kv_head) * self.head_size
         self.qkv = nn.Linear(config.n_embd, rows, bias=config.qkv_bias)
-        self.q_norm = RMSNorm(self.head_size, eps=RMSNORM_EPS) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_size, eps=RMSNORM_EPS) if config.qk_norm else None
+        eps = config.norm_eps or RMSNORM_EPS
+        self.q_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
         self.output = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
         self.output_dropout = nn.Dropout(config.dropout)
 
@@ -338,6 +339,17 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def with_explicit_sizes(config: ModelConfig) -> ModelConfig:
+    """Return the config of the same network without the zeros that stand for a size that follows from others."""
+    eps = RMSNORM_EPS if config.norm == "rmsnorm" else LAYERNORM_EPS
+    return dataclasses.replace(
+        config,
+        n_kv_head=config.n_kv_head or config.n_head,
+        mlp_hidden=mlp_width(config),
+        norm_eps=config.norm_eps or eps,
+    )
+
+
 def mlp_width(config: ModelConfig) -> int:
     """Return F. SwiGLU has three matrices, not two, so 8/3 C gives as many parameters as 4 C (Shazeer 2020)."""
     if config.mlp_hidden:
@@ -350,8 +362,8 @@ def mlp_width(config: ModelConfig) -> int:
 def make_norm(config: ModelConfig) -> nn.Module:
     """Build the normalization over C that the config selects."""
     if config.norm == "rmsnorm":
-        return RMSNorm(config.n_embd, eps=RMSNORM_EPS)
-    return LayerNorm(config.n_embd, eps=LAYERNORM_EPS, bias=config.bias)
+        return RMSNorm(config.n_embd, eps=config.norm_eps or RMSNORM_EPS)
+    return LayerNorm(config.n_embd, eps=config.norm_eps or LAYERNORM_EPS, bias=config.bias)
 
 
 def rope_tables(positions_T: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
