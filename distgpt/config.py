@@ -408,9 +408,11 @@ def require_divisible_batch(config: Config, ranks: int) -> None:
         )
 
 
-def with_absolute_data(config: Config) -> Config:
-    """Return the config with an absolute data.path, so that a run finds its data from any directory."""
-    return replace(config, data=replace(config.data, path=os.path.abspath(config.data.path)))
+def with_absolute_paths(config: Config) -> Config:
+    """Return the config with absolute data.path and init.from, so that a run finds both from any directory."""
+    data = replace(config.data, path=os.path.abspath(config.data.path))
+    init = replace(config.init, from_=config.init.from_ and os.path.abspath(config.init.from_))
+    return replace(config, data=data, init=init)
 
 
 def value_at(config: Config, key: str) -> Any:

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from distgpt.checkpoint.checkpointer import Checkpointer
 from distgpt.checkpoint.interval import SaveInterval
-from distgpt.config import Config, to_toml, with_absolute_data
+from distgpt.config import Config, to_toml, with_absolute_paths
 from distgpt.corpus.shards import Dataset, open_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.distributed.collectives import grad_norm_of, reduce_scalars, weights_are_finite
@@ -50,7 +50,7 @@ def main(config: Config) -> None:
     paths, rank, health = RunPaths(config.run_dir), int(os.environ.get("RANK", "0")), config.health
     with RunSession(paths, rank) as session, Watchdog(session, health) as watchdog:
         watchdog.heartbeat("checking the start", health.start_timeout)
-        runtime, dataset, config = this_rank(), open_dataset(Path(config.data.path)), with_absolute_data(config)
+        runtime, dataset, config = this_rank(), open_dataset(Path(config.data.path)), with_absolute_paths(config)
         plan = make_plan(config, runtime, vocab_size=dataset.vocab_size)
         startup.check_rank(config, plan, dataset, session, watchdog)
         if rank == 0:

@@ -41,7 +41,7 @@ def load_initial_weights(
     state = get_model_state_dict(model)
     if is_weights(path):
         layout = layout_of(plain=is_plain(path))
-        reader = _Reader(WeightFiles(path), read_model(path), layout, state, vocab_size=dataset.vocab_size)
+        reader = WeightsReader(WeightFiles(path), read_model(path), layout, state, vocab_size=dataset.vocab_size)
         dcp.load(state, storage_reader=reader, no_dist=True)  # else ranks exchange pickles
         line = f"starting from the weights in {path}"
     else:
@@ -68,7 +68,7 @@ def _choose_on_rank_zero(path: Path, choice: str, plan: Plan) -> Path:
     return Path(answer["checkpoint"])
 
 
-class _Reader(dcp.StorageReader):
+class WeightsReader(dcp.StorageReader):
     """Reads the part of each parameter that a rank holds from files of another layout."""
 
     def __init__(
@@ -118,13 +118,13 @@ class _Reader(dcp.StorageReader):
         for item in plan.items:
             ranges = [range(at, at + count) for at, count in zip(item.storage_offsets, item.lengths, strict=True)]
             target = planner.resolve_tensor(item).detach()
-            target.copy_(self._read(item.storage_index.fqn, *ranges))
+            target.copy_(self.read_parameter(item.storage_index.fqn, *ranges))
             planner.commit_tensor(item, target)
         done: Future[None] = Future()
         done.set_result(None)
         return done
 
-    def _read(self, parameter: str, rows: range, *columns: range) -> Tensor:
+    def read_parameter(self, parameter: str, rows: range, *columns: range) -> Tensor:
         """Read these rows of a parameter, and these columns if it is a matrix."""
         stored = self._stored[parameter]
         value = torch.zeros(len(rows), *map(len, columns))

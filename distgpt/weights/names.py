@@ -40,7 +40,7 @@ TRANSPOSED = ("attention.qkv.weight", "attention.output.weight", "mlp.up.weight"
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a parameter is stored: its rows are those of the tensors `names`, one after the other.
+    """The place of a parameter: its rows are those of the tensors `names`, one after the other.
 
     `rows`: of each tensor, if there are several. `transposed`: the rows are the columns of the one tensor.
     """

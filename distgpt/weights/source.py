@@ -8,7 +8,7 @@ from typing import Any
 
 from distgpt.checkpoint.choice import NEWEST, choose, is_checkpoint
 from distgpt.checkpoint.manifest import STATE, RunState, committed, path_of, read_state
-from distgpt.config import Config, ModelConfig, from_dict
+from distgpt.config import Config, ModelConfig, check, from_dict
 from distgpt.errors import DataError, UsageError
 from distgpt.run.paths import RunPaths
 from distgpt.weights.architectures import read_config_json
@@ -64,7 +64,12 @@ def read_model(directory: Path) -> ModelConfig:
     if not isinstance(content, dict):
         raise DataError(f"{file} is not an object of JSON")
     source = str(file)
-    return from_dict(content, source=source).model if is_plain(directory) else read_config_json(content, source=source)
+    model = from_dict(content, source=source).model if is_plain(directory) else read_config_json(content, source=source)
+    try:
+        check(Config(model=model))
+    except UsageError as error:
+        raise UsageError(f"{file}: {error}") from None
+    return model
 
 
 def is_plain(directory: Path) -> bool:
