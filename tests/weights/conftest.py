@@ -8,18 +8,18 @@ import torch
 
 from distgpt.corpus.shards import Dataset
 from tests.checkpoint.checkpoints import trainee
-from tests.weights.shapes import SHAPES
+from tests.weights.shapes import OTHERS, SHAPES
 
 
 @pytest.fixture(scope="session")
 def run_of(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Return a run of one of SHAPES with steps 1 and 2. Do not change these directories."""
+    """Return a run of one of SHAPES or OTHERS, with steps 1 and 2. Do not change these directories."""
     made: dict[str, Path] = {}
 
     def make(shape: str) -> Path:
         if shape not in made:
             made[shape] = tmp_path_factory.mktemp("runs") / shape
-            subject = trainee(made[shape], dataset, *SHAPES[shape])
+            subject = trainee(made[shape], dataset, *(SHAPES | OTHERS)[shape])
             draw = torch.Generator().manual_seed(8)
             for step in (1, 2):
                 with torch.no_grad():

@@ -15,6 +15,11 @@ SHAPES = {
     "qwen2": (*_SIZES, *_ROPE, "--model.bias=false", "--model.qkv_bias=true", "--model.n_kv_head=1"),
     "qwen3": (*_SIZES, *_ROPE, *_NONE, "--model.qk_norm=true", "--model.n_kv_head=2", "--model.vocab_multiple=64"),
 }
+# Models that no standard architecture computes: squared ReLU with RoPE and QK-norm, and a bias in the head.
+OTHERS = {
+    "quickstart": (*_SIZES, *_ROPE, *_NONE, "--model.qk_norm=true", "--model.mlp=relu2", "--model.vocab_multiple=16"),
+    "seed": (*_SIZES, "--model.head_bias=true"),
+}
 CLASSES = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"} | {
     "qwen3": "Qwen3ForCausalLM"
 }

@@ -23,7 +23,7 @@ from distgpt.weights.fit import check_initial_weights
 from distgpt.weights.initial import WeightsReader, load_initial_weights
 from distgpt.weights.names import layout_of
 from distgpt.weights.source import model_of_start
-from tests.weights.shapes import SHAPES
+from tests.weights.shapes import OTHERS, SHAPES
 from tests.weights.test_export import export
 
 transformers = pytest.importorskip("transformers")
@@ -63,6 +63,23 @@ def test_an_exported_model_comes_back(
     with torch.no_grad():
         assert (model(tokens_BT) - former(tokens_BT)).abs().max() < 1e-6
     assert not model.token_embedding.weight[dataset.vocab_size :].any()
+
+
+@pytest.mark.parametrize("shape", [*OTHERS, "gpt2"])
+def test_any_model_comes_back_from_a_plain_export(
+    shape: str, run_of: Callable[[str], Path], dataset: Dataset, tmp_path: Path
+) -> None:
+    exported = export(run_of(shape), tmp_path / "exported", "--format=plain")
+    files = {"README.md", "config.toml", "model.safetensors", "tokenizer.json"}
+    assert {file.name for file in exported.iterdir()} == files
+    model, (former, _, _) = (
+        started(config_from(exported, tmp_path / "run"), dataset),
+        load_for_inference(run_of(shape), CPU),
+    )
+    assert model.config == former.config
+    tokens_BT = torch.randint(0, VOCABULARY, (3, 24), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert torch.equal(model(tokens_BT), former(tokens_BT))
 
 
 GPT2 = {"n_layer": 2, "n_head": 2, "n_embd": 16, "n_positions": 24, "vocab_size": VOCABULARY}
