@@ -38,15 +38,15 @@ POSITIVE = (
     *("health.timeout", "health.start_timeout", "health.eval_timeout", "health.checkpoint_timeout"),
 )
 NOT_NEGATIVE = (
-    *("model.n_kv_head", "model.norm_eps", "model.mlp_hidden", "model.loss_chunk", "optim.min_lr"),
+    *("model.n_kv_head", "model.head_size", "model.norm_eps", "model.mlp_hidden", "model.loss_chunk", "optim.min_lr"),
     *("optim.warmup_steps", "optim.weight_decay", "optim.grad_clip", "train.micro_batch", "parallel.shard"),
     *("eval.every", "eval.sample_tokens", "checkpoint.every", "health.skip_z"),
 )
 # Larger than any model or batch, and small enough to try all divisors quickly.
 MAX_SIZE = 2**24
 BOUNDED = (
-    *("model.n_layer", "model.n_head", "model.n_kv_head", "model.n_embd", "model.mlp_hidden", "model.block_size"),
-    *("model.vocab_multiple", "train.global_batch", "train.micro_batch"),
+    *("model.n_layer", "model.n_head", "model.n_kv_head", "model.head_size", "model.n_embd", "model.mlp_hidden"),
+    *("model.block_size", "model.vocab_multiple", "train.global_batch", "train.micro_batch"),
 )
 
 # Names of keys and presets in other trainers, each with the one to suggest.
@@ -109,6 +109,7 @@ class ModelConfig:
     n_head: int = option(6, "attention heads per block")
     n_kv_head: int = option(0, "key and value heads, each shared by a group of attention heads (GQA); 0: n_head")
     n_embd: int = option(384, "width of the residual stream")
+    head_size: int = option(0, "width of each attention head; 0: n_embd / n_head")
     block_size: int = option(256, "context length in tokens")
     dropout: float = option(0.0, "dropout probability of attention weights and of both residual branches")
     position: Literal["learned", "rope"] = option("learned", "position encoding")
@@ -131,6 +132,11 @@ class ModelConfig:
     vocab_multiple: int = option(1, "pad the vocabulary to a multiple of this number (64 is fast on GPUs)")
     document_mask: bool = option(False, "let tokens attend within their own document only")
     loss_chunk: int = option(0, "compute logits and loss for this many tokens at a time, saves memory; 0: all at once")
+
+    @property
+    def size_of_heads(self) -> int:
+        """The width of each attention head."""
+        return self.head_size or self.n_embd // self.n_head
 
 
 @dataclass(frozen=True)
@@ -366,12 +372,13 @@ def check(config: Config) -> None:
         _require(value <= MAX_SIZE, f"{key} is {value}: it must be at most {MAX_SIZE:,}")
     seed = config.run.seed
     _require(abs(seed) < 2**62, f"run.seed is {seed}: it must be between -2^62 and 2^62")
-    _require_divisor(config, "model.n_head", of="model.n_embd")
+    if not model.head_size:
+        _require_divisor(config, "model.n_head", of="model.n_embd")
     _require_divisor(config, "model.n_kv_head", of="model.n_head")
     _require_divisor(config, "train.micro_batch", of="train.global_batch")
     if model.position == "rope":
-        head_size = model.n_embd // model.n_head
-        _require(head_size % 2 == 0, f"rope needs an even head size, but model.n_embd / model.n_head is {head_size}")
+        size = model.size_of_heads
+        _require(size % 2 == 0, f"rope needs an even head size, but it is {size}")
     for key in ("model.dropout", "optim.beta1", "optim.beta2", "parallel.outer_momentum"):
         value = value_at(config, key)
         _require(0.0 <= value < 1.0, f"{key} is {value}: it must be at least 0 and below 1")

@@ -257,7 +257,7 @@ def test_negative_values_are_refused_and_zero_is_not(key: str) -> None:
         ),
         (
             ["--model.position=rope", "--model.n_embd=18"],
-            "rope needs an even head size, but model.n_embd / model.n_head is 3",
+            "rope needs an even head size, but it is 3",
         ),
         (["--model.dropout=1"], "model.dropout is 1.0: it must be at least 0 and below 1"),
         (["--model.dropout=-0.1"], "model.dropout is -0.1: it must be at least 0 and below 1"),

@@ -31,6 +31,8 @@ def architecture_of(model: ModelConfig) -> str:
             f"model.norm is {model.norm}, and GPT-2 has layernorm": model.norm != "layernorm",
             f"model.mlp is {model.mlp}, and GPT-2 has gelu or relu": model.mlp not in GPT2_ACTIVATIONS,
             "model.qk_norm is true, and GPT-2 has none": model.qk_norm,
+            "model.head_size is not model.n_embd / model.n_head, as in GPT-2": model.size_of_heads * model.n_head
+            != model.n_embd,
             "model.n_kv_head is not model.n_head, and GPT-2 has no grouped heads": model.n_kv_head
             not in (0, model.n_head),
         }
@@ -92,7 +94,7 @@ def config_json(model: ModelConfig, *, vocab_size: int, eot_id: int | None) -> d
         "num_hidden_layers": model.n_layer,
         "num_attention_heads": model.n_head,
         "num_key_value_heads": model.n_kv_head,
-        "head_dim": model.n_embd // model.n_head,
+        "head_dim": model.head_size,
         "hidden_size": model.n_embd,
         "intermediate_size": model.mlp_hidden,
         "max_position_embeddings": model.block_size,
@@ -172,6 +174,7 @@ def _read_llama(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, b
         "n_head": heads,
         "n_kv_head": content.get("num_key_value_heads") or heads,
         "n_embd": width,
+        "head_size": head_size,
         "block_size": content["max_position_embeddings"],
         "position": "rope",
         "rope_theta": theta,
@@ -189,7 +192,6 @@ def _read_llama(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, b
     return values, {
         f"its activation is {activation}": activation != "silu",
         f"its rotary frequencies are scaled ({scaling})": scaling != "default",
-        f"its heads have {head_size} values, not hidden_size / num_attention_heads": head_size * heads != width,
         "its attention has biases and its feed-forward network has none, or the reverse": attention_bias != mlp_bias,
         "its attention has a sliding window": bool(content.get("use_sliding_window")),
     }

@@ -20,7 +20,7 @@ from distgpt.weights.source import find_state, is_plain, is_weights, model_of_st
 
 # Keys that decide what the weights compute; the others of model.* only matter in training.
 COMPUTED = (
-    *("n_layer", "n_head", "n_kv_head", "n_embd", "position", "norm", "norm_eps", "mlp", "mlp_hidden"),
+    *("n_layer", "n_head", "n_kv_head", "head_size", "n_embd", "position", "norm", "norm_eps", "mlp", "mlp_hidden"),
     *("qkv_bias", "bias", "qk_norm", "tied_head"),
 )
 # Masks and rotary frequencies, which older files hold as well.

@@ -81,7 +81,6 @@ def stored_as_standard(parameter: str, model: ModelConfig) -> Stored:
     module, _, kind = module.rpartition(".")
     is_gpt2 = model.position == "learned"
     names = tuple(f"{name.format(layer)}.{kind}" for name in (GPT2_NAMES if is_gpt2 else LLAMA_NAMES)[module])
-    head_size = model.n_embd // model.n_head
     heads = (model.n_head, *[model.n_kv_head or model.n_head] * 2)
-    rows = tuple(count * head_size for count in heads) if len(names) > 1 else ()
+    rows = tuple(count * model.size_of_heads for count in heads) if len(names) > 1 else ()
     return Stored(names, rows, transposed=is_gpt2 and f"{module}.{kind}" in TRANSPOSED)

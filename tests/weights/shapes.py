@@ -13,6 +13,7 @@ SHAPES = {
     "llama": (*_SIZES, *_ROPE, *_NONE, "--model.n_kv_head=2", "--model.norm_eps=1e-5", "--model.rope_theta=5000"),
     "llama with biases": (*_SIZES, *_ROPE, "--model.bias=true", "--model.tied_head=true"),
     "qwen2": (*_SIZES, *_ROPE, "--model.bias=false", "--model.qkv_bias=true", "--model.n_kv_head=1"),
+    "qwen3 with wide heads": (*_SIZES, *_ROPE, *_NONE, "--model.qk_norm=true", "--model.head_size=12"),
     "qwen3": (*_SIZES, *_ROPE, *_NONE, "--model.qk_norm=true", "--model.n_kv_head=2", "--model.vocab_multiple=64"),
 }
 # Models that no standard architecture computes: squared ReLU with RoPE and QK-norm, and a bias in the head.

@@ -100,6 +100,7 @@ MODELS: dict[str, Any] = {
         transformers.LlamaConfig(**LLAMA, rope_parameters={"rope_type": "default", "rope_theta": 500.0})
     ),
     "qwen2": lambda: transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**LLAMA)),
+    "qwen3 with wide heads": lambda: transformers.Qwen3ForCausalLM(transformers.Qwen3Config(**LLAMA, head_dim=24)),
     "qwen3": lambda: transformers.Qwen3ForCausalLM(
         transformers.Qwen3Config(**LLAMA, head_dim=8, tie_word_embeddings=True)
     ),
@@ -254,10 +255,10 @@ def test_rows_that_pad_the_vocabulary_are_left_out(
         ({"num_hidden_layers": "many"}, "model.n_layer is 'many'"),
         ({"hidden_act": "gelu"}, "its activation is gelu"),
         ({"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4}}, "its rotary frequencies are scaled (llama3)"),
-        ({"head_dim": 16}, "its heads have 16 values, not hidden_size / num_attention_heads"),
+        ({"head_dim": 7}, "rope needs an even head size, but it is 7"),
         ({"attention_bias": True}, "its attention has biases and its feed-forward network has none"),
         ({"quantization_config": {"bits": 4}}, "its weights are quantized"),
-        ({"num_attention_heads": None}, "is not valid"),
+        ({"num_attention_heads": None, "head_dim": None}, "is not valid"),
         ({"num_key_value_heads": 3}, "config.json: model.n_kv_head is 3, which does not divide model.n_head = 4"),
         (
             {"intermediate_size": 64},
