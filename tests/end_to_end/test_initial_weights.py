@@ -51,6 +51,10 @@ def test_a_run_starts_from_weights_of_transformers_and_reads_them_once(
         ("blocks.1.mlp.down.weight", theirs["transformer.h.1.mlp.c_proj.weight"].T),
     ):
         assert torch.equal(ours[f"model.{name}"], expected), name
+    if strategy == "single":
+        replayed = jobs.command("replay", run, "--step=1")
+        assert "from      the initial weights" in replayed.stdout, replayed
+        assert f"replayed  loss {jobs.losses(run)[1]:.5}" in replayed.stdout
     shutil.rmtree(source)
     again = jobs.train(RANKS[strategy], *arguments, "--train.steps=2")
     assert again.code == 0, again
