@@ -38,18 +38,19 @@ def check_initial_weights(config: Config, dataset: Dataset) -> None:
     if is_weights(path):
         files, theirs = WeightFiles(path), read_model(path)
         vocab_size = require_shapes(files, theirs, layout_of(plain=is_plain(path)))
-        differences = [*_different_models(theirs, config.model), *_different_vocabularies(path, vocab_size, dataset)]
+        models = list(_different_models(theirs, config.model))
+        vocabularies = list(_different_vocabularies(path, vocab_size, dataset))
     else:
         state, checkpoint = find_state(path, choice)
         theirs = model_of_state(state, checkpoint)
-        differences = list(_different_models(theirs, config.model, "block_size", "vocab_multiple"))
+        models, vocabularies = list(_different_models(theirs, config.model, "block_size", "vocab_multiple")), []
         if state.tokenizer_sha256 != dataset.meta["tokenizer"]["sha256"] or state.vocab_size != dataset.vocab_size:
-            differences += _different_vocabularies(checkpoint, state.vocab_size, dataset)
-    if differences:
-        raise UsageError(
-            f"init.from: the weights in {path} do not fit this run: {'; '.join(differences)}; leave out presets and "
-            f"keys of model.* to take the model of the weights, and prepare the data with their tokenizer"
-        )
+            path, vocabularies = checkpoint, list(_different_vocabularies(checkpoint, state.vocab_size, dataset))
+    fixes = ["leave out the presets and keys of model.* that say otherwise"] if models else []
+    fixes += [f"prepare the data with --tokenizer {path}"] if vocabularies else []
+    if fixes:
+        differences = "; ".join([*models, *vocabularies])
+        raise UsageError(f"init.from: the weights in {path} do not fit this run: {differences}: {', and '.join(fixes)}")
 
 
 def require_shapes(files: WeightFiles, model: ModelConfig, layout: Layout) -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import gguf
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -50,11 +51,11 @@ def test_transformers_computes_the_same_logits_and_text(
     assert expected.std() > 0.05, "the logits say nothing"
     assert found.shape == expected.shape
     assert (found - expected).abs().max() < 1e-5
-    texts = []
-    for prompt in tokens_BT[:, :4]:
-        ids = generate(ours, prompt.tolist(), max_tokens=20, temperature=0.0, generator=torch.Generator())
-        texts.append([*prompt.tolist(), *ids])
-        assert theirs.generate(prompt[None], max_new_tokens=20, do_sample=False)[0].tolist() == texts[-1]
+    prompts, texts = tokens_BT[:, :4], []
+    for prompt in prompts.tolist():
+        ids = generate(ours, prompt, max_tokens=20, temperature=0.0, generator=torch.Generator())
+        texts.append([*prompt, *ids])
+    assert theirs.generate(prompts, max_new_tokens=20, do_sample=False).tolist() == texts
     assert len({token for text in texts for token in text[4:]}) > 3, texts
 
 
@@ -130,7 +131,6 @@ def test_the_files_say_what_the_model_is(run_of: Callable[[str], Path], dataset:
 @pytest.mark.parametrize("shape", ["gpt2", "llama", "qwen2", "qwen3"])
 def test_llama_cpp_knows_every_tensor(shape: str, run_of: Callable[[str], Path], tmp_path: Path) -> None:
     """Its converter renames tensors by the map of the package gguf, and refuses a model with another one."""
-    gguf = pytest.importorskip("gguf")
     names = WeightFiles(export(run_of(shape), tmp_path / "exported")).names
     known = gguf.get_tensor_name_map(getattr(gguf.MODEL_ARCH, shape.upper()), 2)
     assert [name for name in names if known.get_name(name, (".weight", ".bias")) is None] == []
