@@ -41,8 +41,7 @@ from distgpt.training import startup, summary
 from distgpt.training.evaluation import evaluate, sample_text
 from distgpt.training.report import StepReporter, explain_outlier, total_peak_flops
 from distgpt.training.step import StopCheck, accumulate_gradients, apply_update
-from distgpt.weights.fit import check_initial_weights
-from distgpt.weights.initial import load_initial_weights
+from distgpt.weights import fit, initial
 
 
 def main(config: Config) -> None:
@@ -53,8 +52,7 @@ def main(config: Config) -> None:
         runtime, dataset, config = this_rank(), open_dataset(Path(config.data.path)), with_absolute_paths(config)
         plan = make_plan(config, runtime, vocab_size=dataset.vocab_size)
         startup.check_rank(config, plan, dataset, session, watchdog)
-        if rank == 0:
-            check_initial_weights(config, dataset)
+        fit.check_initial_weights(config, dataset, rank)
         with process_group(runtime, timeout=health.collective_timeout, on_store=watchdog.connect):
             startup.check_agreement(config, plan, dataset, session, watchdog)
             train(config, plan, dataset, session, watchdog)
@@ -87,7 +85,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     watchdog.heartbeat("restoring", health.start_timeout)
     start = session.step = checkpoints.restore()
     if checkpoints.restored is None and config.init.from_:
-        session.say(load_initial_weights(config, plan, dataset, model, outer))
+        session.say(initial.load_initial_weights(config, plan, dataset, model, outer))
     if start >= last:
         session.say(summary.nothing_to_do_message(config, start))
         return

@@ -43,9 +43,7 @@ SOME_TESTS = "tests/launch/test_environment.py::test_some_tests_start_without_a_
 OTHER_TORCH = "tests/launch/test_environment.py::test_another_torch_has_an_environment_of_its_own"
 TABLES = "tests/test_docs.py::test_the_tables_of_keys_and_presets_are_up_to_date"
 HOOKS = "tests/test_docs.py::test_the_hooks_check_what_all_tests_check"
-FROM_WEIGHTS = (
-    "tests/end_to_end/test_initial_weights.py::test_a_run_starts_from_weights_of_transformers_and_reads_them_once"
-)
+FROM_WEIGHTS = "tests/end_to_end/test_weights.py::test_a_run_starts_from_weights_of_transformers_and_reads_them_once"
 HARNESS = "tests/weights/test_lm_eval.py::test_its_accuracy_is_that_of_our_likelihoods"
 COVERED = {
     'hf download openai-community/gpt2 --include "*.json" "*.safetensors" --local-dir models/gpt2': FROM_WEIGHTS,

@@ -27,12 +27,13 @@ COMPUTED = (
 NOT_WEIGHTS = re.compile(r".*\battn\.(bias|masked_bias)|.*\brotary_emb\.inv_freq")
 
 
-def check_initial_weights(config: Config, dataset: Dataset) -> None:
-    """Raise UsageError with each difference unless the weights that init.from names fit the model and the data.
+def check_initial_weights(config: Config, dataset: Dataset, rank: int) -> None:
+    """Check on rank 0 that the weights which init.from names fit the model and the data. No rank has joined yet.
 
-    A run that has checkpoints goes on from those. Raises DataError if the files cannot be read.
+    A run that has checkpoints goes on from those. Raises UsageError with each difference, DataError if the files
+    cannot be read.
     """
-    if not config.init.from_ or committed(RunPaths(config.run_dir).checkpoints):
+    if rank or not config.init.from_ or committed(RunPaths(config.run_dir).checkpoints):
         return
     path, choice = parse(config.init.from_)
     if is_weights(path):

@@ -1,4 +1,4 @@
-"""Whole runs that start from weights of transformers and of other runs."""
+"""Whole runs that start from weights of transformers and of other runs, and their export."""
 
 import json
 import shutil
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from tests import jobs
 from tests.end_to_end.conftest import ARGUMENTS, RANKS, Trained, tiny
@@ -81,3 +82,21 @@ def test_weights_of_another_shape_are_one_line(gpt2: Path, prepared: Path, tmp_p
     assert ended.traceback == []
     assert f"the weights in {gpt2} do not fit this run: model.n_layer is 2 there and 3 here" in ended.error_lines[0]
     assert jobs.exit_report(tmp_path)["code"] == 2
+
+
+def test_what_two_ranks_have_sharded_is_exported(whole: Callable[[str], Trained], tmp_path: Path) -> None:
+    source = whole("fsdp")
+    done = jobs.command("export", source.run, tmp_path / "plain", "--format=plain")
+    assert (done.code, done.stderr) == (0, ""), done
+    assert done.stdout == f"wrote step 60 of {source.run} to {tmp_path / 'plain'}\n"
+    saved = jobs.tensors(source.last)
+    exported = load_file(tmp_path / "plain" / "model.safetensors")
+    assert exported.keys() == {name.removeprefix("model.") for name in saved if name.startswith("model.")}
+    assert all(torch.equal(tensor, saved[f"model.{name}"]) for name, tensor in exported.items())
+
+
+def test_a_model_without_a_standard_architecture_is_one_line(whole: Callable[[str], Trained], tmp_path: Path) -> None:
+    done = jobs.command("export", whole("fsdp").run, tmp_path / "exported")
+    assert (done.code, done.stdout, len(done.error_lines)) == (2, "", 1), done
+    assert "model.head_bias is true, and no output projection there has a bias" in done.stderr
+    assert list(tmp_path.iterdir()) == []
