@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -17,7 +18,7 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_mo
 from torch.futures import Future
 
 from distgpt.checkpoint.choice import choose
-from distgpt.checkpoint.manifest import step_of
+from distgpt.checkpoint.manifest import one_line, step_of
 from distgpt.checkpoint.reader import read_tensors
 from distgpt.config import Config, ModelConfig
 from distgpt.corpus.shards import Dataset
@@ -42,7 +43,13 @@ def load_initial_weights(
     if is_weights(path):
         layout = layout_of(plain=is_plain(path))
         reader = WeightsReader(WeightFiles(path), read_model(path), layout, state, vocab_size=dataset.vocab_size)
-        dcp.load(state, storage_reader=reader, no_dist=True)  # else ranks exchange pickles
+        try:
+            dcp.load(state, storage_reader=reader, no_dist=True)  # else ranks exchange pickles
+        except dcp.CheckpointException as error:
+            cause, _ = next(iter(error.failures.values()))
+            if not isinstance(cause, SafetensorError | DataError):
+                raise
+            raise DataError(f"{path} cannot be read: {one_line(cause)}") from None
         line = f"starting from the weights in {path}"
     else:
         checkpoint = _choose_on_rank_zero(path, choice, plan)

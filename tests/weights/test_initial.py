@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from distgpt.checkpoint.reader import load_for_inference
@@ -302,6 +303,19 @@ def test_damaged_files_are_told(damage: str, dataset: Dataset, tmp_path: Path) -
         index.write_text(json.dumps(content))
     with pytest.raises(DataError, match=str(index if damage == "outside" else file)):
         check_initial_weights(config, dataset, 0)
+
+
+def test_files_that_become_unreadable_are_told(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved("gpt2", tmp_path / "theirs")
+
+    def fail(self: WeightFiles, name: str, *ranges: range) -> torch.Tensor:
+        raise SafetensorError("I/O error: Stale file handle")
+
+    monkeypatch.setattr(WeightFiles, "read", fail)
+    with pytest.raises(DataError, match="theirs cannot be read: I/O error: Stale file handle"):
+        started(config_from(tmp_path / "theirs", tmp_path / "run"), dataset)
 
 
 def test_a_path_that_is_nothing_is_told(tmp_path: Path) -> None:
