@@ -23,6 +23,7 @@ from distgpt.files import user_path
 from distgpt.run.exit_report import exit_if_restart_cannot_help
 from distgpt.run.paths import RunPaths
 from distgpt.torchrun import RANK_ZERO_SECONDS, die_with_agent, place_in_job, print_cause
+from distgpt.weights.source import model_of_start
 
 T = TypeVar("T")
 
@@ -41,7 +42,7 @@ def run(command: str) -> NoReturn:
 def train_options(arguments: Sequence[str]) -> tuple[Config]:
     """Read the config of a run, and make this rank die with its torchrun. Raises UsageError."""
     die_with_agent()
-    config = config_from_command_line(arguments, prog="distgpt.train", about=TRAIN_ABOUT)
+    config = config_from_command_line(arguments, prog="distgpt.train", about=TRAIN_ABOUT, model_of=model_of_start)
     place_in_job()
     exit_if_restart_cannot_help(RunPaths(config.run_dir))
     return (config,)
@@ -55,7 +56,7 @@ def doctor_options(arguments: Sequence[str]) -> tuple[Config, bool]:
         f"{DISTRIBUTED_FLAG}, under torchrun: also check that all hosts fit together, and name a slow link or host."
     )
     config_arguments = [argument for argument in arguments if argument != DISTRIBUTED_FLAG]
-    config = config_from_command_line(config_arguments, prog="distgpt.doctor", about=about)
+    config = config_from_command_line(config_arguments, prog="distgpt.doctor", about=about, model_of=model_of_start)
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if distributed and not under_torchrun:
         torchrun = f"torchrun --nproc_per_node=2 -m distgpt.doctor {DISTRIBUTED_FLAG}"
@@ -150,6 +151,21 @@ def check_sample_options(parser: argparse.ArgumentParser, options: argparse.Name
         parser.error(f"--samples is {options.samples}, but all texts are the same with --temperature=0")
 
 
+def export_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
+    """Parse the options of distgpt.export. Raises UsageError."""
+    parser = Parser(
+        prog="python -m distgpt.export",
+        description="Write the model of a checkpoint for Hugging Face transformers, and for what reads its files.",
+    )
+    parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
+    parser.add_argument("output", type=user_path, metavar="DIR", help="directory to make")
+    add_option(parser, default="the newest good one")
+    formats = "transformers: as GPT-2, Llama, Qwen2 or Qwen3; plain: under our own names (default: transformers)"
+    parser.add_argument("--format", choices=("transformers", "plain"), default="transformers", help=formats)
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export, in one step")
+    return (parser.parse_args(arguments),)
+
+
 def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     """Parse the options of distgpt.replay. Raises UsageError."""
     parser = Parser(
@@ -213,5 +229,6 @@ OPTIONS: dict[str, Callable[[Sequence[str]], tuple[Any, ...]]] = {
     "doctor": doctor_options,
     "evaluate": evaluate_options,
     "sample": sample_options,
+    "export": export_options,
     "replay": replay_options,
 }

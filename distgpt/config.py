@@ -11,7 +11,7 @@ import os
 import re
 import sys
 import tomllib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ ENVIRONMENT_PREFIX = "DISTGPT_"
 TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
-PATHS = ("run.dir", "data.path")
+PATHS = ("run.dir", "data.path", "init.from")
 POSITIVE = (
     *("model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.vocab_multiple", "model.rope_theta"),
     *("optim.lr", "optim.eps", "train.steps", "train.global_batch", "parallel.outer_every", "parallel.outer_lr"),
@@ -38,15 +38,15 @@ POSITIVE = (
     *("health.timeout", "health.start_timeout", "health.eval_timeout", "health.checkpoint_timeout"),
 )
 NOT_NEGATIVE = (
-    *("model.n_kv_head", "model.mlp_hidden", "model.loss_chunk", "optim.min_lr", "optim.warmup_steps"),
-    *("optim.weight_decay", "optim.grad_clip", "train.micro_batch", "parallel.shard"),
+    *("model.n_kv_head", "model.head_size", "model.norm_eps", "model.mlp_hidden", "model.loss_chunk", "optim.min_lr"),
+    *("optim.warmup_steps", "optim.weight_decay", "optim.grad_clip", "train.micro_batch", "parallel.shard"),
     *("eval.every", "eval.sample_tokens", "checkpoint.every", "health.skip_z"),
 )
 # Larger than any model or batch, and small enough to try all divisors quickly.
 MAX_SIZE = 2**24
 BOUNDED = (
-    *("model.n_layer", "model.n_head", "model.n_kv_head", "model.n_embd", "model.mlp_hidden", "model.block_size"),
-    *("model.vocab_multiple", "train.global_batch", "train.micro_batch"),
+    *("model.n_layer", "model.n_head", "model.n_kv_head", "model.head_size", "model.n_embd", "model.mlp_hidden"),
+    *("model.block_size", "model.vocab_multiple", "train.global_batch", "train.micro_batch"),
 )
 
 # Names of keys and presets in other trainers, each with the one to suggest.
@@ -97,11 +97,19 @@ class DataConfig:
 
 
 @dataclass(frozen=True)
+class InitConfig:
+    from_: str = option(
+        "", "weights that a new run starts from: a directory of safetensors, a run or RUN@STEP; empty: random ones"
+    )
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     n_layer: int = option(6, "number of transformer blocks")
     n_head: int = option(6, "attention heads per block")
     n_kv_head: int = option(0, "key and value heads, each shared by a group of attention heads (GQA); 0: n_head")
     n_embd: int = option(384, "width of the residual stream")
+    head_size: int = option(0, "width of each attention head; 0: n_embd / n_head")
     block_size: int = option(256, "context length in tokens")
     dropout: float = option(0.0, "dropout probability of attention weights and of both residual branches")
     position: Literal["learned", "rope"] = option("learned", "position encoding")
@@ -109,6 +117,7 @@ class ModelConfig:
     norm: Literal["layernorm", "rmsnorm"] = option(
         "layernorm", "normalization before attention, the feed-forward network and the head"
     )
+    norm_eps: float = option(0.0, "added to the variance in normalizations; 0: 1e-5 for layernorm, 1e-6 for rmsnorm")
     mlp: Literal["relu", "gelu", "relu2", "swiglu"] = option("relu", "activation of the feed-forward network")
     mlp_hidden: int = option(0, "width of the feed-forward network; 0: 4 n_embd (swiglu: 8/3 n_embd, rounded up to 64)")
     qkv_bias: bool = option(False, "use biases in the query, key and value projections")
@@ -123,6 +132,11 @@ class ModelConfig:
     vocab_multiple: int = option(1, "pad the vocabulary to a multiple of this number (64 is fast on GPUs)")
     document_mask: bool = option(False, "let tokens attend within their own document only")
     loss_chunk: int = option(0, "compute logits and loss for this many tokens at a time, saves memory; 0: all at once")
+
+    @property
+    def size_of_heads(self) -> int:
+        """The width of each attention head."""
+        return self.head_size or self.n_embd // self.n_head
 
 
 @dataclass(frozen=True)
@@ -218,6 +232,7 @@ class Config:
 
     run: RunConfig = RunConfig()
     data: DataConfig = DataConfig()
+    init: InitConfig = InitConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
     train: TrainConfig = TrainConfig()
@@ -233,8 +248,10 @@ class Config:
         return Path(self.run.dir) if self.run.dir else Path("runs") / Path(self.data.path).resolve().name
 
 
-def config_from_command_line(arguments: Sequence[str], *, prog: str, about: str) -> Config:
-    """Resolve the command line of a command that takes a config.
+def config_from_command_line(
+    arguments: Sequence[str], *, prog: str, about: str, model_of: Callable[[Config], ModelConfig] | None = None
+) -> Config:
+    """Resolve the command line of a command that takes a config; `model_of` as for resolve().
 
     Prints and exits with 0 for --help and --print-config. Raises UsageError for a config that cannot work.
     """
@@ -242,16 +259,33 @@ def config_from_command_line(arguments: Sequence[str], *, prog: str, about: str)
         print(help_text(prog, about))
         sys.exit(0)
     print_only = "--print-config" in arguments
-    config = resolve([a for a in arguments if a != "--print-config"], os.environ)
+    config = resolve([a for a in arguments if a != "--print-config"], os.environ, model_of=model_of)
     if print_only:
         print(to_toml(config), end="")
         sys.exit(0)
     return config
 
 
-def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
-    """Build the Config from presets, files and flags in `arguments`, and from `environment`. Raises UsageError."""
-    config = Config()
+def resolve(
+    arguments: Sequence[str],
+    environment: Mapping[str, str],
+    *,
+    model_of: Callable[[Config], ModelConfig] | None = None,
+) -> Config:
+    """Build the Config from presets, files and flags in `arguments`, and from `environment`.
+
+    `model_of` returns the model of the weights that init.from names, whose values take the place of the defaults.
+    Raises UsageError, and what `model_of` raises.
+    """
+    config = _resolve(Config(), arguments, environment)
+    if model_of is not None and config.init.from_:
+        config = _resolve(Config(model=model_of(config)), arguments, environment)
+    check(config)
+    return config
+
+
+def _resolve(config: Config, arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
+    """Set in `config` the values of the presets, files and flags in `arguments`, and of `environment`."""
     files, flags = _split_arguments(arguments)
     for file in files:
         config = _with_values(config, _read_toml(file), source=file)
@@ -265,7 +299,6 @@ def resolve(arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
             config = _with_value(config, key, user_path(value_at(config, key)), source=key)
         except UsageError as error:
             raise UsageError(f"{key}: {error}") from None
-    check(config)
     return config
 
 
@@ -276,12 +309,20 @@ def preset_names() -> list[str]:
 
 def keys() -> list[str]:
     """Return every `section.key`, in order."""
-    return [f"{s.name}.{k.name}" for s in dataclasses.fields(Config) for k in dataclasses.fields(_section_type(s.name))]
+    return [f"{section.name}.{name}" for section in dataclasses.fields(Config) for name in fields_of(section.name)]
+
+
+def fields_of(section: str) -> dict[str, dataclasses.Field[Any]]:
+    """Return the fields of a section by the names of their keys: the field of init.from is `from_`, as Python needs."""
+    return {field.name.removesuffix("_"): field for field in dataclasses.fields(_section_type(section))}
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
     """Return the config as nested dicts of plain values."""
-    return dataclasses.asdict(config)
+    return {
+        section.name: {name: value_at(config, f"{section.name}.{name}") for name in fields_of(section.name)}
+        for section in dataclasses.fields(Config)
+    }
 
 
 def from_dict(tree: Mapping[str, Any], *, source: str) -> Config:
@@ -309,11 +350,11 @@ def help_text(prog: str, about: str) -> str:
     width = max(map(len, keys())) + 4
     for section in dataclasses.fields(Config):
         lines.append("")
-        for key in dataclasses.fields(_section_type(section.name)):
+        for name, key in fields_of(section.name).items():
             kind = get_type_hints(_section_type(section.name))[key.name]
             choices = f" [{'|'.join(get_args(kind))}]" if get_origin(kind) is Literal else ""
-            name = f"--{section.name}.{key.name}"
-            lines.append(f"  {name:<{width}}{key.metadata['help']}{choices} (default: {_format_default(key.default)})")
+            flag = f"--{section.name}.{name}"
+            lines.append(f"  {flag:<{width}}{key.metadata['help']}{choices} (default: {_format_default(key.default)})")
     return "\n".join(lines)
 
 
@@ -331,12 +372,13 @@ def check(config: Config) -> None:
         _require(value <= MAX_SIZE, f"{key} is {value}: it must be at most {MAX_SIZE:,}")
     seed = config.run.seed
     _require(abs(seed) < 2**62, f"run.seed is {seed}: it must be between -2^62 and 2^62")
-    _require_divisor(config, "model.n_head", of="model.n_embd")
+    if not model.head_size:
+        _require_divisor(config, "model.n_head", of="model.n_embd")
     _require_divisor(config, "model.n_kv_head", of="model.n_head")
     _require_divisor(config, "train.micro_batch", of="train.global_batch")
     if model.position == "rope":
-        head_size = model.n_embd // model.n_head
-        _require(head_size % 2 == 0, f"rope needs an even head size, but model.n_embd / model.n_head is {head_size}")
+        size = model.size_of_heads
+        _require(size % 2 == 0, f"rope needs an even head size, but it is {size}")
     for key in ("model.dropout", "optim.beta1", "optim.beta2", "parallel.outer_momentum"):
         value = value_at(config, key)
         _require(0.0 <= value < 1.0, f"{key} is {value}: it must be at least 0 and below 1")
@@ -373,15 +415,17 @@ def require_divisible_batch(config: Config, ranks: int) -> None:
         )
 
 
-def with_absolute_data(config: Config) -> Config:
-    """Return the config with an absolute data.path, so that a run finds its data from any directory."""
-    return replace(config, data=replace(config.data, path=os.path.abspath(config.data.path)))
+def with_absolute_paths(config: Config) -> Config:
+    """Return the config with absolute data.path and init.from, so that a run finds both from any directory."""
+    data = replace(config.data, path=os.path.abspath(config.data.path))
+    init = replace(config.init, from_=config.init.from_ and os.path.abspath(config.init.from_))
+    return replace(config, data=data, init=init)
 
 
 def value_at(config: Config, key: str) -> Any:
     """Return the value of `section.key`."""
     section, name = key.split(".")
-    return getattr(getattr(config, section), name)
+    return getattr(getattr(config, section), fields_of(section)[name].name)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -486,7 +530,7 @@ def _with_values(config: Config, tree: Mapping[str, Any], *, source: str) -> Con
 def _with_value(config: Config, key: str, value: Any, *, source: str) -> Config:
     parsed = _parse(value, _type_of(key, source=source), key, source)
     section, name = key.split(".")
-    changed = dataclasses.replace(getattr(config, section), **{name: parsed})
+    changed = dataclasses.replace(getattr(config, section), **{fields_of(section)[name].name: parsed})
     return dataclasses.replace(config, **{section: changed})
 
 
@@ -497,7 +541,7 @@ def _type_of(key: str, *, source: str) -> Any:
         where = "" if source.lstrip("-").startswith(key) else f" (in {source})"
         raise UsageError(f"unknown key {key}{where}: {hint}")
     section, name = key.split(".")
-    return get_type_hints(_section_type(section))[name]
+    return get_type_hints(_section_type(section))[fields_of(section)[name].name]
 
 
 def _nearest_keys(key: str) -> list[str]:

@@ -79,8 +79,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     inputs = "files, folders, patterns, or - for standard input (one text, or JSON)"
     add("--input", nargs="+", type=user_path, metavar="PATH", help=inputs)
     add("--output", type=_path, metavar="DIR", help=f"directory to make (default without --input: {DEFAULT_OUTPUT})")
-    kinds = "characters; bytes; BPE learned from this text; GPT-2's; a tokenizer.json or .tiktoken (default: char)"
-    add("--tokenizer", type=user_path, default="char", metavar="char|bytes|bpe|gpt2|FILE", help=kinds)
+    kinds = (
+        "characters; bytes; BPE learned from this text; GPT-2's; a tokenizer.json or a directory with one; "
+        "a .tiktoken (default: char)"
+    )
+    add("--tokenizer", type=user_path, default="char", metavar="char|bytes|bpe|gpt2|FILE|DIR", help=kinds)
     add("--vocab-size", type=int, metavar="N", help=f"ids of bpe, end-of-text included (default: {DEFAULT_VOCAB_SIZE})")
     validation = parser.add_mutually_exclusive_group().add_argument
     validation("--val-fraction", type=float, default=0.1, metavar="F", help="share for validation (default: 0.1)")

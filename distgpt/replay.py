@@ -40,6 +40,7 @@ from distgpt.run.paths import RunPaths
 from distgpt.telemetry.metrics import read_metrics
 from distgpt.training.startup import open_data_of_run, training_batches
 from distgpt.training.step import accumulate_gradients, apply_update
+from distgpt.weights.initial import load_initial_weights
 
 
 @dataclass(frozen=True)
@@ -137,6 +138,8 @@ def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> Non
     outliers = OutlierFilter(config.health)
     if start.checkpoint is not None:
         TrainingState(model, optimizer, outliers).load(start.checkpoint)
+    elif config.init.from_:
+        load_initial_weights(config, plan, dataset, model, None)
     origin = start.checkpoint.name if start.checkpoint else "the initial weights"
     print(f"from      {origin}, {str(plan.dtype).removeprefix('torch.')} on {runtime.device.type}", flush=True)
 

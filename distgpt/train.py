@@ -20,7 +20,7 @@ from pathlib import Path
 from distgpt.checkpoint.checkpointer import Checkpointer
 from distgpt.checkpoint.interval import SaveInterval
 from distgpt.checkpoint.reader import TrainingState
-from distgpt.config import Config, to_toml, with_absolute_data
+from distgpt.config import Config, to_toml, with_absolute_paths
 from distgpt.corpus.shards import Dataset, open_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.distributed.collectives import grad_norm_of, reduce_scalars, weights_are_finite
@@ -42,6 +42,7 @@ from distgpt.training import startup, summary
 from distgpt.training.evaluation import evaluate, sample_text
 from distgpt.training.report import StepReporter, explain_outlier, peak_tokens_per_second
 from distgpt.training.step import StopCheck, accumulate_gradients, apply_update
+from distgpt.weights import fit, initial
 
 
 def main(config: Config) -> None:
@@ -49,9 +50,10 @@ def main(config: Config) -> None:
     paths, rank, health = RunPaths(config.run_dir), int(os.environ.get("RANK", "0")), config.health
     with RunSession(paths, rank) as session, Watchdog(session, health) as watchdog:
         watchdog.heartbeat("checking the start", health.start_timeout)
-        runtime, dataset, config = this_rank(), open_dataset(Path(config.data.path)), with_absolute_data(config)
+        runtime, dataset, config = this_rank(), open_dataset(Path(config.data.path)), with_absolute_paths(config)
         plan = make_plan(config, runtime, vocab_size=dataset.vocab_size)
         startup.check_rank(config, plan, dataset, session, watchdog)
+        fit.check_initial_weights(config, dataset, rank)
         with process_group(runtime, timeout=health.collective_timeout, on_store=watchdog.connect):
             startup.check_agreement(config, plan, dataset, session, watchdog)
             train(config, plan, dataset, session, watchdog)
@@ -74,6 +76,8 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     session.say(summary.describe(config, plan, dataset, model))
     watchdog.heartbeat("restoring", health.start_timeout)
     start = session.step = checkpoints.restore()
+    if checkpoints.restored is None and config.init.from_:
+        session.say(initial.load_initial_weights(config, plan, dataset, model, outer))
     if start >= last:
         session.say(summary.nothing_to_do_message(config, start))
         return

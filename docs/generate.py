@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from distgpt.config import NOT_NEGATIVE, POSITIVE, Config, preset_names, resolve
+from distgpt.config import NOT_NEGATIVE, POSITIVE, Config, fields_of, preset_names, resolve
 from distgpt.model.gpt import count_parameters
 
 FILE = Path(__file__).with_name("configuration.md")
@@ -59,13 +59,15 @@ def all_keys() -> str:
     for section in dataclasses.fields(Config):
         kind = get_type_hints(Config)[section.name]
         parts += [f"### {section.name}", "", "| key | default | values | meaning |", "|---|---|---|---|"]
-        parts += [_row(section.name, key, get_type_hints(kind)[key.name]) for key in dataclasses.fields(kind)]
+        parts += [
+            _row(f"{section.name}.{name}", key, get_type_hints(kind)[key.name])
+            for name, key in fields_of(section.name).items()
+        ]
         parts.append("")
     return "\n".join(parts)
 
 
-def _row(section: str, key: dataclasses.Field[Any], kind: Any) -> str:
-    name = f"{section}.{key.name}"
+def _row(name: str, key: dataclasses.Field[Any], kind: Any) -> str:
     default = f"`{_shown(key.default)}`" if _shown(key.default) else "empty"
     cells = (f"`{name}`", default, _values(kind, name), key.metadata["help"])
     return f"| {' | '.join(cell.replace('|', '&#124;').replace('<', '&lt;') for cell in cells)} |"

@@ -58,7 +58,7 @@ SPLIT_BY_TEST = (
 # Start no training and wait for nothing: the tests of launch/test.sh --fast.
 FAST = (
     *("model/", "corpus/", "distributed/", "run/", "checkpoint/", "health/", "telemetry/", "training/", "preflight/"),
-    *("test_config.py", "test_cli.py", "test_presets.py", "launch/test_policy.py", "launch/test_slurm.py"),
+    *("weights/", "test_config.py", "test_cli.py", "test_presets.py", "launch/test_policy.py", "launch/test_slurm.py"),
 )
 BUT_NOT = ("health/test_watchdog.py", "training/test_evaluation.py", "run/test_lock.py", "corpus/test_workers.py")
 

@@ -1,8 +1,10 @@
 """The config: precedence, error messages for wrong values, and the output of the command line."""
 
+import json
 import os
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -257,7 +259,7 @@ def test_negative_values_are_refused_and_zero_is_not(key: str) -> None:
         ),
         (
             ["--model.position=rope", "--model.n_embd=18"],
-            "rope needs an even head size, but model.n_embd / model.n_head is 3",
+            "rope needs an even head size, but it is 3",
         ),
         (["--model.dropout=1"], "model.dropout is 1.0: it must be at least 0 and below 1"),
         (["--model.dropout=-0.1"], "model.dropout is -0.1: it must be at least 0 and below 1"),
@@ -335,3 +337,15 @@ def test_a_mistyped_key_is_one_line_and_exit_code_2_without_torch() -> None:
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "distgpt: error: unknown key model.nlayer: did you mean model.n_layer?\n"
+
+
+def test_the_model_of_the_weights_takes_the_place_of_the_defaults_without_torch(tmp_path: Path) -> None:
+    """A preset, a variable or a flag wins over it."""
+    sizes = {"n_layer": 5, "n_head": 2, "n_embd": 24, "n_positions": 64, "vocab_size": 9}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", **sizes}))
+    done = command_line(f"--init.from={tmp_path}", "--model.block_size=8", "--print-config")
+    assert done.returncode == 0, done.stderr
+    printed = tomllib.loads(done.stdout)
+    assert printed["init"] == {"from": str(tmp_path)}
+    found = {key: printed["model"][key] for key in ("n_layer", "n_head", "n_embd", "block_size", "mlp", "tied_head")}
+    assert found == {"n_layer": 5, "n_head": 2, "n_embd": 24, "block_size": 8, "mlp": "gelu", "tied_head": True}

@@ -15,6 +15,7 @@ import pytest
 
 import distgpt
 from distgpt.config import keys, resolve
+from distgpt.corpus.tokenizer.bpe import train_bpe
 from tests import jobs
 
 DOCS = (jobs.PROJECT / "README.md", *sorted(jobs.PROJECT.glob("docs/*.md")), jobs.PROJECT / "data" / "README.md")
@@ -43,7 +44,11 @@ SOME_TESTS = "tests/launch/test_environment.py::test_some_tests_start_without_a_
 OTHER_TORCH = "tests/launch/test_environment.py::test_another_torch_has_an_environment_of_its_own"
 TABLES = "tests/test_docs.py::test_the_tables_of_keys_and_presets_are_up_to_date"
 HOOKS = "tests/test_docs.py::test_the_hooks_check_what_all_tests_check"
+FROM_WEIGHTS = "tests/end_to_end/test_weights.py::test_a_run_starts_from_weights_of_transformers_and_reads_them_once"
+HARNESS = "tests/weights/test_lm_eval.py::test_its_accuracy_is_that_of_our_likelihoods"
 COVERED = {
+    'hf download openai-community/gpt2 --include "*.json" "*.safetensors" --local-dir models/gpt2': FROM_WEIGHTS,
+    "lm_eval --model hf --model_args pretrained=exported/modern --tasks hellaswag --device cpu": HARNESS,
     "./launch/quickstart.sh": QUICKSTART,
     "./launch/test.sh": ALL_TESTS,
     "launch/test.sh": ALL_TESTS,
@@ -87,6 +92,7 @@ NO_KEYS = {"--help", "--print-config", "--distributed"}
 # Options of other programs that the docs mention.
 FOREIGN_OPTIONS = {
     *("--nnodes", "--nproc_per_node", "--standalone", "--max-restarts", "--signals-to-handle", "--logdir"),
+    "--model_args",
     *("--mem", "--partition", "--account", "--gpus-per-node", "--time", "--signal", "--array", "--exclude"),
 }
 
@@ -145,6 +151,15 @@ def clone(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def save_gpt2(directory: Path) -> None:
+    """Save a random GPT-2 of the size of SMALL there, with a tokenizer, as transformers does."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = train_bpe(["Once upon a time " + "abcdefghij" * 20], 300).with_end_of_text()
+    sizes = {"n_layer": 1, "n_head": 2, "n_embd": 16, "n_positions": 16, "vocab_size": tokenizer.vocab_size}
+    transformers.GPT2LMHeadModel(transformers.GPT2Config(**sizes)).save_pretrained(directory)
+    (directory / "tokenizer.json").write_text(tokenizer.to_json())
+
+
 def run_in(clone: Path, script: str, *, data: Path) -> jobs.Ended:
     """Run a script of bash there up to the first command that fails; `data` is what a run without --data.path reads."""
     values = dict(setting.split("=") for setting in (*SMALL, f"data.path={data}"))
@@ -162,6 +177,8 @@ def test_each_command_runs_as_it_is_typed(clone: Path, file: Path, prepared: Pat
         if language == "python":
             (clone / f"block-{number}.py").write_text(text)
             script.append(f"python block-{number}.py")
+    if any("models/gpt2" in command for command in script):
+        save_gpt2(clone / "models" / "gpt2")
     if not any("--output data/mine" in command for command in script):  # a page on something else
         (clone / "data").mkdir()
         (clone / "data" / "mine").symlink_to(prepared)
@@ -223,7 +240,7 @@ def test_each_key_in_the_text_is_one() -> None:
 
 
 def test_each_option_in_the_text_is_one() -> None:
-    names = ("prepare", "sample", "evaluate", "replay", "doctor", "train")
+    names = ("prepare", "sample", "evaluate", "export", "replay", "doctor", "train")
     text = " ".join(jobs.command(name, "--help", **jobs.REAL).stdout for name in names)
     known = {*re.findall(r"--[\w-]+", text), *FOREIGN_OPTIONS, *NO_KEYS, "--fast"}
     for file, span in code_spans():

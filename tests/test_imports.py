@@ -13,7 +13,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("commands",),
     ("launch",),
     ("cli",),
-    ("training", "preflight"),
+    ("training", "preflight", "weights"),
     ("checkpoint", "telemetry"),
     ("health",),
     ("run",),
@@ -21,7 +21,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("model", "corpus"),
     ("ground",),
 )
-COMMANDS = {"train", "prepare", "evaluate", "sample", "replay", "doctor"}
+COMMANDS = {"train", "prepare", "evaluate", "sample", "export", "replay", "doctor"}
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 

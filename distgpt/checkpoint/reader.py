@@ -65,9 +65,14 @@ def load_for_inference(run: Path, device: torch.device, choice: str = NEWEST) ->
     require_model(checkpoint, config, state.vocab_size)
     model = GPT(config.model, state.vocab_size, state.eot_id)
     read_tensors({"model": model.state_dict()}, checkpoint)
+    return model.to(device).eval(), read_tokenizer(checkpoint, state), state
+
+
+def read_tokenizer(checkpoint: Path, state: RunState) -> Tokenizer:
+    """Load the tokenizer of a checkpoint. Raises DataError if it is not the one of its state."""
     if sha256_of(checkpoint / TOKENIZER) != state.tokenizer_sha256:
         raise DataError(f"{checkpoint / TOKENIZER} is not the one that the model was trained with")
-    return model.to(device).eval(), load_tokenizer(checkpoint / TOKENIZER), state
+    return load_tokenizer(checkpoint / TOKENIZER)
 
 
 def require_model(checkpoint: Path, config: Config, vocab_size: int) -> None:
@@ -120,10 +125,13 @@ class TrainingState:
         return get_optimizer_state_dict(self.model, self.optimizer, options=FLAT)
 
 
-def read_tensors(tensors: dict[str, Any], checkpoint: Path) -> None:
-    """Fill `tensors` in place; the checkpoint may be sharded in another way. Raises DataError or StorageError."""
+def read_tensors(tensors: dict[str, Any], checkpoint: Path, *, whole: dict[str, Any] | None = None) -> None:
+    """Fill `tensors` in place; the checkpoint may be sharded in another way. Raises DataError or StorageError.
+
+    `whole`: what the checkpoint must hold, if `tensors` are only a part of it.
+    """
     index = read_index(checkpoint)  # outside of dcp.load, which would wrap a DataError
-    require_tensors(index, tensors, checkpoint / INDEX)
+    require_tensors(index, tensors if whole is None else whole, checkpoint / INDEX)
     try:
         dcp.load(tensors, storage_reader=_Reader(checkpoint, index), no_dist=True)  # else ranks exchange pickles
     except dcp.CheckpointException as error:

@@ -113,20 +113,21 @@ class Attention(nn.Module):
         super().__init__()
         self.n_head = config.n_head
         self.n_kv_head = config.n_kv_head or config.n_head
-        self.head_size = config.n_embd // config.n_head
+        self.head_size = config.size_of_heads
         self.dropout = config.dropout
         rows = (self.n_head + 2 * self.n_kv_head) * self.head_size
         self.qkv = nn.Linear(config.n_embd, rows, bias=config.qkv_bias)
-        self.q_norm = RMSNorm(self.head_size, eps=RMSNORM_EPS) if config.qk_norm else None
-        self.k_norm = RMSNorm(self.head_size, eps=RMSNORM_EPS) if config.qk_norm else None
-        self.output = nn.Linear(config.n_embd, config.n_embd, bias=config.bias)
+        eps = config.norm_eps or RMSNORM_EPS
+        self.q_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
+        self.k_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
+        self.output = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=config.bias)
         self.output_dropout = nn.Dropout(config.dropout)
 
     def forward(
         self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: LayerCache | None
     ) -> Tensor:
         """Apply attention and the output projection to (B, T, C). The other arguments are those of Block.forward."""
-        B, T, C = x_BTC.shape
+        B, T, _ = x_BTC.shape
         H, K = self.n_head, self.n_kv_head
         qkv = self.qkv(x_BTC).view(B, T, H + 2 * K, self.head_size).transpose(1, 2)
         q_BHTD, k_BKTD, v_BKTD = qkv.split((H, K, K), dim=1)
@@ -151,8 +152,7 @@ class Attention(nn.Module):
                 is_causal=mask is None and k_BKTD.shape[2] == T,
                 enable_gqa=k_BKTD.shape[1] != H,
             )
-        y_BTC = y_BHTD.transpose(1, 2).reshape(B, T, C)
-        out: Tensor = self.output_dropout(self.output(y_BTC))
+        out: Tensor = self.output_dropout(self.output(y_BHTD.transpose(1, 2).flatten(2)))
         return out
 
 
@@ -303,15 +303,15 @@ class GPT(nn.Module):
 
         Each of the N weights in matrix products costs a multiplication and an addition forward, and twice that
         backward: 6 N. Attention computes Q K^T and its product with V: each costs 2 T C operations forward per token
-        and layer (T keys, H D = C). That is 4 L C T, and with the backward pass three times as much: 12 L C T (PaLM,
-        arXiv:2204.02311, appendix B, which also counts what the causal mask skips). Embeddings are look-ups and cost
-        nothing. The head counts, tied or not, without padding.
+        and layer (T keys; here C is H D). That is 4 L C T, and with the backward pass three times as much: 12 L C T
+        (PaLM, arXiv:2204.02311, appendix B, which also counts what the causal mask skips). Embeddings are look-ups and
+        cost nothing. The head counts, tied or not, without padding.
         """
         c = self.config
         outside = ("token_embedding.weight", "position_embedding.weight", "head.weight")
         matrices = sum(p.numel() for name, p in self.named_parameters() if p.ndim == 2 and name not in outside)
         head = self.vocab_size * c.n_embd
-        return 6.0 * (matrices + head) + 12.0 * c.n_layer * c.n_embd * c.block_size
+        return 6.0 * (matrices + head) + 12.0 * c.n_layer * c.n_head * c.size_of_heads * c.block_size
 
     def _attention_mask(self, tokens_BT: Tensor, positions_T: Tensor, cache: KVCache | None) -> Tensor | None:
         """Return True where a query may attend to a key, (T, S) or (B, 1, T, S); None if SDPA's causal mode suffices.
@@ -365,6 +365,18 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> int:
     return sum(p.numel() for p in model.parameters())
 
 
+def with_explicit_sizes(config: ModelConfig) -> ModelConfig:
+    """Return the config of the same network without the zeros that stand for a size that follows from others."""
+    eps = RMSNORM_EPS if config.norm == "rmsnorm" else LAYERNORM_EPS
+    return dataclasses.replace(
+        config,
+        n_kv_head=config.n_kv_head or config.n_head,
+        head_size=config.size_of_heads,
+        mlp_hidden=mlp_width(config),
+        norm_eps=config.norm_eps or eps,
+    )
+
+
 def mlp_width(config: ModelConfig) -> int:
     """Return F. SwiGLU has three matrices, not two, so 8/3 C gives as many parameters as 4 C (Shazeer 2020)."""
     if config.mlp_hidden:
@@ -377,13 +389,13 @@ def mlp_width(config: ModelConfig) -> int:
 def make_norm(config: ModelConfig) -> nn.Module:
     """Build the normalization over C that the config selects."""
     if config.norm == "rmsnorm":
-        return RMSNorm(config.n_embd, eps=RMSNORM_EPS)
-    return LayerNorm(config.n_embd, eps=LAYERNORM_EPS, bias=config.bias)
+        return RMSNorm(config.n_embd, eps=config.norm_eps or RMSNORM_EPS)
+    return LayerNorm(config.n_embd, eps=config.norm_eps or LAYERNORM_EPS, bias=config.bias)
 
 
 def rope_tables(positions_T: Tensor, config: ModelConfig) -> tuple[Tensor, Tensor]:
     """Return cosine and sine, (T, D/2) each, float32, of the rotary angles: position * theta^(-2i/D) for pair i."""
-    D = config.n_embd // config.n_head
+    D = config.size_of_heads
     pair = torch.arange(0, D, 2, dtype=torch.float32, device=positions_T.device)
     angle = positions_T.float()[:, None] * config.rope_theta ** (-pair / D)
     return angle.cos(), angle.sin()

@@ -38,6 +38,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "relu2": {"mlp": "relu2", "qk_norm": True, "bias": False},
     "documents": {"position": "rope", "document_mask": True, "n_kv_head": 1},
     "chunked": {"loss_chunk": 5},
+    "wide heads": {"head_size": 14, "position": "rope", "n_kv_head": 1},
 }
 
 

@@ -47,7 +47,7 @@ def exclusive(output: Path) -> Iterator[Path]:
     try:
         yield directory
     except DataError:
-        _clear(directory)
+        clear(directory)
         raise
     finally:
         (directory / STDIN_NAME).unlink(missing_ok=True)
@@ -109,14 +109,14 @@ def commit(directory: Path, output: Path) -> None:
         os.rename(output, directory / REPLACED)
         os.rename(staged, output)
     sync(output.parent)
-    _clear(directory)
+    clear(directory)
 
 
 def clear_leftovers(output: Path, job: Mapping[str, Any]) -> None:
     """Remove the staging directory of a committed job, unless another process holds it and will. Raises OSError."""
     if _job_of(directory_of(output)) == job:
         with suppress(DirectoryError), exclusive(output) as directory:
-            _clear(directory)
+            clear(directory)
 
 
 def recover(output: Path) -> None:
@@ -134,7 +134,7 @@ def exchange(first: Path, second: Path) -> bool:
     return renameat2 is not None and renameat2(*names, exchange_flag) == 0
 
 
-def _clear(directory: Path) -> None:
+def clear(directory: Path) -> None:
     """Remove everything but the lock from a staging directory. Raises OSError."""
     _remove(directory, {*os.listdir(directory)} - {LOCK_NAME})
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from distgpt.corpus.tokenizer.base import MAX_VOCAB_SIZE, Tokenizer
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer
+from distgpt.corpus.tokenizer.exported import characters_from
 from distgpt.corpus.tokenizer.huggingface import compact_json, parents, to_unicode
 from distgpt.corpus.tokenizer.simple import FORMAT, simple_from_json
 from distgpt.errors import DataError, StorageError, UsageError
@@ -46,7 +47,9 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def tokenizer_from_json(text: str) -> Tokenizer:
     """Return the tokenizer whose `to_json` this is. Raises DataError, or ValueError, KeyError, TypeError: bad JSON."""
     content = json.loads(text)
-    return simple_from_json(content) if content.get("format") == FORMAT else BpeTokenizer(text)
+    if content.get("format") == FORMAT:
+        return simple_from_json(content)
+    return characters_from(content) or BpeTokenizer(text)
 
 
 def given_tokenizer(name: str) -> Tokenizer | None:
