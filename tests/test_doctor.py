@@ -19,7 +19,7 @@ HASTY = """
 import os, sys
 from distgpt import config
 from distgpt.preflight import hosts
-hosts.LONGEST_SECONDS = 2.0
+hosts.MAX_PREFLIGHT_SECONDS = 2.0
 from distgpt import doctor
 sys.exit(doctor.main(config.resolve(sys.argv[1:], os.environ), distributed=True))
 """

@@ -20,7 +20,7 @@ import pytest
 
 from distgpt.checkpoint.store import Store
 from distgpt.errors import DirectoryError
-from distgpt.run.lock import BOOT_ID, LEASE, RENEWAL, RunLock, lock_holder, loss_message
+from distgpt.run.lock import BOOT_ID, LEASE, RENEWAL, RunLock, lock_holder, lost_directory_message
 from distgpt.run.paths import RunPaths
 from tests import jobs
 
@@ -46,7 +46,7 @@ with session.RunSession(RunPaths(directory), 0) as run:
         step += 1
         with suppress(OSError):
             run.require_owned()
-            store.open(step, 0)
+            store.create_staging(step, 0)
             run.require_owned()
             store.commit(step, {})
     raise Interrupted("told to")
@@ -180,7 +180,7 @@ def test_an_owner_that_wakes_up_after_a_takeover_writes_nothing_more(
         RunLock(paths, lease=0)
     lock = RunLock(paths, lease=0.5)
     assert lock.owner.fence == 2
-    Store(paths.checkpoints, lock.owner).remove_left_overs()
+    Store(paths.checkpoints, lock.owner).remove_leftovers()
     before = committed(paths), record(paths)
     owner.signal(signal.SIGCONT)
     code, stderr = owner.ended()
@@ -218,11 +218,11 @@ def test_an_owner_whose_lock_was_removed_ends(own: Callable[..., Process], paths
 
 def test_any_rank_can_check_the_owner(paths: RunPaths) -> None:
     first = RunLock(paths)
-    assert loss_message(paths, first.owner) is None
+    assert lost_directory_message(paths, first.owner) is None
     first.release()
-    assert loss_message(paths, first.owner) is None
+    assert lost_directory_message(paths, first.owner) is None
     second = RunLock(paths)
-    assert str(second.owner) in (loss_message(paths, first.owner) or "")
+    assert str(second.owner) in (lost_directory_message(paths, first.owner) or "")
     second.release()
 
 

@@ -305,11 +305,12 @@ def test_no_rank_outlives_its_torchrun() -> None:
 
 @jobs.linux_only
 def test_variables_of_torchrun_without_torchrun_are_refused_in_one_line() -> None:
-    alone = "from distgpt import torchrun; torchrun._torchrun_is_above = lambda pid: False; torchrun.die_with_agent()"
+    no_ancestor = "torchrun._may_have_torchrun_ancestor = lambda pid: False"
+    alone = f"from distgpt import torchrun; {no_ancestor}; torchrun.die_with_agent()"
     ended = jobs.run([sys.executable, "-c", alone], TORCHELASTIC_RUN_ID="x")
     assert ended.code == 2
     assert ended.error_lines == [
-        "distgpt: error: TORCHELASTIC_RUN_ID is set, but no torchrun is above this process: unset it"
+        "distgpt: error: TORCHELASTIC_RUN_ID is set, but no torchrun started this process: unset it"
     ], ended
 
 

@@ -61,4 +61,4 @@ def test_a_part_of_an_array_is_refused(cluster: Cluster, tmp_path: Path) -> None
     array = cluster.sbatch("--array=1-2", "--cpus-per-task=1", PREPARE, "--output", tmp_path / "array")
     for task in (f"{array}_1", f"{array}_2"):
         assert cluster.end_of(task)["ExitCode"] == "2:0"
-        assert "distgpt: error: the shares are those of --array=0-N, all of them" in cluster.log(task)
+        assert "distgpt: error: the array must be --array=0-N, with every task" in cluster.log(task)

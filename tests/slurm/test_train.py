@@ -69,7 +69,7 @@ def preemption(cluster: Cluster, job: str) -> None:
 def time_limit(cluster: Cluster, job: str) -> None:
     """Three minutes in all: less than `#SBATCH --signal` asks for."""
     cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=3")
-    cluster.wait_for(job, lambda: "SIGUSR1: asking for a save" in cluster.log(job))
+    cluster.wait_for(job, lambda: "SIGUSR1: asking the ranks to save" in cluster.log(job))
     cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
 
@@ -186,7 +186,7 @@ def test_what_cannot_succeed_ends_with_one_line(runs: Runs) -> None:
         runs.submit("always-killed", DISTGPT_ENV="container", TRIES="2"): (
             75,
             "2",
-            r"gave up after 2 attempts that got no further than no checkpoint.*",
+            r"gave up after 2 attempts without a new checkpoint \(newest: no checkpoint\).*",
         ),
         runs.submit("mistake", TRIES="x"): (2, "0", "TRIES=x: it must be a whole number from 1"),
         runs.submit("mistake", "--run.dri=x"): (2, "0", r"unknown key run\.dri: did you mean run\.dir\?"),
@@ -240,12 +240,12 @@ def test_a_job_that_never_trained_has_failed(runs: Runs) -> None:
     (work / "no-tasks").write_text(f"{known}srun() {{ true; }}\n")
     report = '{"code": 0, "step": 23, "cause": "done"}'
     (work / "too-early").write_text(f"{known}srun() {{ echo '{report}' >$DISTGPT_EXIT_FILE; }}\n")
-    ended_by = r"DISTGPT_ENV=\S+ ended the job by exit or set -e: it must come to its end"
-    gave_up = r"gave up after 1 attempts that got no further than no checkpoint.*"
+    ended_by = r"DISTGPT_ENV=\S+ ended the job by exit or set -e: it must run to its end"
+    gave_up = r"gave up after 1 attempts without a new checkpoint \(newest: no checkpoint\).*"
     endings = {
         "exits": (2, ended_by),
         "exits-on-nodes": (2, ended_by),
-        "says-nothing": (2, r"no python with distgpt's packages \(it says nothing\): DISTGPT_ENV=says-nothing must .*"),
+        "says-nothing": (2, r"no python with distgpt's packages \(no output\): DISTGPT_ENV=says-nothing must .*"),
         "no-tasks": (75, gave_up),
         "too-early": (75, gave_up),
     }
