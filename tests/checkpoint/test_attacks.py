@@ -348,7 +348,7 @@ def test_a_model_other_than_the_stored_one_is_not_allocated(run: Path, name: str
 
 
 def sign(checkpoint: Path) -> None:
-    """As sign_again(), where the manifest has our files alone and what they say may be nonsense."""
+    """Make the manifest agree with the files, as sign_again() does, if it lists files of a checkpoint only."""
     files = json.loads((checkpoint / MANIFEST).read_text())["files"]
     if all("/" not in name for name in files):
         try:

@@ -1,4 +1,4 @@
-"""A long thin link, as tc's netem makes one where the kernel has it: two TAP devices, and this process between them.
+"""A slow link with a long delay: two TAP devices, and this process between them. Not every kernel has tc's netem.
 
     python relay.py NAMESPACE DEVICE NAMESPACE DEVICE BYTES_PER_SECOND SECONDS
 
@@ -34,7 +34,7 @@ class Direction:
         self._bytes = 0
 
     def take(self) -> None:
-        """Take in what the source has to send."""
+        """Read the frames that the source has sent."""
         frame = os.read(self.source, LONGEST_FRAME)
         if self._bytes + len(frame) > BUFFER_BYTES:
             return
@@ -43,7 +43,7 @@ class Direction:
         self._bytes += len(frame)
 
     def deliver(self) -> float:
-        """Hand over what has arrived; seconds until the next one does."""
+        """Write the frames that are due; return the seconds until the next one is."""
         while self._waiting and self._waiting[0][0] <= time.monotonic():
             _, frame = self._waiting.popleft()
             self._bytes -= len(frame)
@@ -56,7 +56,7 @@ class Direction:
 
 
 def tap(space: str, name: str) -> int:
-    """A new TAP device in a network namespace, where this process then is."""
+    """Enter a network namespace and make a TAP device in it. Returns the device."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/run/netns/{space}") as handle:
         if libc.setns(handle.fileno(), CLONE_NEWNET):

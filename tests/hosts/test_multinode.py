@@ -1,4 +1,4 @@
-"""launch/multinode.sh on hosts of their own: it trains what one process trains, over slow and broken links too."""
+"""launch/multinode.sh on separate hosts learns what one process learns, also over slow and broken links."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ main_guard(lambda: RunLock(RunPaths(Path(sys.argv[1]))))
 
 @pytest.fixture(scope="session")
 def one_process(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of one process."""
+    """The run directory of a run of one process."""
 
     def train(directory: Path) -> None:
         done = jobs.command("train", *SHAPE, f"--data.path={prepared}", f"--run.dir={directory / 'run'}")
@@ -57,14 +57,14 @@ def has_no_rank(hosts: Network, host: str) -> bool:
 
 
 def finish(running: Mapping[str, jobs.Job]) -> dict[str, jobs.Ended]:
-    """All of them to their end, at once: none may wait for another to be read."""
+    """Wait for the end of all jobs. All are read at once, since a job that is not read blocks the others."""
     with ThreadPoolExecutor(len(running)) as pool:
         endings = {host: pool.submit(job.finish) for host, job in running.items()}
         return {host: ending.result() for host, ending in endings.items()}
 
 
 def assert_finished(endings: Mapping[str, jobs.Ended], run: Path, one_process: Path) -> None:
-    """Every host ended well, and the run is what one process makes of it."""
+    """Check that every host exited with 0, and that the run is that of one process."""
     for host, ended in endings.items():
         assert ended.code == 0, f"{host}: {ended}"
     assert_same_run(run, one_process)
@@ -192,7 +192,7 @@ def test_another_job_at_the_same_head_is_left_out(
 def test_hosts_that_cannot_reach_each_other_are_named(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path
 ) -> None:
-    """All reach the head, so torchrun starts; a process group would wait for its timeout and not say for whom."""
+    """All reach the head, so torchrun starts. A process group would time out without naming a host."""
     hosts = make_network(3)
     hosts.isolate("n2", "n3")
     endings = finish(multinode(hosts, [*SHAPE, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}"]))
@@ -232,7 +232,7 @@ def test_a_host_joins_is_lost_and_comes_back(
 def test_a_host_is_cut_off_for_good(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path
 ) -> None:
-    """The hardest one to lose: n1 has the lowest address, so rank 0 runs there, which writes and holds the lock."""
+    """The lost host is n1: it has the lowest address, so rank 0 runs there, which writes and holds the lock."""
     hosts, run = make_network(3), tmp_path / "run"
     arguments = [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}"]
     running = multinode(hosts, arguments, head="n2", nodes="2:3", **jobs.FORKED_LAUNCHER)
@@ -258,7 +258,7 @@ def test_a_host_is_cut_off_for_good(
 
 
 def test_a_link_that_heals(make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path) -> None:
-    """Three seconds are not noticed. After a longer cut each host ends its attempt in time, and they start again."""
+    """A cut of three seconds has no effect. After a longer one each host ends its attempt in time and starts again."""
     hosts, run = make_network(2), tmp_path / "run"
     running = multinode(
         hosts, [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}"], **jobs.FORKED_LAUNCHER
@@ -282,7 +282,7 @@ def test_a_link_that_heals(make_network: MakeNetwork, prepared: Path, tmp_path: 
 
 
 def owner(run: Path) -> str | None:
-    """The host of the process that holds the lock, or held it last."""
+    """Return the host of the process that holds the lock, or held it last."""
     try:
         return str(json.loads((run / "LOCK").read_text())["host"])
     except (OSError, ValueError):

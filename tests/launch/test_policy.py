@@ -1,4 +1,4 @@
-"""Endings of attempts, and what launchers do next."""
+"""Endings of attempts, and the next action of the launchers."""
 
 import json
 from pathlib import Path

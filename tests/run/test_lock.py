@@ -1,6 +1,6 @@
-"""One owner of a run directory at a time, on one host by the lock, between hosts by the lease, always by the fence.
+"""A run directory has one owner at a time: by the lock on one host, by the lease between hosts, always by the fence.
 
-Here another host is a process that is told of another boot id. With training jobs: tests/end_to_end/test_takeover.py.
+A process with another boot id stands for another host. With training jobs: tests/end_to_end/test_takeover.py.
 """
 
 import fcntl
@@ -63,7 +63,7 @@ class Process:
         self.process.send_signal(number)
 
     def ended(self) -> tuple[int, str]:
-        """Return its exit code and stderr."""
+        """Wait for its end. Returns its exit code and stderr."""
         stderr = self.process.communicate()[1]
         return self.process.returncode, stderr
 
@@ -135,7 +135,7 @@ def test_the_lock_is_free_after_the_owner_was_killed(own: Callable[..., Process]
 
 
 def test_an_owner_that_dies_slowly_is_waited_for(paths: RunPaths) -> None:
-    """A process that is killed in a write to a slow disk holds its lock until the write is done."""
+    """A process that is killed during a write to a slow disk holds its lock until the write is done."""
     lock = RunLock(paths)
     alive = paths.lock.read_bytes()
     lock.release()
@@ -256,7 +256,7 @@ def test_a_lease_outlasts_several_renewals() -> None:
 
 
 def test_the_file_of_an_older_version_is_read(tmp_path: Path) -> None:
-    """Its key for the renewals stays, so that no owner is taken for damage."""
+    """The key of the renewals keeps its old name, so that such a file does not count as damaged."""
     held = RunLock(RunPaths(tmp_path))
     record = json.loads((tmp_path / "LOCK").read_text())
     assert record.keys() == {"fence", "host", "boot", "pid", "started", "job", "attempt", "beat", "released"}

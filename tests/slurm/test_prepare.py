@@ -1,4 +1,4 @@
-"""slurm/prepare.sh on a real Slurm: an array of tasks writes what one process writes."""
+"""slurm/prepare.sh on a real Slurm: an array of tasks writes the same files as one process."""
 
 import json
 import random
@@ -12,7 +12,7 @@ PREPARE = jobs.PROJECT / "slurm" / "prepare.sh"
 
 
 def test_an_array_writes_what_one_process_writes(runs: Runs, tmp_path: Path) -> None:
-    """Also where Slurm asks a task to stop, or requeues one, in the middle of its share."""
+    """Slurm also stops one task, and requeues another one, in the middle of its share."""
     cluster, corpus = runs.cluster, tmp_path / "corpus.jsonl"
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 9))) for _ in range(1000)]
