@@ -1,5 +1,5 @@
-# Sourced by the scripts beside it, in a job, with $home set. Sets up the environment, and has the functions that end a job,
-# requeue it, and pass signals on. If $stop_signal is set, a signal to stop reaches the supervised command as that one.
+# Sourced by the scripts beside it, in a job, with $home set: sets up the environment, and has the functions that end a
+# job and requeue it. If $stop_signal is set, a request to stop is passed on to the supervised command as this signal.
 # shellcheck shell=bash disable=SC2034
 #
 # DISTGPT_ENV=FILE is a bash file that every node sources before it runs distgpt. It can load modules, activate a virtual
@@ -13,7 +13,7 @@ say() {
     echo "distgpt: $*" >&2
 }
 
-# fail CODE CAUSE: end the job, and do not requeue it. On a node, train.sh reads the cause from exit.json, as from a rank.
+# fail CODE CAUSE: end the job, and do not requeue it. In node.sh, report the cause in exit.json, as a rank does.
 fail() {
     local cause=${2//\\/\\\\}
     say "error: $2"
@@ -41,8 +41,8 @@ handle_term() {
     if [[ $(scontrol show job "$job") == *Reason=TimeLimit* ]] && scontrol requeue "$job"; then
         say "the time limit came before the end of the save; requeued to go on from the last checkpoint"
     fi
-    # Do not pass it on to srun, whose tasks get it from Slurm. A second signal makes torchrun stop waiting for its ranks,
-    # and a third one makes it end, with its ranks, before they have saved.
+    # Only prepare.sh, whose stop signal is TERM, passes SIGTERM on. In train.sh, Slurm itself sends it to the tasks of srun,
+    # and with more signals torchrun ends before its ranks have saved.
     if [[ $stop_signal == TERM ]]; then pass_on_stop; fi
 }
 
@@ -72,7 +72,7 @@ requeue() {
     elif [[ $(scontrol show job "$job") == *Requeue=0* ]]; then
         say "$1; this job cannot be requeued: submit it again to go on"
     else
-        # For example after a lost node, when Slurm has requeued the job already. A second job would then be one too many.
+        # For example after a lost node, when Slurm has requeued the job already. The user must not submit a second one.
         say "$1; Slurm refuses to requeue it now: submit it again only if squeue shows that it is gone"
     fi
     exit 75

@@ -5,8 +5,8 @@
 # Edit only the resources, here or as flags of sbatch. Some clusters want --partition, --account or --gpus-per-node=8.
 #SBATCH --job-name=distgpt
 #SBATCH --nodes=1
-# Whole nodes with all their CPUs and GPUs. Memory is the cluster's default, usually all of it. To change it, give sbatch
-# --mem=0 (all), --mem or --mem-per-cpu. None of them is here, since sbatch would then refuse another one.
+# Whole nodes with all their CPUs and GPUs. Memory is the cluster's default, usually all of it, or what you give sbatch as
+# --mem=0 (all), --mem or --mem-per-cpu. If one of these were set here, sbatch would refuse the others.
 #SBATCH --exclusive
 #SBATCH --time=24:00:00
 # So many seconds before the time limit, all ranks save and stop, and the job is requeued. It is also requeued after a
@@ -61,15 +61,15 @@ update_comment() {
 }
 
 # One task for each node. Without --cpu-bind=none, a cluster that binds tasks to CPUs would give the task only one.
-task_per_node=(srun --quiet --export=ALL --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1)
-if [[ $(scontrol show config) =~ TaskPlugin[\ =]+[a-z/,]*(affinity|cgroup) ]]; then task_per_node+=(--cpu-bind=none); fi
+srun_each_node=(srun --quiet --export=ALL --nodes="$SLURM_NNODES" --ntasks="$SLURM_NNODES" --ntasks-per-node=1)
+if [[ $(scontrol show config) =~ TaskPlugin[\ =]+[a-z/,]*(affinity|cgroup) ]]; then srun_each_node+=(--cpu-bind=none); fi
 
-# require_shared_directory: end the job if a node cannot write its log, since it does not see the directory of this node.
+# require_shared_directory: end the job if a node cannot write its log because it does not see the run directory.
 require_shared_directory() {
     local nodes_without_it
     # shellcheck disable=SC2016 # the other shell expands them
     # Ten times, since a network file system may show a new directory late.
-    nodes_without_it=$("${task_per_node[@]}" bash -c 'for _ in {1..10}; do
+    nodes_without_it=$("${srun_each_node[@]}" bash -c 'for _ in {1..10}; do
             if { : >>"$1/$SLURMD_NODENAME.log"; } 2>/dev/null; then exit; fi
             sleep 1
         done
@@ -92,7 +92,7 @@ run_on_all_nodes() {
     rm -f "$DISTGPT_EXIT_FILE"
     # --kill-on-bad-exit and --wait: if the module ends on one node, end it on all. --gpus-per-node: a step does not get the
     # GPUs of an exclusive job by itself.
-    supervise "${task_per_node[@]}" ${SLURM_GPUS_ON_NODE:+"--gpus-per-node=$SLURM_GPUS_ON_NODE"} \
+    supervise "${srun_each_node[@]}" ${SLURM_GPUS_ON_NODE:+"--gpus-per-node=$SLURM_GPUS_ON_NODE"} \
         --kill-on-bad-exit=1 --wait=60 bash "$home/slurm/node.sh" "$attempt_logs" "$@" || status=$?
     ending=$("${python[@]}" -m distgpt.launch slurm ending "$attempt_logs" "$run_dir" "$steps" "$1" "$status") || ending=
     read -r code cause <<<"${ending##*$'\n'}"

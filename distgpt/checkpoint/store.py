@@ -154,13 +154,13 @@ class Store:
             shutil.rmtree(checkpoint.rename(self._staging_root / f"removed-{checkpoint.name}"))
 
     def create_staging_root(self) -> None:
-        """Create the parent of the staging directories. Before the caller uses it, it checks the ownership again."""
+        """Create the parent of the staging directories. Afterwards, check that the run directory is still owned."""
         self._staging_root.mkdir(exist_ok=True)
 
     def set_aside(self, names: Sequence[str]) -> None:
         """Rename damaged checkpoints, given with the newest last, and keep only the newest one for inspection.
 
-        Call create_staging_root() first.
+        Call create_staging_root() before, then check that the run directory is still owned.
         """
         for name in names:
             # If a next owner has taken over, this name may be that of its checkpoint. But then the staging root is

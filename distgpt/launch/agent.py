@@ -25,8 +25,8 @@ MAX_NOTICE_SECONDS = 60
 class Supervisor:
     r"""Runs one torchrun after another, and handles the signals that a person or a scheduler sends to the launcher.
 
-    Only the first signal is passed on, as SIGTERM, since a second one makes torchrun kill its ranks before they have
-    saved. A second Ctrl-C, if it is not a copy of the first one, and Ctrl-\ end torchrun at once, without a save.
+    Only the first signal is passed on, as SIGTERM: with more of them torchrun ends before its ranks have saved. A
+    second Ctrl-C, if it is not a copy of the first one, and Ctrl-\ end torchrun at once, without a save.
     """
 
     def __init__(self, *, timeout: float) -> None:
@@ -73,12 +73,10 @@ class Supervisor:
                 self._child = None
                 return code if code >= 0 else 128 - code
             if limit := watch.limit_exceeded(rank_states(child.pid)):
-                say(
-                    f"all ranks have been gone or stopped for {limit} s: killing torchrun, which does not end by itself"
-                )
+                say(f"all ranks have been gone or stopped for {limit} s: killing torchrun, which does not end itself")
                 child.kill()
             elif self.ended_unsaved and time.monotonic() > self._signalled_at + QUIT_SECONDS:
-                # torchrun waits for its ranks even now. They die with it.
+                # torchrun waits for its ranks even after SIGQUIT. They die with it.
                 child.kill()
             elif while_joining and not watch.had_ranks:
                 while_joining(time.monotonic() - started)

@@ -161,17 +161,17 @@ class Launcher:
 
     def _attempt(self) -> Ending | None:
         """Run one torchrun on this host to its end; return how it failed, None if it succeeded."""
-        report, shared_before = self._scratch / f"exit-{self._attempts}.json", read_report(self._shared_report)
-        env = torchrun_environment(report, shutdown_seconds=120, interface=self._route.interface)
+        report_file, shared_before = self._scratch / f"exit-{self._attempts}.json", read_report(self._shared_report)
+        env = torchrun_environment(report_file, shutdown_seconds=120, interface=self._route.interface)
         if self._supervisor.run(self._command(), env, while_joining=self._require_hosts_in_time) == 0:
             return None
-        own, shared = read_report(report), read_report(self._shared_report)
+        report, shared = read_report(report_file), read_report(self._shared_report)
         # The ranks of this host may only have seen that another host failed, or that it was done and left. The report
         # in the run directory, if it is new, then has the cause.
-        only_interrupted = own is None or own["code"] == EXIT_INTERRUPTED
-        if only_interrupted and shared and shared != shared_before and shared["code"] != EXIT_INTERRUPTED:
-            own = shared
-        return Ending.from_report(own, otherwise="")
+        has_no_cause = report is None or report["code"] == EXIT_INTERRUPTED
+        if has_no_cause and shared and shared != shared_before and shared["code"] != EXIT_INTERRUPTED:
+            report = shared
+        return Ending.from_report(report, otherwise="")
 
     def _command(self) -> list[str]:
         """Return the command line of torchrun.

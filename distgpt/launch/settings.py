@@ -43,7 +43,7 @@ def torchrun_environment(
     `threads`: the OpenMP threads of each rank.
     """
     defaults = {
-        # Without this variable torchrun prints a warning. A rank that finds 1 sets its own share of the CPUs.
+        # Without this variable torchrun prints a warning. With 1, a rank takes an even share of the CPUs.
         "OMP_NUM_THREADS": str(threads),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(shutdown_seconds),
         # NCCL chooses InfiniBand ports by itself. It uses this interface to connect at first, and without InfiniBand.

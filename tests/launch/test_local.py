@@ -57,7 +57,7 @@ def test_a_second_ctrl_c_ends_it_now_and_is_reported(prepared: Path, tmp_path: P
     os.killpg(job.pid, signal.SIGINT)
     ended, report = job.finish(), jobs.exit_report(run)
     assert ended.code == report["code"] == 75, ended
-    assert "what came after the newest checkpoint is not saved" in report["cause"]
+    assert "steps after the newest checkpoint are not saved" in report["cause"]
     assert ended.stderr.splitlines()[-1] == f"distgpt: {report['cause']}"
 
 
