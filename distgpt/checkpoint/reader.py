@@ -150,11 +150,9 @@ def require_tensors(index: Metadata, wanted: Mapping[str, Any], path: Path) -> N
             if _part(name) in parts or name.split(".")[0] not in ("model", "optim", "outer", "replica"):
                 raise DataError(f"{path} holds {name[:100]}, which the model does not have")
             continue
-        then, now = (held.size, held.properties.dtype), (known.shape, known.dtype)
-        if then != now:
-            raise DataError(
-                f"{path} holds {name} as {_describe_tensor(*then)}, and the model has {_describe_tensor(*now)}"
-            )
+        if (held.size, held.properties.dtype) != (known.shape, known.dtype):
+            stored, own = _describe_tensor(held.size, held.properties.dtype), _describe_tensor(known.shape, known.dtype)
+            raise DataError(f"{path} holds {name} as {stored}, and the model has {own}")
 
 
 def _flattened(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:

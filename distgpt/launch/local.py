@@ -27,7 +27,7 @@ UNSAVED = "ended at once, as asked: steps after the newest checkpoint are not sa
 
 
 def main(arguments: list[str]) -> int:
-    """Train until the run is done or cannot go on; return its exit code, which torchrun would flatten to 1."""
+    """Train until the run is done or cannot go on; return its exit code, which torchrun would turn into 1."""
     config = resolve(arguments, os.environ)
     paths = RunPaths(config.run_dir)
     ranks = count_from_environment("NPROC_PER_NODE") or default_ranks()

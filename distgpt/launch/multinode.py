@@ -47,7 +47,7 @@ class JobSettings:
 
 
 def main(arguments: list[str]) -> int:
-    """Train until the run is done or cannot go on; return its exit code, which torchrun would flatten to 1."""
+    """Train until the run is done or cannot go on; return its exit code, which torchrun would turn into 1."""
     config = resolve(arguments, os.environ)
     settings = read_settings(config)
     # torchrun would guess from hostnames whether this host is the head, and several hosts may share a name.
