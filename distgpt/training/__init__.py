@@ -2,7 +2,7 @@
 
 Reading order: startup (checks and data before the first step), summary (the description of a run, and warnings), step
 (gradients of a global batch, then the update), report (what is shown and recorded of a step), evaluation (the
-validation loss, a sample of text).
+validation loss, a sample of text), text (texts that a model writes, and where they end).
 
 It may import every room but preflight and launch.
 """
