@@ -15,13 +15,13 @@ MakeNetwork = Callable[[int], Network]
 
 @pytest.fixture(scope="session")
 def installed() -> None:
-    """Install the packages first: launch/*.sh would try to do so on a host that reaches no package index."""
+    """What launch/*.sh would otherwise install from a host that reaches no package index."""
     subprocess.run(["bash", "-c", '. "$0"; environment', jobs.PROJECT / "launch" / "environment.sh"], check=True)
 
 
 @pytest.fixture
 def make_network(installed: None, tmp_path: Path) -> Iterator[MakeNetwork]:
-    """Return a function that makes this many hosts. They are removed after the test."""
+    """Makes so many hosts; they are gone after the test."""
     if reason := why_not():
         pytest.skip(reason)
     with ExitStack() as stack:

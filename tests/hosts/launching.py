@@ -1,4 +1,4 @@
-"""Start launch/multinode.sh on hosts that are network namespaces."""
+"""launch/multinode.sh on hosts that are network namespaces."""
 
 import time
 from collections.abc import Sequence
@@ -8,10 +8,10 @@ from tests.hosts.network import Network
 
 
 class HostJob(jobs.Job):
-    """A job that can be slowed down by reading its output slowly, so that something else happens before its end."""
+    """A job whose output can be read so slowly that it does not end before something else has happened."""
 
     def read_slowly_until(self, text: str, *, times: int = 1) -> None:
-        """Read its stdout, about a step a second, until `text` has appeared this often."""
+        """Read its stdout until it has said `text` so often, about a step a second."""
         while self._said.count(text.encode()) < times:
             assert self._read(), f"the job ended before it said {text!r}\n{self.finish()}"
             time.sleep(0.5)
@@ -26,7 +26,7 @@ def multinode(
     on: Sequence[str] = (),
     **variables: str,
 ) -> dict[str, HostJob]:
-    """Start launch/multinode.sh on every host, or on those in `on`, with one rank each."""
+    """launch/multinode.sh on every host (or those of `on`), one rank each."""
     settings = {
         "HEAD": f"{head}:29400",
         "NODES": nodes or str(len(hosts.hosts)),

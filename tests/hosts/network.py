@@ -1,4 +1,4 @@
-"""Hosts as network namespaces. Each has a hostname, an address and a link to a common bridge. Needs root."""
+"""Hosts as network namespaces: a hostname, an address and a link each, joined by a bridge. Needs root."""
 
 import itertools
 import os
@@ -14,7 +14,7 @@ _networks = itertools.count()
 
 
 def why_not() -> str | None:
-    """Return why hosts cannot be made here, None if they can."""
+    """Why hosts cannot be made here, None if they can."""
     if os.geteuid() != 0:
         return "needs root"
     trial = f"distgpt-{os.getpid()}-trial"
@@ -54,14 +54,14 @@ class Network:
             self._plug_in(host)
 
     def _plug_in(self, host: str) -> None:
-        """Connect one end of a host's cable to the host and the other one to the switch."""
+        """Give the two ends of a host's cable their places."""
         self._on_switch("link", "set", host, "mtu", "9000", "master", SWITCH, "up")
         inside = ("-n", self._space(host))
         _ip(*inside, "addr", "add", f"{self.address(host)}/24", "dev", INTERFACE)
         _ip(*inside, "link", "set", INTERFACE, "mtu", "9000", "up")
 
     def down(self) -> None:
-        """Kill all processes on the hosts, and remove the hosts."""
+        """Kill what still runs on the hosts, and remove them."""
         for space in [*map(self._space, self.hosts), self._space("switch")]:
             for pid in _output("ip", "netns", "pids", space).split():
                 with suppress(ProcessLookupError):
@@ -71,7 +71,7 @@ class Network:
             relay.communicate()
 
     def command(self, host: str, *command: str) -> list[str]:
-        """Return a command that runs `command` on `host`."""
+        """`command` as one to start here that runs on `host`."""
         script = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
         space = f"--net=/run/netns/{self._space(host)}"
         shell = ["sh", "-c", script, "sh", host, str(self._names)]
@@ -81,7 +81,7 @@ class Network:
         return ["taskset", "-c", str(core), "nsenter", space, "unshare", "--uts", "--mount", *shell, *command]
 
     def limit(self, host: str, rate: str) -> None:
-        """Limit the rate at which the host sends, for example to 100mbit."""
+        """Let the host send no faster than `rate`, like 100mbit."""
         space = self._space(host)
         subprocess.run(
             [
@@ -92,7 +92,7 @@ class Network:
         )
 
     def move_far_away(self, host: str, *, megabits: float, round_trip: float) -> None:
-        """Replace the host's cable, before its use, by one of this rate (Mbit/s) and this round-trip time (seconds)."""
+        """Give the host a cable of so many Mbit/s each way and so many seconds there and back. Before it is used."""
         self._on_switch("link", "del", host)
         ends = (self._space("switch"), host, self._space(host), INTERFACE)
         figures = (str(megabits * 1e6 / 8), str(round_trip / 2))
@@ -104,7 +104,7 @@ class Network:
         self._plug_in(host)
 
     def cut(self, host: str) -> None:
-        """Drop every packet from and to the host. Neither side gets an error, as if a switch had failed."""
+        """Lose every packet from and to the host; neither side is told, as with a switch that fails."""
         self._on_switch("link", "set", host, "nomaster")
 
     def heal(self, host: str) -> None:
@@ -112,7 +112,7 @@ class Network:
         self._on_switch("link", "set", host, "master", SWITCH)
 
     def bytes_through(self, host: str) -> int:
-        """Return the bytes that crossed the host's port of the switch, in both directions, since it was up."""
+        """Bytes that crossed the host's port of the switch, both ways, since it is up."""
         path = f"/sys/class/net/{host}/statistics"
         command = ["ip", "netns", "exec", self._space("switch"), "cat", f"{path}/rx_bytes", f"{path}/tx_bytes"]
         return sum(map(int, _output(*command).split()))
@@ -123,7 +123,7 @@ class Network:
             self._on_switch("link", "set", host, "type", "bridge_slave", "isolated", "on")
 
     def ranks(self, host: str) -> list[int]:
-        """Return the process ids of the ranks that run on the host."""
+        """The process ids of the ranks that run on the host."""
         found = []
         for pid in _output("ip", "netns", "pids", self._space(host)).split():
             with suppress(OSError):
@@ -140,7 +140,7 @@ class Network:
 
 @contextmanager
 def network(count: int, directory: Path) -> Iterator[Network]:
-    """Make this many hosts, and remove them at the end."""
+    """So many hosts, gone at the end."""
     made = Network(count, directory)
     try:
         made.up()

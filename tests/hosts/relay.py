@@ -1,4 +1,4 @@
-"""A slow link with a long delay: two TAP devices, and this process between them. Not every kernel has tc's netem.
+"""A long thin link, as tc's netem makes one where the kernel has it: two TAP devices, and this process between them.
 
     python relay.py NAMESPACE DEVICE NAMESPACE DEVICE BYTES_PER_SECOND SECONDS
 
@@ -34,7 +34,7 @@ class Direction:
         self._bytes = 0
 
     def take(self) -> None:
-        """Read the frames that the source has sent."""
+        """Take in what the source has to send."""
         frame = os.read(self.source, LONGEST_FRAME)
         if self._bytes + len(frame) > BUFFER_BYTES:
             return
@@ -43,7 +43,7 @@ class Direction:
         self._bytes += len(frame)
 
     def deliver(self) -> float:
-        """Write the frames that are due; return the seconds until the next one is."""
+        """Hand over what has arrived; seconds until the next one does."""
         while self._waiting and self._waiting[0][0] <= time.monotonic():
             _, frame = self._waiting.popleft()
             self._bytes -= len(frame)
@@ -56,7 +56,7 @@ class Direction:
 
 
 def tap(space: str, name: str) -> int:
-    """Enter a network namespace and make a TAP device in it. Returns the device."""
+    """A new TAP device in a network namespace, where this process then is."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/run/netns/{space}") as handle:
         if libc.setns(handle.fileno(), CLONE_NEWNET):

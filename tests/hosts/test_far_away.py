@@ -1,4 +1,4 @@
-"""Two hosts on a slow link with a long delay: 100 Mbit/s, and a round-trip time of 50 ms."""
+"""Hosts at the two ends of a long thin link: 100 Mbit/s, and 50 ms there and back."""
 
 import re
 from pathlib import Path

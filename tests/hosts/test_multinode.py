@@ -1,4 +1,4 @@
-"""launch/multinode.sh on separate hosts learns what one process learns, also over slow and broken links."""
+"""launch/multinode.sh on hosts of their own: it trains what one process trains, over slow and broken links too."""
 
 import itertools
 import json
@@ -43,7 +43,7 @@ main_guard(lambda: RunLock(RunPaths(Path(sys.argv[1]))))
 
 @pytest.fixture(scope="session")
 def one_process(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The run directory of a run of one process."""
+    """The run directory of one process."""
 
     def train(directory: Path) -> None:
         done = jobs.command("train", *SHAPE, f"--data.path={prepared}", f"--run.dir={directory / 'run'}")
@@ -57,14 +57,14 @@ def has_no_rank(hosts: Network, host: str) -> bool:
 
 
 def finish(running: Mapping[str, jobs.Job]) -> dict[str, jobs.Ended]:
-    """Wait for the end of all jobs. All are read at once, since a job that is not read blocks the others."""
+    """All of them to their end, at once: none may wait for another to be read."""
     with ThreadPoolExecutor(len(running)) as pool:
         endings = {host: pool.submit(job.finish) for host, job in running.items()}
         return {host: ending.result() for host, ending in endings.items()}
 
 
 def assert_finished(endings: Mapping[str, jobs.Ended], run: Path, one_process: Path) -> None:
-    """Check that every host exited with 0, and that the run is that of one process."""
+    """Every host ended well, and the run is what one process makes of it."""
     for host, ended in endings.items():
         assert ended.code == 0, f"{host}: {ended}"
     assert_same_run(run, one_process)
@@ -191,7 +191,7 @@ def test_another_job_at_the_same_head_is_left_out(
 def test_hosts_that_cannot_reach_each_other_are_named(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path
 ) -> None:
-    """All reach the head, so torchrun starts. A process group would time out without naming a host."""
+    """All reach the head, so torchrun starts; a process group would wait for its timeout and not say for whom."""
     hosts = make_network(3)
     hosts.isolate("n2", "n3")
     endings = finish(multinode(hosts, [*SHAPE, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}"]))
@@ -231,7 +231,7 @@ def test_a_host_joins_is_lost_and_comes_back(
 def test_a_host_is_cut_off_for_good(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path
 ) -> None:
-    """The lost host is n1: it has the lowest address, so rank 0 runs there, which writes and holds the lock."""
+    """The hardest one to lose: n1 has the lowest address, so rank 0 runs there, which writes and holds the lock."""
     hosts, run = make_network(3), tmp_path / "run"
     arguments = [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}"]
     running = multinode(hosts, arguments, head="n2", nodes="2:3", **jobs.FORKED_LAUNCHER)
@@ -257,7 +257,7 @@ def test_a_host_is_cut_off_for_good(
 
 
 def test_a_link_that_heals(make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path) -> None:
-    """A cut of three seconds has no effect. After a longer one each host ends its attempt in time and starts again."""
+    """Three seconds are not noticed. After a longer cut each host ends its attempt in time, and they start again."""
     hosts, run = make_network(2), tmp_path / "run"
     running = multinode(
         hosts, [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}"], **jobs.FORKED_LAUNCHER
@@ -281,7 +281,7 @@ def test_a_link_that_heals(make_network: MakeNetwork, prepared: Path, tmp_path: 
 
 
 def owner(run: Path) -> str | None:
-    """Return the host of the process that holds the lock, or held it last."""
+    """The host of the process that holds the lock, or held it last."""
     try:
         return str(json.loads((run / "LOCK").read_text())["host"])
     except (OSError, ValueError):

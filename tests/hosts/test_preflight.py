@@ -1,4 +1,4 @@
-"""The preflight on separate hosts, each with its own copy of code, data and run directory."""
+"""The preflight on hosts of their own, where each has its own copy of everything."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor
