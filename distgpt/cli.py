@@ -184,20 +184,23 @@ def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
 def prepare_process() -> None:
     """Let a signal to stop end this process silently, and print "?" for characters that stdout cannot encode."""
     for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, and so must we
-            # No exception: an import under way would print it, or go on without the module.
+        if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, so we do too
+            # Not an exception, which an unfinished import would print or ignore.
             signal.signal(number, lambda *_: os._exit(EXIT_INTERRUPTED))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
 
 
 def main_guard(main: Callable[[], T]) -> T:
-    """Return `main()`. If it raises, print the error and exit with its code; rank 0 prints if it has the same error."""
+    """Return `main()`. If it raises an error, print the error and exit with its code.
+
+    Of several ranks with the same mistake, rank 0 prints it.
+    """
     try:
         return main()
     except DistgptError as error:
         if "MASTER_ADDR" in os.environ and os.environ.get("RANK", "0") != "0":
-            time.sleep(RANK_ZERO_SECONDS)  # torchrun ends this rank meanwhile, unless no other rank has the error
+            time.sleep(RANK_ZERO_SECONDS)  # if rank 0 has the error too, torchrun ends this rank during this wait
         print_cause(f"distgpt: error: {error}")
         sys.exit(error.code)
     except KeyboardInterrupt:
@@ -209,7 +212,7 @@ def main_guard(main: Callable[[], T]) -> T:
             sys.exit(EXIT_BUG)
         if not reader_left:
             print(f"distgpt: error: cannot write: {error.strerror}", file=sys.stderr, flush=True)
-        # Redirect stdout, or the last flush of the interpreter prints an error.
+        # Redirect stdout: otherwise the interpreter's last flush prints another error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_IO)
     except Exception:
@@ -218,7 +221,7 @@ def main_guard(main: Callable[[], T]) -> T:
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that raises a UsageError for a wrong option, so that it is printed on one line."""
+    """An argument parser that raises UsageError for a wrong option, so that the error is printed on one line."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (--help shows the options)")

@@ -22,7 +22,7 @@ from distgpt.config import Config
 from distgpt.distributed.runtime import this_rank
 from distgpt.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_OK
 from distgpt.preflight.finding import Finding, exit_code
-from distgpt.preflight.hosts import LONGEST_SECONDS, check_hosts
+from distgpt.preflight.hosts import MAX_PREFLIGHT_SECONDS, check_hosts
 from distgpt.preflight.machine import all_local_devices, check_machine
 from distgpt.run.exit_report import write_exit_report
 from distgpt.run.outcome import outcome
@@ -41,9 +41,9 @@ def main(config: Config, distributed: bool) -> int:
 
 
 def check_together(config: Config) -> int:
-    """Check all hosts, on each rank, and report the exit code to the launcher, since torchrun exits with 1."""
+    """Check all hosts, on each rank, and report the exit code to the launcher, since torchrun turns it into 1."""
     die_with_agent()
-    limit = threading.Timer(LONGEST_SECONDS, give_up)
+    limit = threading.Timer(MAX_PREFLIGHT_SECONDS, give_up)
     limit.daemon = True
     limit.start()
     code = EXIT_OK
@@ -64,12 +64,12 @@ def check_together(config: Config) -> int:
 
 
 def give_up() -> None:
-    """Kill torchrun and its ranks on this host: calls to the store of a host that hangs wait without a limit."""
-    waited = f"{socket.gethostname()} has waited {LONGEST_SECONDS:.0f} s for the other hosts"
+    """Kill torchrun and its ranks on this host: if the host with the store hangs, calls to the store never end."""
+    waited = f"{socket.gethostname()} has waited {MAX_PREFLIGHT_SECONDS:.0f} s for the other hosts"
     cause = f"{waited}: one of them hangs, perhaps {os.environ['MASTER_ADDR']}; run it again to go on"
     report(EXIT_INTERRUPTED, cause)
     print(f"distgpt: {cause}", file=sys.stderr, flush=True)
-    # Torchrun would call that store before it exits. Its ranks die with it.
+    # SIGKILL, since torchrun would call that store before it exits. Its ranks die with it.
     os.kill(os.getppid(), signal.SIGKILL)
     os._exit(EXIT_INTERRUPTED)
 

@@ -50,6 +50,6 @@ class StorageError(DistgptError):
 
 
 class Interrupted(DistgptError):
-    """A stop before the end, such as by a signal; the same command goes on from there."""
+    """A stop before the end, for example by a signal. The same command, run again, goes on from there."""
 
     code = EXIT_INTERRUPTED

@@ -30,9 +30,9 @@ def main(arguments: argparse.Namespace) -> None:
         dataset = open_data_of_run(config.data.path, arguments.data, fingerprint=fingerprint)
         if dataset.meta["tokenizer"]["sha256"] != state.tokenizer_sha256:
             raise DataError(f"{dataset.path} was prepared with another tokenizer than {arguments.run} was trained on")
-        # The strategy of the run needs several ranks, and this is one process.
-        unsharded = replace(config, parallel=ParallelConfig())
-        plan = make_plan(unsharded, runtime, vocab_size=state.vocab_size)
+        # The strategy of the run may need several ranks, but this is one process.
+        on_one_rank = replace(config, parallel=ParallelConfig())
+        plan = make_plan(on_one_rank, runtime, vocab_size=state.vocab_size)
         batches = validation_batches(config, plan, dataset, sequences=arguments.sequences or sys.maxsize)
         result = evaluate(model, batches, tokenizer, plan)
     print(

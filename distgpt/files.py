@@ -9,7 +9,7 @@ from distgpt.errors import UsageError
 
 
 def write_file(path: Path, content: bytes) -> None:
-    """Write a file atomically and durably: to a temporary name, fsync, rename. Raises OSError."""
+    """Write a file atomically and durably: under a temporary name, then fsync and rename. Raises OSError."""
     staged = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with open(staged, "wb") as file:
@@ -33,9 +33,9 @@ def sync(directory: Path) -> None:
 
 
 def user_path(text: str) -> str:
-    """Expand ~ in a path from a flag or a config file, where no shell does. Raises UsageError.
+    """Expand ~ in a path from a flag or a config file, since no shell has done so. Raises UsageError.
 
-    A path with a $ is refused unless it exists, since variables are not expanded.
+    A path with a $ is refused unless it exists: the user expects a variable to be expanded, and it is not.
     """
     path = os.path.expanduser(text)
     if path.startswith("~"):
@@ -53,7 +53,7 @@ def user_path(text: str) -> str:
 
 
 def process_stat(pid: int) -> list[str]:
-    """Return the fields of /proc/PID/stat after the program's name: state, parent, ... Raises OSError."""
+    """Return the fields of /proc/PID/stat that follow the program's name: state, parent and so on. Raises OSError."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
@@ -63,7 +63,7 @@ def parent_of(pid: int) -> int:
 
 
 def children_of(pid: int) -> list[int]:
-    """Return the process ids of the children that a process's main thread has. Raises OSError without /proc."""
+    """Return the process ids of the children of a process's main thread. Raises OSError where there is no /proc."""
     return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
@@ -73,7 +73,7 @@ def start_ticks(pid: int) -> int:
 
 
 def process_age() -> float:
-    """Return the seconds since this process began, its imports included; 0 without /proc."""
+    """Return the seconds since this process was started; 0 if unknown, as without /proc."""
     try:
         ticks = start_ticks(os.getpid())
         return max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK"))

@@ -13,7 +13,7 @@ def available_cpus(root: Path = Path("/")) -> int:
     `root`: the directory that contains proc and sys.
     """
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    # Rounded down: threads beyond the quota would be stopped in turn, and the others would wait for them.
+    # Rounded down: the kernel stops threads beyond the quota for a while, and the other threads wait for them.
     return max(1, math.floor(min([cpus, *cpu_quotas(root)])))
 
 
@@ -29,7 +29,7 @@ def available_gpus() -> int:
 
 
 def default_ranks() -> int:
-    """Return one rank for each GPU; without GPUs two ranks that share the CPUs, or one on a single CPU."""
+    """Return the default number of ranks: one for each GPU; without GPUs two that share the CPUs, or one on one CPU."""
     return available_gpus() or min(2, available_cpus())
 
 
@@ -60,7 +60,7 @@ def _control_groups(root: Path) -> Iterator[Path]:
         kind, options = mount[mount.index("-") + 1], mount[-1].split(",")
         if kind not in paths or (kind == "cgroup" and "cpu" not in options):
             continue
-        # A container may see its group's path on the host, although only the end of that path is mounted.
+        # In a container, the path of the group may be that on the host, although only its end is mounted.
         inside, top = os.path.relpath(paths[kind], mount[3]), root / mount[4].lstrip("/")
         group = top if inside.startswith("..") else top / inside
         yield from (directory for directory in (group, *group.parents) if directory.is_relative_to(top))

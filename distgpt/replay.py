@@ -1,8 +1,8 @@
-"""Compute a step of a run again and find where it is not finite: `python -m distgpt.replay RUN --step S`.
+"""Compute a step of a run again and find the first layer that is not finite: `python -m distgpt.replay RUN --step S`.
 
-Load a checkpoint before S, or the initial weights -> take the steps up to S -> run step S under a probe -> report.
+Load a checkpoint before S, or the initial weights -> take the steps before S -> run step S under a probe -> report.
 
-One process sees the same sequences and dropout masks as any number of ranks, so its results differ by rounding alone.
+One process sees the same sequences and dropout masks as any number of ranks, so its results differ only by rounding.
 The run directory is not changed.
 """
 
@@ -22,7 +22,7 @@ from torch import nn
 from tqdm import tqdm
 
 from distgpt.checkpoint.choice import NEWEST, choose, is_checkpoint, newest_good
-from distgpt.checkpoint.manifest import STATE, RunState, committed, list_damage, read_state, step_of
+from distgpt.checkpoint.manifest import STATE, RunState, committed, describe_damage, read_state, step_of
 from distgpt.checkpoint.reader import TrainingState, require_model
 from distgpt.config import Config, from_dict, resolve
 from distgpt.corpus.loader import Loader
@@ -45,7 +45,7 @@ from distgpt.weights.initial import load_initial_weights
 
 @dataclass(frozen=True)
 class Start:
-    """The start of a replay: a checkpoint and its state, or neither for the initial weights."""
+    """The start of a replay: a checkpoint and its state, both None for the initial weights."""
 
     config: Config
     checkpoint: Path | None = None
@@ -79,7 +79,7 @@ def start_before(run: RunPaths, step: int) -> Start:
     earlier = (checkpoint for checkpoint in committed(run.checkpoints) if step_of(checkpoint) < step)
     checkpoint, damaged = newest_good(earlier)
     if damaged:
-        print(f"skipped {list_damage(damaged)}")
+        print(f"skipped {describe_damage(damaged)}")
     state = read_state(checkpoint) if checkpoint is not None else None
     return Start(config_of(run, step, state), checkpoint, state)
 
@@ -92,10 +92,10 @@ def start_from(checkpoint: Path, run: RunPaths, step: int) -> Start:
     return Start(config_of(run, step, state), checkpoint, state)
 
 
-def config_of(run: RunPaths, step: int, before: RunState | None) -> Config:
-    """Find the config of the attempt that took this step: the one that made the next checkpoint, else the last one.
+def config_of(run: RunPaths, step: int, start_state: RunState | None) -> Config:
+    """Find the config of the attempt that took this step: that of the next checkpoint, else that of the last attempt.
 
-    `before`: the state of the checkpoint to start from. Raises DataError if there is no run.
+    `start_state`: that of the checkpoint to start from. Raises DataError if there is no run.
     """
     for checkpoint in reversed(committed(run.checkpoints)):
         if step_of(checkpoint) >= step:
@@ -105,28 +105,28 @@ def config_of(run: RunPaths, step: int, before: RunState | None) -> Config:
         try:
             return resolve([str(run.config)], {})
         except UsageError as error:
-            if before is None:
+            if start_state is None:
                 raise
             print(f"skipped {error}")
-    if before is None:
+    if start_state is None:
         raise DataError(f"{run.root} holds no run: neither a checkpoint before step {step} nor {run.config.name}")
-    return as_trained(before)
+    return as_trained(start_state)
 
 
 def as_trained(state: RunState) -> Config:
-    """Return the config of a checkpoint with the micro-batch that was in use: dropout masks depend on it."""
+    """Return the config in a checkpoint, with the micro-batch that was in use: dropout masks depend on it."""
     config = from_dict(state.config, source=STATE)
     return replace(config, train=replace(config.train, micro_batch=state.micro_batch or config.train.micro_batch))
 
 
 def open_data(start: Start, directory: str | None) -> Dataset:
-    """Open the data of the run, from `directory` if given. Raises DataError if it is other data."""
+    """Open the data of the run, from `directory` if given. Raises DataError if the data are not those of the run."""
     fingerprint = start.state.data_fingerprint if start.state else None
     return open_data_of_run(start.config.data.path, directory, fingerprint=fingerprint)
 
 
 def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> None:
-    """Take the steps before `target` as distgpt.train does, run that one under a probe, and print the finding."""
+    """Take the steps before `target` as distgpt.train does, run step `target` under a probe, and print the finding."""
     config, seed = start.config, start.config.run.seed
     if not config.train.micro_batch and start.state:
         config = replace(config, train=replace(config.train, micro_batch=start.state.micro_batch))

@@ -8,17 +8,18 @@ from distgpt.machine import available_gpus, default_ranks
 
 # Each repetition of a text helps less, and after 10 of them little (Muennighoff et al. 2023, arXiv:2305.16264).
 MANY_EPOCHS = 10
-# Fewer steps are too few to learn anything, even from a short text.
+# With fewer steps a model learns nothing, even from a short text.
 MIN_STEPS = 100
-# On a GPU, suggest the first preset for which there are this many training tokens. Read MANY_EPOCHS times, these are 20
-# tokens per parameter.
+# On a GPU, the first preset is suggested for which there are enough training tokens: read MANY_EPOCHS times, 20 tokens
+# per parameter.
 MIN_TOKENS_ON_GPU = {"modern-125m": 250_000_000, "seed": 22_000_000, "quickstart": 0}
 
 
 def training_command(data: Path, *, train_tokens: int, longest: int) -> str:
-    """Return the command that trains on `data`: a preset, at most MANY_EPOCHS of steps, one rank for each device.
+    """Return the command that trains on `data`: a preset, at most MANY_EPOCHS epochs, one rank for each device.
 
-    `longest`: the tokens of the longest shard of each split, the smaller of the two. A window must fit into it.
+    `longest`: the tokens of the longest shard of the split (training or validation) whose longest shard is shorter. A
+    window must fit into it.
     """
     preset = "quickstart"
     if available_gpus():
@@ -42,5 +43,5 @@ def training_command(data: Path, *, train_tokens: int, longest: int) -> str:
 
 
 def steps_of_many_epochs(windows: int, global_batch: int) -> int:
-    """Return the number of steps that use each window MANY_EPOCHS times."""
+    """Return the number of steps that read each window MANY_EPOCHS times."""
     return max(1, MANY_EPOCHS * windows // global_batch)

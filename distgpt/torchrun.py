@@ -1,4 +1,4 @@
-"""The link of this process to its torchrun: place in the job, parent, reported cause. Imports no torch."""
+"""Links between a rank and its torchrun: environment variables, death signals, error files. Imports no torch."""
 
 import ctypes
 import json
@@ -15,15 +15,15 @@ from distgpt.errors import EXIT_USAGE, UsageError
 from distgpt.files import parent_of, start_ticks
 
 PR_SET_PDEATHSIG = 1
-# Seconds that other ranks wait for rank 0 to print the same error, since torchrun ends all ranks once one has ended.
+# Other ranks wait this many seconds for rank 0 to print the same error: once one rank has ended, torchrun ends all.
 RANK_ZERO_SECONDS = 30.0
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 
 
 def this_job() -> str | None:
-    """Return an identifier of the torchrun of this process, None without torchrun."""
+    """Return an identifier of the torchrun that started this process, None without torchrun."""
     job = os.environ.get("TORCHELASTIC_RUN_ID")
-    if job != "none":  # the id of every torchrun that was started without --rdzv-id
+    if job != "none":  # torchrun's default, the same for all jobs without --rdzv-id
         return job
     with suppress(OSError):
         agent = os.getppid()
@@ -45,9 +45,9 @@ def die_with_agent() -> None:
     # The agent may have died before the call above took effect.
     if os.getppid() != agent:
         os.kill(os.getpid(), signal.SIGKILL)
-    if not _torchrun_is_above(agent):
+    if not _may_have_torchrun_ancestor(agent):
         with suppress(OSError):
-            print_cause("distgpt: error: TORCHELASTIC_RUN_ID is set, but no torchrun is above this process: unset it")
+            print_cause("distgpt: error: TORCHELASTIC_RUN_ID is set, but no torchrun started this process: unset it")
         os._exit(EXIT_USAGE)
 
 
@@ -57,10 +57,11 @@ def signal_when_parent_dies(number: signal.Signals) -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number, 0, 0, 0)
 
 
-def _torchrun_is_above(pid: int) -> bool:
-    """Tell whether a process or an ancestor may be torchrun, which loads torch: a wrapper may stand in between.
+def _may_have_torchrun_ancestor(pid: int) -> bool:
+    """Tell whether a process or one of its ancestors may be torchrun. A wrapper may be between torchrun and its rank.
 
-    An init process, which adopts orphans, has not loaded torch or is another user's.
+    A process may be torchrun if it has loaded torch. An init process, which adopts orphans, has not loaded torch, or
+    belongs to another user.
     """
     while pid:
         try:
@@ -81,7 +82,7 @@ def print_cause(line: str) -> None:
 
 
 def record_cause(line: str) -> None:
-    """Make torchrun print `line` at the end of its own report, which comes far below the output of the rank."""
+    """Make torchrun print `line` at the end of its own report, which is far below the output of the rank."""
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):
         # The format of torch.distributed.elastic.multiprocessing.errors.
         error = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
@@ -100,7 +101,7 @@ class Place:
 
 
 def place_in_job() -> Place:
-    """Read the place of this process from the environment; without a launcher, one process. Raises UsageError."""
+    """Read the place of this process from the environment; without a launcher, the only rank. Raises UsageError."""
     given = {name: os.environ[name] for name in VARIABLES if name in os.environ}
     listed = " ".join(f"{name}={value}" for name, value in given.items())
     unset = f"unset {' '.join(given)}, or start it with torchrun"

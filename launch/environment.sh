@@ -1,19 +1,19 @@
-# Sourced by the scripts beside it: make sure of a .venv with distgpt and its pinned packages in the project (`home`). The
-# working directory stays the caller's, as paths among the options are meant.
+# Sourced by the scripts beside it. Makes .venv in the project ($home), with distgpt and its pinned packages, unless it is
+# there. Does not change the working directory, since paths among the options are relative to it.
 # shellcheck shell=bash
 set -euo pipefail
-# The caller's directory may hold another distgpt, or a random.py: no place to take modules from.
+# Import no modules from the working directory: it may hold another distgpt, or a random.py.
 export PYTHONSAFEPATH=1
 home=$(CDPATH='' cd -- "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 
-# environment [EXTRA,...]: install once, and again only when the requirements change, so that a later start needs no network.
-# With DISTGPT_TORCH=VERSION that torch is used, in an environment of its own.
+# environment [EXTRA,...]: install the packages, and put .venv on the PATH. Installs again only when the requirements
+# change, so that a later start needs no network. DISTGPT_TORCH=VERSION takes that torch, in an environment of its own.
 environment() {
     local extras=${1:-} venv=$home/.venv${DISTGPT_TORCH:+-torch-$DISTGPT_TORCH} wanted
     wanted="$extras $(cat "$home/pyproject.toml" "$home/requirements.lock" | cksum)"
-    # Not from the start of the line: what was installed with extras serves without them, too.
+    # $wanted may be the end of a line: an installation with extras also serves a script that needs none.
     if [[ ! -x $venv/bin/python ]] || ! grep -qF "$wanted" "$venv/distgpt-installed" 2>/dev/null; then
-        # What was broken off half way has a python and no pip.
+        # A venv whose creation was interrupted has python, but no pip.
         "$venv/bin/pip" --version &>/dev/null || make_venv "$venv"
         echo "installing the pinned packages into ${venv##*/} (PyTorch is large: this can take minutes)"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \

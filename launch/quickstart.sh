@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# From nothing to a trained GPT, its loss curve and a text it wrote: Python's own standard library as the corpus.
+# Train a small GPT on Python's own standard library, then show its loss curve and a text that it writes.
 #   launch/quickstart.sh [--section.key=value ...]
-# What it makes, data/stdlib and runs/quickstart, is in the directory where it is started.
+# Writes data/stdlib and runs/quickstart in the working directory.
 . "$(dirname "$0")/environment.sh"
 environment ""
 case " $* " in *" --help "* | *" -h "* | *" --print-config "*) exec python -m distgpt.train quickstart "$@" ;; esac

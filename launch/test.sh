@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Run everything that must hold: lint, types, tests.
+# Run all checks: lint, types, tests.
 #   launch/test.sh                     everything; --storms runs the storms at their full length
 #   launch/test.sh --fast              lint, types and the tests that start no training: under a minute
 #   launch/test.sh -k NAME, or a file  only those tests, with any options of pytest

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# What slurm/train.sh runs on each node of the job: a module under torchrun, see distgpt/launch/slurm.py.
+# Run a module under torchrun on one node of a job: slurm/train.sh starts this on each node. See distgpt/launch/slurm.py.
 #   node.sh LOGS MODULE [OPTION ...]
 set -euo pipefail
 exec >>"$1/$SLURMD_NODENAME.log" 2>&1

@@ -1,4 +1,4 @@
-"""Endings of commands: the exit code and the one line on stderr."""
+"""The ends of commands: the exit code and the one line on stderr."""
 
 import os
 import signal
@@ -93,7 +93,7 @@ def test_ctrl_c_prints_nothing() -> None:
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1"])
-def test_a_signal_ends_a_door_that_has_only_been_entered(name: str) -> None:
+def test_a_signal_ends_a_command_that_has_not_imported_torch(name: str) -> None:
     done = ended(f"import signal; prepare_process(); signal.raise_signal(signal.{name})")
     assert (done.returncode, done.stderr) == (75, "")
 

@@ -19,7 +19,7 @@ HASTY = """
 import os, sys
 from distgpt import config
 from distgpt.preflight import hosts
-hosts.LONGEST_SECONDS = 2.0
+hosts.MAX_PREFLIGHT_SECONDS = 2.0
 from distgpt import doctor
 sys.exit(doctor.main(config.resolve(sys.argv[1:], os.environ), distributed=True))
 """
@@ -124,7 +124,7 @@ def test_distributed_on_one_host(data: str, tmp_path: Path) -> None:
 
 @jobs.linux_only
 def test_the_host_that_has_the_store_hangs(data: str, tmp_path: Path) -> None:
-    """The ranks wait for it in a call without a limit, and so would their torchrun once they have ended."""
+    """The ranks wait for it in a call without a limit. Their torchrun would do so too, after their end."""
     (tmp_path / "hasty.py").write_text(HASTY)
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]

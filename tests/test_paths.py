@@ -1,4 +1,4 @@
-"""Paths as a person writes them: ~ is expanded and a $ refused, by every command and every option that takes a path."""
+"""Paths that a user types: every option that takes a path expands ~ and refuses a $."""
 
 from collections.abc import Callable
 from pathlib import Path

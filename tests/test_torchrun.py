@@ -1,4 +1,4 @@
-"""What torchrun's environment says of a process, and what stale variables of another job are answered with."""
+"""The place of a process by torchrun's environment, and the error for stale variables of another job."""
 
 import pytest
 

@@ -1,6 +1,7 @@
-"""Checkpoints: staged, written in the background, hashed, committed by rename, verified before they are loaded.
+"""Save and restore the checkpoints of a run.
 
-manifest.py describes one on disk, reader.py reads its tensors, store.py changes the directory.
+A checkpoint is copied to memory, written to a staging directory in the background, hashed, and committed by a rename.
+It is verified before it is loaded.
 Random state is not stored: the data order and dropout are pure functions of (seed, step), see `train.py`.
 """
 
@@ -27,11 +28,11 @@ from distgpt.checkpoint.manifest import (
     STATE,
     TOKENIZER,
     RunState,
+    checkpoint_path,
     committed,
+    describe_damage,
     find_damage,
-    list_damage,
     one_line,
-    path_of,
     read_state,
     sha256_of,
     step_of,
@@ -64,17 +65,17 @@ class Checkpointer:
         self._directory = session.paths.checkpoints
         assert session.owner, "the run directory is owned before anything is written there"
         self._store = Store(self._directory, session.owner)
-        self._tokenizer = _tokenizer_of(dataset)
-        # A separate group, since a save in the background must not mix its messages with those of training.
+        self._tokenizer = _read_tokenizer(dataset)
         timeout = timedelta(seconds=config.health.collective_timeout)
-        # Its type differs between versions of torch.
+        # Saves run in the background: in a group of their own, their messages do not mix with those of training.
+        # Any, since the type of a group differs between versions of torch.
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if plan.runtime.distributed else None
         # DefaultStager of torch 2.11 can stage only once.
         self._stager = StateDictStager()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._pending: Future[tuple[int, ShareWriter]] | None = None
         self._write_stats = 0.0, 0.0
-        self.restored: RunState | None = None  # the state of the checkpoint that restore() loaded
+        self.restored: RunState | None = None  # the state in the checkpoint that restore() loaded
         self._saved: int | None = None  # the step of the last save, once it is known to be good
 
     def restore(self) -> int:
@@ -82,19 +83,19 @@ class Checkpointer:
 
         Damaged ones are moved aside, and a message says which and why. Raises DataError if all are damaged.
         """
-        self._run_on_rank_zero(self._store.remove_left_overs)
+        self._run_on_rank_zero(self._store.remove_leftovers)
         found = self._list_on_rank_zero(partial(committed, self._directory))
         checkpoint, damaged = newest_good(found, self._find_damage)
         if checkpoint is None:
             if damaged:
-                why = list_damage(damaged)
+                why = describe_damage(damaged)
                 raise DataError(f"{self._directory} holds no whole checkpoint ({why}); move it away to start over")
             return 0
         self.restored = self._training.load(checkpoint)
         if damaged:
             self._run_on_rank_zero(self._store.create_staging_root)
             self._run_on_rank_zero(partial(self._store.set_aside, list(reversed(damaged))))
-            self._session.say(f"going on from {checkpoint.name}; skipped {list_damage(damaged)}")
+            self._session.say(f"going on from {checkpoint.name}; skipped {describe_damage(damaged)}")
         return self.restored.step
 
     def best_val_loss(self) -> float | None:
@@ -166,26 +167,26 @@ class Checkpointer:
             )
 
     def _write_and_commit(self, staged: dict[str, Any], state: RunState) -> tuple[int, ShareWriter]:
-        """Write the share of this rank, in the background; rank 0 then commits. Raises StorageError on all ranks.
+        """Write the share of this rank; rank 0 then commits. Runs in the background.
 
-        Returns the step and the writer of the share.
+        Returns the step and the writer of the share. Raises StorageError on all ranks.
         """
         writer = ShareWriter(staged, self._store.staging(state.step), self._plan.runtime.rank)
         try:
-            others = self._plan.independent_replicas - 1
-            needed = _bytes_of(staged) + others * _bytes_of(staged.get("replica", {}))
-            self._run_on_rank_zero(partial(self._store.open, state.step, needed))
+            other_replicas = self._plan.independent_replicas - 1
+            size = _bytes_of(staged) + other_replicas * _bytes_of(staged.get("replica", {}))
+            self._run_on_rank_zero(partial(self._store.create_staging, state.step, size))
             plans = self._run_on_all_ranks(writer.plan)
             written = self._run_on_all_ranks(partial(writer.write, plans))
             self._run_on_rank_zero(partial(self._commit, writer, written, state))
-            self._prune(path_of(self._directory, state.step))
+            self._prune(checkpoint_path(self._directory, state.step))
             return state.step, writer
         finally:
             if self._plan.runtime.rank == 0:
-                self._store.close()
+                self._store.remove_staging()
 
     def _commit(self, writer: ShareWriter, written: list[dict[str, Any]], state: RunState) -> None:
-        """Add what rank 0 alone writes, and give the checkpoint its manifest and its name."""
+        """Write the files that only rank 0 writes, then commit. `written`: the results of ShareWriter.write()."""
         staging = self._store.staging(state.step)
         writer.finish(written)
         write_file(staging / STATE, json.dumps(asdict(state), indent=1).encode())
@@ -214,7 +215,7 @@ class Checkpointer:
         runtime = self._plan.runtime
 
         def damage_of_share() -> list[str]:
-            if not checkpoint.is_dir():  # rank 0 sees it, so it is not damaged
+            if not checkpoint.is_dir():  # rank 0 listed it, so it exists
                 host = socket.gethostname()
                 raise StorageError(f"{host} does not see {checkpoint}: is the run directory on a shared disk?")
             return find_damage(checkpoint, runtime.rank, runtime.world_size)
@@ -233,7 +234,7 @@ class Checkpointer:
         return cast(T, first)
 
     def _run_on_all_ranks(self, action: Callable[[], T]) -> list[T]:
-        """Run `action` on every rank and return all results, as JSON has them, on every rank.
+        """Run `action` on every rank and return the results of all ranks, sent as JSON, on every rank.
 
         Raises StorageError on all ranks if one failed. Ends the process if another job has taken the run directory.
         """
@@ -241,9 +242,10 @@ class Checkpointer:
         try:
             self._session.require_owned()
             result = action()
-        except (Exception, dcp.CheckpointException) as error:  # any error: the other ranks wait for an answer
+        # Any error is sent to the other ranks, which wait for an answer.
+        except (Exception, dcp.CheckpointException) as error:
             with suppress(OSError):
-                self._session.require_owned()  # a new owner has removed what this one had staged
+                self._session.require_owned()  # the cause may be a new owner, which has removed the staged files
             log.exception("a checkpoint was not saved, read or removed")
             cause = next(iter(error.failures.values()))[0] if isinstance(error, dcp.CheckpointException) else error
             failed = one_line(cause)
@@ -256,8 +258,8 @@ class Checkpointer:
         return [result for _, result in answers]
 
 
-def _tokenizer_of(dataset: Dataset) -> bytes:
-    """Read the tokenizer before another dataset can replace it. Raises DataError if one already has."""
+def _read_tokenizer(dataset: Dataset) -> bytes:
+    """Return tokenizer.json, which each checkpoint copies. Raises DataError if it has been replaced since prepare."""
     content = (dataset.path / TOKENIZER).read_bytes()
     if hashlib.sha256(content).hexdigest() != dataset.meta["tokenizer"]["sha256"]:
         raise DataError(f"{dataset.path / TOKENIZER} is not the one that the data was prepared with")

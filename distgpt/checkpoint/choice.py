@@ -6,7 +6,15 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from distgpt.checkpoint.manifest import MANIFEST, NAME, committed, find_damage, list_damage, path_of, step_of
+from distgpt.checkpoint.manifest import (
+    CHECKPOINT_NAME,
+    MANIFEST,
+    checkpoint_path,
+    committed,
+    describe_damage,
+    find_damage,
+    step_of,
+)
 from distgpt.checkpoint.store import best_checkpoint
 from distgpt.errors import DataError, UsageError
 
@@ -14,7 +22,7 @@ BEST, NEWEST = "best", "newest"
 
 
 def add_option(parser: argparse.ArgumentParser, *, default: str) -> None:
-    """Add --checkpoint; `default` describes the checkpoint that is read without it."""
+    """Add the option --checkpoint. `default`: what --help says about a command without it."""
     parser.add_argument(
         "--checkpoint",
         metavar="WHICH",
@@ -32,7 +40,7 @@ def choose(run: Path, choice: str = NEWEST) -> Path:
     if is_checkpoint(run):
         if choice != NEWEST:
             raise UsageError(f"{run} is a checkpoint already: leave out --checkpoint={choice}")
-        return _require_good(run.resolve())  # its name may be "." or that of a link
+        return _require_good(run.resolve())  # resolved, since `run` may be "." or a link
     if choice not in (BEST, NEWEST) and is_checkpoint(Path(choice)):
         return _require_good(Path(choice).resolve())
     directory = run / "checkpoints"
@@ -46,7 +54,7 @@ def choose(run: Path, choice: str = NEWEST) -> Path:
         return _require_good(best)
     step = choice.removeprefix("step-").lstrip("0") or "0"
     if step in map(str, steps):
-        return _require_good(path_of(directory, int(step)))
+        return _require_good(checkpoint_path(directory, int(step)))
     all_steps = ", ".join(map(str, reversed(steps)))
     raise UsageError(f"--checkpoint is {choice}: choose {BEST}, {NEWEST} or a step of {run}: {all_steps}")
 
@@ -55,7 +63,7 @@ def is_checkpoint(directory: Path) -> bool:
     """Tell whether a path is a checkpoint, whole or damaged, and not a run."""
     # Path.is_dir() raises an error for a path that is too long.
     return os.path.isdir(directory) and (
-        (directory / MANIFEST).exists() or NAME.fullmatch(directory.resolve().name) is not None
+        (directory / MANIFEST).exists() or CHECKPOINT_NAME.fullmatch(directory.resolve().name) is not None
     )
 
 
@@ -63,10 +71,10 @@ def _newest_of(run: Path) -> Path:
     checkpoint, damaged = newest_good(committed(run / "checkpoints"))
     if checkpoint is not None:
         if damaged:
-            print(f"distgpt: reading {checkpoint}; skipped {list_damage(damaged)}", file=sys.stderr)
+            print(f"distgpt: reading {checkpoint}; skipped {describe_damage(damaged)}", file=sys.stderr)
         return checkpoint
     if damaged:
-        raise DataError(f"{run} holds no whole checkpoint ({list_damage(damaged)})")
+        raise DataError(f"{run} holds no whole checkpoint ({describe_damage(damaged)})")
     if run.is_file():
         raise DataError(f"{run} is a file: give the run directory")
     if (run / "meta.json").exists():
@@ -83,12 +91,15 @@ def _require_good(checkpoint: Path) -> Path:
 
 
 def newest_good(
-    newest_first: Iterable[Path], find: Callable[[Path], list[str]] = find_damage
+    newest_first: Iterable[Path], damage_of: Callable[[Path], list[str]] = find_damage
 ) -> tuple[Path | None, dict[str, str]]:
-    """Return the first good checkpoint, None if there is none, and the damage of those before it, by name."""
+    """Return the newest good checkpoint, or None, and the damage of the newer ones, by name.
+
+    `damage_of` lists the damage of a checkpoint.
+    """
     damaged: dict[str, str] = {}
     for checkpoint in newest_first:
-        problems = find(checkpoint)
+        problems = damage_of(checkpoint)
         if not problems:
             return checkpoint, damaged
         damaged[checkpoint.name] = problems[0]

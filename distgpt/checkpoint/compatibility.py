@@ -35,9 +35,9 @@ def require_same_run(directory: Path, config: Config, dataset: Dataset, *, repli
 
 
 def _differences(state: RunState, config: Config, dataset: Dataset) -> list[str]:
-    then = from_dict(state.config, source=STATE)
+    saved_config = from_dict(state.config, source=STATE)
     fixed = [key for key in keys() if key in FIXED_KEYS or (key.startswith("model.") and key not in FREE_KEYS)]
-    values = {key: (value_at(then, key), value_at(config, key)) for key in fixed}
+    values = {key: (value_at(saved_config, key), value_at(config, key)) for key in fixed}
     differences = [f"{key} {old} -> {new}" for key, (old, new) in values.items() if old != new]
     if state.vocab_size != dataset.vocab_size:
         differences.append(f"vocabulary {state.vocab_size} -> {dataset.vocab_size}")

@@ -28,9 +28,9 @@ FORMAT_VERSION = 1
 # Errors of file systems for a bad sector, a wrong checksum and a damaged inode.
 BAD_DISK = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 MANIFEST, STATE, TOKENIZER, INDEX = "manifest.json", "train.json", "tokenizer.json", ".metadata"
-NAME = re.compile(r"step-\d{8}|step-[1-9]\d{8,29}")
-LARGEST_JSON = 2**26  # bytes; manifest.json has 150 for each rank
-LARGEST_STEP, LARGEST_VOCABULARY = 2**50, 2**31
+CHECKPOINT_NAME = re.compile(r"step-\d{8}|step-[1-9]\d{8,29}")
+MAX_JSON_BYTES = 2**26  # manifest.json has about 150 bytes for each rank
+MAX_NUMBER, MAX_VOCABULARY = 2**50, 2**31  # no step, count or loss of a run is larger
 
 
 @dataclass(frozen=True)
@@ -49,20 +49,20 @@ class RunState:
     replicas: int = 1  # Plan.independent_replicas
 
 
-def path_of(directory: Path, step: int) -> Path:
-    """Return the directory of the checkpoint of a step."""
+def checkpoint_path(directory: Path, step: int) -> Path:
+    """Return the path of the checkpoint of a step."""
     return directory / f"step-{step:08d}"
 
 
 def committed(directory: Path) -> list[Path]:
-    """List the checkpoints of a run, the newest first."""
-    named = [d for d in directory.glob("step-*") if NAME.fullmatch(d.name)]
+    """List the committed checkpoints in a run's directory of checkpoints, newest first."""
+    named = [d for d in directory.glob("step-*") if CHECKPOINT_NAME.fullmatch(d.name)]
     return sorted(filter(Path.is_dir, named), key=step_of, reverse=True)
 
 
 def step_of(checkpoint: Path) -> int:
     """Return the step in the name of a checkpoint. Raises DataError if it has none."""
-    if not NAME.fullmatch(checkpoint.name):
+    if not CHECKPOINT_NAME.fullmatch(checkpoint.name):
         raise DataError(f"{checkpoint} has no step in its name: give it its original name, such as step-00001000")
     return int(checkpoint.name.removeprefix("step-"))
 
@@ -73,7 +73,7 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
     Raises StorageError if it cannot be read now but may be whole.
     """
     with _damage_as_data_error(checkpoint / MANIFEST):
-        content = read_file(checkpoint / MANIFEST, LARGEST_JSON)
+        content = read_file(checkpoint / MANIFEST, MAX_JSON_BYTES)
         files: dict[str, dict[str, Any]] = json.loads(content)["files"]
         if manifest_bytes(files) != content:
             raise DataError(f"{MANIFEST} is damaged")
@@ -87,7 +87,7 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
 @contextmanager
 def _damage_as_data_error(file: Path) -> Iterator[None]:
-    """Raise DataError for whatever is wrong with the content of a file. Raises StorageError if it may be whole."""
+    """Raise DataError for any error in the content of a file, StorageError if the content may be whole."""
     try:
         yield
     except FileNotFoundError:
@@ -107,7 +107,7 @@ def find_damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[st
         files = read_manifest(checkpoint)
     except DataError as error:
         return [str(error)]
-    problems = [f"{MANIFEST} does not name {name}" for name in (INDEX, STATE, TOKENIZER) if name not in files]
+    problems = [f"{MANIFEST} does not list {name}" for name in (INDEX, STATE, TOKENIZER) if name not in files]
     for name in sorted(files)[rank::world_size]:
         try:
             size = file_size(checkpoint / name)
@@ -125,7 +125,7 @@ def find_damage(checkpoint: Path, rank: int = 0, world_size: int = 1) -> list[st
 
 
 def _describe_error(file: Path, error: OSError) -> str:
-    """Describe the damage of a file. Raises StorageError if it may be whole: a server is down, access is denied."""
+    """Describe the damage that an error shows. Raises StorageError if the file may be whole: a server may be down."""
     if isinstance(error, NotAFileError | FileNotFoundError) or error.errno in BAD_DISK:
         return str(error.strerror)
     raise StorageError(f"cannot read {file}: {error.strerror}") from None
@@ -143,7 +143,7 @@ def read_state(checkpoint: Path) -> RunState:
     """
     file = checkpoint / STATE
     with _damage_as_data_error(file):
-        content = read_file(file, LARGEST_JSON)
+        content = read_file(file, MAX_JSON_BYTES)
         if hashlib.sha256(content).hexdigest() != read_manifest(checkpoint)[STATE]["sha256"]:
             raise DataError(f"{file} does not match its hash")
         state = RunState(**json.loads(content))
@@ -160,11 +160,11 @@ def _require_valid(state: RunState, file: Path) -> None:
         if not isinstance(value, kinds[name]) or isinstance(value, bool):
             raise DataError(f"{file} is not valid: its {name} is a {type(value).__name__}")
     limits = {
-        "step": (0, LARGEST_STEP),
-        "vocab_size": (1, LARGEST_VOCABULARY),
+        "step": (0, MAX_NUMBER),
+        "vocab_size": (1, MAX_VOCABULARY),
         "eot_id": (0, state.vocab_size - 1),
-        "micro_batch": (0, LARGEST_STEP),
-        "replicas": (1, LARGEST_STEP),
+        "micro_batch": (0, MAX_NUMBER),
+        "replicas": (1, MAX_NUMBER),
     }
     for name, (least, most) in limits.items():
         value = getattr(state, name)
@@ -178,15 +178,15 @@ def _require_valid(state: RunState, file: Path) -> None:
 
 
 def _require_numbers(state: RunState, file: Path) -> None:
-    """Raise DataError unless losses are floats, and OutlierFilter.restore() takes the state in `guard`."""
+    """Raise DataError unless the validation loss and the state of the outlier filter (`guard`) hold numbers."""
     figures: list[Any] = [0 if state.val_loss is None else state.val_loss]
     for name in ("losses", "grad_norms"):
         values = state.guard.get(name, [])
         figures += values if isinstance(values, list) else [values]
     skips = state.guard.get("skips", 0)
-    if not all(type(figure) is float or (type(figure) is int and abs(figure) < LARGEST_STEP) for figure in figures):
+    if not all(type(figure) is float or (type(figure) is int and abs(figure) < MAX_NUMBER) for figure in figures):
         raise DataError(f"{file} is not valid: a loss or a gradient norm in it is not a number")
-    if type(skips) is not int or not 0 <= skips < LARGEST_STEP:
+    if type(skips) is not int or not 0 <= skips < MAX_NUMBER:
         raise DataError(f"{file} is not valid: its guard.skips is {str(skips)[:30]}")
 
 
@@ -198,42 +198,43 @@ def manifest_bytes(files: dict[str, dict[str, Any]]) -> bytes:
 
 
 def sha256_of(file: Path) -> str:
-    """Return the SHA-256 of a file, in hexadecimal. Raises OSError, and NotAFileError if it is not a file."""
+    """Return the SHA-256 of a file, in hexadecimal. Raises OSError, and NotAFileError if it is not a regular file."""
     with open_file(file) as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 class NotAFileError(OSError):
-    """A directory, link, pipe or device in the place of a file."""
+    """A directory, link, pipe or device where a regular file should be."""
 
 
 def open_file(file: Path) -> io.BufferedReader:
-    """Open a file of a checkpoint to read. Raises OSError, and NotAFileError for a pipe or device, without a wait."""
+    """Open a file of a checkpoint to read. Raises OSError, and NotAFileError if it is not a regular file."""
     file_size(file)
-    no_wait = os.O_NONBLOCK | os.O_NOFOLLOW  # a pipe may have replaced the file since
+    # These flags keep open() from blocking if a pipe has replaced the file since.
+    safe = os.O_NONBLOCK | os.O_NOFOLLOW
     # io.open: tests replace it to inject faults.
-    return io.open(file, "rb", opener=lambda path, flags: os.open(path, flags | no_wait))  # noqa: UP020
+    return io.open(file, "rb", opener=lambda path, flags: os.open(path, flags | safe))  # noqa: UP020
 
 
 def file_size(file: Path) -> int:
-    """Return the bytes of a file. Raises OSError, NotAFileError if it is not a file."""
+    """Return the size of a file in bytes. Raises OSError, and NotAFileError if it is not a regular file."""
     status = file.lstat()
     if not stat.S_ISREG(status.st_mode):
         raise NotAFileError(errno.EINVAL, "it is a link" if stat.S_ISLNK(status.st_mode) else "it is not a file")
     return status.st_size
 
 
-def read_file(file: Path, most: int) -> bytes:
-    """Read a file of at most `most` bytes. Raises OSError, and DataError if it is larger."""
+def read_file(file: Path, max_bytes: int) -> bytes:
+    """Read a file of at most `max_bytes`. Raises OSError, and DataError if it is larger."""
     with open_file(file) as stream:
-        content = stream.read(most + 1)
-    if len(content) > most:
-        raise DataError(f"{file} is larger than {most // 2**20} MiB, the most that it may have")
+        content = stream.read(max_bytes + 1)
+    if len(content) > max_bytes:
+        raise DataError(f"{file} is larger than {max_bytes // 2**20} MiB, the largest size that it can have")
     return content
 
 
-def list_damage(damaged: dict[str, str]) -> str:
-    """List damaged checkpoints, with the damage of each, in one line."""
+def describe_damage(damaged: dict[str, str]) -> str:
+    """List the damaged checkpoints and the damage of each, in one line."""
     return "; ".join(f"{name}: {why}" for name, why in damaged.items())
 
 

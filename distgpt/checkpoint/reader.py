@@ -36,10 +36,10 @@ from distgpt.errors import DataError, StorageError
 from distgpt.health.outliers import OutlierFilter
 from distgpt.model.gpt import GPT
 
-# The most bytes of a stored tensor besides its values: in its record, and in all.
-LARGEST_HEADER, LARGEST_EXTRA = 2**12, 2**14
-# All operations that torch.save() needs for the record of one tensor. None reads the memo: a short record that repeats
-# tuples from it would take years to hash.
+# The largest size of a stored tensor besides its values, in bytes: of its record (a pickle), and in all.
+MAX_RECORD_BYTES, MAX_OVERHEAD_BYTES = 2**12, 2**14
+# The pickle operations that torch.save() needs for the record of one tensor. None of them reads the memo: with the
+# memo, a short record could nest tuples that take years to hash.
 _OPERATIONS = frozenset(
     (
         *("PROTO", "GLOBAL", "BINPUT", "MARK", "TUPLE", "TUPLE1", "TUPLE2", "TUPLE3", "EMPTY_TUPLE", "BINPERSID"),
@@ -50,7 +50,7 @@ _GLOBALS = re.compile(r"torch\._utils _rebuild_tensor_v2|collections OrderedDict
 
 FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
 
-# It is intended that one process saves and loads alone.
+# A single process may save and load without a process group.
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
 
 
@@ -76,7 +76,7 @@ def read_tokenizer(checkpoint: Path, state: RunState) -> Tokenizer:
 
 
 def require_model(checkpoint: Path, config: Config, vocab_size: int) -> None:
-    """Raise DataError unless a checkpoint holds the model of a config, before anything is allocated for one."""
+    """Raise DataError unless a checkpoint holds the model of a config. Allocates no memory for the model."""
     index = read_index(checkpoint)
     wrong = DataError(f"{checkpoint / STATE} has a config of another model than the one stored")
     if config.model.n_layer > len(index.state_dict_metadata):
@@ -91,7 +91,7 @@ def require_model(checkpoint: Path, config: Config, vocab_size: int) -> None:
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that a run learns and a checkpoint stores. `outer`: the outer optimizer of diloco."""
+    """The parts of a run that a checkpoint stores. `outer`: the outer optimizer of diloco."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -117,7 +117,7 @@ class TrainingState:
         return state
 
     def _model_and_optimizer(self) -> dict[str, Any]:
-        """Return their tensors, without hyper-parameters, which the config and the step give."""
+        """Return the tensors of the model and the optimizer, but no hyper-parameters: those come from the config."""
         moments = {name: value for name, value in self._optimizer_state().items() if name.startswith("state.")}
         return {"model": get_model_state_dict(self.model), "optim": moments}
 
@@ -158,9 +158,9 @@ def require_tensors(index: Metadata, wanted: Mapping[str, Any], path: Path) -> N
             if _part(name) in parts or name.split(".")[0] not in ("model", "optim", "outer", "replica"):
                 raise DataError(f"{path} holds {name[:100]}, which the model does not have")
             continue
-        then, now = (held.size, held.properties.dtype), (known.shape, known.dtype)
-        if then != now:
-            raise DataError(f"{path} holds {name} as {_shown(*then)}, and the model has {_shown(*now)}")
+        if (held.size, held.properties.dtype) != (known.shape, known.dtype):
+            stored, own = _describe_tensor(held.size, held.properties.dtype), _describe_tensor(known.shape, known.dtype)
+            raise DataError(f"{path} holds {name} as {stored}, and the model has {own}")
 
 
 def _flattened(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
@@ -176,7 +176,7 @@ def _part(name: str) -> tuple[str, ...]:
     return (first, *rest[: 1 if first == "replica" else 0])
 
 
-def _shown(size: torch.Size, dtype: torch.dtype) -> str:
+def _describe_tensor(size: torch.Size, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(size)}"
 
 
@@ -211,7 +211,7 @@ class _Reader(dcp.FileSystemReader):
         """Read a stored tensor. Raises OSError, and DataError if it is not the one that the index describes."""
         place, (shape, item_size) = self._index.storage_data[index], self._chunks[index]
         size = shape.numel() * item_size
-        if place.length > size + LARGEST_EXTRA:
+        if place.length > size + MAX_OVERHEAD_BYTES:
             raise DataError(f"{index.fqn} is stored in {place.length} bytes, and is a tensor of {size}")
         with open_file(Path(self.path) / place.relative_path) as file:
             file.seek(place.offset)
@@ -227,7 +227,8 @@ class _Reader(dcp.FileSystemReader):
 def _require_tensor(file: io.BytesIO, size: int, name: str) -> None:
     """Raise DataError unless torch.load() will read no more than a tensor of `size` bytes.
 
-    It loads tensors only, but may unpack a thousand times as much, or run operations that take any memory and time.
+    With weights_only=True, torch.load() loads tensors only. But a crafted file could still unpack to a thousand times
+    its size, or use operations that take any amount of memory and time.
     """
     try:
         with zipfile.ZipFile(file) as archive:
@@ -237,7 +238,7 @@ def _require_tensor(file: io.BytesIO, size: int, name: str) -> None:
     data = [member for member in members if "/data/" in member.filename]
     others = [member for member in members if member not in data]
     packed = any(member.compress_type != zipfile.ZIP_STORED for member in members)
-    if packed or len(data) != 1 or data[0].file_size != size or sum(m.file_size for m in others) > LARGEST_HEADER:
+    if packed or len(data) != 1 or data[0].file_size != size or sum(m.file_size for m in others) > MAX_RECORD_BYTES:
         raise DataError(f"{name} is not stored as a tensor of {size} bytes")
     try:
         file.seek(0)

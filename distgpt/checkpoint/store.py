@@ -1,7 +1,7 @@
 """The directory of checkpoints: the best one, those to remove, and changes that a kill cannot leave half done.
 
-Unfinished checkpoints, and those being removed, lie in a staging directory named after the owner of the run directory.
-The next owner moves it away before it starts, so that an earlier owner which wakes up cannot rename anything from it.
+Unfinished checkpoints, and those being removed, are in a staging directory named after the owner of the run directory.
+The next owner moves it away before it starts. So an earlier owner that wakes up cannot rename anything from it.
 """
 
 import logging
@@ -17,11 +17,11 @@ from typing import Any
 
 from distgpt.checkpoint.manifest import (
     MANIFEST,
+    checkpoint_path,
     committed,
     is_checkpoint_file,
     manifest_bytes,
     one_line,
-    path_of,
     read_manifest,
     read_state,
 )
@@ -29,17 +29,17 @@ from distgpt.errors import DISK_FULL, DataError, DirectoryError, StorageError
 from distgpt.files import sync, write_file
 from distgpt.run.lock import Owner
 
-CHECKPOINT_BYTES = 12  # for each parameter: a float32 weight and AdamW's two moments
-OUTER_BYTES = 8  # for each parameter, with independent replicas: the shared weight and its momentum
-STAGING, BROKEN = ".staging-", "broken-"  # beginnings of the names of directories that are no checkpoints
+CHECKPOINT_BYTES_PER_PARAMETER = 12  # for each parameter: a float32 weight and AdamW's two moments
+OUTER_BYTES_PER_PARAMETER = 8  # for each parameter, with independent replicas: the shared weight and its momentum
+STAGING_PREFIX, BROKEN_PREFIX = ".staging-", "broken-"  # of directories that are no checkpoints
 
 log = logging.getLogger(__name__)
 
 
-def require_space(directory: Path, needed: int) -> None:
-    """Raise StorageError unless the disk of `directory` has room for `needed` bytes and a little more."""
+def require_space(directory: Path, size: int) -> None:
+    """Raise StorageError unless the disk of `directory` has room for a checkpoint of `size` bytes and a little more."""
     free = shutil.disk_usage(directory).free
-    wanted = needed * 1.02 + 2**20
+    wanted = size * 1.02 + 2**20
     if free < wanted:
         # Rounded down and up, so that the message never shows two equal figures.
         free_mib, wanted_mib = math.floor(free / 2**20 * 10) / 10, math.ceil(wanted / 2**20 * 10) / 10
@@ -51,7 +51,7 @@ def require_space(directory: Path, needed: int) -> None:
 
 def checkpoint_bytes(parameters: int, replicas: int) -> int:
     """Return the bytes of a checkpoint with this number of parameters and independent replicas."""
-    return parameters * (CHECKPOINT_BYTES * replicas + (OUTER_BYTES if replicas > 1 else 0))
+    return parameters * (CHECKPOINT_BYTES_PER_PARAMETER * replicas + (OUTER_BYTES_PER_PARAMETER if replicas > 1 else 0))
 
 
 def prunable(directory: Path, *, keep: int) -> list[Path]:
@@ -59,8 +59,8 @@ def prunable(directory: Path, *, keep: int) -> list[Path]:
 
     A checkpoint stays if it holds a file that is not in its manifest, or cannot be read.
     """
-    losses = _losses(directory)
-    best = _best(losses)
+    losses = _val_losses(directory)
+    best = _lowest(losses)
     removable = []
     for checkpoint in committed(directory)[keep:]:
         try:
@@ -74,11 +74,11 @@ def prunable(directory: Path, *, keep: int) -> list[Path]:
 
 def best_checkpoint(directory: Path) -> Path | None:
     """Return the checkpoint with the lowest validation loss that can be read, None if there is none."""
-    return _best(_losses(directory))
+    return _lowest(_val_losses(directory))
 
 
-def _losses(directory: Path) -> dict[Path, float]:
-    """Read the validation losses of the checkpoints that can be read now; NaN where it is missing or damaged."""
+def _val_losses(directory: Path) -> dict[Path, float]:
+    """Read the validation loss of each checkpoint that can be read now. A missing or damaged one is NaN."""
     losses = {}
     for checkpoint in committed(directory):
         try:
@@ -92,94 +92,102 @@ def _losses(directory: Path) -> dict[Path, float]:
     return losses
 
 
-def _best(losses: dict[Path, float]) -> Path | None:
+def _lowest(losses: dict[Path, float]) -> Path | None:
     finite = {checkpoint: loss for checkpoint, loss in losses.items() if math.isfinite(loss)}
     return min(finite, key=lambda checkpoint: finite[checkpoint], default=None)
 
 
 def require_writable(directory: Path) -> None:
-    """Raise DirectoryError if checkpoints cannot be written to `directory`, before the first save would fail."""
+    """Raise DirectoryError if checkpoints cannot be written to `directory`."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryDirectory(prefix=STAGING, dir=directory).cleanup()
+        tempfile.TemporaryDirectory(prefix=STAGING_PREFIX, dir=directory).cleanup()
     except OSError as error:
-        if error.errno not in DISK_FULL:  # there may be room by the time of a save
+        if error.errno not in DISK_FULL:  # a full disk may have room by the time of a save
             raise DirectoryError(f"cannot write to {directory} ({error.strerror}): choose another --run.dir") from None
 
 
 class Store:
-    """Changes the directory of checkpoints, on rank 0: each one stays whole or absent. Methods raise OSError."""
+    """Changes the directory of checkpoints, on rank 0. Each checkpoint in it is whole at every moment.
+
+    Methods raise OSError.
+    """
 
     def __init__(self, directory: Path, owner: Owner) -> None:
         self.directory = directory
-        self._staging_root = directory / f"{STAGING}{owner.label}"
+        self._staging_root = directory / f"{STAGING_PREFIX}{owner.label}"
         self._fence = owner.fence
 
     def staging(self, step: int) -> Path:
         """Return the staging directory of a step."""
-        return self._staging_root / path_of(self.directory, step).name
+        return self._staging_root / checkpoint_path(self.directory, step).name
 
-    def open(self, step: int, needed: int) -> None:
-        """Create the staging directory of a step. Raises StorageError unless there is room for `needed` bytes."""
+    def create_staging(self, step: int, size: int) -> None:
+        """Create the staging directory of a step. Raises StorageError unless there is room for `size` bytes."""
         if not self.directory.is_dir():
             self.directory.mkdir(parents=True)
             sync(self.directory.parent)
-        require_space(self.directory, needed)
+        require_space(self.directory, size)
         self.create_staging_root()
         self.staging(step).mkdir()
 
     def commit(self, step: int, files: dict[str, dict[str, Any]]) -> None:
-        """Write the manifest of a staged checkpoint and give it its name. Its other files are already on the disk."""
+        """Write the manifest of a staged checkpoint and rename it. Its other files are already on the disk."""
         staging = self.staging(step)
         write_file(staging / MANIFEST, manifest_bytes(files))
-        target = path_of(self.directory, step)
+        target = checkpoint_path(self.directory, step)
         try:
             staging.rename(target)
         except OSError as error:
             if not os.path.lexists(target):
                 raise
-            raise StorageError(f"{target} is in the way, and is not of this attempt: move it away") from error
+            raise StorageError(f"{target} is in the way, and this attempt did not write it: move it away") from error
         sync(self.directory)
 
-    def close(self) -> None:
-        """Remove the staging directories."""
+    def remove_staging(self) -> None:
+        """Remove the staging directories of this owner."""
         shutil.rmtree(self._staging_root, ignore_errors=True)
 
     def remove(self, checkpoints: Sequence[Path]) -> None:
-        """Remove checkpoints, during a save. A kill leaves no incomplete one under its name."""
+        """Remove checkpoints. Each is moved to the staging root first, so that a kill leaves none half removed."""
         for checkpoint in checkpoints:
             shutil.rmtree(checkpoint.rename(self._staging_root / f"removed-{checkpoint.name}"))
 
     def create_staging_root(self) -> None:
-        """Create the parent of the staging directories. The caller then checks that it still owns the run directory."""
+        """Create the parent of the staging directories. Afterwards, check that the run directory is still owned."""
         self._staging_root.mkdir(exist_ok=True)
 
     def set_aside(self, names: Sequence[str]) -> None:
         """Rename damaged checkpoints, given with the newest last, and keep only the newest one for inspection.
 
-        Call create_staging_root() first.
+        Call create_staging_root() before, then check that the run directory is still owned.
         """
         for name in names:
-            # Through the staging directory, which a next owner removes: the name may already be of its checkpoint.
+            # If a next owner has taken over, this name may be that of its checkpoint. But then the staging root is
+            # gone, so that the first rename fails.
             moved = (self.directory / name).rename(self._staging_root / name)
-            moved.rename(self.directory / f"{BROKEN}{name}-{time.time_ns()}")
+            moved.rename(self.directory / f"{BROKEN_PREFIX}{name}-{time.time_ns()}")
         self._remove_all_but_newest_broken()
-        self.close()
+        self.remove_staging()
 
     def _remove_all_but_newest_broken(self) -> None:
-        broken = [d for d in self.directory.glob(f"{BROKEN}*") if re.fullmatch(BROKEN + r"step-\d{8,}-\d+", d.name)]
+        broken = [
+            d
+            for d in self.directory.glob(f"{BROKEN_PREFIX}*")
+            if re.fullmatch(BROKEN_PREFIX + r"step-\d{8,}-\d+", d.name)
+        ]
         earlier = sorted(broken, key=lambda d: int(d.name.rpartition("-")[2]))[:-1]
         if earlier:
             self.create_staging_root()
             self.remove([d for d in earlier if all(is_checkpoint_file(file.name) for file in d.iterdir())])
 
-    def remove_left_overs(self) -> None:
-        """Remove what earlier owners, dead or suspended, did not finish, but nothing of a later owner."""
-        for left_over in self.directory.glob(f"{STAGING}*"):
-            fence = re.match(r"(\d+)-", left_over.name.removeprefix(STAGING))
-            if left_over != self._staging_root and (fence is None or int(fence[1]) <= self._fence):
+    def remove_leftovers(self) -> None:
+        """Remove the staging directories of earlier owners, dead or suspended, but none of a later owner."""
+        for leftover in self.directory.glob(f"{STAGING_PREFIX}*"):
+            fence = re.match(r"(\d+)-", leftover.name.removeprefix(STAGING_PREFIX))
+            if leftover != self._staging_root and (fence is None or int(fence[1]) <= self._fence):
                 self.create_staging_root()
-                # After this rename, nothing can be written or renamed under the old name.
-                left_over.rename(self._staging_root / left_over.name)
+                # After this rename, the earlier owner can write and rename nothing under the old name.
+                leftover.rename(self._staging_root / leftover.name)
         self._remove_all_but_newest_broken()
-        self.close()
+        self.remove_staging()

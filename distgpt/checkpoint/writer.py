@@ -1,4 +1,4 @@
-"""Write the share of one rank of a checkpoint: planned by DCP, hashed while it is written.
+"""Write one rank's share of a checkpoint. DCP plans it, and its files are hashed while they are written.
 
 Ranks exchange JSON, where DCP's own save exchanges pickles.
 """
@@ -22,22 +22,22 @@ from torch.distributed.checkpoint.storage import WriteResult
 
 
 class ShareWriter:
-    """A save on one rank: plan(), write() with the plans of all ranks, then finish() on rank 0 with all results."""
+    """Writes the share of one rank: plan(), then write() with all plans, then on rank 0 finish() with all results."""
 
     def __init__(self, tensors: dict[str, Any], directory: Path, rank: int) -> None:
         self._tensors, self._rank = tensors, rank
         self._files = _HashingFileSystem()
-        self._writer = dcp.FileSystemWriter(directory, sync_files=False)  # the files below sync themselves
+        self._writer = dcp.FileSystemWriter(directory, sync_files=False)  # a _HashingFile syncs itself
         self._writer.fs = self._files
         self._planner = dcp.DefaultSavePlanner()
         self._metadata: Metadata | None = None
-        self.seconds, self.bytes = 0.0, 0  # written by this rank, without waits for the others
+        self.seconds, self.bytes = 0.0, 0  # of writing on this rank, without waits for other ranks
 
     def plan(self) -> dict[str, Any]:
         """Return the tensors that this rank holds, as JSON."""
-        first = self._rank == 0
-        self._planner.set_up_planner(self._tensors, self._writer.storage_meta(), first)
-        self._writer.set_up_storage_writer(first, rank=self._rank, use_collectives=True)
+        is_coordinator = self._rank == 0
+        self._planner.set_up_planner(self._tensors, self._writer.storage_meta(), is_coordinator)
+        self._writer.set_up_storage_writer(is_coordinator, rank=self._rank, use_collectives=True)
         plan = self._writer.prepare_local_plan(self._planner.create_local_plan())
         return {"items": [_item_to_json(item) for item in plan.items], "names": plan.planner_data}
 
@@ -66,7 +66,7 @@ class ShareWriter:
 
 
 class _HashingFileSystem(FileSystem):
-    """A file system whose files are hashed while they are written, and on the disk once they are closed."""
+    """A file system that hashes files while they are written, and syncs them to the disk when they are closed."""
 
     def __init__(self) -> None:
         self.written: dict[str, dict[str, Any]] = {}  # by name, as in a manifest

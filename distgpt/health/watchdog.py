@@ -209,7 +209,7 @@ class Watchdog:
         )
         # The first rank of this host may be a stopped one, which cannot report.
         first_running = min(({self._run.rank} | ranks_of_this_host().keys()) - set(stopped))
-        is_first = first_running == self._run.rank if stopped else not_joined or None
+        is_first = first_running == self._run.rank if stopped else not_joined
         if self._run.report(EXIT_INTERRUPTED, cause, as_first_of_host=is_first):
             with suppress(OSError):
                 os.write(sys.stderr.fileno(), f"distgpt: {cause}\n".encode())

@@ -1,6 +1,7 @@
 """Launch a job: `python -m distgpt.launch local|nodes [PRESET] [--section.key=value ...]`.
 
-`slurm` answers the scripts of slurm/. `directory OPTION ...` prints the run directory of these options.
+The scripts call two more: `slurm ...` makes the decisions of slurm/, and `directory OPTION ...` prints the run
+directory that these options give.
 """
 
 import os
@@ -11,13 +12,13 @@ from distgpt.config import resolve
 from distgpt.errors import UsageError
 from distgpt.launch import local, multinode
 
-ANSWERED_AT_ONCE = {"--help", "-h", "--print-config"}
+OPTIONS_THAT_ONLY_PRINT = {"--help", "-h", "--print-config"}
 
 
 def main(arguments: list[str]) -> int:
     """Run the launcher that is named first; return its exit code."""
     name, options = arguments[0] if arguments else "", arguments[1:]
-    if name in ("local", "nodes") and ANSWERED_AT_ONCE & set(options):
+    if name in ("local", "nodes") and OPTIONS_THAT_ONLY_PRINT & set(options):
         os.execv(sys.executable, [sys.executable, "-m", "distgpt.train", *options])
     match name:
         case "local":

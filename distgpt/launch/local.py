@@ -1,4 +1,4 @@
-"""Train on all devices of this machine, again after a failure: launch/local.sh. Imports no torch."""
+"""Train on all devices of this machine, and start again after a failure: launch/local.sh. Imports no torch."""
 
 import os
 import tempfile
@@ -10,28 +10,34 @@ from distgpt.corpus.shards import open_dataset
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK
 from distgpt.launch.agent import Supervisor
 from distgpt.launch.policy import Ending, Tries, can_retry, say, say_end
-from distgpt.launch.settings import SIGNALS, TORCHRUN, count_from_environment, loopback_rendezvous, torchrun_environment
+from distgpt.launch.settings import (
+    SIGNALS_OPTION,
+    TORCHRUN,
+    count_from_environment,
+    loopback_rendezvous,
+    torchrun_environment,
+)
 from distgpt.machine import default_ranks
 from distgpt.run.exit_report import read_report, write_exit_report
 from distgpt.run.lock import lock_holder
 from distgpt.run.paths import RunPaths
 
-KILLED = "killed before any rank could say why: run it again to go on"
-UNSAVED = "ended at once as told: what came after the newest checkpoint is not saved, run it again to go on from there"
+KILLED = "killed before any rank could report the cause: run it again to go on"
+UNSAVED = "ended at once, as asked: steps after the newest checkpoint are not saved, run it again to go on from there"
 
 
 def main(arguments: list[str]) -> int:
-    """Train until the run is done or cannot go on; return its exit code, which torchrun would flatten to 1."""
+    """Train until the run is done or cannot go on; return its exit code, which torchrun would turn into 1."""
     config = resolve(arguments, os.environ)
     paths = RunPaths(config.run_dir)
     ranks = count_from_environment("NPROC_PER_NODE") or default_ranks()
     tries = Tries(count_from_environment("TRIES") or 3, config.run_dir)
     require_divisible_batch(config, ranks)
     dataset = open_dataset(Path(config.data.path))
-    if config.parallel.strategy != "diloco":  # whose replicas depend on the ranks
+    if config.parallel.strategy != "diloco":  # the replicas of diloco are known only to the ranks
         require_same_run(paths.checkpoints, config, dataset, replicas=1)
     if tries.newest is None:
-        arguments = [*arguments, "--run.fresh=false"]  # what comes from here on is this job's own
+        arguments = [*arguments, "--run.fresh=false"]  # checkpoints that a restart finds are this job's own
     supervisor = Supervisor(timeout=config.health.timeout)
     while True:
         ending = attempt(supervisor, ranks, arguments)
@@ -45,22 +51,22 @@ def main(arguments: list[str]) -> int:
             if ending.cause:
                 say_end(code, ending.cause)
             return code
-        exhausted = tries.exhausted()
+        give_up = tries.count_failure()
         say(ending.cause_without_advice)
-        if exhausted:
-            say(f"gave up after {tries.limit} launches that got no further: run it again to go on")
+        if give_up:
+            say(f"gave up after {tries.limit} launches without a new checkpoint: run it again to go on")
             return code
         say(f"starting again from {tries.newest or 'the beginning'}")
 
 
 def attempt(supervisor: Supervisor, ranks: int, arguments: list[str]) -> Ending:
-    """Train until the end of one torchrun."""
+    """Run one torchrun to its end, and return how it ended."""
     with tempfile.TemporaryDirectory(prefix="distgpt-", ignore_cleanup_errors=True) as scratch:
         report = Path(scratch, "exit.json")
         # Not --standalone, which would listen on all interfaces.
         rendezvous = loopback_rendezvous(f"{scratch}/store", Path(scratch).name)
         env = torchrun_environment(report, shutdown_seconds=600)
-        command = (*TORCHRUN, f"--nproc_per_node={ranks}", "--max-restarts=3", *rendezvous, SIGNALS)
+        command = (*TORCHRUN, f"--nproc_per_node={ranks}", "--max-restarts=3", *rendezvous, SIGNALS_OPTION)
         if supervisor.run((*command, "-m", "distgpt.train", *arguments), env) == 0:
             return Ending(EXIT_OK, "")
         return Ending.from_report(read_report(report), otherwise=KILLED)

@@ -1,4 +1,4 @@
-"""Train on several hosts without a scheduler, and through their failures: launch/multinode.sh. Imports no torch."""
+"""Train on several hosts without a scheduler, and start again when one fails: launch/multinode.sh. Imports no torch."""
 
 import math
 import os
@@ -14,95 +14,114 @@ from distgpt.config import Config, resolve
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 from distgpt.launch.agent import Supervisor
 from distgpt.launch.policy import Ending, Tries, can_retry, say, say_end
-from distgpt.launch.settings import SIGNALS, TORCHRUN, count_from_environment, torchrun_environment
+from distgpt.launch.settings import SIGNALS_OPTION, TORCHRUN, count_from_environment, torchrun_environment
 from distgpt.machine import default_ranks
 from distgpt.preflight import network
 from distgpt.run.exit_report import read_report
 from distgpt.run.paths import RunPaths
 
-# What an attempt has torchrun start, one after the other.
+# The two phases of a job, each a module that torchrun runs on all hosts.
 PREFLIGHT: tuple[str, ...] = ("distgpt.doctor", "--distributed")
 TRAIN: tuple[str, ...] = ("distgpt.train",)
-LONGEST_PAUSE = 5.0
-# Hosts that have met wait so many seconds for more of them.
-LAST_CALL = {PREFLIGHT: 10, TRAIN: 3}
-# Beyond JOIN_SECONDS, hosts may just have met, and wait for more.
+MAX_PAUSE_SECONDS = 5.0
+# Once the smallest number of hosts has met, torchrun waits this many seconds for more of them.
+LAST_CALL_SECONDS = {PREFLIGHT: 10, TRAIN: 3}
+# After JOIN_SECONDS, hosts that have just met get this much time to start their ranks.
 MEETING_SECONDS = 15
 
 
 @dataclass(frozen=True)
-class Hosts:
-    """The hosts of the job, by HEAD and NODES, and what each of them does."""
+class JobSettings:
+    """The settings of the job, from the environment. `port`: that of training; the next one is the preflight's.
+
+    `ranks`: the ranks on each host.
+    """
 
     head: str
-    port: int  # of training; the next one is the preflight's
-    least: int
-    most: int
+    port: int
+    min_hosts: int
+    max_hosts: int
     ranks: int
     join_seconds: int
     tries: int
 
 
 def main(arguments: list[str]) -> int:
-    """Train until the run is done or cannot go on; return its exit code, which torchrun would flatten to 1."""
+    """Train until the run is done or cannot go on; return its exit code, which torchrun would turn into 1."""
     config = resolve(arguments, os.environ)
-    hosts = read_hosts(config)
-    # Told explicitly, since guessing from the hostname goes wrong where names are shared, missing or mean 127.0.1.1.
-    route = network.route_to(hosts.head)
+    settings = read_settings(config)
+    # torchrun would guess from hostnames whether this host is the head, and several hosts may share a name.
+    route = network.route_to(settings.head)
     if route.is_here:
-        require_free_ports(hosts, route.address)
+        require_free_ports(settings, route.address)
     with tempfile.TemporaryDirectory(prefix="distgpt-", ignore_cleanup_errors=True) as scratch:
-        return Launcher(config, hosts, route, Path(scratch), arguments).run()
+        return Launcher(config, settings, route, Path(scratch), arguments).run()
 
 
-def read_hosts(config: Config) -> Hosts:
-    """Return what the environment says. Raises UsageError."""
+def read_settings(config: Config) -> JobSettings:
+    """Read the settings from the environment. Raises UsageError."""
     ranks, join_seconds, tries = (count_from_environment(name) for name in ("NPROC_PER_NODE", "JOIN_SECONDS", "TRIES"))
     head, nodes = os.environ.get("HEAD", ""), os.environ.get("NODES", "")
-    place = re.fullmatch("([^:]+):([1-9][0-9]{0,4})", head)
-    if not place or int(place[2]) > 65534:
+    host_and_port = re.fullmatch("([^:]+):([1-9][0-9]{0,4})", head)
+    if not host_and_port or int(host_and_port[2]) > 65534:
         raise UsageError(f"HEAD={head} must be host:port: one of the hosts, and a free port on it from 1 to 65534")
     numbers = re.fullmatch("([1-9][0-9]{0,4})(?::([1-9][0-9]{0,4}))?", nodes)
     if not numbers:
         raise UsageError(f"NODES={nodes} must say how many hosts there are: NODES=4 or NODES=3:4")
-    least, most = int(numbers[1]), int(numbers[2] or numbers[1])
-    if not least <= most < 2 * least:  # a cut network must not leave two groups that both go on
+    min_hosts, max_hosts = int(numbers[1]), int(numbers[2] or numbers[1])
+    if not min_hosts <= max_hosts < 2 * min_hosts:  # the two sides of a cut network must not both go on
         raise UsageError(
             f"NODES={nodes}: the smaller number must be more than half of the larger one, so that only one side goes "
             "on when the network is cut"
         )
-    if config.parallel.strategy == "diloco" and least < most:
-        raise UsageError(f"NODES={nodes}: diloco keeps the number of its replicas, write NODES={most}")
-    hosts = Hosts(place[1], int(place[2]), least, most, ranks or default_ranks(), join_seconds or 600, tries or 10)
-    batch, micro_batch, sizes = config.train.global_batch, max(1, config.train.micro_batch), range(least, most + 1)
-    for size in sizes:
-        if batch % (size * hosts.ranks * micro_batch):
-            step = math.lcm(*sizes) * hosts.ranks * micro_batch
+    if config.parallel.strategy == "diloco" and min_hosts < max_hosts:
+        raise UsageError(f"NODES={nodes}: diloco cannot change the number of its replicas, write NODES={max_hosts}")
+    settings = JobSettings(
+        head=host_and_port[1],
+        port=int(host_and_port[2]),
+        min_hosts=min_hosts,
+        max_hosts=max_hosts,
+        ranks=ranks or default_ranks(),
+        join_seconds=join_seconds or 600,
+        tries=tries or 10,
+    )
+    require_batch_divides(config, settings, nodes)
+    return settings
+
+
+def require_batch_divides(config: Config, settings: JobSettings, nodes: str) -> None:
+    """Raise UsageError unless the global batch divides over every number of hosts that `nodes` (NODES) allows."""
+    batch, micro_batch, ranks = config.train.global_batch, max(1, config.train.micro_batch), settings.ranks
+    counts = range(settings.min_hosts, settings.max_hosts + 1)
+    for count in counts:
+        if batch % (count * ranks * micro_batch):
+            divisor = math.lcm(*counts) * ranks * micro_batch
             raise UsageError(
-                f"train.global_batch {batch} does not divide over {size} hosts x {hosts.ranks} ranks x "
-                f"train.micro_batch {micro_batch}: take a multiple of {step}, which divides for NODES={nodes}"
+                f"train.global_batch {batch} does not divide over {count} hosts x {ranks} ranks x "
+                f"train.micro_batch {micro_batch}: take a multiple of {divisor}, which divides for NODES={nodes}"
             )
-    return hosts
 
 
-def require_free_ports(hosts: Hosts, address: str) -> None:
-    """Raise UsageError if a port is taken: two jobs at one rendezvous would wait for each other's hosts silently."""
-    for port in (hosts.port, hosts.port + 1):
+def require_free_ports(settings: JobSettings, address: str) -> None:
+    """Raise UsageError if a port is taken: the hosts of two jobs would silently wait for each other at it."""
+    for port in (settings.port, settings.port + 1):
         if network.connection_error(address, port, timeout=2) is None:
             raise UsageError(
-                f"port {port} of {hosts.head} is taken, by another job or one that still ends: choose another in HEAD "
-                "(its port and the next one are used)"
+                f"port {port} of {settings.head} is taken, by another job or one that is still ending: choose another "
+                "in HEAD (its port and the next one are used)"
             )
 
 
 class Launcher:
-    """This host's part in the job, attempt after attempt."""
+    """Runs torchrun on this host, attempt after attempt, until the job ends."""
 
-    def __init__(self, config: Config, hosts: Hosts, route: network.Route, scratch: Path, arguments: list[str]) -> None:
-        self._run_dir, self._hosts, self._route, self._scratch = config.run_dir, hosts, route, scratch
+    def __init__(
+        self, config: Config, settings: JobSettings, route: network.Route, scratch: Path, arguments: list[str]
+    ) -> None:
+        self._run_dir, self._settings, self._route, self._scratch = config.run_dir, settings, route, scratch
         self._shared_report = RunPaths(config.run_dir).exit_report
-        self._tries = Tries(hosts.tries, config.run_dir)
-        # What comes from here on is this job's own.
+        self._tries = Tries(settings.tries, config.run_dir)
+        # Checkpoints that a restart finds are this job's own.
         self._arguments = arguments if self._tries.newest else [*arguments, "--run.fresh=false"]
         self._supervisor = Supervisor(timeout=config.health.timeout)
         self._phase = PREFLIGHT
@@ -110,11 +129,11 @@ class Launcher:
 
     @property
     def _port(self) -> int:
-        """The port at which the hosts meet in this phase."""
-        return self._hosts.port + (self._phase == PREFLIGHT)
+        """The port of the rendezvous in this phase."""
+        return self._settings.port + (self._phase == PREFLIGHT)
 
     def run(self) -> int:
-        """Start again until the run is done, or until nothing is gained by that; return the exit code."""
+        """Start again until the run is done, or a restart cannot help; return the exit code."""
         while not self._supervisor.signalled:
             self._attempts += 1
             if not self._route.is_here:
@@ -129,66 +148,67 @@ class Launcher:
         return EXIT_INTERRUPTED
 
     def _join_phase_of_head(self) -> None:
-        """Wait until the head has a phase under way, which it decides for all hosts.
+        """Wait until the head listens on a port, and enter its phase: the head decides the phase for all hosts.
 
-        A host that comes late, or back, finds training under way and joins it, and a head that was restarted finds the
-        others ready to go through the preflight with it.
+        So a host that comes late, or back, joins a training in progress, and if the head was restarted, the other hosts
+        go through the preflight with it.
         """
-        hosts = self._hosts
-        ports = [hosts.port] if self._phase == TRAIN else [hosts.port, hosts.port + 1]
-        with self._supervisor.waiting():
-            open_port = network.wait_for_port(hosts.head, ports, seconds=hosts.join_seconds)
-        self._phase = TRAIN if open_port == hosts.port else PREFLIGHT
+        settings = self._settings
+        ports = [settings.port] if self._phase == TRAIN else [settings.port, settings.port + 1]
+        with self._supervisor.interruptible():
+            open_port = network.wait_for_port(settings.head, ports, seconds=settings.join_seconds)
+        self._phase = TRAIN if open_port == settings.port else PREFLIGHT
 
     def _attempt(self) -> Ending | None:
-        """Run one torchrun on this host to its end; return how it failed, None if it did not."""
-        report, before = self._scratch / f"exit-{self._attempts}.json", read_report(self._shared_report)
-        env = torchrun_environment(report, shutdown_seconds=120, interface=self._route.interface)
-        if self._supervisor.run(self._command(), env, while_waiting=self._require_hosts_in_time) == 0:
+        """Run one torchrun on this host to its end; return how it failed, None if it succeeded."""
+        report_file, shared_before = self._scratch / f"exit-{self._attempts}.json", read_report(self._shared_report)
+        env = torchrun_environment(report_file, shutdown_seconds=120, interface=self._route.interface)
+        if self._supervisor.run(self._command(), env, while_joining=self._require_hosts_in_time) == 0:
             return None
-        found, shared = read_report(report), read_report(self._shared_report)
-        if (found is None or found["code"] == EXIT_INTERRUPTED) and shared and shared != before:
-            # Other hosts than the one with the trouble, or than the first to leave when all is done, only see that it
-            # is gone. The run's own report, if it is new, says why.
-            found = found if shared["code"] == EXIT_INTERRUPTED else shared
-        return Ending.from_report(found, otherwise="")
+        report, shared = read_report(report_file), read_report(self._shared_report)
+        # The ranks of this host may only have seen that another host failed, or that it was done and left. The report
+        # in the run directory, if it is new, then has the cause.
+        has_no_cause = report is None or report["code"] == EXIT_INTERRUPTED
+        if has_no_cause and shared and shared != shared_before and shared["code"] != EXIT_INTERRUPTED:
+            report = shared
+        return Ending.from_report(report, otherwise="")
 
     def _command(self) -> list[str]:
         """Return the command line of torchrun.
 
-        Hosts find each other by their run directory: one of another job waits for its own, and leaves the others
-        alone. Every attempt has a store of its own, which ends with the head's torchrun, and no restart inside of it:
-        after a network failure such a restart would wait for agents that cannot hear each other.
+        The id of the rendezvous is made from the run directory, so that a host of another job does not join this one.
+        torchrun itself never restarts (--max-restarts=0): after a network failure it would wait for hosts that cannot
+        reach each other. Instead, every attempt has a new store, which ends with the torchrun of the head.
         """
-        hosts, is_head = self._hosts, int(self._route.is_here)
-        join_timeout = 2 * hosts.join_seconds + 600
+        settings, is_head = self._settings, int(self._route.is_here)
+        join_timeout, last_call_timeout = 2 * settings.join_seconds + 600, LAST_CALL_SECONDS[self._phase]
         return [
-            *(*TORCHRUN, f"--nnodes={hosts.least}:{hosts.most}", f"--nproc_per_node={hosts.ranks}"),
-            *("--rdzv-backend=c10d", f"--rdzv-endpoint={hosts.head}:{self._port}"),
+            *(*TORCHRUN, f"--nnodes={settings.min_hosts}:{settings.max_hosts}", f"--nproc_per_node={settings.ranks}"),
+            *("--rdzv-backend=c10d", f"--rdzv-endpoint={settings.head}:{self._port}"),
             *(f"--rdzv-id={zlib.crc32(str(self._run_dir).encode())}", f"--local-addr={self._route.address}"),
-            f"--rdzv-conf=is_host={is_head},join_timeout={join_timeout},last_call_timeout={LAST_CALL[self._phase]}",
-            *("--max-restarts=0", "--monitor-interval=0.1", SIGNALS, "-m", *self._phase, *self._arguments),
+            f"--rdzv-conf=is_host={is_head},join_timeout={join_timeout},last_call_timeout={last_call_timeout}",
+            *("--max-restarts=0", "--monitor-interval=0.1", SIGNALS_OPTION, "-m", *self._phase, *self._arguments),
         ]
 
     def _require_hosts_in_time(self, seconds: float) -> None:
-        """End this launcher if the hosts did not meet in time, and say which are missing.
+        """End this launcher if the hosts did not meet in time. On the head, say which hosts came.
 
         torchrun has a longer limit, and ends with a traceback that does not say how many hosts are missing.
         """
-        hosts, limit = self._hosts, self._hosts.join_seconds
-        if hosts.least == 1 or seconds < limit:
+        required, limit = self._settings.min_hosts, self._settings.join_seconds
+        if required == 1 or seconds < limit:
             return
-        came = network.guests(self._port) if self._route.is_here else []
-        if self._route.is_here and len(came) + 1 < hosts.least:
-            listed = ", ".join(["this one", *came])
+        others = network.connected_hosts(self._port) if self._route.is_here else []
+        if self._route.is_here and len(others) + 1 < required:
+            listed = ", ".join(["this one", *others])
             say(
-                f"{len(came) + 1} of {hosts.least} hosts came within {limit} s ({listed}): start the same command on "
+                f"{len(others) + 1} of {required} hosts came within {limit} s ({listed}): start the same command on "
                 "the missing ones"
             )
         elif seconds >= limit + MEETING_SECONDS:
             say(
-                f"{hosts.least} hosts did not meet at {hosts.head} within {limit} s: do all of them have the same "
-                "run.dir and NODES?"
+                f"{required} hosts did not meet at {self._settings.head} within {limit} s: do all of them have the "
+                "same run.dir and NODES?"
             )
         else:
             return
@@ -200,18 +220,18 @@ class Launcher:
         if stopped_by and ending.code != EXIT_OK:
             say(f"stopped by {stopped_by.name} on this host{ending.cause and f': {ending.cause}'}")
             return EXIT_INTERRUPTED
-        # Later, ranks of ours that are cut off hold the run directory.
+        # After the preflight and the first training, the lock may be held by ranks of this job that were cut off.
         if not can_retry(ending.code, lock_may_be_ours=self._attempts > 2):
             assert ending.code is not None
             say_end(ending.code, ending.cause)
             return ending.code
-        cause, exhausted = ending.cause_without_advice or "no rank could say why, see above", self._tries.exhausted()
-        if exhausted:
+        cause = ending.cause_without_advice or "no rank could report the cause, see above"
+        if self._tries.count_failure():
             say(f"gave up after {self._tries.limit} attempts without a new checkpoint: {cause}; run it again to go on")
             return EXIT_INTERRUPTED
         if not self._route.is_here:
             self._phase = PREFLIGHT
         say(f"{cause}; starting again (attempt {self._attempts + 1})")
-        with self._supervisor.waiting():
-            time.sleep(min(max(self._tries.count, 1), LONGEST_PAUSE))
+        with self._supervisor.interruptible():
+            time.sleep(min(max(self._tries.count, 1), MAX_PAUSE_SECONDS))
         return None

@@ -1,4 +1,4 @@
-"""Decide what the ending of an attempt means: the run is done, the launcher gives up, or it starts again."""
+"""Decide what follows the end of an attempt: the run is done, the launcher gives up, or it starts again."""
 
 import os
 from contextlib import suppress
@@ -14,7 +14,7 @@ from distgpt.run.paths import RunPaths
 
 @dataclass(frozen=True)
 class Ending:
-    """The ending of an attempt, as the first rank that knew reported it. `code` is None if no rank could report."""
+    """The end of an attempt, as the first rank that knew the cause reported it. `code`: None without a report."""
 
     code: int | None
     cause: str
@@ -22,12 +22,12 @@ class Ending:
 
     @classmethod
     def from_report(cls, report: dict[str, Any] | None, *, otherwise: str) -> Self:
-        """Return the ending in a report; without a report, one without a code, whose cause is `otherwise`."""
+        """Return the ending that a report describes; without a report, the code None and the cause `otherwise`."""
         return cls(report["code"], report["cause"], report.get("step") or 0) if report else cls(None, otherwise)
 
     @property
     def cause_without_advice(self) -> str:
-        """The cause without its advice to run again, which the launcher does."""
+        """The cause without the advice to run it again, for a launcher that does so itself."""
         return without_advice(self.cause)
 
 
@@ -48,10 +48,10 @@ class Tries:
         self._run_dir = run_dir
         self.newest = newest_checkpoint(run_dir)
 
-    def exhausted(self) -> bool:
-        """Count an attempt that failed; tell whether it was the last one to try."""
+    def count_failure(self) -> bool:
+        """Count a failed attempt; tell whether the limit is reached."""
         before = self.newest
-        with suppress(OSError):  # a disk that cannot be read now says nothing of progress
+        with suppress(OSError):  # a disk that cannot be read now counts as no progress
             self.newest = newest_checkpoint(self._run_dir)
         self.count = self.count + 1 if self.newest == before else 0
         return self.count >= self.limit
@@ -63,7 +63,7 @@ def newest_checkpoint(run_dir: Path) -> str | None:
 
 
 def say(line: str) -> None:
-    """Print a line on stderr. The terminal may be gone: a buffer would fail again at the exit."""
+    """Print a line on stderr. Unbuffered: if the terminal is gone, a buffer would fail again at the exit."""
     with suppress(OSError):
         os.write(2, f"distgpt: {line}\n".encode())
 

@@ -1,4 +1,4 @@
-"""Settings of launchers in the environment, and those of torchrun."""
+"""Environment variables of launchers, and options and environment of torchrun."""
 
 import os
 import re
@@ -9,8 +9,8 @@ from distgpt.errors import UsageError
 from distgpt.run.exit_report import EXIT_FILE_VARIABLE
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
-# torchrun passes on only the signals that it is told of, and SIGUSR1 would kill it.
-SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+# torchrun passes on only the signals in this option. Without it, SIGUSR1 would kill torchrun.
+SIGNALS_OPTION = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 
 
 def count_from_environment(name: str) -> int | None:
@@ -24,13 +24,13 @@ def count_from_environment(name: str) -> int | None:
 
 
 def loopback_rendezvous(store: str, job: str) -> list[str]:
-    """Return options of torchrun for one machine: a private file is its store, and it listens on loopback only.
+    """Return torchrun's options for one machine. The file `store` is its store, and it listens on loopback only.
 
-    torchrun's rendezvous c10d unpickles what it reads from its store, so anyone who can write there can run code.
+    torchrun's c10d rendezvous unpickles what it reads from its store, so anyone who can write there can run code.
     """
     conf = "store_type=file,keep_alive_interval=3600"  # each keep-alive makes the file longer
-    place = ["--rdzv-backend=c10d", f"--rdzv-endpoint={store}", f"--rdzv-id={job}"]
-    return [*place, f"--rdzv-conf={conf}", "--local-addr=127.0.0.1"]
+    rendezvous = ["--rdzv-backend=c10d", f"--rdzv-endpoint={store}", f"--rdzv-id={job}"]
+    return [*rendezvous, f"--rdzv-conf={conf}", "--local-addr=127.0.0.1"]
 
 
 def torchrun_environment(
@@ -38,14 +38,15 @@ def torchrun_environment(
 ) -> dict[str, str]:
     """Return the environment of a torchrun whose ranks write `report`. Variables that are set keep their values.
 
-    `shutdown_seconds`: the time that ranks have to save once they are told to stop. torchrun's default is 30.
-    `interface`: the one to the other hosts. `own_store`: the ranks do not share torchrun's store.
+    `shutdown_seconds`: the time that ranks have to save after a signal to stop. torchrun's default is 30.
+    `interface`: the network interface to the other hosts. `own_store`: the ranks do not share torchrun's store.
+    `threads`: the OpenMP threads of each rank.
     """
     defaults = {
-        # Each rank sets its own share of the threads if there is no better value; 1 keeps torchrun from warning.
+        # Without this variable torchrun prints a warning. With 1, a rank takes an even share of the CPUs.
         "OMP_NUM_THREADS": str(threads),
         "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": str(shutdown_seconds),
-        # NCCL chooses InfiniBand ports by itself; its variable is for its first contact, and for plain Ethernet.
+        # NCCL chooses InfiniBand ports by itself. It uses this interface to connect at first, and without InfiniBand.
         **(dict.fromkeys(("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"), interface) if interface else {}),
     }
     unset = {name: value for name, value in defaults.items() if not os.environ.get(name)}

@@ -1,4 +1,4 @@
-"""Facts that must be equal on all hosts of a job: code, versions, data and config. Each host describes itself."""
+"""Facts that must be equal on all hosts of a job: code, versions, data and config. Each host reports its own."""
 
 import dataclasses
 import hashlib
@@ -21,7 +21,7 @@ from distgpt.preflight import network
 from distgpt.preflight.finding import Finding, failure, ok
 from distgpt.preflight.machine import check_machine
 
-# Number and length of the samples of a split that are hashed.
+# The hash of a split covers this number of samples, of this length.
 SAMPLES, SAMPLE_TOKENS = 256, 2048
 # These may differ: each host can have its own copy of the data, and a launcher clears run.fresh when it restarts.
 LOCAL_KEYS = ("data.path", "run.fresh")
@@ -47,11 +47,11 @@ class HostReport:
 
 
 def describe_this_host(config: Config, runtime: Runtime, *, port: int, alone: bool) -> HostReport:
-    """Check this host by itself and describe it. `alone`: the job has no other host, which would have to reach it."""
+    """Check this host by itself and describe it. `port`: see HostReport. `alone`: the job has no other host."""
     address = network.route_to(os.environ["MASTER_ADDR"]).address
     findings = [*check_machine(config, runtime, thorough=False), *([] if alone else check_own_address(address))]
     must_match = {"python": platform.python_version(), "torch": torch_build(), "distgpt": package_hash()}
-    with suppress(DistgptError):  # check_machine reports it
+    with suppress(DistgptError):  # check_machine() reports an error in the data
         dataset = open_dataset(Path(config.data.path))
         must_match["data"] = " ".join((dataset.fingerprint[:12], sample_hash(dataset.train), sample_hash(dataset.val)))
     flat = {f"{section}.{key}": str(value) for section, keys in to_dict(config).items() for key, value in keys.items()}
@@ -142,7 +142,7 @@ def sample_hash(split: Split) -> str:
 
 
 def _merge_findings(names: Sequence[str], reports: Sequence[HostReport]) -> Iterator[Finding]:
-    """Merge the findings of all hosts, one per check: the first host's if all are ok, else those of the worst level."""
+    """Merge the findings of all hosts into one for each check: the first host's if all are ok, else the worst ones."""
     by_check: dict[str, dict[str, Finding]] = {}
     for name, report in zip(names, reports, strict=True):
         for finding in report.findings:

@@ -45,7 +45,7 @@ def exit_code(findings: list[Finding]) -> int:
 
 
 def run_check(name: str, check: Callable[[], Finding]) -> Finding:
-    """Run `check` and return its finding; an error that it raises becomes a failure."""
+    """Run `check` and return its finding. An error in it becomes a failure of the check `name`."""
     try:
         return check()
     except (DistgptError, OSError) as error:

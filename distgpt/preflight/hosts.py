@@ -1,7 +1,7 @@
 """Checks of all hosts of a job: same code, config and data, equal clocks, one run directory, open connections.
 
-The checks run in three stages. The first two use only torchrun's store, which every host can reach: a process group
-that cannot form reports a timeout, but not which host is the cause. The third stage creates the process group.
+The checks run in three stages. The first two use only torchrun's store, which every host can reach, and name each host
+that cannot reach another one. The third stage creates the process group, which would only report a timeout.
 """
 
 import dataclasses
@@ -31,23 +31,21 @@ from distgpt.preflight.equality import HostReport, compare_reports, describe_thi
 from distgpt.preflight.finding import Finding, failure, ok, warning
 from distgpt.preflight.machine import nearest_directory
 
-# The longest wait for another host, and the longest time for all checks, which usually take a few seconds.
+# The limits of a wait for another host, and of all checks together, which usually take a few seconds.
 ANSWER_SECONDS = 60.0
-LONGEST_SECONDS = 3 * ANSWER_SECONDS
+MAX_PREFLIGHT_SECONDS = 3 * ANSWER_SECONDS
 CONNECT_SECONDS = 5.0
 OPEN_PORTS = "open all TCP ports between the hosts and check their routes"
-MAX_CLOCK_DIFFERENCE_SECONDS, CLOCK_LOOKS = 1.0, 5
-# A network file system may show a new file this late on other hosts.
+MAX_CLOCK_DIFFERENCE_SECONDS, CLOCK_READINGS = 1.0, 5
+# On a network file system, other hosts may see a new file only after this time.
 NFS_DIRECTORY_CACHE_SECONDS = 10.0
 
 
 class SharedStore:
-    """JSON values that all ranks share in torchrun's store, and an open port for the other hosts to try.
-
-    Raises Interrupted or StorageError if torchrun's store cannot be reached.
-    """
+    """Shares JSON values with all ranks through torchrun's store, and opens a port for the other hosts to try."""
 
     def __init__(self, runtime: Runtime) -> None:
+        """Raise Interrupted or StorageError if torchrun's store cannot be reached."""
         # Rank 0 collects the findings. It gives up first, so that the other ranks can still read its reason.
         self.timeout = timedelta(seconds=ANSWER_SECONDS * (1 if runtime.rank == 0 else 1.5))
         try:
@@ -63,11 +61,11 @@ class SharedStore:
         self.listener = socket.create_server(("127.0.0.1" if node_count() == 1 else "", 0), backlog=1024)
 
     def set(self, key: str, value: Any) -> None:
-        """Share `value`, of JSON and dataclasses, which become objects, with all ranks."""
+        """Share `value` with all ranks, as JSON. Dataclasses become JSON objects."""
         self.store.set(key, json.dumps(value, default=dataclasses.asdict))
 
     def get(self, key: str) -> Any:
-        """Wait for the value of `key` and return it. Raises Interrupted after `timeout`: a host may hang."""
+        """Wait for the value of `key` and return it. Raises Interrupted after `timeout`, since a host may hang."""
         try:
             self.store.wait([key], self.timeout)
         except dist.DistError:
@@ -75,7 +73,7 @@ class SharedStore:
         return json.loads(self.store.get(key))
 
     def wait_for_all(self) -> None:
-        """Wait until all ranks call this: the host that holds the store must not leave before all have read it."""
+        """Wait until all ranks call this: the host with the store must not leave before all ranks have read from it."""
         with suppress(dist.DistError):
             if self.store.add("ready to leave", 1) == self.runtime.world_size:
                 self.set("all ready", True)
@@ -87,25 +85,25 @@ def check_hosts(
 ) -> None:
     """Run all checks, those of each host and those that compare hosts. Collective: all ranks call it.
 
-    Rank 0 passes each finding to `say`. Every rank passes the failures, if any, to `conclude` before any rank leaves.
-    A rank that waits in vain for another one raises Interrupted; rank 0 makes this a failure instead.
+    Rank 0 passes each finding to `say`. Every rank passes the failures, perhaps none, to `conclude` before any rank
+    leaves. If a rank waits in vain for another one, it raises Interrupted, and rank 0 reports a failure instead.
     """
     store = SharedStore(runtime)
     failures: list[Finding] = []
     for stage in (compare_hosts, check_connections, measure_network):
-        made = []
+        own = []  # empty except on rank 0
         try:
             for finding in stage(config, store):
                 say(finding)
-                made.append(finding)
+                own.append(finding)
         except Interrupted as error:
             if runtime.rank:
                 raise
-            made.append(failure("hosts", error))
-            say(made[-1])
+            own.append(failure("hosts", error))
+            say(own[-1])
         key = f"findings from rank 0 ({stage.__name__})"
         if runtime.rank == 0:
-            store.set(key, made)
+            store.set(key, own)
         findings = [Finding(**finding) for finding in store.get(key)]
         failures = [finding for finding in findings if finding.level == "FAIL"]
         if failures:
@@ -135,7 +133,7 @@ def check_clocks(offsets: Mapping[str, float]) -> Finding:
         return ok("clocks", text)
     return warning(
         "clocks",
-        f"{text}: {ahead} is ahead of {behind}; torchrun may treat a host whose clock is behind as dead: "
+        f"{text}: {ahead} is ahead of {behind}; torchrun may take a host whose clock is behind for dead: "
         "run chrony or ntpd on all hosts",
     )
 
@@ -256,11 +254,11 @@ def run_directory_problem(store: SharedStore) -> str | None:
 def clock_offsets(runtime: Runtime, host_of: Sequence[int]) -> dict[int, float]:
     """Return, by host, how many seconds its clock is ahead of the first host's. Collective: all ranks call it.
 
-    All ranks look at their clocks right after a barrier. The median leaves out looks that the machine delayed.
+    All ranks read their clocks right after a barrier. The median leaves out readings that came late.
     """
-    looks: list[list[float]] = []
-    for _ in range(CLOCK_LOOKS):
+    readings: list[list[float]] = []
+    for _ in range(CLOCK_READINGS):
         dist.barrier()
-        looks.append([row[0] for row in all_gather_row([time.time()], runtime)])
+        readings.append([row[0] for row in all_gather_row([time.time()], runtime)])
     first_ranks = {host: host_of.index(host) for host in host_of}
-    return {host: statistics.median(times[rank] - times[0] for times in looks) for host, rank in first_ranks.items()}
+    return {host: statistics.median(times[rank] - times[0] for times in readings) for host, rank in first_ranks.items()}

@@ -1,7 +1,7 @@
 """The bandwidth between ranks: of an all-reduce, and of every link of the ring in both directions.
 
-All links of one direction are measured at the same time, so that the time does not grow with the number of ranks. The
-receiver of each link takes the time. The amount of data grows until the slowest link takes ENOUGH_SECONDS.
+All links of one direction are measured at the same time, so that the time does not grow with the number of ranks. On
+each link the receiver measures the time. The amount of data grows until the slowest link takes MIN_TRANSFER_SECONDS.
 """
 
 import statistics
@@ -17,8 +17,8 @@ from distgpt.distributed.collectives import all_gather_row
 from distgpt.distributed.runtime import Runtime
 from distgpt.preflight.finding import Finding, ok, warning
 
-FIRST_BYTES, LAST_BYTES = 2**18, 2**26
-ENOUGH_SECONDS = 0.1
+MIN_TRANSFER_BYTES, MAX_TRANSFER_BYTES = 2**18, 2**26
+MIN_TRANSFER_SECONDS = 0.1
 REPEATS = 3
 # A link is slow below this share of the median. Links within one host are compared with each other only.
 SLOW_SHARE = 0.5
@@ -116,7 +116,7 @@ def _time_transfer(runtime: Runtime, transfer: Callable[[Tensor], list[dist.Work
 
     `transfer` returns the work that is still pending when the time is taken.
     """
-    amount = FIRST_BYTES
+    amount = MIN_TRANSFER_BYTES
     while True:
         payload = torch.zeros(amount // 4, device=runtime.device)
         times = []
@@ -129,7 +129,7 @@ def _time_transfer(runtime: Runtime, transfer: Callable[[Tensor], list[dist.Work
             times.append(time.perf_counter() - started)
             for work in pending:
                 work.wait()
-        if amount >= LAST_BYTES or _max_over_ranks(min(times), runtime) > ENOUGH_SECONDS:
+        if amount >= MAX_TRANSFER_BYTES or _max_over_ranks(min(times), runtime) > MIN_TRANSFER_SECONDS:
             return amount, min(times)
         amount *= 4
 

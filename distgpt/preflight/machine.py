@@ -15,7 +15,12 @@ import torch.distributed as dist
 
 from distgpt.checkpoint.compatibility import require_same_run
 from distgpt.checkpoint.manifest import committed
-from distgpt.checkpoint.store import CHECKPOINT_BYTES, OUTER_BYTES, checkpoint_bytes, require_space
+from distgpt.checkpoint.store import (
+    CHECKPOINT_BYTES_PER_PARAMETER,
+    OUTER_BYTES_PER_PARAMETER,
+    checkpoint_bytes,
+    require_space,
+)
 from distgpt.config import Config
 from distgpt.corpus.order import Order, evaluation_windows
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
@@ -37,7 +42,7 @@ from distgpt.run.paths import RunPaths
 from distgpt.suggestion import MANY_EPOCHS, steps_of_many_epochs
 from distgpt.units import count_text, ranks_text, size_text
 
-# Weights, gradients and moments may take this share of a device's memory; activations need the rest.
+# Weights, gradients and moments should take at most this share of a device's memory; activations need the rest.
 MAX_STATE_SHARE = 0.7
 GIB = 2**30
 # NCCL's buffers for the ranks of a host need this much. A container has 64 MiB by default.
@@ -150,21 +155,21 @@ def check_run_directory(config: Config, runtime: Runtime, dataset: Dataset) -> F
     Raises DirectoryError, StorageError or UsageError.
     """
     paths = RunPaths(config.run_dir)
-    another = "choose another --run.dir"
+    fix = "choose another --run.dir"
     if owner := lock_holder(paths):
-        raise DirectoryError(f"the run directory {paths.root} is in use by {owner}; wait for it or {another}")
+        raise DirectoryError(f"the run directory {paths.root} is in use by {owner}; wait for it or {fix}")
     nearest = nearest_directory(paths.root)
     try:
         with tempfile.TemporaryFile(dir=nearest) as probe:
             fcntl.flock(probe, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         where = f"the run directory {paths.root} ({nearest}: {error.strerror})"
-        raise DirectoryError(f"cannot write to {where}; {another}") from None
+        raise DirectoryError(f"cannot write to {where}; {fix}") from None
     checkpoints = committed(paths.checkpoints)
     if not checkpoints:
         return ok("run directory", f"{paths.root}, a new run")
     if config.run.fresh:
-        raise DirectoryError(f"{paths.root} holds checkpoints: --run.fresh needs an empty run directory; {another}")
+        raise DirectoryError(f"{paths.root} holds checkpoints: --run.fresh needs an empty run directory; {fix}")
     require_same_run(paths.checkpoints, config, dataset, replicas=independent_replicas(config, runtime))
     return ok("run directory", f"{paths.root}, resumes from {checkpoints[0].name}")
 
@@ -173,15 +178,15 @@ def check_disk(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     """Check the free space for checkpoints. Raises StorageError if not even one fits."""
     paths = RunPaths(config.run_dir)
     nearest = nearest_directory(paths.root)
-    one = checkpoint_bytes(count_parameters(config.model, dataset.vocab_size), independent_replicas(config, runtime))
+    size = checkpoint_bytes(count_parameters(config.model, dataset.vocab_size), independent_replicas(config, runtime))
     # The newest ones, the best one, and the one that is being written are on the disk at the same time.
-    wanted = config.checkpoint.keep + 2
-    missing = max(1, wanted - len(committed(paths.checkpoints)))
-    require_space(nearest, one)
+    most = config.checkpoint.keep + 2
+    missing = max(1, most - len(committed(paths.checkpoints)))
+    require_space(nearest, size)
     free = shutil.disk_usage(nearest).free
-    text = f"{size_text(free)} free at {nearest}, one checkpoint needs {size_text(one)}"
-    if free < missing * one:
-        return warning("disk", f"{text} and up to {wanted} are kept: free some space or lower checkpoint.keep")
+    text = f"{size_text(free)} free at {nearest}, one checkpoint needs {size_text(size)}"
+    if free < missing * size:
+        return warning("disk", f"{text} and up to {most} are kept: free some space or lower checkpoint.keep")
     return ok("disk", text)
 
 
@@ -191,10 +196,10 @@ def check_memory(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     shards = ranks_per_replica(strategy, config, runtime)
     parameters = count_parameters(config.model, dataset.vocab_size)
     on_gpu = runtime.device.type == "cuda"
-    # On a CPU the copy from which a checkpoint is written is in the same memory.
-    outer = OUTER_BYTES if strategy == "diloco" else 0
-    each = BYTES_PER_PARAMETER + outer + (0 if on_gpu else CHECKPOINT_BYTES + outer)
-    need = parameters * each / shards
+    outer = OUTER_BYTES_PER_PARAMETER if strategy == "diloco" else 0
+    # Without a GPU, the copy from which a checkpoint is written is in the same memory.
+    copy = 0 if on_gpu else CHECKPOINT_BYTES_PER_PARAMETER + outer
+    need = parameters * (BYTES_PER_PARAMETER + outer + copy) / shards
     room = torch.cuda.mem_get_info(runtime.device)[0] if on_gpu else free_memory() / runtime.local_world_size
     text = f"{parameters:,} parameters, {strategy}: a rank needs {size_text(need)} of {size_text(room)} free"
     fix = "shard over more ranks with parallel.strategy=fsdp, or take a smaller model"
@@ -206,7 +211,7 @@ def check_memory(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
 
 
 def nearest_directory(path: Path) -> Path:
-    """Return `path` or its nearest parent that exists. Raises DirectoryError if that is not a directory."""
+    """Return `path`, or if it does not exist its nearest existing parent. Raises DirectoryError if that is a file."""
     nearest = next(p for p in (path.absolute(), *path.absolute().parents) if p.exists())
     if not nearest.is_dir():
         raise DirectoryError(f"{nearest} is not a directory, so {path} cannot be created: choose another --run.dir")

@@ -14,14 +14,14 @@ from distgpt.errors import Interrupted, UsageError
 
 SIOCGIFADDR = 0x8915
 ESTABLISHED = "01"  # a state in /proc/net/tcp
-# An address outside this network, reserved for documentation (RFC 5737). The kernel chooses a route to it; nothing is
-# sent there.
+# An address outside of every network, reserved for documentation (RFC 5737). The kernel chooses a route to it, but
+# nothing is sent there.
 OUTSIDE_ADDRESS = "192.0.2.1"
 
 
 @dataclass(frozen=True)
 class Route:
-    """The route to a host. `is_here`: it is this host. `address`, `interface`: those of this host on that route."""
+    """The route to a host. `is_here`: that host is this one. `address`, `interface`: of this host, on the route."""
 
     is_here: bool
     address: str
@@ -91,13 +91,13 @@ def wait_for_port(host: str, ports: Sequence[int], *, seconds: float) -> int:
         time.sleep(0.2)
 
 
-def guests(port: int) -> list[str]:
-    """Return the IPv4 addresses of other hosts that are connected to this port of this host."""
+def connected_hosts(port: int) -> list[str]:
+    """Return the IPv4 addresses of the other hosts that are connected to this port of this host."""
     addresses = set()
     for table in ("tcp", "tcp6"):
         try:
             lines = Path(f"/proc/self/net/{table}").read_text().splitlines()[1:]
-        except OSError:  # no IPv6, or no /proc
+        except OSError:  # this system has no IPv6, or no /proc
             continue
         for line in lines:
             _, local, remote, state, *_ = line.split()

@@ -23,36 +23,37 @@ NO_LINKS = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS)
 def write_exit_report(
     paths: RunPaths | None, *, code: int, cause: str, rank: int, step: int | None, fence: int = 0
 ) -> bool:
-    """Write exit.json, and a copy to $DISTGPT_EXIT_FILE where a launcher names one.
+    """Write exit.json in the run directory, unless `paths` is None, and to $DISTGPT_EXIT_FILE, if a launcher set it.
 
     The first report wins, unless a previous owner of the run directory (with a lower `fence`) wrote it.
-
-    Returns whether this report is the first in the run directory, or if that has none, in the launcher's file.
+    Returns whether this report is the first, so that this rank is the one to print it.
     """
     now, host = time.strftime("%Y-%m-%dT%H:%M:%S%z"), socket.gethostname()
     end = {"code": code, "cause": cause, "rank": rank, "host": host, "step": step}
     report = {**end, "fence": fence, "time": now, "job": this_job()}
-    targets = [(paths.exit_report, fence)] if paths else []
-    if launcher_file := os.environ.get(EXIT_FILE_VARIABLE):
-        targets.append((Path(launcher_file), 0))
-    written = [_write_once(target, report, least_fence) for target, least_fence in reversed(targets)]
-    # The run directory decides unless its disk is full. A cause that no file can hold must still be printed.
-    return next((first for first in reversed(written) if first is not None), True)
+    launcher_file = os.environ.get(EXIT_FILE_VARIABLE)
+    first_for_launcher = _write_once(Path(launcher_file), report, 0) if launcher_file else None
+    first_in_directory = _write_once(paths.exit_report, report, fence) if paths else None
+    if first_in_directory is not None:
+        return first_in_directory
+    # Without a run directory, or if its disk is full, the launcher's file decides. A cause that no file can hold must
+    # still be printed.
+    return first_for_launcher is not False
 
 
 def remove_report_of_last_attempt() -> None:
-    """Remove the launcher's copy of a report if an earlier attempt of these ranks wrote it, before a restart.
+    """Remove the launcher's copy of a report if the ranks of an earlier attempt on this host wrote it.
 
-    Every rank calls it as soon as it starts, since any of them may be the one that reports. Where launchers of several
-    hosts share a file, the report of another host stays: its clock differs, and it may have started earlier.
+    Every rank calls this as soon as it starts, since any rank may be the first to report. Launchers of several hosts
+    may share the file. A report of another host stays, since that host may have started earlier, and its clock differs.
     """
     launcher_file = Path(os.environ.get(EXIT_FILE_VARIABLE, ""))
     report = read_report(launcher_file) or {}
     with suppress(OSError):
-        # Ranks start together, so no report of this attempt is older than this process. Its age may be unknown (0).
-        age = process_age()
-        before = launcher_file.stat().st_mtime < time.time() - age
-        if age and before and report.get("host") == socket.gethostname():
+        # Ranks start together, so no report of this attempt is older than this process.
+        age = process_age()  # 0 if unknown
+        is_older = launcher_file.stat().st_mtime < time.time() - age
+        if age and is_older and report.get("host") == socket.gethostname():
             launcher_file.unlink()
 
 
@@ -75,9 +76,9 @@ def report_of_this_job(paths: RunPaths) -> tuple[int, str] | None:
 
 
 def _write_once(target: Path, report: dict[str, Any], least_fence: int) -> bool | None:
-    """Write a report to `target` unless it has one with `least_fence` or a higher fence.
+    """Write a report to `target`, unless that holds one whose fence is at least `least_fence`.
 
-    Returns whether it was written, None if `target` is not writable.
+    Returns whether the report was written, None if `target` is not writable.
     """
     staged = target.with_name(f".{target.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
@@ -103,7 +104,7 @@ def _link_once(staged: Path, target: Path) -> None:
     except OSError as error:
         if error.errno not in NO_LINKS:
             raise
-        with target.open("x") as file:  # a reader may see a part of it
+        with target.open("x") as file:  # not atomic: a reader may see a part of the report
             file.write(staged.read_text())
 
 

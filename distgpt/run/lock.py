@@ -1,12 +1,12 @@
 """The lock of a run directory: a file lock, a lease, and a fencing token that grows with each owner.
 
-The owner holds an exclusive flock of the file LOCK, which the kernel drops when it dies, and LOCK names the owner.
-Where locks do not reach from host to host, or outlive a dead host, the lease decides: the owner changes LOCK every
-RENEWAL seconds. An owner on another host that has not changed it for LEASE seconds has lost it. Clocks of two hosts
-are never compared.
+The owner holds an exclusive flock of the file LOCK, which the kernel drops when the owner dies. LOCK names the owner.
+On some network file systems a flock does not exclude other hosts, or outlives a dead host. Between hosts the lease
+decides: the owner changes LOCK every RENEWAL seconds, and an owner that has not changed it for LEASE seconds has lost
+the directory. The clocks of two hosts are never compared.
 
 An owner that was only suspended may wake up after another one took over. So each owner puts a LOCK file of its own in
-place by rename, and checks before every write that it is still there. Files that take several steps to write lie in a
+place by rename, and checks before every write that it is still there. Files that take several steps to write are in a
 directory named after the owner, which the next owner removes before it starts.
 
 Imports no torch: a locked or read-only directory is noticed before anything heavy is loaded.
@@ -32,15 +32,16 @@ from distgpt.torchrun import this_attempt, this_job
 RENEWAL, LEASE = 2.0, 10.0  # seconds
 BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 # Patterns of files that an owner stages before it renames them.
-STAGED = (".LOCK.*.tmp", ".staged.*.tmp", "plots/.staged.*.tmp", "tb/.staged.*.tmp", "config.toml.*.tmp")
+STAGED_PATTERNS = (".LOCK.*.tmp", ".staged.*.tmp", "plots/.staged.*.tmp", "tb/.staged.*.tmp", "config.toml.*.tmp")
 RECORD_BYTES = 512  # always the same, so that a renewal neither grows nor shortens the file
 
 
 @dataclass(frozen=True)
 class Owner:
-    """A process that took a run directory. `boot` identifies its kernel: on one kernel, the flock alone decides.
+    """A process that took a run directory.
 
-    `job` identifies its torchrun, and `attempt` is how often that had restarted all ranks.
+    `boot` identifies the boot of its kernel: between processes of one kernel, the flock alone decides. `job` identifies
+    its torchrun. `attempt`: how often that torchrun had restarted all ranks.
     """
 
     fence: int
@@ -56,7 +57,7 @@ class Owner:
 
     @property
     def label(self) -> str:
-        """A name that no other owner of this directory has, for its files."""
+        """A unique name among the owners of this directory, for the names of files."""
         return f"{self.fence:06d}-{self.host}-{self.pid}"
 
 
@@ -77,37 +78,31 @@ class RunLock:
     """The lock of a run directory, held by rank 0. The file LOCK stays when the lock is released."""
 
     def __init__(self, paths: RunPaths, *, lease: float = LEASE) -> None:
-        """Create the directory and lock it. Watch another owner for up to `lease` seconds, to see whether it is alive.
+        """Create the directory and lock it. If it has an owner, watch for up to `lease` seconds whether that is alive.
 
         With a lease of 0, any other owner counts as alive. Raises DirectoryError if another process owns the directory
-        or it cannot be written, StorageError if its file system has no locks or no room.
+        or the directory is not writable, StorageError if its file system has no locks or no room.
         """
         self._paths = paths
         self._renewals = 0
         self._released = threading.Event()
         self._renewing = threading.Lock()
-        before = _open_when_free(paths, lease)
+        old_fd = _open_when_free(paths, lease)
         try:
-            record = _read_record(before)
-            # After a LOCK that cannot be read, the time: a number above any fence.
-            first = int(time.time()) if os.fstat(before).st_size else 1
-            fence = record.owner.fence + 1 if record else first
-            started = time.strftime("%Y-%m-%d %H:%M:%S %z")
-            here = socket.gethostname(), _boot_id(), os.getpid()
-            self.owner = Owner(fence, *here, started, this_job(), this_attempt())
+            self.owner = _new_owner(old_fd)
             # Remove the report of the last run before LOCK is in place: afterwards another owner may have written it.
             paths.exit_report.unlink(missing_ok=True)
             self._fd = self._put_in_place()
-            # A former owner that wakes up cannot put in place what it had staged.
-            for staged in (file for pattern in STAGED for file in paths.root.glob(pattern)):
+            # A former owner that wakes up must not rename a file that it had staged.
+            for staged in (file for pattern in STAGED_PATTERNS for file in paths.root.glob(pattern)):
                 staged.unlink(missing_ok=True)
         except OSError as error:
             raise StorageError(f"cannot write {paths.lock}: {error.strerror}") from None
         finally:
-            os.close(before)
+            os.close(old_fd)
 
-    def renew_in_background(self, on_loss: Callable[[str], object], *, every: float) -> None:
-        """Renew the lease in a thread, every so many seconds; call `on_loss` with a message if the lock is lost."""
+    def renew_in_background(self, on_lost: Callable[[str], object], *, every: float) -> None:
+        """Renew the lease in a thread, `every` so many seconds. If the lock is lost, call `on_lost` with a message."""
 
         def renew() -> None:
             while not self._released.wait(every):
@@ -116,7 +111,7 @@ class RunLock:
                 with self._renewing, suppress(OSError):
                     message = None if self._released.is_set() else self._renew()
                 if message:
-                    on_loss(message)
+                    on_lost(message)
                     return
 
         threading.Thread(target=renew, name="lease", daemon=True).start()
@@ -131,7 +126,7 @@ class RunLock:
         os.close(self._fd)
 
     def _put_in_place(self) -> int:
-        """Put a LOCK file of our own in place, already locked. Returns its descriptor, which holds the lock."""
+        """Create and lock a file of our own, then rename it to LOCK. Returns its descriptor, which holds the lock."""
         staged = self._paths.lock.with_name(f".LOCK.{self.owner.label}.tmp")
         fd = os.open(staged, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         try:
@@ -146,24 +141,34 @@ class RunLock:
         return fd
 
     def _renew(self, *, released: bool = False) -> str | None:
-        """Renew the lease in LOCK if it is still ours, otherwise return a message with its owner. Raises OSError."""
+        """Renew the lease if LOCK is still ours, else return a message that names its owner. Raises OSError."""
         try:
             # Opened by name, since another owner replaces the file. Closing it makes NFS send the write.
             with open(self._paths.lock, "r+b", buffering=0) as file:
                 record = _read_record(file.fileno())
                 if record is None or record.owner != self.owner:
-                    return _describe_loss(self._paths, record)
+                    return _describe_lost_directory(self._paths, record)
                 self._renewals += 1
                 os.pwrite(file.fileno(), _Record(self.owner, self._renewals, released).to_bytes(), 0)
         except FileNotFoundError:
-            return _describe_loss(self._paths, None)
+            return _describe_lost_directory(self._paths, None)
         return None
 
 
-def loss_message(paths: RunPaths, owner: Owner) -> str | None:
-    """Return None while `owner` has the directory, else a message that names its new owner. Raises OSError."""
+def _new_owner(old_fd: int) -> Owner:
+    """Describe this process as the owner after the one in an open LOCK, with a higher fence. Raises OSError."""
+    old = _read_record(old_fd)
+    # If LOCK holds something unreadable, the time is above any fence that it can have held.
+    first_fence = int(time.time()) if os.fstat(old_fd).st_size else 1
+    fence = old.owner.fence + 1 if old else first_fence
+    started = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    return Owner(fence, socket.gethostname(), _boot_id(), os.getpid(), started, this_job(), this_attempt())
+
+
+def lost_directory_message(paths: RunPaths, owner: Owner) -> str | None:
+    """Return None while `owner` owns the directory, else a message that names the new owner. Raises OSError."""
     record = _read_lock(paths)
-    return None if record is not None and record.owner == owner else _describe_loss(paths, record)
+    return None if record is not None and record.owner == owner else _describe_lost_directory(paths, record)
 
 
 def owner_of_this_attempt(paths: RunPaths) -> Owner | None:
@@ -187,7 +192,7 @@ def lock_holder(paths: RunPaths) -> str | None:
 
 
 def _open_when_free(paths: RunPaths, lease: float) -> int:
-    """Open LOCK once no other process that is alive holds it. Returns its descriptor. Raises as RunLock does."""
+    """Open LOCK when no live process holds it. Returns its descriptor. Raises the errors of RunLock."""
     while True:
         try:
             paths.root.mkdir(parents=True, exist_ok=True)
@@ -210,9 +215,9 @@ def _open_when_free(paths: RunPaths, lease: float) -> int:
 
 
 def _live_owner(paths: RunPaths, fd: int, lease: float) -> str | None:
-    """Describe the owner of an open LOCK. Returns None if none is alive; `fd` then has the flock if it is free.
+    """Describe the live owner of an open LOCK. Without one, return None, and take the flock of `fd` if it is free.
 
-    `lease`: seconds to watch the owner; 0: it counts as alive. Raises StorageError.
+    `lease`: the seconds to watch an owner on another host; with 0 it counts as alive. Raises StorageError.
     """
     free = _flock(paths, fd)
     record = _read_record(fd)
@@ -227,9 +232,10 @@ def _live_owner(paths: RunPaths, fd: int, lease: float) -> str | None:
 
 
 def _is_gone(paths: RunPaths, fd: int, record: _Record, lease: float, *, flock_decides: bool) -> bool:
-    """Watch an owner for up to `lease` seconds. On this kernel, it is gone if it dies, else if it changes nothing.
+    """Watch an owner for up to `lease` seconds and tell whether it is gone.
 
-    A process that is killed while it writes to a slow disk, or frees much memory, ends only when that is done.
+    If the flock decides, the owner is gone once the flock is free. A killed process may hold it for a while, until a
+    write to a slow disk is done or its memory is freed. Otherwise the owner is gone if it does not renew its lease.
     """
     deadline = time.monotonic() + lease
     while time.monotonic() < deadline:
@@ -242,7 +248,7 @@ def _is_gone(paths: RunPaths, fd: int, record: _Record, lease: float, *, flock_d
 
 
 def _flock(paths: RunPaths, fd: int) -> bool:
-    """Take the flock; tell whether that succeeded. Raises StorageError if the file system has no locks."""
+    """Try to take the flock; tell whether that succeeded. Raises StorageError if the file system has no locks."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -253,7 +259,7 @@ def _flock(paths: RunPaths, fd: int) -> bool:
 
 
 def _read_lock(paths: RunPaths) -> _Record | None:
-    """Read LOCK, None if there is no valid one. Opening it each time makes a network file system ask its server."""
+    """Read LOCK; None if it is missing or not valid. Opens it anew, so that a network file system asks its server."""
     try:
         with open(paths.lock, "rb", buffering=0) as file:
             return _read_record(file.fileno())
@@ -263,7 +269,7 @@ def _read_lock(paths: RunPaths) -> _Record | None:
 
 def _read_record(fd: int) -> _Record | None:
     """Read an open LOCK; None if it is empty, damaged or of another format. Raises OSError."""
-    for _ in range(3):  # a renewal may be under way
+    for _ in range(3):  # the owner may be writing at this moment
         content = os.pread(fd, 4096, 0)
         try:
             values: dict[str, Any] = json.loads(content)
@@ -274,9 +280,9 @@ def _read_record(fd: int) -> _Record | None:
     return None
 
 
-def _describe_loss(paths: RunPaths, record: _Record | None) -> str:
-    to = f"to {record.owner}" if record else "(its LOCK was removed or damaged)"
-    return f"lost the run directory {paths.root} {to}: nothing more is written there"
+def _describe_lost_directory(paths: RunPaths, record: _Record | None) -> str:
+    new_owner = f"to {record.owner}" if record else "(its LOCK was removed or damaged)"
+    return f"lost the run directory {paths.root} {new_owner}: nothing more is written there"
 
 
 def _boot_id() -> str:

@@ -7,20 +7,20 @@ from distgpt.errors import EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, EXIT_USAGE, Dist
 from distgpt.run.exit_report import EXIT_FILE_VARIABLE
 from distgpt.torchrun import print_cause
 
-# Parts of CUDA's messages about a broken or lost GPU. Launchers give up if a restart does not help.
-LOST_DEVICE = ("ECC", "unspecified launch failure", "unknown error", "busy or unavailable", "hardware", "NVLink")
+# Parts of CUDA's messages about a broken or lost GPU. A restart may help, and launchers give up if it does not.
+LOST_DEVICE_SIGNS = ("ECC", "unspecified launch failure", "unknown error", "busy or unavailable", "hardware", "NVLink")
 
 
 def say_end(code: int, cause: str) -> None:
     """Print why a run ended, as the last line of this process."""
     if code == EXIT_INTERRUPTED and EXIT_FILE_VARIABLE in os.environ:
-        # The launcher decides whether to restart, and says so itself. When a host joins, torchrun restarts silently.
+        # The launcher says itself whether it restarts. When a host joins, torchrun restarts the ranks silently.
         cause = without_advice(cause)
     print_cause(f"distgpt: {cause}" if code == EXIT_INTERRUPTED else f"distgpt: error: {cause}")
 
 
 def without_advice(cause: str) -> str:
-    """Return a cause without the advice to run it again, which a launcher follows by itself."""
+    """Return a cause without the advice to run it again: a launcher does that by itself."""
     return re.sub("[,:] run it again to go on$", "", cause)
 
 
@@ -31,13 +31,13 @@ def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:
     text = str(error)
     first_line = next(iter(text.splitlines()), type(error).__name__)
     if _is_lost_peer(error, training):
-        # Cut the location in gloo's sources at the start, and gloo's advice at the end.
+        # Without the source location at the start and the advice at the end of gloo's message.
         what = re.sub(r"^\[[^]]*\] ", "", first_line).split(". ")[0]
         return EXIT_INTERRUPTED, f"lost contact with the other ranks ({what}): run it again to go on"
     out_of_memory = type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError)
     if out_of_memory or "DefaultCPUAllocator" in text or "CUDA error: out of memory" in text:
         return EXIT_USAGE, f"out of memory ({first_line}): lower train.micro_batch or shard with parallel.strategy=fsdp"
-    if first_line.startswith("CUDA error") and any(sign in first_line for sign in LOST_DEVICE):
+    if first_line.startswith("CUDA error") and any(sign in first_line for sign in LOST_DEVICE_SIGNS):
         return EXIT_INTERRUPTED, f"{first_line}: run it again to go on"
     if "InvalidCxxCompiler" in text:
         return EXIT_USAGE, "torch.compile found no C++ compiler that works: install g++, or set train.compile=false"
@@ -47,9 +47,9 @@ def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:
 
 
 def _is_lost_peer(error: BaseException, training: bool) -> bool:
-    """Tell whether a collective failed because another rank is gone, for which gloo raises a plain RuntimeError.
+    """Tell whether a collective failed because another rank is gone. gloo raises a plain RuntimeError then.
 
-    While a run trains, every error of gloo means that. Before, it may mean a wrong interface or host name.
+    In training, every error of gloo means that. Before, it may also mean a wrong interface or hostname.
     """
     if any(kind.__name__ == "DistError" for kind in type(error).__mro__):
         return True

@@ -28,7 +28,7 @@ from distgpt.errors import (
     Interrupted,
 )
 from distgpt.run.exit_report import EXIT_FILE_VARIABLE, remove_report_of_last_attempt, write_exit_report
-from distgpt.run.lock import LEASE, RENEWAL, Owner, RunLock, loss_message, owner_of_this_attempt
+from distgpt.run.lock import LEASE, RENEWAL, Owner, RunLock, lost_directory_message, owner_of_this_attempt
 from distgpt.run.outcome import outcome, say_end
 from distgpt.run.paths import RunPaths
 from distgpt.torchrun import RANK_ZERO_SECONDS, print_cause
@@ -40,13 +40,13 @@ logging.raiseExceptions = False  # no traceback on stderr if a full disk has no 
 
 # Signals that a user sends from a terminal, perhaps through a launcher.
 TERMINAL_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-# A signal that comes again within this time is a copy of the first one, as Slurm sends it.
+# A second signal within this time is a copy of the first one, such as Slurm sends.
 ECHO_SECONDS = 1.0
-# Makes a rank write the stacks of all its threads to its log, even while it hangs.
+# This signal makes a rank write the stacks of all its threads to its log, even while it hangs.
 STACKS_SIGNAL = signal.SIGUSR2
-# Seconds for the report of a rank that ends at once: the disk of the run directory may hang.
+# A rank that a signal ends at once has this many seconds to write its report: the disk may hang.
 REPORT_SECONDS = 10.0
-# Seconds for which a network file system may answer from its cache of a directory: acdirmax of nfs(5).
+# A network file system may answer from its cache of a directory for this long: acdirmax in nfs(5).
 NFS_ATTRIBUTE_CACHE_SECONDS = 60.0
 
 
@@ -72,10 +72,12 @@ class _LossyStream:
 class RunSession:
     """One rank of a run, from its first moment to its exit code.
 
-    As a context manager it turns whatever ends the run into an exit code, exit.json and one line on stderr, which the
-    first rank that knows writes. SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask to stop. A thread, which the C-level handler
-    wakes, acts on them, since Python runs no signal handlers while the main thread waits in a rendezvous. Before
-    `allow_graceful_stop()` there is nothing to save, and the thread ends the process. Afterwards a signal sets
+    As a context manager it turns the end of the run, whatever its cause, into an exit code, exit.json and one line on
+    stderr. The first rank that knows the cause writes them.
+
+    SIGTERM, SIGINT, SIGHUP and SIGUSR1 ask to stop. Python runs no signal handler while the main thread is in a C call,
+    such as the wait for other ranks. So a thread acts on signals. Python's C-level handler wakes it through a socket.
+    Before `allow_graceful_stop()` there is nothing to save, and the thread ends the process. Afterwards a signal sets
     `stop_requested`, and all ranks stop at the same step; a second Ctrl-C ends the process without a save.
     """
 
@@ -95,7 +97,7 @@ class RunSession:
     def __enter__(self) -> Self:
         remove_report_of_last_attempt()
         sys.stdout, sys.stderr = _LossyStream(sys.stdout), _LossyStream(sys.stderr)
-        # Signal handlers write to it until the process ends.
+        # Never closed: the C-level signal handler writes to it until the process ends.
         self._wakeup = socket.socketpair()
         self._wakeup[1].setblocking(False)
         signal.set_wakeup_fd(self._wakeup[1].fileno(), warn_on_full_buffer=False)
@@ -107,16 +109,16 @@ class RunSession:
         return self
 
     def acquire(self, *, lease: float = LEASE, renewal: float = RENEWAL) -> None:
-        """Take the run directory on rank 0, and renew its lease from now on, in seconds. Raises as RunLock does."""
+        """Take the run directory on rank 0, and renew it every `renewal` seconds. Raises the errors of RunLock."""
         self._lock_refused = True
         self._lock = RunLock(self.paths, lease=lease)
         self._lock_refused = False
-        self._report_in_directory_of(self._lock.owner)
+        self._set_owner(self._lock.owner)
         self._lock.renew_in_background(self._exit_lost, every=renewal)
         self.paths.logs.mkdir(exist_ok=True)  # the watchdog writes stacks there if the start hangs
 
     def attach_logs(self, owner: Owner | None) -> None:
-        """Open the log of this rank, once all ranks have joined and rank 0 is the `owner` of the run directory."""
+        """Open the log of this rank, once all ranks have joined. `owner`: rank 0, as the owner of the run directory."""
         self.owner = owner
         self._reports_in_directory = True
         self.paths.logs.mkdir(exist_ok=True)
@@ -129,14 +131,14 @@ class RunSession:
         faulthandler.register(STACKS_SIGNAL, stream)
 
     def sees_same_directory(self, owner: Owner) -> bool:
-        """Tell whether the run directory of this rank is the one that rank 0 took as `owner`.
+        """Tell whether this rank sees the run directory of rank 0, which is its `owner`.
 
         Takes up to NFS_ATTRIBUTE_CACHE_SECONDS.
         """
         deadline = time.monotonic() + NFS_ATTRIBUTE_CACHE_SECONDS
         while True:
             with suppress(OSError):
-                if loss_message(self.paths, owner) is None:
+                if lost_directory_message(self.paths, owner) is None:
                     return True
             if time.monotonic() > deadline:
                 return False
@@ -144,7 +146,7 @@ class RunSession:
 
     def require_owned(self) -> None:
         """End this process if another job has taken the run directory. Any thread may call it. Raises OSError."""
-        if self.owner and (message := loss_message(self.paths, self.owner)):
+        if self.owner and (message := lost_directory_message(self.paths, self.owner)):
             self._exit_lost(message)
 
     def allow_graceful_stop(self) -> None:
@@ -175,46 +177,46 @@ class RunSession:
         code, cause = outcome(error, training=not self._starting)
         log.error("%s", cause, exc_info=error if code == EXIT_BUG else None)
         not_joined = self.rank != 0 and not self._reports_in_directory
-        prints = self.report(code, cause)
-        if code == EXIT_BUG and (prints or not_joined):
+        must_print = self.report(code, cause)
+        if code == EXIT_BUG and (must_print or not_joined):
             traceback.print_exception(error)
-        if prints:
+        if must_print:
             say_end(code, cause)
         if not_joined:
-            # If rank 0 has the same error, torchrun ends this rank meanwhile with SIGTERM.
+            # If rank 0 has the same error, torchrun ends this rank with SIGTERM during this wait.
             time.sleep(RANK_ZERO_SECONDS)
-            if self.report(code, cause, as_first_of_host=True) and not prints:
+            if self.report(code, cause, as_first_of_host=True) and not must_print:
                 say_end(code, cause)
         self._release()
         _end_process(code)
 
-    def report(self, code: int, cause: str, *, as_first_of_host: bool | None = None) -> bool:
+    def report(self, code: int, cause: str, *, as_first_of_host: bool = False) -> bool:
         """Report why the run ends. Returns whether this rank is the one to print it.
 
+        Before the ranks have joined, they probably fail alike. So only rank 0 reports in the run directory, and local
+        rank 0 of every other host to its launcher. `as_first_of_host`: this rank reports in place of local rank 0. If
+        rank 0 of this attempt owns the run directory, the report goes there too.
+
         Ends the process if another job has taken the run directory.
-        Of ranks that have not joined the others, rank 0 and the first one of each host report, the latter to their
-        launcher. `as_first_of_host`: whether this rank is that one; None: if its local rank is 0. If it is, and rank 0
-        already has the run directory, the report goes there, before one of rank 0.
         """
         if as_first_of_host and self.rank and not self._reports_in_directory:
             with suppress(OSError):
-                self._report_in_directory_of(owner_of_this_attempt(self.paths))
+                if owner := owner_of_this_attempt(self.paths):
+                    self._set_owner(owner)
         with suppress(OSError):
             self.require_owned()
         if self.rank and not self._reports_in_directory:
-            # The other ranks of the host and rank 0 probably fail alike: one line for each host, for its launcher.
-            if not (os.environ.get("LOCAL_RANK") == "0" if as_first_of_host is None else as_first_of_host):
+            if not as_first_of_host and os.environ.get("LOCAL_RANK") != "0":
                 return False
         elif not self._reports_in_directory and self.paths.root.is_dir() and not self._lock_refused:
             with suppress(DistgptError):
                 self._lock = RunLock(self.paths, lease=0)
-                self._report_in_directory_of(self._lock.owner)
+                self._set_owner(self._lock.owner)
         paths, fence = (self.paths if self._reports_in_directory else None), (self.owner.fence if self.owner else 0)
         return write_exit_report(paths, code=code, cause=cause, rank=self.rank, step=self.step, fence=fence)
 
-    def _report_in_directory_of(self, owner: Owner | None) -> None:
-        if owner is not None:
-            self.owner, self._reports_in_directory = owner, True
+    def _set_owner(self, owner: Owner) -> None:
+        self.owner, self._reports_in_directory = owner, True
 
     def _exit_lost(self, message: str) -> NoReturn:
         """End this process because another job has taken the run directory; rank 0 prints `message`."""
@@ -233,21 +235,22 @@ class RunSession:
         self.stop_requested = signal.Signals(number).name
 
     def _handle_signals(self) -> None:
-        # torchrun gets a second Ctrl-C itself, and ends its ranks.
-        acknowledged, torchrun = None, "TORCHELASTIC_RUN_ID" in os.environ
+        under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
+        acknowledged_at: float | None = None
         while received := self._wakeup[0].recv(1):
             number = received[0]
             if number not in STOP_SIGNALS:
                 continue
-            # The main thread cannot set stop_requested while it is in a call of C.
+            # The main thread cannot set stop_requested while it is in a C call.
             self.stop_signal_received = True
             if self._starting:
                 name = signal.Signals(number).name
                 self._exit_interrupted(f"interrupted by {name} before the first step: run it again to go on")
-            elif acknowledged is None:
-                acknowledged = time.monotonic()
+            elif acknowledged_at is None:
+                acknowledged_at = time.monotonic()
                 _acknowledge(number)
-            elif number == signal.SIGINT and not torchrun and time.monotonic() - acknowledged > ECHO_SECONDS:
+            # torchrun handles a second Ctrl-C itself: it ends its ranks.
+            elif number == signal.SIGINT and not under_torchrun and time.monotonic() - acknowledged_at > ECHO_SECONDS:
                 self._exit_interrupted(
                     "interrupted by a second Ctrl-C: steps after the newest checkpoint are not saved, "
                     "run it again to go on from there"
@@ -264,13 +267,13 @@ class RunSession:
 
 
 def _acknowledge(number: int) -> None:
-    """Print on each host that a signal to stop has arrived: the step may be long."""
+    """Print on each host that a signal to stop has arrived, since the step may take long."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
-        # torchrun by itself waits for its ranks after a second Ctrl-C, too.
-        heeded = "TORCHELASTIC_RUN_ID" not in os.environ or EXIT_FILE_VARIABLE in os.environ
-        again = "; Ctrl-C again stops it now, unsaved" if heeded and number in TERMINAL_SIGNALS else ""
-        below_the_bar = "\n" if sys.stderr.isatty() else ""
-        print(f"{below_the_bar}distgpt: stopping after this step is saved{again}", file=sys.stderr, flush=True)
+        # A torchrun without our launcher waits for its ranks after a second Ctrl-C, too.
+        can_stop_now = "TORCHELASTIC_RUN_ID" not in os.environ or EXIT_FILE_VARIABLE in os.environ
+        again = "; Ctrl-C again stops it now, unsaved" if can_stop_now and number in TERMINAL_SIGNALS else ""
+        line_break = "\n" if sys.stderr.isatty() else ""  # to print below the progress bar
+        print(f"{line_break}distgpt: stopping after this step is saved{again}", file=sys.stderr, flush=True)
 
 
 def _end_process(code: int) -> NoReturn:

@@ -20,7 +20,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, ChunkSto
 
 from distgpt.checkpoint.compatibility import require_same_run
 from distgpt.checkpoint.index import read_index
-from distgpt.checkpoint.manifest import MANIFEST, committed, find_damage, manifest_bytes, path_of, read_state
+from distgpt.checkpoint.manifest import MANIFEST, checkpoint_path, committed, find_damage, manifest_bytes, read_state
 from distgpt.checkpoint.reader import load_for_inference
 from distgpt.checkpoint.store import Store
 from distgpt.config import resolve
@@ -348,7 +348,7 @@ def test_a_model_other_than_the_stored_one_is_not_allocated(run: Path, name: str
 
 
 def sign(checkpoint: Path) -> None:
-    """As sign_again(), where the manifest has our files alone and what they say may be nonsense."""
+    """Make the manifest agree with the files, as sign_again() does, if it lists files of a checkpoint only."""
     files = json.loads((checkpoint / MANIFEST).read_text())["files"]
     if all("/" not in name for name in files):
         try:
@@ -381,7 +381,7 @@ def test_an_index_is_read_as_it_was_written(saved: Path, tmp_path: Path, protoco
 
 def test_a_copy_under_another_name_is_not_the_newest(run: Path, dataset: Dataset) -> None:
     """It is moved aside, so that it is not in the way of later checkpoints."""
-    shutil.copytree(path_of(run / "checkpoints", 1), run / "checkpoints" / "step-99999999")
+    shutil.copytree(checkpoint_path(run / "checkpoints", 1), run / "checkpoints" / "step-99999999")
     assert "is of step 1" in find_damage(run / "checkpoints" / "step-99999999")[0]
     require_same_run(run / "checkpoints", resolve([*SMALL], {}), dataset, replicas=1)
     assert load_for_inference(run, CPU)[2].step == 2
@@ -399,8 +399,8 @@ def test_a_directory_with_an_impossible_step_is_no_checkpoint(tmp_path: Path, na
 
 def test_a_directory_in_the_way_of_a_commit_is_named(tmp_path: Path) -> None:
     store = Store(tmp_path, Owner(1, "here", "now", 1, "today"))
-    store.open(7, 0)
-    in_the_way = path_of(tmp_path, 7)
+    store.create_staging(7, 0)
+    in_the_way = checkpoint_path(tmp_path, 7)
     in_the_way.mkdir()
     (in_the_way / "file").touch()
     with pytest.raises(StorageError, match=f"^{in_the_way} is in the way"):

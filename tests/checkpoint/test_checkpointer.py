@@ -1,4 +1,4 @@
-"""Checkpoints of one process: what was saved comes back, what is broken is skipped, and a full disk costs no more.
+"""Checkpoints of one process: saves are restored, damage is skipped, and a full disk costs one checkpoint only.
 
 Saving and resuming over several ranks, and across strategies, is in tests/end_to_end/test_resume.py.
 """
@@ -71,7 +71,7 @@ def test_a_checkpoint_holds_everything_needed_to_resume(saved: Path, dataset: Da
 
 
 def test_a_checkpoint_keeps_the_tokenizer_that_training_began_with(tmp_path: Path) -> None:
-    """Another dataset, or none, may be in its directory meanwhile."""
+    """Meanwhile the directory of the data may hold another dataset, or none."""
     (tmp_path / "data").mkdir()
     dataset = make_dataset(tmp_path / "data", seed=0)
     tokenizer = dataset.path / "tokenizer.json"

@@ -8,7 +8,7 @@ import pytest
 from distgpt.checkpoint.interval import (
     DAY,
     HOUR,
-    PRIOR_COST,
+    PRIOR_SECONDS_PER_SAVE,
     SaveInterval,
     best_interval,
     seconds_between_failures,
@@ -55,7 +55,7 @@ def test_measurements_outweigh_the_prior(seconds: float, failures: int, hosts: i
 
 def test_a_save_costs_the_stall_and_the_slower_steps() -> None:
     saves = SaveInterval("auto", start_step=0, best_val_loss=None)
-    assert (saves.seconds_per_save, saves.seconds_per_step) == (PRIOR_COST, 0.0)
+    assert (saves.seconds_per_save, saves.seconds_per_step) == (PRIOR_SECONDS_PER_SAVE, 0.0)
     for _ in range(6):
         saves.record_step(0.2, writing=False)
     for _ in range(2):

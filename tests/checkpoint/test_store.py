@@ -1,4 +1,4 @@
-"""Old checkpoints are removed, but none that is still needed, and no file of others."""
+"""Old checkpoints are removed, but none that is still needed, and no file that distgpt did not write."""
 
 import hashlib
 import json

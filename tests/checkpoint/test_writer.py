@@ -36,7 +36,7 @@ def test_tensor_files_are_hashed_while_they_are_written(
 def test_a_file_that_cannot_be_synced_is_no_checkpoint(
     tmp_path: Path, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The index too, which DCP would sync before Python's buffer is flushed."""
+    """This includes the index, which DCP would sync before Python's buffer is flushed."""
     subject = trainee(tmp_path, dataset)
     opened: dict[int, str] = {}
     original_open, original_sync = builtins.open, os.fsync

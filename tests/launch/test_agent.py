@@ -1,4 +1,4 @@
-"""Launchers pass on signals once, and end a torchrun that does not end by itself."""
+"""Launchers pass a signal on once, and kill a torchrun that does not end by itself."""
 
 import os
 import signal
@@ -46,7 +46,7 @@ def line_of(launcher: subprocess.Popen[str]) -> str:
 
 @jobs.linux_only
 def test_a_ctrl_c_that_is_clearly_typed_again_ends_it_at_once() -> None:
-    """Two at once, as a terminal and a wrapper may send them, are one."""
+    """Two signals at once count as one: a terminal and a wrapper may both send it."""
     with supervised() as launcher:
         assert line_of(launcher) == "up"
         first = time.monotonic()

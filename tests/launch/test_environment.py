@@ -1,4 +1,4 @@
-"""launch/environment.sh makes a .venv and installs into it: a copy of the project, with a python that only says so."""
+"""launch/environment.sh makes a .venv and installs into it. A fake python prints what it was asked to do."""
 
 import shutil
 from pathlib import Path
@@ -33,13 +33,13 @@ test "$*" != "check ." || test ! -e "${0%/*}/fail"
 
 @pytest.fixture(autouse=True)
 def usual_torch(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever torch the tests run with."""
+    """Unset the variable for another torch, which the tests may run with."""
     monkeypatch.delenv("DISTGPT_TORCH", raising=False)
 
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """A copy of what the scripts need, and no .venv."""
+    """A copy of the files that the scripts need, without a .venv."""
     project = tmp_path / "project"
     shutil.copytree(jobs.PROJECT / "launch", project / "launch")
     for name in ("pyproject.toml", "requirements.lock"):
@@ -49,7 +49,7 @@ def project(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def path(tmp_path: Path) -> str:
-    """A PATH that finds that python before others."""
+    """A PATH on which the fake python is the first one."""
     executable(tmp_path / "bin" / "python3", PYTHON)
     return f"{tmp_path / 'bin'}:/usr/bin:/bin"
 
@@ -95,7 +95,7 @@ def test_a_python_that_is_too_old_is_passed_over(project: Path, tmp_path: Path) 
 
 @pytest.fixture
 def tools(project: Path) -> Path:
-    """The linters and Python of the project's .venv, which only say what they were told."""
+    """Fake linters and a fake Python in the project's .venv, which print their arguments."""
     tools = project / ".venv" / "bin"
     for tool in ("ruff", "mypy"):
         executable(tools / tool, LINTER)

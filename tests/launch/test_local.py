@@ -1,4 +1,4 @@
-"""launch/local.sh where the tests of endings and storms do not look."""
+"""launch/local.sh, besides the tests in end_to_end/test_endings.py and storms/."""
 
 import os
 import signal
@@ -43,7 +43,7 @@ def test_a_batch_that_the_ranks_cannot_share_starts_nothing(tmp_path: Path) -> N
 
 @jobs.linux_only
 def test_a_second_ctrl_c_ends_it_now_and_is_reported(prepared: Path, tmp_path: Path) -> None:
-    """In a save that does not come to its end."""
+    """A second Ctrl-C during a save that never ends."""
     run, hold = tmp_path / "run", jobs.PROJECT / "tests" / "slurm" / "hold"
     run.mkdir()
     (run / "hold-step-00000004").touch()
@@ -57,7 +57,7 @@ def test_a_second_ctrl_c_ends_it_now_and_is_reported(prepared: Path, tmp_path: P
     os.killpg(job.pid, signal.SIGINT)
     ended, report = job.finish(), jobs.exit_report(run)
     assert ended.code == report["code"] == 75, ended
-    assert "what came after the newest checkpoint is not saved" in report["cause"]
+    assert "steps after the newest checkpoint are not saved" in report["cause"]
     assert ended.stderr.splitlines()[-1] == f"distgpt: {report['cause']}"
 
 

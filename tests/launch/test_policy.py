@@ -1,4 +1,4 @@
-"""Endings of attempts, and what launchers do next."""
+"""Endings of attempts, and the next action of the launchers."""
 
 import json
 from pathlib import Path
@@ -25,12 +25,12 @@ def test_a_lock_that_may_be_ours_is_waited_for() -> None:
 
 def test_attempts_count_while_there_is_no_new_checkpoint(tmp_path: Path) -> None:
     tries = Tries(2, tmp_path)
-    assert not tries.exhausted()
+    assert not tries.count_failure()
     (tmp_path / "checkpoints" / "step-00000004").mkdir(parents=True)
-    assert not tries.exhausted()
+    assert not tries.count_failure()
     assert (tries.count, tries.newest) == (0, "step-00000004")
-    assert not tries.exhausted()
-    assert tries.exhausted()
+    assert not tries.count_failure()
+    assert tries.count_failure()
 
 
 def test_the_newest_checkpoint_is_committed(tmp_path: Path) -> None:
@@ -71,5 +71,5 @@ def test_a_disk_that_cannot_be_read_is_no_progress(tmp_path: Path, monkeypatch: 
         raise OSError(5, "Input/output error")
 
     monkeypatch.setattr(policy, "newest_checkpoint", failing)
-    assert [tries.exhausted(), tries.exhausted()] == [False, True]
+    assert [tries.count_failure(), tries.count_failure()] == [False, True]
     assert tries.newest == "step-00000001"

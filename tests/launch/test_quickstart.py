@@ -1,4 +1,4 @@
-"""launch/quickstart.sh from an empty directory, with a smaller model and fewer steps."""
+"""launch/quickstart.sh in an empty directory, with a smaller model and fewer steps."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The scripts as text."""
+"""Checks of the text of the scripts."""
 
 import subprocess
 import sys
@@ -22,7 +22,7 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 def test_every_installation_reads_all_kinds_of_files() -> None:
-    """The packages that prepare needs for Parquet and .zst are optional, and wanted by whoever follows the README."""
+    """The packages for Parquet and .zst are optional, but the README's commands need them."""
     extras = tomllib.loads((jobs.PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     formats = ",".join(extra for extra in extras if extra != "test")
     for file in ("README.md", "launch/environment.sh"):

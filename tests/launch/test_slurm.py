@@ -1,4 +1,4 @@
-"""The decisions of slurm/train.sh, without a Slurm."""
+"""The decisions of slurm/train.sh, tested without Slurm."""
 
 import json
 import subprocess
@@ -48,7 +48,7 @@ def test_the_report_decides(
 
 def test_what_never_started_has_not_succeeded(report: Path) -> None:
     ending = slurm.ending_of(report.parent, "run", 24, "distgpt.train", 0)
-    assert (ending.code, ending.cause) == (75, f"no rank could say how it ended, see {report.parent}")
+    assert (ending.code, ending.cause) == (75, f"no rank could report how it ended, see {report.parent}")
     assert slurm.ending_of(report.parent, "run", 24, "distgpt.doctor", 0).code == 0
     assert slurm.ending_of(report.parent, "run", 24, "distgpt.doctor", 1).code == 75
     full = slurm.ending_of(report.parent / "missing", "run", 24, "distgpt.train", 1)
@@ -59,7 +59,8 @@ def test_attempts_without_progress_are_few(tmp_path: Path) -> None:
     slurm.require_progress(tmp_path, "no checkpoint", 2)
     for _ in range(2):
         slurm.require_progress(tmp_path, "step-00000004", 2)
-    with pytest.raises(Interrupted, match="gave up after 2 attempts that got no further than step-00000004"):
+    gave_up = r"gave up after 2 attempts without a new checkpoint \(newest: step-00000004\)"
+    with pytest.raises(Interrupted, match=gave_up):
         slurm.require_progress(tmp_path, "step-00000004", 2)
 
 
@@ -68,7 +69,7 @@ def test_a_line_of_a_sweep(tmp_path: Path) -> None:
     file.write_bytes(b'--optim.lr=1e-3\r\n--run.dir="a b" --train.steps=2\r\n\r\n"\r\n')
     assert slurm.sweep_flags(str(file), 1) == ["--run.dir=a b", "--train.steps=2"]
     for task, why in ((2, "no flags"), (3, "No closing quotation"), (4, "no flags")):
-        with pytest.raises(UsageError, match=f"{why} in line {task + 1}, that of task {task}"):
+        with pytest.raises(UsageError, match=f"{why} in line {task + 1}, the line of task {task}"):
             slurm.sweep_flags(str(file), task)
     with pytest.raises(UsageError, match="DISTGPT_SWEEP= cannot be read"):
         slurm.sweep_flags("", 0)
@@ -83,7 +84,7 @@ def test_progress_is_the_newest_training_line(tmp_path: Path) -> None:
 
 def test_bash_reads_the_answer(tmp_path: Path) -> None:
     words = ["", "a b", "it's", "two\nlines'\n\"", "$HOME `x` \\n", "--a=*"]
-    line = slurm.in_bash({"word": words[3], "words": words})
+    line = slurm.bash_assignments({"word": words[3], "words": words})
     assert "\n" not in line
     script = 'eval "$1"; printf "%s\\0" "$word" "${words[@]}"'
     read = subprocess.run(["bash", "-c", script, "bash", line], capture_output=True, text=True, check=True)

@@ -1,4 +1,4 @@
-"""The preflight of several hosts. This process plays one host after the other."""
+"""The preflight of several hosts. One process runs the part of each host in turn."""
 
 import dataclasses
 import platform

@@ -215,8 +215,8 @@ def test_guests_are_the_other_hosts_connected_to_a_port(monkeypatch: pytest.Monk
     """The server also accepts IPv6, as torchrun's does. Connections from this host do not count."""
     with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
         port = server.getsockname()[1]
-        assert network.guests(port) == []
+        assert network.connected_hosts(port) == []
         with socket.create_connection(("127.0.0.1", port)):
-            assert network.guests(port) == []
+            assert network.connected_hosts(port) == []
             monkeypatch.setattr(network, "_is_own_address", lambda address: False)
-            assert network.guests(port) == ["127.0.0.1"]
+            assert network.connected_hosts(port) == ["127.0.0.1"]

@@ -1,6 +1,6 @@
-"""One owner of a run directory at a time, on one host by the lock, between hosts by the lease, always by the fence.
+"""A run directory has one owner at a time: by the lock on one host, by the lease between hosts, always by the fence.
 
-Here another host is a process that is told of another boot id. With training jobs: tests/end_to_end/test_takeover.py.
+A process with another boot id stands for another host. With training jobs: tests/end_to_end/test_takeover.py.
 """
 
 import fcntl
@@ -20,7 +20,7 @@ import pytest
 
 from distgpt.checkpoint.store import Store
 from distgpt.errors import DirectoryError
-from distgpt.run.lock import BOOT_ID, LEASE, RENEWAL, RunLock, lock_holder, loss_message
+from distgpt.run.lock import BOOT_ID, LEASE, RENEWAL, RunLock, lock_holder, lost_directory_message
 from distgpt.run.paths import RunPaths
 from tests import jobs
 
@@ -46,7 +46,7 @@ with session.RunSession(RunPaths(directory), 0) as run:
         step += 1
         with suppress(OSError):
             run.require_owned()
-            store.open(step, 0)
+            store.create_staging(step, 0)
             run.require_owned()
             store.commit(step, {})
     raise Interrupted("told to")
@@ -63,7 +63,7 @@ class Process:
         self.process.send_signal(number)
 
     def ended(self) -> tuple[int, str]:
-        """Return its exit code and stderr."""
+        """Wait for its end. Returns its exit code and stderr."""
         stderr = self.process.communicate()[1]
         return self.process.returncode, stderr
 
@@ -135,7 +135,7 @@ def test_the_lock_is_free_after_the_owner_was_killed(own: Callable[..., Process]
 
 
 def test_an_owner_that_dies_slowly_is_waited_for(paths: RunPaths) -> None:
-    """A process that is killed in a write to a slow disk holds its lock until the write is done."""
+    """A process that is killed during a write to a slow disk holds its lock until the write is done."""
     lock = RunLock(paths)
     alive = paths.lock.read_bytes()
     lock.release()
@@ -180,7 +180,7 @@ def test_an_owner_that_wakes_up_after_a_takeover_writes_nothing_more(
         RunLock(paths, lease=0)
     lock = RunLock(paths, lease=0.5)
     assert lock.owner.fence == 2
-    Store(paths.checkpoints, lock.owner).remove_left_overs()
+    Store(paths.checkpoints, lock.owner).remove_leftovers()
     before = committed(paths), record(paths)
     owner.signal(signal.SIGCONT)
     code, stderr = owner.ended()
@@ -218,11 +218,11 @@ def test_an_owner_whose_lock_was_removed_ends(own: Callable[..., Process], paths
 
 def test_any_rank_can_check_the_owner(paths: RunPaths) -> None:
     first = RunLock(paths)
-    assert loss_message(paths, first.owner) is None
+    assert lost_directory_message(paths, first.owner) is None
     first.release()
-    assert loss_message(paths, first.owner) is None
+    assert lost_directory_message(paths, first.owner) is None
     second = RunLock(paths)
-    assert str(second.owner) in (loss_message(paths, first.owner) or "")
+    assert str(second.owner) in (lost_directory_message(paths, first.owner) or "")
     second.release()
 
 
@@ -256,7 +256,7 @@ def test_a_lease_outlasts_several_renewals() -> None:
 
 
 def test_the_file_of_an_older_version_is_read(tmp_path: Path) -> None:
-    """Its key for the renewals stays, so that no owner is taken for damage."""
+    """The key of the renewals keeps its old name, so that such a file does not count as damaged."""
     held = RunLock(RunPaths(tmp_path))
     record = json.loads((tmp_path / "LOCK").read_text())
     assert record.keys() == {"fence", "host", "boot", "pid", "started", "job", "attempt", "beat", "released"}

@@ -1,4 +1,4 @@
-"""Whatever ends a run becomes an exit code, exit.json and one line; no rank outlives its torchrun."""
+"""Every end of a run gives an exit code, exit.json and one line, and no rank outlives its torchrun."""
 
 import errno
 import json
@@ -153,7 +153,7 @@ def test_other_ranks_wait_for_rank_0_to_report_the_same_error(tmp_path: Path) ->
 
 @pytest.mark.parametrize("job", ["x", "another"])
 def test_a_rank_that_fails_alone_reports_in_the_run_directory_of_its_job(tmp_path: Path, job: str) -> None:
-    """Rank 0, which waits for it, would only know that it got a signal to stop."""
+    """Rank 0 waits for it, and would only report a signal to stop."""
     rank_0 = f"os.environ['TORCHELASTIC_RUN_ID'] = '{job}'; RunLock(run.paths)"
     done = rank(
         tmp_path,
@@ -305,11 +305,12 @@ def test_no_rank_outlives_its_torchrun() -> None:
 
 @jobs.linux_only
 def test_variables_of_torchrun_without_torchrun_are_refused_in_one_line() -> None:
-    alone = "from distgpt import torchrun; torchrun._torchrun_is_above = lambda pid: False; torchrun.die_with_agent()"
+    no_ancestor = "torchrun._may_have_torchrun_ancestor = lambda pid: False"
+    alone = f"from distgpt import torchrun; {no_ancestor}; torchrun.die_with_agent()"
     ended = jobs.run([sys.executable, "-c", alone], TORCHELASTIC_RUN_ID="x")
     assert ended.code == 2
     assert ended.error_lines == [
-        "distgpt: error: TORCHELASTIC_RUN_ID is set, but no torchrun is above this process: unset it"
+        "distgpt: error: TORCHELASTIC_RUN_ID is set, but no torchrun started this process: unset it"
     ], ended
 
 

@@ -1,4 +1,4 @@
-"""A real Slurm on this machine: a controller and several nodes, as children of the test in a directory of its own."""
+"""A real Slurm on this machine: a controller and several nodes, which are child processes of the test."""
 
 import ctypes
 import getpass
@@ -62,7 +62,7 @@ NODE = "NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs=
 
 
 class Cluster:
-    """The cluster, and what a person does with it from `work`, a directory of theirs."""
+    """The cluster, and the commands that a user runs on it in the directory `work`."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -93,7 +93,7 @@ class Cluster:
             process.wait(timeout=60)
 
     def power_on(self, node: str, *, blind_to: Path | None = None) -> None:
-        """Start a node and wait until it has nothing to do. It sees another, empty directory instead of `blind_to`."""
+        """Start a node and wait until it is idle. In place of `blind_to` it sees another, empty directory."""
         command = ["slurmd", "-D", "-N", node, "-f", str(self._conf)]
         if blind_to:
             hide = 'mount -t tmpfs distgpt-test "$0" && exec "$@"'
@@ -102,7 +102,7 @@ class Cluster:
         assert _happens(lambda: re.search(r"State=IDLE\b(?![+*])", self.command("scontrol", "show", "node", node)))
 
     def power_off(self, node: str) -> None:
-        """End everything on a node, at once and without a word."""
+        """Kill all processes on a node at once, as a power failure does."""
         daemon = self._processes.pop(node)
         known = {"SLURMD_NODENAME": node, "SLURM_CONF": str(self._conf)}
         tasks = [pid for pid, variables in jobs.environments().items() if known.items() <= variables.items()]
@@ -115,7 +115,7 @@ class Cluster:
                 os.kill(pid, signal.SIGKILL)
 
     def command(self, *command: str, **variables: str) -> str:
-        """What a command prints."""
+        """Return the output of a command."""
         done = subprocess.run(
             command,
             cwd=self.work,
@@ -129,35 +129,35 @@ class Cluster:
         return done.stdout
 
     def sbatch(self, *arguments: str | Path, **variables: str) -> str:
-        """Submit a job; its id."""
+        """Submit a job and return its id."""
         return self.command("sbatch", "--parsable", *map(str, arguments), **variables).strip()
 
     def show(self, job: str) -> dict[str, str]:
-        """`scontrol show job`."""
+        """Return the fields of `scontrol show job`."""
         shown = self.command("scontrol", "show", "job", job)
         comment = dict(re.findall(r"^ *(Comment)=(.*?) *$", shown, re.MULTILINE))
         return dict(re.findall(r"(\w+)=(\S+)", shown)) | comment
 
     def wait_for(self, job: str, what: Callable[[], object]) -> None:
-        """Wait until something about a job is so."""
+        """Wait until `what()` is true, and show the job if that never happens."""
         assert _happens(what), f"it did not happen: {self.show(job)}\n{self.log(job)}"
 
     def end_of(self, job: str) -> dict[str, str]:
-        """`scontrol show job` when it is over for good."""
+        """Wait until the job has ended and is not requeued; return the fields of `scontrol show job`."""
         self.wait_for(job, lambda: self.ended(job))
         return self.show(job)
 
     def ended(self, job: str) -> bool:
-        """Whether it is over for good."""
+        """Tell whether the job has ended and is not requeued."""
         return self.show(job)["JobState"] in ENDED
 
     def log(self, job: str) -> str:
-        """What the batch script said, in all attempts."""
+        """Return the output of the batch script, of all attempts."""
         path = self.work / f"slurm-{job}.out"
         return path.read_text() if path.exists() else ""
 
     def tasks(self, job: str) -> dict[int, dict[str, str]]:
-        """The variables of each process that a job runs on its nodes, by the process's id."""
+        """Return the environment of each process of a job on its nodes, by process id."""
         known = {"SLURM_CONF": str(self._conf), "SLURM_JOB_ID": job}
         found = jobs.environments()
         return {pid: its for pid, its in found.items() if "SLURM_STEP_NODELIST" in its and known.items() <= its.items()}
@@ -207,7 +207,7 @@ class Cluster:
 
 
 def _happens(what: Callable[[], object]) -> bool:
-    """Whether it is so in the end. Probes start a process as a rule: not as many a second as jobs.poll makes."""
+    """Tell whether `what()` becomes true in time. Polls less often than jobs.poll: most probes start a process."""
     deadline = time.monotonic() + 400
     while not what():
         if time.monotonic() > deadline:

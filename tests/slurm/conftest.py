@@ -1,4 +1,4 @@
-"""One cluster for all tests, and the jobs that several of them look at."""
+"""One cluster for all tests, and jobs whose results several tests use."""
 
 import os
 import re
@@ -27,7 +27,7 @@ fi
 
 
 class Runs:
-    """Training jobs on the cluster, by the script as it is shipped."""
+    """Training jobs on the cluster, started with slurm/train.sh as it is."""
 
     def __init__(self, cluster: Cluster, data: Path) -> None:
         self.cluster = cluster
@@ -35,7 +35,7 @@ class Runs:
         (cluster.work / "environment").write_text(ENVIRONMENT)
 
     def submit(self, name: str, *flags: str, sbatch: tuple[str, ...] = (), **variables: str) -> str:
-        """Train in runs/NAME; the job's id."""
+        """Train in runs/NAME. Returns the id of the job."""
         known = {"DISTGPT_ENV": "environment", "DISTGPT_PREFLIGHT": "no", **variables}
         paths = (f"--data.path={self._data}", f"--run.dir=runs/{name}")
         return self.cluster.sbatch(*sbatch, TRAIN, *FLAGS, *paths, *flags, **known)
@@ -43,7 +43,7 @@ class Runs:
     def submit_held(
         self, name: str, *steps: int, flags: tuple[str, ...] = (), sbatch: tuple[str, ...] = (), **variables: str
     ) -> str:
-        """Train in runs/NAME and hold the run at each of these steps; it is at the first of them."""
+        """Train in runs/NAME, held at each of these steps until release(). Returns once it is at the first of them."""
         self.directory(name).mkdir(parents=True)
         for step in steps:
             self._hold(name, step).touch()
@@ -90,7 +90,7 @@ def runs(cluster: Cluster, prepared: Path) -> Runs:
 
 @pytest.fixture(scope="session")
 def undisturbed(runs: Runs) -> dict[int, Path]:
-    """The same run on 1, 2 and 4 nodes: of one as a task of a sweep, of two after the preflight."""
+    """The same run on 1, 2 and 4 nodes: on 1 as a task of a sweep, on 2 after the preflight."""
     (runs.cluster.work / "sweep").write_text('--optim.lr=1e-3\r\n--optim.lr=2e-3 "--run.dir=runs/%j fast"\r\n')
     array = runs.submit("sweep", sbatch=("--array=0-1",), DISTGPT_SWEEP="sweep")
     two = runs.submit("two", sbatch=("--nodes=2",), DISTGPT_PREFLIGHT="", **jobs.REAL)

@@ -1,4 +1,4 @@
-"""Another user of the cluster, who writes pickles into a job's store that run a command when they are unpickled.
+"""Act as another user of the cluster: write pickles into a job's store that run a command when they are unpickled.
 
 `python -m tests.slurm.stranger PORT PROOF`: the command makes the file PROOF. Prints how many keys there were.
 """

@@ -1,4 +1,4 @@
-"""slurm/environment.sh by itself: what it says when it cannot ask Slurm, or has no Python."""
+"""The messages of slurm/environment.sh when Slurm does not answer, or there is no Python."""
 
 from pathlib import Path
 
@@ -14,7 +14,7 @@ test "$1" = show && echo "$SHOWN"
 
 
 def said(directory: Path, commands: str, **variables: str) -> jobs.Ended:
-    """Source it and run `commands`, with a scontrol and a python that answer little."""
+    """Source it and run `commands`, with a fake scontrol and a fake python."""
     for name, text in {"scontrol": SCONTROL, "python": "#!/bin/sh\necho no packages\n"}.items():
         (directory / name).write_text(text)
         (directory / name).chmod(0o755)
@@ -32,7 +32,7 @@ def said(directory: Path, commands: str, **variables: str) -> jobs.Ended:
     ],
 )
 def test_a_second_job_is_advised_only_where_slurm_starts_none(tmp_path: Path, requeue: str, advice: str) -> None:
-    """After a lost node Slurm may have requeued it already, and does not do it twice."""
+    """After a lost node Slurm may have requeued the job already, and refuses to do it twice."""
     done = said(tmp_path, "requeue 'lost contact'", SHOWN=f"   {requeue} Restarts=0 BatchFlag=1")
     assert (done.code, done.stderr) == (75, f"distgpt: lost contact; {advice}\n")
 
@@ -41,7 +41,7 @@ def test_a_second_job_is_advised_only_where_slurm_starts_none(tmp_path: Path, re
     ("stopped", "limit", "warned"), [(5, "00:03:00", True), (50, "00:02:00", False), (5, "01:00:00", False)]
 )
 def test_a_time_limit_is_judged_by_when_the_signal_came(tmp_path: Path, stopped: int, limit: str, warned: bool) -> None:
-    """Slurm does not tell what --signal was given."""
+    """The script cannot learn from Slurm which --signal was given."""
     commands = f'scontrol() {{ [[ $1 == requeue ]] || command scontrol "$@"; }}; stopped={stopped}; requeue stop'
     done = said(tmp_path, commands, SHOWN=f"   RunTime=00:00:05 TimeLimit={limit} TimeMin=N/A")
     assert done.code == 75

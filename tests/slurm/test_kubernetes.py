@@ -1,4 +1,4 @@
-"""launch/kubernetes.yaml: what the rest of it stands on."""
+"""The settings in launch/kubernetes.yaml on which saving at an eviction depends."""
 
 import pytest
 

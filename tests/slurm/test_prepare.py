@@ -1,4 +1,4 @@
-"""slurm/prepare.sh on a real Slurm: an array of tasks writes what one process writes."""
+"""slurm/prepare.sh on a real Slurm: an array of tasks writes the same files as one process."""
 
 import json
 import random
@@ -12,7 +12,7 @@ PREPARE = jobs.PROJECT / "slurm" / "prepare.sh"
 
 
 def test_an_array_writes_what_one_process_writes(runs: Runs, tmp_path: Path) -> None:
-    """Also where Slurm asks a task to stop, or requeues one, in the middle of its share."""
+    """Slurm also stops one task, and requeues another one, in the middle of its share."""
     cluster, corpus = runs.cluster, tmp_path / "corpus.jsonl"
     draw = random.Random(0)
     words = ["".join(draw.choices("abcdefgh", k=draw.randint(2, 9))) for _ in range(1000)]
@@ -61,4 +61,4 @@ def test_a_part_of_an_array_is_refused(cluster: Cluster, tmp_path: Path) -> None
     array = cluster.sbatch("--array=1-2", "--cpus-per-task=1", PREPARE, "--output", tmp_path / "array")
     for task in (f"{array}_1", f"{array}_2"):
         assert cluster.end_of(task)["ExitCode"] == "2:0"
-        assert "distgpt: error: the shares are those of --array=0-N, all of them" in cluster.log(task)
+        assert "distgpt: error: the array must be --array=0-N, with every task" in cluster.log(task)

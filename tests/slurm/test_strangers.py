@@ -1,4 +1,4 @@
-"""What strangers can do to a job on Slurm: nothing that runs code of theirs."""
+"""Another user of the cluster cannot run code in a job."""
 
 import os
 import sys
@@ -23,7 +23,7 @@ def test_a_job_on_one_node_listens_on_loopback_alone(runs: Runs) -> None:
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="becoming another user takes root")
 def test_another_user_runs_nothing_in_a_job_of_several_nodes(runs: Runs, tmp_path: Path) -> None:
-    """They reach the store through which agents and ranks meet, and can disturb the job, which then starts again."""
+    """The user reaches the store of the rendezvous, and can disturb the job, which then starts again."""
     proof = tmp_path / "proof"
     job = runs.submit_held("attacked", 4, flags=("--health.timeout=15",), sbatch=("--nodes=2",), NPROC_PER_NODE="1")
     [endpoint] = {variables["RENDEZVOUS_ENDPOINT"] for variables in runs.cluster.tasks(job).values()}

@@ -1,4 +1,4 @@
-"""slurm/train.sh on a real Slurm, as it is shipped: it trains, and what interrupts it changes nothing."""
+"""slurm/train.sh on a real Slurm: it trains, and interruptions do not change the result."""
 
 import json
 import os
@@ -34,14 +34,14 @@ def test_several_nodes_learn_what_one_learns(undisturbed: dict[int, Path], nodes
 
 
 def test_the_hosts_are_checked_before_training(undisturbed: dict[int, Path]) -> None:
-    """Rank 0, which says what is found, may be on another node then than in training."""
+    """Rank 0, which prints the findings, may be on another node in the preflight than in training."""
     [logs] = undisturbed[2].glob("logs/slurm-*/attempt-0")
     assert "all-reduce" in said(logs)
     assert "step  1/24" in said(logs)
 
 
 def test_a_job_that_goes_well_has_two_lines_to_say(runs: Runs, undisturbed: dict[int, Path]) -> None:
-    """Nor does Slurm complain of what it was asked for."""
+    """Slurm prints no warning about the options either."""
     [logs] = undisturbed[4].glob("logs/slurm-*")
     [start, end] = runs.cluster.log(logs.name.removeprefix("slurm-")).splitlines()
     assert start.startswith("distgpt: attempt 0 from no checkpoint on n[")
@@ -49,7 +49,7 @@ def test_a_job_that_goes_well_has_two_lines_to_say(runs: Runs, undisturbed: dict
 
 
 def test_an_array_sweeps_over_lines_of_flags(runs: Runs, undisturbed: dict[int, Path]) -> None:
-    """The file has the ends of lines of another system, and a value in quotes that Slurm would expand."""
+    """The file has the line endings of Windows, and a quoted value that Slurm would expand."""
     for name, lr in (("sweep-0", 0.001), ("%j fast", 0.002)):
         assert f"\nlr = {lr}\n" in (runs.directory(name) / "config.toml").read_text()
         assert jobs.checkpoints(runs.directory(name))[-1] == LAST
@@ -67,9 +67,9 @@ def preemption(cluster: Cluster, job: str) -> None:
 
 
 def time_limit(cluster: Cluster, job: str) -> None:
-    """Three minutes in all: less than `#SBATCH --signal` asks for."""
+    """The limit is three minutes, less than the time in `#SBATCH --signal`."""
     cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=3")
-    cluster.wait_for(job, lambda: "SIGUSR1: asking for a save" in cluster.log(job))
+    cluster.wait_for(job, lambda: "SIGUSR1: asking the ranks to save" in cluster.log(job))
     cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=60")
 
 
@@ -78,7 +78,7 @@ def requeue(cluster: Cluster, job: str) -> None:
 
 
 def interrupt_twice(runs: Runs, run: str, *interruptions: Callable[[Cluster, str], None]) -> str:
-    """Each saves all that was learned, and requeues. Only the first attempt is to find an empty run directory."""
+    """Each interruption saves and requeues. Only the first attempt finds an empty run directory."""
     job = runs.submit_held(run, 8, 16, flags=("--run.fresh",), sbatch=("--nodes=2", "--time=60"), NPROC_PER_NODE="1")
     for attempt, (interrupt, step) in enumerate(zip(interruptions, (8, 16), strict=True)):
         runs.reach(job, run, step)
@@ -109,7 +109,7 @@ def time_limit_and_requeue(runs: Runs, run: str) -> str:
 
 
 def save_beyond_the_time_limit(runs: Runs, run: str) -> str:
-    """Slurm kills the ranks and would leave it at that."""
+    """Slurm kills the ranks, and does not requeue the job by itself."""
     job = runs.submit_held(run, 8)
     runs.cluster.command("scontrol", "update", f"JobId={job}", "TimeLimit=1")
     runs.cluster.wait_for(job, lambda: "attempt 1 from step-00000004" in runs.cluster.log(job))
@@ -143,7 +143,7 @@ STORIES: tuple[Story, ...] = (
 
 @pytest.fixture(scope="session")
 def told(request: pytest.FixtureRequest, runs: Runs, undisturbed: dict[int, Path]) -> Iterator[dict[str, Future[str]]]:
-    """The stories that tests will ask for, all at once: most of their time they wait for Slurm."""
+    """Run all scenarios of the tests below at the same time, since each mostly waits for Slurm."""
     asking = [item for item in request.session.items if isinstance(item, pytest.Function)]
     wanted = {item.callspec.id for item in asking if "told" in item.fixturenames}
     with ThreadPoolExecutor() as pool:
@@ -154,7 +154,7 @@ def told(request: pytest.FixtureRequest, runs: Runs, undisturbed: dict[int, Path
 def test_what_interrupts_a_job_changes_nothing(
     runs: Runs, undisturbed: dict[int, Path], told: dict[str, Future[str]], story: Story
 ) -> None:
-    """Two ranks, of one node or of two, so that the sums come out the same to the last bit."""
+    """Every scenario has two ranks, on one node or on two, so that all sums are equal bit for bit."""
     job = told[story.__name__].result()
     assert runs.cluster.show(job)["JobState"] == "COMPLETED", runs.cluster.log(job)
     run = runs.directory(story.__name__)
@@ -186,7 +186,7 @@ def test_what_cannot_succeed_ends_with_one_line(runs: Runs) -> None:
         runs.submit("always-killed", DISTGPT_ENV="container", TRIES="2"): (
             75,
             "2",
-            r"gave up after 2 attempts that got no further than no checkpoint.*",
+            r"gave up after 2 attempts without a new checkpoint \(newest: no checkpoint\).*",
         ),
         runs.submit("mistake", TRIES="x"): (2, "0", "TRIES=x: it must be a whole number from 1"),
         runs.submit("mistake", "--run.dri=x"): (2, "0", r"unknown key run\.dri: did you mean run\.dir\?"),
@@ -230,7 +230,7 @@ def test_what_cannot_succeed_ends_with_one_line(runs: Runs) -> None:
 
 
 def test_a_job_that_never_trained_has_failed(runs: Runs) -> None:
-    """Whatever exits 0 on its way."""
+    """A job that never trained has failed, even if one of its commands exits with 0."""
     work = runs.cluster.work
     known = (work / "environment").read_text()
     (work / "exits").write_text(f"{known}exit 0\n")
@@ -240,12 +240,12 @@ def test_a_job_that_never_trained_has_failed(runs: Runs) -> None:
     (work / "no-tasks").write_text(f"{known}srun() {{ true; }}\n")
     report = '{"code": 0, "step": 23, "cause": "done"}'
     (work / "too-early").write_text(f"{known}srun() {{ echo '{report}' >$DISTGPT_EXIT_FILE; }}\n")
-    ended_by = r"DISTGPT_ENV=\S+ ended the job by exit or set -e: it must come to its end"
-    gave_up = r"gave up after 1 attempts that got no further than no checkpoint.*"
+    ended_by = r"DISTGPT_ENV=\S+ ended the job by exit or set -e: it must run to its end"
+    gave_up = r"gave up after 1 attempts without a new checkpoint \(newest: no checkpoint\).*"
     endings = {
         "exits": (2, ended_by),
         "exits-on-nodes": (2, ended_by),
-        "says-nothing": (2, r"no python with distgpt's packages \(it says nothing\): DISTGPT_ENV=says-nothing must .*"),
+        "says-nothing": (2, r"no python with distgpt's packages \(no output\): DISTGPT_ENV=says-nothing must .*"),
         "no-tasks": (75, gave_up),
         "too-early": (75, gave_up),
     }
@@ -276,7 +276,7 @@ def test_a_node_that_does_not_see_the_run_directory_is_named(runs: Runs) -> None
 
 
 def test_how_it_is_submitted_is_the_users_business(runs: Runs, tmp_path: Path) -> None:
-    """Through a link with a name of their own, by a relative path, with memory for each CPU."""
+    """The script is submitted through a link, by a relative path, and with --mem-per-cpu."""
     cluster = runs.cluster
     (tmp_path / "my job").symlink_to(TRAIN)
     relative = os.path.relpath(TRAIN, cluster.work)
@@ -289,7 +289,7 @@ def test_how_it_is_submitted_is_the_users_business(runs: Runs, tmp_path: Path) -
 
 
 def test_a_signal_before_the_start_requeues(runs: Runs) -> None:
-    """In whatever the user's own file does first, which may take long."""
+    """The signal comes while DISTGPT_ENV is sourced, which may take long."""
     work = runs.cluster.work
     wait = "touch in-hook\nwhile [[ ! -e leave-hook ]]; do sleep 0.1; done\n"
     (work / "slow").write_text((work / "environment").read_text() + wait)
@@ -304,7 +304,7 @@ def test_a_signal_before_the_start_requeues(runs: Runs) -> None:
 
 
 def test_a_full_disk_is_not_tried_again(runs: Runs) -> None:
-    """Not even a rank's report of it finds room, nor what a second job would write first."""
+    """The disk has no room even for a rank's report, or for the first file of a second job."""
     parent = runs.directory("full")
     parent.parent.mkdir(exist_ok=True)
     with jobs.disk(parent, "size=16m") as disk:
@@ -319,16 +319,16 @@ def test_a_full_disk_is_not_tried_again(runs: Runs) -> None:
 
 
 def one_error(log: str) -> str:
-    """The one line that tells of an error, without what all of them begin with."""
+    """Return the only error line of a job, without its common beginning."""
     [line] = [line for line in log.splitlines() if line.startswith("distgpt: error: ")]
     return line.removeprefix("distgpt: error: ")
 
 
 def told_to_stop(logs: Path) -> set[str]:
-    """The process ids of the ranks to which torchrun has passed a signal on, once or more often."""
+    """Return the process ids of the ranks to which torchrun has passed on a signal, at least once."""
     return set(re.findall(r"Sending process (\d+) closing signal", said(logs)))
 
 
 def said(logs: Path) -> str:
-    """What torchrun and the ranks said in an attempt."""
+    """Return the output of torchrun and the ranks in an attempt."""
     return "".join(path.read_text(errors="replace") for path in logs.glob("*.log"))
