@@ -223,7 +223,7 @@ def test_few_documents_validate_near_the_fraction_or_a_warning_is_printed(prepar
         arguments = ["--input", f"in{seed}", "--tokenizer", "bytes", "--workers", seed, "--output"]
         done = prepare(*arguments, f"out{seed}", small_units=True)
         assert texts_of(open_dataset(tmp_path / f"out{seed}"))[1] == [words(seed + 100, 700)]
-        assert "distgpt: warning: 2.3% of the tokens validate, not 10.0%" in done.stderr.decode()
+        assert "distgpt: warning: 2.3% of the tokens are for validation, not 10.0%" in done.stderr.decode()
     prepare(*arguments, "again", "--workers", 1, small_units=True)
     assert jobs.contents(tmp_path / "again") == jobs.contents(tmp_path / "out3")
 
@@ -305,7 +305,7 @@ def test_bad_documents_stop_the_command_and_up_to_ten_are_listed(prepare: Run, t
     done = prepare("--input", "in.jsonl", "--output", "out", code=65)
     first, *places = done.stderr.decode().splitlines()
     assert re.search(r"12 (or more )?documents are bad \(--on-bad-document=skip leaves such documents out\):$", first)
-    assert places == [f"  in.jsonl, line {line}: 'text' is not a text but NoneType" for line in range(2, 12)]
+    assert places == [f"  in.jsonl, line {line}: 'text' is not a string but NoneType" for line in range(2, 12)]
 
 
 def test_bad_documents_are_left_out_and_counted_the_same_for_any_number_of_workers(
@@ -324,7 +324,7 @@ def test_bad_documents_are_left_out_and_counted_the_same_for_any_number_of_worke
     assert sorted(all_texts(dataset)) == sorted(text for index, text in enumerate(texts) if index % 4 != 3)
     bad = dataset.meta["input"]["bad_documents"]
     assert (bad["skipped"], bad["replaced"], len(bad["places"])) == (11, 0, 10)
-    assert bad["places"][9] == "a.jsonl, line 40: 'text' is not a text but NoneType"
+    assert bad["places"][9] == "a.jsonl, line 40: 'text' is not a string but NoneType"
     assert "bad         11 documents left out, 0 with U+FFFD; the first:" in done.stdout.decode()
     prepare(*arguments, "--on-bad-document", "replace", "--output", "replaced", small_units=True)
     dataset = open_dataset(tmp_path / "replaced")
@@ -370,7 +370,7 @@ def test_an_option_without_effect_on_any_input_is_an_error(
 
 @pytest.mark.parametrize("name", ["latin-9x", "base64", "idna", "punycode", "\0"])
 def test_an_encoding_that_is_not_for_text_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="no such encoding of text"):
+    with pytest.raises(UsageError, match="no such text encoding"):
         prepare_command.parse(["--input", "in.txt", "--output", "out", "--encoding", name])
 
 
@@ -537,7 +537,7 @@ def test_an_existing_output_is_kept_unless_it_is_the_same_or_overwritten(prepare
     assert "".join(all_texts(open_dataset(tmp_path / "out"))) == "text two " * 50
     (tmp_path / "out" / "thesis.tex").touch()
     done = prepare("--input", "two.txt", "--output", "out", "--overwrite", code=73)
-    assert "holds more than a dataset" in error_line(done)
+    assert "holds files that are not a dataset's" in error_line(done)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.txt", "out", "two.txt"]
 
 
@@ -686,7 +686,7 @@ def test_a_long_phase_prints_its_speed_and_the_time_left(
     assert capsys.readouterr().err.splitlines() == [
         "distgpt: encoding: 50 MB, 2.5 MB/s, 25%, 60 s left",
         "distgpt: keeping standard input: 40 MB, 2.0 MB/s",
-        "distgpt: encoding: all 200 MB read, 40 s so far",
+        "distgpt: encoding: all 200 MB done, 40 s so far",
     ]
 
 
@@ -728,7 +728,7 @@ def test_a_damaged_dataset_is_an_error_for_prepare_and_verify(prepare: Run, tmp_
         (["--input", "letter.txt", "--output", "out"], 65, "single token"),
         (["--input", "same.jsonl", "--output", "out"], 65, "the same text"),
         (["--input", "many.txt", "--output", "out"], 65, "65,600 ids does not fit"),
-        (["--input", "good.txt", "--output", "good.txt"], 65, "names nothing but the output: good.txt"),
+        (["--input", "good.txt", "--output", "good.txt"], 65, "names no file but the output: good.txt"),
         (["--input", "letter.txt", "--output", "good.txt"], 73, "good.txt exists and is not a whole dataset"),
         (["--input", "good.txt", "--output", "good.txt/out"], 73, "cannot write"),
         (["--input", "good.txt", "--output", "/proc/out"], 73, "cannot write"),
