@@ -418,7 +418,7 @@ def part_files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "out.partial" / "parts").glob("*.part"))
 
 
-def kill_with_parts(tmp_path: Path, *arguments: object) -> None:
+def kill_with_two_parts(tmp_path: Path, *arguments: object) -> None:
     """Start the command, and kill it when two or more parts are done."""
     command = [*command_of(tmp_path, True), *map(str, arguments)]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
@@ -452,7 +452,7 @@ def test_a_stopped_command_goes_on_and_writes_the_same_bytes(
 
 def test_parts_of_another_input_are_not_used(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
-    kill_with_parts(tmp_path, "--input", "in.txt", "--output", "out")
+    kill_with_two_parts(tmp_path, "--input", "in.txt", "--output", "out")
     (tmp_path / "in.txt").write_bytes(words(10, 400_000).encode())
     done = prepare("--input", "in.txt", "--output", "out", small_units=True)
     assert "going on" not in done.stderr.decode()
@@ -461,7 +461,7 @@ def test_parts_of_another_input_are_not_used(prepare: Run, tmp_path: Path) -> No
 
 def test_after_a_kill_other_options_start_over(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
-    kill_with_parts(tmp_path, "--input", "in.txt", "--output", "out")
+    kill_with_two_parts(tmp_path, "--input", "in.txt", "--output", "out")
     arguments = ["--input", "in.txt", "--tokenizer", "bytes", "--output"]
     done = prepare(*arguments, "out", small_units=True)
     assert "going on" not in done.stderr.decode()
@@ -472,7 +472,7 @@ def test_after_a_kill_other_options_start_over(prepare: Run, tmp_path: Path) -> 
 @pytest.mark.parametrize("position", [0, 20, -1000, -10])  # the count of rows, a row, a token, the hash
 def test_a_part_that_was_damaged_after_a_kill_is_made_again(position: int, prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
-    kill_with_parts(tmp_path, "--input", "in.txt", "--output", "out")
+    kill_with_two_parts(tmp_path, "--input", "in.txt", "--output", "out")
     raw = bytearray(part_files(tmp_path)[1].read_bytes())
     raw[position] ^= 1
     part_files(tmp_path)[1].write_bytes(raw)
@@ -511,7 +511,7 @@ def test_no_part_is_written_with_ids_that_differ_from_hugging_face(
 def test_a_vocabulary_damaged_after_a_kill_is_learned_again(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
     arguments = ["--input", "in.txt", "--tokenizer", "bpe", "--vocab-size", 300, "--output"]
-    kill_with_parts(tmp_path, *arguments, "out")
+    kill_with_two_parts(tmp_path, *arguments, "out")
     saved = tmp_path / "out.partial" / "tokenizer.json"
     damaged = json.loads(saved.read_text())
     damaged["model"]["merges"][5], damaged["model"]["merges"][6] = damaged["model"]["merges"][6:4:-1]
@@ -735,7 +735,7 @@ def test_a_damaged_dataset_is_an_error_for_prepare_and_verify(prepare: Run, tmp_
         (["--verify", "folder"], 65, "not a dataset, it has no meta.json"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(
+def test_bad_input_is_an_error_of_one_line_and_leaves_nothing(
     arguments: list[str], code: int, reason: str, prepare: Run, tmp_path: Path
 ) -> None:
     for name in ("folder", "pipes"):
@@ -760,7 +760,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_files_that_cannot_grow_keep_the_finished_parts(prepare: Run, tmp_path: Path) -> None:
+def test_a_limit_on_file_sizes_keeps_the_finished_parts(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(3, 60_000).encode())
 
     def small_files() -> None:
@@ -806,7 +806,7 @@ def test_gpt2_without_a_network_names_the_file_and_the_variable(prepare: Run, tm
 
 
 @pytest.mark.parametrize(("module", "name"), [("pyarrow", "t.parquet"), ("zstandard", "t.txt.zst"), ("zstandard", ".")])
-def test_a_missing_optional_package_is_one_line(module: str, name: str, tmp_path: Path) -> None:
+def test_a_missing_optional_package_is_an_error_of_one_line(module: str, name: str, tmp_path: Path) -> None:
     (tmp_path / ("t.json.zst" if name == "." else name)).touch()
     program = (
         f"import sys; sys.modules[{module!r}] = None; sys.argv[1:] = ['--input', {name!r}, '--output', 'out'];"

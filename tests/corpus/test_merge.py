@@ -1,4 +1,4 @@
-"""Part files, merged in one read of each; the validation split near the share asked for, for any documents."""
+"""Merging reads each part once; the validation split is near the share asked for, for any documents."""
 
 import random
 from collections import Counter

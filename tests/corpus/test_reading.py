@@ -99,12 +99,12 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
         (tmp_path / name).touch()
     scandir = os.scandir
 
-    def guarded(path: str) -> Any:
+    def scandir_without_permission(path: str) -> Any:
         if Path(path).name == "locked":  # permissions do not stop root
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", guarded)
+    monkeypatch.setattr(os, "scandir", scandir_without_permission)
     with pytest.raises(PermissionError, match=r"locked"):
         find(tmp_path)
 

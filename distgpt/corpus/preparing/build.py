@@ -89,7 +89,7 @@ def _prepare_share(job: Job, index: int, count: int, workers: Workers) -> str:
 def _exists_with_these_options(job: Job) -> bool:
     """Return True if the output was prepared with these options, False if it does not exist or is to be overwritten.
 
-    Raises DirectoryError if there is something else, DataError if there is a dataset that cannot be read; both stay.
+    Raises DirectoryError if it is anything else, DataError if it is a dataset that cannot be read; it stays as it is.
     """
     output = job.output
     if not os.path.lexists(output):

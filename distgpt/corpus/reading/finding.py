@@ -57,7 +57,9 @@ class Finder:
         found = [file for path in matches for file in self._files_in(path)]
         # The output may be named too: a shell expands * to it after an earlier run.
         if not found and not self._is_excluded(named):
-            problem = f"holds no text: of a folder, files are read that end in {', '.join(formats.FOLDER_SUFFIXES)}"
+            problem = (
+                f"holds no text: of a folder, only files are read that end in {', '.join(formats.FOLDER_SUFFIXES)}"
+            )
             if any(".json" in suffix for suffix in self.ignored.values()):
                 problem += f"; .json if its first object has the key {self._options.text_key!r}"
                 problem += ": --text-key names another"

@@ -82,10 +82,8 @@ def _lenient_text_of(key: str, raw: bytes) -> CheckedText:
     if not isinstance(text, str):
         return "", reason or f"{key!r} is not a string but {type(text).__name__}"
     if lone := _SURROGATE.search(text):
-        text, reason = (
-            _SURROGATE.sub("\ufffd", text),
-            reason or f"{key!r} holds a lone surrogate (U+{ord(lone[0]):04X})",
-        )
+        text = _SURROGATE.sub("\ufffd", text)
+        reason = reason or f"{key!r} holds a lone surrogate (U+{ord(lone[0]):04X})"
     return text, reason
 
 

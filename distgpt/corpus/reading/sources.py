@@ -53,7 +53,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A range of a source: bytes of its decompressed content, or rows of Parquet. `last`: it is the last one."""
+    """A range of a source: bytes of its decompressed content, or rows of Parquet. `last`: of its source."""
 
     source: Source
     start: int

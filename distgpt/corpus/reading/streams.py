@@ -83,7 +83,7 @@ def checked_encoding(name: str) -> str:
 
 
 def _mark_bad(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Replace bytes that cannot be decoded, and in the end each surrogate, by BAD_BYTE."""
+    """Decode bad bytes to BAD_SURROGATE; encode that, and any other surrogate, to BAD_BYTE."""
     if isinstance(error, UnicodeDecodeError):
         return BAD_SURROGATE, error.end
     assert isinstance(error, UnicodeEncodeError)
