@@ -41,11 +41,9 @@ def describe_hanging_ranks(
     last = [str(answer) for answer in answers if answer.heartbeats == behind]
     if len(last) < world_size:
         return f"{', '.join(last)} made less progress than the others"
-    return (
-        f"all ranks made equal progress ({answers[0].activity}): {_ranks_by_line(answers)}"
-        if world_size > 1
-        else last[0]
-    )
+    if world_size == 1:
+        return last[0]
+    return f"all ranks made equal progress ({answers[0].activity}): {_ranks_by_line(answers)}"
 
 
 def write_flight_recorders(logs: Path, rank: int) -> None:

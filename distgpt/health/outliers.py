@@ -40,7 +40,7 @@ class Decision:
     loss_z: float | None = None
     grad_norm_z: float | None = None
     action: Literal["update", "skip", "stop"] = "update"
-    reason: str = ""  # the figures because of which it is not an update
+    reason: str = ""  # the figures because of which the update is not applied
     skips: int = 0  # updates skipped in a row before this one
 
 

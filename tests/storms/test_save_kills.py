@@ -101,9 +101,9 @@ def test_a_stop_before_each_call_while_another_job_takes_over(
     write, that write may still happen: to its own event file, metrics.jsonl, or a staging directory that is never
     committed.
     """
-    places = choose_calls(8, storm)(forked_runs.run(copy_run(before, tmp_path / "reference")).calls)
+    chosen = choose_calls(8, storm)(forked_runs.run(copy_run(before, tmp_path / "reference")).calls)
     refused = late_writes = 0
-    for at in places:
+    for at in chosen:
         run = copy_run(before, tmp_path / "run")
         stopped = forked_runs.run(run, "stop", at, boot="elsewhere")
         assert stopped.stopped
@@ -130,7 +130,7 @@ def test_a_stop_before_each_call_while_another_job_takes_over(
     name = f"stopped before a call, woken after a takeover ({describe_run(before)})"
     table(
         "Stopped and woken",
-        {"storm": name, "places": len(places), "ended with 73": refused, "one late write": late_writes},
+        {"storm": name, "places": len(chosen), "ended with 73": refused, "one late write": late_writes},
     )
 
 
@@ -150,9 +150,9 @@ def strike(
     assert reference.code == 0
     after = forked_runs.run(tmp_path / "reference", world=world)
     digests = {reference.step: reference.digest, after.step: after.digest}
-    places = draw(reference.calls)
+    chosen = draw(reference.calls)
     went_on = dict.fromkeys(digests, 0)
-    for at in places:
+    for at in chosen:
         run = copy_run(before, tmp_path / "run")
         killed = forked_runs.run(run, how, at, world=world, rank=rank)
         assert killed.code == -signal.SIGKILL, describe(at, killed)
@@ -170,7 +170,7 @@ def strike(
     where = f"rank {rank} of 2" if world > 1 else describe_run(before)
     table(
         TITLE,
-        {"storm": f"{name} ({where})", "places": len(places), "old": old, "new": new, "mixed": 0},
+        {"storm": f"{name} ({where})", "places": len(chosen), "old": old, "new": new, "mixed": 0},
     )
 
 

@@ -36,7 +36,7 @@ def merge_parts(
 
 
 def is_near(share: float, fraction: float) -> bool:
-    """Return True if both splits are within a factor of two of their share, and the intended one is the larger."""
+    """Return True if both splits are within a factor of two of their share. More than half must have been asked for."""
     near = fraction / 2 <= share <= 2 * fraction and 1 - share >= (1 - fraction) / 2
     return near and (share <= 0.5 or fraction >= 0.5)
 
