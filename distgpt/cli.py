@@ -83,36 +83,71 @@ def sample_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     parser = Parser(prog="python -m distgpt.sample", description="Write text with a trained model.")
     parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
     add_option(parser, default="the newest good one")
-    parser.add_argument("--prompt", default="", help="text to go on from (default: none)")
-    parser.add_argument("--tokens", type=int, default=500, metavar="N", help="tokens to write (default: 500)")
-    parser.add_argument("--samples", type=int, default=1, metavar="N", help="texts to write (default: 1)")
-    parser.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: 0.8)")
-    parser.add_argument(
-        "--top-k", type=int, default=0, metavar="K", help="draw from the K likeliest tokens; 0: from all (default: 0)"
+    what = parser.add_argument_group("what to write")
+    source = what.add_mutually_exclusive_group()
+    source.add_argument("--prompt", metavar="TEXT", help="text to go on from (default: none)")
+    source.add_argument(
+        "--prompts",
+        type=user_path,
+        metavar="FILE",
+        help='a prompt a line; of a .jsonl file, the "prompt" of each object',
     )
-    parser.add_argument(
-        "--top-p",
+    source.add_argument("--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a text, Ctrl-D ends")
+    what.add_argument("--tokens", type=int, default=500, metavar="N", help="tokens to write at most (default: 500)")
+    what.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
+    what.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
+    what.add_argument("--batch", type=int, default=16, metavar="N", help="texts written at a time (default: 16)")
+    what.add_argument("--json", action="store_true", help="print a JSON object a line for each text")
+    how = parser.add_argument_group("how tokens are drawn, in this order")
+    how.add_argument(
+        "--repetition-penalty",
         type=float,
         default=1.0,
-        metavar="P",
-        help="draw from the likeliest tokens whose probabilities reach P (default: 1)",
+        metavar="R",
+        help="make tokens that the text has already less likely; 1: no (default: 1)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="the same seed writes the same text (default: 0)"
+    how.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: 0.8)")
+    how.add_argument("--top-k", type=int, default=0, metavar="K", help="from the K likeliest; 0: from all (default: 0)")
+    how.add_argument(
+        "--top-p", type=float, default=1.0, metavar="P", help="from the likeliest that together reach P (default: 1)"
+    )
+    how.add_argument(
+        "--min-p",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="from those at least P times as likely as the likeliest (default: 0)",
+    )
+    how.add_argument(
+        "--seed", type=int, default=0, metavar="S", help="of the first text, then S + 1, S + 2, ... (default: 0)"
     )
     options = parser.parse_args(arguments)
-    for name in ("tokens", "top_k"):
-        if getattr(options, name) < 0:
-            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}: it cannot be negative")
-    if not 0 <= options.temperature < math.inf:
-        parser.error(f"--temperature is {options.temperature}: it must be 0 (greedy) or a positive number")
-    if not 0 < options.top_p <= 1:
-        parser.error(f"--top-p is {options.top_p}: it must be above 0 and at most 1")
-    if options.samples < 1:
-        parser.error(f"--samples is {options.samples}: it must be positive")
-    if not 0 <= options.seed < 2**63:
-        parser.error(f"--seed is {options.seed}: it must lie between 0 and 2^63")
+    check_sample_options(parser, options)
     return (options,)
+
+
+def check_sample_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Raise UsageError for a value out of range, or values that do not go together."""
+    conditions = {
+        "tokens": (options.tokens >= 0, "it cannot be negative"),
+        "samples": (options.samples >= 1, "it must be positive"),
+        "batch": (options.batch >= 1, "it must be positive"),
+        "temperature": (0 <= options.temperature < math.inf, "it must be 0 (greedy) or a positive number"),
+        "top_k": (options.top_k >= 0, "it cannot be negative"),
+        "top_p": (0 < options.top_p <= 1, "it must be above 0 and at most 1"),
+        "min_p": (0 <= options.min_p <= 1, "it must lie between 0 and 1"),
+        "repetition_penalty": (0 < options.repetition_penalty < math.inf, "it must be a positive number"),
+        "seed": (0 <= options.seed < 2**63, "it must lie between 0 and 2^63"),
+    }
+    for name, (holds, condition) in conditions.items():
+        if not holds:
+            parser.error(f"--{name.replace('_', '-')} is {getattr(options, name)}: {condition}")
+    if "" in options.stop:
+        parser.error("--stop is empty: give the text before which a sample ends")
+    if options.json and options.interactive:
+        parser.error("--json and --interactive do not go together: give --prompts FILE")
+    if options.samples > 1 and options.temperature == 0:
+        parser.error(f"--samples is {options.samples}, but all texts are the same with --temperature=0")
 
 
 def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:

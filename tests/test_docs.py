@@ -30,6 +30,7 @@ LOCAL = "tests/launch/test_local.py::test_paths_are_those_of_the_caller"
 HOSTS = "tests/hosts/test_multinode.py::test_four_hosts_train_as_one_process_and_the_slow_host_is_named"
 GO_FURTHER = "tests/end_to_end/test_resume.py::test_a_run_goes_on_in_any_other_topology"
 STANDARD_LIBRARY = "tests/test_prepare.py::test_without_arguments_it_prepares_the_standard_library_once"
+INTERACTIVE = "tests/end_to_end/test_sample.py::test_prompts_are_asked_for_and_ctrl_c_stops_the_text_alone"
 EVALUATE = "tests/end_to_end/test_sample.py::test_evaluate_finds_the_loss_that_the_run_logged"
 PREFLIGHT = "tests/test_doctor.py::test_distributed_on_one_host"
 SLURM = "tests/slurm/test_train.py::test_several_nodes_learn_what_one_learns"
@@ -58,6 +59,7 @@ COVERED = {
     "HEAD=node1:29500 NODES=4 launch/multinode.sh gpt2-1558m --data.path=/shared/data/mine "
     "--run.dir=/shared/runs/mine": HOSTS,
     "python -m distgpt.prepare": STANDARD_LIBRARY,
+    "python -m distgpt.sample runs/mine --interactive": INTERACTIVE,
     "python -m distgpt.evaluate runs/mine": EVALUATE,
     "torchrun --standalone --nproc_per_node=2 -m distgpt.doctor --distributed quickstart": PREFLIGHT,
     "git clone URL distgpt && cd distgpt": INSTALLATION,

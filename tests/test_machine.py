@@ -1,6 +1,5 @@
 """CPUs and GPUs of this machine: the quota of a container limits the CPUs."""
 
-import argparse
 import os
 import sys
 from collections.abc import Iterator
@@ -10,6 +9,7 @@ import pytest
 import torch
 
 from distgpt import machine, prepare, sample
+from distgpt.cli import sample_options
 from distgpt.distributed.device import threads_per_rank
 from distgpt.distributed.process_group import process_group
 from distgpt.distributed.runtime import Runtime
@@ -108,7 +108,7 @@ def test_sample_respects_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(sample, "load_for_inference", stop)
     with pytest.raises(InterruptedError):
-        sample.main(argparse.Namespace(run="run", checkpoint="newest"))
+        sample.main(*sample_options(["run"]))
     assert torch.get_num_threads() == 3
 
 

@@ -49,7 +49,10 @@ class RMSNorm(nn.RMSNorm):
 
 
 class LayerCache:
-    """Keys and values of one layer for up to `capacity` tokens, allocated at the first write."""
+    """Keys and values of one layer for up to `capacity` tokens, allocated at the first write.
+
+    In float32 on a CPU, where the kernel of torch takes three times as long for one query in bfloat16.
+    """
 
     def __init__(self, capacity: int) -> None:
         self.capacity = capacity
@@ -59,22 +62,29 @@ class LayerCache:
         """Store these keys and values; return all keys and all values so far, (B, K, S, D) each."""
         if self.length == 0:
             B, K, _, D = k_BKTD.shape
-            self.k_BKSD = k_BKTD.new_empty(B, K, self.capacity, D)
-            self.v_BKSD = v_BKTD.new_empty(B, K, self.capacity, D)
+            dtype = torch.float32 if k_BKTD.device.type == "cpu" else k_BKTD.dtype
+            self.k_BKSD = k_BKTD.new_empty(B, K, self.capacity, D, dtype=dtype)
+            self.v_BKSD = v_BKTD.new_empty(B, K, self.capacity, D, dtype=dtype)
         start, self.length = self.length, self.length + k_BKTD.shape[2]
         self.k_BKSD[:, :, start : self.length] = k_BKTD
         self.v_BKSD[:, :, start : self.length] = v_BKTD
         return self.k_BKSD[:, :, : self.length], self.v_BKSD[:, :, : self.length]
 
+    def keep(self, rows_B: Tensor) -> None:
+        """Keep these sequences of the batch alone."""
+        self.k_BKSD, self.v_BKSD = self.k_BKSD[rows_B], self.v_BKSD[rows_B]
+
 
 class KVCache:
     """The keys and values of one batch of sequences. Pass it to every forward, together with the new tokens alone.
 
-    Holds at most block_size tokens. It is updated in place, so use it under torch.no_grad.
+    Holds at most `capacity` tokens of each sequence, and at most block_size. It is updated in place, so use it under
+    torch.no_grad.
     """
 
-    def __init__(self, config: ModelConfig) -> None:
-        self.layers = [LayerCache(config.block_size) for _ in range(config.n_layer)]
+    def __init__(self, config: ModelConfig, capacity: int | None = None) -> None:
+        capacity = config.block_size if capacity is None else min(capacity, config.block_size)
+        self.layers = [LayerCache(capacity) for _ in range(config.n_layer)]
         self.tokens_BS: Tensor | None = None
 
     @property
@@ -87,6 +97,13 @@ class KVCache:
         tokens_BS = tokens_BT if self.tokens_BS is None else torch.cat((self.tokens_BS, tokens_BT), dim=1)
         self.tokens_BS = tokens_BS
         return tokens_BS
+
+    def keep(self, rows_B: Tensor) -> None:
+        """Keep these sequences of the batch alone."""
+        for layer in self.layers:
+            layer.keep(rows_B)
+        if self.tokens_BS is not None:
+            self.tokens_BS = self.tokens_BS[rows_B]
 
 
 class Attention(nn.Module):
@@ -120,18 +137,20 @@ class Attention(nn.Module):
         q_BHTD, k_BKTD = q_BHTD.to(v_BKTD.dtype), k_BKTD.to(v_BKTD.dtype)
         if cache is not None:
             k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD)
+            q_BHTD = q_BHTD.to(k_BKTD.dtype)
         if mask is not None and K != H:
             # CUDA's kernel for masks has no grouped heads: with enable_gqa, SDPA would store all (T, S) weights.
             k_BKTD, v_BKTD = (x.repeat_interleave(H // K, dim=1) for x in (k_BKTD, v_BKTD))
-        y_BHTD = F.scaled_dot_product_attention(
-            q_BHTD,
-            k_BKTD,
-            v_BKTD,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=mask is None and k_BKTD.shape[2] == T,
-            enable_gqa=k_BKTD.shape[1] != H,
-        )
+        with torch.autocast(x_BTC.device.type, enabled=False):  # it would convert a float32 cache
+            y_BHTD = F.scaled_dot_product_attention(
+                q_BHTD,
+                k_BKTD,
+                v_BKTD,
+                attn_mask=mask,
+                dropout_p=self.dropout if self.training else 0.0,
+                is_causal=mask is None and k_BKTD.shape[2] == T,
+                enable_gqa=k_BKTD.shape[1] != H,
+            )
         y_BTC = y_BHTD.transpose(1, 2).reshape(B, T, C)
         out: Tensor = self.output_dropout(self.output(y_BTC))
         return out
@@ -248,10 +267,18 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             parameter.copy_(self.initial_value(name, seed=seed))
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, *, cache: KVCache | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        targets_BT: Tensor | None = None,
+        *,
+        cache: KVCache | None = None,
+        last_only: bool = False,
+    ) -> Tensor:
         """Return the logits (B, T, V); with targets, the mean cross-entropy of each sequence in nats, float32, (B,).
 
-        `cache` holds the tokens before these. Raises ValueError if all of them together exceed block_size.
+        `cache` holds the tokens before these. `last_only`: return the logits of the last token alone, (B, 1, V).
+        Raises ValueError if all tokens together exceed block_size.
         """
         start = 0 if cache is None else cache.length
         end = start + tokens_BT.shape[1]
@@ -266,7 +293,7 @@ class GPT(nn.Module):
         mask = self._attention_mask(tokens_BT, positions_T, cache)
         for layer, block in enumerate(self.blocks):
             x_BTC = block(x_BTC, rope, mask, None if cache is None else cache.layers[layer])
-        x_BTC = self.norm(x_BTC)
+        x_BTC = self.norm(x_BTC[:, -1:] if last_only else x_BTC)
         if targets_BT is None:
             return self._project(x_BTC, *self._head_parameters())
         return self._loss(x_BTC, targets_BT)

@@ -16,6 +16,8 @@ MIN_SHOWN_Z = 3.0
 BAR_FORMAT = "{percentage:3.0f}% |{bar}| {desc}{postfix}"
 # Without a bar, a step that takes longer than this prints how many micro-batches are done.
 QUIET_SECONDS = 60.0
+# The beginning of a sample is shown: lines, and characters of a line.
+SAMPLE_LINES, SAMPLE_WIDTH = 8, 100
 
 
 class Console:
@@ -68,6 +70,14 @@ class Console:
         """Print the result of the evaluation after `step`. `best`: it is the lowest loss so far."""
         bits, shown_best = f"{val_bits_per_byte:.2f} bits/byte", "best" if best else ""
         self._row(step, f"val loss {val_loss:.4f}", f"ppl {perplexity(val_loss):.2f}", bits, shown_best)
+
+    def sample(self, step: int, text: str) -> None:
+        """Print the beginning of a text that the model has generated, without characters that steer a terminal."""
+        printable = "".join(
+            c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.expandtabs(4)
+        )
+        lines = [f"    {line[:SAMPLE_WIDTH]}" for line in printable.split("\n")[:SAMPLE_LINES]]
+        self._row(step, "\n".join(["sample, whole in samples.jsonl:", *lines]))
 
     def goodput(self, spent: TimeSpent) -> None:
         """Print how the time of the run was spent, over all its attempts, without the parts that took none."""

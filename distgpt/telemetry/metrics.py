@@ -1,4 +1,4 @@
-"""The figures of a run: metrics.jsonl and TensorBoard, written by rank 0.
+"""The figures of a run: metrics.jsonl, samples.jsonl and TensorBoard, written by rank 0.
 
 A full disk never ends the run: figures that cannot be written are dropped, counted in `dropped` and reported once.
 """
@@ -21,6 +21,7 @@ from distgpt.telemetry.owned_files import append_or_undo, open_for_appending
 from distgpt.telemetry.tensorboard import EventFile
 
 METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
 GIB = 2**30
 
 
@@ -47,20 +48,19 @@ class StepFigures:
 class Metrics:
     """Writer of metrics.jsonl, one JSON object per line, and of the TensorBoard directory tb/ of a run.
 
-    Removes the lines after `resume_step`, so that no step is logged twice after a resume. Calls `require_owned` before
-    each write. Raises StorageError if metrics.jsonl cannot be opened.
+    Texts that the model generates are also written to samples.jsonl. Removes the lines after `resume_step` of both
+    files, so that no step is logged twice after a resume. Calls `require_owned` before each write. Raises StorageError
+    if metrics.jsonl cannot be opened.
     """
 
     def __init__(self, run_dir: Path, *, resume_step: int, require_owned: Callable[[], object]) -> None:
         self.dropped = 0
-        self._require_owned = require_owned
-        path = run_dir / METRICS_FILE
+        self._run_dir, self._resume_step, self._require_owned = run_dir, resume_step, require_owned
         try:
-            self._file = open_for_appending(
-                path, keep=lambda content: _end_of_step(content, resume_step), require_owned=require_owned
-            )
+            self._file = self._open(METRICS_FILE)
         except OSError as error:
-            raise StorageError(f"cannot write {path}: {error.strerror}") from error
+            raise StorageError(f"cannot write {run_dir / METRICS_FILE}: {error.strerror}") from error
+        self._samples: int | None = None  # opened for the first text
         first_step = resume_step + 1 if resume_step else 0
         self._events = EventFile(run_dir / "tb", first_step=first_step, require_owned=require_owned)
 
@@ -95,6 +95,15 @@ class Metrics:
         with self.counting_drops():
             self._events.text(tag, text, step)
 
+    def sample(self, step: int, text: str) -> None:
+        """Log a text that the model has generated."""
+        self.text("sample", text, step)
+        with self.counting_drops():
+            if self._samples is None:
+                self._samples = self._open(SAMPLES_FILE)
+            self._require_owned()
+            append_or_undo(self._samples, json.dumps({"step": step, "text": text}).encode() + b"\n")
+
     def sync(self) -> None:
         """Flush metrics.jsonl to the disk. A checkpoint needs the lines up to its step, also after a power failure."""
         with self.counting_drops():
@@ -104,6 +113,16 @@ class Metrics:
         """Close the files. Everything is already written."""
         self._events.close()
         os.close(self._file)
+        if self._samples is not None:
+            os.close(self._samples)
+
+    def _open(self, name: str) -> int:
+        """Open a file of JSON lines without those after resume_step, and return its descriptor."""
+        return open_for_appending(
+            self._run_dir / name,
+            keep=lambda content: _end_of_step(content, self._resume_step),
+            require_owned=self._require_owned,
+        )
 
     def _write_line(self, values: Mapping[str, float | None]) -> None:
         line = json.dumps({name: _finite_or_none(value) for name, value in values.items()})

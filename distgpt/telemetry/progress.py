@@ -152,8 +152,9 @@ class Progress:
 
     def sample(self, step: int, text: str) -> None:
         """Log a text that the model has generated."""
+        self._console.sample(step, text)
         if self._metrics is not None:
-            self._metrics.text("sample", text, step)
+            self._metrics.sample(step, text)
 
     def __enter__(self) -> Self:
         return self

@@ -13,7 +13,7 @@ from distgpt.corpus.tokenizer import Tokenizer
 from distgpt.distributed.collectives import sum_over_ranks
 from distgpt.distributed.parallelize import autocast, inference
 from distgpt.distributed.plan import Plan
-from distgpt.model.generate import generate
+from distgpt.model.generate import Sampling, generate
 
 
 @dataclass(frozen=True)
@@ -53,5 +53,5 @@ def sample_text(model: nn.Module, tokenizer: Tokenizer, step: int, config: Confi
     """Generate a text without a prompt. All ranks call it, and draw the same tokens."""
     generator = torch.Generator().manual_seed(config.run.seed + step)
     with inference(model) as gpt, autocast(plan.runtime.device, plan.dtype), torch.compiler.set_stance("force_eager"):
-        tokens = list(generate(gpt, [], max_tokens=config.eval.sample_tokens, generator=generator))
-    return tokenizer.decode(tokens)
+        tokens = generate(gpt, [[]], max_tokens=config.eval.sample_tokens, sampling=Sampling(), generators=[generator])
+        return tokenizer.decode([token for _, token in tokens])

@@ -1,5 +1,6 @@
 """Real jobs on tinyshakespeare: their loss falls, and does not depend on the topology."""
 
+import json
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -159,5 +160,7 @@ def test_tensorboard_shows_the_curves_the_config_and_samples(seed_shaped: dict[s
     assert {"train/lr", "train/grad_norm", "perf/tokens_per_second"} <= set(accumulator.Tags()["scalars"])
     samples = accumulator.Tensors("sample/text_summary")
     assert [event.step for event in samples] == [25, 50]
+    written = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    assert [(line["step"], len(line["text"])) for line in written] == [(25, 40), (50, 40)]
     config = accumulator.Tensors("config/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "n_embd = 48" in config

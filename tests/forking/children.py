@@ -4,6 +4,7 @@ import os
 import select
 import signal
 import subprocess
+import traceback
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,8 @@ class ForkedChild:
             weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # noqa: SLF001
             prepare()
             program.run(args, env=env, cwd=os.getcwd())
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(70)
 
@@ -44,17 +47,17 @@ class ForkedChild:
                 os.close(self._ended)
         return self.returncode
 
-    def wait(self, timeout: float) -> int:
+    def wait(self, timeout: float | None = None) -> int:
         if self.returncode is None:
             select.select([self._ended], [], [], timeout)
         code = self.poll()
         if code is None:
-            raise subprocess.TimeoutExpired("fork", timeout)
+            raise subprocess.TimeoutExpired("fork", timeout or 0.0)
         return code
 
     def send_signal(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
+        if self.returncode is None:
+            signal.pidfd_send_signal(self._ended, number)
 
     def kill(self) -> None:
         self.send_signal(signal.SIGKILL)

@@ -147,11 +147,10 @@ def test_an_invalid_setting_starts_nothing(installed: None, tmp_path: Path, name
 def test_a_head_that_no_host_joins_reports_it_once(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
     hosts = make_network(2)
     arguments = [*SHAPE, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}"]
-    done = multinode(hosts, arguments, on=["n1"], nodes="2", JOIN_SECONDS="3", TRIES="2", **jobs.FORKED_LAUNCHER)[
-        "n1"
-    ].finish()
+    settings = {"nodes": "2", "JOIN_SECONDS": "3", "TRIES": "2", **jobs.FORKED_LAUNCHER}
+    done = multinode(hosts, arguments, on=["n1"], **settings)["n1"].finish()
     line = "distgpt: 1 of 2 hosts came within 3 s (this one): start the same command on the missing ones"
-    assert (done.code, done.stdout) == (75, "")
+    assert (done.code, done.stdout) == (75, ""), done
     # torch itself warns of a host name that it cannot look up.
     assert [said for said in done.stderr.splitlines() if "socket.cpp" not in said] == [line]
     assert not (tmp_path / "run").exists()

@@ -1,7 +1,7 @@
-"""Sampling: the context rule, truncation, seeds, and sharded models."""
+"""Sampling: the context rule, truncation, seeds, batches, and sharded models."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from typing import Any
 
 import pytest
@@ -11,8 +11,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from distgpt.config import ModelConfig
-from distgpt.model.generate import draw, generate
-from distgpt.model.gpt import GPT
+from distgpt.model.generate import TOP_PART, Sampling, draw, generate
+from distgpt.model.gpt import GPT, KVCache
 
 EOT = 3
 VOCAB = 37
@@ -40,8 +40,31 @@ def seeded(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def stream(
+    model: GPT, prompt: Sequence[int], tokens: int, *, seed: int = 0, **options: Any
+) -> Generator[tuple[int, int], None, None]:
+    """Continue one prompt."""
+    return generate(model, [prompt], max_tokens=tokens, sampling=Sampling(**options), generators=[seeded(seed)])
+
+
+def ids(model: GPT, prompt: Sequence[int], tokens: int, *, seed: int = 0, **options: Any) -> list[int]:
+    return [token for _, token in stream(model, prompt, tokens, seed=seed, **options)]
+
+
 def greedy(model: GPT, prompt: Sequence[int], tokens: int) -> list[int]:
-    return list(generate(model, prompt, max_tokens=tokens, temperature=0.0, generator=seeded()))
+    return ids(model, prompt, tokens, temperature=0.0)
+
+
+def together(
+    model: GPT, prompts: Sequence[Sequence[int]], tokens: int, *, seeds: Sequence[int], **options: Any
+) -> list[list[int]]:
+    """Continue several prompts as one batch."""
+    texts: list[list[int]] = [[] for _ in prompts]
+    for row, token in generate(
+        model, prompts, max_tokens=tokens, sampling=Sampling(**options), generators=[seeded(seed) for seed in seeds]
+    ):
+        texts[row].append(token)
+    return texts
 
 
 @torch.no_grad()
@@ -69,7 +92,7 @@ def test_greedy_equals_recomputation_within_and_beyond_block_size(variant: str, 
 
 def test_the_seed_determines_the_tokens() -> None:
     model = make()
-    runs = [list(generate(model, [1], max_tokens=20, generator=seeded(s))) for s in (5, 5, 6)]
+    runs = [ids(model, [1], 20, seed=seed) for seed in (5, 5, 6)]
     assert runs[0] == runs[1] != runs[2]
 
 
@@ -78,21 +101,64 @@ def test_no_padding_id_is_drawn() -> None:
     with torch.no_grad():
         assert model.head is not None
         model.head.bias[VOCAB:] = 1e4
-    ids = set(generate(model, [1], max_tokens=400, temperature=5.0, generator=seeded()))
-    assert max(ids) < VOCAB
-    assert len(ids) > 20
+    drawn = set(ids(model, [1], 400, temperature=5.0))
+    assert max(drawn) < VOCAB
+    assert len(drawn) > 20
 
 
-def test_generation_stops_at_end_of_text() -> None:
-    model = make()
-    plain = list(generate(model, [1], max_tokens=400, generator=seeded()))
-    stopped = list(generate(model, [1], max_tokens=400, generator=seeded(), stop_at_eot=True))
-    assert len(stopped) > 1
-    assert stopped == plain[: plain.index(EOT) + 1]
+def test_a_text_that_has_ended_gets_no_more_ids() -> None:
+    """The others of its batch go on, and are not changed by it."""
+    model, prompts = make(), [[1], [2, 5], [4]]
+    texts: list[list[int]] = [[], [], []]
+    for row, token in generate(
+        model,
+        prompts,
+        max_tokens=30,
+        sampling=Sampling(),
+        generators=[seeded(seed) for seed in range(3)],
+        ended=lambda row: len(texts[row]) == (7, 1, 99)[row],
+    ):
+        texts[row].append(token)
+    assert [len(text) for text in texts] == [7, 1, 30]
+    whole = [ids(model, prompt, 30, seed=seed) for seed, prompt in enumerate(prompts)]
+    assert texts == [whole[0][:7], whole[1][:1], whole[2]]
 
 
-def test_generation_does_not_stop_without_an_end_of_text_id() -> None:
-    assert len(list(generate(make(eot_id=None), [1], max_tokens=50, generator=seeded(), stop_at_eot=True))) == 50
+BATCHES = {
+    "one length": [[1, 2], [3, 4], [5, 6], [7, 8]],
+    "several lengths": [[1], [2, 3, 4, 5, 6], [7, 8], []],
+    "beyond block_size": [[1, EOT, 2], list(range(25)), list(range(16)), list(range(15))],
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("prompts", BATCHES.values(), ids=BATCHES)
+@pytest.mark.parametrize("options", [{"temperature": 0.0}, {"top_p": 0.9, "repetition_penalty": 1.3}])
+def test_a_text_of_a_batch_is_that_of_its_prompt_and_seed_alone(
+    variant: str, prompts: list[list[int]], options: dict[str, Any]
+) -> None:
+    model, seeds = make(variant), [3, 1, 4, 1]
+    alone = [ids(model, prompt, 24, seed=seed, **options) for prompt, seed in zip(prompts, seeds, strict=True)]
+    assert together(model, prompts, 24, seeds=seeds, **options) == alone
+
+
+def test_a_cache_under_autocast_is_float32_on_a_cpu_and_gives_the_logits_of_one_forward() -> None:
+    model, tokens_BT = make("modern").eval(), torch.arange(16).view(2, 8)
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        cache, expected = KVCache(model.config, capacity=8), model(tokens_BT)
+        found = torch.cat([model(piece, cache=cache) for piece in torch.split(tokens_BT, [5, 1, 1, 1], dim=1)], dim=1)
+        last = model(tokens_BT, last_only=True)
+    assert cache.layers[0].k_BKSD.dtype == torch.float32
+    assert cache.layers[0].k_BKSD.shape[2] == 8
+    assert (found - expected).abs().max() < 0.02 * expected.abs().max()
+    assert torch.equal(last, expected[:, -1:])
+
+
+def test_each_step_of_a_batch_is_one_forward() -> None:
+    model, shapes = make(), list[tuple[int, ...]]()
+    model.register_forward_pre_hook(lambda _, arguments: shapes.append(tuple(arguments[0].shape)))
+    together(model, [[1, 2], [3, 4], [5, 6, 7, 8]], 5, seeds=[0, 1, 2])
+    assert shapes == [(3, 2), *[(3, 1)] * 4, (1, 1), (1, 1)]
 
 
 @pytest.mark.parametrize(("eot_id", "start"), [(EOT, EOT), (None, 0)])
@@ -104,13 +170,14 @@ def test_an_empty_prompt_starts_from_end_of_text_or_0(eot_id: int | None, start:
 @pytest.mark.parametrize("training", [True, False])
 def test_the_mode_is_restored_and_gradients_stay_enabled_for_the_caller(training: bool) -> None:
     model = make().train(training)
-    stream = generate(model, [1], max_tokens=5, generator=seeded())
-    next(stream)
+    tokens = stream(model, [1], 5)
+    next(tokens)
     assert torch.is_grad_enabled()
+    assert torch.backends.mkldnn.enabled
     assert not model.training
-    stream.close()
+    tokens.close()
     assert model.training is training
-    list(generate(model, [1], max_tokens=5, generator=seeded()))
+    ids(model, [1], 5)
     assert model.training is training
 
 
@@ -123,35 +190,49 @@ def test_dropout_is_off() -> None:
 @pytest.mark.parametrize(
     "wrong",
     [
-        {"max_tokens": -1},
         {"temperature": -0.1},
         {"temperature": math.nan},
         {"top_k": -1},
         {"top_p": 0.0},
         {"top_p": 1.1},
+        {"min_p": -0.1},
+        {"min_p": 1.1},
+        {"repetition_penalty": 0.0},
     ],
 )
-def test_arguments_out_of_range_are_refused_at_the_call(wrong: dict[str, Any]) -> None:
-    with pytest.raises(ValueError, match=next(iter(wrong))):
-        generate(make(), [1], **{"max_tokens": 1, "generator": seeded(), **wrong})
+def test_a_value_out_of_range_is_refused(wrong: dict[str, Any]) -> None:
+    (name, value), *_ = wrong.items()
+    with pytest.raises(ValueError, match=f"{name} is {value}: it must be"):
+        Sampling(**wrong)
+
+
+def test_arguments_out_of_range_are_refused_at_the_call() -> None:
+    with pytest.raises(ValueError, match="max_tokens is -1"):
+        stream(make(), [1], -1)
+    with pytest.raises(ValueError, match="2 prompts and 1 generators"):
+        generate(make(), [[1], [2]], max_tokens=1, sampling=Sampling(), generators=[seeded()])
 
 
 @pytest.mark.parametrize("wrong", [-1, VOCAB])
 def test_a_prompt_outside_the_vocabulary_is_refused(wrong: int) -> None:
     with pytest.raises(ValueError, match=f"id {wrong}, outside the vocabulary of {VOCAB}"):
-        generate(make(), [1, wrong], max_tokens=1, generator=seeded())
+        stream(make(), [1, wrong], 1)
 
 
 def test_max_tokens_0_draws_nothing() -> None:
-    assert list(generate(make(), [1], max_tokens=0, generator=seeded())) == []
+    assert ids(make(), [1], 0) == []
 
 
 PROBABILITIES = torch.tensor([0.05, 0.4, 0.1, 0.3, 0.15])
 
 
-def frequencies(*, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, draws: int = 20_000) -> Tensor:
-    logits = PROBABILITIES.log().expand(draws, -1)
-    return draw(logits, temperature, top_k, top_p, seeded()).bincount(minlength=5) / draws
+def shares(logits_V: Tensor, seen: Sequence[int] = (), *, draws: int = 4000, **options: Any) -> Tensor:
+    """Return the share of each id in draws with evenly spaced numbers: its probability, to 1 / draws for each id."""
+    uniform = ((torch.arange(draws) + 0.5) / draws).tolist()
+    seen_BV = torch.zeros(draws, len(logits_V), dtype=torch.bool)
+    seen_BV[:, list(seen)] = True
+    drawn = draw(logits_V.expand(draws, -1), uniform, Sampling(**options), seen_BV)
+    return drawn.bincount(minlength=len(logits_V)) / draws
 
 
 @pytest.mark.parametrize(
@@ -168,19 +249,50 @@ def frequencies(*, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
         ({"top_p": 0.65}, [0, 4 / 7, 0, 3 / 7, 0]),
         ({"top_p": 0.75}, [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),
         ({"top_k": 3, "top_p": 0.8}, [0, 4 / 7, 0, 3 / 7, 0]),
+        ({"min_p": 0.3}, [0, 0.4 / 0.85, 0, 0.3 / 0.85, 0.15 / 0.85]),
+        ({"min_p": 1.0}, [0, 1, 0, 0, 0]),
+        ({"min_p": 0.5, "temperature": 0.5}, [0, 16 / 25, 0, 9 / 25, 0]),
+        ({"min_p": 0.5, "top_p": 0.9}, [0, 4 / 7, 0, 3 / 7, 0]),
     ],
 )
 def test_draw_follows_the_truncated_distribution(options: dict[str, Any], expected: list[float]) -> None:
-    drawn = frequencies(**options)
-    assert drawn.tolist() == pytest.approx(expected, abs=0.015)
+    drawn = shares(PROBABILITIES.log(), **options)
+    assert drawn.tolist() == pytest.approx(expected, abs=1e-3)
     assert ((drawn > 0) == (torch.tensor(expected) > 0)).all()
 
 
-def test_greedy_uses_no_random_numbers() -> None:
-    generator = seeded()
-    before = generator.get_state()
-    list(generate(make(), [1], max_tokens=3, temperature=0.0, generator=generator))
-    assert torch.equal(generator.get_state(), before)
+def test_ids_as_likely_as_the_last_one_kept_are_kept() -> None:
+    """So the order in which a device sorts equal logits, which bfloat16 has many of, does not count."""
+    logits = torch.tensor([0.0, 2.0, 1.0, 1.0, 1.0])
+    expected = logits.exp() * (logits > 0) / logits[1:].exp().sum()
+    for options in ({"top_k": 2}, {"top_p": 0.5}, {"min_p": 0.3}):
+        assert shares(logits, **options).tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_the_repetition_penalty_divides_positive_logits_and_multiplies_negative_ones() -> None:
+    logits = torch.tensor([2.0, 2.0, -1.0, -1.0])
+    expected = torch.tensor([2.0, 2.0 / 1.5, -1.0 * 1.5, -1.0]).softmax(0)
+    assert shares(logits, seen=[1, 2], repetition_penalty=1.5).tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+def test_a_large_repetition_penalty_repeats_no_id_of_prompt_and_text() -> None:
+    model = make()
+    prompt = list(range(20))  # longer than block_size: what the model no longer sees counts too
+    plain, penalized = greedy(model, prompt, 15), ids(model, prompt, 15, temperature=0.0, repetition_penalty=1e9)
+    assert len(set(prompt + plain)) < 35
+    assert len(set(prompt + penalized)) == 35
+
+
+@pytest.mark.parametrize("spread", [0.01, 3.0])  # the nucleus is larger than the part that is looked at first, or not
+def test_a_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(spread: float) -> None:
+    logits_BV = torch.randn(2, 4 * TOP_PART, generator=seeded()) * spread
+    for p_V in logits_BV.softmax(dim=1):
+        largest = p_V.sort(descending=True).values
+        size = int((largest.cumsum(0) < 0.7).sum()) + 1
+        assert (size > TOP_PART) == (spread < 1)
+        drawn = shares(p_V.log(), draws=1000, top_p=0.7)
+        assert set(drawn.nonzero().flatten().tolist()) <= set(p_V.topk(size).indices.tolist())
+        assert drawn[p_V.argmax()] == pytest.approx(float(largest[0] / largest[:size].sum()), abs=1e-3)
 
 
 @pytest.mark.usefixtures("one_process_group")
@@ -190,9 +302,9 @@ def test_a_sharded_model_generates_the_same_tokens_and_can_train_afterwards() ->
     for block in sharded.blocks:
         fully_shard(block, mesh=mesh)
     fully_shard(sharded, mesh=mesh)
-    arguments: dict[str, Any] = {"max_tokens": 25, "top_p": 0.9}
-    expected = list(generate(whole, [1, 2], **arguments, generator=seeded()))
-    assert list(generate(sharded, [1, 2], **arguments, generator=seeded())) == expected
+    prompts = [[1, 2], [3]]
+    expected = together(whole, prompts, 25, seeds=[0, 1], top_p=0.9)
+    assert together(sharded, prompts, 25, seeds=[0, 1], top_p=0.9) == expected
     tokens = torch.arange(16).view(2, 8)
     sharded(tokens, tokens).mean().backward()
     assert all(p.grad is not None for p in sharded.parameters())

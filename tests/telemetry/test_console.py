@@ -57,6 +57,17 @@ def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert output.err == "", "there is no bar without a terminal"
 
 
+def test_the_beginning_of_a_sample_is_shown_and_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    Console(5000, 0, True).sample(250, "for the king\n\n\tcaf\u00e9\x1b[2J\r\udcff" + "x" * 200 + "\n" * 20 + "the end")
+    shown = capsys.readouterr().out.splitlines()
+    assert shown[:3] == ["step  250/5000 | sample, whole in samples.jsonl:", "    for the king", "    "]
+    assert shown[3].startswith(
+        "        caf\u00e9\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}x"
+    )
+    assert len(shown[3]) == 104
+    assert len(shown) == 9
+
+
 def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str]) -> None:
     with closing(Console(10, 0, False)) as console:
         console.advance()

@@ -167,6 +167,20 @@ def test_tensorboard_has_curves_and_verbatim_text(tmp_path: Path) -> None:
     assert text == "````\n# no heading\n```\n*no* emphasis ?\n````"
 
 
+def test_samples_are_kept_whole_and_each_step_once(tmp_path: Path) -> None:
+    def samples() -> list[dict[str, Any]]:
+        return [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+
+    with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
+        assert not (tmp_path / "samples.jsonl").exists()
+        for step in (10, 20, 30):
+            metrics.sample(step, f"step {step}\n\udcff")
+    assert samples() == [{"step": step, "text": f"step {step}\n\udcff"} for step in (10, 20, 30)]
+    with closing(Metrics(tmp_path, resume_step=20, require_owned=owned)) as metrics:
+        metrics.sample(30, "again")
+    assert [(line["step"], line["text"][:5]) for line in samples()] == [(10, "step "), (20, "step "), (30, "again")]
+
+
 def test_a_full_disk_loses_figures_but_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
         log_step(metrics, 1)

@@ -11,9 +11,13 @@ import sys
 _program = 2 if sys.orig_argv[1][:1] == "-" else 1
 _forked = ("distgpt.launch",) if os.environ.get("FORK_LAUNCHER") else ("/torchrun", "torch.distributed.run")
 if sys.orig_argv[_program].endswith(_forked):
+    import traceback
+
     from tests.forking.relay import relay
 
     try:
         relay(os.environ["FORK_SERVER"], sys.orig_argv[_program:])
+    except BaseException:
+        traceback.print_exc()
     finally:
         os._exit(70)  # Python would go on after an error here
