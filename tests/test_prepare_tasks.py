@@ -74,7 +74,7 @@ def test_tasks_in_parallel_or_one_after_another_write_the_same_bytes_as_one_proc
     in_turn = [
         jobs.run([*program, *options, "--output", str(tmp_path / "in-turn"), "--task", f"{task}/2"]) for task in (1, 0)
     ]
-    assert in_turn[0].stdout == f"task 1 of 2 is done; the last of the others writes {tmp_path / 'in-turn'}\n"
+    assert in_turn[0].stdout == f"task 1 of 2 is done; the last task to end writes {tmp_path / 'in-turn'}\n"
     assert "prepared    " in in_turn[1].stdout
     for name in ("at-once", "in-turn"):
         assert jobs.contents(tmp_path / name) == jobs.contents(tmp_path / "alone")
