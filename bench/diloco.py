@@ -19,7 +19,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distgpt.telemetry.metrics import read_metrics
-from tests.hosts.network import INTERFACE, Network, network, why_not
+from tests.hosts.network import INTERFACE, Network, network, reason_to_skip
 
 SHAPE = (
     *("--model.n_layer=4", "--model.n_head=4", "--model.n_embd=192", "--model.block_size=64", "--model.mlp=gelu"),
@@ -61,12 +61,12 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=100, help="Mbit/s in each direction (default: 100)")
     parser.add_argument("--round-trip", type=float, default=0.05, help="round trip in seconds (default: 0.05)")
     arguments = parser.parse_args()
-    if reason := why_not():
+    if reason := reason_to_skip():
         sys.exit(f"not measured: {reason}")
     print(f"two hosts, {arguments.rate:g} Mbit/s, {1000 * arguments.round_trip:g} ms round trip")
     ddp_seconds = 0.0
     with tempfile.TemporaryDirectory() as directory, network(2, Path(directory)) as hosts:
-        hosts.move_far_away("n2", megabits=arguments.rate, round_trip=arguments.round_trip)
+        hosts.replace_link("n2", megabits=arguments.rate, round_trip=arguments.round_trip)
         for number, (name, strategy) in enumerate(STRATEGIES.items()):
             run = Path(directory) / str(number)
             flags = [f"--data.path={arguments.data}", f"--run.dir={run}", f"--train.steps={arguments.steps}"]

@@ -62,7 +62,7 @@ from distgpt.training.step import accumulate_gradients, apply_update
 PROJECT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(PROJECT))
 
-from tests.hosts.network import INTERFACE, Network, network, why_not  # noqa: E402
+from tests.hosts.network import INTERFACE, Network, network, reason_to_skip  # noqa: E402
 
 VOCABULARY, BLOCK_SIZE = 512, 64
 SHAPE = ("--model.n_layer=4", "--model.n_head=4", "--model.n_embd=128", f"--model.block_size={BLOCK_SIZE}")
@@ -134,7 +134,7 @@ def run(job: Job) -> Measured:
     """Run the job on this machine, one core per rank; as root with a loopback device that nothing else uses."""
     with tempfile.TemporaryDirectory() as directory:
         command = [*torchrun("--standalone", f"--nproc_per_node={job.ranks}"), *worker(job, Path(directory))]
-        if job.interface == "lo" and why_not() is None:
+        if job.interface == "lo" and reason_to_skip() is None:
             command = ["unshare", "--net", "sh", "-c", 'ip link set lo up; exec "$@"', "sh", *command]
         cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         if shutil.which("taskset") and len(cores) >= job.ranks:
@@ -250,7 +250,7 @@ def show_bytes(ranks: Sequence[int]) -> None:
 
 
 def show_between_hosts() -> None:
-    if reason := why_not():
+    if reason := reason_to_skip():
         print(f"\nbetween two hosts: not measured, {reason}")
         return
     print("\nbytes per step between two hosts of two ranks, counted / formula")
@@ -299,7 +299,11 @@ def main() -> None:
         work(Job(**json.loads(arguments.worker)), arguments.result)
         return
     cores = available_cpus()
-    device = "a separate loopback device" if why_not() is None else "the machine's loopback device, with other traffic"
+    device = (
+        "a separate loopback device"
+        if reason_to_skip() is None
+        else "the machine's loopback device, with other traffic"
+    )
     print(f"{platform.system()} {platform.machine()}, {cores} cores; bytes counted on {device}")
     parts = arguments.parts or PARTS
     if "bytes" in parts:

@@ -1,4 +1,4 @@
-"""What several tests share: a corpus and its prepared directory. For processes see jobs.py."""
+"""Fixtures and options of all tests, and the order in which they run. jobs.py starts processes."""
 
 import random
 import signal
@@ -22,7 +22,9 @@ SHAKESPEARE = jobs.PROJECT.parent / "shared" / "data" / "tinyshakespeare.txt"
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--storms", action="store_true", help="run the storms (tests/storms) at their full length")
-    parser.addoption("--storm-seed", type=int, default=1, help="what a storm draws its strikes from (default: 1)")
+    parser.addoption(
+        "--storm-seed", type=int, default=1, help="seed of the random kills and damage of a storm (default: 1)"
+    )
 
 
 def pytest_configure() -> None:
@@ -32,7 +34,7 @@ def pytest_configure() -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-# What takes longest comes first, so that no worker is left with it at the end; the rest follow in any order.
+# The longest tests come first, so that no worker still runs one when the others are idle.
 LONGEST = (
     *("slurm", "hosts/test_multinode.py::test_a_host_joins", "storms/test_stops.py", "hosts/test_multinode.py"),
     *("end_to_end/test_resume.py", "end_to_end/test_train.py", "storms/test_save_kills.py", "storms/test_kills.py"),
@@ -47,7 +49,7 @@ LONGEST = (
     ),
     *("health/test_watchdog.py", "launch", "storms"),
 )
-# Files whose tests may be given to different workers.
+# Files whose tests need not run in one worker.
 SPLIT_BY_TEST = (
     "hosts/test_multinode.py",
     "storms/test_stops.py",
@@ -55,16 +57,16 @@ SPLIT_BY_TEST = (
     "end_to_end/test_train.py",
 )
 
-# Start no training and wait for nothing: the tests of launch/test.sh --fast.
+# The tests of launch/test.sh --fast: they start no training and wait for nothing.
 FAST = (
     *("model/", "corpus/", "distributed/", "run/", "checkpoint/", "health/", "telemetry/", "training/", "preflight/"),
     *("weights/", "test_config.py", "test_cli.py", "test_presets.py", "launch/test_policy.py", "launch/test_slurm.py"),
 )
-BUT_NOT = ("health/test_watchdog.py", "training/test_evaluation.py", "run/test_lock.py", "corpus/test_workers.py")
+NOT_FAST = ("health/test_watchdog.py", "training/test_evaluation.py", "run/test_lock.py", "corpus/test_workers.py")
 
 
 def scope_of(test: str) -> str:
-    """Return the unit that is given to one worker: all of tests/slurm, a file, or a single test of SPLIT_BY_TEST."""
+    """Return what must run in one worker together: all of tests/slurm, a file, or one test of SPLIT_BY_TEST."""
     inside = test.removeprefix("tests/")
     if inside.startswith("slurm/"):
         return "slurm"
@@ -72,19 +74,19 @@ def scope_of(test: str) -> str:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
+    def position(item: pytest.Item) -> int:
         scope = scope_of(item.nodeid)
-        return next((at for at, name in enumerate(LONGEST) if scope.startswith(name)), len(LONGEST))
+        return next((index for index, name in enumerate(LONGEST) if scope.startswith(name)), len(LONGEST))
 
-    items.sort(key=place)
+    items.sort(key=position)
     for item in items:
         inside = item.nodeid.split("::")[0].removeprefix("tests/")
-        if not inside.startswith(FAST) or inside.startswith(BUT_NOT):
+        if not inside.startswith(FAST) or inside.startswith(NOT_FAST):
             item.add_marker(pytest.mark.slow)
 
 
 class ByScope(LoadScopeScheduling):  # type: ignore[misc]
-    """The tests of a file share what they have trained, those of slurm/ a cluster."""
+    """Gives each scope to one worker: the tests of a file share trained runs, those of slurm/ a cluster."""
 
     def _split_scope(self, nodeid: str) -> str:
         return scope_of(nodeid)
@@ -96,7 +98,7 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByScope
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """tinyshakespeare where it is, else a text of 200,000 made-up words."""
+    """The file of tinyshakespeare if it is here, else a text of 200,000 made-up words."""
     if SHAKESPEARE.exists():
         return SHAKESPEARE
     path = tmp_path_factory.mktemp("corpus") / "words.txt"
@@ -109,7 +111,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def prepared(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The corpus, char-level."""
+    """The corpus as a char-level dataset."""
 
     def prepare(directory: Path) -> None:
         done = jobs.command("prepare", "--input", corpus, "--output", directory, "--tokenizer", "char")

@@ -1,4 +1,4 @@
-"""Real processes for the tests: the doors, training jobs under torchrun, and what they leave behind."""
+"""Real processes for the tests: the commands, training jobs under torchrun, and the files that they leave."""
 
 import fcntl
 import hashlib
@@ -27,17 +27,17 @@ from tests.forking import client, program
 from tests.forking.relay import RELAY
 
 PROJECT = client.PROJECT
-# For PYTHONPATH: any torchrun is replaced by a fork.
+# A PYTHONPATH with which every torchrun is replaced by a fork.
 FORKED = f"{PROJECT}:{PROJECT / 'tests' / 'forking' / 'hook'}"
 
-# Milliseconds a step, with everything that a resume could get wrong: dropout, accumulation, clipping.
+# Steps of milliseconds, with everything that a resume could get wrong: dropout, accumulation, clipping.
 TINY = (
     *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=16", "--model.dropout=0.1"),
     *("--train.global_batch=8", "--train.micro_batch=2", "--train.steps=60", "--train.dtype=float32"),
     *("--optim.lr=1e-3", "--optim.grad_clip=1.0", "--eval.every=20", "--eval.sequences=30", "--eval.sample_tokens=0"),
     *("--checkpoint.every=4", "--log.every=1", "--health.timeout=60"),
 )
-# distgpt.prepare with units of 64 KiB, so that a small corpus has many; workers import this file too.
+# A program: distgpt.prepare with units of 64 KiB, so that a small corpus has many. Worker processes import it too.
 SMALL_UNITS = """
 from distgpt.cli import main_guard
 from distgpt.corpus.reading import sources
@@ -48,12 +48,12 @@ if __name__ == "__main__":
     main_guard(main)
 """
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
-# What torchrun, Slurm or a person set for another job.
+# The beginnings of variables that torchrun, Slurm or a person set for another job.
 FOREIGN = ("DISTGPT_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_")
 
-# The variables of a command that starts as a person starts it, not as a fork: jobs.command("train", **jobs.REAL).
-REAL = {"PYTHONPATH": ""}
-# Those of a launcher that looks for the children of its torchrun: a fork that forks it.
+# Variables for a command that starts its own Python instead of a fork: jobs.command("train", **jobs.NOT_FORKED).
+NOT_FORKED = {"PYTHONPATH": ""}
+# Variables for a launcher that must be the parent of its torchrun: it is a fork, and forks its torchrun.
 FORKED_LAUNCHER = {"FORK_LAUNCHER": "1"}
 
 T = TypeVar("T")
@@ -61,12 +61,12 @@ T = TypeVar("T")
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and sets the size of a pipe")
 _cores = itertools.cycle(sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else [0])
 if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
-    next(_cores)  # not the core that the other worker begins with
+    next(_cores)  # begin with another core than worker gw0
 
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended and what it said."""
+    """The exit code and the output of a process that has ended."""
 
     code: int
     stdout: str
@@ -77,63 +77,63 @@ class Ended:
 
     @property
     def error_lines(self) -> list[str]:
-        """The lines on stderr that begin as a user's mistake is told."""
+        """The lines on stderr that report a user's mistake."""
         return [line for line in self.stderr.splitlines() if line.startswith("distgpt: error: ")]
 
     @property
     def traceback(self) -> list[str]:
-        """The lines on stderr that point into our own code; torchrun's report points into torch's."""
+        """The lines of tracebacks on stderr that name our own code; torchrun's report names torch's code."""
         return [line for line in self.stderr.splitlines() if f'File "{PROJECT}/distgpt/' in line]
 
 
 class Job:
-    """A job under way, which can run ahead of what was read from its stdout by 4 KiB and no further.
+    """A running job whose stdout is a pipe of 4 KiB: it waits if it is further ahead of the reader.
 
-    So a test that reads up to a step knows that the job is still at work on one of the next 40 or so, however slow or
-    fast the machine. Everything it does to the job is done to processes of its own, by id.
+    So a test that has read the line of a step knows that the job is in one of the next 40 steps or so, on a machine of
+    any speed. Signals go only to processes of this job, by id.
     """
 
     def __init__(self, command: Sequence[str], **variables: str) -> None:
         read, write = os.pipe()
         fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
-        self._stdout, self._said = read, b""
+        self._stdout, self._output = read, b""
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the job)
         self._process = start(command, stdout=write, stderr=self._stderr.fileno(), variables=variables)
         os.close(write)
         self.pid = self._process.pid
 
     def read_until(self, text: str) -> None:
-        """Read its stdout up to `text`."""
-        while text.encode() not in self._said:
-            assert self._read(), f"the job ended before it said {text!r}\n{self.finish()}"
+        """Read its stdout until `text` has appeared."""
+        while text.encode() not in self._output:
+            assert self._read(), f"the job ended before it printed {text!r}\n{self.finish()}"
 
     def signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process that was started, torchrun as a rule."""
+        """Send a signal to the process that was started, usually torchrun."""
         self._process.send_signal(number)
 
     def rank(self, rank: int) -> int:
-        """The process id of a rank, as soon as there is one."""
+        """Wait for a rank to start and return its process id."""
         return poll(lambda: ranks_of(self.pid).get(rank))
 
     def finish(self) -> Ended:
-        """Read on to the end, which comes when the last process that writes to this stdout is gone."""
+        """Read stdout until the last process that holds it has ended."""
         while self._read():
             pass
         code = self._process.wait()
         os.close(self._stdout)
         self._stderr.seek(0)
-        return Ended(code, self._said.decode(), self._stderr.read())
+        return Ended(code, self._output.decode(), self._stderr.read())
 
     def _read(self) -> bool:
         chunk = os.read(self._stdout, 64)
-        self._said += chunk
+        self._output += chunk
         return bool(chunk)
 
 
 def start(
     command: Sequence[str], *, stdout: int, stderr: int, variables: Mapping[str, str], core: int | None = None
 ) -> client.Forked | subprocess.Popen[bytes]:
-    """Start a command, on one core if so asked. Python is forked, unless its `variables` are for a real Python."""
+    """Start a command, on `core` if given. Python is forked, unless `variables` has one that it reads at its start."""
     env = environment(**variables)
     if program.is_python(command) and not any(name.startswith(("PYTHON", "OMP_", "LC_")) for name in variables):
         with open(os.devnull) as nothing:
@@ -154,7 +154,7 @@ def run(command: Sequence[str], **variables: str) -> Ended:
 
 
 def command(name: str, *arguments: str | Path, **variables: str) -> Ended:
-    """`python -m distgpt.<name>`, on one core: what is small is only slower on several."""
+    """Run `python -m distgpt.<name>` to its end, on one core: small work is only slower on several."""
     core = next(_cores) if sys.platform == "linux" else None
     return _run([sys.executable, "-m", f"distgpt.{name}", *map(str, arguments)], variables, core=core)
 
@@ -169,7 +169,7 @@ def _run(command: Sequence[str], variables: Mapping[str, str], *, core: int | No
 
 
 def torchrun(ranks: int, *arguments: str, **variables: str) -> Ended:
-    """`torchrun -m distgpt.train` to its end."""
+    """Run `torchrun -m distgpt.train` to its end."""
     return run(torchrun_command(ranks, *arguments), **variables)
 
 
@@ -179,20 +179,20 @@ def train(ranks: int, *arguments: str, **variables: str) -> Ended:
 
 
 def torchrun_command(ranks: int, *arguments: str, script: Path | None = None) -> list[str]:
-    """The command line of a training job, with a rendezvous of its own; `script` stands for distgpt.train."""
+    """Return the command line of a training job with its own rendezvous. `script` replaces distgpt.train."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", SIGNALS]
     return [*launcher, *(["-m", "distgpt.train"] if script is None else [str(script)]), *arguments]
 
 
-def all_at_once(jobs: Mapping[str, Callable[[], Ended]]) -> dict[str, Ended]:
-    """Run several, two at a time."""
+def run_all(jobs: Mapping[str, Callable[[], Ended]]) -> dict[str, Ended]:
+    """Run several jobs to their end, two at a time."""
     with ThreadPoolExecutor(2) as pool:
         running = {name: pool.submit(job) for name, job in jobs.items()}
         return {name: future.result() for name, future in running.items()}
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """This one without what is meant for other jobs, and with a thread a rank: tests share few cores."""
+    """Return this environment without variables of other jobs, with one thread a rank: tests share few cores."""
     kept = {
         name: value for name, value in os.environ.items() if name == "DISTGPT_TORCH" or not name.startswith(FOREIGN)
     }
@@ -201,21 +201,21 @@ def environment(**variables: str) -> dict[str, str]:
 
 
 def poll(probe: Callable[[], T | None], seconds: float = 120.0) -> T:
-    """What `probe` gives as soon as it is not None (nor False)."""
+    """Call `probe` until its result is true, and return that."""
     deadline = time.monotonic() + seconds
     while not (found := probe()):
-        assert time.monotonic() < deadline, "it did not happen"
+        assert time.monotonic() < deadline, f"still {found!r} after {seconds:.0f} s"
         time.sleep(0.05)  # some probes look through all of /proc
     return found
 
 
 def contents(directory: Path) -> dict[str, str]:
-    """Name to hash of every file of a dataset."""
+    """Return the hash of every file of a dataset, by name."""
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
 def alive(pid: int) -> bool:
-    """Whether a process is there and not just waiting to be reaped."""
+    """Return True if a process runs, False if it is a zombie or gone."""
     try:
         return stat_of(pid)[0] not in ("Z", "X")
     except (FileNotFoundError, ProcessLookupError):
@@ -224,7 +224,7 @@ def alive(pid: int) -> bool:
 
 @contextmanager
 def disk(directory: Path, *options: str) -> Iterator[Path]:
-    """A file system in memory there, with these options of mount; skips the test where it cannot be had."""
+    """Mount a file system in memory on `directory`, with these mount options. Skips the test if that is impossible."""
     if sys.platform != "linux" or os.geteuid():
         pytest.skip("mounting a file system takes root on Linux")
     directory.mkdir()
@@ -244,33 +244,33 @@ def fill(file: Path) -> None:
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of metrics.jsonl."""
+    """Return the lines of metrics.jsonl."""
     return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
 
 
 def losses(run_dir: Path) -> dict[int, float]:
-    """The training loss of each step; each step must be there once."""
+    """Return the training loss of each step; checks that each step is logged once."""
     return _once((line["step"], line["loss"]) for line in metrics(run_dir) if "loss" in line)
 
 
 def val_losses(run_dir: Path) -> dict[int, float]:
-    """The validation loss of each evaluation; each must be there once."""
+    """Return the validation loss of each evaluation; checks that each is logged once."""
     return _once((line["step"], line["val_loss"]) for line in metrics(run_dir) if "val_loss" in line)
 
 
 def exit_report(run_dir: Path) -> dict[str, Any]:
-    """exit.json."""
+    """Return the content of exit.json."""
     report: dict[str, Any] = json.loads((run_dir / "exit.json").read_text())
     return report
 
 
 def checkpoints(run_dir: Path) -> list[str]:
-    """The names of the checkpoints, oldest first."""
+    """Return the names in checkpoints/, oldest first."""
     return sorted(path.name for path in (run_dir / "checkpoints").iterdir())
 
 
 def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, whole, read by torch's own loader."""
+    """Return every tensor of a checkpoint, unsharded, as torch's own loader reads it."""
     index = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     found = {
         name: torch.empty(entry.size, dtype=entry.properties.dtype)
@@ -283,7 +283,7 @@ def tensors(checkpoint: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_tensors(a: Path, b: Path) -> None:
-    """Two checkpoints hold the same weights and optimizer state, bit for bit."""
+    """Check that two checkpoints hold the same weights and optimizer state, bit for bit."""
     left, right = tensors(a), tensors(b)
     assert left.keys() == right.keys()
     assert any(name.startswith("model.") for name in left)
@@ -299,7 +299,7 @@ def _once(pairs: Any) -> dict[int, float]:
 
 
 def environments() -> dict[int, dict[str, str]]:
-    """The variables of each process on this machine that may be looked at, by its id."""
+    """Return the environment of each process on this machine that we may read, by process id."""
     found = {}
     for directory in Path("/proc").glob("[0-9]*"):
         try:
@@ -311,12 +311,12 @@ def environments() -> dict[int, dict[str, str]]:
 
 
 def stat_of(pid: int) -> list[str]:
-    """The fields of /proc/PID/stat behind the name: state, parent and so on. Raises OSError where it has ended."""
+    """Return the fields of /proc/PID/stat after the name: state, parent and so on. Raises OSError if it has ended."""
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def ranks_of(agent: int) -> dict[int, int]:
-    """Process ids of the ranks that an agent started, by rank; the agent may be a relay that stands for it."""
+    """Return the process ids of the ranks that an agent (torchrun) started, by rank. `agent` may be its relay."""
     found = environments()
     agents = {pid for pid, its in found.items() if its.get(RELAY) == str(agent) and "RANK" not in its} | {agent}
     ranks = {}

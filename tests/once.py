@@ -1,4 +1,4 @@
-"""What several workers of a test run need is made by the first of them."""
+"""Directories that the workers of a test run share: the first worker that needs one makes it."""
 
 import fcntl
 import os
@@ -19,7 +19,7 @@ def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path],
     with (root / f"{name}.lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not made.exists():
-            shutil.rmtree(directory, ignore_errors=True)  # of one that failed
+            shutil.rmtree(directory, ignore_errors=True)  # left by a call of `make` that failed
             make(directory)
             made.touch()
     return directory

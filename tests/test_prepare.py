@@ -223,7 +223,7 @@ def test_few_documents_validate_near_the_fraction_or_a_warning_is_printed(prepar
         arguments = ["--input", f"in{seed}", "--tokenizer", "bytes", "--workers", seed, "--output"]
         done = prepare(*arguments, f"out{seed}", small_units=True)
         assert texts_of(open_dataset(tmp_path / f"out{seed}"))[1] == [words(seed + 100, 700)]
-        assert "distgpt: warning: 2.3% of the tokens validate, not 10.0%" in done.stderr.decode()
+        assert "distgpt: warning: 2.3% of the tokens are for validation, not 10.0%" in done.stderr.decode()
     prepare(*arguments, "again", "--workers", 1, small_units=True)
     assert jobs.contents(tmp_path / "again") == jobs.contents(tmp_path / "out3")
 
@@ -305,7 +305,7 @@ def test_bad_documents_stop_the_command_and_up_to_ten_are_listed(prepare: Run, t
     done = prepare("--input", "in.jsonl", "--output", "out", code=65)
     first, *places = done.stderr.decode().splitlines()
     assert re.search(r"12 (or more )?documents are bad \(--on-bad-document=skip leaves such documents out\):$", first)
-    assert places == [f"  in.jsonl, line {line}: 'text' is not a text but NoneType" for line in range(2, 12)]
+    assert places == [f"  in.jsonl, line {line}: 'text' is not a string but NoneType" for line in range(2, 12)]
 
 
 def test_bad_documents_are_left_out_and_counted_the_same_for_any_number_of_workers(
@@ -324,7 +324,7 @@ def test_bad_documents_are_left_out_and_counted_the_same_for_any_number_of_worke
     assert sorted(all_texts(dataset)) == sorted(text for index, text in enumerate(texts) if index % 4 != 3)
     bad = dataset.meta["input"]["bad_documents"]
     assert (bad["skipped"], bad["replaced"], len(bad["places"])) == (11, 0, 10)
-    assert bad["places"][9] == "a.jsonl, line 40: 'text' is not a text but NoneType"
+    assert bad["places"][9] == "a.jsonl, line 40: 'text' is not a string but NoneType"
     assert "bad         11 documents left out, 0 with U+FFFD; the first:" in done.stdout.decode()
     prepare(*arguments, "--on-bad-document", "replace", "--output", "replaced", small_units=True)
     dataset = open_dataset(tmp_path / "replaced")
@@ -370,7 +370,7 @@ def test_an_option_without_effect_on_any_input_is_an_error(
 
 @pytest.mark.parametrize("name", ["latin-9x", "base64", "idna", "punycode", "\0"])
 def test_an_encoding_that_is_not_for_text_is_refused(name: str) -> None:
-    with pytest.raises(UsageError, match="no such encoding of text"):
+    with pytest.raises(UsageError, match="no such text encoding"):
         prepare_command.parse(["--input", "in.txt", "--output", "out", "--encoding", name])
 
 
@@ -418,7 +418,7 @@ def part_files(tmp_path: Path) -> list[Path]:
     return sorted((tmp_path / "out.partial" / "parts").glob("*.part"))
 
 
-def kill_with_parts(tmp_path: Path, *arguments: object) -> None:
+def kill_with_two_parts(tmp_path: Path, *arguments: object) -> None:
     """Start the command, and kill it when two or more parts are done."""
     command = [*command_of(tmp_path, True), *map(str, arguments)]
     with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.DEVNULL) as process:
@@ -452,7 +452,7 @@ def test_a_stopped_command_goes_on_and_writes_the_same_bytes(
 
 def test_parts_of_another_input_are_not_used(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
-    kill_with_parts(tmp_path, "--input", "in.txt", "--output", "out")
+    kill_with_two_parts(tmp_path, "--input", "in.txt", "--output", "out")
     (tmp_path / "in.txt").write_bytes(words(10, 400_000).encode())
     done = prepare("--input", "in.txt", "--output", "out", small_units=True)
     assert "going on" not in done.stderr.decode()
@@ -461,7 +461,7 @@ def test_parts_of_another_input_are_not_used(prepare: Run, tmp_path: Path) -> No
 
 def test_after_a_kill_other_options_start_over(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
-    kill_with_parts(tmp_path, "--input", "in.txt", "--output", "out")
+    kill_with_two_parts(tmp_path, "--input", "in.txt", "--output", "out")
     arguments = ["--input", "in.txt", "--tokenizer", "bytes", "--output"]
     done = prepare(*arguments, "out", small_units=True)
     assert "going on" not in done.stderr.decode()
@@ -472,7 +472,7 @@ def test_after_a_kill_other_options_start_over(prepare: Run, tmp_path: Path) -> 
 @pytest.mark.parametrize("position", [0, 20, -1000, -10])  # the count of rows, a row, a token, the hash
 def test_a_part_that_was_damaged_after_a_kill_is_made_again(position: int, prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
-    kill_with_parts(tmp_path, "--input", "in.txt", "--output", "out")
+    kill_with_two_parts(tmp_path, "--input", "in.txt", "--output", "out")
     raw = bytearray(part_files(tmp_path)[1].read_bytes())
     raw[position] ^= 1
     part_files(tmp_path)[1].write_bytes(raw)
@@ -511,7 +511,7 @@ def test_no_part_is_written_with_ids_that_differ_from_hugging_face(
 def test_a_vocabulary_damaged_after_a_kill_is_learned_again(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(9, 400_000).encode())
     arguments = ["--input", "in.txt", "--tokenizer", "bpe", "--vocab-size", 300, "--output"]
-    kill_with_parts(tmp_path, *arguments, "out")
+    kill_with_two_parts(tmp_path, *arguments, "out")
     saved = tmp_path / "out.partial" / "tokenizer.json"
     damaged = json.loads(saved.read_text())
     damaged["model"]["merges"][5], damaged["model"]["merges"][6] = damaged["model"]["merges"][6:4:-1]
@@ -537,7 +537,7 @@ def test_an_existing_output_is_kept_unless_it_is_the_same_or_overwritten(prepare
     assert "".join(all_texts(open_dataset(tmp_path / "out"))) == "text two " * 50
     (tmp_path / "out" / "thesis.tex").touch()
     done = prepare("--input", "two.txt", "--output", "out", "--overwrite", code=73)
-    assert "holds more than a dataset" in error_line(done)
+    assert "holds files that are not a dataset's" in error_line(done)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one.txt", "out", "two.txt"]
 
 
@@ -686,7 +686,7 @@ def test_a_long_phase_prints_its_speed_and_the_time_left(
     assert capsys.readouterr().err.splitlines() == [
         "distgpt: encoding: 50 MB, 2.5 MB/s, 25%, 60 s left",
         "distgpt: keeping standard input: 40 MB, 2.0 MB/s",
-        "distgpt: encoding: all 200 MB read, 40 s so far",
+        "distgpt: encoding: all 200 MB done, 40 s so far",
     ]
 
 
@@ -728,14 +728,14 @@ def test_a_damaged_dataset_is_an_error_for_prepare_and_verify(prepare: Run, tmp_
         (["--input", "letter.txt", "--output", "out"], 65, "single token"),
         (["--input", "same.jsonl", "--output", "out"], 65, "the same text"),
         (["--input", "many.txt", "--output", "out"], 65, "65,600 ids does not fit"),
-        (["--input", "good.txt", "--output", "good.txt"], 65, "names nothing but the output: good.txt"),
+        (["--input", "good.txt", "--output", "good.txt"], 65, "names no file but the output: good.txt"),
         (["--input", "letter.txt", "--output", "good.txt"], 73, "good.txt exists and is not a whole dataset"),
         (["--input", "good.txt", "--output", "good.txt/out"], 73, "cannot write"),
         (["--input", "good.txt", "--output", "/proc/out"], 73, "cannot write"),
         (["--verify", "folder"], 65, "not a dataset, it has no meta.json"),
     ],
 )
-def test_bad_input_is_one_line_and_leaves_nothing(
+def test_bad_input_is_an_error_of_one_line_and_leaves_nothing(
     arguments: list[str], code: int, reason: str, prepare: Run, tmp_path: Path
 ) -> None:
     for name in ("folder", "pipes"):
@@ -760,7 +760,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_files_that_cannot_grow_keep_the_finished_parts(prepare: Run, tmp_path: Path) -> None:
+def test_a_limit_on_file_sizes_keeps_the_finished_parts(prepare: Run, tmp_path: Path) -> None:
     (tmp_path / "in.txt").write_bytes(words(3, 60_000).encode())
 
     def small_files() -> None:
@@ -806,7 +806,7 @@ def test_gpt2_without_a_network_names_the_file_and_the_variable(prepare: Run, tm
 
 
 @pytest.mark.parametrize(("module", "name"), [("pyarrow", "t.parquet"), ("zstandard", "t.txt.zst"), ("zstandard", ".")])
-def test_a_missing_optional_package_is_one_line(module: str, name: str, tmp_path: Path) -> None:
+def test_a_missing_optional_package_is_an_error_of_one_line(module: str, name: str, tmp_path: Path) -> None:
     (tmp_path / ("t.json.zst" if name == "." else name)).touch()
     program = (
         f"import sys; sys.modules[{module!r}] = None; sys.argv[1:] = ['--input', {name!r}, '--output', 'out'];"

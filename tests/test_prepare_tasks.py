@@ -1,4 +1,4 @@
-"""`python -m distgpt.prepare --task I/N`: several processes, on one host or many, write the bytes of one."""
+"""`python -m distgpt.prepare --task I/N`: several processes, on one host or many, write the same bytes as one."""
 
 import fcntl
 import signal
@@ -10,22 +10,22 @@ import pytest
 
 from tests import jobs
 
-# With DIES_AFTER set, the process kills itself while it learns a vocabulary, once the file of this name exists.
-DIES_LEARNING = """
+# With KILL_WHEN set, the process kills itself while it learns a vocabulary, once the file of this name exists.
+KILLED_WHILE_LEARNING = """
 import os, signal, time
 from distgpt.corpus.preparing import vocabulary
 
-def die(*arguments, **options):
-    while not os.path.exists(os.environ["DIES_AFTER"]):
+def kill(*arguments, **options):
+    while not os.path.exists(os.environ["KILL_WHEN"]):
         time.sleep(0.01)
     os.kill(os.getpid(), signal.SIGKILL)
 
-if "DIES_AFTER" in os.environ:
-    vocabulary.learn_bpe = die
+if "KILL_WHEN" in os.environ:
+    vocabulary.learn_bpe = kill
 """
 
 # With WAITS_FOR set, the process waits after it has read the input, until the file of this name exists.
-WAITS_SCANNED = """
+WAITS_AFTER_SCAN = """
 import os, time
 from distgpt.corpus.preparing import scan
 
@@ -53,7 +53,7 @@ def options(corpus: Path, tmp_path: Path) -> list[str]:
     return ["--input", str(tmp_path / "texts"), "--tokenizer", "bpe", "--vocab-size", "300", "--workers", "1"]
 
 
-def test_tasks_write_the_bytes_of_one_process_in_parallel_and_one_after_another(
+def test_tasks_in_parallel_or_one_after_another_write_the_same_bytes_as_one_process(
     options: list[str], tmp_path: Path
 ) -> None:
     program = [sys.executable, str(tmp_path / "program.py")]
@@ -68,13 +68,13 @@ def test_tasks_write_the_bytes_of_one_process_in_parallel_and_one_after_another(
         )
         for task in range(3)
     ]
-    said = [process.communicate()[0] for process in at_once]
+    stdout = [process.communicate()[0] for process in at_once]
     assert [process.returncode for process in at_once] == [0, 0, 0]
-    assert sum("prepared    " in output for output in said) == 1
+    assert sum("prepared    " in output for output in stdout) == 1
     in_turn = [
         jobs.run([*program, *options, "--output", str(tmp_path / "in-turn"), "--task", f"{task}/2"]) for task in (1, 0)
     ]
-    assert in_turn[0].stdout == f"task 1 of 2 is done; the last of the others writes {tmp_path / 'in-turn'}\n"
+    assert in_turn[0].stdout == f"task 1 of 2 is done; the last task to end writes {tmp_path / 'in-turn'}\n"
     assert "prepared    " in in_turn[1].stdout
     for name in ("at-once", "in-turn"):
         assert jobs.contents(tmp_path / name) == jobs.contents(tmp_path / "alone")
@@ -99,27 +99,27 @@ def test_tasks_of_another_job_are_refused_and_use_no_parts(options: list[str], t
 
 
 @jobs.linux_only
-def test_a_task_that_is_killed_while_it_learns_the_vocabulary_leaves_that_to_the_next(
+def test_if_a_task_is_killed_while_it_learns_the_vocabulary_the_next_task_learns_it(
     options: list[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "program.py").write_text(DIES_LEARNING + jobs.SMALL_UNITS)
+    (tmp_path / "program.py").write_text(KILLED_WHILE_LEARNING + jobs.SMALL_UNITS)
     command = [sys.executable, str(tmp_path / "program.py"), *options, "--output", str(tmp_path / "out")]
-    first = subprocess.Popen([*command, "--task", "0/2"], env=jobs.environment(DIES_AFTER=str(tmp_path / "second")))
+    first = subprocess.Popen([*command, "--task", "0/2"], env=jobs.environment(KILL_WHEN=str(tmp_path / "second")))
     jobs.poll((tmp_path / "out.partial" / "job.json").exists)
     second = subprocess.Popen([*command, "--task", "1/2"], env=jobs.environment(), stdout=subprocess.PIPE, text=True)
     jobs.poll(lambda: waits_for_a_lock(second.pid))
     (tmp_path / "second").touch()
     assert first.wait() == -signal.SIGKILL
-    said, _ = second.communicate()
-    assert (second.returncode, "task 1 of 2 is done" in said) == (0, True), said
+    stdout, _ = second.communicate()
+    assert (second.returncode, "task 1 of 2 is done" in stdout) == (0, True), stdout
     again = jobs.run([*command, "--task", "0/2"])
     assert "prepared    " in again.stdout, again
 
 
-def test_a_task_whose_share_others_did_meanwhile_reports_the_output(options: list[str], tmp_path: Path) -> None:
+def test_a_task_reports_the_output_if_others_have_done_its_share_meanwhile(options: list[str], tmp_path: Path) -> None:
     """Slurm may start a task again while its first attempt is still running."""
     output, program = tmp_path / "out", tmp_path / "program.py"
-    program.write_text(WAITS_SCANNED + jobs.SMALL_UNITS)
+    program.write_text(WAITS_AFTER_SCAN + jobs.SMALL_UNITS)
     command = [sys.executable, str(program), *options, "--output", str(output)]
     waiting = subprocess.Popen(
         [*command, "--task", "0/2"],
@@ -133,13 +133,15 @@ def test_a_task_whose_share_others_did_meanwhile_reports_the_output(options: lis
         assert jobs.run([*command, "--task", task]).code == 0
     assert output.exists()
     (tmp_path / "go").touch()
-    said, _ = waiting.communicate()
-    assert (waiting.returncode, "already prepared" in said) == (0, True), said
+    stdout, _ = waiting.communicate()
+    assert (waiting.returncode, "already prepared" in stdout) == (0, True), stdout
     assert not (tmp_path / "out.partial").exists()
 
 
 @jobs.linux_only
-def test_a_task_that_waits_for_a_commit_finds_the_output(options: list[str], tmp_path: Path) -> None:
+def test_a_task_that_waits_for_the_lock_finds_the_output_committed_meanwhile(
+    options: list[str], tmp_path: Path
+) -> None:
     output, staged = tmp_path / "out", tmp_path / "out.partial"
     command = [sys.executable, str(tmp_path / "program.py"), *options]
     assert jobs.run([*command, "--output", str(tmp_path / "alone")]).code == 0
@@ -157,13 +159,13 @@ def test_a_task_that_waits_for_a_commit_finds_the_output(options: list[str], tmp
         (tmp_path / "alone").rename(output)
         lock.unlink()
         staged.rmdir()
-    said, _ = task.communicate()
-    assert (task.returncode, "already prepared" in said) == (0, True), said
+    stdout, _ = task.communicate()
+    assert (task.returncode, "already prepared" in stdout) == (0, True), stdout
     assert not staged.exists()
 
 
 @pytest.mark.parametrize("task", ["3/3", "1", "-1/2", "a/b"])
-def test_a_task_is_a_number_below_another(task: str, tmp_path: Path) -> None:
+def test_an_invalid_task_number_is_an_error_of_one_line(task: str, tmp_path: Path) -> None:
     done = jobs.command("prepare", "--input", "x", "--output", tmp_path / "out", f"--task={task}")
     assert (done.code, done.error_lines) == (
         2,

@@ -8,7 +8,7 @@ from types import ModuleType
 import pytest
 
 from tests import jobs
-from tests.hosts.network import INTERFACE, network, why_not
+from tests.hosts.network import INTERFACE, network, reason_to_skip
 
 
 @pytest.fixture(autouse=True)
@@ -42,7 +42,7 @@ def test_the_formulas_agree_in_special_cases(scaling: ModuleType) -> None:
     assert scaling.expected_between_two_hosts(pair, blocks, root) == scaling.expected_bytes(pair, blocks, root)
 
 
-@pytest.mark.skipif(why_not() is not None, reason="needs a separate loopback device, and so root")
+@pytest.mark.skipif(reason_to_skip() is not None, reason="needs a separate loopback device, and so root")
 @pytest.mark.parametrize(("strategy", "micro_batches"), [("ddp", 2), ("fsdp", 2)])
 def test_bytes_on_the_wire_equal_the_formulas(scaling: ModuleType, strategy: str, micro_batches: int) -> None:
     job = scaling.Job(strategy, 2, 2 * 2 * micro_batches, 2, steps=3)
@@ -50,7 +50,7 @@ def test_bytes_on_the_wire_equal_the_formulas(scaling: ModuleType, strategy: str
     assert measured.wire_bytes == pytest.approx(scaling.expected_bytes(job, measured.blocks, measured.root), rel=0.03)
 
 
-@pytest.mark.skipif(why_not() is not None, reason=str(why_not()))
+@pytest.mark.skipif(reason_to_skip() is not None, reason=str(reason_to_skip()))
 def test_hsdp_and_diloco_send_less_between_hosts(scaling: ModuleType, tmp_path: Path) -> None:
     """Two hosts of two ranks: the bytes over the bridge between them. DiLoCo sends weights now and then, even less."""
     sent = {}

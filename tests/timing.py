@@ -1,4 +1,4 @@
-"""A pytest plugin: where the time of a full run went, as a table at its end."""
+"""A pytest plugin: after a full run, print a table of where the time went."""
 
 import resource
 from collections import defaultdict
@@ -23,7 +23,7 @@ def cpu_seconds() -> float:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Add to each report the CPU seconds since the one before, which then come back from whichever worker ran it."""
+    """Add to each report the CPU seconds since the one before. Reports, and so these, come back from the workers."""
     report = yield
     now = cpu_seconds()
     report.__dict__[CPU_SECONDS] = now - item.session.stash.get(_SECONDS_BEFORE, 0.0)

@@ -24,21 +24,21 @@ from distgpt.errors import StorageError
 
 MicroBatch = tuple[Tensor, Tensor]
 
-# The thread prepares whole steps in chunks of at most about this size: numpy's and the lock's overhead is paid once a
-# chunk, and the disk sees all its reads at once.
+# The thread prepares whole steps in chunks of at most about this size: the overhead of numpy and of Python's lock
+# (the GIL) is paid once a chunk, and the kernel gets all its reads at once.
 CHUNK_TOKENS = 2**19
 CHUNK_STEPS = 64
 CHUNKS_AHEAD = 2
 
-# A split of at most this size is read into memory as a whole at the start, a larger one window by window.
+# A split of at most this size is read into the page cache at the start, a larger one window by window.
 READ_WHOLE_BYTES = 2**28
 
 
 class Loader:
-    """The training batches of one rank from `start_step` on. Close it in the end.
+    """The training batches of one rank from `start_step` on. Call close() at the end.
 
-    The order is a pure function of (seed, step): a loader that starts at a step gives the batches of one that started
-    at 0 and came to this step. Raises DataError if the split holds no window of block_size + 1 tokens.
+    The order is a pure function of (seed, step): a loader that starts at a step gives the same batches as one that
+    started at 0 and has reached that step. Raises DataError if the split holds no window of block_size + 1 tokens.
     """
 
     def __init__(
@@ -59,9 +59,9 @@ class Loader:
         self.order = Order(lengths, block_size=block_size, seed=seed, split=split.name)
         self._windows = WindowReader(split, block_size + 1)
         self._global_batch, self._micro_batch, self._rank = global_batch, micro_batch, rank
-        self._rows = global_batch // world_size
+        self._rank_batch = global_batch // world_size
         self._device = device
-        self._steps_per_chunk = min(CHUNK_STEPS, max(1, CHUNK_TOKENS // (self._rows * (block_size + 1))))
+        self._steps_per_chunk = min(CHUNK_STEPS, max(1, CHUNK_TOKENS // (self._rank_batch * (block_size + 1))))
         self._wait = 0.0
         self._step_to_fetch = start_step
         self._ready: deque[MicroBatch] = deque()
@@ -82,7 +82,7 @@ class Loader:
             self._fetch_next_chunk()
             x, y = (torch.split(part, self._micro_batch) for part in _inputs_and_targets(chunk, self._device))
             self._ready.extend(zip(x, y, strict=True))
-        return [self._ready.popleft() for _ in range(self._rows // self._micro_batch)]
+        return [self._ready.popleft() for _ in range(self._rank_batch // self._micro_batch)]
 
     def pop_data_wait(self) -> float:
         """Return the seconds that next_step waited for the thread since the last call; reset the counter."""
@@ -90,12 +90,12 @@ class Loader:
         return wait
 
     def sample_numbers(self, step: int, steps: int = 1) -> Ints:
-        """Return the numbers, counted over the whole run, of this rank's sequences in `step` and those after it."""
-        first = np.arange(step, step + steps, dtype=np.int64) * self._global_batch + self._rank * self._rows
-        return (first[:, None] + np.arange(self._rows)).ravel()
+        """Return the numbers of this rank's sequences in `steps` steps from `step` on, counted over the whole run."""
+        first = np.arange(step, step + steps, dtype=np.int64) * self._global_batch + self._rank * self._rank_batch
+        return (first[:, None] + np.arange(self._rank_batch)).ravel()
 
     def places(self, step: int) -> tuple[Ints, Ints]:
-        """Return the shard and the offset in tokens of each of the windows that sample_numbers(step) numbers."""
+        """Return the shard and the token offset of each window that this rank reads in `step`."""
         return self.order.starts(self.sample_numbers(step))
 
     def close(self) -> None:
@@ -103,10 +103,10 @@ class Loader:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
     def _fetch_next_chunk(self) -> None:
-        self._chunks.append(self._thread.submit(self._chunk, self._step_to_fetch))
+        self._chunks.append(self._thread.submit(self._read_chunk, self._step_to_fetch))
         self._step_to_fetch += self._steps_per_chunk
 
-    def _chunk(self, step: int) -> Tensor:
+    def _read_chunk(self, step: int) -> Tensor:
         """Return the tokens of `_steps_per_chunk` steps, uint16 [sequences, T + 1]; runs in the thread.
 
         numpy only: a torch operation here would start a second pool of OpenMP threads beside the one that trains.
@@ -121,10 +121,10 @@ class Loader:
 class EvaluationBatches:
     """The fixed validation windows, in micro-batches dealt out to the ranks in turn, the same for any world size.
 
-    Each iteration gives (indices, x_BT, y_BT) again; `indices` number the windows, int64 [B]. A sharded model needs
-    every rank in each forward pass, so all ranks get the same number of batches: ranks that have none left get the last
-    batch with all indices -1, to be computed and not counted. The last batch may be smaller than the others. Raises
-    DataError if the split holds no window of block_size + 1 tokens.
+    Every iteration gives the same (indices, x_BT, y_BT); `indices` are the numbers of the windows, int64 [B]. A sharded
+    model needs every rank in each forward pass, so all ranks get the same number of batches: a rank that has none left
+    gets the last batch with all indices -1, which it computes but does not count. The last batch may be smaller than
+    the others. Raises DataError if the split holds no window of block_size + 1 tokens.
     """
 
     def __init__(
@@ -176,8 +176,8 @@ class WindowReader:
         self._shards = split.shards
         self._files = [_stat(shard) for shard in split.shards]
         self._views = [sliding_window_view(np.asarray(s), length) if len(s) >= length else None for s in split.shards]
-        self._small = sum(shard.nbytes for shard in split.shards) <= READ_WHOLE_BYTES
-        if self._small:
+        self._read_whole = sum(shard.nbytes for shard in split.shards) <= READ_WHOLE_BYTES
+        if self._read_whole:
             for shard in split.shards:
                 mapping_of(shard).madvise(mmap.MADV_WILLNEED)
 
@@ -186,16 +186,16 @@ class WindowReader:
         parts = [(int(shard), np.flatnonzero(shards == shard)) for shard in np.unique(shards)]
         for shard, rows in parts:
             _check_length(self._shards[shard], self._files[shard])
-            if not self._small:
-                self._announce(shard, offsets[rows])
+            if not self._read_whole:
+                self._prefetch(shard, offsets[rows])
         for shard, rows in parts:
             view = self._views[shard]
             assert view is not None, "the order takes no window from a shard that is shorter"
             # One fancy-indexed copy releases the interpreter's lock once, not once for each window.
             tokens[rows if len(parts) > 1 else slice(None)] = view[offsets[rows]]
 
-    def _announce(self, shard: int, offsets: Ints) -> None:
-        """Let the kernel read these windows ahead, all at once: on a cold file this is worth a factor of 16."""
+    def _prefetch(self, shard: int, offsets: Ints) -> None:
+        """Have the kernel read these windows ahead, all at once: a cold file is then read 16 times as fast."""
         itemsize = self._shards[shard].itemsize
         pages = offsets * itemsize // mmap.PAGESIZE * mmap.PAGESIZE
         ends = (offsets + self.length) * itemsize
@@ -215,7 +215,7 @@ def _check_length(shard: TokenMap, mapped: os.stat_result | None) -> None:
 
 
 def _stat(shard: TokenMap) -> os.stat_result | None:
-    """Return the status of the path of a mapped file; None if no file has it any more. Raises StorageError."""
+    """Return the status of the file at a shard's path; None if there is none any more. Raises StorageError."""
     assert shard.filename is not None
     try:
         return os.stat(shard.filename)
@@ -228,7 +228,7 @@ def _stat(shard: TokenMap) -> os.stat_result | None:
 def _inputs_and_targets(tokens: Tensor, device: torch.device) -> MicroBatch:
     """Return inputs and targets, int64 [sequences, T] each on the device, of uint16 tokens [sequences, T + 1]."""
     if device.type == "cpu":
-        # torch would use several threads here, and wait for one that has no core on a busy machine.
+        # torch would use several threads here, and on a busy machine wait for one that gets no core.
         array = tokens.numpy()
         return torch.from_numpy(array[:, :-1].astype(np.int64)), torch.from_numpy(array[:, 1:].astype(np.int64))
     tokens = tokens.to(device, non_blocking=True)

@@ -21,15 +21,15 @@ GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 MULTIPLIER_1 = np.uint64(0xBF58476D1CE4E5B9)
 MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 
-# Three rounds leave visible structure for small n, six do not (FACTS: order).
+# Three rounds leave visible structure for small n, six do not.
 ROUNDS = 6
 
-# The purposes of a hash, so that no two of them share random bits.
+# What a hash is for is part of its input, so that the two purposes share no random bits.
 PERMUTATION, SHIFT = 1, 2
 
 
 class Permutation:
-    """A keyed permutation of [0, n): a Feistel network over Z_a x Z_b, walked until the result is below n.
+    """A keyed permutation of [0, n): a Feistel network over Z_a x Z_b, applied again until the result is below n.
 
     n is at most 2^62. `key` holds one word for all indices, or one per index.
     """
@@ -37,7 +37,7 @@ class Permutation:
     def __init__(self, n: int, key: Words) -> None:
         self.n = n
         self.key = key
-        # a * b >= n exceeds n by less than a, about sqrt(n): a second walk is rare.
+        # a * b >= n exceeds n by less than a, about sqrt(n): the network is seldom applied twice.
         self._a = math.isqrt(n - 1) + 1
         self._b = -(-n // self._a)
 
@@ -69,7 +69,7 @@ class Order:
         per_shard = np.where(usable >= block_size, np.maximum(1, usable // block_size - 1), 0)
         self.windows = int(per_shard.sum())
         if not self.windows:
-            raise no_window(shard_lengths, block_size, split)
+            raise no_window_error(shard_lengths, block_size, split)
         self.block_size = block_size
         self.seed = seed
         self._ends = np.cumsum(per_shard)
@@ -77,7 +77,7 @@ class Order:
         self._shifts = np.maximum(0, usable - per_shard * block_size) + 1
 
     def starts(self, sample_numbers: Ints) -> tuple[Ints, Ints]:
-        """Return the shard and the offset in tokens of each sample's window, for a one-dimensional array of numbers."""
+        """Return the shard and the token offset of each sample's window, for a one-dimensional array of numbers."""
         epochs, indices = np.divmod(sample_numbers, self.windows)
         windows = Permutation(self.windows, _hash(self.seed, PERMUTATION, epochs))(indices)
         shards = np.searchsorted(self._ends, windows, side="right")
@@ -91,12 +91,12 @@ def evaluation_windows(
 ) -> tuple[Ints, Ints]:
     """Return the shards and offsets of at most `sequences` windows that do not overlap, spread evenly over the split.
 
-    They are always the same: nothing is random. Raises DataError if no shard holds a window.
+    Nothing is random: the windows are always the same. Raises DataError if no shard holds a window.
     """
     per_shard = np.maximum(0, np.array(shard_lengths, dtype=np.int64) - 1) // block_size
     available = int(per_shard.sum())
     if not available:
-        raise no_window(shard_lengths, block_size, split)
+        raise no_window_error(shard_lengths, block_size, split)
     count = min(sequences, available)
     windows = np.arange(count, dtype=np.int64) * available // count
     ends = np.cumsum(per_shard)
@@ -104,8 +104,8 @@ def evaluation_windows(
     return shards, (windows - (ends - per_shard)[shards]) * block_size
 
 
-def no_window(shard_lengths: Sequence[int], block_size: int, split: str) -> DataError:
-    """Return an error with the length of the split and the block size that would fit it."""
+def no_window_error(shard_lengths: Sequence[int], block_size: int, split: str) -> DataError:
+    """Return the error for a split without a window. It states the length and the block size that would fit."""
     longest = max(shard_lengths, default=0)
     has = f"the {split} split has {sum(shard_lengths):,} tokens"
     if len(shard_lengths) > 1:
@@ -120,7 +120,7 @@ def no_window(shard_lengths: Sequence[int], block_size: int, split: str) -> Data
 
 
 def _mixed(words: Words) -> Words:
-    """splitmix64's output function: a bijection of 64-bit words in which every input bit moves every output bit."""
+    """Apply splitmix64's output function, a bijection of 64-bit words: each input bit affects every output bit."""
     words = words + GOLDEN
     words = (words ^ (words >> np.uint64(30))) * MULTIPLIER_1
     words = (words ^ (words >> np.uint64(27))) * MULTIPLIER_2
@@ -133,7 +133,7 @@ def _word(number: int) -> Words:
 
 
 def _hash(*parts: int | Ints) -> Words:
-    """Return one random word for each element of the parts, which broadcast."""
+    """Return a pseudo-random word for each element of the parts, which are broadcast."""
     state = _word(0)
     for part in parts:
         state = _mixed(state ^ (_word(part) if isinstance(part, int) else part.astype(np.uint64)))

@@ -1,4 +1,4 @@
-"""Write the files of a dataset, hashed on the way and on disk in the end."""
+"""Write the files of a dataset: hash them on the way, and flush them to the disk."""
 
 import hashlib
 import json
@@ -44,10 +44,10 @@ def write_dataset(
     about: Mapping[str, Any],
     advance: Callable[[int], None],
 ) -> dict[str, Any]:
-    """Write a dataset into an empty directory and return its meta.json; all of it is on disk then.
+    """Write a dataset into an empty directory, flush it to the disk and return its meta.json.
 
-    A shard ends with the document that fills `shard_tokens`. `about` goes into meta.json as it is; `advance` gets the
-    number of bytes written. Raises OSError.
+    A shard ends with the document that fills `shard_tokens`. `about`: more entries for meta.json. `advance` is called
+    with the number of bytes written. Raises OSError.
     """
     token_bytes = tokenizer.token_bytes()
     with ExitStack() as open_files:
@@ -89,7 +89,7 @@ def _add_for_nanogpt(directory: Path, tokenizer: Tokenizer) -> None:
 
 
 class _SplitWriter:
-    """Writes one split, and starts a new shard after the document that fills one. `shards` are those that ended."""
+    """Writes one split, and starts a new shard after the document that fills one. `shards`: the finished ones."""
 
     def __init__(self, stem: Path, token_bytes: Ints, shard_tokens: int | None, open_files: ExitStack) -> None:
         self.shards: list[Shard] = []
@@ -100,13 +100,13 @@ class _SplitWriter:
     def append(self, tokens: Tokens, ends: Ints) -> None:
         while tokens.size:
             shard = self._shard or _ShardWriter(f"{self._stem}-{len(self.shards):05d}", self._open_files)
-            last = int(np.searchsorted(ends, self._shard_tokens - shard.tokens))  # the document that fills it
-            is_full = last < ends.size
-            stop = int(ends[last]) if is_full else tokens.size
+            last = int(np.searchsorted(ends, self._shard_tokens - shard.tokens))  # the document that fills the shard
+            fills_shard = last < ends.size
+            stop = int(ends[last]) if fills_shard else tokens.size
             shard.append(tokens[:stop], ends[: last + 1], int(self._token_bytes[tokens[:stop]].sum()))
             tokens, ends = tokens[stop:], ends[last + 1 :] - stop
             self._shard = shard
-            if is_full:
+            if fills_shard:
                 self.end_shard()
 
     def end_shard(self) -> None:
@@ -143,7 +143,7 @@ class _ShardWriter:
 
 
 class _HashedFile:
-    """A file that is hashed while it is written. It is closed with `open_files`, should `finish` never be called."""
+    """A file that is hashed while it is written. If `finish` is never called, `open_files` closes it."""
 
     def __init__(self, path: Path, open_files: ExitStack) -> None:
         self.path = path
@@ -156,7 +156,7 @@ class _HashedFile:
         self._digest.update(raw)
 
     def finish(self) -> str:
-        """Bring the file to disk, close it and return its SHA-256."""
+        """Flush the file to the disk, close it and return its SHA-256."""
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()

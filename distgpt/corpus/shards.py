@@ -1,4 +1,4 @@
-"""A dataset: a prepared directory of uint16 tokens, hashed, opened as memory maps, verified before it is believed.
+"""A dataset: a prepared directory of uint16 tokens, hashed, opened as memory maps, verified before it is used.
 
 train-00000.bin  val-00000.bin      raw little-endian uint16 tokens, no header
 train-00000.idx  val-00000.idx      uint64, documents + 1 token offsets into the .bin of the same name
@@ -120,7 +120,7 @@ def read_meta(path: Path) -> dict[str, Any]:
         if not path.exists():
             command = f"python -m distgpt.prepare --input ... --output {shlex.quote(str(path))}"
             raise IncompleteError(f"no prepared data in {path}: run {command}") from None
-        raise IncompleteError(f"{path} is not a dataset, it has no {META}: {_suggestion(path)}") from None
+        raise IncompleteError(f"{path} is not a dataset, it has no {META}: {_advice(path)}") from None
     except OSError as error:
         raise DataError(f"cannot read {path / META}: {error.strerror}") from None
     except ValueError as error:
@@ -137,8 +137,8 @@ def verify_dataset(dataset: Dataset, *, always: bool = False) -> None:
 
     Raises DataError naming the file.
 
-    DIR/.verified.json keeps the size and time of change of verified files, so that only the first use pays; a
-    read-only directory pays every time. `always` checks again.
+    DIR/.verified.json keeps the size and modification time of verified files, so that only the first use takes
+    time; a read-only directory is verified at every use. `always`: verify again.
     """
     stamps = _stamps(dataset)
     with contextlib.suppress(OSError, ValueError):
@@ -171,8 +171,8 @@ def is_dataset_file(name: str) -> bool:
     return re.fullmatch(_DATASET_FILE, name) is not None
 
 
-def _suggestion(path: Path) -> str:
-    """Suggest the dataset that is meant by a directory or file that is not one, or the command that makes one of it."""
+def _advice(path: Path) -> str:
+    """Return advice for a path that is no dataset: one inside it, or the command that prepares one from it."""
     try:
         inside = list(itertools.islice(path.iterdir(), 1000))
     except OSError:  # a file, or a directory that cannot be listed
@@ -224,7 +224,7 @@ def _map(path: Path) -> TokenMap:
     except OSError as error:
         fix = _TOO_MANY_SHARDS if error.errno == errno.EMFILE else ""
         raise DataError(f"cannot read {path}: {error.strerror}{fix}") from None
-    # Windows are read at random: read-ahead would fetch a hundred bytes for each one that is used.
+    # Windows are at random places: the kernel's read-ahead would fetch a hundred bytes for each byte used.
     mapping_of(tokens).madvise(mmap.MADV_RANDOM)
     return tokens
 
@@ -259,7 +259,7 @@ def _verify_file(path: Path, sha256: str, *, vocab_size: int | None = None) -> N
 
 
 def _stamps(dataset: Dataset) -> dict[str, list[int]]:
-    """Return the size and time of change in nanoseconds of every file."""
+    """Return the size of every file, and its modification time in nanoseconds."""
     names = [TOKENIZER, META, *(name for shard in shards_of(dataset.meta) for name in (shard.file, shard.index))]
     stats = {name: (dataset.path / name).stat() for name in names}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}

@@ -1,4 +1,4 @@
-"""Find out why a run hangs: how far each rank came, in which line it is, and which ranks hold up the others."""
+"""Find out why a run hangs: how far each rank got, in which line it is, and for which ranks the others wait."""
 
 import socket
 import sys
@@ -26,7 +26,10 @@ class RankProgress:
 def describe_hanging_ranks(
     answers: Sequence[RankProgress], world_size: int, stopped: Sequence[int] = (), gone: Sequence[int] = ()
 ) -> str:
-    """Describe the ranks for which all the others wait."""
+    """Describe the ranks for which all the others wait.
+
+    `stopped` and `gone` are ranks of this host that a signal has stopped, or that have ended.
+    """
     if gone:
         return f"{_ranks(gone)} of {socket.gethostname()} gone"
     if stopped:
@@ -38,7 +41,9 @@ def describe_hanging_ranks(
     last = [str(answer) for answer in answers if answer.heartbeats == behind]
     if len(last) < world_size:
         return f"{', '.join(last)} made less progress than the others"
-    return f"all ranks made equal progress ({answers[0].activity}): {_lines(answers)}" if world_size > 1 else last[0]
+    if world_size == 1:
+        return last[0]
+    return f"all ranks made equal progress ({answers[0].activity}): {_ranks_by_line(answers)}"
 
 
 def write_flight_recorders(logs: Path, rank: int) -> None:
@@ -65,13 +70,13 @@ def current_line() -> str:
         saving = [
             frames[t.ident] for t in threading.enumerate() if t.name.startswith("checkpoint") and t.ident in frames
         ]
-        # An idle thread of the pool is in thread.py.
+        # A thread in thread.py is idle: it waits for the pool's next task.
         frame = next((busy for busy in saving if Path(busy.f_code.co_filename).name != "thread.py"), frame)
     return f"{Path(frame.f_code.co_filename).name}:{frame.f_lineno} in {frame.f_code.co_name}"
 
 
-def _lines(answers: Sequence[RankProgress]) -> str:
-    """Group ranks by their line, the smallest group first: within a backward pass heartbeats do not differ."""
+def _ranks_by_line(answers: Sequence[RankProgress]) -> str:
+    """List ranks by their line, the smallest group first: ranks in one backward pass have equally many heartbeats."""
     ranks: dict[str, list[int]] = {}
     for answer in answers:
         ranks.setdefault(answer.line, []).append(answer.rank)

@@ -14,19 +14,19 @@ from distgpt.config import HealthConfig
 
 # The number of last values that a value is compared with.
 WINDOW = 128
-# The standard deviation of fewer values is too uncertain: of 32 values, its error is about an eighth.
-LEAST_VALUES = 32
-# A run ends after so many skipped updates in a row: it does not recover by itself.
-MOST_SKIPS = 10
+# Of fewer values, the standard deviation is too uncertain: of 32 values, its relative error is about an eighth.
+MIN_VALUES = 32
+# A run ends after so many skipped updates in a row: it would not recover by itself.
+MAX_SKIPS = 10
 
 
 def z_score(values: Collection[float], value: float) -> float | None:
     """Return how far `value` lies above the mean of `values`, in their standard deviations.
 
-    None if it is not finite, if there are fewer than LEAST_VALUES values, or if all of them are equal.
+    None if it is not finite, if there are fewer than MIN_VALUES values, or if all of them are equal.
     """
     count = len(values)
-    if count < LEAST_VALUES or not math.isfinite(value):
+    if count < MIN_VALUES or not math.isfinite(value):
         return None
     mean = math.fsum(values) / count
     deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / count)
@@ -40,7 +40,7 @@ class Decision:
     loss_z: float | None = None
     grad_norm_z: float | None = None
     action: Literal["update", "skip", "stop"] = "update"
-    reason: str = ""  # the figures that speak against the update
+    reason: str = ""  # the figures because of which the update is not applied
     skips: int = 0  # updates skipped in a row before this one
 
 
@@ -52,9 +52,9 @@ class OutlierFilter:
         self.restore({})
 
     def check(self, *, loss: float, grad_norm: float) -> Decision:
-        """Decide on the update of the next step, by its mean loss and the norm of its gradients before clipping.
+        """Decide on the update of the next step, from its mean loss and the norm of its gradients before clipping.
 
-        Skipped steps do not enter the windows. Ranks with equal figures come to equal decisions.
+        Figures of skipped steps are not compared with later ones. Ranks with equal figures come to equal decisions.
         """
         loss_z, grad_norm_z = z_score(self._losses, loss), z_score(self._grad_norms, grad_norm)
         finite = math.isfinite(loss) and math.isfinite(grad_norm)
@@ -65,7 +65,7 @@ class OutlierFilter:
             return Decision(loss_z, grad_norm_z)
         reason = f"loss {_figure(loss, loss_z)} and gradient norm {_figure(grad_norm, grad_norm_z)}"
         skips, self._skips = self._skips, self._skips + 1
-        stop = skips >= MOST_SKIPS or (not finite and self._config.on_nonfinite == "stop")
+        stop = skips >= MAX_SKIPS or (not finite and self._config.on_nonfinite == "stop")
         return Decision(loss_z, grad_norm_z, "stop" if stop else "skip", reason, skips)
 
     def state(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
-"""Find ranks that slow down the others: each rank times its own work, all compare, and rank 0 names the slow ones.
+"""Find ranks that slow down the others: each rank times its own work, and a comparison names the slow ones.
 
-Collectives make the steps of all ranks as long as those of the slowest. So the own work of a rank is what it does in a
-step before it first waits for another rank.
+Collectives make the steps of all ranks as long as those of the slowest. So the own work of a rank is only what it does
+in a step before it first waits for another rank.
 """
 
 import bisect
@@ -19,11 +19,11 @@ from distgpt.distributed.collectives import all_gather_row, hosts_of_ranks
 from distgpt.distributed.parallelize import unwrap_model
 from distgpt.distributed.runtime import Runtime
 
-# A rank is slow if its own work takes so many times the median of the others, and is above it by at least a floor.
-SLOWER, FLOOR_SECONDS, SAVE_FLOOR_SECONDS = 1.5, 0.010, 0.5
+# A rank is slow if its own work takes so many times the median of the others, and at least so many seconds more.
+SLOW_FACTOR, MARGIN_SECONDS, SAVE_MARGIN_SECONDS = 1.5, 0.010, 0.5
 # Ranks are compared over intervals of at least this length. A rank is reported as slow, or as no longer slow, after so
 # many intervals in a row. For saves, only intervals with a save count.
-INTERVAL_SECONDS, IN_A_ROW = 2.0, 3
+INTERVAL_SECONDS, INTERVALS_IN_A_ROW = 2.0, 3
 # A rank that stays slow is reported again after so many intervals.
 REMIND_INTERVALS = 100
 
@@ -56,7 +56,7 @@ class StragglerMonitor:
         self._steps += 1
 
     def reset(self) -> None:
-        """Forget the steps since the last comparison, such as the first one of an attempt, which warms up."""
+        """Forget the steps since the last comparison, for example the first one of an attempt, which warms up."""
         self._work, self._steps = Work(), 0
 
     def compare(self, seconds: float) -> tuple[list[str], dict[str, float]]:
@@ -78,8 +78,8 @@ class OwnWorkTimer:
 
     With whole replicas (one process, DDP), own work ends with the last gradient of the last micro-batch, that of the
     token embedding: only then does DDP wait for the others. A sharded model waits for the shards of others in every
-    block, so own work ends at the first forward pass: slow data shows, a slow device does not. On CUDA, events in the
-    stream time the kernels; before a sharded forward pass, the host's clock does.
+    block, so own work ends at the first forward pass: that shows slow data, but not a slow device. On CUDA, events in
+    the stream time the kernels; before a sharded forward pass, the host's clock does.
     """
 
     def __init__(self, model: nn.Module, device: torch.device) -> None:
@@ -88,7 +88,7 @@ class OwnWorkTimer:
         self._times_kernels = device.type == "cuda" and not self._sharded
         self.begin()
         if self._sharded:
-            # Before FSDP's own hook, which waits.
+            # Prepended, to run before FSDP's own hook, which waits.
             gpt.register_forward_pre_hook(self._at_forward, prepend=True)
         else:
             gpt.token_embedding.weight.register_post_accumulate_grad_hook(self._at_last_gradient)  # type: ignore[no-untyped-call]
@@ -156,7 +156,7 @@ class StragglerDetector:
         ordered = sorted(own)
         for rank, (host, history) in enumerate(zip(self._hosts, self._histories, strict=True)):
             median = median_without(ordered, own[rank])
-            if history.update(own[rank] >= SLOWER * median and own[rank] - median >= FLOOR_SECONDS):
+            if history.update(own[rank] >= SLOW_FACTOR * median and own[rank] - median >= MARGIN_SECONDS):
                 status = "is slow" if history.slow else "keeps up again"
                 waited = _span(self._sums[rank].data_wait / self._steps)
                 yield (
@@ -165,7 +165,7 @@ class StragglerDetector:
                 )
 
     def _slow_to_save(self) -> Iterator[str]:
-        """Compare each rank with the others' seconds and seconds per byte: shares differ, and some ranks have none."""
+        """Compare each rank's seconds, and seconds per byte, with the others': shares differ, and some are empty."""
         shares = {rank: work for rank, work in enumerate(self._sums) if work.saved_bytes}
         if len(shares) < 2:
             return
@@ -175,7 +175,7 @@ class StragglerDetector:
             at_same_speed = median_without(per_byte, work.save / work.saved_bytes) * work.saved_bytes
             usual = max(median_without(seconds, work.save), at_same_speed)
             history = self._save_histories[rank]
-            if history.update(work.save >= SLOWER * usual and work.save - usual >= SAVE_FLOOR_SECONDS):
+            if history.update(work.save >= SLOW_FACTOR * usual and work.save - usual >= SAVE_MARGIN_SECONDS):
                 status = "is slow to save" if history.slow else "saves as fast as the others again"
                 yield (
                     f"rank {rank} on {self._hosts[rank]} {status}: {_span(work.save)} for its share of checkpoints, "
@@ -188,18 +188,18 @@ class _History:
     """The last reported status of a rank, and whether a new one is to be reported."""
 
     slow: bool = False
-    disagreeing: int = 0  # intervals in a row with the opposite status
+    opposite: int = 0  # intervals in a row with the opposite status
     age: int = 0  # intervals since the last report
 
     def update(self, slow: bool) -> bool:
         """Add another interval; tell whether the status is to be reported."""
         self.age += 1
-        self.disagreeing = self.disagreeing + 1 if slow != self.slow else 0
-        if self.disagreeing == IN_A_ROW:
+        self.opposite = self.opposite + 1 if slow != self.slow else 0
+        if self.opposite == INTERVALS_IN_A_ROW:
             self.slow = slow
         elif not (self.slow and slow and self.age >= REMIND_INTERVALS):
             return False
-        self.disagreeing = self.age = 0
+        self.opposite = self.age = 0
         return True
 
 

@@ -1,9 +1,9 @@
 """A watchdog in each rank: it names the rank that hangs, has all ranks write their stacks, and ends all of them.
 
-Ranks wait for each other in every step, so a rank that hangs halts all of them, each in another place. The first rank
+Ranks wait for each other in every step, so if one hangs, all of them stand still, each in another place. The first rank
 that exceeds its limit calls the others through the store. Each writes its stacks to its log and reports its progress.
 A rank that does not answer, or has made less progress than the others, is named. Then each rank kills all ranks of its
-host with SIGKILL, since a stopped one would keep its launcher waiting, and exits. The launcher can restart or end at
+host with SIGKILL, since the launcher would wait for a stopped one, and exits. So the launcher can restart or end at
 once. backstop.py ends a rank whose watchdog cannot run.
 """
 
@@ -58,8 +58,8 @@ JOINING = "waiting for the other ranks to join"
 class Watchdog:
     """The watchdog of one rank, a context manager around its whole run.
 
-    Before the first heartbeat there is no limit. All along, no other rank of its host may be stopped by a signal for
-    more than `health.timeout` seconds.
+    There is no limit before the first heartbeat. At any time, it also ends the run if another rank of its host has been
+    stopped by a signal for more than `health.timeout` seconds.
     """
 
     def __init__(self, run: RunSession, health: HealthConfig) -> None:
@@ -92,13 +92,13 @@ class Watchdog:
             self._leave_store()
 
     def connect(self, store: "Store") -> None:
-        """From now on, call all ranks through `store`, which they share."""
+        """Use `store`, which all ranks share, to call them from now on."""
         shared: Any = store  # some stubs of torch lack clone()
         # Rank 0 serves the store as long as it holds this reference: until all ranks have left.
         self._shared_store = shared
         # Each thread needs a client of its own, since calls block.
         self._store, calls = shared.clone(), shared.clone()
-        # From here on all ranks record the same heartbeats; before, rank 0 had more to do.
+        # From here on all ranks record the same heartbeats; before, rank 0 has recorded more.
         self._heartbeats = 0
         self._listener = threading.Thread(target=self._listen, args=(calls,), name="watchdog-calls", daemon=True)
         self._listener.start()
@@ -136,7 +136,7 @@ class Watchdog:
         `models`: the model that trains and the GPT inside, which may be the same; an evaluation calls the latter.
         """
         for model in set(models):
-            # Before FSDP's own hook, which waits for the others.
+            # Prepended, to run before FSDP's own hook, which waits for the others.
             model.register_forward_pre_hook(
                 lambda module, _: self._record_pass(module, "in a forward pass"), prepend=True
             )
@@ -159,9 +159,9 @@ class Watchdog:
                 late = now - self._last_heartbeat > limit
                 present = ranks_of_this_host()
                 stopped = self._stopped_ranks(present, now)
-                too_long = any(now - since > self._stopped_limit for since in stopped.values())
+                stopped_too_long = any(now - since > self._stopped_limit for since in stopped.values())
                 gone = self._gone_ranks(present, now)
-                if (called or late or too_long or gone) and not self._ended.is_set():
+                if (called or late or stopped_too_long or gone) and not self._ended.is_set():
                     self._end_all_ranks(list(stopped), gone)
 
     def _stopped_ranks(self, present: Mapping[int, int], now: float) -> dict[int, float]:
@@ -198,16 +198,16 @@ class Watchdog:
         threading.Thread(target=self._end_after_deadline, args=(own,), daemon=True).start()
         self._write_stacks(f"no progress for {waited:.0f} s while {own.activity}")
         answers = self._gather_progress(own, {*stopped, *gone})
-        named = describe_hanging_ranks(answers, self._world_size, stopped, gone)
+        hanging = describe_hanging_ranks(answers, self._world_size, stopped, gone)
         not_joined = self._store is None and not stopped and not gone
         if not_joined:
             waits_for_ranks = self._activity == JOINING and self._world_size > 1
-            named = f"not all of {self._world_size} ranks have joined {own}" if waits_for_ranks else str(own)
+            hanging = f"not all of {self._world_size} ranks have joined {own}" if waits_for_ranks else str(own)
         cause = (
-            f"no progress for {waited:.0f} s: {named}; the stacks of all ranks are in {self._run.paths.logs}: "
+            f"no progress for {waited:.0f} s: {hanging}; the stacks of all ranks are in {self._run.paths.logs}: "
             "run it again to go on, or with a longer health.*timeout if it was only slow"
         )
-        # The first rank of this host may be a stopped one, which cannot report.
+        # The first rank of this host may be a stopped one, which cannot report: the first of the others does.
         first_running = min(({self._run.rank} | ranks_of_this_host().keys()) - set(stopped))
         is_first = first_running == self._run.rank if stopped else not_joined
         if self._run.report(EXIT_INTERRUPTED, cause, as_first_of_host=is_first):

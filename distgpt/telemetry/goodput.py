@@ -1,7 +1,7 @@
-"""The time of a run by what it was spent on, over all its attempts. Rank 0 keeps it in goodput.jsonl.
+"""The time of a run by its use, over all its attempts. Rank 0 records it in goodput.jsonl.
 
 An attempt is one start of the training processes. Each line holds all seconds that its attempt has spent so far, so a
-lost line costs nothing once the next one is written. Time within an attempt is measured with the monotonic clock. Time
+lost line loses nothing once the next one is written. Time within an attempt is measured with the monotonic clock. Time
 between attempts needs the wall clock, which may be set back or belong to another host; a negative pause counts as 0.
 
 The time of a killed attempt after its last line counts as recovery, and so does an attempt that never trained.
@@ -61,7 +61,7 @@ class TimeSpent:
 
     seconds: Mapping[str, float]
     attempts: int
-    failures: int  # attempts before the last one that were neither done nor interrupted on request
+    failures: int  # attempts before the last one that ended neither in "done" nor "interrupted"
 
     @property
     def total(self) -> float:
@@ -133,7 +133,7 @@ class Goodput:
         return seconds
 
     def so_far(self) -> TimeSpent:
-        """Return the time of the whole run up to the last call of charge or step."""
+        """Return the time of the whole run up to the last call of `charge` or `step`."""
         return replace(
             self._earlier, seconds={part: t + self._spent.get(part, 0.0) for part, t in self._earlier.seconds.items()}
         )
@@ -163,7 +163,7 @@ class Goodput:
 
 
 def _open(path: Path, require_owned: Callable[[], object]) -> int:
-    """Open a goodput.jsonl for appending, its last line ended, since an earlier attempt may have left half a line."""
+    """Open a goodput.jsonl for appending. If an earlier attempt left an incomplete last line, end that line."""
     file = open_for_appending(path, require_owned=require_owned)
     if (size := os.fstat(file).st_size) and os.pread(file, 1, size - 1) != b"\n":
         append_or_undo(file, b"\n")

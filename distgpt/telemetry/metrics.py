@@ -86,7 +86,7 @@ class Metrics:
         self.scalars(step, {f"eval/{name}": value for name, value in values.items()})
 
     def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Add one point to each curve in TensorBoard; values that are None are left out."""
+        """Add one point to each curve in TensorBoard; leave out values that are None."""
         with self.counting_drops():
             self._events.scalars(step, {tag: value for tag, value in values.items() if value is not None})
 

@@ -1,8 +1,8 @@
-"""Writes to a run directory that no earlier owner can disturb, and that leave no half a record behind.
+"""Writes to a run directory that an earlier owner cannot damage, and that leave no incomplete record.
 
-An earlier owner may have been suspended, and may wake up in the middle of a write. A file that it has open is no longer
-the one at its path, since the next owner replaces each file by a copy. Its renames fail, since the next owner has
-removed its staging file. `require_owned` is called before each write, see `RunSession.require_owned`.
+An earlier owner may have been suspended and wake up in the middle of a write. A file that it has open is no longer the
+one at its path, since the next owner replaces each file by a copy. Its renames fail, since the next owner has removed
+its staging file. `require_owned` is called before each write, see `RunSession.require_owned`.
 """
 
 import os
@@ -45,7 +45,7 @@ def replace_file(path: Path, content: bytes, *, require_owned: Callable[[], obje
     except BaseException:
         os.close(file)
         staged.unlink(missing_ok=True)
-        require_owned()  # reports a takeover if that is why the staging file is gone
+        require_owned()  # raises if the staging file is gone because another process took over
         raise
     return file
 
@@ -58,7 +58,7 @@ def append_or_undo(file: int, data: bytes) -> None:
         while written < len(data):
             written += os.write(file, data[written:])
     except OSError:
-        # Half a record would make the next one unreadable.
+        # An incomplete record would make the next one unreadable.
         with suppress(OSError):
             os.ftruncate(file, end)
         raise

@@ -1,4 +1,4 @@
-"""The peak speed of a device in matrix products. A run's share of it is its model FLOPs utilization (MFU)."""
+"""The peak speed of a device in matrix products. A run's share of it is its MFU (model FLOPs utilization)."""
 
 import re
 import time
@@ -11,7 +11,7 @@ TERA = 1e12
 
 # Dense peaks in TFLOP/s from NVIDIA's data sheets and whitepapers, without sparsity, accumulating in float32:
 # bfloat16, float32 on the tensor cores (TF32), float32. None: the device does not support it. The whole name must
-# match: a MIG slice, a laptop GPU or a variant that is not listed has no figure instead of a wrong one.
+# match: for a MIG slice, a laptop GPU or a variant that is not listed, no figure is better than a wrong one.
 PEAKS: tuple[tuple[str, float | None, float | None, float], ...] = (
     (r"GB200", 2500, 1250, 80),
     (r"B200", 2250, 1125, 75),

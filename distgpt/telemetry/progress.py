@@ -1,4 +1,4 @@
-"""The progress of one run: time its steps, and pass what was measured to the console and to files."""
+"""The progress of a run: times its steps, and shows and records what was measured."""
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +16,7 @@ from distgpt.telemetry.goodput import End, Goodput
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes
 from distgpt.telemetry.plots import plot_losses
 
-# The duration of a run is predicted after so many steps or seconds.
+# The duration of a run is predicted after so many steps, or after steps of so many seconds in total.
 PREDICTING_STEPS, PREDICTING_SECONDS = 3, 20.0
 
 
@@ -61,7 +61,7 @@ class Progress:
 
     def is_logged(self, step: int) -> bool:
         """Tell whether a step is logged: every log.every steps, and the first and the last one."""
-        # With checkpoint.every=auto, ranks choose the interval at log steps, from the second step on.
+        # With checkpoint.every=auto, ranks choose the save interval at log steps, from the second step on.
         warm_up = 2 if self._config.checkpoint.every == "auto" else 1
         warming_up = step - self._start_step <= warm_up
         return warming_up or step == self._config.train.steps or step % self._config.log.every == 0
@@ -98,8 +98,8 @@ class Progress:
         self._paused = self._checkpoint_stall = self._data_wait = 0.0
         return elapsed
 
-    def compare_ranks(self, step: int, messages: Sequence[str], figures: Mapping[str, float]) -> None:
-        """Show messages about ranks, and record figures, by name, under ranks/ in TensorBoard."""
+    def rank_comparison(self, step: int, messages: Sequence[str], figures: Mapping[str, float]) -> None:
+        """Show messages about slow ranks, and record figures by name, under ranks/ in TensorBoard."""
         for line in messages:
             self._console.message(line)
         if self._metrics is not None:
@@ -113,7 +113,7 @@ class Progress:
         )
 
     def predict(self, step: int, seconds: float) -> None:
-        """Show once how long the run will take, from its first steps, except the very first, which warms up."""
+        """Show once how long the run will take, from its first steps without the very first, which warms up."""
         left = self._config.train.steps - step
         if step == self._start_step + 1 or not left or self._predicted:
             return
@@ -126,7 +126,7 @@ class Progress:
 
     @contextmanager
     def pausing(self, part: Literal["evaluation", "checkpoint"]) -> Iterator[None]:
-        """Wrap an evaluation, or the part of a save for which training stops: its time is not that of steps."""
+        """Wrap an evaluation, or the part of a save that training waits for: its time does not count as steps."""
         started = time.perf_counter()
         if part == "checkpoint":
             if self._metrics is not None:

@@ -1,6 +1,6 @@
 """A writer of TensorBoard's event files, record by record.
 
-torch's SummaryWriter is not used: on a full disk its thread leaves half a record behind, prints tracebacks, raises into
+torch's SummaryWriter is not used: on a full disk its thread leaves an incomplete record, prints tracebacks, raises into
 training and does not recover when there is space again. It also takes seconds to import.
 """
 
@@ -25,10 +25,10 @@ FILE_NAME = re.compile(r"events\.out\.tfevents\.(\d{10})\.")
 
 
 class EventFile:
-    """A new event file in `directory`. TensorBoard hides what earlier files hold from `first_step` on.
+    """A new event file in `directory`. TensorBoard hides the steps of earlier files from `first_step` on.
 
-    Each method appends one record. If that fails it raises OSError and leaves the file as it was, so that later records
-    can be read. `require_owned` is called before each write.
+    Each method appends one record. If that fails, it raises OSError and leaves the file as it was, so that later
+    records can be read. `require_owned` is called before each write.
     """
 
     def __init__(self, directory: Path, *, first_step: int, require_owned: Callable[[], object]) -> None:

@@ -61,7 +61,7 @@ class StepReporter:
         if self._plan.runtime.rank == 0:
             for line in messages:
                 log.info(line)
-        self._progress.compare_ranks(step, messages, figures)
+        self._progress.rank_comparison(step, messages, figures)
 
     def _reconsider_interval(self) -> None:
         spent, runtime = self._progress.goodput.so_far(), self._plan.runtime
@@ -92,7 +92,7 @@ def peak_tokens_per_second(plan: Plan, *, flops_per_token: float) -> float | Non
 
 
 def explain_outlier(decision: Decision, step: int, config: Config, batches: Loader) -> str:
-    """Say in one line why the update of a step is not applied, and name its samples; log their places."""
+    """Say in one line why the update of a step is not applied, and which samples it has; log their windows."""
     completed = step - 1
     places = [(int(shard), int(offset)) for shard, offset in zip(*batches.places(completed), strict=True)]
     log.error("step %d, windows of this rank as (shard, token offset): %s", step, places)

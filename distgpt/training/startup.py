@@ -28,7 +28,7 @@ from distgpt.run.session import NFS_ATTRIBUTE_CACHE_SECONDS, RunSession
 
 log = logging.getLogger("distgpt")
 
-# Bytes a second. The watchdog takes a disk that is slower for one that hangs.
+# Bytes a second. The watchdog treats a slower disk as one that hangs.
 SLOWEST_DISK = 1e6
 
 

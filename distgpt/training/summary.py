@@ -47,10 +47,10 @@ def start_message(config: Config, restored: RunState | None) -> str:
 
 def nothing_to_do_message(config: Config, step: int) -> str:
     """Say that a run has finished all its steps, and how to extend it."""
-    raised = "" if config.optim.schedule == "constant" else ", with a higher learning rate again"
+    raised = "" if config.optim.schedule == "constant" else ", which raises the learning rate again"
     return (
-        f"nothing to do: {config.run_dir} is at step {step} of {config.train.steps}, "
-        f"--train.steps=N goes further{raised}"
+        f"nothing to do: {config.run_dir} is at step {step} of {config.train.steps}; "
+        f"to train further, set a larger --train.steps{raised}"
     )
 
 

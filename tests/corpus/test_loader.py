@@ -131,7 +131,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return done
 
 
-def test_waiting_is_counted_once(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_data_wait_is_counted_once(split: Split, monkeypatch: pytest.MonkeyPatch) -> None:
     read = WindowReader.read
 
     def slow_read(reader: WindowReader, shards: Ints, offsets: Ints, tokens: NDArray[np.uint16]) -> None:

@@ -1,4 +1,4 @@
-"""Part files, merged in one read of each; the validation split near the share asked for, for any documents."""
+"""Merging reads each part once; the validation split is near the share asked for, for any documents."""
 
 import random
 from collections import Counter
@@ -10,7 +10,7 @@ import pytest
 
 from distgpt.corpus.preparing import parts
 from distgpt.corpus.preparing.encode import Encoder, encode_units, units_of
-from distgpt.corpus.preparing.merge import is_near, merged, nearest
+from distgpt.corpus.preparing.merge import choose_validation, is_near, merge_parts
 from distgpt.corpus.preparing.scan import scan_input
 from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.reading import sources
@@ -65,7 +65,7 @@ def test_merging_reads_each_part_once(
         return read_part(directory, index)
 
     monkeypatch.setattr(parts, "read_part", counted)
-    documents = list(merged(tmp_path, units, documents=found.documents, val_fraction=val_fraction))
+    documents = list(merge_parts(tmp_path, units, documents=found.documents, val_fraction=val_fraction))
     assert reads == dict.fromkeys(range(len(units)), 1)
     assert {part.split for part in documents} == {"train", "val"}
     assert sum(part.tokens.size for part in documents) == sum(map(len, texts))
@@ -74,7 +74,7 @@ def test_merging_reads_each_part_once(
 def share(sizes: list[int], fraction: float, seed: int) -> float:
     """Return the share of all tokens that validates, with random hashes."""
     hashes = np.array([random.Random(f"{seed} {i}").getrandbits(64) for i in range(len(sizes))], dtype=np.uint64)
-    chosen = np.isin(hashes, nearest(hashes, np.array(sizes), fraction))
+    chosen = np.isin(hashes, choose_validation(hashes, np.array(sizes), fraction))
     assert 0 < chosen.sum() < len(sizes)
     return float(np.array(sizes)[chosen].sum() / sum(sizes))
 
@@ -99,9 +99,9 @@ def test_validation_gets_more_than_half_only_if_asked_for() -> None:
 
 def test_documents_with_the_same_text_stay_together() -> None:
     hashes = np.array([7, 5, 7, 7], dtype=np.uint64)
-    assert nearest(hashes, np.array([1, 2, 1, 1]), 0.3).tolist() == [5]
+    assert choose_validation(hashes, np.array([1, 2, 1, 1]), 0.3).tolist() == [5]
     with pytest.raises(DataError, match="all documents of the input hold the same text"):
-        nearest(hashes[[0, 2, 3]], np.array([1, 1, 1]), 0.1)
+        choose_validation(hashes[[0, 2, 3]], np.array([1, 1, 1]), 0.1)
 
 
 def test_near_is_within_a_factor_of_two_on_both_sides() -> None:

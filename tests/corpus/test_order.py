@@ -101,7 +101,7 @@ def test_order_is_a_function_of_the_number_alone() -> None:
 
 
 def test_order_never_changes() -> None:
-    """A release that moved these would break the exact resume of every run in progress."""
+    """A release with other values would break the exact resume of every run in progress."""
     shards, offsets = Order((1000, 500), block_size=10, seed=1337).starts(np.array([0, 1, 2, 145, 146, 10**12]))
     assert shards.tolist() == [0, 0, 0, 0, 0, 0]
     assert offsets.tolist() == [782, 372, 582, 472, 855, 560]

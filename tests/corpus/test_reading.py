@@ -99,12 +99,12 @@ def test_a_folder_that_cannot_be_read_is_an_error(tmp_path: Path, monkeypatch: p
         (tmp_path / name).touch()
     scandir = os.scandir
 
-    def guarded(path: str) -> Any:
+    def scandir_without_permission(path: str) -> Any:
         if Path(path).name == "locked":  # permissions do not stop root
             raise PermissionError(errno.EACCES, "Permission denied", str(path))
         return scandir(path)
 
-    monkeypatch.setattr(os, "scandir", guarded)
+    monkeypatch.setattr(os, "scandir", scandir_without_permission)
     with pytest.raises(PermissionError, match=r"locked"):
         find(tmp_path)
 
@@ -118,7 +118,7 @@ def test_the_output_is_not_input(values: list[str], tmp_path: Path, monkeypatch:
     outputs = [tmp_path / "out", tmp_path / "out.partial"]
     found = find(*values, excluded=outputs)
     assert [source.path for source in found] == ["a.txt", "b/c.txt"]
-    with pytest.raises(DataError, match=r"--input names nothing but the output: out$"):
+    with pytest.raises(DataError, match=r"--input names no file but the output: out$"):
         find("out", excluded=outputs)
     with pytest.raises(DataError, match=r"out\* holds no text"):
         find("out*", excluded=outputs)
@@ -311,7 +311,7 @@ def test_the_offset_of_a_byte_that_is_not_utf8_is_reported(suffix: str, tmp_path
         (b'{"text": "open', r"line 412: not JSON"),
         (b'["text"]', r"line 412: not a JSON object but list"),
         (b'{"body": "x", "id": 1}', r"line 412: no key 'text' \(there are: body, id\); --text-key"),
-        (b'{"text": 7}', r"line 412: 'text' is not a text but int"),
+        (b'{"text": 7}', r"line 412: 'text' is not a string but int"),
     ],
 )
 def test_a_bad_line_is_named_by_file_and_number(suffix: str, line: bytes, reason: str, tmp_path: Path) -> None:
@@ -346,7 +346,7 @@ def test_parquet_without_the_column_or_with_a_null_is_reported(tmp_path: Path) -
     with pytest.raises(DataError, match=r"no column 'text' \(there are: body\)"):
         read(find(path)[0])
     [place] = bad_places(find(path, options=ReadOptions("body"))[0])
-    assert place.endswith("row 2: 'body' is not a text but NoneType")
+    assert place.endswith("row 2: 'body' is not a string but NoneType")
 
 
 @pytest.mark.usefixtures("small_units")
@@ -384,7 +384,7 @@ def test_a_string_longer_than_a_window_does_not_hide_the_end_of_its_object(
 def test_array_entries_that_are_not_good_objects_are_reported(tmp_path: Path) -> None:
     (tmp_path / "in.json").write_text('[{"text": "a"}, {"text": null}, {"text": "b')
     assert [place.partition("in.json, ")[2] for place in bad_places(find(tmp_path / "in.json")[0])] == [
-        "object 2: 'text' is not a text but NoneType",
+        "object 2: 'text' is not a string but NoneType",
         "object 3: not JSON (Unterminated string starting at: line 1 column 10 (char 9))",
     ]
 
@@ -479,8 +479,8 @@ def test_a_bad_document_is_skipped_or_replaced(on_bad: OnBad, texts: list[str], 
     [source] = find(tmp_path, options=ReadOptions(on_bad=on_bad))
     assert texts_of(source) == texts
     assert [place.partition("in.jsonl, ")[2] for place in bad_places(source)] == [
-        "line 1: 'text' is not a text but NoneType",
-        "line 2: 'text' holds half a character (U+D83D)",
+        "line 1: 'text' is not a string but NoneType",
+        "line 2: 'text' holds a lone surrogate (U+D83D)",
         "line 3: not UTF-8, byte 13 of the line (invalid continuation byte)",
     ]
 
@@ -494,7 +494,7 @@ def test_parquet_reads_bytes_and_columns_in_structs(tmp_path: Path) -> None:
     assert texts_of(source) == ["café", "", ""]
     assert [place.partition("t.parquet, ")[2] for place in bad_places(source)] == [
         "row 2: not UTF-8, byte 3 of the text (unexpected end of data)",
-        "row 3: 'meta.text' is not a text but NoneType",
+        "row 3: 'meta.text' is not a string but NoneType",
     ]
     assert texts_of(find(tmp_path, options=ReadOptions("a.b"))[0]) == ["x", "y", "z"]
     with pytest.raises(DataError, match=r"no column 'meta\.body'"):

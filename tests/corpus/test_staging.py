@@ -1,4 +1,4 @@
-"""The staging directory: one owner, no parts of another job, one step from the old dataset to the new."""
+"""The staging directory: one owner, no parts of another job, an atomic change from the old dataset to the new."""
 
 from pathlib import Path
 

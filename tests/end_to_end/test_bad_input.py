@@ -87,7 +87,7 @@ def cases(
     def case(*arguments: str, data: Path = prepared, run: Path = fresh) -> Callable[[], jobs.Ended]:
         return lambda: jobs.command("train", *tiny(data, run), *arguments)
 
-    found = jobs.all_at_once(
+    found = jobs.run_all(
         {
             "missing data": case(data=root / "none"),
             "not a dataset": case(data=root / "empty"),

@@ -95,7 +95,7 @@ def test_an_error_of_one_rank_is_reported(
 @pytest.mark.parametrize("command", ["train", "evaluate", "sample", "replay"])
 def test_a_signal_while_torch_is_imported(tmp_path: Path, command: str) -> None:
     arguments = {"train": [], "replay": [str(tmp_path), "--step=1"]}.get(command, [str(tmp_path)])
-    job = jobs.Job([sys.executable, "-m", f"distgpt.{command}", *arguments], **jobs.REAL)
+    job = jobs.Job([sys.executable, "-m", f"distgpt.{command}", *arguments], **jobs.NOT_FORKED)
     maps = Path(f"/proc/{job.pid}/maps")
     jobs.poll(lambda: "libtorch" in maps.read_text())
     job.signal(signal.SIGINT)

@@ -89,7 +89,7 @@ def test_a_run_that_is_done_says_so(started_again: Path, prepared: Path) -> None
     before = (started_again / "metrics.jsonl").read_bytes()
     ended = jobs.train(1, *tiny(prepared, started_again))
     assert (ended.code, ended.stderr) == (0, "")
-    assert f"nothing to do: {started_again} is at step 60 of 60, --train.steps=N goes further" in ended.stdout
+    assert f"nothing to do: {started_again} is at step 60 of 60; to train further, set" in ended.stdout
     assert (started_again / "metrics.jsonl").read_bytes() == before
     assert jobs.exit_report(started_again)["code"] == 0
 

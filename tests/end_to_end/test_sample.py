@@ -61,7 +61,7 @@ def sampled(whole: Callable[[str], Trained], tmp_path_factory: pytest.TempPathFa
         arguments = (f"--prompts={prompts / name}", "--samples=2", "--tokens=20", "--json")
         commands[name] = partial(jobs.command, "sample", run, *arguments)
     commands["no run"] = partial(jobs.command, "sample", tmp_path_factory.mktemp("nowhere"))
-    return jobs.all_at_once(commands)
+    return jobs.run_all(commands)
 
 
 def test_the_same_seed_writes_the_same_text(sampled: dict[str, jobs.Ended]) -> None:
@@ -276,7 +276,7 @@ def evaluated(whole: Callable[[str], Trained], tmp_path_factory: pytest.TempPath
     (root / "text.txt").write_text("0123456789" * 1000)
     made = jobs.command("prepare", "--input", root / "text.txt", "--output", root / "other", "--tokenizer", "char")
     assert made.code == 0, made
-    return jobs.all_at_once(
+    return jobs.run_all(
         {
             "same windows": lambda: jobs.command("evaluate", run, "--sequences=30"),
             "other tokenizer": lambda: jobs.command("evaluate", run, f"--data={root / 'other'}"),

@@ -39,7 +39,7 @@ def test_ranks_read_no_pickle(prepared: Path, tmp_path: Path) -> None:
 def test_a_job_on_one_host_listens_on_loopback_alone(prepared: Path, tmp_path: Path) -> None:
     flags = (*jobs.TINY, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}", "--train.steps=2000")
     script = str(jobs.PROJECT / "launch" / "local.sh")
-    job = jobs.Job(["bash", script, *flags, "--log.every=1"], **jobs.REAL, NPROC_PER_NODE="2")
+    job = jobs.Job(["bash", script, *flags, "--log.every=1"], **jobs.NOT_FORKED, NPROC_PER_NODE="2")
     job.read_until(" 3/2000")
     found = {process: listening(process) for process in family(job.pid)}
     job.signal(signal.SIGTERM)

@@ -1,6 +1,7 @@
-"""Python commands as forks of a process that has torch imported, which costs two seconds of a core at each real start.
+"""Run Python commands as forks of a process that has already imported torch, which takes two CPU seconds.
 
 A fork is a process like any other: it has its own id, parent, signals, files and exit code. Files: `program` makes a
-fork behave as `python -m MODULE`, `server` starts them for the tests, `ranks` lets torchrun start its ranks so, and
-`sitecustomize` brings that to a torchrun which a shell script starts.
+fork behave as `python -m MODULE`; `server` forks on request, and `client` requests that for the tests; `children` makes
+torchrun fork its ranks, and a launcher its torchrun; `relay` and `hook/sitecustomize.py` do the same for a torchrun or
+launcher that a shell script starts.
 """

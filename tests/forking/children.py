@@ -1,4 +1,4 @@
-"""Lets a launcher fork its torchrun, and torchrun its ranks: they have torch already, and need not import it again."""
+"""Make a launcher fork its torchrun, and torchrun its ranks, so that none of them imports torch again."""
 
 import os
 import select
@@ -18,7 +18,7 @@ _Popen = subprocess.Popen
 
 
 class ForkedChild:
-    """A fork of this process, with what torchrun and the launchers use of a Popen."""
+    """A fork of this process that runs a command, with the methods of Popen that torchrun and the launchers use."""
 
     def __init__(self, args: Sequence[str], env: Mapping[str, str], prepare: Callable[[], None]) -> None:
         self.returncode: int | None = None
@@ -30,7 +30,7 @@ class ForkedChild:
             self._ended = os.pidfd_open(self.pid)
             return
         try:
-            # The temporary directories of this process are not the child's to remove at its end.
+            # At its end, the child must not remove the temporary directories of this process.
             weakref.finalize._registry.clear()  # type: ignore[attr-defined]  # noqa: SLF001
             prepare()
             program.run(args, env=env, cwd=os.getcwd())
@@ -66,7 +66,7 @@ class ForkedChild:
 def _start_rank(
     args: Sequence[str], *, env: Mapping[str, str], stdout: Any, stderr: Any, start_new_session: bool
 ) -> Any:
-    """Stand for Popen in torchrun."""
+    """Replace Popen in torchrun."""
     if not program.is_python(args):
         return _Popen(args, env=env, stdout=stdout, stderr=stderr, start_new_session=start_new_session)
 
@@ -80,7 +80,7 @@ def _start_rank(
 
 
 class _TorchrunPopen(_Popen):  # type: ignore[type-arg]
-    """Stand for Popen in a launcher."""
+    """Replaces Popen in a launcher."""
 
     def __new__(cls, args: Sequence[str], **options: Any) -> Any:
         if TORCHRUN not in args:
@@ -95,7 +95,7 @@ class _TorchrunPopen(_Popen):  # type: ignore[type-arg]
 
 
 def fork_children(command: Sequence[str]) -> None:
-    """Have this process fork its children, as it goes on as `command`."""
+    """Replace Popen, so that this process forks its children when it runs `command`."""
     if TORCHRUN in command or program.LAUNCHER in command:
         subprocess_handler.Popen = _start_rank  # type: ignore[assignment, misc]
     if program.LAUNCHER in command:

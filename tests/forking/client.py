@@ -1,4 +1,4 @@
-"""Starts programs through the server of this test process, which is started for the first one."""
+"""Start programs through a fork server. Each test process starts its own server, with its first program."""
 
 import atexit
 import json
@@ -13,18 +13,18 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 PROJECT = Path(__file__).resolve().parents[2]
-# The longest environment that a fork can show.
-ROOM = 2**14
+# Space for the environment that /proc/PID/environ shows for a fork, see program._show_environment.
+ENVIRONMENT_BYTES = 2**14
 
 
 class Clock:
-    """Counts the CPU seconds of the programs that have ended."""
+    """The CPU seconds of all programs that have ended."""
 
     seconds = 0.0
 
 
 class Forked:
-    """A program that the server has forked, with what tests use of a Popen."""
+    """A program that the server has forked, with the methods of Popen that tests use."""
 
     def __init__(self, answers: socket.socket) -> None:
         self._answers = answers.makefile()
@@ -35,7 +35,7 @@ class Forked:
         os.kill(self.pid, number)
 
     def wait(self) -> int:
-        """The exit code, when it has ended."""
+        """Wait for its end and return the exit code."""
         if self._code is None:
             code, seconds = self._answers.readline().split()
             self._code = int(code)
@@ -44,16 +44,16 @@ class Forked:
 
 
 class _Server:
-    """The server and this end of the socket to it."""
+    """The server process, and our end of the socket to it."""
 
     def __init__(self) -> None:
         self.address = f"{tempfile.mkdtemp(prefix='distgpt-test-')}/server"
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        # Here, so that others can connect before the server has imported all.
+        # The listener is made here, so that relays can connect before the server has finished its imports.
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         listener.bind(self.address)
         listener.listen()
-        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "ROOM": " " * ROOM}
+        variables = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(PROJECT), "ROOM": " " * ENVIRONMENT_BYTES}
         with theirs, listener:
             self._process = subprocess.Popen(
                 [
@@ -87,7 +87,7 @@ _starting = threading.Lock()
 
 
 def server() -> _Server:
-    """The one of this process."""
+    """Return the server of this process, and start it if there is none."""
     global _server
     with _starting:
         _server = _server or _Server()

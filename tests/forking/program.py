@@ -1,4 +1,4 @@
-"""Lets a forked process go on as `python -m MODULE`, `python -c CODE` or `python FILE` would have begun."""
+"""Make a forked process behave as if it had been started by `python -m MODULE`, `python -c CODE` or `python FILE`."""
 
 import atexit
 import ctypes
@@ -18,7 +18,7 @@ from typing import NoReturn
 PRODUCT = "distgpt"
 LAUNCHER = f"{PRODUCT}.launch"
 COMMANDS = ("train", "evaluate", "sample", "replay", "doctor", "prepare")
-# What they import on the way; torch imports its compiler when a model is first made.
+# Modules that the commands import late; torch imports its compiler when the first model is made.
 COMPILER = "torch._dynamo"
 IMPORTED_LATE = (
     *("torch.distributed.run", COMPILER),
@@ -27,7 +27,7 @@ IMPORTED_LATE = (
 
 
 def import_packages(late: Sequence[str] = IMPORTED_LATE) -> None:
-    """Import all that the commands import, and forget distgpt's own modules: each process has its own state in them."""
+    """Import all that the commands import, then drop distgpt's own modules, so that each fork imports them anew."""
     for name in (*(f"{PRODUCT}.{command}" for command in COMMANDS), *late):
         importlib.import_module(name)
     for name in [name for name in sys.modules if name.partition(".")[0] == PRODUCT]:
@@ -35,24 +35,24 @@ def import_packages(late: Sequence[str] = IMPORTED_LATE) -> None:
 
 
 def is_python(command: Sequence[str]) -> bool:
-    """Whether `command` is this Python with -m MODULE, -c CODE or a file, perhaps with -u."""
+    """Return True if `command` is this Python with -m MODULE, -c CODE or a file, possibly after -u."""
     first = command[1] if len(command) > 1 else "-"
     return command[0] == sys.executable and (first in ("-m", "-c", "-u") or not first.startswith("-"))
 
 
 def run(command: Sequence[str], *, env: Mapping[str, str], cwd: str | None) -> NoReturn:
-    """Be `command` from here on, with the standard streams as they are at file descriptors 0, 1 and 2."""
+    """Run `command` in this process and end it. The standard streams are file descriptors 0, 1 and 2."""
     code = 1
     try:
         unbuffered, arguments = command[1] == "-u", list(command[2 if command[1] == "-u" else 1 :])
-        _forget_the_parent(env, cwd, unbuffered=unbuffered or "PYTHONUNBUFFERED" in env)
+        _reset_process(env, cwd, unbuffered=unbuffered or "PYTHONUNBUFFERED" in env)
         _customize(env)
         code = _run(arguments)
     finally:
         os._exit(code)
 
 
-def _forget_the_parent(env: Mapping[str, str], cwd: str | None, *, unbuffered: bool) -> None:
+def _reset_process(env: Mapping[str, str], cwd: str | None, *, unbuffered: bool) -> None:
     """Give this process the environment, directory, signals, files and streams of one that was just started."""
     os.closerange(3, os.sysconf("SC_OPEN_MAX") if os.sysconf("SC_OPEN_MAX") < 2**17 else 2**17)
     os.environ.clear()
@@ -78,14 +78,15 @@ def _customize(env: Mapping[str, str]) -> None:
             try:
                 runpy.run_path(str(file))
             except Exception:
-                traceback.print_exc()  # and goes on
+                traceback.print_exc()  # Python goes on after this error too
             break
 
 
 def _show_environment(env: Mapping[str, str]) -> None:
-    """Have /proc/self/environ show `env`, where ranks look for each other: the shortest first while there is room.
+    """Write `env` to where /proc/PID/environ reads it, as ranks do to find each other; drop what does not fit.
 
-    It is the memory that the first process was started with, which nothing reads any more once os.environ was set anew.
+    That is the memory of the server's own environment, whose size client.ENVIRONMENT_BYTES extends. Nothing else reads
+    it, since os.environ was set anew.
     """
     start, end = map(int, Path("/proc/self/stat").read_text().rpartition(")")[2].split()[47:49])
     variables = b""
@@ -103,7 +104,7 @@ def _stream(number: int, errors: str, *, unbuffered: bool) -> io.TextIOWrapper:
 
 
 def _run(arguments: list[str]) -> int:
-    """Run the module or the file, and what Python does at its end; the exit code."""
+    """Run the module, code or file and what Python does at its end; return the exit code."""
     try:
         if arguments[0] == "-m":
             sys.path.insert(0, os.getcwd())

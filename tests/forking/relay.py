@@ -14,12 +14,12 @@ from contextlib import suppress
 from typing import Any, NoReturn
 
 PASSED_ON = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGUSR1, signal.SIGUSR2)
-# Of the program and its children: the id of the process that stands for it.
+# A variable of the program and its children: the process id of the relay.
 RELAY = "FORKED_FOR"
 
 
 def relay(server: str, command: Sequence[str]) -> NoReturn:
-    """Be `command`, a module or torchrun and its arguments, until its end."""
+    """Have the server run `command`, a module or torchrun and its arguments, and end with its exit code."""
     module = "torch.distributed.run" if command[0].endswith("/torchrun") else command[0]
     forked, early = 0, list[int]()
 

@@ -1,6 +1,6 @@
-"""Forks programs for a test process and for what it starts: `python -m tests.forking.server FD LISTENER`.
+"""Fork programs for a test process and for scripts that it starts: `python -m tests.forking.server FD LISTENER`.
 
-FD is a socket to the test process, LISTENER one to which others connect. A request is one message: JSON with the
+FD is a socket to the test process, LISTENER one to which relays connect. A request is one message: JSON with the
 command, its variables, directory and cores, and four file descriptors: the standard streams, and a socket for the
 answers. These are a line with the process id, then one with the exit code and the CPU seconds that it took. A program
 that is forked for a relay (relay.py) runs in the namespaces of that process, and is killed when the relay is gone.
@@ -36,13 +36,13 @@ class Child:
 
 
 class Server:
-    """Serves until the test process closes its end."""
+    """Serves requests until the test process closes its socket."""
 
     def __init__(self, requests: socket.socket, listener: socket.socket) -> None:
         self._requests, self._listener = requests, listener
         self._selector = selectors.DefaultSelector()
-        for one in (requests, self._listener):
-            self._selector.register(one, selectors.EVENT_READ)
+        for connection in (requests, self._listener):
+            self._selector.register(connection, selectors.EVENT_READ)
         self._children: list[Child] = []
         self._seconds = 0.0  # CPU seconds of relayed programs that were not yet reported
 
@@ -57,7 +57,7 @@ class Server:
                         with self._listener.accept()[0] as relay:
                             self._fork(relay)
                     elif key.data not in self._children:
-                        pass  # it ended in this round
+                        pass  # its end was handled in this round
                     elif key.fd == key.data.pidfd:
                         self._reap(key.data)
                     else:  # the relay is gone
@@ -67,7 +67,7 @@ class Server:
             for child in self._children:
                 if child.relayed:
                     os.kill(child.pid, signal.SIGKILL)
-            # Here, since a test process that is killed cannot do it.
+            # Not in the test process, which may be killed.
             shutil.rmtree(os.path.dirname(self._listener.getsockname()))
 
     def _fork(self, requests: socket.socket) -> bool:
@@ -106,7 +106,7 @@ class Server:
 
 
 def fork(request: dict[str, Any], streams: list[int]) -> int:
-    """Start a program; its process id."""
+    """Fork a process that runs a program; return its process id."""
     pid = os.fork()
     if pid:
         return pid
@@ -127,7 +127,7 @@ def fork(request: dict[str, Any], streams: list[int]) -> int:
 
 
 def enter_namespaces(pid: int) -> None:
-    """Enter those of a process: its host name, its network, its mounts."""
+    """Enter the namespaces of a process: its host name, network and mounts."""
     other = [name for name in ("uts", "net", "mnt") if _namespace("self", name) != _namespace(str(pid), name)]
     descriptors = [os.open(f"/proc/{pid}/ns/{name}", os.O_RDONLY) for name in other]
     libc = ctypes.CDLL(None, use_errno=True)
@@ -142,6 +142,6 @@ def _namespace(pid: str, name: str) -> str:
 
 if __name__ == "__main__":
     program.import_packages()
-    gc.freeze()  # or each fork would look through all objects of torch, and copy their pages
+    gc.freeze()  # otherwise a collection in a fork visits all objects of torch, and copies their pages
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     Server(*(socket.socket(fileno=int(fd)) for fd in sys.argv[1:3])).serve()

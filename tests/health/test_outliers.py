@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from distgpt.config import HealthConfig, help_text
-from distgpt.health.outliers import LEAST_VALUES, MOST_SKIPS, WINDOW, Decision, OutlierFilter, z_score
+from distgpt.health.outliers import MAX_SKIPS, MIN_VALUES, WINDOW, Decision, OutlierFilter, z_score
 
 SKIP = HealthConfig(on_nonfinite="skip")
 
@@ -31,7 +31,7 @@ def test_z_scores_are_those_of_numpy(offset: float) -> None:
     for index, value in enumerate(values):
         before = np.array(values[max(0, index - WINDOW) : index])
         z = outliers.check(loss=value, grad_norm=1.0).loss_z
-        if index < LEAST_VALUES:
+        if index < MIN_VALUES:
             assert z is None
         else:
             assert z == pytest.approx((value - before.mean()) / before.std(), abs=1e-6)
@@ -79,11 +79,11 @@ def test_low_values_are_no_spikes_and_without_skip_z_nothing_is() -> None:
 def test_too_many_skips_in_a_row_stop_the_run() -> None:
     outliers = OutlierFilter(SKIP)
     for _ in range(2):
-        assert {decision.action for decision in check_all(outliers, [(math.nan, 1.0)] * MOST_SKIPS)} == {"skip"}
+        assert {decision.action for decision in check_all(outliers, [(math.nan, 1.0)] * MAX_SKIPS)} == {"skip"}
         assert outliers.check(loss=1.0, grad_norm=1.0).action == "update"
-    last = check_all(outliers, [(math.nan, 1.0)] * (MOST_SKIPS + 1))[-1]
-    assert (last.action, last.skips) == ("stop", MOST_SKIPS)
-    assert f"at most {MOST_SKIPS} in a row" in help_text("train", "")
+    last = check_all(outliers, [(math.nan, 1.0)] * (MAX_SKIPS + 1))[-1]
+    assert (last.action, last.skips) == ("stop", MAX_SKIPS)
+    assert f"at most {MAX_SKIPS} in a row" in help_text("train", "")
 
 
 def test_a_restored_filter_decides_as_the_original_does() -> None:

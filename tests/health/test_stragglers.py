@@ -23,7 +23,7 @@ def messages_after(intervals: Sequence[Sequence[float]], hosts: Sequence[str] = 
     ]
 
 
-def test_even_ranks_are_not_named() -> None:
+def test_equally_fast_ranks_are_not_named() -> None:
     assert messages_after([[0.2, 0.21, 0.22, 0.25]] * 10) == [[]] * 10
 
 

@@ -68,7 +68,7 @@ def test_hanging_ranks_are_named(answers: list[RankProgress], world_size: int, s
     assert describe_hanging_ranks(answers, world_size, stopped).startswith(named)
 
 
-def watched(directory: Path, body: str) -> jobs.Ended:
+def run_watched(directory: Path, body: str) -> jobs.Ended:
     return jobs.run([sys.executable, "-c", program(JOINED + body), str(directory)])
 
 
@@ -78,7 +78,7 @@ def program(body: str, *, rank: int = 0) -> str:
 
 def test_a_rank_that_hangs_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> None:
     body = "def hanging():\n    time.sleep(600)\nwatchdog.heartbeat('in step 3', 0.5)\nhanging()"
-    ended = watched(tmp_path, body)
+    ended = run_watched(tmp_path, body)
     assert ended.code == 75
     report = jobs.exit_report(tmp_path)
     assert (report["code"], report["rank"]) == (75, 0)
@@ -91,7 +91,7 @@ def test_a_rank_that_hangs_is_ended_and_its_stacks_are_kept(tmp_path: Path) -> N
 def test_a_rank_whose_disk_hangs_is_ended_too(tmp_path: Path) -> None:
     """Opening a pipe that nobody reads hangs, as a file on a lost server does."""
     body = "import os\nlog = run.paths.logs / 'rank-0.log'\nlog.unlink()\nos.mkfifo(log)\n"
-    ended = watched(tmp_path, body + "watchdog.heartbeat('in step 3', 0.5)\ntime.sleep(600)")
+    ended = run_watched(tmp_path, body + "watchdog.heartbeat('in step 3', 0.5)\ntime.sleep(600)")
     assert ended.code == 75
     assert ended.stderr.startswith("distgpt: rank 0 (pid ")
     assert ended.stderr.endswith(
@@ -116,7 +116,7 @@ def test_a_rank_that_hangs_before_all_have_joined_reports_itself(
 def test_a_rank_that_hangs_with_pythons_lock_held_is_ended_by_its_backstop(tmp_path: Path) -> None:
     body = "import ctypes, os\nwatchdog.heartbeat('in step 3', 2)\ntime.sleep(1)\nread, write = os.pipe()\n"
     body += "ctypes.PyDLL(None).read(read, ctypes.create_string_buffer(1), 1)"
-    ended = watched(tmp_path, body)
+    ended = run_watched(tmp_path, body)
     assert ended.code == -signal.SIGKILL
     assert re.fullmatch(
         r"distgpt: no progress for 1\d s: rank 0 .* hangs while it holds Python's lock; .*\n", ended.stderr
@@ -157,11 +157,11 @@ def test_a_rank_whose_stderr_nobody_reads_is_ended_by_its_backstop(tmp_path: Pat
 def test_a_rank_within_its_limits_is_left_alone(tmp_path: Path) -> None:
     body = "watchdog.heartbeat('a', 3)\nfor _ in range(9):\n    time.sleep(0.5)\n    watchdog.heartbeat('b')\n"
     body += "with watchdog.during('evaluating', 60):\n    time.sleep(4)"
-    assert watched(tmp_path, body).code == 0
+    assert run_watched(tmp_path, body).code == 0
 
 
 def test_without_a_limit_the_watchdog_waits(tmp_path: Path) -> None:
-    assert watched(tmp_path, "time.sleep(2)").code == 0
+    assert run_watched(tmp_path, "time.sleep(2)").code == 0
 
 
 AGENT = """
@@ -181,7 +181,7 @@ def test_a_stopped_rank_is_ended_with_the_others_of_its_host(tmp_path: Path) -> 
     """Even if the others wait without a limit, as they do while rank 0 checks the data."""
     programs = [program(JOINED + "time.sleep(600)").replace("sys.argv[1]", repr(str(tmp_path)))]
     programs += ["import time; time.sleep(600)"] * 2
-    codes, stderr = stopped(1, programs)
+    codes, stderr = run_with_stopped_rank(1, programs)
     assert codes == [75, -signal.SIGKILL, -signal.SIGKILL]
     assert "rank 1 of " in jobs.exit_report(tmp_path)["cause"]
     assert "stopped by a signal" in jobs.exit_report(tmp_path)["cause"]
@@ -196,7 +196,7 @@ def test_rank_0_stopped_before_all_have_joined_is_named_by_another_rank(tmp_path
     copy = tmp_path / "copy.json"
     copy.write_text(json.dumps({"code": 75, "cause": "before", "host": socket.gethostname()}))
     os.utime(copy, (0, 0))
-    codes, stderr = stopped(0, programs, DISTGPT_EXIT_FILE=str(copy))
+    codes, stderr = run_with_stopped_rank(0, programs, DISTGPT_EXIT_FILE=str(copy))
     assert codes[0] < 0  # killed by a signal: that for stacks ends a program without a handler for it
     assert codes[1] == 75
     assert stderr.count("\n") == 1
@@ -252,7 +252,7 @@ def test_the_current_line_is_that_of_a_save_if_the_main_thread_waits_for_it() ->
     assert lines[0].startswith("test_watchdog.py:")
 
 
-def stopped(rank: int, programs: list[str], **variables: str) -> tuple[list[int], str]:
+def run_with_stopped_rank(rank: int, programs: list[str], **variables: str) -> tuple[list[int], str]:
     """Run ranks with these programs and stop one of them. Returns the exit codes, and the stderr of all."""
     command = [sys.executable, "-c", AGENT, *programs]
     environment = {**os.environ, **variables}

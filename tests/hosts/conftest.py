@@ -1,4 +1,4 @@
-"""Hosts made of network namespaces, where they can be made."""
+"""Fixtures: hosts made of network namespaces."""
 
 import subprocess
 from collections.abc import Callable, Iterator
@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 
 from tests import jobs
-from tests.hosts.network import Network, network, why_not
+from tests.hosts.network import Network, network, reason_to_skip
 
 MakeNetwork = Callable[[int], Network]
 
 
 @pytest.fixture(scope="session")
 def installed() -> None:
-    """What launch/*.sh would otherwise install from a host that reaches no package index."""
+    """Install what launch/*.sh need, since the hosts of the tests reach no package index."""
     subprocess.run(["bash", "-c", '. "$0"; environment', jobs.PROJECT / "launch" / "environment.sh"], check=True)
 
 
 @pytest.fixture
 def make_network(installed: None, tmp_path: Path) -> Iterator[MakeNetwork]:
-    """Makes so many hosts; they are gone after the test."""
-    if reason := why_not():
+    """A function that makes so many hosts. They are removed after the test, which is skipped if none can be made."""
+    if reason := reason_to_skip():
         pytest.skip(reason)
     with ExitStack() as stack:
         yield lambda count: stack.enter_context(network(count, tmp_path))

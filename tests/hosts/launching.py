@@ -1,4 +1,4 @@
-"""launch/multinode.sh on hosts that are network namespaces."""
+"""Start launch/multinode.sh on hosts that are network namespaces."""
 
 import time
 from collections.abc import Sequence
@@ -8,12 +8,12 @@ from tests.hosts.network import Network
 
 
 class HostJob(jobs.Job):
-    """A job whose output can be read so slowly that it does not end before something else has happened."""
+    """A job that can be read slowly, so that it waits to print and does not end before something else has happened."""
 
     def read_slowly_until(self, text: str, *, times: int = 1) -> None:
-        """Read its stdout until it has said `text` so often, about a step a second."""
-        while self._said.count(text.encode()) < times:
-            assert self._read(), f"the job ended before it said {text!r}\n{self.finish()}"
+        """Read its stdout, about a step a second, until `text` has appeared so many times."""
+        while self._output.count(text.encode()) < times:
+            assert self._read(), f"the job ended before it printed {text!r}\n{self.finish()}"
             time.sleep(0.5)
 
 
@@ -26,7 +26,7 @@ def multinode(
     on: Sequence[str] = (),
     **variables: str,
 ) -> dict[str, HostJob]:
-    """launch/multinode.sh on every host (or those of `on`), one rank each."""
+    """Start launch/multinode.sh with one rank on every host, or on those of `on`."""
     settings = {
         "HEAD": f"{head}:29400",
         "NODES": nodes or str(len(hosts.hosts)),

@@ -1,4 +1,4 @@
-"""Hosts as network namespaces: a hostname, an address and a link each, joined by a bridge. Needs root."""
+"""Hosts made of network namespaces. Each has a hostname, an address and a link to one bridge. Needs root."""
 
 import itertools
 import os
@@ -13,8 +13,8 @@ INTERFACE, SWITCH = "eth0", "br0"
 _networks = itertools.count()
 
 
-def why_not() -> str | None:
-    """Why hosts cannot be made here, None if they can."""
+def reason_to_skip() -> str | None:
+    """Return the reason why hosts cannot be made here, None if they can."""
     if os.geteuid() != 0:
         return "needs root"
     trial = f"distgpt-{os.getpid()}-trial"
@@ -33,7 +33,7 @@ class Network:
         self._name = f"distgpt-{os.getpid()}-{next(_networks)}"
         self.hosts = [f"n{number}" for number in range(1, count + 1)]
         self._names = directory / "hosts"
-        self._relays: list[subprocess.Popen[str]] = []
+        self._slow_links: list[subprocess.Popen[str]] = []
         lines = [f"{self.address(host)} {host}" for host in self.hosts]
         self._names.write_text("\n".join(["127.0.0.1 localhost", *lines, ""]))
 
@@ -41,6 +41,7 @@ class Network:
         return f"10.77.0.{host.removeprefix('n')}"
 
     def up(self) -> None:
+        """Make the hosts and the switch."""
         _ip("netns", "add", self._space("switch"))
         self._on_switch("link", "add", SWITCH, "type", "bridge", "stp_state", "0", "forward_delay", "0")
         self._on_switch("link", "set", SWITCH, "up")
@@ -54,28 +55,28 @@ class Network:
             self._plug_in(host)
 
     def _plug_in(self, host: str) -> None:
-        """Give the two ends of a host's cable their places."""
+        """Attach the two ends of a host's link, one to the switch and one with the address to the host."""
         self._on_switch("link", "set", host, "mtu", "9000", "master", SWITCH, "up")
         inside = ("-n", self._space(host))
         _ip(*inside, "addr", "add", f"{self.address(host)}/24", "dev", INTERFACE)
         _ip(*inside, "link", "set", INTERFACE, "mtu", "9000", "up")
 
     def down(self) -> None:
-        """Kill what still runs on the hosts, and remove them."""
+        """Kill the processes on the hosts, and remove the hosts."""
         for space in [*map(self._space, self.hosts), self._space("switch")]:
             for pid in _output("ip", "netns", "pids", space).split():
                 with suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
             subprocess.run(["ip", "netns", "del", space], capture_output=True)
-        for relay in self._relays:
-            relay.communicate()
+        for slow_link in self._slow_links:
+            slow_link.communicate()
 
     def command(self, host: str, *command: str) -> list[str]:
-        """`command` as one to start here that runs on `host`."""
+        """Return a command line that, started here, runs `command` on `host`."""
         script = 'hostname "$1"; mount --bind "$2" /etc/hosts; shift 2; exec "$@"'
         space = f"--net=/run/netns/{self._space(host)}"
         shell = ["sh", "-c", script, "sh", host, str(self._names)]
-        # A host has cores of its own: ranks that all use all of them would wait for each other.
+        # One core each: ranks that all use every core would wait for each other.
         cores = sorted(os.sched_getaffinity(0))
         core = cores[self.hosts.index(host) % len(cores)]
         return ["taskset", "-c", str(core), "nsenter", space, "unshare", "--uts", "--mount", *shell, *command]
@@ -91,28 +92,28 @@ class Network:
             check=True,
         )
 
-    def move_far_away(self, host: str, *, megabits: float, round_trip: float) -> None:
-        """Give the host a cable of so many Mbit/s each way and so many seconds there and back. Before it is used."""
+    def replace_link(self, host: str, *, megabits: float, round_trip: float) -> None:
+        """Give the host an unused link of so many Mbit/s each way and a round trip of so many seconds."""
         self._on_switch("link", "del", host)
         ends = (self._space("switch"), host, self._space(host), INTERFACE)
-        figures = (str(megabits * 1e6 / 8), str(round_trip / 2))
-        command = [sys.executable, str(Path(__file__).with_name("relay.py")), *ends, *figures]
-        relay = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        self._relays.append(relay)
-        assert relay.stdout is not None
-        assert relay.stdout.readline() == "up\n"
+        rate_and_delay = (str(megabits * 1e6 / 8), str(round_trip / 2))
+        command = [sys.executable, str(Path(__file__).with_name("slow_link.py")), *ends, *rate_and_delay]
+        slow_link = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        self._slow_links.append(slow_link)
+        assert slow_link.stdout is not None
+        assert slow_link.stdout.readline() == "up\n"
         self._plug_in(host)
 
     def cut(self, host: str) -> None:
-        """Lose every packet from and to the host; neither side is told, as with a switch that fails."""
+        """Drop every packet from and to the host. Neither side gets an error, as when a switch fails."""
         self._on_switch("link", "set", host, "nomaster")
 
     def heal(self, host: str) -> None:
-        """Undo cut."""
+        """Undo `cut`."""
         self._on_switch("link", "set", host, "master", SWITCH)
 
     def bytes_through(self, host: str) -> int:
-        """Bytes that crossed the host's port of the switch, both ways, since it is up."""
+        """Return the bytes that have crossed the host's port of the switch, both ways."""
         path = f"/sys/class/net/{host}/statistics"
         command = ["ip", "netns", "exec", self._space("switch"), "cat", f"{path}/rx_bytes", f"{path}/tx_bytes"]
         return sum(map(int, _output(*command).split()))
@@ -123,7 +124,7 @@ class Network:
             self._on_switch("link", "set", host, "type", "bridge_slave", "isolated", "on")
 
     def ranks(self, host: str) -> list[int]:
-        """The process ids of the ranks that run on the host."""
+        """Return the process ids of the ranks that run on the host."""
         found = []
         for pid in _output("ip", "netns", "pids", self._space(host)).split():
             with suppress(OSError):
@@ -140,7 +141,7 @@ class Network:
 
 @contextmanager
 def network(count: int, directory: Path) -> Iterator[Network]:
-    """So many hosts, gone at the end."""
+    """Make so many hosts, and remove them at the end."""
     made = Network(count, directory)
     try:
         made.up()

@@ -1,4 +1,4 @@
-"""launch/multinode.sh on hosts of their own: it trains what one process trains, over slow and broken links too."""
+"""launch/multinode.sh on several hosts: it trains what one process trains, also over slow and broken links."""
 
 import itertools
 import json
@@ -20,8 +20,8 @@ from tests.hosts.launching import multinode
 from tests.hosts.network import Network
 from tests.once import made_once
 
-# Divides over 1, 2, 3 and 6 ranks, in the same micro-batches. GELU: a single ReLU at its kink makes much of the last
-# bit, in which sums over other numbers of ranks differ.
+# Divides over 1, 2, 3 and 6 ranks, in the same micro-batches. GELU: sums over other numbers of
+# ranks differ in the last bit, which at the kink of a ReLU can become a large difference.
 SHAPE = (
     "--model.mlp=gelu",
     *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=16", "--model.dropout=0.1"),
@@ -29,8 +29,8 @@ SHAPE = (
     *("--optim.lr=1e-3", "--optim.grad_clip=1.0", "--eval.every=60", "--eval.sequences=30", "--eval.sample_tokens=0"),
     *("--checkpoint.every=10", "--log.every=1"),
 )
-# Where the network is cut: how long it takes to be noticed. Elsewhere no machine is too slow.
-NOTICED = ("--health.timeout=15", "--health.eval_timeout=15", "--health.checkpoint_timeout=15")
+# For tests that cut the network: a cut is noticed soon. Other tests keep the defaults, so that no machine is too slow.
+SHORT_TIMEOUTS = ("--health.timeout=15", "--health.eval_timeout=15", "--health.checkpoint_timeout=15")
 OPEN_LOCK = """
 import sys
 from pathlib import Path
@@ -57,14 +57,14 @@ def has_no_rank(hosts: Network, host: str) -> bool:
 
 
 def finish(running: Mapping[str, jobs.Job]) -> dict[str, jobs.Ended]:
-    """All of them to their end, at once: none may wait for another to be read."""
+    """Read all jobs to their end, at once: a job that is not read would make the others wait."""
     with ThreadPoolExecutor(len(running)) as pool:
         endings = {host: pool.submit(job.finish) for host, job in running.items()}
         return {host: ending.result() for host, ending in endings.items()}
 
 
 def assert_finished(endings: Mapping[str, jobs.Ended], run: Path, one_process: Path) -> None:
-    """Every host ended well, and the run is what one process makes of it."""
+    """Check that every host ended with 0, and that the run is equal to that of one process."""
     for host, ended in endings.items():
         assert ended.code == 0, f"{host}: {ended}"
     assert_same_run(run, one_process)
@@ -92,12 +92,12 @@ def test_four_hosts_train_as_one_process_and_the_slow_host_is_named(
     endings = finish(multinode(hosts, [*arguments, f"--run.dir={tmp_path / 'run'}"], head="n2"))
     assert_finished(endings, tmp_path / "run", tmp_path / "alone")
     said = "".join(ended.stdout for ended in endings.values())
-    # tc's 100 Mbit/s are 12.5 MB/s. A busy machine may make other links look slow too, but none as slow.
+    # tc's 100 Mbit/s is 12.5 MB/s. On a busy machine other links may be reported too, but with higher rates.
     assert re.search(r"^warn  links +.*?slow: n3 -> n[24] 1[0-3]\.\d MB/s", said, re.MULTILINE), said
     assert re.search(r"^ok    same config +on all 4 hosts", said, re.MULTILINE), said
 
 
-def test_a_mistake_on_one_host_ends_it_on_all(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
+def test_a_mistake_on_one_host_ends_the_job_on_all(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
     hosts = make_network(2)
     common = [*SHAPE, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}"]
     endings = finish(
@@ -110,7 +110,9 @@ def test_a_mistake_on_one_host_ends_it_on_all(make_network: MakeNetwork, prepare
     assert not (tmp_path / "run").exists()
 
 
-def test_a_batch_that_some_number_of_hosts_cannot_share_starts_nothing(installed: None, tmp_path: Path) -> None:
+def test_a_batch_that_does_not_divide_over_a_possible_number_of_hosts_starts_nothing(
+    installed: None, tmp_path: Path
+) -> None:
     script, settings = str(jobs.PROJECT / "launch" / "multinode.sh"), {"HEAD": "nowhere:1", "NPROC_PER_NODE": "1"}
     flags = ("--train.global_batch=16", f"--run.dir={tmp_path / 'run'}")
     for nodes, micro_batch, hosts in (("3:4", 0, 3), ("4", 8, 4)):
@@ -133,7 +135,7 @@ def test_a_batch_that_some_number_of_hosts_cannot_share_starts_nothing(installed
         ("TRIES", "x"),
     ],
 )
-def test_a_setting_that_cannot_be_starts_nothing(installed: None, tmp_path: Path, name: str, value: str) -> None:
+def test_an_invalid_setting_starts_nothing(installed: None, tmp_path: Path, name: str, value: str) -> None:
     settings = {"HEAD": "localhost:29400", "NODES": "2", name: value}
     done = jobs.run([str(jobs.PROJECT / "launch" / "multinode.sh"), f"--run.dir={tmp_path / 'run'}"], **settings)
     assert done.code == 2, done
@@ -142,14 +144,14 @@ def test_a_setting_that_cannot_be_starts_nothing(installed: None, tmp_path: Path
     assert not (tmp_path / "run").exists()
 
 
-def test_a_head_that_stays_alone_says_so_once(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
+def test_a_head_that_no_host_joins_reports_it_once(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
     hosts = make_network(2)
     arguments = [*SHAPE, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}"]
     settings = {"nodes": "2", "JOIN_SECONDS": "3", "TRIES": "2", **jobs.FORKED_LAUNCHER}
     done = multinode(hosts, arguments, on=["n1"], **settings)["n1"].finish()
     line = "distgpt: 1 of 2 hosts came within 3 s (this one): start the same command on the missing ones"
     assert (done.code, done.stdout) == (75, ""), done
-    # Torch itself warns of a name that it cannot look up.
+    # torch itself warns of a host name that it cannot look up.
     assert [said for said in done.stderr.splitlines() if "socket.cpp" not in said] == [line]
     assert not (tmp_path / "run").exists()
 
@@ -173,10 +175,10 @@ def test_another_job_at_the_same_head_is_left_out(
     running = multinode(hosts, [*arguments, f"--run.dir={run}"], on=["n1", "n2"], **settings)
     running["n1"].read_until("step  20/120")
     others = [*arguments, f"--run.dir={tmp_path / 'other'}"]
-    stranger = multinode(hosts, others, on=["n3"], **settings, JOIN_SECONDS="3", TRIES="1")["n3"]
+    other_job = multinode(hosts, others, on=["n3"], **settings, JOIN_SECONDS="3", TRIES="1")["n3"]
     with ThreadPoolExecutor(1) as pool:
-        ending = pool.submit(stranger.finish)
-        # The first job moves on, or it would have no step at which to let the other in.
+        ending = pool.submit(other_job.finish)
+        # Go on reading the first job, which waits for its reader: it could let the other host in only after a step.
         steps = itertools.count(21)
         while not ending.done():
             running["n1"].read_slowly_until(f"step {next(steps):3}/120")
@@ -191,7 +193,7 @@ def test_another_job_at_the_same_head_is_left_out(
 def test_hosts_that_cannot_reach_each_other_are_named(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path
 ) -> None:
-    """All reach the head, so torchrun starts; a process group would wait for its timeout and not say for whom."""
+    """All reach the head, so torchrun starts. Its process group would only time out, without the names of the hosts."""
     hosts = make_network(3)
     hosts.isolate("n2", "n3")
     endings = finish(multinode(hosts, [*SHAPE, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}"]))
@@ -202,7 +204,9 @@ def test_hosts_that_cannot_reach_each_other_are_named(
         assert "cannot reach n1" not in ended.stderr, ended
 
 
-def test_a_loss_that_is_not_finite_ends_it_on_all(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_ends_the_job_on_all(
+    make_network: MakeNetwork, prepared: Path, tmp_path: Path
+) -> None:
     hosts = make_network(2)
     arguments = [*SHAPE, f"--data.path={prepared}", f"--run.dir={tmp_path / 'run'}"]
     endings = finish(multinode(hosts, [*arguments, "--optim.lr=1e30", "--optim.grad_clip=0"]))
@@ -213,8 +217,8 @@ def test_a_host_joins_is_lost_and_comes_back(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path
 ) -> None:
     hosts, run = make_network(3), tmp_path / "run"
-    # Ranks that start again, here or because a host joined, are no second run.
-    arguments = [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}", "--run.fresh"]
+    # With --run.fresh, ranks that restart, for example because a host joined, must resume all the same.
+    arguments = [*SHAPE, *SHORT_TIMEOUTS, f"--data.path={prepared}", f"--run.dir={run}", "--run.fresh"]
     settings = {"head": "n2", "nodes": "2:3", **jobs.FORKED_LAUNCHER}
     running = multinode(hosts, arguments, on=["n1", "n2"], **settings)
     two, three = "= 2 ranks x 2 x 3 accumulation steps", "= 3 ranks x 2 x 2 accumulation steps"
@@ -231,9 +235,9 @@ def test_a_host_joins_is_lost_and_comes_back(
 def test_a_host_is_cut_off_for_good(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path
 ) -> None:
-    """The hardest one to lose: n1 has the lowest address, so rank 0 runs there, which writes and holds the lock."""
+    """Cut off the most important host: rank 0, which writes and holds the lock, runs on n1, the lowest address."""
     hosts, run = make_network(3), tmp_path / "run"
-    arguments = [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}"]
+    arguments = [*SHAPE, *SHORT_TIMEOUTS, f"--data.path={prepared}", f"--run.dir={run}"]
     running = multinode(hosts, arguments, head="n2", nodes="2:3", **jobs.FORKED_LAUNCHER)
     running["n1"].read_until("step  20/120")
     assert owner(run) == "n1"
@@ -244,12 +248,12 @@ def test_a_host_is_cut_off_for_good(
         lost_ending = pool.submit(lost.finish)
         jobs.poll(lambda: not hosts.ranks("n1"))
         jobs.poll(lambda: owner(run) != "n1")
-        # The lock passes to the majority, which cannot end before it is read; whoever would write has to take it first.
+        # The other hosts now hold the lock, and cannot end before they are read. A late writer on n1 needs the lock.
         refused = jobs.run(hosts.command("n1", sys.executable, "-c", OPEN_LOCK, str(run)))
         endings = finish(running)
         assert not hosts.ranks("n1")
         lost.signal(signal.SIGTERM)
-        # Or it has seen in the run directory by then that all is done.
+        # 0 if it has seen in the run directory that the run is done.
         assert lost_ending.result().code in (0, 75)
     assert refused.code == 73, refused
     assert "in use by pid" in refused.stderr
@@ -257,10 +261,10 @@ def test_a_host_is_cut_off_for_good(
 
 
 def test_a_link_that_heals(make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path) -> None:
-    """Three seconds are not noticed. After a longer cut each host ends its attempt in time, and they start again."""
+    """A cut of three seconds changes nothing. After a longer one, each host ends its attempt, and all start again."""
     hosts, run = make_network(2), tmp_path / "run"
     running = multinode(
-        hosts, [*SHAPE, *NOTICED, f"--data.path={prepared}", f"--run.dir={run}"], **jobs.FORKED_LAUNCHER
+        hosts, [*SHAPE, *SHORT_TIMEOUTS, f"--data.path={prepared}", f"--run.dir={run}"], **jobs.FORKED_LAUNCHER
     )
     running["n1"].read_until("step  20/120")
     first = hosts.ranks("n1")
@@ -281,7 +285,7 @@ def test_a_link_that_heals(make_network: MakeNetwork, prepared: Path, tmp_path: 
 
 
 def owner(run: Path) -> str | None:
-    """The host of the process that holds the lock, or held it last."""
+    """Return the host of the process that holds the lock, or held it last."""
     try:
         return str(json.loads((run / "LOCK").read_text())["host"])
     except (OSError, ValueError):

@@ -1,4 +1,4 @@
-"""The preflight on hosts of their own, where each has its own copy of everything."""
+"""The preflight on two hosts, each with its own copy of the code and the data."""
 
 import shutil
 from concurrent.futures import ThreadPoolExecutor

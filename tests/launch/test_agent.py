@@ -34,7 +34,7 @@ def supervised() -> subprocess.Popen[str]:
         stdout=subprocess.PIPE,
         text=True,
         cwd=jobs.PROJECT,
-        env=jobs.environment(**jobs.REAL),
+        env=jobs.environment(**jobs.NOT_FORKED),
         start_new_session=True,
     )
 

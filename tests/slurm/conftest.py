@@ -93,7 +93,7 @@ def undisturbed(runs: Runs) -> dict[int, Path]:
     """The same run on 1, 2 and 4 nodes: on 1 as a task of a sweep, on 2 after the preflight."""
     (runs.cluster.work / "sweep").write_text('--optim.lr=1e-3\r\n--optim.lr=2e-3 "--run.dir=runs/%j fast"\r\n')
     array = runs.submit("sweep", sbatch=("--array=0-1",), DISTGPT_SWEEP="sweep")
-    two = runs.submit("two", sbatch=("--nodes=2",), DISTGPT_PREFLIGHT="", **jobs.REAL)
+    two = runs.submit("two", sbatch=("--nodes=2",), DISTGPT_PREFLIGHT="", **jobs.NOT_FORKED)
     four = runs.submit("four", sbatch=("--nodes=4",))
     for job in (f"{array}_0", f"{array}_1", two, four):
         ended = runs.cluster.end_of(job)

@@ -1,4 +1,4 @@
-"""The length and the seed of the storms, and tables of their results."""
+"""A storm strikes at random moments: a kill, a signal or damage. Here are its length, seed, and tables of results."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,17 +17,17 @@ Table = Callable[..., None]
 
 @dataclass(frozen=True)
 class Storm:
-    """The values of --storms and --storm-seed."""
+    """The options --storms (`full`) and --storm-seed."""
 
     full: bool
     seed: int
 
     def size(self, *, short: int, long: int) -> int:
-        """Return the number of strikes."""
+        """Return the number of strikes: `long` with --storms, else `short`."""
         return long if self.full else short
 
     def steps(self, count: int) -> int:
-        """Return the steps of a run that lasts for `count` strikes; all short storms share one length."""
+        """Return the steps of a run that is long enough for `count` strikes. Short storms share one length."""
         return STEPS_A_STRIKE * (count if self.full else max(count, 3))
 
 
@@ -38,13 +38,13 @@ def storm(request: pytest.FixtureRequest) -> Storm:
 
 @pytest.fixture
 def table(request: pytest.FixtureRequest) -> Table:
-    """Add a row to a table that is printed at the end: table("Title", {"column": value, ...})."""
-    # Properties of a test reach the terminal summary from any worker.
+    """A function that adds a row to a table, printed at the end: table("Title", {"column": value, ...})."""
+    # pytest-xdist passes user properties from the workers to the terminal summary.
     return lambda title, row: request.node.user_properties.append((title, row))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Print the tables as they stand in bench/RESULTS.md."""
+    """Print the tables in the format of bench/RESULTS.md."""
     tables: dict[str, list[dict[str, object]]] = {}
     for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed"):
         if report.when == "call":
@@ -72,7 +72,7 @@ def forked_runs(dataset: Dataset, tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture(scope="session")
 def undisturbed(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
-    """Train an uninterrupted run under launch/local.sh: undisturbed(steps) returns its directory."""
+    """A function of a number of steps: trains so many under launch/local.sh, undisturbed, and returns the directory."""
 
     def trained(steps: int) -> Path:
         def train(directory: Path) -> None:

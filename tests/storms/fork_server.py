@@ -1,7 +1,8 @@
-"""Fork small runs that are killed or stopped at any system call that changes a file: `python fork_server.py DATASET`.
+"""Fork small runs that kill or stop themselves at a chosen system call that changes a file.
 
-A run takes the run directory, resumes, trains one step, saves it, and exits. This program imports torch once and forks
-a process for each rank of each run. It reads requests as JSON lines and answers each with one, see forked_runs.py.
+Usage: `python fork_server.py DATASET`. A run acquires its run directory, resumes, trains one step, saves it, and exits.
+This program imports torch once, and forks a process for each rank of each run. It reads requests as JSON lines and
+answers each with a JSON line, see forked_runs.py.
 """
 
 import builtins
@@ -40,15 +41,16 @@ from distgpt.run.session import RunSession
 from distgpt.telemetry.metrics import Metrics
 from tests.checkpoint.checkpoints import SMALL
 
-CHANGES = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "ftruncate", "truncate", "fsync")
-OPEN = open
+CHANGING_CALLS = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "ftruncate", "truncate", "fsync")
+UNWATCHED_OPEN = open
 SIGNAL_OF: dict[str, signal.Signals] = {"kill": signal.SIGKILL, "tear": signal.SIGKILL, "stop": signal.SIGSTOP}
 
 
 class Calls:
-    """Counts the calls that change a file, writes them to `log`, and ends or stops this process just before one.
+    """Counts and logs the calls that change a file, and kills or stops this process just before call number `at`.
 
-    "tear" lets a write do half of its work first. Calls of the lease's thread are not counted: their order varies.
+    `how`: "kill", "stop" or "tear", which kills after half of a write. Calls of the lease's thread do not count: their
+    order varies.
     """
 
     def __init__(self, log: Path, how: str, at: int) -> None:
@@ -58,7 +60,7 @@ class Calls:
         self._counting = threading.Lock()
 
     def watch(self) -> None:
-        for name in CHANGES:
+        for name in CHANGING_CALLS:
             setattr(os, name, self._watched(name, getattr(os, name)))
         for name in ("write", "pwrite"):
             setattr(os, name, self._watched_write(name, getattr(os, name)))
@@ -66,7 +68,7 @@ class Calls:
         builtins.open = io.open = self._opened
 
     def before(self, name: str, tear: Callable[[], object] = lambda: None) -> None:
-        """Count a call that is about to be made."""
+        """Count and log a call that is about to be made; `tear` does half of it."""
         if threading.current_thread().name == "lease":
             return
         with self._counting:
@@ -103,7 +105,7 @@ class Calls:
 
     def _opened(self, file: Any, mode: str = "r", buffering: int = -1, *rest: Any, **named: Any) -> Any:
         if isinstance(file, int) or not set(mode) & set("wxa+"):
-            return OPEN(file, mode, buffering, *rest, **named)
+            return UNWATCHED_OPEN(file, mode, buffering, *rest, **named)
         self.before(f"open {file}")
         raw = WatchedFile(file, mode.replace("b", "").replace("t", ""))
         raw.calls = self
@@ -114,7 +116,7 @@ class Calls:
 
 
 class WatchedFile(io.FileIO):
-    """A file whose writes are counted as they leave the buffer."""
+    """A file whose writes are counted when the buffer is flushed to it."""
 
     calls: Calls
 
@@ -124,7 +126,7 @@ class WatchedFile(io.FileIO):
 
 
 class SilentSession(RunSession):
-    """A session that leaves stdout to the answers of main()."""
+    """A session that prints nothing on stdout, which is for the answers of main()."""
 
     def say(self, text: str) -> None:
         pass
@@ -149,7 +151,7 @@ def run_rank(directory: Path, dataset: Dataset, *, rank: int, world: int, report
         step = checkpointer.restore()
         run.allow_graceful_stop()
         if rank == 0:
-            with OPEN(report, "w") as file:
+            with UNWATCHED_OPEN(report, "w") as file:
                 json.dump({"step": step, "digest": digest(directory, step)}, file)
             metrics = Metrics(directory, resume_step=step, require_owned=run.require_owned)
         tokens_BT = torch.randint(0, 20, (4, 9), generator=torch.Generator().manual_seed(3))
@@ -189,7 +191,7 @@ def fork(request: dict[str, Any], dataset: Dataset, *, rank: int, report: Path, 
 def main() -> NoReturn:
     torch.set_num_threads(1)
     dataset = open_dataset(Path(sys.argv[1]))
-    with tempfile.TemporaryDirectory() as first:  # a first run imports what every fork needs
+    with tempfile.TemporaryDirectory() as first:  # this run imports what every fork needs
         run_rank(Path(first) / "run", dataset, rank=0, world=1, report=Path(first) / "report")
     stopped: tuple[list[int], Path, Path] | None = None
     for line in sys.stdin:

@@ -1,4 +1,4 @@
-"""Small runs, forked by fork_server.py, as a test asks for them."""
+"""The client of fork_server.py: starts small runs for a test."""
 
 import json
 import subprocess
@@ -13,7 +13,7 @@ from tests import jobs
 
 @dataclass(frozen=True)
 class Ended:
-    """A run that has ended or is stopped: where it resumed, a digest of its weights then, the calls that it made."""
+    """A run that has ended or is stopped. `step` and `digest`: where it resumed, and its weights there."""
 
     code: int
     stopped: bool
@@ -23,7 +23,7 @@ class Ended:
 
 
 class ForkedRuns:
-    """A process that forks small runs, see fork_server.py."""
+    """Starts fork_server.py and sends it requests."""
 
     def __init__(self, dataset: Dataset, scratch: Path) -> None:
         command = [sys.executable, "-m", "tests.storms.fork_server", str(dataset.path)]
@@ -36,12 +36,15 @@ class ForkedRuns:
     def run(
         self, directory: Path, how: str = "run", at: int = 0, *, boot: str = "", world: int = 1, rank: int = 0
     ) -> Ended:
-        """Run `world` ranks to the end; `rank` is killed, torn or stopped just before its call number `at`, from 1."""
+        """Run `world` ranks to the end, or until `rank` is killed or stopped just before its call number `at`, from 1.
+
+        `how`: "run", "kill", "tear" or "stop", see fork_server.Calls. `boot`: a boot id, as of another host.
+        """
         request = {"directory": str(directory), "how": how, "at": at, "boot": boot, "world": world, "rank": rank}
         return self._ask({**request, "scratch": str(self._scratch)})
 
     def wake(self) -> Ended:
-        """Continue the run that was stopped, to its end."""
+        """Continue the stopped run to its end."""
         return self._ask({"wake": True})
 
     def close(self) -> None:

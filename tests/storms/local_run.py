@@ -1,4 +1,4 @@
-"""A run under launch/local.sh, and the moments at which a storm strikes it."""
+"""A run under launch/local.sh, and the random moments at which a storm strikes it."""
 
 import json
 import os
@@ -16,16 +16,16 @@ from tests import jobs
 
 LOCAL = jobs.PROJECT / "launch" / "local.sh"
 EVALUATE_EVERY = 10
-# The most steps between two strikes, so that a run is long enough for all of them.
+# At most so many steps pass between two strikes.
 STEPS_A_STRIKE = 24
 
 
 class LocalRun:
-    """launch/local.sh with two ranks in the run directory `run`."""
+    """A launch/local.sh that trains with two ranks in the run directory `run`."""
 
     def __init__(self, run: Path, data: Path, *flags: str, **variables: str) -> None:
         self.run = run
-        # Restart after any number of strikes before the first step.
+        # TRIES: restart, however often a strike comes before the first step.
         self._variables = {"NPROC_PER_NODE": "2", "TRIES": "1000000", **variables}
         self._flags = [*jobs.TINY, f"--data.path={data}", f"--run.dir={run}", f"--eval.every={EVALUATE_EVERY}", *flags]
         self._output = run.with_name(f"{run.name}.output")
@@ -43,7 +43,7 @@ class LocalRun:
 
     @property
     def ended(self) -> bool:
-        """Tell whether the launcher has ended."""
+        """True if the launcher has ended."""
         return self._process.poll() is not None
 
     def code(self) -> int:
@@ -64,14 +64,14 @@ class LocalRun:
 
     def ranks(self) -> dict[int, int]:
         """Return the process ids of the ranks that run now, by rank."""
-        return jobs.ranks_of(self.agent() or self._process.pid)  # which may stand for a launcher that was forked
+        return jobs.ranks_of(self.agent() or self._process.pid)  # the latter is the relay of a forked launcher
 
     def signal(self, number: signal.Signals) -> None:
         """Send the launcher a signal."""
         self._process.send_signal(number)
 
-    def begun(self) -> int:
-        """Return how often the run began to train, from the start or from a checkpoint."""
+    def attempts(self) -> int:
+        """Return how often the run has begun to train, from the start or from a checkpoint."""
         return len(re.findall("^(?:starting in|going on from step) ", self.output(), re.MULTILINE))
 
     def step(self) -> int:
@@ -84,16 +84,16 @@ class LocalRun:
         return 0
 
 
-def moment(name: str, job: LocalRun, rng: random.Random) -> None:
-    """Wait for a moment of this kind, or for the end of the job. "start" comes before the next step."""
-    before, saved = job.step(), _listed(job, "step-*")
+def wait_for_moment(name: str, job: LocalRun, rng: random.Random) -> None:
+    """Wait for a moment of this kind, or for the end of the job. "start" is a moment before the next step."""
+    before, saved = job.step(), _checkpoint_names(job, "step-*")
     steps, over = rng.randint(1, 8), time.monotonic() + rng.uniform(0, 5)
     waits: dict[str, Callable[[], object]] = {
         "start": lambda: time.monotonic() > over or job.step() != before,
         "step": lambda: job.step() >= before + steps,
         "evaluation": lambda: job.step() > before and job.step() % EVALUATE_EVERY == 0,
-        "save": lambda: _listed(job, ".staging-*"),
-        "commit": lambda: _listed(job, "step-*") != saved,
+        "save": lambda: _checkpoint_names(job, ".staging-*"),
+        "commit": lambda: _checkpoint_names(job, "step-*") != saved,
     }
     while not (waits[name]() or job.ended):
         time.sleep(0.002)
@@ -101,12 +101,12 @@ def moment(name: str, job: LocalRun, rng: random.Random) -> None:
 
 
 def strikes(count: int, job: LocalRun, victims: Sequence[str], rng: random.Random) -> Iterator[tuple[str, str, int]]:
-    """Yield `count` moments, each with a victim and its process id. The launcher restarts the run after each."""
+    """Wait for `count` random moments. Yields the name of each, and a victim with its process id, for the strike."""
     for strike in range(count):
         name, victim = rng.choice(MOMENTS), rng.choice(victims)
         pid = None
         while pid is None:
-            moment(name, job, rng)
+            wait_for_moment(name, job, rng)
             assert not job.ended, f"before strike {strike}, {name} {victim}: {job.output()}"
             pid = job.agent() if victim == "agent" else job.ranks().get(int(victim[-1]))
         yield name, victim, pid
@@ -124,13 +124,13 @@ def assert_same_run(run: Path, other: Path) -> None:
     assert _leftovers(run) == []
 
 
-def rows(counted: Counter[tuple[str, str]], what: str) -> list[dict[str, object]]:
-    """Return a table of the strikes: a row for each moment, and a column for each victim or signal."""
+def table_rows(counted: Counter[tuple[str, str]], what: str) -> list[dict[str, object]]:
+    """Return the numbers of strikes: a row for each moment, and a column for each victim or signal."""
     columns = sorted({column for _, column in counted})
     return [{what: name, **{column: counted[name, column] for column in columns}} for name in MOMENTS]
 
 
-def _listed(job: LocalRun, pattern: str) -> list[str]:
+def _checkpoint_names(job: LocalRun, pattern: str) -> list[str]:
     return sorted(path.name for path in (job.run / "checkpoints").glob(pattern))
 
 

@@ -1,6 +1,6 @@
-"""Flipped bits, cut and deleted files, in checkpoints and in prepared data: all are found and reported in one line.
+"""Flipped bits, cut and deleted files in checkpoints and prepared data: all damage is found and reported in one line.
 
-A damaged checkpoint is skipped for an older good one. Without one, or with damaged data, the reader refuses.
+An older good checkpoint is loaded instead of a damaged one. If there is none, or data is damaged, DataError is raised.
 """
 
 import random
@@ -35,7 +35,11 @@ def delete(file: Path, draw: random.Random) -> None:
     file.unlink()
 
 
-HARMS: dict[str, Callable[[Path, random.Random], None]] = {"bit flipped": flip_bit, "cut short": cut, "deleted": delete}
+DAMAGES: dict[str, Callable[[Path, random.Random], None]] = {
+    "bit flipped": flip_bit,
+    "cut short": cut,
+    "deleted": delete,
+}
 
 
 @pytest.fixture(scope="module")
@@ -57,33 +61,33 @@ def test_a_damaged_checkpoint_is_never_loaded(saved: Path, dataset: Dataset, sto
     checkpoints = committed(saved / "checkpoints")
     found: Counter[tuple[str, str]] = Counter()
     for _ in range(storm.size(short=40, long=700)):
-        harmed = draw.sample(checkpoints, draw.choice((1, 1, 2, 3)))
-        harm = draw.choice(sorted(HARMS))
+        damaged = draw.sample(checkpoints, draw.choice((1, 1, 2, 3)))
+        damage = draw.choice(sorted(DAMAGES))
         whole = {}
-        for checkpoint in harmed:
+        for checkpoint in damaged:
             file = draw.choice(sorted(checkpoint.iterdir()))
             whole[file] = file.read_bytes()
-            HARMS[harm](file, draw)
-        good = [checkpoint for checkpoint in checkpoints if checkpoint not in harmed]
+            DAMAGES[damage](file, draw)
+        good = [checkpoint for checkpoint in checkpoints if checkpoint not in damaged]
         require_same_run(saved / "checkpoints", config, dataset, replicas=1)  # the first check of training
         where = [str(file) for file in whole]
         if good:
             step = load_for_inference(saved, CPU)[2].step
             assert step == int(good[0].name[5:]), where
-            found[harm, "skipped" if good[0] != checkpoints[0] else "not the newest"] += 1
+            found[damage, "skipped" if good[0] != checkpoints[0] else "not the newest"] += 1
         else:
             with pytest.raises(DataError) as caught:
                 load_for_inference(saved, CPU)
             assert caught.value.code == 65, where
             assert "\n" not in str(caught.value), where
-            assert all(checkpoint.name in str(caught.value) for checkpoint in harmed), where
-            found[harm, "refused"] += 1
+            assert all(checkpoint.name in str(caught.value) for checkpoint in damaged), where
+            found[damage, "refused"] += 1
         for file, content in whole.items():
             file.write_bytes(content)
     assert load_for_inference(saved, CPU)[2].step == 3
-    for harm in HARMS:
-        kinds = {kind: found[harm, kind] for kind in ("skipped", "not the newest", "refused", "unused")}
-        table(TITLE, {"where": "checkpoints", "harm": harm, "strikes": sum(kinds.values()), **kinds, "missed": 0})
+    for damage in DAMAGES:
+        kinds = {kind: found[damage, kind] for kind in ("skipped", "not the newest", "refused", "unused")}
+        table(TITLE, {"where": "checkpoints", "damage": damage, "strikes": sum(kinds.values()), **kinds, "missed": 0})
 
 
 def test_damaged_data_is_refused(dataset: Dataset, tmp_path: Path, storm: Storm, table: Table) -> None:
@@ -92,30 +96,35 @@ def test_damaged_data_is_refused(dataset: Dataset, tmp_path: Path, storm: Storm,
     copy = Path(shutil.copytree(dataset.path, tmp_path / "data", ignore=shutil.ignore_patterns(".verified.json")))
     files = sorted(file for file in copy.iterdir() if file.name not in UNREAD)
     for _ in range(storm.size(short=20, long=300)):
-        file, harm = draw.choice(files), draw.choice(sorted(HARMS))
+        file, damage = draw.choice(files), draw.choice(sorted(DAMAGES))
         whole = file.read_bytes()
-        HARMS[harm](file, draw)
+        DAMAGES[damage](file, draw)
         outcome = "refused"
-        if file.name == "meta.json" and harm == "bit flipped":
+        if file.name == "meta.json" and damage == "bit flipped":
             outcome = refused_or_unused(copy, dataset)
         else:
             with pytest.raises(DataError) as caught:
                 verify_dataset(open_dataset(copy))
             assert caught.value.code == 65
             assert "\n" not in str(caught.value)
-        found[harm, outcome] += 1
+        found[damage, outcome] += 1
         file.write_bytes(whole)
         (copy / ".verified.json").unlink(missing_ok=True)
     verify_dataset(open_dataset(copy))
-    for harm in HARMS:
-        kinds = {"skipped": 0, "not the newest": 0, "refused": found[harm, "refused"], "unused": found[harm, "unused"]}
-        table(TITLE, {"where": "prepared data", "harm": harm, "strikes": sum(kinds.values()), **kinds, "missed": 0})
+    for damage in DAMAGES:
+        kinds = {
+            "skipped": 0,
+            "not the newest": 0,
+            "refused": found[damage, "refused"],
+            "unused": found[damage, "unused"],
+        }
+        table(TITLE, {"where": "prepared data", "damage": damage, "strikes": sum(kinds.values()), **kinds, "missed": 0})
 
 
 def test_a_flipped_bit_in_meta_json_is_found_or_unused(
     dataset: Dataset, tmp_path: Path, storm: Storm, table: Table
 ) -> None:
-    """Flip every bit of meta.json in the long form, and those of the vocabulary size in the short one."""
+    """Flip every bit of meta.json in the full storm, and those of the vocabulary size in the short one."""
     ignored = shutil.ignore_patterns(".verified.json")
     copy = Path(shutil.copytree(dataset.path, tmp_path / "data", ignore=ignored))
     meta = copy / "meta.json"
@@ -134,7 +143,7 @@ def test_a_flipped_bit_in_meta_json_is_found_or_unused(
 
 
 def refused_or_unused(copy: Path, dataset: Dataset) -> str:
-    """Tell what a flipped bit in meta.json, which has no hash, leads to: it is found, or training does not use it."""
+    """Return the effect of a flipped bit in meta.json, which has no hash: it is found, or training does not use it."""
     try:
         opened = open_dataset(copy)
         verify_dataset(opened)
@@ -144,7 +153,9 @@ def refused_or_unused(copy: Path, dataset: Dataset) -> str:
     return "unused"
 
 
-def test_the_doors_tell_it_in_one_line(saved: Path, dataset: Dataset, tmp_path: Path, storm: Storm) -> None:
+def test_a_command_reports_damaged_checkpoints_in_one_line(
+    saved: Path, dataset: Dataset, tmp_path: Path, storm: Storm
+) -> None:
     run = Path(shutil.copytree(saved, tmp_path / "run"))
     draw = random.Random(storm.seed)
     for checkpoint in committed(run / "checkpoints"):

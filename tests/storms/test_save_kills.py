@@ -1,6 +1,6 @@
-"""A run is killed, or stopped while another job takes over, at every system call that changes a file.
+"""Kill a run, or stop it while another job takes over, at every system call that changes a file.
 
-Afterwards the checkpoints are the old ones, or the old ones and the new one, each whole, and the next run goes on.
+Afterwards there are the old checkpoints, perhaps with the new one, all of them whole, and the next run goes on.
 """
 
 import random
@@ -21,6 +21,7 @@ from tests.storms.forked_runs import Ended, ForkedRuns
 
 pytestmark = pytest.mark.storm
 TITLE = "Killed or stopped in a save"
+FULL_ONLY = "only with --storms"
 
 
 @pytest.fixture(scope="module", params=["whole", "newest damaged"])
@@ -28,18 +29,18 @@ def before(
     request: pytest.FixtureRequest, forked_runs: ForkedRuns, tmp_path_factory: pytest.TempPathFactory, storm: Storm
 ) -> Path:
     """A run with steps 2 and 3, or with step 3 damaged, an earlier broken one, and left-over files."""
-    return begun(
-        forked_runs, tmp_path_factory.mktemp("before") / "run", harmed=request.param != "whole", world=1, storm=storm
+    return make_run(
+        forked_runs, tmp_path_factory.mktemp("before") / "run", damaged=request.param != "whole", world=1, storm=storm
     )
 
 
-def begun(forked_runs: ForkedRuns, run: Path, *, harmed: bool, world: int, storm: Storm) -> Path:
-    if harmed and not storm.full:
-        pytest.skip("in the long form only")
+def make_run(forked_runs: ForkedRuns, run: Path, *, damaged: bool, world: int, storm: Storm) -> Path:
+    if damaged and not storm.full:
+        pytest.skip(FULL_ONLY)
     for step in range(3):
         ended = forked_runs.run(run, world=world)
         assert (ended.code, ended.step) == (0, step)
-    if harmed:
+    if damaged:
         flip_bit(run / "checkpoints" / "step-00000003" / "__0_0.distcp", random.Random(0))
         (run / "checkpoints" / "broken-step-00000002-1").mkdir()
         left = run / "checkpoints" / ".staging-000001-there-1" / "step-00000003"
@@ -52,8 +53,8 @@ def test_a_kill_before_each_call(
     forked_runs: ForkedRuns, before: Path, how: str, tmp_path: Path, storm: Storm, table: Table
 ) -> None:
     if how == "tear" and not storm.full:
-        pytest.skip("in the long form only")
-    strike(forked_runs, before, how, tmp_path, drawn(24, storm), table, world=1)
+        pytest.skip(FULL_ONLY)
+    strike(forked_runs, before, how, tmp_path, choose_calls(24, storm), table, world=1)
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -61,16 +62,16 @@ def test_a_kill_of_one_of_two_ranks(
     forked_runs: ForkedRuns, rank: int, tmp_path: Path, storm: Storm, table: Table
 ) -> None:
     if not storm.full:
-        pytest.skip("in the long form only")
-    run = begun(forked_runs, tmp_path / "before", harmed=False, world=2, storm=storm)
-    strike(forked_runs, run, "kill", tmp_path, drawn(60, Storm(False, storm.seed)), table, world=2, rank=rank)
+        pytest.skip(FULL_ONLY)
+    run = make_run(forked_runs, tmp_path / "before", damaged=False, world=2, storm=storm)
+    strike(forked_runs, run, "kill", tmp_path, choose_calls(60, Storm(False, storm.seed)), table, world=2, rank=rank)
 
 
 def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
     forked_runs: ForkedRuns, before: Path, tmp_path: Path
 ) -> None:
-    """No kill shows this, since the kernel keeps what a process wrote; a power cut would."""
-    run = copied(before, tmp_path / "run")
+    """No kill can show this, since the kernel keeps what a process wrote. Only a power cut could."""
+    run = copy_run(before, tmp_path / "run")
     ended = forked_runs.run(run)
     assert ended.step is not None
     name = f"step-{ended.step + 1:08d}"
@@ -80,33 +81,34 @@ def test_all_of_a_checkpoint_is_on_the_disk_before_it_has_its_name(
     staged = rf"\S+/checkpoints/\.staging-[^/]+/{name}"
     for file in (run / "checkpoints" / name).iterdir():
         path = rf"{staged}/{re.escape(file.name)}(\S*\.tmp)?"
-        writes, syncs = (places(ended.calls, f"{call} {path}") for call in ("write", "fsync"))
+        writes, syncs = (calls_like(ended.calls, f"{call} {path}") for call in ("write", "fsync"))
         assert writes, file
         assert any(writes[-1] < at < commit for at in syncs), file
-        assert any(writes[-1] < at < commit for at in places(ended.calls, f"fsync {staged}")), file
-    assert any(at > commit for at in places(ended.calls, r"fsync \S+/checkpoints"))
+        assert any(writes[-1] < at < commit for at in calls_like(ended.calls, f"fsync {staged}")), file
+    assert any(at > commit for at in calls_like(ended.calls, r"fsync \S+/checkpoints"))
 
 
-def places(calls: list[str], pattern: str) -> list[int]:
+def calls_like(calls: list[str], pattern: str) -> list[int]:
     return [at for at, call in enumerate(calls) if re.fullmatch(pattern, call)]
 
 
 def test_a_stop_before_each_call_while_another_job_takes_over(
     forked_runs: ForkedRuns, before: Path, tmp_path: Path, storm: Storm, table: Table
 ) -> None:
-    """The stopped run counts as one on another host, so the other one only waits for its lease to expire.
+    """The stopped run has another boot id, as on another host, so the next run can only wait for its lease to expire.
 
-    No checkpoint may change once it wakes up. A write that it was about to make, after it had checked the owner, may
-    still happen: to its own event file, to metrics.jsonl, or to a staging directory that nobody commits from.
+    When the stopped run wakes up, it may change no checkpoint. If it was stopped between a check of the owner and a
+    write, that write may still happen: to its own event file, metrics.jsonl, or a staging directory that is never
+    committed.
     """
-    places = drawn(8, storm)(forked_runs.run(copied(before, tmp_path / "reference")).calls)
-    refused = stray = 0
-    for at in places:
-        run = copied(before, tmp_path / "run")
+    chosen = choose_calls(8, storm)(forked_runs.run(copy_run(before, tmp_path / "reference")).calls)
+    refused = late_writes = 0
+    for at in chosen:
+        run = copy_run(before, tmp_path / "run")
         stopped = forked_runs.run(run, "stop", at, boot="elsewhere")
         assert stopped.stopped
         owned = any(call.startswith("rename") and call.endswith("/LOCK") for call in stopped.calls[:-1])
-        # A run that is about to own the directory may already hold its lock, here on the same host.
+        # A run that does not own the directory yet may already hold the file lock, since it is on the same host.
         assert forked_runs.run(run).code in ((0,) if owned else (0, 73)), describe(at, stopped)
         seen = contents(run)
         woken = forked_runs.wake()
@@ -120,14 +122,15 @@ def test_a_stop_before_each_call_while_another_job_takes_over(
             harmless = (".metrics.jsonl", "metrics.jsonl", "tb/", "checkpoints/.staging-")
             assert all(name.startswith(harmless) for name in changed), describe(at, stopped)
             refused += 1
-            stray += bool(changed)
+            late_writes += bool(changed)
         for late in (run / "checkpoints").glob(".staging-*"):
             shutil.rmtree(late)
         assert_sound(run, describe(at, stopped))
         shutil.rmtree(run)
-    name = f"stopped before a call, woken after a takeover ({before_name(before)})"
+    name = f"stopped before a call, woken after a takeover ({describe_run(before)})"
     table(
-        "Stopped and woken", {"storm": name, "places": len(places), "ended with 73": refused, "one late write": stray}
+        "Stopped and woken",
+        {"storm": name, "places": len(chosen), "ended with 73": refused, "one late write": late_writes},
     )
 
 
@@ -142,15 +145,15 @@ def strike(
     world: int,
     rank: int = 0,
 ) -> None:
-    """Kill a run at each place that `draw` chooses of the calls of an uninterrupted one, and run it again."""
-    reference = forked_runs.run(copied(before, tmp_path / "reference"), world=world, rank=rank)
+    """Kill a run at each call that `draw` chooses from those of an uninterrupted run, and run it again."""
+    reference = forked_runs.run(copy_run(before, tmp_path / "reference"), world=world, rank=rank)
     assert reference.code == 0
     after = forked_runs.run(tmp_path / "reference", world=world)
     digests = {reference.step: reference.digest, after.step: after.digest}
-    places = draw(reference.calls)
+    chosen = draw(reference.calls)
     went_on = dict.fromkeys(digests, 0)
-    for at in places:
-        run = copied(before, tmp_path / "run")
+    for at in chosen:
+        run = copy_run(before, tmp_path / "run")
         killed = forked_runs.run(run, how, at, world=world, rank=rank)
         assert killed.code == -signal.SIGKILL, describe(at, killed)
         newest = next(path for path in committed(run / "checkpoints") if not find_damage(path))
@@ -164,15 +167,15 @@ def strike(
         shutil.rmtree(run)
     old, new = went_on.values()
     name = {"kill": "killed before a call", "tear": "killed in the middle of a call"}[how]
-    where = f"rank {rank} of 2" if world > 1 else before_name(before)
+    where = f"rank {rank} of 2" if world > 1 else describe_run(before)
     table(
         TITLE,
-        {"storm": f"{name} ({where})", "places": len(places), "old": old, "new": new, "mixed": 0},
+        {"storm": f"{name} ({where})", "places": len(chosen), "old": old, "new": new, "mixed": 0},
     )
 
 
-def drawn(short: int, storm: Storm) -> Callable[[list[str]], list[int]]:
-    """Choose calls, counted from 1: all in the long form, else `short` ones of different kinds."""
+def choose_calls(short: int, storm: Storm) -> Callable[[list[str]], list[int]]:
+    """Return a function that chooses call numbers, from 1: all with --storms, else `short` ones of different kinds."""
 
     def draw(calls: list[str]) -> list[int]:
         if storm.full:
@@ -187,7 +190,7 @@ def drawn(short: int, storm: Storm) -> Callable[[list[str]], list[int]]:
     return draw
 
 
-def copied(run: Path, to: Path) -> Path:
+def copy_run(run: Path, to: Path) -> Path:
     return Path(shutil.copytree(run, to))
 
 
@@ -209,9 +212,9 @@ def contents(run: Path) -> dict[str, bytes]:
     return {str(file.relative_to(run)): file.read_bytes() for file in files}
 
 
-def before_name(before: Path) -> str:
-    harmed = any(path.name.startswith("broken-") for path in (before / "checkpoints").iterdir())
-    return "the newest one damaged before" if harmed else "all whole before"
+def describe_run(before: Path) -> str:
+    damaged = any(path.name.startswith("broken-") for path in (before / "checkpoints").iterdir())
+    return "the newest one damaged before" if damaged else "all whole before"
 
 
 def describe(at: int, ended: Ended) -> str:

@@ -1,4 +1,4 @@
-"""Signals to stop at random moments: exit code 75, and no finished step is lost."""
+"""Send a stop signal at random moments: the run exits with 75, and no finished step is lost."""
 
 import random
 import signal
@@ -26,7 +26,7 @@ def test_signals_lose_nothing(
     rng, counted = random.Random(storm.seed), Counter[tuple[str, str]]()
     for _ in range(count):
         name, number = rng.choice(local_run.MOMENTS), rng.choice(SIGNALS)
-        local_run.moment(name, job, rng)
+        local_run.wait_for_moment(name, job, rng)
         assert not job.ended, job.output()
         reached = job.step()
         job.signal(number)
@@ -39,5 +39,5 @@ def test_signals_lose_nothing(
     assert job.code() == 0, job.output()
     local_run.assert_same_run(job.run, undisturbed(steps))
     note = f"{count} signals to launch/local.sh, each ended with 75 and all that was logged saved"
-    for row in local_run.rows(counted, "signal in"):
+    for row in local_run.table_rows(counted, "signal in"):
         table(note, row)

@@ -1,4 +1,4 @@
-"""SIGSTOP of a random rank at random moments: it is named and ended, and the run goes on, even if all ranks stop."""
+"""SIGSTOP of a random rank, or of all, at random moments: the rank is named, all are ended, and the run goes on."""
 
 import os
 import random
@@ -51,19 +51,19 @@ def test_ranks_that_are_stopped_are_named_and_ended(
         f"{count} SIGSTOPs, health.timeout {LIMIT:.0f} s; all named; ended within "
         f"{max(ends):.1f} s, {in_time} of {count} within the timeout and 5 s"
     )
-    for row in local_run.rows(counted, "SIGSTOP in"):
+    for row in local_run.table_rows(counted, "SIGSTOP in"):
         table(note, row)
 
 
 def test_ranks_that_are_all_stopped_are_ended(
     prepared: Path, undisturbed: Callable[[int], Path], tmp_path: Path, storm: Storm
 ) -> None:
-    """No rank can name the others, and torchrun waits for ranks that it has sent SIGTERM."""
+    """No rank can name another, and torchrun, which sends SIGTERM, would wait for stopped ranks."""
     steps = storm.steps(2)
     flags = (f"--train.steps={steps}", f"--health.timeout={LIMIT}", "--run.fresh")
     job = local_run.LocalRun(tmp_path / "storm", prepared, *flags, **jobs.FORKED_LAUNCHER)
     for strike in (signal.SIGSTOP, signal.SIGKILL):
-        local_run.moment("step", job, random.Random(storm.seed))
+        local_run.wait_for_moment("step", job, random.Random(storm.seed))
         ranks = job.ranks()
         os.kill(ranks[0], signal.SIGSTOP)
         os.kill(ranks[1], strike)

@@ -1,4 +1,4 @@
-"""The progress of one process: the end of an attempt is in goodput.jsonl and on the console; a full disk is no end."""
+"""The progress of one process: goodput.jsonl and the console have the end of an attempt. A full disk ends nothing."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ def progress_in(directory: Path) -> Progress:
 
 
 def train(directory: Path, *, steps: int = 6, error: Exception | None = None) -> None:
-    """Show some steps with a save after each, then raise `error`."""
+    """Report some steps with a save after each, then raise `error`."""
     with progress_in(directory) as progress:
         for step in range(1, steps + 1):
             progress.step_done(step, data_wait=0.0)
@@ -39,7 +39,7 @@ def train(directory: Path, *, steps: int = 6, error: Exception | None = None) ->
 
 
 @pytest.mark.parametrize(("error", "end"), [(Interrupted("later"), "interrupted"), (DataError("bad"), "failed")])
-def test_an_attempt_that_ends_early_says_how_and_where_the_time_went(
+def test_an_attempt_that_ends_early_records_how_it_ended_and_prints_its_goodput(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], error: Exception, end: str
 ) -> None:
     with pytest.raises(type(error)):
@@ -49,7 +49,7 @@ def test_an_attempt_that_ends_early_says_how_and_where_the_time_went(
     assert capsys.readouterr().out.splitlines()[-1].startswith("goodput   ")
 
 
-def test_a_finished_attempt_does_too_and_tensorboard_has_all_parts(
+def test_a_finished_attempt_prints_its_goodput_and_tensorboard_has_all_parts(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     train(tmp_path)

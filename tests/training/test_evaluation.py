@@ -61,7 +61,9 @@ def test_val_loss_is_the_mean_over_windows_and_gives_bits_per_byte(model: GPT, d
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 16])
-def test_the_parts_of_several_ranks_sum_to_the_same(model: GPT, dataset: Dataset, plan: Plan, world_size: int) -> None:
+def test_the_losses_of_several_ranks_sum_to_that_of_one_process(
+    model: GPT, dataset: Dataset, plan: Plan, world_size: int
+) -> None:
     tokenizer = load_tokenizer(dataset.path)
 
     def part(rank: int, ranks: int) -> float:

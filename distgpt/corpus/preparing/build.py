@@ -29,11 +29,11 @@ ANOTHER_OUTPUT = "use another --output, or --overwrite"
 
 @dataclass(frozen=True)
 class Job:
-    """A dataset to prepare. `tokenizer` is the one in a file that was given; None: `settings` name it.
+    """A dataset to prepare. `tokenizer`: the one of a file that the user gave, or None if `settings` names a kind.
 
     `settings` are the options that decide the content of the output, and meta.json keeps them. `output` is a real path,
-    `shown_output` the same as the user wrote it. `task`: this process does share I of N. `ignored` counts, by suffix,
-    the files of folders that are not text.
+    `shown_output` the same as the user wrote it. `task` is (I, N): this process encodes share I of N. `ignored` counts,
+    by suffix, the files of folders that are not text.
     """
 
     inputs: Sequence[Source]
@@ -51,14 +51,14 @@ def prepare(job: Job, workers: Workers) -> str:
     staging.recover(job.output)
     if _exists_with_these_options(job) and all(source.path for source in job.inputs):
         return _already_prepared(job, _scan(job, workers))
-    if job.settings["tokenizer"] == "gpt2":  # only now, as it may be a download
+    if job.settings["tokenizer"] == "gpt2":  # not earlier, since it may be a download
         job = replace(job, tokenizer=gpt2())
     if job.task is not None:
         return _prepare_share(job, *job.task, workers)
     with staging.exclusive(job.output) as directory:
-        # Only now no other process can make it.
+        # Look again: another process may have made the output before this one got the lock.
         exists = _exists_with_these_options(job)
-        job = replace(job, inputs=[source if source.path else _keep_stdin(source, directory) for source in job.inputs])
+        job = replace(job, inputs=[source if source.path else _copy_stdin(source, directory) for source in job.inputs])
         found = _scan(job, workers)
         if exists:
             return _already_prepared(job, found)
@@ -66,7 +66,7 @@ def prepare(job: Job, workers: Workers) -> str:
 
 
 def _prepare_share(job: Job, index: int, count: int, workers: Workers) -> str:
-    """Encode this task's share beside the others, which may run on other hosts; build if no part is missing then."""
+    """Encode the share of this task. The last task to end, of all that may run on other hosts, builds the dataset."""
     found = _scan(job, workers)
     units = encode.units_of(found)
     share = units[len(units) * index // count : len(units) * (index + 1) // count]
@@ -79,24 +79,26 @@ def _prepare_share(job: Job, index: int, count: int, workers: Workers) -> str:
     except staging.CommittedError:  # a restart of this task that was not needed, or the same task started twice
         _exists_with_these_options(job)
         return _already_prepared(job, found)
-    # Of the tasks that let go of the directory, the last gets it for itself and finds every part there.
+    # The task that releases the directory last can lock it alone, and finds every part there.
     with suppress(DirectoryError), staging.exclusive(job.output) as directory:
         if all(parts.is_whole(directory / staging.PARTS, unit.index) for unit in units):
             return _build(job, found, units, directory, workers, is_encoded=True)
-    return f"task {index} of {count} is done; the last of the others writes {job.shown_output}"
+    return f"task {index} of {count} is done; the last task to end writes {job.shown_output}"
 
 
 def _exists_with_these_options(job: Job) -> bool:
-    """Return True if the output exists and was prepared with these options, False if it is to be made or overwritten.
+    """Return True if the output was prepared with these options, False if it does not exist or is to be overwritten.
 
-    Raises DirectoryError for another output, and DataError for a dataset that cannot be read, which is kept as well.
+    Raises DirectoryError if it is anything else, DataError if it is a dataset that cannot be read; it stays as it is.
     """
     output = job.output
     if not os.path.lexists(output):
         return False
     if job.overwrite:
         if not output.is_dir() or not all(map(shards.is_dataset_file, os.listdir(output))):
-            raise DirectoryError(f"{output} holds more than a dataset: --overwrite would destroy that, remove it first")
+            raise DirectoryError(
+                f"{output} holds files that are not a dataset's, which --overwrite would delete: move them first"
+            )
         return False
     try:
         settings = shards.read_meta(output).get("options")
@@ -108,7 +110,7 @@ def _exists_with_these_options(job: Job) -> bool:
 
 
 def _already_prepared(job: Job, found: Scan) -> str:
-    """Verify that the output is this dataset, remove leftovers of its preparation; return the text to print.
+    """Verify that the output is this dataset and remove what is left of its preparation; return the text to print.
 
     Raises DirectoryError if it was prepared from another input, DataError if it is damaged.
     """
@@ -121,10 +123,10 @@ def _already_prepared(job: Job, found: Scan) -> str:
     return f"{job.shown_output} is already prepared from this input: {size}"
 
 
-def _keep_stdin(source: Source, directory: Path) -> Source:
-    """Copy standard input to where every worker can read it. Return it with the format that it turns out to have."""
+def _copy_stdin(source: Source, directory: Path) -> Source:
+    """Copy standard input to a file that every worker can read; return that source, with the format of its content."""
     source = replace(source, path=str(directory / staging.STDIN_NAME))
-    with open(source.path, "wb") as file, report.progress("keeping standard input", None) as advance:
+    with open(source.path, "wb") as file, report.progress("copying standard input", None) as advance:
         while chunk := sys.stdin.buffer.read(2**20):
             file.write(chunk)
             advance(len(chunk))
@@ -151,14 +153,14 @@ def _scan(job: Job, workers: Workers) -> Scan:
 
 
 def _identity(job: Job, found: Scan) -> dict[str, Any]:
-    """Return all that the content of a part depends on: parts of another job are not used."""
+    """Return what the content of a part depends on. Parts of a job with another identity are not used."""
     return {"input": found.fingerprint, "options": job.settings, "unit_bytes": sources.UNIT_BYTES}
 
 
 def _build(
     job: Job, found: Scan, units: Sequence[Unit], directory: Path, workers: Workers, *, is_encoded: bool = False
 ) -> str:
-    """Make the dataset in the staging directory and give it its name; return the summary."""
+    """Write the dataset in the staging directory and rename it to the output; return the summary."""
     started = time.monotonic()
     staging.begin(directory, _identity(job, found))
     tokenizer = vocabulary.make_tokenizer(found, job.settings, job.tokenizer, workers, directory)
@@ -171,7 +173,7 @@ def _build(
     with report.progress("writing", sum(path.stat().st_size for path in part_files.iterdir())) as advance:
         meta = shard_writer.write_dataset(
             directory / staging.DATASET,
-            merge.merged(part_files, units, documents=found.documents, val_fraction=val_fraction),
+            merge.merge_parts(part_files, units, documents=found.documents, val_fraction=val_fraction),
             tokenizer=tokenizer,
             eot_id=_eot_id(found, tokenizer),
             shard_tokens=job.settings["shard_tokens"],
@@ -185,7 +187,7 @@ def _build(
 
 
 def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory: Path, workers: Workers) -> None:
-    """Write the parts of these units that are not there yet."""
+    """Write the parts of these units, except those that are whole."""
     todo = [unit for unit in units if not parts.is_whole(directory / staging.PARTS, unit.index)]
     if len(todo) < len(units):
         report.say(f"going on: {len(units) - len(todo)} of {len(units)} parts are done")

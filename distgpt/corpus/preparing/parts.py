@@ -1,8 +1,8 @@
 """Part files: the tokens of one unit of the input, behind a table of its documents.
 
 What a part holds depends on the input and the options alone, never on the number of workers. A part is whole and on
-disk before it has its name: a run that was killed goes on with the parts it left. The table has a checksum of its own,
-so that merging can read the sizes and hashes of all documents first, and each part's tokens only once.
+disk before it has its name: after a kill, the next run goes on from the parts that are there. The table has a checksum
+of its own, so that merging can read the sizes and hashes of all documents first, and each part's tokens only once.
 """
 
 import hashlib
@@ -61,13 +61,13 @@ def _path(directory: Path, index: int) -> Path:
 
 def _read_table(file: BinaryIO) -> Table:
     count = file.read(8)
-    # A damaged number of rows may be huge.
+    # The number of rows is not verified yet: a damaged one may be huge.
     size = min(int.from_bytes(count, "little") * ROW.itemsize + DIGEST_BYTES, os.fstat(file.fileno()).st_size)
     return np.frombuffer(_verified(file, count + file.read(size)), dtype=ROW, offset=8)
 
 
 def _verified(file: BinaryIO, content: bytes) -> memoryview:
-    """Return the content without the SHA-256 at its end. Raises StorageError if that is another one."""
+    """Return the content without the SHA-256 at its end. Raises StorageError if the hash does not match."""
     view = memoryview(content)
     body, digest = view[:-DIGEST_BYTES], view[-DIGEST_BYTES:]
     if hashlib.sha256(body).digest() != digest:

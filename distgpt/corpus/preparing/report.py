@@ -25,14 +25,17 @@ def say(line: str) -> None:
 
 @contextmanager
 def progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show progress on stderr, a bar on a terminal, otherwise lines. Yields the function that gets the bytes done."""
+    """Show progress on stderr, a bar on a terminal, otherwise lines.
+
+    Yields a function to call with the bytes done since the last call.
+    """
     if sys.stderr.isatty():
         with tqdm(desc=name, total=total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
 
             def move(count: int) -> None:
                 bar.update(count)
                 if count == 0:
-                    bar.refresh()  # it shows the time
+                    bar.refresh()  # so that its clock moves on
 
             yield move
         return
@@ -45,22 +48,22 @@ def progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
         now = time.monotonic()
         if now - printed > LINE_SECONDS:
             printed = now
-            say(f"{name}: {_amount(done, total, now - started)}")
+            say(f"{name}: {_progress_text(done, total, now - started)}")
 
     yield advance
 
 
-def _amount(done: int, total: int | None, seconds: float) -> str:
-    """Describe the bytes done in this time, of a total if it is known."""
+def _progress_text(done: int, total: int | None, seconds: float) -> str:
+    """Describe the bytes done in this time, with the time left if the total is known."""
     if total and done >= total:
-        return f"all {done / 1e6:,.0f} MB read, {seconds:,.0f} s so far"
+        return f"all {done / 1e6:,.0f} MB done, {seconds:,.0f} s so far"
     rate = done / seconds
     speed = f"{done / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s"
     return f"{speed}, {done / total:.0%}, {(total - done) / max(rate, 1):,.0f} s left" if total else speed
 
 
 def summary(output: Path, meta: dict[str, Any], *, bad: BadDocuments, ignored: Counter[str], seconds: float) -> str:
-    """Return the summary of a dataset that was made in so many seconds, with the training command that fits it."""
+    """Return the summary of a dataset, prepared in so many seconds, with a training command that fits it."""
     splits = [shards.shards_of(meta, name) for name in shards.SPLITS]
     tokens = [sum(shard.tokens for shard in split) for split in splits]
     documents = [sum(shard.documents for shard in split) for split in splits]
@@ -98,14 +101,14 @@ def left_out_lines(ignored: Counter[str], bad: BadDocuments) -> Sequence[str]:
 
 
 def warn_of_split(meta: dict[str, Any]) -> None:
-    """Warn if the share of validation is far from the one asked for, which may happen with few documents."""
+    """Warn if the share of the validation split is far from the one asked for, which may happen with few documents."""
     train, val = (sum(shard.tokens for shard in shards.shards_of(meta, name)) for name in shards.SPLITS)
     share, val_fraction = val / (train + val), meta["options"]["val_fraction"]
     if val_fraction is None:
         if share > 0.5:
-            say(f"warning: --val-input holds more text than --input: {share:.1%} of all tokens validate")
+            say(f"warning: --val-input holds more text than --input: {share:.1%} of all tokens are for validation")
     elif not merge.is_near(share, val_fraction):
         say(
-            f"warning: {share:.1%} of the tokens validate, not {val_fraction:.1%}: the text cannot be divided better; "
-            f"name validation text with --val-input, or give more documents"
+            f"warning: {share:.1%} of the tokens are for validation, not {val_fraction:.1%}: these documents cannot be "
+            f"split better; name validation text with --val-input, or give more documents"
         )

@@ -24,9 +24,9 @@ Work = list[Piece] | Source
 
 
 class ScannedPiece(NamedTuple):
-    """A piece and facts about its content. `characters`: those of its text, sorted, if the scan asked for them.
+    """A piece and facts about its content. `characters`: those of its text, sorted, if the scan was asked for them.
 
-    `rows` counts lines, rows or documents, empty ones too. `bad` holds the first bad ones.
+    `rows` counts its lines, Parquet rows or documents, including empty ones. `bad`: its first bad documents.
     """
 
     piece: Piece
@@ -42,7 +42,7 @@ class ScannedPiece(NamedTuple):
 
 
 class BadDocuments(NamedTuple):
-    """The number of documents that were left out, of those that have U+FFFD, and the places of the first of both."""
+    """Counts of bad documents: left out, or read with U+FFFD in them. `places`: the first of both, with the reason."""
 
     skipped: int
     replaced: int
@@ -51,7 +51,7 @@ class BadDocuments(NamedTuple):
 
 @dataclass(frozen=True)
 class Scan:
-    """The whole input. `documents` counts those that are not empty, `fingerprint` is a SHA-256 of all content.
+    """Facts about the whole input. `documents` counts those that are not empty; `fingerprint`: SHA-256 of all content.
 
     `separators` counts the separators of documents, or lines that look like one if no separator was given.
     """
@@ -66,18 +66,18 @@ class Scan:
 
 
 def scan_input(inputs: Sequence[Source], *, characters: bool, workers: Workers, advance: Advance) -> Scan:
-    """Read the whole input; `advance` gets the number of bytes read. Raises DataError for bad or no text, OSError."""
+    """Read the whole input; `advance` is called with the bytes read. Raises DataError for bad text or none, OSError."""
     stops = any(source.options.on_bad == "stop" for source in inputs)
-    tasks = list(_divided(inputs))
+    tasks = list(_divide(inputs))
     results: list[list[ScannedPiece]] = [[] for _ in tasks]
     for index, (scanned, consumed) in workers.run(scan_task, [(work, characters) for work in tasks]):
         results[index].append(scanned)
         advance(consumed)
         if stops and scanned.skipped:
-            _stop_at_bad(_scanned_so_far(tasks, results), is_all=False)
+            _raise_if_bad(_scanned_so_far(tasks, results), all_read=False)
     pieces = [scanned for result in results for scanned in result]
     if stops:
-        _stop_at_bad(pieces, is_all=True)
+        _raise_if_bad(pieces, all_read=True)
     bad = bad_documents(pieces)
     # A text file with a bad piece is left out as a whole.
     left_out = {scanned.piece.source for scanned in pieces if scanned.skipped and scanned.piece.source.format == "text"}
@@ -99,7 +99,10 @@ def scan_input(inputs: Sequence[Source], *, characters: bool, workers: Workers, 
 
 
 def scan_task(task: tuple[Work, bool]) -> Iterator[tuple[ScannedPiece, int]]:
-    """Yield each piece of the work, scanned with its characters or not, and the number of bytes read for it."""
+    """Yield each piece of the work, scanned, and the bytes read for it.
+
+    `task`: the work, and whether to collect the characters.
+    """
     work, characters = task
     if isinstance(work, Source):
         with open_source(work) as reader:
@@ -131,7 +134,7 @@ def scan_piece(content: Content, piece: Piece, characters: bool) -> ScannedPiece
 
 
 def bad_documents(pieces: Sequence[ScannedPiece]) -> BadDocuments:
-    """Return the bad documents of these pieces, which begin with the first of the input."""
+    """Return the bad documents of these pieces, which must be the first ones of the input."""
     places: list[str] = []
     skipped = replaced = 0
     for source, group in groupby(pieces, key=lambda scanned: scanned.piece.source):
@@ -155,12 +158,12 @@ def read_again(pieces: Sequence[ScannedPiece]) -> Iterator[tuple[ScannedPiece, C
             for scanned in group:
                 content = reader.content(scanned.piece)
                 if content.digest != scanned.digest:
-                    raise DataError(f"{source.name} changed while it was prepared: start again")
+                    raise DataError(f"{source.name} changed while it was read: start again")
                 yield scanned, content
 
 
 def grouped(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
-    """Yield consecutive items together whose sizes add up to about UNIT_BYTES."""
+    """Group consecutive items, so that the sizes in a group add up to about UNIT_BYTES."""
     group, total = list[T](), 0
     for item in items:
         group.append(item)
@@ -172,7 +175,7 @@ def grouped(items: Iterable[T], size: Callable[[T], int]) -> Iterator[list[T]]:
         yield group
 
 
-def _divided(inputs: Sequence[Source]) -> Iterator[Work]:
+def _divide(inputs: Sequence[Source]) -> Iterator[Work]:
     """Divide the input into the work of tasks."""
     for is_seekable, group in groupby(inputs, key=lambda source: source.is_seekable):
         if is_seekable:
@@ -188,7 +191,7 @@ def _pieces_of(inputs: Iterable[Source]) -> Iterator[Piece]:
 
 
 def _scanned_so_far(tasks: Sequence[Work], results: Sequence[list[ScannedPiece]]) -> list[ScannedPiece]:
-    """Return the pieces before the first that is not yet scanned: only for these the line numbers are known."""
+    """Return the pieces before the first that is not yet scanned: only their line numbers are known."""
     known: list[ScannedPiece] = []
     for work, scanned in zip(tasks, results, strict=True):
         known += scanned
@@ -197,21 +200,21 @@ def _scanned_so_far(tasks: Sequence[Work], results: Sequence[list[ScannedPiece]]
     return known
 
 
-def _stop_at_bad(pieces: Sequence[ScannedPiece], *, is_all: bool) -> None:
-    """Raise DataError if there are bad documents; before all is read, only if there are enough to list."""
+def _raise_if_bad(pieces: Sequence[ScannedPiece], *, all_read: bool) -> None:
+    """Raise DataError if there are bad documents; while input is still unread, only if MAX_PLACES can be listed."""
     bad = bad_documents(pieces)
-    if not bad.places or (len(bad.places) < MAX_PLACES and not is_all):
+    if not bad.places or (len(bad.places) < MAX_PLACES and not all_read):
         return
     if len(bad.places) == 1:
         raise DataError(f"{bad.places[0]} ({ON_BAD_HINT})")
-    count = f"{bad.skipped:,}" if is_all else f"{bad.skipped:,} or more"
+    count = f"{bad.skipped:,}" if all_read else f"{bad.skipped:,} or more"
     raise DataError("\n  ".join((f"{count} documents are bad ({ON_BAD_HINT}):", *bad.places)))
 
 
 def _check_text(inputs: Sequence[Source], pieces: Sequence[ScannedPiece], documents: int, bad: BadDocuments) -> None:
     """Raise DataError if the input, or one of its two parts if validation text is named, holds no text."""
     if documents == 0 and bad.skipped:
-        raise DataError(f"the input holds no text but bad documents, {bad.skipped:,}, the first: {bad.places[0]}")
+        raise DataError(f"the input holds no text but {bad.skipped:,} bad documents, the first: {bad.places[0]}")
     if documents == 0:
         names = ", ".join(source.name for source in inputs[:3]) + (", ..." if len(inputs) > 3 else "")
         raise DataError(f"the input holds no text: {names} {'is' if len(inputs) == 1 else 'are'} empty")
@@ -221,7 +224,7 @@ def _check_text(inputs: Sequence[Source], pieces: Sequence[ScannedPiece], docume
 
 
 def _characters_of(text: str) -> str:
-    """Return `"".join(sorted(set(text)))` at memory speed."""
+    """Return `"".join(sorted(set(text)))`, computed much faster."""
     if text.isascii():
         raw = text.encode()
         common = bytes(set(raw[:4096]))

@@ -1,6 +1,6 @@
 """The directory beside an output in which it is prepared: locked, kept after a kill, committed by one rename.
 
-<output>.partial/job.json      the job, on which the parts depend; parts of another job are not used
+<output>.partial/job.json      what the parts depend on; parts of another job are not used
 <output>.partial/parts/        finished parts
 <output>.partial/dataset/      the dataset, until it gets the output's name
 """
@@ -37,9 +37,9 @@ def directory_of(output: Path) -> Path:
 
 @contextmanager
 def exclusive(output: Path) -> Iterator[Path]:
-    """Hold the staging directory of `output` alone.
+    """Hold the staging directory of `output` with an exclusive lock.
 
-    It is removed at the end unless another start can go on with its content. Bad data leave nothing to go on with.
+    At the end it is removed, unless a later run can go on from its content. After bad data none can.
     Raises DirectoryError if another process holds it or it cannot be made.
     """
     directory = directory_of(output)
@@ -62,16 +62,17 @@ def exclusive(output: Path) -> Iterator[Path]:
 def shared(
     output: Path, job: Mapping[str, Any], set_up: Callable[[Path], object], load: Callable[[Path], T | None]
 ) -> Iterator[tuple[Path, T]]:
-    """Hold the staging directory of `output` together with other processes that do a part of the same job each.
+    """Hold the staging directory of `output` with a shared lock, beside other processes that share the same job.
 
-    A process that holds it alone sets it up, which does no harm a second time; if that is interrupted, another one does
-    it. Then all get the directory and what they `load` from it. They may write parts, and none commits. Raises
-    CommittedError if another process has committed, DirectoryError for the directory of another job or none at all.
+    First one process calls `set_up` under an exclusive lock; if it is killed, another one does. A second call does no
+    harm. Then each process gets the directory and what `load` returns for it. It may write parts, but not commit.
+    Raises CommittedError if another process has committed, DirectoryError if the directory belongs to another job or
+    cannot be made.
     """
     directory = directory_of(output)
     while True:
         with suppress(DirectoryError), exclusive(output):
-            # The parts of another job may belong to tasks that are still to come.
+            # The parts of another job may be needed by tasks of it that have not started yet.
             if not os.path.lexists(output) and _job_of(directory) in (None, job):
                 begin(directory, job)
                 set_up(directory)
@@ -90,7 +91,7 @@ def shared(
 
 
 def begin(directory: Path, job: Mapping[str, Any]) -> None:
-    """Make the staging directory one of this job; parts of an interrupted run of the same job stay. Raises OSError."""
+    """Prepare the staging directory for this job, and keep the parts of an earlier run of it. Raises OSError."""
     same = _job_of(directory) == job
     (directory / JOB_NAME).unlink(missing_ok=True)
     _remove(directory, {DATASET, REPLACED} if same else {*os.listdir(directory)} - {STDIN_NAME, LOCK_NAME})
@@ -105,7 +106,7 @@ def commit(directory: Path, output: Path) -> None:
     if not output.exists():
         os.rename(staged, output)
     elif not exchange(staged, output):
-        # Where two names cannot be exchanged, a kill between these two lines leaves the old dataset to `recover`.
+        # Without an atomic exchange, a kill between these two lines leaves the old dataset for `recover` to restore.
         os.rename(output, directory / REPLACED)
         os.rename(staged, output)
     sync(output.parent)
@@ -113,7 +114,7 @@ def commit(directory: Path, output: Path) -> None:
 
 
 def clear_leftovers(output: Path, job: Mapping[str, Any]) -> None:
-    """Remove the staging directory of a committed job, unless another process holds it and will. Raises OSError."""
+    """Remove the staging directory of a committed job. A process that holds it will do that itself. Raises OSError."""
     if _job_of(directory_of(output)) == job:
         with suppress(DirectoryError), exclusive(output) as directory:
             clear(directory)
@@ -127,7 +128,7 @@ def recover(output: Path) -> None:
 
 
 def exchange(first: Path, second: Path) -> bool:
-    """Swap two names in one step (Linux). Return False if the system or the file system cannot."""
+    """Exchange two names atomically (Linux). Return False if the system or the file system cannot."""
     renameat2 = getattr(ctypes.CDLL(None), "renameat2", None)
     at_cwd, exchange_flag = -100, 2
     names = at_cwd, os.fsencode(first), at_cwd, os.fsencode(second)
@@ -165,7 +166,7 @@ def _lock(directory: Path, output: Path, kind: int = fcntl.LOCK_EX | fcntl.LOCK_
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
-            continue  # its last owner has just removed the directory
+            continue  # the last process to hold the lock has just removed the directory
         except OSError as error:
             raise _cannot_write(output, error) from None
         try:
@@ -175,7 +176,7 @@ def _lock(directory: Path, output: Path, kind: int = fcntl.LOCK_EX | fcntl.LOCK_
             raise DirectoryError(f"another process is preparing {output}: wait for it, or stop it") from None
         if path.exists() and path.stat().st_ino == os.fstat(descriptor).st_ino:
             return descriptor
-        os.close(descriptor)  # its last owner removed it between our open and our lock
+        os.close(descriptor)  # the file was removed between our open and our lock
 
 
 def _cannot_write(output: Path, error: OSError) -> DirectoryError:

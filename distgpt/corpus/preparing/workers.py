@@ -1,7 +1,7 @@
 """A pool of worker processes: whichever process is killed, no worker is left behind and nothing waits forever.
 
-concurrent.futures.ProcessPoolExecutor has no results before the end of a task, waits for running tasks when it is
-closed, and its workers outlive a killed parent.
+concurrent.futures.ProcessPoolExecutor returns nothing before the end of a task, waits for running tasks when it is
+closed, and its workers outlive a parent that is killed.
 """
 
 import os
@@ -25,7 +25,7 @@ SHORT_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm")
 
 
 class Workers:
-    """Up to `count` processes with the module PRELOAD; they end at once with the `with` block or their parent."""
+    """Up to `count` processes that have imported PRELOAD. They are killed when the block or their parent ends."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -45,9 +45,9 @@ class Workers:
         self._workers.clear()
 
     def run(self, function: Callable[[Any], Iterator[Any]], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        """Yield all that the module-level generator function yields for each task, with the task's number, as it comes.
+        """Call a module-level generator function on each task; yield the task's number and each value, as they come.
 
-        A worker has one task at a time. Raises the exceptions of the function, and StorageError if a worker dies.
+        A worker has one task at a time. Raises what the function raises, and StorageError if a worker is killed.
         """
         self._start(min(self.count, len(tasks)))
         waiting, idle = deque(enumerate(tasks)), list(self._workers)

@@ -16,9 +16,9 @@ NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-pa
 
 
 class Finder:
-    """Finds sources. `stdin` is the source that STDIN stands for; nothing in `excluded`, real paths, is input.
+    """Finds sources. `stdin`: the source for STDIN. `excluded`: files and folders that are not input, as real paths.
 
-    `ignored` has the suffix, by real path, of each file found in a folder that is not text.
+    `ignored` maps the real path of each file in a folder that is not text to its suffix.
     """
 
     def __init__(self, options: ReadOptions, *, stdin: Source, excluded: Sequence[Path] = ()) -> None:
@@ -41,7 +41,7 @@ class Finder:
                 if real not in sources:
                     sources[real] = formats.source_of(file, self._options)
         if not sources:
-            raise DataError(f"--input names nothing but the output: {', '.join(inputs)}")
+            raise DataError(f"--input names no file but the output: {', '.join(inputs)}")
         return list(sources.values())
 
     def _files_of(self, value: str) -> list[Path]:
@@ -55,17 +55,19 @@ class Finder:
         if not matches:
             raise DataError(f"no such input: {value}")
         found = [file for path in matches for file in self._files_in(path)]
-        # A shell that expands * names the output of an earlier start.
+        # The output may be named too: a shell expands * to it after an earlier run.
         if not found and not self._is_excluded(named):
-            problem = f"holds no text: the files of a folder count if they end in {', '.join(formats.FOLDER_SUFFIXES)}"
+            problem = (
+                f"holds no text: of a folder, only files are read that end in {', '.join(formats.FOLDER_SUFFIXES)}"
+            )
             if any(".json" in suffix for suffix in self.ignored.values()):
-                problem += f"; .json if it begins with an object that has the key {self._options.text_key!r}"
+                problem += f"; .json if its first object has the key {self._options.text_key!r}"
                 problem += ": --text-key names another"
             raise DataError(f"{value} {problem}")
         return found
 
     def _files_in(self, path: Path) -> list[Path]:
-        """Return the file, or the files below the folder that count; hidden ones do not."""
+        """Return the file itself, or the files below the folder that are text; hidden files are left out."""
 
         def enters(folder: Path) -> bool:
             return not folder.name.startswith(".") and not self._is_excluded(folder)

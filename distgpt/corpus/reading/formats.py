@@ -1,4 +1,4 @@
-"""The format of a file: by the end of its name and, where that does not tell, by its first bytes."""
+"""The format of a file: by its suffix or, if that does not decide, by its first bytes."""
 
 import codecs
 import importlib.util
@@ -18,7 +18,7 @@ TEXT_SUFFIXES = (
     *(".txt", ".text", ".md", ".rst", ".tex", ".html", ".py", ".c", ".h", ".cc", ".cpp", ".cu", ".java", ".js"),
     *(".ts", ".go", ".rs", ".sh"),
 )
-PROSE_SUFFIXES = (".txt", ".text")  # they do not tell what is in a file
+PROSE_SUFFIXES = (".txt", ".text")  # such a file may hold JSON
 JSON_SUFFIXES = (".jsonl", ".ndjson", ".json")
 FOLDER_SUFFIXES = (*TEXT_SUFFIXES, *JSON_SUFFIXES, ".parquet")
 COMPRESSIONS: dict[str, Compression] = {".gz": ".gz", ".zst": ".zst", ".zstd": ".zst"}
@@ -27,50 +27,52 @@ ARCHIVES = (".tar", ".tgz", ".zip", ".7z", ".bz2", ".xz", ".rar")
 
 
 def source_of(path: Path, options: ReadOptions) -> Source:
-    """Return the source that this file is. Raises UsageError for archives, tables, pipes and missing packages."""
+    """Return the source for a file. Raises UsageError for archives, tables, pipes and missing packages."""
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is neither a file nor a folder: pipe it in with --input -")
-    inner, compression = _suffixes(path)
-    if inner in ARCHIVES or (compression and inner == ".parquet"):
+    content_suffix, compression = _suffixes(path)
+    if content_suffix in ARCHIVES or (compression and content_suffix == ".parquet"):
         raise UsageError(f"{path} is an archive: unpack it first")
-    if inner in TABLES:
-        raise UsageError(f"{path} is a table: {_conversion(path, inner)}")
+    if content_suffix in TABLES:
+        raise UsageError(f"{path} is a table: {_conversion(path, content_suffix)}")
     if compression == ".zst":
         _require("zstandard", path)
-    if inner == ".parquet":
+    if content_suffix == ".parquet":
         _require("pyarrow", path)
         return Source(str(path), str(path), "parquet", "", options)
     source = Source(str(path), str(path), "separated" if options.separator else "text", compression, options)
-    if inner in JSON_SUFFIXES or (inner not in TEXT_SUFFIXES and _is_json(_head(source) or b"", options.text_key)):
+    if content_suffix in JSON_SUFFIXES or (
+        content_suffix not in TEXT_SUFFIXES and _is_json(_head(source) or b"", options.text_key)
+    ):
         return as_json(source)
-    return as_text_or_json(source) if inner in PROSE_SUFFIXES else source
+    return as_text_or_json(source) if content_suffix in PROSE_SUFFIXES else source
 
 
 def as_text_or_json(source: Source) -> Source:
-    """Return a text file, as JSON if its first two lines are objects of JSON that have the key: no prose begins so."""
+    """Return the source, as JSON if its first line is an object with the key and its second line begins another."""
     first, _, second = (_head(source) or b"").lstrip().partition(b"\n")
     text, reason = json_text.text_of(source.options.text_key, first)
     return as_json(source) if text and not reason and second.startswith(b"{") else source
 
 
 def as_json(source: Source) -> Source:
-    """Return the same file as objects of JSON: one a line, or in an array or over several lines as it begins."""
+    """Return the source as JSON: "jsonl", or "json" if it begins with an array or an object over several lines."""
     head = (_head(source) or b"").lstrip()
     is_whole = head.startswith(b"[") or head.partition(b"\n")[0].rstrip() == b"{"
     return replace(source, format="json" if is_whole else "jsonl")
 
 
 def counts_in_folder(path: Path, options: ReadOptions) -> bool:
-    """Return True for a file of a folder that is input."""
-    inner, compression = _suffixes(path)
-    if inner == ".json":  # settings end in .json as well
+    """Return True if a file found in a folder is input."""
+    content_suffix, compression = _suffixes(path)
+    if content_suffix == ".json":  # a file of settings may end in .json as well
         head = _head(Source(str(path), str(path), "text", compression, options))
-        return head is None or _is_json(head, options.text_key)  # a file that cannot be read is an error later
-    return inner in FOLDER_SUFFIXES and not (compression and inner == ".parquet")
+        return head is None or _is_json(head, options.text_key)  # an unreadable file is reported when it is read
+    return content_suffix in FOLDER_SUFFIXES and not (compression and content_suffix == ".parquet")
 
 
 def _suffixes(path: Path) -> tuple[str, Compression]:
-    """Return the suffix that tells what is in the file, and the compression."""
+    """Return the suffix for the content of the file, and the compression."""
     suffix = path.suffix.lower()
     if suffix in COMPRESSIONS:
         return Path(path.stem).suffix.lower(), COMPRESSIONS[suffix]
@@ -78,7 +80,7 @@ def _suffixes(path: Path) -> tuple[str, Compression]:
 
 
 def _conversion(path: Path, suffix: str) -> str:
-    """Return advice with a command that converts a table to JSON lines."""
+    """Return a command that converts a table to JSON lines."""
     delimiter = "'\\t'" if suffix == ".tsv" else "','"
     program = (
         "import csv, json, sys; csv.field_size_limit(2**31 - 1); "
@@ -90,14 +92,14 @@ def _conversion(path: Path, suffix: str) -> str:
 
 
 def _is_json(head: bytes, text_key: str) -> bool:
-    """Return True if a file that begins so has objects of JSON with this key."""
+    """Return True if a file with this beginning holds JSON objects with this key."""
     key = text_key.split(".")[-1]
     forms = (json.dumps(key).encode(), json.dumps(key, ensure_ascii=False).encode())
     return head.lstrip()[:1] in (b"{", b"[") and any(form in head for form in forms)
 
 
 def _head(source: Source) -> bytes | None:
-    """Return the first bytes of a file without a byte order mark; None if they cannot be read, an error later."""
+    """Return the first bytes of a file without a byte order mark; None if they cannot be read."""
     try:
         with open(source.path, "rb") as file:
             return SourceBytes(source, file).peek(0, HEAD_BYTES).removeprefix(codecs.BOM_UTF8)

@@ -1,4 +1,4 @@
-"""JSON: where lines or an array of objects can be cut, the text in an object, and what makes it bad."""
+"""JSON: where to cut lines or an array of objects, and the text in an object, or why it has none."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import Any
 import orjson
 
 from distgpt.corpus.reading import sources, streams
-from distgpt.corpus.reading.sources import Checked
+from distgpt.corpus.reading.sources import CheckedText
 from distgpt.corpus.reading.streams import SourceBytes, windows
 
 _TOKEN = re.compile(rb'"(?:[^"\\]++|\\.)*+"|[{}"]', re.DOTALL)
@@ -24,11 +24,14 @@ def cut_lines(content: SourceBytes, target: int) -> int:
 
 
 def cut_objects(content: SourceBytes, start: int) -> int:
-    """Return the end of the first object that ends UNIT_BYTES after `start`, or of the content; `start` is in none."""
+    """Return the end of the first object that ends UNIT_BYTES or more after `start`, else the end of the content.
+
+    `start` lies between two objects.
+    """
     size = sources.UNIT_BYTES + streams.WINDOW_BYTES
     while True:
         window = content.peek(start, size)
-        for end in _ends(window):
+        for end in _object_ends(window):
             if end >= sources.UNIT_BYTES:
                 return start + end
         if len(window) < size:
@@ -37,62 +40,63 @@ def cut_objects(content: SourceBytes, start: int) -> int:
 
 
 def split_objects(raw: bytes) -> Iterator[bytes]:
-    """Yield the objects in a part of a JSON array, or one after another; also anything else in place of one."""
+    """Yield the objects in a part of a JSON array, or one after another, and whatever stands in place of one."""
     start = 0
-    for end in _ends(raw):
+    for end in _object_ends(raw):
         yield raw[start:end].lstrip(b"[, \t\r\n")
         start = end
     if rest := raw[start:].strip(b"[], \t\r\n"):
         yield rest
 
 
-def text_of(key: str, raw: bytes) -> Checked:
-    """Return the text that has this key in an object of JSON. An empty line is an empty text."""
+def text_of(key: str, raw: bytes) -> CheckedText:
+    """Return the text under this key of a JSON object. An empty line is an empty text."""
     if not raw or raw.isspace():
         return "", ""
     try:
         text = _value(orjson.loads(raw), key)
     except (ValueError, KeyError, TypeError):
-        return _odd_text_of(key, raw)
-    return (text, "") if isinstance(text, str) else _odd_text_of(key, raw)
+        return _lenient_text_of(key, raw)
+    return (text, "") if isinstance(text, str) else _lenient_text_of(key, raw)
 
 
-def _odd_text_of(key: str, raw: bytes) -> Checked:
-    """Do the same for objects that the strict and fast reader refuses: with NaN, half a surrogate pair, or bad ones."""
-    wrong = ""
+def _lenient_text_of(key: str, raw: bytes) -> CheckedText:
+    """Do the same with Python's parser for what orjson refuses: NaN, a lone surrogate, a bad document."""
+    reason = ""
     try:
         line = raw.decode()
     except UnicodeDecodeError as error:
-        line, wrong = raw.decode(errors="replace"), f"not UTF-8, byte {error.start:,} of the line ({error.reason})"
+        line, reason = raw.decode(errors="replace"), f"not UTF-8, byte {error.start:,} of the line ({error.reason})"
     try:
         content = json.loads(line)
     except (ValueError, RecursionError) as error:
-        # All of an array of strings comes as one entry.
-        return "", wrong or ("not a JSON object but str" if line.startswith('"') else f"not JSON ({error})")
+        # split_objects yields an array of strings as one entry, without its brackets.
+        return "", reason or ("not a JSON object but str" if line.startswith('"') else f"not JSON ({error})")
     if not isinstance(content, dict):
-        return "", wrong or f"not a JSON object but {type(content).__name__}"
+        return "", reason or f"not a JSON object but {type(content).__name__}"
     try:
         text = _value(content, key)
     except (KeyError, TypeError):
         keys = ", ".join(sorted(content)[:8]) or "none"
-        return "", wrong or f"no key {key!r} (there are: {keys}); --text-key names the one to read"
+        return "", reason or f"no key {key!r} (there are: {keys}); --text-key names the one to read"
     if not isinstance(text, str):
-        return "", wrong or f"{key!r} is not a text but {type(text).__name__}"
-    if half := _SURROGATE.search(text):
-        text, wrong = _SURROGATE.sub("\ufffd", text), wrong or f"{key!r} holds half a character (U+{ord(half[0]):04X})"
-    return text, wrong
+        return "", reason or f"{key!r} is not a string but {type(text).__name__}"
+    if lone := _SURROGATE.search(text):
+        text = _SURROGATE.sub("\ufffd", text)
+        reason = reason or f"{key!r} holds a lone surrogate (U+{ord(lone[0]):04X})"
+    return text, reason
 
 
 def _value(content: Any, key: str) -> Any:
-    """Return the value of a key, or with dots in it, of keys in nested objects. Raises KeyError, TypeError."""
+    """Return the value of a key; a key with dots may name one in nested objects. Raises KeyError, TypeError."""
     if key in content or "." not in key:
         return content[key]
     first, _, rest = key.partition(".")
     return _value(content[first], rest)
 
 
-def _ends(raw: bytes) -> Iterator[int]:
-    """Yield the end of each outermost object, up to a string that has no end."""
+def _object_ends(raw: bytes) -> Iterator[int]:
+    """Yield the end of each outermost object, up to a string that is not closed."""
     level = 0
     for token in _TOKEN.finditer(raw):
         if token[0] == b'"':

@@ -1,4 +1,4 @@
-"""Parquet: the text in a column, row by row, and what makes a row bad."""
+"""Parquet: the text in a column, row by row, or why a row has none."""
 
 import hashlib
 import os
@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from typing import Any, BinaryIO
 
 from distgpt.corpus.reading import sources
-from distgpt.corpus.reading.sources import Checked, Content, Piece, Source, content_of, utf8_size
+from distgpt.corpus.reading.sources import CheckedText, Content, Piece, Source, content_of, utf8_size
 from distgpt.errors import DataError
 
 BATCH_ROWS = 16
@@ -25,7 +25,7 @@ class ParquetReader:
         self._source = source
         self._error = pyarrow.ArrowException
         self._size = os.fstat(file.fileno()).st_size
-        with self._damage_named():
+        with self._damage_reported():
             self._file = pyarrow.parquet.ParquetFile(file)
             schema = self._file.schema_arrow
         self._fields = _fields(schema, source.text_key)
@@ -36,15 +36,15 @@ class ParquetReader:
             )
         self._rows: int = self._file.metadata.num_rows
         self._row = 0  # the number of the next one to read from the file
-        self._texts: Iterator[Checked] | None = None
-        self._ahead: deque[Checked] = deque()  # rows that `pieces` read to find where a piece ends
+        self._texts: Iterator[CheckedText] | None = None
+        self._ahead: deque[CheckedText] = deque()  # rows that `pieces` read to find where a piece ends
 
     @property
     def consumed(self) -> int:
         return self._size * self._row // max(self._rows, 1)
 
     def pieces(self) -> Iterator[Piece]:
-        # The sizes in the file are before a dictionary is applied: a short file may hold any amount of text.
+        # The sizes in the file are those of dictionary-encoded text: a short file may hold any amount of text.
         self._texts = self._read(0)
         start = size = 0
         for text, reason in self._texts:
@@ -66,7 +66,7 @@ class ParquetReader:
             digest.update(len(raw).to_bytes(8, "little") + raw)
         return content_of(self._source, rows, digest.digest())
 
-    def _read(self, start: int) -> Iterator[Checked]:
+    def _read(self, start: int) -> Iterator[CheckedText]:
         """Yield the text of each row from `start` on."""
         key, metadata = self._source.text_key, self._file.metadata
         passed = 0  # row groups
@@ -74,7 +74,7 @@ class ParquetReader:
             start -= rows
             passed += 1
         groups = range(passed, metadata.num_row_groups)
-        with self._damage_named():
+        with self._damage_reported():
             for batch in self._file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[key], use_threads=False):
                 for value in batch.column(0)[start:]:
                     self._row += 1
@@ -82,7 +82,7 @@ class ParquetReader:
                 start = max(start - len(batch), 0)
 
     @contextmanager
-    def _damage_named(self) -> Iterator[None]:
+    def _damage_reported(self) -> Iterator[None]:
         try:
             yield
         except (self._error, OSError) as error:
@@ -90,7 +90,7 @@ class ParquetReader:
 
 
 def _fields(schema: Any, key: str) -> list[str]:
-    """Return the column that has this key, and the fields in it that dots name; none if there is no such column."""
+    """Return the column of this key and, for a key with dots, the nested fields; nothing if there is no such column."""
     if key in schema.names:
         return [key]
     names, fields = key.split("."), {field.name: field.type for field in schema}
@@ -100,14 +100,14 @@ def _fields(schema: Any, key: str) -> list[str]:
     return names if names[-1] in fields else []
 
 
-def _text_of(value: Any, fields: Sequence[str], key: str) -> Checked:
+def _text_of(value: Any, fields: Sequence[str], key: str) -> CheckedText:
     """Return the text in the value of a row."""
     for name in fields[1:]:
         value = value[name] if value.is_valid else value
-    value = getattr(value, "value", value)  # the value that an entry of a dictionary stands for
+    value = getattr(value, "value", value)  # a dictionary-encoded entry stands for its value
     content = value.as_buffer().to_pybytes() if value.is_valid and hasattr(value, "as_buffer") else value.as_py()
     if not isinstance(content, bytes):
-        return "", f"{key!r} is not a text but {type(content).__name__}"
+        return "", f"{key!r} is not a string but {type(content).__name__}"
     try:
         return content.decode(), ""
     except UnicodeDecodeError as error:

@@ -10,16 +10,16 @@ from contextlib import contextmanager
 
 from distgpt.corpus.reading import json_text, sources, streams
 from distgpt.corpus.reading.parquet import ParquetReader
-from distgpt.corpus.reading.sources import Checked, Content, Piece, Source, content_of
+from distgpt.corpus.reading.sources import CheckedText, Content, Piece, Source, content_of
 from distgpt.corpus.reading.streams import SourceBytes, windows
 from distgpt.errors import DataError
 
-CUT_OVERLAP = 16  # of two windows: more than a character on both sides of a cut
-SEPARATED_BYTES = 2**30  # the longest document before a separator, all of which is in memory at a time
+CUT_OVERLAP = 16  # of consecutive windows: more than a character on both sides of a cut
+SEPARATED_BYTES = 2**30  # the longest document before a separator: it is in memory as a whole
 
 # A lone newline or space between two characters that are not whitespace. GPT-2's pattern always starts a new word at
-# whitespace that follows something else, and looks back at nothing, so both sides encode as they do in one go. Halves
-# of characters at the window's ends decode to lone surrogates, which do not count.
+# whitespace that follows something else, and has no look-behind, so the two sides encode as they do together. A
+# character that is cut by a window's end decodes to lone surrogates, which do not match.
 _WORD_END = re.compile(r"(?<=[^\s\udc80-\udcff])[\n ](?=[^\s\udc80-\udcff])")
 # Lines that other programs write between the documents of a text file.
 _SEPARATOR_LINES = re.compile(rb"(?m)^(?:<\|endoftext\|>|<\|end_of_text\|>|</s>)[ \t\r]*$")
@@ -71,7 +71,7 @@ class TextReader(SourceBytes):
         """Return the offset of the first end of a word at or after `target`, or the end of the content."""
         for position, window in windows(self, target, CUT_OVERLAP):
             if position > target + 3 * sources.UNIT_BYTES:
-                # One run without a space, longer than three units: cut between characters, BPE ids may differ there.
+                # No space in three units: cut between two characters, although BPE ids may then differ.
                 return position + next((i for i, byte in enumerate(window[:4]) if byte & 0xC0 != 0x80), 0)
             text = window.decode("utf-8", "surrogateescape")
             if match := _WORD_END.search(text):
@@ -81,7 +81,7 @@ class TextReader(SourceBytes):
     def _cut_separated(self, target: int) -> int:
         """Return the end of the first separator that ends after `target`, or of the content. Raises DataError."""
         separator = self.source.options.separator
-        overlap = len(separator.encode()) + 4  # and the line ends around it
+        overlap = len(separator.encode()) + 4  # the line ends around it
         # The separator may be followed by a line end, which belongs to it and must be in the same piece.
         start = max(target - overlap, 0)
         for position, window in windows(self, start, overlap):
@@ -115,8 +115,8 @@ def open_source(source: Source) -> Iterator[TextReader | ParquetReader]:
         raise DataError(f"{source.name}: damaged or cut short ({error})") from None
 
 
-def _decode(source: Source, raw: bytes, start: int | None = None) -> Checked:
-    """Decode a document, with U+FFFD for all that is not UTF-8. `start`: its offset in the file, where that helps."""
+def _decode(source: Source, raw: bytes, start: int | None = None) -> CheckedText:
+    """Decode a document, with U+FFFD for all that is not UTF-8. `start`: its offset in the file, for the message."""
     try:
         return raw.decode(), ""
     except UnicodeDecodeError as error:
@@ -133,7 +133,7 @@ def _decode(source: Source, raw: bytes, start: int | None = None) -> Checked:
 
 
 def _utf16_name(raw: bytes) -> str:
-    """Return the name of the UTF-16 that a file begins with, by its mark or by the zeros in Latin letters; "": none."""
+    """Return the UTF-16 encoding that a file seems to have, by its mark or its zero bytes; "" if none."""
     if raw.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
         return "utf-16"
     head = raw[:1000]

@@ -1,7 +1,7 @@
-"""A file of input, and the pieces that it is cut into.
+"""An input file, and the pieces that it is cut into.
 
-A text file is one document, or several with a separator between them; an object of JSON or a row of Parquet is one
-document each. A worker holds one piece at a time. A longer text file continues over several pieces.
+A text file is one document, or several with a separator between them. Each JSON object and each row of Parquet is a
+document. A worker holds one piece in memory at a time, so a long text file is several pieces.
 """
 
 from collections.abc import Iterable
@@ -27,9 +27,10 @@ class ReadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One file of input, or standard input if `path` is empty. Messages call it `name`. `validates`: not for training.
+    """One input file, or standard input if `path` is empty. `name` is for messages.
 
-    "separated" is text with a separator between documents, "json" has objects in an array or over several lines.
+    "separated" is text with a separator between documents; "json" is an array, or objects over several lines.
+    `validates`: the text goes to the validation split.
     """
 
     path: str
@@ -52,7 +53,7 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A range of a source: bytes of its decompressed content, or rows of Parquet. `last`: it ends the source."""
+    """A range of a source: bytes of its decompressed content, or rows of Parquet. `last`: of its source."""
 
     source: Source
     start: int
@@ -61,14 +62,14 @@ class Piece:
 
 
 class BadDocument(NamedTuple):
-    """A document that cannot be read in full: its line, row or number in the piece, from 0, and the reason."""
+    """A document that cannot be read in full: its number in the piece, from 0, and the reason."""
 
     number: int
     reason: str
     replaced: bool
 
     def place(self, source: Source, before: int) -> str:
-        """Describe the document by its place and reason; `before` lines, rows or documents are in earlier pieces."""
+        """Return its place and the reason; `before`: the number of lines, rows or documents in earlier pieces."""
         if source.format == "text":
             return f"{source.name} {self.reason}"
         word = {"jsonl": "line", "json": "object", "parquet": "row", "separated": "document"}[source.format]
@@ -78,8 +79,8 @@ class BadDocument(NamedTuple):
 class Content(NamedTuple):
     """The content of a piece: the text of its documents (for a text file: a part of the only one) and its SHA-256.
 
-    A bad document is an empty text, or has U+FFFD for each bad character, as the option `on_bad` says. `separators`
-    counts the lines that look like separators of documents.
+    The option `on_bad` decides: a bad document is an empty text, or has U+FFFD for each bad character. `separators`
+    counts the separators or, if no separator was given, lines that look like one.
     """
 
     texts: list[str]
@@ -89,11 +90,11 @@ class Content(NamedTuple):
 
 
 # The text of a document, and the reason why it is bad: "" for a good one.
-Checked = tuple[str, str]
+CheckedText = tuple[str, str]
 
 
-def content_of(source: Source, documents: Iterable[Checked], digest: bytes, separators: int = 0) -> Content:
-    """Put the documents of a piece together, with bad ones as `on_bad` has them."""
+def content_of(source: Source, documents: Iterable[CheckedText], digest: bytes, separators: int = 0) -> Content:
+    """Make the content of a piece from its documents, and treat bad ones as `on_bad` says."""
     texts, bad = [], []
     for number, (text, reason) in enumerate(documents):
         if reason:

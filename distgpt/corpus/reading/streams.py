@@ -10,19 +10,19 @@ from typing import BinaryIO
 from distgpt.corpus.reading.sources import Source
 from distgpt.errors import DataError, UsageError
 
-WINDOW_BYTES = 2**16  # looked at in one go for a place to cut
+WINDOW_BYTES = 2**16  # searched at a time for a place to cut
 CHUNK_BYTES = 2**20
-ZSTD_BYTES = 2**10  # each four of which may hold 128 KiB
+ZSTD_BYTES = 2**10  # decompressed at a time: every four bytes may become 128 KiB
 MARK_BAD = "distgpt-bad"  # the name of a codec error handler
-BAD_BYTE = b"\xff"  # is nowhere in UTF-8
-HALF_FOR_BAD = "\udcff"
+BAD_BYTE = b"\xff"  # never occurs in UTF-8
+BAD_SURROGATE = "\udcff"  # stands for bad bytes in decoded text, and becomes BAD_BYTE when that is encoded
 
 
 class SourceBytes:
-    """The bytes of an open source at offsets. `end` is their number, or more as long as `peek` has not come to it.
+    """The bytes of an open source, by offset. `end` is their number.
 
     A file that is compressed or not in UTF-8 can only be read forwards: after `forget(offset)`, bytes before the offset
-    must not be read any more.
+    must not be read any more. Its `end` is sys.maxsize until `peek` has reached the end.
     """
 
     def __init__(self, source: Source, file: BinaryIO) -> None:
@@ -64,28 +64,28 @@ class SourceBytes:
 
 
 def windows(content: SourceBytes, position: int, overlap: int) -> Iterator[tuple[int, bytes]]:
-    """Yield a window at a time from `position` on, with their offset; each begins `overlap` before the last ends."""
+    """Yield windows from `position` on, each with its offset; each begins `overlap` bytes before the last one's end."""
     while window := content.peek(position, WINDOW_BYTES):
         yield position, window
         position += max(len(window) - overlap, 1) if len(window) == WINDOW_BYTES else len(window)
 
 
 def checked_encoding(name: str) -> str:
-    """Return the usual name of an encoding, "" for UTF-8. Raises UsageError if there is no such encoding of text."""
+    """Return the usual name of an encoding, "" for UTF-8. Raises UsageError if there is no such text encoding."""
     try:
         "".encode(name or "utf-8")
         usual = codecs.lookup(name or "utf-8").name
-        # Encodings of host names take no other error handler: they are not for text that may be bad.
+        # Encodings of host names accept no other error handler, so they cannot be used for text that may be bad.
         codecs.getincrementaldecoder(usual)(MARK_BAD).decode(b"a", final=True)
     except (LookupError, UnicodeError, ValueError):
-        raise UsageError(f"--encoding {name}: no such encoding of text, as latin-1, cp1252 or utf-16") from None
+        raise UsageError(f"--encoding {name}: no such text encoding; for example latin-1, cp1252 or utf-16") from None
     return "" if usual == "utf-8" else usual
 
 
 def _mark_bad(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Put BAD_BYTE for bytes that cannot be decoded and for half a character."""
+    """Decode bad bytes to BAD_SURROGATE; encode that, and any other surrogate, to BAD_BYTE."""
     if isinstance(error, UnicodeDecodeError):
-        return HALF_FOR_BAD, error.end
+        return BAD_SURROGATE, error.end
     assert isinstance(error, UnicodeEncodeError)
     return BAD_BYTE * (error.end - error.start), error.end
 
@@ -106,12 +106,12 @@ def _chunks(source: Source, file: BinaryIO) -> Iterator[bytes]:
     try:
         for text in codecs.iterdecode(chunks, source.options.encoding, MARK_BAD):
             yield text.encode("utf-8", MARK_BAD)
-    except UnicodeError:  # without a byte order mark, nothing can be decoded
+    except UnicodeError:  # utf-16 or utf-32 without a byte order mark: nothing can be decoded
         yield BAD_BYTE
 
 
 def zstd_chunks(source: Source, file: BinaryIO) -> Iterator[bytes]:
-    """Yield the content of Zstandard frames. Raises DataError, also for a missing end, unlike the package's reader."""
+    """Yield the content of Zstandard frames. Raises DataError, also for a missing end, which the package accepts."""
     import zstandard
 
     frames = zstandard.ZstdDecompressor(max_window_size=2**31)

@@ -1,13 +1,13 @@
-"""For the PYTHONPATH of scripts under test, after the project: torchrun is forked by the server of the tests.
+"""A sitecustomize for scripts under test, through PYTHONPATH: the fork server of the tests runs their torchrun.
 
-With FORK_LAUNCHER the launcher is forked instead, and forks its torchrun: a launcher that looks for the children of its
-torchrun must be its parent.
+With FORK_LAUNCHER it runs the launcher instead, which forks its torchrun: a launcher that looks for the children of
+its torchrun must be the parent of that.
 """
 
 import os
 import sys
 
-# Its place in the command line: python [-u] .../torchrun, or python [-u] -m MODULE.
+# The index of the program in the command line: python [-u] .../torchrun, or python [-u] -m MODULE.
 _program = 2 if sys.orig_argv[1][:1] == "-" else 1
 _forked = ("distgpt.launch",) if os.environ.get("FORK_LAUNCHER") else ("/torchrun", "torch.distributed.run")
 if sys.orig_argv[_program].endswith(_forked):

@@ -1,4 +1,4 @@
-"""Hosts at the two ends of a long thin link: 100 Mbit/s, and 50 ms there and back."""
+"""Two hosts with a slow link of long latency: 100 Mbit/s, and a round trip of 50 ms."""
 
 import re
 from pathlib import Path
@@ -13,11 +13,13 @@ from tests.hosts.test_multinode import SHAPE, finish
 SHORT = (*SHAPE, "--train.steps=20", "--eval.every=10", "--checkpoint.every=10")
 
 
-def test_they_train_as_one_process_does(make_network: MakeNetwork, prepared: Path, tmp_path: Path) -> None:
+def test_two_hosts_with_a_slow_link_train_as_one_process(
+    make_network: MakeNetwork, prepared: Path, tmp_path: Path
+) -> None:
     alone = jobs.command("train", *SHORT, f"--data.path={prepared}", f"--run.dir={tmp_path / 'one'}")
     assert alone.code == 0, alone
     hosts = make_network(2)
-    hosts.move_far_away("n2", megabits=100, round_trip=0.05)
+    hosts.replace_link("n2", megabits=100, round_trip=0.05)
     endings = finish(multinode(hosts, [*SHORT, f"--data.path={prepared}", f"--run.dir={tmp_path / 'two'}"]))
     for ended in endings.values():
         assert ended.code == 0, ended
@@ -27,4 +29,4 @@ def test_they_train_as_one_process_does(make_network: MakeNetwork, prepared: Pat
     (links,) = re.findall(r"^\w+ +links +(.*)$", said, re.MULTILINE)
     rates = [float(rate) for rate in re.findall(r"([\d.]+) MB/s", links)]
     assert rates
-    assert all(rate < 13 for rate in rates), links  # 100 Mbit/s are 12.5 MB/s
+    assert all(rate < 13 for rate in rates), links  # 100 Mbit/s is 12.5 MB/s

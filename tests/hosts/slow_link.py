@@ -1,9 +1,9 @@
-"""A long thin link, as tc's netem makes one where the kernel has it: two TAP devices, and this process between them.
+"""A link with a low rate and a long delay: two TAP devices, and this process between them.
 
-    python relay.py NAMESPACE DEVICE NAMESPACE DEVICE BYTES_PER_SECOND SECONDS
+    python slow_link.py NAMESPACE DEVICE NAMESPACE DEVICE BYTES_PER_SECOND SECONDS
 
-Frames wait in each direction until the ones before them are through at that rate, and then for the delay. Says "up"
-when both devices are there.
+In each direction, a frame waits until those before it have passed at that rate, and then for the delay. Prints "up"
+when both devices exist. tc's netem does the same, but not every kernel has it.
 """
 
 import ctypes
@@ -19,22 +19,22 @@ from collections import deque
 CLONE_NEWNET = 0x40000000  # sched.h
 TUNSETIFF, IFF_TAP, IFF_NO_PI = 0x400454CA, 0x0002, 0x1000  # linux/if_tun.h
 LONGEST_FRAME = 65536
-# What a switch would hold before it drops frames: some multiples of what is under way on such a link.
+# As a switch, drop frames when more than this waits: several times the bytes in flight on such a link.
 BUFFER_BYTES = 4 * 2**20
 
 
 class Direction:
-    """Frames on their way from one device to the other."""
+    """Frames on their direction from one device to the other."""
 
     def __init__(self, source: int, target: int, *, rate: float, delay: float) -> None:
         self.source, self._target = source, target
         self._rate, self._delay = rate, delay
-        self._free = 0.0  # when the last frame will be through
+        self._free = 0.0  # the time at which the last frame will have passed
         self._waiting: deque[tuple[float, bytes]] = deque()
         self._bytes = 0
 
     def take(self) -> None:
-        """Take in what the source has to send."""
+        """Receive a frame from the source."""
         frame = os.read(self.source, LONGEST_FRAME)
         if self._bytes + len(frame) > BUFFER_BYTES:
             return
@@ -43,20 +43,20 @@ class Direction:
         self._bytes += len(frame)
 
     def deliver(self) -> float:
-        """Hand over what has arrived; seconds until the next one does."""
+        """Send the frames that are due to the target; return the seconds until the next one is."""
         while self._waiting and self._waiting[0][0] <= time.monotonic():
             _, frame = self._waiting.popleft()
             self._bytes -= len(frame)
             try:
                 os.write(self._target, frame)
             except OSError as error:
-                if error.errno != errno.EIO:  # the device is not up yet: its frame is lost
+                if error.errno != errno.EIO:  # the device is not up yet: the frame is lost
                     raise
         return max(0.0, self._waiting[0][0] - time.monotonic()) if self._waiting else 1.0
 
 
 def tap(space: str, name: str) -> int:
-    """A new TAP device in a network namespace, where this process then is."""
+    """Enter a network namespace and make a TAP device there; return its descriptor."""
     libc = ctypes.CDLL(None, use_errno=True)
     with open(f"/run/netns/{space}") as handle:
         if libc.setns(handle.fileno(), CLONE_NEWNET):
@@ -68,14 +68,14 @@ def tap(space: str, name: str) -> int:
 
 def main(space_a: str, name_a: str, space_b: str, name_b: str, rate: str, delay: str) -> None:
     a, b = tap(space_a, name_a), tap(space_b, name_b)
-    ways = [Direction(s, t, rate=float(rate), delay=float(delay)) for s, t in ((a, b), (b, a))]
+    directions = [Direction(s, t, rate=float(rate), delay=float(delay)) for s, t in ((a, b), (b, a))]
     print("up", flush=True)
     while True:
-        pause = min(way.deliver() for way in ways)
-        readable, _, _ = select.select([way.source for way in ways], [], [], pause)
-        for way in ways:
-            if way.source in readable:
-                way.take()
+        pause = min(direction.deliver() for direction in directions)
+        readable, _, _ = select.select([direction.source for direction in directions], [], [], pause)
+        for direction in directions:
+            if direction.source in readable:
+                direction.take()
 
 
 if __name__ == "__main__":
