@@ -367,6 +367,7 @@ def test_dropout_applies_to_attention_weights_and_branches(monkeypatch: pytest.M
     branches = [m for block in blocks(model) for m in (block.attention.output_dropout, block.mlp.dropout)]
     assert [m.p for m in branches] == [0.25] * 4
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr("distgpt.model.gpt.attention_in_blocks", attention)
     tokens = some_tokens(1, 16)
     model.train()(tokens)
     model.eval()(tokens)
