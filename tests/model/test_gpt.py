@@ -333,6 +333,14 @@ def test_compiled_blocks_give_the_same_gradients(variant: str) -> None:
         torch.testing.assert_close(q[1].grad, p.grad, msg=naming(name))
 
 
+def test_a_block_with_dropout_compiles_as_one_graph() -> None:
+    model = make(dropout=0.5).train()
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    model(some_tokens(2, 16), some_tokens(2, 16, seed=1)).mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("pieces", [[16], [1] * 16, [5, 1, 1, 4, 5]])
 def test_forwards_with_a_cache_equal_one_forward(variant: str, pieces: list[int]) -> None:
