@@ -6,11 +6,11 @@ speed
     Seconds of an optimizer step of the model of the preset `seed`, with its dropout, on random tokens. All sides are
     processes that exist at the same time and take steps in turn, so that a busy machine slows all of them. A side of
     one process has all cores; of two, each has half of them. The two loops to compare with are in plain_loops.py.
-    --clock cpu gives each process one thread and counts its CPU time, for a machine that is too busy for anything
-    else; it does not see that all cores but one are idle while F.dropout draws numbers.
+    --clock cpu gives each process one thread and counts CPU time, summed over the ranks, for a machine that is too busy
+    for anything else; it does not see that all cores but one are idle while F.dropout draws numbers.
 losses
     A small model of the same kind learns from --text in float32 and in bfloat16, from several seeds: does bfloat16
-    change what is learned by more than another seed does?
+    change what is learned by more than other dropout masks do?
 tiny
     Milliseconds of a step of distgpt.train, with all that it writes, watches and compares, against a bare loop around
     the same model, for a model so small that this overhead could be most of it. One thread each.
@@ -62,6 +62,12 @@ TINY = (
     *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=32", "--model.block_size=32"),
     *("--train.global_batch=8", "--train.dtype=float32"),
 )
+# Dropout masks depend on the micro-batch, so another one shows how much the masks alone change.
+LEARNERS = {
+    "float32": ("--train.dtype=float32",),
+    "float32 with other masks": ("--train.dtype=float32", "--train.micro_batch=8"),
+    "bfloat16": ("--train.dtype=bfloat16",),
+}
 LOG_EVERY = 10
 QUIET = ("--eval.sequences=256", "--eval.sample_tokens=0", "--checkpoint.every=0")
 
@@ -143,13 +149,14 @@ def side_processes(side: str, shape: Shape, clock: str) -> Iterator[list["subpro
             rank.stdin.close()  # ends it
 
 
-def seconds_of_a_step(ranks: Sequence["subprocess.Popen[str]"]) -> float:
-    """Let a side take a step; return the time of its slowest rank."""
+def seconds_of_a_step(ranks: Sequence["subprocess.Popen[str]"], clock: str) -> float:
+    """Let a side take a step; return the time of its slowest rank, or the CPU time of all."""
     for rank in ranks:
         assert rank.stdin is not None
         rank.stdin.write("\n")
         rank.stdin.flush()
-    return max(float(rank.stdout.readline()) for rank in ranks if rank.stdout is not None)
+    seconds = [float(rank.stdout.readline()) for rank in ranks if rank.stdout is not None]
+    return sum(seconds) if clock == "cpu" else max(seconds)
 
 
 def measure_speed(shape: Shape, rounds: int, clock: str) -> dict[str, list[float]]:
@@ -159,7 +166,7 @@ def measure_speed(shape: Shape, rounds: int, clock: str) -> dict[str, list[float
         sides = {side: stack.enter_context(side_processes(side, shape, clock)) for side in SIDES}
         for _ in range(rounds + 1):
             for side, ranks in sides.items():
-                seconds[side].append(seconds_of_a_step(ranks))
+                seconds[side].append(seconds_of_a_step(ranks, clock))
     return {side: times[1:] for side, times in seconds.items()}
 
 
@@ -171,7 +178,7 @@ def speed_table(shape: Shape, seconds: Mapping[str, Sequence[float]], clock: str
 
     ancestor, nano = PLAIN_SIDES
     tokens = shape.batch * shape.block_size
-    how = "one thread a process, CPU time of a rank" if clock == "cpu" else f"{available_cpus()} cores"
+    how = "one thread a process, CPU time of all ranks" if clock == "cpu" else f"{available_cpus()} cores"
     lines = [
         f"A step of {shape.batch} x {shape.block_size} tokens, {how}, medians of {len(seconds[ancestor])} rounds.",
         "",
@@ -194,30 +201,30 @@ def train(directory: Path, data: Path, *flags: str) -> list[dict[str, float]]:
 
 
 def losses_table(directory: Path, data: Path, *, steps: int, seeds: int) -> str:
-    """Train in both types from several seeds; return their losses."""
+    """Train in each of LEARNERS from several seeds; return their losses, and how far they differ from the first."""
     lines = [
-        f"{steps} steps of a small model (`{' '.join(SMALL)}`), from the same weights and data in both types.",
-        "The training loss is the mean of the last tenth of the steps.",
+        f"{steps} steps of a small model (`{' '.join(SMALL)}`), of a seed all with the same weights and data.",
+        "Training loss, the mean of the last tenth of the steps, and validation loss:",
         "",
-        "| seed | training loss: float32 | bfloat16 | validation loss: float32 | bfloat16 |",
-        "|---|---|---|---|---|",
+        f"| seed | {' | '.join(LEARNERS)} |",
+        f"|---{'|---' * len(LEARNERS)}|",
     ]
-    differences: list[float] = []
-    validation: list[float] = []
+    validation: dict[str, list[float]] = {name: [] for name in LEARNERS}
     for seed in range(1, seeds + 1):
-        row = []
-        for dtype in ("float32", "bfloat16"):
-            flags = (f"--run.seed={seed}", f"--train.dtype={dtype}", f"--train.steps={steps}", "--log.every=1")
-            logged = train(directory / f"{dtype}-{seed}", data, *SMALL, "--eval.every=0", *flags)
+        cells = []
+        for number, (name, how) in enumerate(LEARNERS.items()):
+            flags = (f"--run.seed={seed}", f"--train.steps={steps}", "--eval.every=0", "--log.every=1", *how)
+            logged = train(directory / f"{number}-{seed}", data, *SMALL, *flags)
             losses = [line["loss"] for line in logged if "loss" in line]
-            row.append((statistics.fmean(losses[-steps // 10 :]), logged[-1]["val_loss"]))
-        (train32, val32), (train16, val16) = row
-        lines.append(f"| {seed} | {train32:.4f} | {train16:.4f} | {val32:.4f} | {val16:.4f} |")
-        differences.append(val16 - val32)
-        validation.append(val32)
-    spread = f", which lie {max(validation) - min(validation):.4f} apart" if seeds > 1 else ""
-    mean = statistics.fmean(differences)
-    return "\n".join([*lines, "", f"bfloat16 less float32: {mean:+.4f} on average over the seeds{spread}."])
+            validation[name].append(logged[-1]["val_loss"])
+            cells.append(f"{statistics.fmean(losses[-steps // 10 :]):.4f}, {validation[name][-1]:.4f}")
+        lines.append(f"| {seed} | {' | '.join(cells)} |")
+    first, *others = LEARNERS
+    apart = [
+        f"{statistics.fmean(abs(a - b) for a, b in zip(validation[name], validation[first], strict=True)):.4f} ({name})"
+        for name in others
+    ]
+    return "\n".join([*lines, "", f"Validation losses lie {' and '.join(apart)} from {first}, on average."])
 
 
 def bare_loop(data: Path, steps: int) -> float:
