@@ -203,7 +203,8 @@ def train(directory: Path, data: Path, *flags: str) -> list[dict[str, float]]:
 def losses_table(directory: Path, data: Path, *, steps: int, seeds: int) -> str:
     """Train in each of LEARNERS from several seeds; return their losses, and how far they differ from the first."""
     lines = [
-        f"{steps} steps of a small model (`{' '.join(SMALL)}`), of a seed all with the same weights and data.",
+        f"{steps} steps of a small model, of a seed all with the same weights and data:",
+        f"`{' '.join(SMALL)}`.",
         "Training loss, the mean of the last tenth of the steps, and validation loss:",
         "",
         f"| seed | {' | '.join(LEARNERS)} |",
