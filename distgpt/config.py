@@ -163,7 +163,7 @@ class TrainConfig:
         0, "sequences per forward pass; 0: the largest divisor with at most 4,096 tokens on a CPU, 16,384 on a GPU"
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "compute precision, weights stay float32; auto: bfloat16 if the device is fast with it"
+        "auto", "compute precision, weights stay float32; auto: bfloat16 if the device has instructions for it"
     )
     compile: bool = option(False, "compile each block with torch.compile")
 

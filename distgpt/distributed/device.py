@@ -10,6 +10,8 @@ from distgpt.machine import available_cpus
 
 # Parameters of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+# Flags in /proc/cpuinfo of CPUs with instructions for products of bfloat16 matrices.
+BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16"}
 
 
 def threads_per_rank(local_world_size: int) -> int:
@@ -26,22 +28,25 @@ def share_of_cpus(local_world_size: int) -> int:
 
 
 def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """Resolve `train.dtype`: auto is bfloat16 on GPUs that have it and on CPUs with AMX, else float32."""
+    """Resolve `train.dtype`: auto is bfloat16 on GPUs and CPUs that have instructions for it, else float32.
+
+    That is the same in each attempt of a run, which a measurement on a busy machine may not be.
+    """
     if asked != "auto":
         return torch.bfloat16 if asked == "bfloat16" else torch.float32
     if device.type == "cuda":
         with torch.cuda.device(device):  # it asks for the current device
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = cpu_has_amx()
+        fast = cpu_has_bfloat16()
     return torch.bfloat16 if fast else torch.float32
 
 
-def cpu_has_amx() -> bool:
-    """Tell whether this CPU has AMX instructions for bfloat16."""
+def cpu_has_bfloat16() -> bool:
+    """Tell whether this CPU has instructions for bfloat16 products, which take half the time of float32 or less."""
     try:
         with open("/proc/cpuinfo") as cpuinfo:
-            return "amx_bf16" in cpuinfo.read()
+            return not BFLOAT16_FLAGS.isdisjoint(cpuinfo.read().split())
     except OSError:
         return False
 

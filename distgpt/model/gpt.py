@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 
 from distgpt.config import ModelConfig
 from distgpt.errors import UsageError
+from distgpt.model.cpu_attention import attention_in_blocks
+from distgpt.model.dropout import Dropout
 
 INIT_STD = 0.02
 LAYERNORM_EPS = 1e-5
@@ -121,7 +123,7 @@ class Attention(nn.Module):
         self.q_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
         self.output = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=config.bias)
-        self.output_dropout = nn.Dropout(config.dropout)
+        self.output_dropout = Dropout(config.dropout)
 
     def forward(
         self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: LayerCache | None
@@ -139,19 +141,25 @@ class Attention(nn.Module):
         if cache is not None:
             k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD)
             q_BHTD = q_BHTD.to(k_BKTD.dtype)
-        if mask is not None and K != H:
+        dropout_p = self.dropout if self.training else 0.0
+        # SDPA on a CPU is slow with dropout, and slow in bfloat16.
+        in_blocks = x_BTC.device.type == "cpu" and cache is None and (dropout_p > 0 or q_BHTD.dtype == torch.bfloat16)
+        if K != H and (in_blocks or mask is not None):
             # CUDA's kernel for masks has no grouped heads: with enable_gqa, SDPA would store all (T, S) weights.
             k_BKTD, v_BKTD = (x.repeat_interleave(H // K, dim=1) for x in (k_BKTD, v_BKTD))
-        with torch.autocast(x_BTC.device.type, enabled=False):  # it would convert a float32 cache
-            y_BHTD = F.scaled_dot_product_attention(
-                q_BHTD,
-                k_BKTD,
-                v_BKTD,
-                attn_mask=mask,
-                dropout_p=self.dropout if self.training else 0.0,
-                is_causal=mask is None and k_BKTD.shape[2] == T,
-                enable_gqa=k_BKTD.shape[1] != H,
-            )
+        if in_blocks:
+            y_BHTD = attention_in_blocks(q_BHTD, k_BKTD, v_BKTD, mask=mask, dropout_p=dropout_p)
+        else:
+            with torch.autocast(x_BTC.device.type, enabled=False):  # it would convert a float32 cache
+                y_BHTD = F.scaled_dot_product_attention(
+                    q_BHTD,
+                    k_BKTD,
+                    v_BKTD,
+                    attn_mask=mask,
+                    dropout_p=dropout_p,
+                    is_causal=mask is None and k_BKTD.shape[2] == T,
+                    enable_gqa=k_BKTD.shape[1] != H,
+                )
         out: Tensor = self.output_dropout(self.output(y_BHTD.transpose(1, 2).flatten(2)))
         return out
 
@@ -166,7 +174,7 @@ class MLP(nn.Module):
         self.up = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.gate = nn.Linear(config.n_embd, hidden, bias=config.bias) if config.mlp == "swiglu" else None
         self.down = nn.Linear(hidden, config.n_embd, bias=config.bias)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BTC: Tensor) -> Tensor:
         """Apply both projections and the activation to (B, T, C)."""
@@ -232,7 +240,7 @@ class GPT(nn.Module):
         self.token_embedding = nn.Embedding(padded, config.n_embd)
         learned = config.position == "learned"
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd) if learned else None
-        self.embedding_dropout = nn.Dropout(config.dropout if config.embedding_dropout else 0.0)
+        self.embedding_dropout = Dropout(config.dropout if config.embedding_dropout else 0.0)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
         self.head = None if config.tied_head else nn.Linear(config.n_embd, padded, bias=config.head_bias)

@@ -6,6 +6,8 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
 from distgpt.checkpoint.compatibility import require_same_run
 from distgpt.checkpoint.manifest import committed
 from distgpt.checkpoint.store import checkpoint_bytes, require_space, require_writable
@@ -20,7 +22,7 @@ from distgpt.distributed.collectives import (
 )
 from distgpt.distributed.plan import Plan
 from distgpt.distributed.runtime import Runtime, restarted
-from distgpt.errors import DataError, DirectoryError, StorageError
+from distgpt.errors import DataError, DirectoryError, StorageError, UsageError
 from distgpt.health.watchdog import JOINING, Watchdog
 from distgpt.model.gpt import count_parameters
 from distgpt.run.lock import Owner
@@ -68,9 +70,19 @@ def check_agreement(config: Config, plan: Plan, dataset: Dataset, session: RunSe
     compared = to_dict(config)
     del compared["run"]["fresh"]  # launchers clear it when they restart a job
     require_agreement({**compared, "data": dataset.fingerprint}, plan.runtime)
+    require_same_dtype(plan)
     owner = Owner(**broadcast_from_rank_zero(asdict(session.owner) if session.owner else {}, plan.runtime))
     _require_shared_directory(session, owner, plan.runtime)
     session.attach_logs(owner)
+
+
+def require_same_dtype(plan: Plan) -> None:
+    """Raise UsageError on all ranks if train.dtype=auto differs between them, as it can on unlike hosts."""
+    has_bfloat16 = [row[0] for row in all_gather_row([plan.dtype == torch.bfloat16], plan.runtime)]
+    without = {host for host, has in zip(hosts_of_ranks(plan.runtime), has_bfloat16, strict=True) if not has}
+    if without and any(has_bfloat16):
+        hosts = ", ".join(sorted(without))
+        raise UsageError(f"train.dtype=auto is float32 on {hosts} and bfloat16 elsewhere: set --train.dtype=float32")
 
 
 def _require_shared_directory(session: RunSession, owner: Owner, runtime: Runtime) -> None:

@@ -24,9 +24,13 @@ def describe(config: Config, plan: Plan, dataset: Dataset, model: nn.Module) -> 
     runtime, device = plan.runtime, plan.runtime.device.type
     threads = torch.get_num_threads()
     each = f"threads: {threads} each" if device == "cpu" else torch.cuda.get_device_name(runtime.device)
+    dtype = str(plan.dtype).removeprefix("torch.")
+    if config.train.dtype == "auto":
+        fast = "fast" if plan.dtype == torch.bfloat16 else "bfloat16 is slow"
+        dtype += f" (auto: {fast} on this {device.upper()})"
     return (
         f"data      {dataset.path}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,}\n"
-        f"model     {parameters:,} parameters, computes in {str(plan.dtype).removeprefix('torch.')}\n"
+        f"model     {parameters:,} parameters, computes in {dtype}\n"
         f"devices   {runtime.world_size} x {device} ({each})\n"
         f"batch     {config.train.global_batch} sequences of {config.model.block_size} tokens = "
         f"{ranks_text(runtime.world_size)} x {plan.micro_batch} x {plan.accumulation} accumulation steps\n"

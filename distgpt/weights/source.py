@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from distgpt.checkpoint.choice import NEWEST, choose, is_checkpoint
-from distgpt.checkpoint.manifest import STATE, RunState, committed, path_of, read_state
+from distgpt.checkpoint.manifest import STATE, RunState, checkpoint_path, committed, read_state
 from distgpt.config import Config, ModelConfig, check, from_dict
 from distgpt.errors import DataError, UsageError
 from distgpt.run.paths import RunPaths
@@ -84,7 +84,7 @@ def find_state(path: Path, choice: str) -> tuple[RunState, Path]:
     """
     found = [path.resolve()] if is_checkpoint(path) else committed(path / "checkpoints")
     if choice.isdecimal():
-        found = [checkpoint for checkpoint in found if checkpoint == path_of(path / "checkpoints", int(choice))]
+        found = [checkpoint for checkpoint in found if checkpoint == checkpoint_path(path / "checkpoints", int(choice))]
     for checkpoint in found:
         with suppress(DataError):
             return read_state(checkpoint), checkpoint

@@ -1,5 +1,6 @@
 """A rank: its place, its store, its share of the cores, and its dtype."""
 
+import io
 import os
 import socket
 import subprocess
@@ -129,7 +130,10 @@ def test_local_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_dtype_is_the_configured_one_or_bfloat16_where_it_is_fast(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compute_dtype("float32", CPU) == torch.float32
     assert compute_dtype("bfloat16", CPU) == torch.bfloat16
-    monkeypatch.setattr("distgpt.distributed.device.cpu_has_amx", lambda: True)
-    assert compute_dtype("auto", CPU) == torch.bfloat16
-    monkeypatch.setattr("distgpt.distributed.device.cpu_has_amx", lambda: False)
-    assert compute_dtype("auto", CPU) == torch.float32
+    for flags, expected in (
+        ("fpu avx512f avx512_bf16 fsrm", torch.bfloat16),
+        ("fpu amx_bf16 amx_tile", torch.bfloat16),
+        ("fpu avx512f avx512_vnni", torch.float32),
+    ):
+        monkeypatch.setattr("builtins.open", lambda *_, flags=flags: io.StringIO(f"flags\t\t: {flags}\n"))
+        assert compute_dtype("auto", CPU) == expected

@@ -334,6 +334,14 @@ def test_compiled_blocks_give_the_same_gradients(variant: str) -> None:
         torch.testing.assert_close(q[1].grad, p.grad, msg=naming(name))
 
 
+def test_a_block_with_dropout_compiles_as_one_graph() -> None:
+    model = make(dropout=0.5).train()
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    model(some_tokens(2, 16), some_tokens(2, 16, seed=1)).mean().backward()
+    assert all(p.grad is not None for p in model.parameters())
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("pieces", [[16], [1] * 16, [5, 1, 1, 4, 5]])
 def test_forwards_with_a_cache_equal_one_forward(variant: str, pieces: list[int]) -> None:
@@ -368,6 +376,7 @@ def test_dropout_applies_to_attention_weights_and_branches(monkeypatch: pytest.M
     branches = [m for block in blocks(model) for m in (block.attention.output_dropout, block.mlp.dropout)]
     assert [m.p for m in branches] == [0.25] * 4
     monkeypatch.setattr(F, "scaled_dot_product_attention", attention)
+    monkeypatch.setattr("distgpt.model.gpt.attention_in_blocks", attention)
     tokens = some_tokens(1, 16)
     model.train()(tokens)
     model.eval()(tokens)
