@@ -151,7 +151,9 @@ class TrainConfig:
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "compute precision, weights stay float32; auto: bfloat16 if the device is fast with it"
     )
-    compile: bool = option(False, "compile each block with torch.compile")
+    compile: bool | Literal["auto"] = option(
+        "auto", "compile blocks, head and loss with torch.compile; auto: on GPUs, if there is a C compiler"
+    )
 
 
 @dataclass(frozen=True)
@@ -424,7 +426,7 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[tuple[st
             continue
         key, equals, text = argument.removeprefix("--").partition("=")
         kind = _type_of(key, source=argument)
-        if not equals and kind is bool:
+        if not equals and bool in (kind, *get_args(kind)):
             text = left.pop(0) if left and left[0].lower() in (*TRUE, *FALSE) else "true"
         elif not equals:
             if not left or left[0].startswith("--"):

@@ -22,12 +22,12 @@ def build_model(config: Config, plan: Plan, *, vocab_size: int, eot_id: int | No
     sharded = plan.strategy in ("fsdp", "hsdp", "diloco")
     with torch.device("meta" if sharded else "cpu"):
         model = GPT(config.model, vocab_size, eot_id)
-    for block in model.blocks:
-        if config.parallel.activation_checkpoint:
+    if config.parallel.activation_checkpoint:
+        for block in model.blocks:
             # Replacing the bound forward, not the module, keeps the names of parameters.
             block.forward = _recompute(block.forward)
-        if config.train.compile:
-            block.compile()
+    if plan.compile:
+        _compile(model)
     if sharded:
         return _shard(model, config, plan)
     model.init_weights(config.run.seed)
@@ -98,6 +98,14 @@ def _shard(model: GPT, config: Config, plan: Plan) -> nn.Module:
             # src_data_rank=None: every rank has the full value and cuts its own part, nothing is sent.
             parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
     return model
+
+
+def _compile(model: GPT) -> None:
+    """Compile each block, the last norm, and the head with the loss. All blocks share one graph."""
+    # Otherwise torch cuts the graph of a block wherever a bucket of DDP is full, and fuses nothing across the cut.
+    torch._dynamo.config.optimize_ddp = False
+    for module in (*model.blocks, model.norm, model.head):
+        module.compile()
 
 
 def _recompute(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

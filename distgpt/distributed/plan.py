@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from distgpt.config import Config, require_divisible_batch
-from distgpt.distributed.device import compute_dtype, device_memory
+from distgpt.distributed.device import compiles, compute_dtype, device_memory
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import UsageError
 from distgpt.model.gpt import count_parameters
@@ -30,6 +30,8 @@ class Plan:
     ranks_per_replica: int  # ranks that hold the shards of one replica
     independent_replicas: int  # replicas that train independently between outer steps (diloco), else 1
     dtype: torch.dtype  # of matrix products; weights are float32
+    compile: bool  # blocks, norm, head and loss
+    compile_reason: str  # to be shown to the user; may be empty
 
 
 def make_plan(config: Config, runtime: Runtime, *, vocab_size: int) -> Plan:
@@ -37,6 +39,7 @@ def make_plan(config: Config, runtime: Runtime, *, vocab_size: int) -> Plan:
     micro_batch = micro_batch_size(config, runtime)
     independent = independent_replicas(config, runtime)
     strategy, reason = choose_strategy(config, runtime, vocab_size=vocab_size)
+    compiled, compile_reason = compiles(config.train.compile, runtime.device)
     return Plan(
         runtime=runtime,
         strategy=strategy,
@@ -46,6 +49,8 @@ def make_plan(config: Config, runtime: Runtime, *, vocab_size: int) -> Plan:
         ranks_per_replica=ranks_per_replica(strategy, config, runtime),
         independent_replicas=independent,
         dtype=compute_dtype(config.train.dtype, runtime.device),
+        compile=compiled,
+        compile_reason=compile_reason,
     )
 
 

@@ -22,10 +22,11 @@ def describe(config: Config, plan: Plan, dataset: Dataset, model: nn.Module) -> 
     parameters = sum(p.numel() for p in model.parameters())
     runtime, device = plan.runtime, plan.runtime.device.type
     threads = torch.get_num_threads()
+    compiled = f", {plan.compile_reason}" if plan.compile_reason else ""
     each = f"threads: {threads} each" if device == "cpu" else torch.cuda.get_device_name(runtime.device)
     return (
         f"data      {dataset.path}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,}\n"
-        f"model     {parameters:,} parameters, computes in {str(plan.dtype).removeprefix('torch.')}\n"
+        f"model     {parameters:,} parameters, computes in {str(plan.dtype).removeprefix('torch.')}{compiled}\n"
         f"devices   {runtime.world_size} x {device} ({each})\n"
         f"batch     {config.train.global_batch} sequences of {config.model.block_size} tokens = "
         f"{runtime.world_size} ranks x {plan.micro_batch} x {plan.accumulation} accumulation steps\n"

@@ -1,14 +1,18 @@
-"""The model of one process. tests/end_to_end trains over several ranks."""
+"""The model of one process, or of a group of one. tests/end_to_end trains over several ranks."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch import nn
+from torch._dynamo.utils import counters
 
 from distgpt.config import Config, resolve
-from distgpt.distributed.parallelize import build_model, inference
-from distgpt.distributed.plan import make_plan
+from distgpt.distributed.parallelize import autocast, build_model, gradient_sync, inference
+from distgpt.distributed.plan import Plan, make_plan
 from distgpt.distributed.runtime import Runtime
 
 
@@ -19,9 +23,26 @@ def config(*arguments: str) -> Config:
 SMALL = ("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=8", "--model.dropout=0.5")
 
 
-def built(config: Config) -> torch.nn.Module:
+def laid_out(config: Config, strategy: str = "single") -> Plan:
     plan = make_plan(config, Runtime(0, 0, 1, 1, torch.device("cpu")), vocab_size=20)
-    return build_model(config, plan, vocab_size=20, eot_id=None)
+    return replace(plan, strategy=strategy)
+
+
+def built(config: Config, strategy: str = "single", eot_id: int | None = None) -> nn.Module:
+    return build_model(config, laid_out(config, strategy), vocab_size=20, eot_id=eot_id)
+
+
+@pytest.fixture
+def group_of_one() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+MODERN = (
+    *("--model.position=rope", "--model.norm=rmsnorm", "--model.mlp=swiglu", "--model.qk_norm", "--model.n_kv_head=1"),
+    *("--model.document_mask", "--model.loss_chunk=5"),
+)
 
 
 def test_recomputed_activations_change_nothing() -> None:
@@ -59,6 +80,53 @@ def test_blocks_are_compiled_whether_or_not_they_are_recomputed(monkeypatch: pyt
         model(tokens_BT, tokens_BT + 1).mean().backward()
         compiled.append(len(graphs))
     assert compiled[0] == compiled[1] > 0
+
+
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize(
+    ("variant", "strategy"),
+    [("seed", "ddp"), ("seed", "fsdp"), ("modern", "fsdp"), ("gpt2", "single"), ("recomputed", "fsdp")],
+)
+def test_all_but_the_embedding_compiles_without_a_break(
+    variant: str, strategy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One graph for all blocks, one for the norm, one for the head; again for evaluation, and for its last batch."""
+    variants = {
+        "seed": (),
+        "modern": MODERN,
+        "gpt2": ("--model.tied_head", "--model.mlp=gelu", "--model.vocab_multiple=8"),
+        "recomputed": ("--parallel.activation_checkpoint",),
+    }
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    torch.compiler.reset()
+    counters.clear()
+    small = config(*SMALL, *variants[variant], "--train.compile", "--train.dtype=bfloat16", "--train.micro_batch=4")
+    model = built(small, strategy, eot_id=3)
+    tokens_BT = torch.arange(32).reshape(4, 8) % 20
+
+    def train() -> None:
+        for last in (False, True):
+            with gradient_sync(model, last=last):
+                with autocast(torch.device("cpu"), torch.bfloat16):
+                    loss = model(tokens_BT, tokens_BT).mean()
+                loss.backward()
+        model.zero_grad()
+
+    def evaluate() -> None:
+        with inference(model) as gpt, autocast(torch.device("cpu"), torch.bfloat16):
+            for sequences in (4, 3):
+                gpt(tokens_BT[:sequences], tokens_BT[:sequences])
+
+    train()
+    assert counters["stats"]["unique_graphs"] == 3
+    evaluate()
+    after_evaluation = counters["stats"]["unique_graphs"]
+    assert after_evaluation <= 9
+    for _ in range(2):
+        train()
+        evaluate()
+    assert counters["stats"]["unique_graphs"] == after_evaluation
+    assert not counters["graph_break"]
 
 
 def test_inference_draws_no_dropout_and_training_goes_on() -> None:

@@ -4,12 +4,13 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from distgpt.distributed.device import compute_dtype, threads_per_rank
+from distgpt.distributed.device import compiles, compute_dtype, missing_for_triton, threads_per_rank
 from distgpt.distributed.process_group import shared_store
 from distgpt.distributed.runtime import Runtime, this_rank
 from distgpt.errors import UsageError
@@ -133,3 +134,26 @@ def test_dtype_is_the_configured_one_or_bfloat16_where_it_is_fast(monkeypatch: p
     assert compute_dtype("auto", CPU) == torch.bfloat16
     monkeypatch.setattr("distgpt.distributed.device.cpu_has_amx", lambda: False)
     assert compute_dtype("auto", CPU) == torch.float32
+
+
+def test_a_model_is_compiled_for_gpus_where_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr("distgpt.distributed.device.missing_for_triton", lambda: "")
+    assert compiles("auto", gpu) == compiles(True, gpu) == compiles(True, CPU) == (True, "compiled")
+    assert compiles("auto", CPU) == compiles(False, gpu) == (False, "")
+    monkeypatch.setattr("distgpt.distributed.device.missing_for_triton", lambda: "a C compiler")
+    assert compiles("auto", gpu) == (False, "not compiled, and so slower, for lack of a C compiler")
+    with pytest.raises(UsageError, match=r"train.compile needs a C compiler: install it, or set train.compile=false"):
+        compiles(True, gpu)
+
+
+def test_a_missing_compiler_or_header_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("shutil.which", lambda name: name if name == "icx" else None)
+    monkeypatch.delenv("CC", raising=False)
+    assert missing_for_triton().startswith("a C compiler (gcc, clang, ")
+    monkeypatch.setenv("CC", "icx")
+    assert missing_for_triton() == ""
+    (tmp_path / "Python.h").unlink()
+    assert missing_for_triton().startswith(f"{tmp_path}/Python.h (")
