@@ -69,16 +69,19 @@ class StragglerMonitor:
         self._timer.exclude(seconds)
 
     def end_step(self, *, data_wait: float, save_seconds: float, saved_bytes: float) -> None:
-        """Add the step since begin_step(), with its data wait and saves. Call it after the gradients are reduced."""
-        self._work += Work(self._timer.seconds(), data_wait, save_seconds, saved_bytes)
+        """Add the step since begin_step(), with its data wait and saves. Call it after the last backward pass."""
+        self._timer.end()
+        self._work += Work(0.0, data_wait, save_seconds, saved_bytes)
         self._steps += 1
 
     def reset(self) -> None:
         """Forget the steps since the last comparison, such as the first one of an attempt, which warms up."""
+        self._timer.pop_seconds()
         self._work, self._steps = Work(), 0
 
     def compare(self, seconds: float) -> Comparison:
         """Compare the steps since the last comparison, which took so many seconds. All ranks call it."""
+        self._work += Work(own=self._timer.pop_seconds())
         rows = all_gather_row(astuple(self._work), self._runtime)
         works, steps = [Work(*row) for row in rows], self._steps
         self.reset()
@@ -106,7 +109,7 @@ class OwnWorkTimer:
         self._stopwatch: _Stopwatch | _CudaStopwatch
         self._stopwatch = _CudaStopwatch() if device.type == "cuda" and not sharded else _Stopwatch()
         self._forward_came, self._sharded = False, sharded
-        self._excluded = 0.0
+        self._excluded = 0.0  # since pop_seconds
         if sharded:
             # Before FSDP's own hook, which waits.
             gpt.register_forward_pre_hook(self._at_forward, prepend=True)
@@ -115,12 +118,17 @@ class OwnWorkTimer:
 
     def begin(self) -> None:
         """Start the clock."""
-        self._forward_came, self._excluded = False, 0.0
+        self._forward_came = False
         self._stopwatch.start()
 
-    def seconds(self) -> float:
-        """Return the own work since begin(). Call it after the gradients are reduced."""
-        return self._stopwatch.seconds() - self._excluded
+    def end(self) -> None:
+        """End the step since begin(). Does not wait for the device."""
+        self._stopwatch.end()
+
+    def pop_seconds(self) -> float:
+        """Return the own work of the steps since the last call. On CUDA it waits for the last backward pass."""
+        seconds, self._excluded = self._stopwatch.pop_seconds() - self._excluded, 0.0
+        return seconds
 
     def exclude(self, seconds: float) -> None:
         """Subtract seconds for which this rank waited for the others between two micro-batches."""
@@ -214,10 +222,10 @@ class _History:
 
 
 class _Stopwatch:
-    """Seconds of the host's clock from start() to the last stop()."""
+    """Seconds of the host's clock from each start() to the last stop() before its end()."""
 
     def __init__(self) -> None:
-        self._started = self._stopped = 0.0
+        self._started = self._stopped = self._seconds = 0.0
 
     def start(self) -> None:
         self._started = self._stopped = time.perf_counter()
@@ -225,26 +233,38 @@ class _Stopwatch:
     def stop(self) -> None:
         self._stopped = time.perf_counter()
 
-    def seconds(self) -> float:
-        return self._stopped - self._started
+    def end(self) -> None:
+        self._seconds += self._stopped - self._started
+
+    def pop_seconds(self) -> float:
+        seconds, self._seconds = self._seconds, 0.0
+        return seconds
 
 
 class _CudaStopwatch:
-    """Seconds from start() to the last stop() in the current CUDA stream, where kernels run asynchronously."""
+    """The same in the current CUDA stream, where kernels run asynchronously. Only pop_seconds() waits for them."""
 
     def __init__(self) -> None:
-        self._started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-        self._stopped = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._ended: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def start(self) -> None:
+        self._started = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        self._stopped = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         self._started.record()
 
     def stop(self) -> None:
         self._stopped.record()
 
-    def seconds(self) -> float:
-        self._stopped.synchronize()
-        return float(self._started.elapsed_time(self._stopped)) / 1e3
+    def end(self) -> None:
+        self._ended.append((self._started, self._stopped))
+
+    def pop_seconds(self) -> float:
+        milliseconds = 0.0
+        for started, stopped in self._ended:
+            stopped.synchronize()
+            milliseconds += float(started.elapsed_time(stopped))
+        self._ended.clear()
+        return milliseconds / 1e3
 
 
 def median_without(ordered: Sequence[float], value: float) -> float:

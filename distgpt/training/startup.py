@@ -3,14 +3,16 @@
 import logging
 import math
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
+
+from torch import nn
 
 from distgpt.checkpoint.compatibility import require_same_run
 from distgpt.checkpoint.manifest import committed
 from distgpt.checkpoint.retention import checkpoint_bytes, require_space
 from distgpt.checkpoint.store import require_writable
-from distgpt.config import Config, to_dict
+from distgpt.config import Config, to_dict, to_toml
 from distgpt.corpus.loader import EvaluationBatches, Loader
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.distributed.collectives import (
@@ -19,13 +21,17 @@ from distgpt.distributed.collectives import (
     hosts_of_ranks,
     require_agreement,
 )
+from distgpt.distributed.parallelize import unwrap_model
 from distgpt.distributed.plan import Plan
 from distgpt.distributed.runtime import Runtime, restarted
 from distgpt.errors import DataError, DirectoryError, StorageError
+from distgpt.files import write_file
 from distgpt.health.watchdog import JOINING, Watchdog
 from distgpt.model.gpt import count_parameters
 from distgpt.run.lock import Owner
 from distgpt.run.session import NFS_ATTRIBUTE_CACHE_SECONDS, RunSession
+from distgpt.telemetry.progress import Progress
+from distgpt.training.report import total_peak_flops
 
 log = logging.getLogger("distgpt")
 
@@ -87,6 +93,26 @@ def warn(line: str) -> None:
     """Print and log a warning about a value that can work but is probably a mistake."""
     log.warning("%s", line)
     print(f"distgpt: warning: {line}", file=sys.stderr, flush=True)
+
+
+def record_config(config: Config, plan: Plan, session: RunSession) -> None:
+    """Write the config of the run with the micro-batch in use, on which dropout masks depend."""
+    session.require_owned()
+    resolved = replace(config, train=replace(config.train, micro_batch=plan.micro_batch))
+    write_file(session.paths.config, to_toml(resolved).encode())
+
+
+def open_progress(config: Config, plan: Plan, model: nn.Module, session: RunSession, *, start_step: int) -> Progress:
+    """Open the progress of this rank. All ranks call it, since they add up the peaks of their devices."""
+    return Progress(
+        session.paths,
+        config=config,
+        plan=plan,
+        flops_per_token=unwrap_model(model).flops_per_token(),
+        peak_flops=total_peak_flops(plan),
+        start_step=start_step,
+        require_owned=session.require_owned,
+    )
 
 
 def training_batches(config: Config, plan: Plan, dataset: Dataset, *, start_step: int) -> Loader:

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,23 @@ runpy.run_module("distgpt.train", run_name="__main__", alter_sys=False)
 """
 
 
+# distgpt.train whose figures are read a step later, as on a GPU, with a NaN loss in step 3.
+LATE = """
+import os, runpy
+from distgpt.training import figures, step as step_module
+
+correct = step_module.accumulate_gradients
+
+def faulty(model, micro_batches, step, plan, **others):
+    loss = correct(model, micro_batches, step, plan, **others)
+    return loss * float("nan") if step == 3 else loss
+
+figures.ASYNCHRONOUS_DEVICES = ("cpu",) if os.environ["LATE"] == "yes" else ()
+step_module.accumulate_gradients = faulty
+runpy.run_module("distgpt.train", run_name="__main__", alter_sys=False)
+"""
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_all_ranks_skip_an_update_that_is_not_finite_on_one_rank(prepared: Path, tmp_path: Path, strategy: str) -> None:
     run, script = tmp_path / "run", tmp_path / "faulty.py"
@@ -73,6 +91,38 @@ def test_all_ranks_skip_an_update_that_is_not_finite_on_one_rank(prepared: Path,
         *((1, False), (2, False), (3, True), (4, False), (5, False)),
     ]
     assert [(line["loss"], line["grad_norm"]) for line in lines if line.get("skipped")] == [(None, None)]
+
+
+def test_a_loss_that_is_read_late_is_never_applied(prepared: Path, tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    options = (
+        "--health.on_nonfinite=skip",
+        "--train.steps=9",
+        "--checkpoint.every=0",
+        "--log.every=5",
+        "--eval.every=0",
+    )
+    runs = {late: tmp_path / late for late in ("yes", "no")}
+    for late, run in runs.items():
+        command = [sys.executable, str(script), *tiny(prepared, run), *options]
+        ended = jobs.run(command, LATE=late)
+        assert ended.code == 0, ended
+        skipped = "loss nan and gradient norm [0-9.]+ at step 3: update skipped; samples 16 to 23 "
+        assert len(re.findall(skipped, ended.stdout)) == 1, ended
+    jobs.assert_same_tensors(*(run / "checkpoints" / "step-00000009" for run in runs.values()))
+    logged = {
+        late: [(line["step"], line["loss"]) for line in strict(run) if "loss" in line] for late, run in runs.items()
+    }
+    assert logged["yes"] == logged["no"]
+    assert [step for step, _ in logged["yes"]] == [1, 3, 5, 9]
+    # By default the run ends. It reads the loss of step 3 before it applies step 4, and saves nothing.
+    command = [sys.executable, str(script), *tiny(prepared, tmp_path / "stopped"), *options[1:]]
+    ended = jobs.run(command, LATE="yes")
+    assert ended.code == 65, ended
+    assert "at step 3: stopped before the update; " in ended.error_lines[0]
+    assert jobs.exit_report(tmp_path / "stopped")["step"] == 3
+    assert not jobs.checkpoints(tmp_path / "stopped")
 
 
 def test_spikes_are_skipped_and_a_resumed_run_and_a_replay_skip_the_same(prepared: Path, tmp_path: Path) -> None:
