@@ -146,7 +146,9 @@ class TrainConfig:
     steps: int = option(5000, "number of optimizer steps")
     global_batch: int = option(64, "sequences per optimizer step, over all ranks")
     micro_batch: int = option(
-        0, "sequences per forward pass; 0: the largest divisor with at most 4,096 tokens on a CPU, 16,384 on a GPU"
+        0,
+        "sequences per forward pass; 0: that of the run so far, else the largest divisor with at most 4,096 tokens "
+        "on a CPU, 16,384 on a GPU that has the memory",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "compute precision, weights stay float32; auto: bfloat16 if the device is fast with it"
@@ -163,6 +165,12 @@ class ParallelConfig:
         "replicate (ddp), shard (fsdp), shard in groups (hsdp), train independent groups (diloco)",
     )
     shard: int = option(0, "hsdp, diloco: ranks per group; 0: the ranks of one node")
+    reshard: bool | Literal["auto"] = option(
+        "auto", "fsdp, hsdp: free the weights of a block after its forward pass; auto: if all do not fit in memory"
+    )
+    reduce: Literal["auto", "step", "micro_batch"] = option(
+        "auto", "fsdp, hsdp: how often gradients are exchanged; auto: once a step if whole gradients fit in memory"
+    )
     outer_every: int = option(50, "diloco: steps between outer steps, in which the groups synchronize")
     outer_lr: float = option(0.7, "diloco: learning rate of the outer step (SGD with Nesterov momentum)")
     outer_momentum: float = option(0.9, "diloco: momentum of the outer step")

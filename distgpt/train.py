@@ -23,7 +23,7 @@ from distgpt.corpus.shards import Dataset, open_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.distributed.collectives import grad_norm_of, reduce_scalars, weights_are_finite
 from distgpt.distributed.diloco import OuterOptimizer
-from distgpt.distributed.parallelize import build_model, unwrap_model
+from distgpt.distributed.parallelize import build_model, reshard, unwrap_model
 from distgpt.distributed.plan import Plan, make_plan
 from distgpt.distributed.process_group import process_group
 from distgpt.distributed.runtime import this_rank
@@ -117,6 +117,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
         progress.micro_batch(done, count)
         if done < count and stop_check.agreed():
             optimizer.zero_grad()
+            reshard(model)
             reporter.report(decide(now=True))
             completed = session.step or 0
             if interval.last_save < completed:

@@ -36,7 +36,7 @@ def accumulate_gradients(
     loss_sum = torch.zeros((), device=device)
     for index, (x_BT, y_BT) in enumerate(micro_batches):
         seed_dropout(device, dropout_seed(seed, step, plan.runtime.rank * count + index))
-        with gradient_sync(model, last=index == count - 1):
+        with gradient_sync(model, plan, last=index == count - 1):
             with autocast(device, plan.dtype):
                 loss = model(x_BT, y_BT).mean() / count
             loss.backward()

@@ -28,8 +28,8 @@ def laid_out(config: Config, strategy: str = "single") -> Plan:
     return replace(plan, strategy=strategy)
 
 
-def built(config: Config, strategy: str = "single", eot_id: int | None = None) -> nn.Module:
-    return build_model(config, laid_out(config, strategy), vocab_size=20, eot_id=eot_id)
+def built(config: Config) -> nn.Module:
+    return build_model(config, laid_out(config), vocab_size=20, eot_id=None)
 
 
 @pytest.fixture
@@ -101,12 +101,13 @@ def test_all_but_the_embedding_compiles_without_a_break(
     torch.compiler.reset()
     counters.clear()
     small = config(*SMALL, *variants[variant], "--train.compile", "--train.dtype=bfloat16", "--train.micro_batch=4")
-    model = built(small, strategy, eot_id=3)
+    plan = laid_out(small, strategy)
+    model = build_model(small, plan, vocab_size=20, eot_id=3)
     tokens_BT = torch.arange(32).reshape(4, 8) % 20
 
     def train() -> None:
         for last in (False, True):
-            with gradient_sync(model, last=last):
+            with gradient_sync(model, plan, last=last):
                 with autocast(torch.device("cpu"), torch.bfloat16):
                     loss = model(tokens_BT, tokens_BT).mean()
                 loss.backward()
