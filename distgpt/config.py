@@ -156,6 +156,10 @@ class TrainConfig:
     compile: bool | Literal["auto"] = option(
         "auto", "compile blocks, head and loss with torch.compile; auto: on GPUs, if there is a C compiler"
     )
+    tf32: bool = option(False, "round the inputs of float32 products to TF32 on GPUs: faster, about 3 digits")
+    deterministic: bool = option(
+        False, "use deterministic kernels only, for bit-exact resumes on GPUs: slower; on CPUs resumes are exact anyway"
+    )
 
 
 @dataclass(frozen=True)

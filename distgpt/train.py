@@ -24,7 +24,7 @@ from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.distributed.collectives import grad_norm_of, reduce_scalars, weights_are_finite
 from distgpt.distributed.diloco import OuterOptimizer
 from distgpt.distributed.parallelize import build_model, reshard, unwrap_model
-from distgpt.distributed.plan import Plan, make_plan
+from distgpt.distributed.plan import Plan
 from distgpt.distributed.process_group import process_group
 from distgpt.distributed.runtime import this_rank
 from distgpt.errors import DataError
@@ -47,11 +47,12 @@ def main(config: Config) -> None:
     with RunSession(paths, rank) as session, Watchdog(session, health) as watchdog:
         watchdog.heartbeat("checking the start", health.start_timeout)
         runtime, dataset, config = this_rank(), open_dataset(Path(config.data.path)), with_absolute_data(config)
-        plan = make_plan(config, runtime, vocab_size=dataset.vocab_size)
+        plan = startup.plan_run(config, runtime, dataset, session)
         startup.check_rank(config, plan, dataset, session, watchdog)
         with process_group(runtime, timeout=health.collective_timeout, on_store=watchdog.connect):
             startup.check_agreement(config, plan, dataset, session, watchdog)
-            train(config, plan, dataset, session, watchdog)
+            with startup.explaining_out_of_memory(config, plan, dataset):
+                train(config, plan, dataset, session, watchdog)
 
 
 def train(  # noqa: C901, PLR0915  the order of events, top to bottom

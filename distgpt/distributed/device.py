@@ -9,6 +9,7 @@ from typing import Literal
 
 import torch
 
+from distgpt.config import TrainConfig
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import UsageError
 from distgpt.machine import available_cpus
@@ -53,6 +54,17 @@ def compiles(asked: bool | Literal["auto"], device: torch.device) -> tuple[bool,
     if missing and asked is True:
         raise UsageError(f"train.compile needs {missing}: install it, or set train.compile=false")
     return not missing, f"not compiled, and so slower, for lack of {missing}" if missing else "compiled"
+
+
+def set_math(train: TrainConfig) -> None:
+    """Set for this process how float32 products are rounded on GPUs, and which kernels may be used."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if train.tf32 else "ieee"
+    if train.deterministic:
+        # cuBLAS is deterministic with a fixed workspace. It reads this when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # That would only help to find bugs.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def missing_for_triton() -> str:

@@ -13,13 +13,18 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from distgpt.config import Config
+from distgpt.distributed.device import set_math
 from distgpt.distributed.mesh import build_mesh
 from distgpt.distributed.plan import Plan
 from distgpt.model.gpt import GPT
 
 
 def build_model(config: Config, plan: Plan, *, vocab_size: int, eot_id: int | None) -> nn.Module:
-    """Build the GPT with its initial weights, spread over the ranks. Every plan gives the same weights."""
+    """Build the GPT with its initial weights, spread over the ranks. Every plan gives the same weights.
+
+    Sets the process to the precision and kernels that the config asks for.
+    """
+    set_math(config.train)
     with torch.device("meta" if plan.sharded else "cpu"):
         model = GPT(config.model, vocab_size, eot_id)
     if config.parallel.activation_checkpoint:

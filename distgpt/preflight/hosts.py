@@ -257,8 +257,6 @@ def measure_network(config: Config, store: SharedStore) -> Iterator[Finding]:
     """Create the process group; check the clocks and measure the all-reduce and the links."""
     runtime = store.runtime
     init_process_group(runtime, dist.PrefixStore("group", store.store), ANSWER_SECONDS)
-    if runtime.device.type == "cuda":
-        torch.cuda.set_device(runtime.device)
     host_of = all_gather_json(node_rank()) if runtime.distributed else [node_rank()]
     offsets = clock_offsets(runtime, host_of)
     all_reduce, measured = links.measure(runtime)

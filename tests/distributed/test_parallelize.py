@@ -1,5 +1,6 @@
 """The model of one process, or of a group of one. tests/end_to_end trains over several ranks."""
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -9,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch._dynamo.utils import counters
+from torch.distributed.tensor import DTensor
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from distgpt.config import Config, resolve
 from distgpt.distributed.parallelize import autocast, build_model, gradient_sync, inference
@@ -35,6 +38,14 @@ def built(config: Config) -> nn.Module:
 @pytest.fixture
 def group_of_one() -> Iterator[None]:
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.fixture
+def fake_group_of_two() -> Iterator[None]:
+    """A group whose collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
     yield
     dist.destroy_process_group()
 
@@ -128,6 +139,47 @@ def test_all_but_the_embedding_compiles_without_a_break(
         evaluate()
     assert counters["stats"]["unique_graphs"] == after_evaluation
     assert not counters["graph_break"]
+
+
+@pytest.mark.usefixtures("fake_group_of_two")
+@pytest.mark.parametrize("tied", ["true", "false"])
+def test_what_is_gathered_and_reduced_in_a_step(tied: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step of two micro-batches, two blocks, the embedding and, unless it is tied, the head."""
+    calls: Counter[str] = Counter()
+
+    def counting(name: str, original: Callable[..., object]) -> Callable[..., object]:
+        def collective(*arguments: object, **others: object) -> object:
+            calls[name] += 1
+            return original(*arguments, **others)
+
+        return collective
+
+    # Their names before and since torch 2.13.
+    for kind, names in {
+        "gathered": ("all_gather_single", "all_gather_into_tensor"),
+        "reduced": ("reduce_scatter_single", "reduce_scatter_tensor"),
+    }.items():
+        name = next(name for name in names if hasattr(dist, name))
+        monkeypatch.setattr(dist, name, counting(kind, getattr(dist, name)))
+    small = config(*SMALL, f"--model.tied_head={tied}")
+    tokens_BT = torch.arange(16).reshape(2, 8)
+    kept_units = 1 if tied == "true" else 2  # until the backward pass, in any case
+    for reshard, reduce_each, gathers in ((True, True, 2 * (2 + 2 + kept_units)), (False, False, 2 + kept_units)):
+        runtime = Runtime(0, 0, 2, 2, torch.device("cpu"))
+        plan = replace(
+            laid_out(small, "fsdp"), runtime=runtime, ranks_per_replica=2, reshard=reshard, reduce_each=reduce_each
+        )
+        model = build_model(small, plan, vocab_size=20, eot_id=None)
+        for _ in range(2):  # the first step sets up the units
+            calls.clear()
+            for last in (False, True):
+                with gradient_sync(model, plan, last=last):
+                    model(tokens_BT, tokens_BT).mean().backward()
+        assert calls == {"gathered": gathers, "reduced": (2 + kept_units) * (2 if reduce_each else 1)}
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
+        with inference(model) as gpt:
+            gpt(tokens_BT)
+        assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
 
 
 def test_inference_draws_no_dropout_and_training_goes_on() -> None:
