@@ -204,6 +204,7 @@ def measure(job: Job, runtime: Runtime) -> Measured:
         f"--parallel.strategy={job.strategy}",
         f"--parallel.shard={job.shard}",
         f"--parallel.outer_every={job.outer_every}",
+        *("--parallel.reshard=true", "--parallel.reduce=step"),  # as where memory is short
     )
     config = resolve([*SHAPE, *batch, *parallel, "--train.dtype=float32"], {})
     plan = make_plan(config, runtime, vocab_size=VOCABULARY)

@@ -147,8 +147,8 @@ class TrainConfig:
     global_batch: int = option(64, "sequences per optimizer step, over all ranks")
     micro_batch: int = option(
         0,
-        "sequences per forward pass; 0: that of the run so far, else the largest divisor with at most 4,096 tokens "
-        "on a CPU, 16,384 on a GPU that has the memory",
+        "sequences per forward pass; 0: as before, else the largest divisor of at most 4,096 tokens (GPU: 16,384) "
+        "that fits",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "compute precision, weights stay float32; auto: bfloat16 if the device is fast with it"
@@ -156,9 +156,9 @@ class TrainConfig:
     compile: bool | Literal["auto"] = option(
         "auto", "compile blocks, head and loss with torch.compile; auto: on GPUs, if there is a C compiler"
     )
-    tf32: bool = option(False, "round the inputs of float32 products to TF32 on GPUs: faster, about 3 digits")
+    tf32: bool = option(False, "round the inputs of float32 products to TF32, about 3 digits, on GPUs: faster")
     deterministic: bool = option(
-        False, "use deterministic kernels only, for bit-exact resumes on GPUs: slower; on CPUs resumes are exact anyway"
+        False, "use deterministic kernels, for bit-exact resumes on GPUs (on CPUs they are exact anyway): slower"
     )
 
 

@@ -1,8 +1,8 @@
 """The parts that train, evaluate and replay share.
 
-Reading order: startup (checks and data before the first step), summary (the description of a run, and warnings), step
-(gradients of a global batch, then the update), report (what is shown and recorded of a step), evaluation (the
-validation loss, a sample of text).
+Reading order: startup (checks, plan and data before the first step), summary (the description of a run, and warnings),
+step (gradients of a global batch, then the update), figures (their loss and norm, read without a wait), report (what is
+shown and recorded of a step), evaluation (the validation loss, a sample of text).
 
 It may import every room but preflight and launch.
 """
