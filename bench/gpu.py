@@ -42,6 +42,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed import checkpoint as dcp
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.profiler import ProfilerActivity, profile
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -210,12 +211,12 @@ def environment(bench: Bench) -> None:
         print(
             f"{name}, {total / GIB:.1f} GiB, {free / GIB:.1f} free, peak {(peak or 0) / 1e12:.0f} TFLOP/s (0: unknown)"
         )
-        print(f"cuDNN {torch.backends.cudnn.version()}")
+        print(f"cuDNN {torch.backends.cudnn.version()}")  # type: ignore[no-untyped-call]
 
 
 def agreement(bench: Bench) -> None:
     """Raise SystemExit if losses differ by more than rounding."""
-    store, steps = dist.HashStore(), 5 if bench.smoke else 30
+    store, steps = dist.HashStore(), 2 if bench.smoke else 30
     init_process_group(bench.runtime, store, 60)
     batch: list[str] = [*TINY, "--train.global_batch=8", "--train.micro_batch=4", "--train.compile=false"]
     batch += ["--optim.grad_clip=1", "--optim.lr=1e-3"]
@@ -305,7 +306,7 @@ def endings(bench: Bench) -> None:
 def throughput(bench: Bench) -> None:
     print("| preset | micro-batch | compiled | ms | tokens/s | MFU | peak GiB | planned |")
     print("|---|---|---|---|---|---|---|---|")
-    for preset, sequences, compiled in ROWS[:2] if bench.smoke else ROWS:
+    for preset, sequences, compiled in [("gpt2-124m", 2, False)] if bench.smoke else ROWS:
         try:
             with bench.peak_memory() as peak:
                 print(
@@ -485,7 +486,9 @@ def hash_of(checkpoint: Path) -> str:
     """Return a hash of all tensors of a checkpoint, read by torch's own loader."""
     index = dcp.FileSystemReader(checkpoint).read_metadata().state_dict_metadata
     found = {
-        name: torch.empty(e.size, dtype=e.properties.dtype) for name, e in sorted(index.items()) if hasattr(e, "size")
+        name: torch.empty(entry.size, dtype=entry.properties.dtype)
+        for name, entry in sorted(index.items())
+        if isinstance(entry, TensorStorageMetadata)
     }
     with warnings.catch_warnings(action="ignore"):  # it says that it reads as one process
         dcp.load(found, checkpoint_id=checkpoint, no_dist=True)

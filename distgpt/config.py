@@ -173,7 +173,7 @@ class ParallelConfig:
         "auto", "fsdp, hsdp: free the weights of a block after its forward pass; auto: if all do not fit in memory"
     )
     reduce: Literal["auto", "step", "micro_batch"] = option(
-        "auto", "fsdp, hsdp: how often gradients are exchanged; auto: once a step if whole gradients fit in memory"
+        "auto", "fsdp, hsdp: how often gradients are exchanged; auto: once a step if they fit in memory whole"
     )
     outer_every: int = option(50, "diloco: steps between outer steps, in which the groups synchronize")
     outer_lr: float = option(0.7, "diloco: learning rate of the outer step (SGD with Nesterov momentum)")
