@@ -78,6 +78,7 @@ def gradient_sync(model: nn.Module, plan: Plan, *, last: bool) -> Iterator[None]
     if isinstance(model, FSDPModule):
         model.set_is_last_backward(last)
         model.set_requires_gradient_sync(last or plan.reduce_each)
+        model.set_requires_all_reduce(last)  # across the replicas of hsdp
         # Weights do not change before the last backward pass, so they can be kept for the next micro-batch.
         model.set_reshard_after_backward(last or plan.reshard)
     with context:
