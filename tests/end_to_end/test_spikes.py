@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import signal
 import sys
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,32 @@ def test_a_loss_that_is_read_late_is_never_applied(prepared: Path, tmp_path: Pat
     assert "at step 3: stopped before the update; " in ended.error_lines[0]
     assert jobs.exit_report(tmp_path / "stopped")["step"] == 3
     assert not jobs.checkpoints(tmp_path / "stopped")
+
+
+@jobs.linux_only
+def test_a_run_that_reads_late_can_be_interrupted(prepared: Path, tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    # A job can print 40 lines more than were read, which are 280 of these steps.
+    options = (
+        "--health.on_nonfinite=skip",
+        "--train.steps=400",
+        "--checkpoint.every=0",
+        "--log.every=7",
+        "--eval.every=0",
+    )
+    runs = {
+        name: [sys.executable, str(script), *tiny(prepared, tmp_path / name), *options] for name in ("whole", "parts")
+    }
+    assert jobs.run(runs["whole"], LATE="yes").code == 0
+    job = jobs.Job(runs["parts"], LATE="yes")
+    job.read_until("step   7/400 ")
+    job.signal(signal.SIGTERM)
+    assert job.finish().code == 75
+    report, saved = jobs.exit_report(tmp_path / "parts"), jobs.checkpoints(tmp_path / "parts")
+    assert saved == [f"step-{report['step']:08d}"]
+    assert jobs.run(runs["parts"], LATE="yes").code == 0
+    jobs.assert_same_tensors(*(tmp_path / name / "checkpoints" / "step-00000400" for name in runs))
 
 
 def test_spikes_are_skipped_and_a_resumed_run_and_a_replay_skip_the_same(prepared: Path, tmp_path: Path) -> None:
