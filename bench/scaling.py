@@ -204,6 +204,7 @@ def measure(job: Job, runtime: Runtime) -> Measured:
         f"--parallel.strategy={job.strategy}",
         f"--parallel.shard={job.shard}",
         f"--parallel.outer_every={job.outer_every}",
+        *("--parallel.reshard=true", "--parallel.reduce=step"),  # as where memory is short
     )
     config = resolve([*SHAPE, *batch, *parallel, "--train.dtype=float32"], {})
     plan = make_plan(config, runtime, vocab_size=VOCABULARY)
@@ -222,7 +223,7 @@ def measure(job: Job, runtime: Runtime) -> Measured:
         loss = accumulate_gradients(model, micro_batches, step, plan, seed=config.run.seed)
         grad_norm = grad_norm_of(model)
         reduce_scalars(loss, grad_norm, False, runtime)
-        apply_update(model, optimizer, grad_norm, clip=config.optim.grad_clip)
+        apply_update(optimizer, grad_norm, clip=config.optim.grad_clip)
         optimizer.zero_grad()
         if outer is not None and step % job.outer_every == 0:
             outer.step()

@@ -48,6 +48,7 @@ from distgpt.machine import available_cpus
 from distgpt.model.gpt import GPT
 from distgpt.model.optim import build_optimizer
 from distgpt.telemetry.metrics import read_metrics
+from distgpt.training.figures import FigureReader, not_finite
 from distgpt.training.step import accumulate_gradients, apply_update
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -88,13 +89,16 @@ def distgpt_step(shape: Shape, dtype: str) -> Step:
     x_BT, y_BT = random_batch(replace(shape, batch=plan.micro_batch * plan.accumulation))
     micro_batches = list(zip(torch.split(x_BT, plan.micro_batch), torch.split(y_BT, plan.micro_batch), strict=True))
 
+    reader = FigureReader(runtime, at_once=False)
+
     def step() -> float:
         loss = accumulate_gradients(model, micro_batches, 1, plan, seed=1)
         norm = grad_norm_of(model)
-        mean_loss, _, _ = reduce_scalars(loss, norm, False, runtime)
-        apply_update(model, optimizer, norm, clip=config.optim.grad_clip)
+        reader.add(1, sums := reduce_scalars(loss, norm, False, runtime), lr=config.optim.lr)
+        [figures] = reader.take(now=True)
+        apply_update(optimizer, norm, clip=config.optim.grad_clip, skip=not_finite(sums))
         optimizer.zero_grad()
-        return mean_loss
+        return figures.loss
 
     return step
 

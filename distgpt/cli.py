@@ -182,7 +182,12 @@ def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
 
 
 def prepare_process() -> None:
-    """Let a signal to stop end this process silently, and print "?" for characters that stdout cannot encode."""
+    """Let a signal to stop end this process silently, and print "?" for characters that stdout cannot encode.
+
+    Lets CUDA's allocator grow its segments, so that blocks of other sizes leave no gaps. torch reads this as it starts.
+    """
+    if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, so we do too
             # Not an exception, which an unfinished import would print or ignore.

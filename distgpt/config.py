@@ -160,12 +160,20 @@ class TrainConfig:
     steps: int = option(5000, "number of optimizer steps")
     global_batch: int = option(64, "sequences per optimizer step, over all ranks")
     micro_batch: int = option(
-        0, "sequences per forward pass; 0: the largest divisor with at most 4,096 tokens on a CPU, 16,384 on a GPU"
+        0,
+        "sequences per forward pass; 0: as before, else the largest divisor of at most 4,096 tokens (GPU: 16,384) "
+        "that fits",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "compute precision, weights stay float32; auto: bfloat16 if the device has instructions for it"
     )
-    compile: bool = option(False, "compile each block with torch.compile")
+    compile: bool | Literal["auto"] = option(
+        "auto", "compile blocks, head and loss with torch.compile; auto: on GPUs, if there is a C compiler"
+    )
+    tf32: bool = option(False, "round the inputs of float32 products to TF32, about 3 digits, on GPUs: faster")
+    deterministic: bool = option(
+        False, "use deterministic kernels, for bit-exact resumes on GPUs (on CPUs they are exact anyway): slower"
+    )
 
 
 @dataclass(frozen=True)
@@ -175,6 +183,12 @@ class ParallelConfig:
         "replicate (ddp), shard (fsdp), shard in groups (hsdp), train independent groups (diloco)",
     )
     shard: int = option(0, "hsdp, diloco: ranks per group; 0: the ranks of one node")
+    reshard: bool | Literal["auto"] = option(
+        "auto", "fsdp, hsdp: free the weights of a block after its forward pass; auto: if all do not fit in memory"
+    )
+    reduce: Literal["auto", "step", "micro_batch"] = option(
+        "auto", "fsdp, hsdp: how often gradients are exchanged; auto: once a step if they fit in memory whole"
+    )
     outer_every: int = option(50, "diloco: steps between outer steps, in which the groups synchronize")
     outer_lr: float = option(0.7, "diloco: learning rate of the outer step (SGD with Nesterov momentum)")
     outer_momentum: float = option(0.9, "diloco: momentum of the outer step")
@@ -468,7 +482,7 @@ def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[tuple[st
             continue
         key, equals, text = argument.removeprefix("--").partition("=")
         kind = _type_of(key, source=argument)
-        if not equals and kind is bool:
+        if not equals and bool in (kind, *get_args(kind)):
             text = left.pop(0) if left and left[0].lower() in (*TRUE, *FALSE) else "true"
         elif not equals:
             if not left or left[0].startswith("--"):

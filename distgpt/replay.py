@@ -152,7 +152,7 @@ def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> Non
             if decision.action == "stop":
                 raise DataError(f"{decision.reason} at step {step} already: replay that step with --step={step}")
             if decision.action == "update":
-                apply_update(model, optimizer, norm, clip=config.optim.grad_clip)
+                apply_update(optimizer, norm, clip=config.optim.grad_clip)
             optimizer.zero_grad()
         print(f"weights   {describe_weights(model)}")
         probe = Probe()

@@ -14,33 +14,31 @@ if __name__ == "__main__":
 import os
 import time
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 
 from distgpt.checkpoint.checkpointer import Checkpointer
 from distgpt.checkpoint.interval import SaveInterval
 from distgpt.checkpoint.reader import TrainingState
-from distgpt.config import Config, to_toml, with_absolute_paths
+from distgpt.config import Config, with_absolute_paths
 from distgpt.corpus.shards import Dataset, open_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.distributed.collectives import grad_norm_of, reduce_scalars, weights_are_finite
 from distgpt.distributed.diloco import OuterOptimizer
-from distgpt.distributed.parallelize import build_model, unwrap_model
-from distgpt.distributed.plan import Plan, make_plan
+from distgpt.distributed.parallelize import build_model, reshard, unwrap_model
+from distgpt.distributed.plan import Plan
 from distgpt.distributed.process_group import process_group
 from distgpt.distributed.runtime import this_rank
 from distgpt.errors import DataError
-from distgpt.files import write_file
-from distgpt.health.outliers import OutlierFilter
+from distgpt.health.outliers import Decision, OutlierFilter
 from distgpt.health.stragglers import StragglerMonitor
 from distgpt.health.watchdog import Watchdog
 from distgpt.model.optim import build_optimizer, lr_at, set_lr
 from distgpt.run.paths import RunPaths
 from distgpt.run.session import RunSession
-from distgpt.telemetry.progress import Progress
 from distgpt.training import startup, summary
 from distgpt.training.evaluation import evaluate, sample_text
-from distgpt.training.report import StepReporter, explain_outlier, peak_tokens_per_second
+from distgpt.training.figures import FigureReader, Figures, not_finite
+from distgpt.training.report import StepReporter, explain_outlier
 from distgpt.training.step import StopCheck, accumulate_gradients, apply_update
 from distgpt.weights import fit, initial
 
@@ -51,12 +49,13 @@ def main(config: Config) -> None:
     with RunSession(paths, rank) as session, Watchdog(session, health) as watchdog:
         watchdog.heartbeat("checking the start", health.start_timeout)
         runtime, dataset, config = this_rank(), open_dataset(Path(config.data.path)), with_absolute_paths(config)
-        plan = make_plan(config, runtime, vocab_size=dataset.vocab_size)
+        plan = startup.plan_run(config, runtime, dataset, session)
         startup.check_rank(config, plan, dataset, session, watchdog)
         fit.check_initial_weights(config, dataset, rank)
         with process_group(runtime, timeout=health.collective_timeout, on_store=watchdog.connect):
             startup.check_agreement(config, plan, dataset, session, watchdog)
-            train(config, plan, dataset, session, watchdog)
+            with startup.explaining_out_of_memory(config, plan, dataset):
+                train(config, plan, dataset, session, watchdog)
 
 
 def train(  # noqa: C901, PLR0915  the order of events, top to bottom
@@ -85,10 +84,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     if runtime.rank == 0:
         for line in summary.warnings(config, dataset.train.tokens, checkpoints.restored):
             startup.warn(line)
-        session.require_owned()
-        # Record the micro-batch in use: dropout masks depend on it.
-        resolved = replace(config, train=replace(config.train, micro_batch=plan.micro_batch))
-        write_file(session.paths.config, to_toml(resolved).encode())
+        startup.record_config(config, plan, session)
     interval = SaveInterval(config.checkpoint.every, start_step=start, best_val_loss=checkpoints.best_val_loss())
     stragglers = StragglerMonitor(model, runtime)
 
@@ -118,6 +114,8 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
         progress.micro_batch(done, count)
         if done < count and stop_check.agreed():
             optimizer.zero_grad()
+            reshard(model)
+            reporter.report(decide(now=True))
             completed = session.step or 0
             if interval.last_save < completed:
                 save(completed, wait=True)
@@ -126,16 +124,23 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
                 checkpoints.require_saved(completed)
             raise session.interrupted(last)
 
+    def decide(*, now: bool) -> list[tuple[Figures, Decision]]:
+        """Decide on the steps whose figures are read by now. Raises DataError on all ranks if the run stops."""
+        decided = [(f, outliers.check(loss=f.loss, grad_norm=f.grad_norm)) for f in reader.take(now=now)]
+        for figures, decision in decided:
+            if decision.action != "update":
+                line = explain_outlier(decision, figures.step, config, batches)
+                if decision.action == "stop":
+                    finish_save()
+                    raise DataError(line)
+                session.say(line)
+        return decided
+
+    reader = FigureReader(runtime, at_once=health.skip_z > 0)  # a spike is found before the update
     stop_check = StopCheck(lambda: session.stop_requested is not None, runtime, on_wait=stragglers.timer.exclude)
     with (
         closing(startup.training_batches(config, plan, dataset, start_step=start)) as batches,
-        Progress(
-            session,
-            config,
-            plan,
-            start_step=start,
-            peak_tokens_per_second=peak_tokens_per_second(plan, flops_per_token=unwrap_model(model).flops_per_token()),
-        ) as progress,
+        startup.open_progress(config, plan, model, session, start_step=start) as progress,
     ):
         reporter = StepReporter(plan, progress, stragglers, interval, checkpoints, start_step=start)
         session.allow_graceful_stop()
@@ -148,18 +153,17 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
             loss = accumulate_gradients(
                 model, batches.next_step(), step, plan, seed=config.run.seed, after_each=after_micro_batch
             )
-            norm = grad_norm_of(model)  # a tensor, to clip with; grad_norm is its value, equal on all ranks
-            mean_loss, grad_norm, stop = reduce_scalars(loss, norm, session.stop_requested is not None, runtime)
-            decision = outliers.check(loss=mean_loss, grad_norm=grad_norm)
-            if decision.action == "update":
-                apply_update(model, optimizer, norm, clip=config.optim.grad_clip)
-            else:
-                line = explain_outlier(decision, step, config, batches)
-                if decision.action == "stop":
-                    finish_save()
-                    raise DataError(line)
-                session.say(line)
+            norm = grad_norm_of(model)
+            sums = reduce_scalars(loss, norm, session.stop_requested is not None, runtime)
+            reader.add(step, sums, lr=lr)
+            decided = decide(now=False)  # on a GPU, on the step before
+            if (step, "skip") not in [(figures.step, decision.action) for figures, decision in decided]:
+                apply_update(optimizer, norm, clip=config.optim.grad_clip, skip=not_finite(sums))
             optimizer.zero_grad()
+            evaluates = step == last or (config.eval.every > 0 and step % config.eval.every == 0)
+            if evaluates or progress.is_logged(step) or interval.is_due(step):
+                decided += decide(now=True)
+            stop = any(figures.stop for figures, _ in decided)
             if outer is not None and step % config.parallel.outer_every == 0:
                 outer.step()
 
@@ -167,12 +171,12 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
             session.step = step
             watchdog.heartbeat(f"after step {step}", health.timeout)
             checkpoints.poll()
-            data_wait = batches.pop_data_wait()
-            reporter.report(step, loss=mean_loss, lr=lr, grad_norm=grad_norm, decision=decision, data_wait=data_wait)
+            reporter.step_done(step, data_wait=batches.pop_data_wait())
+            reporter.report(decided)
 
             # evaluate
             val_loss = None
-            if step == last or (config.eval.every > 0 and step % config.eval.every == 0):
+            if evaluates:
                 require_finite_weights(step)
                 with progress.pausing("evaluation"), watchdog.during(f"evaluating step {step}", health.eval_timeout):
                     result = evaluate(model, validation, tokenizer, plan)

@@ -1,5 +1,6 @@
 """Check that the checkpoints of a run directory belong to the run that is about to start."""
 
+from contextlib import suppress
 from pathlib import Path
 
 from distgpt.checkpoint.manifest import STATE, RunState, committed, read_state
@@ -32,6 +33,14 @@ def require_same_run(directory: Path, config: Config, dataset: Dataset, *, repli
                 "resume with the same values or choose another --run.dir"
             )
         return
+
+
+def micro_batch_of_run(directory: Path) -> int:
+    """Return the micro-batch of the newest checkpoint that can be read, on which dropout masks depend; 0 if none."""
+    for checkpoint in committed(directory):
+        with suppress(DataError):
+            return read_state(checkpoint).micro_batch
+    return 0
 
 
 def _differences(state: RunState, config: Config, dataset: Dataset) -> list[str]:

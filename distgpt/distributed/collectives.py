@@ -38,16 +38,14 @@ def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[
         raise Interrupted(f"a rank sent a message that is not JSON: {error}") from None
 
 
-def reduce_scalars(loss: Tensor, grad_norm: Tensor, flag: bool, runtime: Runtime) -> tuple[float, float, bool]:
-    """Return the means of two scalars over ranks, and whether any rank has set `flag`, with one all-reduce.
+def reduce_scalars(loss: Tensor, grad_norm: Tensor, flag: bool, runtime: Runtime) -> Tensor:
+    """Sum two scalars and the number of ranks that have set `flag` over ranks: (3,), float32, with one all-reduce.
 
     Every rank gets identical values, so decisions agree even where different devices round differently.
     """
-    values = torch.stack((loss.float(), grad_norm.float(), torch.tensor(float(flag), device=loss.device)))
-    if runtime.distributed:
-        dist.all_reduce(values)
-    losses, norms, flags = values.tolist()
-    return losses / runtime.world_size, norms / runtime.world_size, flags > 0
+    # torch.tensor() would wait until the device has done all that it was given.
+    flags = torch.full((), float(flag), device=loss.device)
+    return sum_over_ranks(torch.stack((loss.float(), grad_norm.float(), flags)), runtime)
 
 
 def grad_norm_of(model: nn.Module) -> Tensor:

@@ -2,10 +2,16 @@
 
 import ctypes
 import os
+import shutil
+import sysconfig
+from pathlib import Path
+from typing import Literal
 
 import torch
 
+from distgpt.config import TrainConfig
 from distgpt.distributed.runtime import Runtime
+from distgpt.errors import UsageError
 from distgpt.machine import available_cpus
 
 # Parameters of glibc's mallopt, from malloc.h.
@@ -40,6 +46,38 @@ def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
     else:
         fast = cpu_has_bfloat16()
     return torch.bfloat16 if fast else torch.float32
+
+
+def compiles(asked: bool | Literal["auto"], device: torch.device) -> tuple[bool, str]:
+    """Resolve `train.compile` and give the reason, to be shown to the user. Raises UsageError if it cannot work.
+
+    auto: on for GPUs, where it fuses what moves most bytes; off for CPUs, where it is slower.
+    """
+    if asked is False or (asked == "auto" and device.type != "cuda"):
+        return False, ""
+    missing = missing_for_triton() if device.type == "cuda" else ""
+    if missing and asked is True:
+        raise UsageError(f"train.compile needs {missing}: install it, or set train.compile=false")
+    return not missing, f"not compiled, and so slower, for lack of {missing}" if missing else "compiled"
+
+
+def set_math(train: TrainConfig) -> None:
+    """Set for this process how float32 products are rounded on GPUs, and which kernels may be used."""
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if train.tf32 else "ieee"
+    if train.deterministic:
+        # cuBLAS is deterministic with a fixed workspace. It reads this when it is first used.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        # That would only help to find bugs.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+
+
+def missing_for_triton() -> str:
+    """Say what Triton, which compiles for GPUs, lacks on this machine; empty if nothing."""
+    if not any(map(shutil.which, (os.environ.get("CC", ""), "gcc", "clang"))):
+        return "a C compiler (gcc, clang, or the one that the variable CC names)"
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    return "" if header.exists() else f"{header} (the package python3-dev or python3-devel)"
 
 
 def cpu_has_bfloat16() -> bool:

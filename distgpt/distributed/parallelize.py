@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -12,23 +13,25 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from distgpt.config import Config
+from distgpt.distributed.device import set_math
 from distgpt.distributed.mesh import build_mesh
 from distgpt.distributed.plan import Plan
 from distgpt.model.gpt import GPT
 
 
 def build_model(config: Config, plan: Plan, *, vocab_size: int, eot_id: int | None) -> nn.Module:
-    """Build the GPT with its initial weights, spread over the ranks. Every plan gives the same weights."""
-    sharded = plan.strategy in ("fsdp", "hsdp", "diloco")
-    with torch.device("meta" if sharded else "cpu"):
+    """Build the GPT with its initial weights, spread over the ranks. Every plan gives the same weights.
+
+    Sets the process to the precision and kernels that the config asks for.
+    """
+    set_math(config.train)
+    with torch.device("meta" if plan.sharded else "cpu"):
         model = GPT(config.model, vocab_size, eot_id)
-    for block in model.blocks:
-        if config.parallel.activation_checkpoint:
-            # Replacing the bound forward, not the module, keeps the names of parameters.
-            block.forward = _recompute(block.forward)
-        if config.train.compile:
-            block.compile()
-    if sharded:
+    if config.parallel.activation_checkpoint:
+        recompute_blocks(model)
+    if plan.compile:
+        _compile(model)
+    if plan.sharded:
         return _shard(model, config, plan)
     model.init_weights(config.run.seed)
     model.to(plan.runtime.device)
@@ -48,8 +51,14 @@ def inference(model: nn.Module) -> Iterator[GPT]:
     with torch.no_grad():
         yield gpt
     gpt.train()
-    if isinstance(gpt, FSDPModule):
-        gpt.reshard()  # the root reshards after a backward pass, and here is none
+    reshard(gpt)
+
+
+def reshard(model: nn.Module) -> None:
+    """Free gathered weights, so that parameters are shards again, where no backward pass will do so."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
 
 
 def unwrap_model(model: nn.Module) -> GPT:
@@ -61,14 +70,17 @@ def unwrap_model(model: nn.Module) -> GPT:
 
 
 @contextmanager
-def gradient_sync(model: nn.Module, *, last: bool) -> Iterator[None]:
-    """Wrap forward and backward of a micro-batch: ranks exchange gradients in the `last` one only."""
+def gradient_sync(model: nn.Module, plan: Plan, *, last: bool) -> Iterator[None]:
+    """Wrap forward and backward of a micro-batch: ranks exchange gradients in the `last` one, or as planned."""
     context: AbstractContextManager[None] = nullcontext()
     if isinstance(model, DistributedDataParallel) and not last:
         context = model.no_sync()
     if isinstance(model, FSDPModule):
         model.set_is_last_backward(last)
-        model.set_requires_gradient_sync(last)
+        model.set_requires_gradient_sync(last or plan.reduce_each)
+        model.set_requires_all_reduce(last)  # across the replicas of hsdp
+        # Weights do not change before the last backward pass, so they can be kept for the next micro-batch.
+        model.set_reshard_after_backward(last or plan.reshard)
     with context:
         yield
 
@@ -80,16 +92,22 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 
 def _shard(model: GPT, config: Config, plan: Plan) -> nn.Module:
     mesh = build_mesh(plan)
-    # Blocks gather in the compute dtype; the residual stream, embeddings and head stay float32 as autocast has it
-    # under DDP, so that the strategy does not change what is learned.
-    in_blocks = MixedPrecisionPolicy(
+    # Products gather their weights in the compute dtype; the residual stream and embeddings stay float32 as autocast
+    # has it under DDP, so that the strategy does not change what is learned.
+    in_products = MixedPrecisionPolicy(
         param_dtype=None if plan.dtype == torch.float32 else plan.dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )
-    for block in model.blocks:
-        fully_shard(block, mesh=mesh, mp_policy=in_blocks)
+    units = [fully_shard(b, mesh=mesh, mp_policy=in_products, reshard_after_forward=plan.reshard) for b in model.blocks]
+    if not config.model.tied_head:
+        # Its backward pass follows at once.
+        units.append(fully_shard(model.head, mesh=mesh, mp_policy=in_products, reshard_after_forward=False))
+    # Embeddings, and a head that is tied to them.
     fully_shard(model, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    for unit, following in pairwise(units):
+        unit.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([unit])
     model.to_empty(device=plan.runtime.device)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -98,6 +116,21 @@ def _shard(model: GPT, config: Config, plan: Plan) -> nn.Module:
             # src_data_rank=None: every rank has the full value and cuts its own part, nothing is sent.
             parameter.copy_(distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None))
     return model
+
+
+def _compile(model: GPT) -> None:
+    """Compile each block, the last norm, and the head with the loss. All blocks share one graph."""
+    # Otherwise torch cuts the graph of a block wherever a bucket of DDP is full, and fuses nothing across the cut.
+    torch._dynamo.config.optimize_ddp = False
+    for module in (*model.blocks, model.norm, model.head):
+        module.compile()
+
+
+def recompute_blocks(model: GPT) -> None:
+    """Let each block keep its input alone, and compute its activations again in the backward pass."""
+    for block in model.blocks:
+        # Replacing the bound forward, not the module, keeps the names of parameters.
+        block.forward = _recompute(block.forward)
 
 
 def _recompute(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:

@@ -1,22 +1,22 @@
 """The layout of a run over its ranks: decided once, before a model exists, and equal on every rank."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
 from distgpt.config import Config, require_divisible_batch
-from distgpt.distributed.device import compute_dtype, device_memory
+from distgpt.distributed.device import compiles, compute_dtype, device_memory
+from distgpt.distributed.memory import USABLE_SHARE, MemoryModel
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import UsageError
-from distgpt.model.gpt import count_parameters
 from distgpt.units import size_text
 
-# float32 weights, gradients and AdamW's two moments
-BYTES_PER_PARAMETER = 16
-# The share of a device's memory that a replica may take; the rest is for activations.
-REPLICA_SHARE = 0.6
 # Tokens per forward when train.micro_batch is 0: as many as a CPU's caches hold, and enough to keep a GPU busy.
 AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+# A whole replica on each rank is not worth it if it leaves memory for fewer tokens than this.
+LEAST_EFFICIENT_TOKENS = 4096
+SHARDED = ("fsdp", "hsdp", "diloco")
 
 
 @dataclass(frozen=True)
@@ -31,36 +31,91 @@ class Plan:
     ranks_per_replica: int  # ranks that hold the shards of one replica
     independent_replicas: int  # replicas that train independently between outer steps (diloco), else 1
     dtype: torch.dtype  # of matrix products; weights are float32
+    compile: bool  # blocks, norm, head and loss
+    compile_reason: str  # to be shown to the user; may be empty
+    reshard: bool  # sharded: free the gathered weights of a block after its forward pass
+    reduce_each: bool  # sharded: exchange gradients after each micro-batch, not once a step
+
+    @property
+    def sharded(self) -> bool:
+        return self.strategy in SHARDED
 
 
 def make_plan(config: Config, runtime: Runtime, *, vocab_size: int) -> Plan:
     """Lay out a run. Raises UsageError, saying which values would divide, if it cannot be laid out over the ranks."""
-    micro_batch = micro_batch_size(config, runtime)
+    require_divisible_batch(config, runtime.world_size)
     independent = independent_replicas(config, runtime)
+    memory, room = memory_model(config, runtime, vocab_size), USABLE_SHARE * device_memory(runtime)
     strategy, reason = choose_strategy(config, runtime, vocab_size=vocab_size)
+    compiled, compile_reason = compiles(config.train.compile, runtime.device)
+    shards = ranks_per_replica(strategy, config, runtime)
+    micro_batch = micro_batch_size(config, runtime, lambda size: memory.need(size, shards=shards) <= room)
+    keep, reduce = config.parallel.reshard is False, config.parallel.reduce
+    if config.parallel.reshard == "auto":
+        keep = memory.need(micro_batch, shards=shards, keep_weights=True) <= room
+    fits_whole = memory.need(micro_batch, shards=shards, keep_weights=keep, whole_gradients=True) <= room
     return Plan(
         runtime=runtime,
         strategy=strategy,
         reason=reason,
         micro_batch=micro_batch,
         accumulation=config.train.global_batch // (micro_batch * runtime.world_size),
-        ranks_per_replica=ranks_per_replica(strategy, config, runtime),
+        ranks_per_replica=shards,
         independent_replicas=independent,
         dtype=compute_dtype(config.train.dtype, runtime.device),
+        compile=compiled,
+        compile_reason=compile_reason,
+        reshard=not keep,
+        reduce_each=not fits_whole if reduce == "auto" else reduce == "micro_batch",
     )
 
 
-def micro_batch_size(config: Config, runtime: Runtime) -> int:
+def memory_model(config: Config, runtime: Runtime, vocab_size: int) -> MemoryModel:
+    """Return the memory that a rank needs, in the data type that it computes in."""
+    return MemoryModel(config, vocab_size, compute_dtype(config.train.dtype, runtime.device).itemsize)
+
+
+def micro_batch_size(config: Config, runtime: Runtime, fits: Callable[[int], bool] = lambda size: True) -> int:
     """Return the sequences per forward on one rank: ranks x micro_batch x accumulation steps = global_batch.
 
-    Raises UsageError, saying which values would divide.
+    `fits` tells whether the memory of a GPU suffices for so many; one is taken in any case. Raises UsageError, saying
+    which values would divide.
     """
     require_divisible_batch(config, runtime.world_size)
     if config.train.micro_batch:
         return config.train.micro_batch
     per_rank = config.train.global_batch // runtime.world_size
     limit = AUTO_MICRO_BATCH_TOKENS[runtime.device.type] // config.model.block_size
-    return max(m for m in range(1, per_rank + 1) if per_rank % m == 0 and m <= max(1, limit))
+    sizes = [size for size in range(1, min(per_rank, limit) + 1) if per_rank % size == 0]
+    return max((size for size in sizes if runtime.device.type != "cuda" or fits(size)), default=1)
+
+
+def least_efficient_micro_batch(config: Config, runtime: Runtime) -> int:
+    """Return the configured micro-batch, or the smallest one that keeps a device busy. Raises UsageError."""
+    largest = micro_batch_size(config, runtime)
+    if config.train.micro_batch:
+        return largest
+    sizes = [size for size in range(1, largest + 1) if config.train.global_batch // runtime.world_size % size == 0]
+    return min((s for s in sizes if s * config.model.block_size >= LEAST_EFFICIENT_TOKENS), default=largest)
+
+
+def smaller_micro_batch(config: Config, plan: Plan, *, vocab_size: int) -> int | None:
+    """Return the largest micro-batch that fits where that of the plan did not, None if there is no smaller one."""
+    memory = memory_model(config, plan.runtime, vocab_size)
+    room = USABLE_SHARE * device_memory(plan.runtime)
+    smaller = [size for size in range(1, plan.micro_batch) if plan.micro_batch * plan.accumulation % size == 0]
+    fitting = [
+        size
+        for size in smaller
+        if memory.need(
+            size,
+            shards=plan.ranks_per_replica,
+            keep_weights=not plan.reshard,
+            whole_gradients=not plan.reduce_each,
+        )
+        <= room
+    ]
+    return max(fitting or smaller[:1], default=None)
 
 
 def ranks_per_replica(strategy: str, config: Config, runtime: Runtime) -> int:
@@ -103,12 +158,13 @@ def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tup
         return asked, f"{why} that synchronize every {config.parallel.outer_every} steps" if asked == "diloco" else why
     if asked != "auto":
         return asked, "as asked"
-    need = BYTES_PER_PARAMETER * count_parameters(config.model, vocab_size)
-    room = REPLICA_SHARE * device_memory(runtime)
-    sizes = f"weights, gradients and moments take {size_text(need)} of {size_text(room)} a rank"
+    memory, room = memory_model(config, runtime, vocab_size), USABLE_SHARE * device_memory(runtime)
+    least = least_efficient_micro_batch(config, runtime)
+    need = memory.need(least, shards=1)
+    sizes = f"training {least} sequences takes {size_text(need)} of {size_text(room)} a rank"
     if need <= room:
         return "ddp", f"{sizes}: every rank holds a whole replica"
-    nodes = runtime.world_size // runtime.local_world_size
-    if nodes > 1 and need / runtime.local_world_size <= room and not runtime.world_size % runtime.local_world_size:
+    nodes, of_node = runtime.world_size // runtime.local_world_size, runtime.local_world_size
+    if nodes > 1 and memory.need(least, shards=of_node) <= room and not runtime.world_size % of_node:
         return "hsdp", f"{sizes}: sharded within a node, replicated across {nodes}"
     return "fsdp", f"{sizes}: sharded over all ranks"

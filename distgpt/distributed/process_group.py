@@ -34,10 +34,10 @@ def process_group(
     torch.set_num_threads(threads_per_rank(runtime.local_world_size))
     # Processes that torch.compile starts. By default each rank would start one for each CPU of the machine.
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, share_of_cpus(runtime.local_world_size))))
-    if runtime.device.type == "cuda":
-        torch.cuda.set_device(runtime.device)
-    else:
+    if runtime.device.type == "cpu":
         keep_freed_memory()
+    else:
+        torch.cuda.set_device(runtime.device)
     if not runtime.distributed:
         yield
         return
@@ -57,6 +57,8 @@ def process_group(
 def init_process_group(runtime: Runtime, store: dist.Store, timeout: float) -> None:
     """Create torch's default process group of all ranks. `timeout`: seconds that a collective waits for a rank."""
     on_gpu = runtime.device.type == "cuda"
+    if on_gpu:  # or NCCL and what follows would open a context on the first GPU for every rank of the host
+        torch.cuda.set_device(runtime.device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",
         store=store,

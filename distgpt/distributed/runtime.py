@@ -1,6 +1,8 @@
 """This rank: its place among the others, and its device."""
 
+import os
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -28,7 +30,10 @@ class Runtime:
 
 
 def this_rank() -> Runtime:
-    """Read this rank from torchrun's environment; without it, one process. Raises UsageError for lack of GPUs."""
+    """Read this rank from torchrun's environment; without it, one process.
+
+    Raises UsageError if there are fewer GPUs than ranks, or if there are some that cannot be used.
+    """
     place = place_in_job()
     device = torch.device("cpu")
     if torch.cuda.is_available():
@@ -38,6 +43,11 @@ def this_rank() -> Runtime:
                 f"use --nproc_per_node={torch.cuda.device_count()}"
             )
         device = torch.device("cuda", place.local_rank)
+    elif gpus_are_meant():
+        raise UsageError(
+            f"this machine has NVIDIA GPUs, but PyTorch {torch.__version__} cannot use them ({why_not_cuda()}): update "
+            "the driver, or install a PyTorch for an older CUDA; to use the CPU, set CUDA_VISIBLE_DEVICES=-1"
+        )
     return Runtime(place.rank, place.local_rank, place.world_size, place.local_world_size, device)
 
 
@@ -47,6 +57,21 @@ def only_rank(command: str) -> Runtime:
     if runtime.distributed:
         raise UsageError(f"{command} runs in one process: start it without torchrun")
     return runtime
+
+
+def gpus_are_meant(devices: Path = Path("/dev")) -> bool:
+    """Tell whether this machine has NVIDIA GPUs, this PyTorch is for them, and nobody has hidden them."""
+    hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles")
+    return torch.version.cuda is not None and not hidden and any(devices.glob("nvidia[0-9]*"))
+
+
+def why_not_cuda() -> str:
+    """Return the first line of what CUDA says when it cannot start; torch falls back to the CPU without a word."""
+    try:
+        torch.cuda.init()  # type: ignore[no-untyped-call]
+    except Exception as error:  # its type differs between causes and versions of torch
+        return str(error).partition("\n")[0].rstrip(". ") or type(error).__name__
+    return "no GPU is visible"
 
 
 def restarted() -> bool:

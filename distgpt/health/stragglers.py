@@ -51,12 +51,14 @@ class StragglerMonitor:
         self.reset()
 
     def end_step(self, *, data_wait: float, save_seconds: float, saved_bytes: float) -> None:
-        """Add the step that `timer` timed, with its data wait and saves. Call it after the gradients are reduced."""
-        self._work += Work(self.timer.seconds(), data_wait, save_seconds, saved_bytes)
+        """Add the step that `timer` timed, with its data wait and saves. Call it after the last backward pass."""
+        self.timer.end()
+        self._work += Work(0.0, data_wait, save_seconds, saved_bytes)
         self._steps += 1
 
     def reset(self) -> None:
         """Forget the steps since the last comparison, for example the first one of an attempt, which warms up."""
+        self.timer.pop_seconds()
         self._work, self._steps = Work(), 0
 
     def compare(self, seconds: float) -> tuple[list[str], dict[str, float]]:
@@ -64,6 +66,7 @@ class StragglerMonitor:
 
         Returns messages about ranks that have become slow or keep up again, and figures by name, in seconds a step.
         """
+        self._work += Work(own=self.timer.pop_seconds())
         works, steps = [Work(*row) for row in all_gather_row(astuple(self._work), self._runtime)], self._steps
         self.reset()
         return self._detector.update(works, steps=steps, seconds=seconds), {
@@ -86,6 +89,8 @@ class OwnWorkTimer:
         gpt = unwrap_model(model)
         self._sharded = isinstance(gpt, FSDPModule)
         self._times_kernels = device.type == "cuda" and not self._sharded
+        self._seconds = 0.0  # since pop_seconds, less what was excluded
+        self._events: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []  # of steps since then
         self.begin()
         if self._sharded:
             # Prepended, to run before FSDP's own hook, which waits.
@@ -96,19 +101,28 @@ class OwnWorkTimer:
     def begin(self) -> None:
         """Start the clock."""
         self._started = self._stopped = self._now()
-        self._forward_came, self._excluded = False, 0.0
+        self._forward_came = False
 
-    def seconds(self) -> float:
-        """Return the own work since begin(). Call it after the gradients are reduced."""
-        if not self._times_kernels:
-            return float(self._stopped - self._started) - self._excluded
-        self._stopped.synchronize()
-        return float(self._started.elapsed_time(self._stopped)) / 1e3 - self._excluded
+    def end(self) -> None:
+        """End the step since begin(). Does not wait for the device."""
+        if self._times_kernels:
+            self._events.append((self._started, self._stopped))
+        else:
+            self._seconds += self._stopped - self._started
+
+    def pop_seconds(self) -> float:
+        """Return the own work of the steps since the last call. On CUDA it waits for the last backward pass."""
+        for started, stopped in self._events:
+            stopped.synchronize()
+            self._seconds += started.elapsed_time(stopped) / 1e3
+        seconds, self._seconds = self._seconds, 0.0
+        self._events.clear()
+        return seconds
 
     def exclude(self, seconds: float) -> None:
         """Subtract seconds for which this rank waited for the others between two micro-batches."""
         if not self._sharded:
-            self._excluded += seconds
+            self._seconds -= seconds
 
     def _now(self) -> Any:
         """Return the host's time in seconds, or record an event in the stream, where kernels run asynchronously."""

@@ -217,6 +217,41 @@ class Block(nn.Module):
         return out
 
 
+class Head(nn.Module):
+    """The output projection and the loss. A tied head has no weights: it is given those of the token embedding."""
+
+    def __init__(self, config: ModelConfig, vocab_size: int, padded: int) -> None:
+        super().__init__()
+        self.vocab_size, self.chunk = vocab_size, config.loss_chunk
+        own = not config.tied_head
+        # Set by GPT.init_weights or a checkpoint.
+        self.weight = nn.Parameter(torch.empty(padded, config.n_embd)) if own else None
+        self.bias = nn.Parameter(torch.empty(padded)) if own and config.head_bias else None
+
+    def forward(self, x_BTC: Tensor, targets_BT: Tensor | None, tied_VC: Tensor | None) -> Tensor:
+        """Return the logits (B, T, V); with targets, the mean cross-entropy of each sequence in nats, float32, (B,)."""
+        weight_VC = self.weight if tied_VC is None else tied_VC
+        assert weight_VC is not None
+        if targets_BT is None:
+            return self._project(x_BTC, weight_VC)
+        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
+        if self.chunk == 0:
+            return self._token_losses(x_NC, targets_N, weight_VC).view_as(targets_BT).mean(dim=1)
+        # The logits are by far the largest activation, V / C times the residual stream. So the logits of each chunk
+        # are freed and computed again in the backward pass, at the cost of a second product with the head.
+        losses = [
+            checkpoint(self._token_losses, x, targets, weight_VC, use_reentrant=False, preserve_rng_state=False)
+            for x, targets in zip(torch.split(x_NC, self.chunk), torch.split(targets_N, self.chunk), strict=True)
+        ]
+        return torch.cat(losses).view_as(targets_BT).mean(dim=1)
+
+    def _project(self, x: Tensor, weight_VC: Tensor) -> Tensor:
+        return F.linear(x, weight_VC, self.bias)[..., : self.vocab_size]
+
+    def _token_losses(self, x_NC: Tensor, targets_N: Tensor, weight_VC: Tensor) -> Tensor:
+        return F.cross_entropy(self._project(x_NC, weight_VC).float(), targets_N, reduction="none")
+
+
 class GPT(nn.Module):
     """A decoder-only transformer. Its parameters get their values from init_weights or a checkpoint.
 
@@ -243,7 +278,7 @@ class GPT(nn.Module):
         self.embedding_dropout = Dropout(config.dropout if config.embedding_dropout else 0.0)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = make_norm(config)
-        self.head = None if config.tied_head else nn.Linear(config.n_embd, padded, bias=config.head_bias)
+        self.head = Head(config, vocab_size, padded)
 
     def initial_value(self, name: str, *, seed: int) -> Tensor:
         """Return the initial value of the parameter `name`: the whole tensor, float32, on the CPU.
@@ -301,10 +336,10 @@ class GPT(nn.Module):
         mask = self._attention_mask(tokens_BT, positions_T, cache)
         for layer, block in enumerate(self.blocks):
             x_BTC = block(x_BTC, rope, mask, None if cache is None else cache.layers[layer])
+        tied_VC = self.token_embedding.weight if self.config.tied_head else None
         x_BTC = self.norm(x_BTC[:, -1:] if last_only else x_BTC)
-        if targets_BT is None:
-            return self._project(x_BTC, *self._head_parameters())
-        return self._loss(x_BTC, targets_BT)
+        losses_or_logits: Tensor = self.head(x_BTC, targets_BT, tied_VC)
+        return losses_or_logits
 
     def flops_per_token(self) -> float:
         """Return the floating-point operations per token of a forward and backward pass over block_size tokens.
@@ -338,32 +373,6 @@ class GPT(nn.Module):
         document_BS = ends_BS.cumsum(dim=1) - ends_BS.long()
         same_BTS = document_BS[:, start:, None] == document_BS[:, None, :]
         return (same_BTS & causal_TS).unsqueeze(1)
-
-    def _head_parameters(self) -> tuple[Tensor, Tensor | None]:
-        if self.head is None:
-            return self.token_embedding.weight, None
-        return self.head.weight, self.head.bias
-
-    def _project(self, x: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
-        return F.linear(x, weight_VC, bias_V)[..., : self.vocab_size]
-
-    def _loss(self, x_BTC: Tensor, targets_BT: Tensor) -> Tensor:
-        x_NC, targets_N = x_BTC.flatten(0, 1), targets_BT.flatten()
-        parameters = self._head_parameters()
-        chunk = self.config.loss_chunk
-        if chunk == 0:
-            return self._token_losses(x_NC, targets_N, *parameters).view_as(targets_BT).mean(dim=1)
-        # The logits are by far the largest activation, V / C times the residual stream. So the logits of each chunk
-        # are freed and computed again in the backward pass, at the cost of a second product with the head.
-        losses = [
-            checkpoint(self._token_losses, x, targets, *parameters, use_reentrant=False, preserve_rng_state=False)
-            for x, targets in zip(torch.split(x_NC, chunk), torch.split(targets_N, chunk), strict=True)
-        ]
-        return torch.cat(losses).view_as(targets_BT).mean(dim=1)
-
-    def _token_losses(self, x_NC: Tensor, targets_N: Tensor, weight_VC: Tensor, bias_V: Tensor | None) -> Tensor:
-        logits_NV = self._project(x_NC, weight_VC, bias_V)
-        return F.cross_entropy(logits_NV.float(), targets_N, reduction="none")
 
 
 def count_parameters(config: ModelConfig, vocab_size: int) -> int:

@@ -17,7 +17,6 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
@@ -185,8 +184,6 @@ def measure_network(config: Config, store: SharedStore) -> Iterator[Finding]:
     """Create the process group; check the clocks and measure the all-reduce and the links."""
     runtime = store.runtime
     init_process_group(runtime, dist.PrefixStore("group", store.store), ANSWER_SECONDS)
-    if runtime.device.type == "cuda":
-        torch.cuda.set_device(runtime.device)
     host_of = all_gather_json(node_rank()) if runtime.distributed else [node_rank()]
     offsets = clock_offsets(runtime, host_of) if node_count() > 1 else {}
     all_reduce, measured = links.measure(runtime)

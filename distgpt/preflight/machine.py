@@ -26,8 +26,8 @@ from distgpt.corpus.order import Order, evaluation_windows
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.distributed.device import compute_dtype, threads_per_rank
+from distgpt.distributed.memory import BYTES_PER_PARAMETER
 from distgpt.distributed.plan import (
-    BYTES_PER_PARAMETER,
     choose_strategy,
     independent_replicas,
     micro_batch_size,

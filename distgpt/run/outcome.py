@@ -41,6 +41,8 @@ def outcome(error: BaseException, *, training: bool = True) -> tuple[int, str]:
         return EXIT_INTERRUPTED, f"{first_line}: run it again to go on"
     if "InvalidCxxCompiler" in text:
         return EXIT_USAGE, "torch.compile found no C++ compiler that works: install g++, or set train.compile=false"
+    if "Failed to find C compiler" in text:
+        return EXIT_USAGE, "torch.compile found no C compiler for Triton: install gcc, or set train.compile=false"
     if isinstance(error, OSError):
         return EXIT_IO, f"{error.strerror or first_line}{f': {error.filename}' if error.filename else ''}"
     return EXIT_BUG, f"{type(error).__name__}: {first_line}"

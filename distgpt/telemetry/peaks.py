@@ -13,8 +13,8 @@ TERA = 1e12
 # bfloat16, float32 on the tensor cores (TF32), float32. None: the device does not support it. The whole name must
 # match: for a MIG slice, a laptop GPU or a variant that is not listed, no figure is better than a wrong one.
 PEAKS: tuple[tuple[str, float | None, float | None, float], ...] = (
-    (r"GB200", 2500, 1250, 80),
-    (r"B200", 2250, 1125, 75),
+    (r"GB[23]00", 2500, 1250, 80),
+    (r"B200|B300( SXM6 AC)?", 2250, 1125, 75),
     (r"H200|GH200 .*|H100 80GB HBM3|H800", 989.4, 494.7, 66.9),
     (r"H200 NVL|H100 NVL", 835.5, 417.7, 60),
     (r"H100 PCIe", 756, 378, 51.2),
@@ -30,11 +30,24 @@ PEAKS: tuple[tuple[str, float | None, float | None, float], ...] = (
     (r"V100-SXM[23]-\d+GB.*", None, None, 15.7),
     (r"V100-PCIE-\d+GB", None, None, 14),
     (r"T4", None, None, 8.1),
+    (r"RTX PRO 6000 Blackwell Workstation Edition", 503.8, 251.9, 126),
+    (r"RTX 6000 Ada Generation", 364.2, 182.1, 91.1),
     (r"RTX A6000", 154.8, 77.4, 38.7),
+    (r"RTX A5000", 111.1, 55.6, 27.8),
+    (r"RTX 3080", 59.5, 29.8, 29.8),
+    (r"RTX 3080 Ti", 68.2, 34.1, 34.1),
     (r"RTX 3090", 71, 35.6, 35.6),
     (r"RTX 3090 Ti", 80, 40, 40),
+    (r"RTX 4070", 58.3, 29.1, 29.1),
+    (r"RTX 4070 SUPER", 70.9, 35.5, 35.5),
+    (r"RTX 4070 Ti", 80.2, 40.1, 40.1),
+    (r"RTX 4070 Ti SUPER", 88.2, 44.1, 44.1),
     (r"RTX 4080", 97.5, 48.7, 48.7),
+    (r"RTX 4080 SUPER", 104.4, 52.2, 52.2),
     (r"RTX 4090", 165.2, 82.6, 82.6),
+    (r"RTX 5070", 61.7, 30.9, 30.9),
+    (r"RTX 5070 Ti", 87.9, 43.9, 43.9),
+    (r"RTX 5080", 112.6, 56.3, 56.3),
     (r"RTX 5090", 209.5, 104.8, 104.8),
 )
 

@@ -42,6 +42,7 @@ class Progress:
         self._since = time.perf_counter()
         self._paused = self._checkpoint_stall = self._data_wait = 0.0
         self._first_steps: list[float] = []
+        self._ended: dict[int, float] = {}  # when each step ended, for those that are logged later
         self._predicted = False
         if self._metrics is not None:
             self._metrics.text("config", to_toml(config), start_step)
@@ -54,6 +55,7 @@ class Progress:
     def step_done(self, step: int, *, data_wait: float) -> float:
         """Record a finished optimizer step and return its seconds. `data_wait`: seconds of it spent on data."""
         self._console.advance()
+        self._ended[step] = time.perf_counter()
         seconds = self.goodput.step(step, data_wait=data_wait)
         self._data_wait += data_wait
         self._write_goodput()
@@ -68,7 +70,8 @@ class Progress:
 
     def log(self, step: int, *, loss: float, lr: float, grad_norm: float, decision: Decision) -> float:
         """Log a step. Returns the seconds since the previous logged step."""
-        now = time.perf_counter()
+        now = self._ended.get(step) or time.perf_counter()
+        self._ended = {later: end for later, end in self._ended.items() if later > step}
         elapsed = now - self._since
         seconds = (elapsed - self._paused) / (step - self._logged_step)
         rate, peak = self._tokens_per_step / seconds, self._peak_tokens_per_second

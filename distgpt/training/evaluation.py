@@ -41,7 +41,8 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer,
                 loss_B = gpt(x_BT, y_BT)
             block_size = y_BT.shape[1]
             if np.all(indices >= 0):
-                losses_N[torch.from_numpy(indices).to(runtime.device)] = loss_B.double()
+                # They are consecutive. A tensor of indices would have to be copied to the device, which waits for it.
+                losses_N[int(indices[0]) : int(indices[-1]) + 1] = loss_B.double()
                 text_bytes += bytes_of_token_V[y_BT].sum()
     losses_N = sum_over_ranks(losses_N, runtime)
     val_loss = losses_N.mean().item()

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -15,6 +16,7 @@ from distgpt.health.outliers import Decision
 from distgpt.health.stragglers import StragglerMonitor
 from distgpt.telemetry.peaks import device_peak_flops
 from distgpt.telemetry.progress import Progress
+from distgpt.training.figures import Figures
 
 log = logging.getLogger("distgpt")
 
@@ -34,28 +36,38 @@ class StepReporter:
     ) -> None:
         self._plan, self._progress, self._stragglers = plan, progress, stragglers
         self._interval, self._checkpoints, self._first_step = interval, checkpoints, start_step + 1
+        self._seconds = 0.0
 
-    def report(
-        self, step: int, *, loss: float, lr: float, grad_norm: float, decision: Decision, data_wait: float
-    ) -> None:
-        """Report a finished step. `data_wait`: seconds for which this rank waited for data in it."""
-        seconds = self._progress.step_done(step, data_wait=data_wait)
+    def step_done(self, step: int, *, data_wait: float) -> None:
+        """Record a step that was taken. `data_wait`: seconds for which this rank waited for data in it."""
+        self._seconds = self._progress.step_done(step, data_wait=data_wait)
         save_seconds, saved_bytes = self._checkpoints.pop_write_stats()
         self._stragglers.end_step(data_wait=data_wait, save_seconds=save_seconds, saved_bytes=saved_bytes)
         if step > self._first_step:  # the first step warms up
-            self._interval.record_step(seconds, writing=self._checkpoints.writing)
+            self._interval.record_step(self._seconds, writing=self._checkpoints.writing)
+
+    def report(self, decided: Sequence[tuple[Figures, Decision]]) -> None:
+        """Report steps whose figures have been read, and the decisions on them."""
+        for figures, decision in decided:
+            self._report(figures, decision)
+
+    def _report(self, figures: Figures, decision: Decision) -> None:
+        step = figures.step
         if self._progress.is_logged(step) or decision.action == "skip":
-            elapsed = self._progress.log(step, loss=loss, lr=lr, grad_norm=grad_norm, decision=decision)
+            elapsed = self._progress.log(
+                step, loss=figures.loss, lr=figures.lr, grad_norm=figures.grad_norm, decision=decision
+            )
             if step == self._first_step:
                 self._stragglers.reset()
             else:
                 self._compare_ranks(step, elapsed)
                 if self._interval.auto:
                     self._reconsider_interval()
-        self._progress.predict(step, seconds)
+        self._progress.predict(step, self._seconds)
 
     def _compare_ranks(self, step: int, seconds: float) -> None:
         if not self._plan.runtime.distributed:
+            self._stragglers.reset()
             return
         messages, figures = self._stragglers.compare(seconds)
         if self._plan.runtime.rank == 0:

@@ -3,15 +3,18 @@
 import logging
 import math
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+from torch import nn
 
-from distgpt.checkpoint.compatibility import require_same_run
+from distgpt.checkpoint.compatibility import micro_batch_of_run, require_same_run
 from distgpt.checkpoint.manifest import committed
 from distgpt.checkpoint.store import checkpoint_bytes, require_space, require_writable
-from distgpt.config import Config, to_dict
+from distgpt.config import Config, to_dict, to_toml
 from distgpt.corpus.loader import EvaluationBatches, Loader
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.distributed.collectives import (
@@ -20,13 +23,17 @@ from distgpt.distributed.collectives import (
     hosts_of_ranks,
     require_agreement,
 )
-from distgpt.distributed.plan import Plan
+from distgpt.distributed.parallelize import unwrap_model
+from distgpt.distributed.plan import Plan, make_plan, smaller_micro_batch
 from distgpt.distributed.runtime import Runtime, restarted
 from distgpt.errors import DataError, DirectoryError, StorageError, UsageError
+from distgpt.files import write_file
 from distgpt.health.watchdog import JOINING, Watchdog
 from distgpt.model.gpt import count_parameters
 from distgpt.run.lock import Owner
 from distgpt.run.session import NFS_ATTRIBUTE_CACHE_SECONDS, RunSession
+from distgpt.telemetry.progress import Progress
+from distgpt.training.report import peak_tokens_per_second
 
 log = logging.getLogger("distgpt")
 
@@ -69,7 +76,10 @@ def check_agreement(config: Config, plan: Plan, dataset: Dataset, session: RunSe
     )
     compared = to_dict(config)
     del compared["run"]["fresh"]  # launchers clear it when they restart a job
-    require_agreement({**compared, "data": dataset.fingerprint}, plan.runtime)
+    layout = [plan.micro_batch, plan.strategy, plan.reshard, plan.reduce_each]
+    # They follow from the memory of a device, in which ranks may differ.
+    set_by_memory = "layout for its memory (set train.micro_batch and parallel.*)"
+    require_agreement({**compared, "data": dataset.fingerprint, set_by_memory: layout}, plan.runtime)
     require_same_dtype(plan)
     owner = Owner(**broadcast_from_rank_zero(asdict(session.owner) if session.owner else {}, plan.runtime))
     _require_shared_directory(session, owner, plan.runtime)
@@ -98,6 +108,46 @@ def warn(line: str) -> None:
     """Print and log a warning about a value that can work but is probably a mistake."""
     log.warning("%s", line)
     print(f"distgpt: warning: {line}", file=sys.stderr, flush=True)
+
+
+def plan_run(config: Config, runtime: Runtime, dataset: Dataset, session: RunSession) -> Plan:
+    """Lay out the run over its ranks. Keeps the micro-batch that it has used so far, if that divides.
+
+    Raises UsageError if it cannot be laid out over the ranks.
+    """
+    used = micro_batch_of_run(session.paths.checkpoints)
+    per_rank = config.train.global_batch / runtime.world_size
+    if not config.train.micro_batch and used and per_rank % used == 0:
+        config = replace(config, train=replace(config.train, micro_batch=used))
+    return make_plan(config, runtime, vocab_size=dataset.vocab_size)
+
+
+@contextmanager
+def explaining_out_of_memory(config: Config, plan: Plan, dataset: Dataset) -> Iterator[None]:
+    """Raise UsageError with a micro-batch that fits in place of torch.OutOfMemoryError."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first_line = next(iter(str(error).splitlines()), "")
+        smaller = smaller_micro_batch(config, plan, vocab_size=dataset.vocab_size)
+        more = [] if config.parallel.activation_checkpoint else ["--parallel.activation_checkpoint"]
+        more += [] if config.model.loss_chunk else ["--model.loss_chunk=1024"]
+        more += [] if plan.sharded else ["parallel.strategy=fsdp on several GPUs"]
+        fix = f"--train.micro_batch={smaller} should fit" if smaller else f"try {' or '.join(more)}"
+        raise UsageError(f"out of memory with micro-batches of {plan.micro_batch} ({first_line}): {fix}") from error
+
+
+def record_config(config: Config, plan: Plan, session: RunSession) -> None:
+    """Write the config of the run with the micro-batch in use, on which dropout masks depend."""
+    session.require_owned()
+    resolved = replace(config, train=replace(config.train, micro_batch=plan.micro_batch))
+    write_file(session.paths.config, to_toml(resolved).encode())
+
+
+def open_progress(config: Config, plan: Plan, model: nn.Module, session: RunSession, *, start_step: int) -> Progress:
+    """Open the progress of this rank. All ranks call it, since they add up the peaks of their devices."""
+    peak = peak_tokens_per_second(plan, flops_per_token=unwrap_model(model).flops_per_token())
+    return Progress(session, config, plan, start_step=start_step, peak_tokens_per_second=peak)
 
 
 def training_batches(config: Config, plan: Plan, dataset: Dataset, *, start_step: int) -> Loader:

@@ -3,6 +3,7 @@
 import hashlib
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -35,7 +36,7 @@ def accumulate_gradients(
     loss_sum = torch.zeros((), device=device)
     for index, (x_BT, y_BT) in enumerate(micro_batches):
         seed_dropout(device, dropout_seed(seed, step, plan.runtime.rank * count + index))
-        with gradient_sync(model, last=index == count - 1):
+        with gradient_sync(model, plan, last=index == count - 1):
             with autocast(device, plan.dtype):
                 loss = model(x_BT, y_BT).mean() / count
             loss.backward()
@@ -89,8 +90,16 @@ def dropout_seed(seed: int, step: int, micro_batch_index: int) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def apply_update(model: nn.Module, optimizer: torch.optim.Optimizer, grad_norm: Tensor, *, clip: float) -> None:
-    """Take an optimizer step, with gradients scaled down from `grad_norm` to a norm of at most `clip` (0: unscaled)."""
-    if clip:
-        nn.utils.clip_grads_with_norm_(model.parameters(), clip, grad_norm)
+def apply_update(
+    optimizer: torch.optim.Optimizer, grad_norm: Tensor, *, clip: float, skip: Tensor | None = None
+) -> None:
+    """Take an optimizer step, with gradients scaled down from `grad_norm` to a norm of at most `clip` (0: unscaled).
+
+    A `skip` of 1.0 leaves weights and moments as they are. Fused AdamW reads both on the device, as torch's GradScaler
+    hands them to it, so the host need not know them.
+    """
+    assert optimizer.defaults["fused"]
+    fused: Any = optimizer  # these attributes have no type in torch
+    fused.grad_scale = ((grad_norm.float() + 1e-6) / clip).clamp(min=1.0) if clip else None
+    fused.found_inf = skip
     optimizer.step()

@@ -23,6 +23,7 @@ def describe(config: Config, plan: Plan, dataset: Dataset, model: nn.Module) -> 
     parameters = sum(p.numel() for p in model.parameters())
     runtime, device = plan.runtime, plan.runtime.device.type
     threads = torch.get_num_threads()
+    compiled = f", {plan.compile_reason}" if plan.compile_reason else ""
     each = f"threads: {threads} each" if device == "cpu" else torch.cuda.get_device_name(runtime.device)
     dtype = str(plan.dtype).removeprefix("torch.")
     if config.train.dtype == "auto":
@@ -30,7 +31,7 @@ def describe(config: Config, plan: Plan, dataset: Dataset, model: nn.Module) -> 
         dtype += f" (auto: {fast} on this {device.upper()})"
     return (
         f"data      {dataset.path}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,}\n"
-        f"model     {parameters:,} parameters, computes in {dtype}\n"
+        f"model     {parameters:,} parameters, computes in {dtype}{compiled}\n"
         f"devices   {runtime.world_size} x {device} ({each})\n"
         f"batch     {config.train.global_batch} sequences of {config.model.block_size} tokens = "
         f"{ranks_text(runtime.world_size)} x {plan.micro_batch} x {plan.accumulation} accumulation steps\n"

@@ -5,10 +5,10 @@ import torch
 
 from distgpt.config import Config, resolve
 from distgpt.distributed import plan
-from distgpt.distributed.plan import choose_strategy, micro_batch_size
+from distgpt.distributed.memory import USABLE_SHARE, MemoryModel
+from distgpt.distributed.plan import choose_strategy, make_plan, micro_batch_size, smaller_micro_batch
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import UsageError
-from distgpt.model.gpt import count_parameters
 
 
 def runtime(ranks: int, per_node: int | None = None) -> Runtime:
@@ -63,21 +63,23 @@ def test_recommended_values_work() -> None:
 
 
 def test_auto_strategy_fits_the_memory_and_gives_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
-    parameters = count_parameters(config().model, 65)
-    whole = parameters * plan.BYTES_PER_PARAMETER
+    model = MemoryModel(config("--train.dtype=float32"), 65, 4)
+    whole = model.need(16, shards=1) / USABLE_SHARE  # 4,096 tokens
 
     def chosen(memory: float, ranks: Runtime, *arguments: str) -> tuple[str, str]:
         monkeypatch.setattr(plan, "device_memory", lambda runtime: memory)
-        return choose_strategy(config(*arguments), ranks, vocab_size=65)
+        asked = config("--train.dtype=float32", "--train.global_batch=128", *arguments)
+        return choose_strategy(asked, ranks, vocab_size=65)
 
-    room, tight = 2 * whole, 0.5 * whole
+    room, tight = 1.01 * whole, model.need(16, shards=4) / USABLE_SHARE * 1.01
+    assert tight < 0.99 * whole
     assert chosen(room, runtime(1), "--parallel.strategy=fsdp") == ("single", "one process")
     strategy, why = chosen(room, runtime(2))
     assert (strategy, why.endswith("every rank holds a whole replica")) == ("ddp", True)
     strategy, why = chosen(tight, runtime(8, per_node=4))
     assert (strategy, why.endswith("sharded within a node, replicated across 2")) == ("hsdp", True)
     assert chosen(tight, runtime(4, per_node=4))[0] == "fsdp"  # one node: nothing to replicate across
-    assert chosen(0.1 * whole, runtime(8, per_node=4))[0] == "fsdp"  # a node is too small
+    assert chosen(0.99 * tight, runtime(8, per_node=4))[0] == "fsdp"  # a node is too small
     for asked in ("ddp", "fsdp"):
         assert chosen(tight, runtime(8, per_node=4), f"--parallel.strategy={asked}") == (asked, "as asked")
     arguments = ("--parallel.strategy=hsdp", "--parallel.shard=2")
@@ -88,3 +90,57 @@ def test_hsdp_with_a_shard_size_that_does_not_divide_is_refused() -> None:
     asked = config("--parallel.strategy=hsdp", "--parallel.shard=3")
     with pytest.raises(UsageError, match=r"parallel.shard is 3, which does not divide 8 ranks"):
         choose_strategy(asked, runtime(8), vocab_size=65)
+
+
+GPU = torch.device("cuda", 0)
+
+
+def planned(memory: float, ranks: int, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> plan.Plan:
+    """Plan for GPUs with so many GiB."""
+    monkeypatch.setattr(plan, "device_memory", lambda runtime: memory * 2**30)
+    monkeypatch.setattr(plan, "compiles", lambda asked, device: (True, "compiled"))
+    asked = config("--train.dtype=bfloat16", "--train.global_batch=512", *arguments)
+    return make_plan(asked, Runtime(0, 0, ranks, ranks, GPU), vocab_size=50_257)
+
+
+def test_the_micro_batch_of_a_gpu_is_the_largest_that_fits_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    def size(memory: float, *arguments: str) -> int:
+        return planned(memory, 1, monkeypatch, *arguments).micro_batch
+
+    assert size(80, "gpt2-124m") == size(24, "gpt2-124m") == 16
+    assert size(79, "gpt2-1558m") == 8  # 16 would take 78 GiB
+    assert size(141, "gpt2-1558m") == size(79, "gpt2-1558m", "--parallel.activation_checkpoint") == 16
+    assert size(12, "gpt2-124m") == 8
+    assert size(1, "gpt2-124m") == 1
+    assert size(1, "gpt2-124m", "--train.micro_batch=4") == 4
+
+
+def test_auto_counts_activations(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert planned(79, 8, monkeypatch, "gpt2-1558m").strategy == "ddp"
+    assert planned(39, 8, monkeypatch, "gpt2-1558m").strategy == "fsdp"  # 26 GiB of state leave too little
+    assert planned(39, 8, monkeypatch, "gpt2-1558m", "--parallel.activation_checkpoint").strategy == "ddp"
+
+
+def test_fsdp_keeps_what_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kept(memory: float, *arguments: str) -> tuple[int, bool, bool]:
+        found = planned(memory, 8, monkeypatch, "modern-7b", "--parallel.strategy=fsdp", *arguments)
+        return found.micro_batch, not found.reshard, not found.reduce_each
+
+    large, middle, small = kept(79), kept(60), kept(40)
+    assert large == (4, True, True)
+    assert middle == (4, True, False)
+    assert small == (4, False, False)
+    asked = kept(40, "--parallel.reshard=false", "--parallel.reduce=step")
+    assert asked[1:] == (True, True)
+
+
+def test_after_out_of_memory_a_smaller_micro_batch_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    def smaller(memory: float, *arguments: str) -> int | None:
+        asked = ("gpt2-124m", "--train.dtype=bfloat16", *arguments)
+        found = planned(memory, 1, monkeypatch, *asked)
+        return smaller_micro_batch(config("--train.global_batch=512", *asked), found, vocab_size=50_257)
+
+    assert smaller(12, "--train.micro_batch=64") == 8
+    assert smaller(80, "--train.micro_batch=16") == 8  # another program may use the GPU
+    assert smaller(1, "--train.micro_batch=16") == 1
+    assert smaller(1, "--train.micro_batch=1") is None

@@ -5,13 +5,16 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from distgpt.distributed.device import compute_dtype, threads_per_rank
-from distgpt.distributed.process_group import shared_store
+from distgpt.config import TrainConfig
+from distgpt.distributed import runtime as runtime_module
+from distgpt.distributed.device import compiles, compute_dtype, missing_for_triton, set_math, threads_per_rank
+from distgpt.distributed.process_group import init_process_group, shared_store
 from distgpt.distributed.runtime import Runtime, this_rank
 from distgpt.errors import UsageError
 from tests import jobs
@@ -114,6 +117,57 @@ def test_more_ranks_than_gpus_is_refused_with_the_number_of_gpus(monkeypatch: py
         this_rank()
 
 
+def test_gpus_that_torch_cannot_use_are_an_error(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """An old driver: torch would train on the CPU, with a rank for each GPU."""
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE", "CUDA_VISIBLE_DEVICES"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+
+    def too_old() -> None:
+        raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update it.\nMore")
+
+    monkeypatch.setattr(torch.cuda, "init", too_old)
+    assert not runtime_module.gpus_are_meant(tmp_path)
+    (tmp_path / "nvidiactl").touch()
+    assert not runtime_module.gpus_are_meant(tmp_path)
+    (tmp_path / "nvidia0").touch()
+    meant = runtime_module.gpus_are_meant
+    monkeypatch.setattr(runtime_module, "gpus_are_meant", lambda: meant(tmp_path))
+    with pytest.raises(
+        UsageError, match=r"cannot use them \(The NVIDIA driver .* Please update it\): update the driver"
+    ):
+        this_rank()
+    for hidden in ("", "-1"):
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", hidden)
+        assert this_rank().device == CPU
+
+
+def test_a_device_is_set_before_its_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda, "set_device", calls.append)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **others: calls.append(others["device_id"]))
+    gpu = torch.device("cuda", 3)
+    init_process_group(Runtime(3, 3, 4, 4, gpu), dist.HashStore(), timeout=1)
+    assert calls == [gpu, gpu]
+
+
+def test_math_is_what_the_config_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    try:
+        set_math(TrainConfig())
+        assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert not torch.are_deterministic_algorithms_enabled()
+        set_math(TrainConfig(tf32=True, deterministic=True))
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+        assert torch.are_deterministic_algorithms_enabled()
+        assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = "ieee"
+        torch.use_deterministic_algorithms(False)
+
+
 def test_local_ranks_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)), raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
@@ -137,3 +191,26 @@ def test_dtype_is_the_configured_one_or_bfloat16_where_it_is_fast(monkeypatch: p
     ):
         monkeypatch.setattr("builtins.open", lambda *_, flags=flags: io.StringIO(f"flags\t\t: {flags}\n"))
         assert compute_dtype("auto", CPU) == expected
+
+
+def test_a_model_is_compiled_for_gpus_where_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr("distgpt.distributed.device.missing_for_triton", lambda: "")
+    assert compiles("auto", gpu) == compiles(True, gpu) == compiles(True, CPU) == (True, "compiled")
+    assert compiles("auto", CPU) == compiles(False, gpu) == (False, "")
+    monkeypatch.setattr("distgpt.distributed.device.missing_for_triton", lambda: "a C compiler")
+    assert compiles("auto", gpu) == (False, "not compiled, and so slower, for lack of a C compiler")
+    with pytest.raises(UsageError, match=r"train.compile needs a C compiler: install it, or set train.compile=false"):
+        compiles(True, gpu)
+
+
+def test_a_missing_compiler_or_header_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr("shutil.which", lambda name: name if name == "icx" else None)
+    monkeypatch.delenv("CC", raising=False)
+    assert missing_for_triton().startswith("a C compiler (gcc, clang, ")
+    monkeypatch.setenv("CC", "icx")
+    assert missing_for_triton() == ""
+    (tmp_path / "Python.h").unlink()
+    assert missing_for_triton().startswith(f"{tmp_path}/Python.h (")

@@ -11,12 +11,15 @@ from tests import jobs
 from tests.once import made_once
 
 RANKS = {"single": 1, "ddp": 2, "fsdp": 2, "hsdp": 4, "diloco": 2}
-# "single" is one process. Two ways to save, so that each is compared with the other.
+# "single" is one process. Two ways to save, and to use memory, so that each is compared with the other.
 ARGUMENTS = {
     "single": (),
     "ddp": ("--parallel.strategy=ddp", "--checkpoint.async_save=false", "--checkpoint.keep=1"),
     "fsdp": ("--parallel.strategy=fsdp",),
-    "hsdp": ("--parallel.strategy=hsdp", "--parallel.shard=2"),
+    "hsdp": (
+        *("--parallel.strategy=hsdp", "--parallel.shard=2"),
+        *("--parallel.reshard=true", "--parallel.reduce=micro_batch"),  # where memory is short
+    ),
     "diloco": ("--parallel.strategy=diloco", "--parallel.shard=1", "--parallel.outer_every=10"),
 }
 

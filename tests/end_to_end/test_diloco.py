@@ -56,7 +56,7 @@ def diloco(config: Config, data: Path, steps: int) -> nn.Module:
             runtime = Runtime(replica, replica, 2, 2, torch.device("cpu"))
             plan = make_plan(config, runtime, vocab_size=dataset.vocab_size)
             accumulate_gradients(worker, next(fed[replica]), step, plan, seed=config.run.seed)
-            apply_update(worker, optimizer, grad_norm_of(worker), clip=config.optim.grad_clip)
+            apply_update(optimizer, grad_norm_of(worker), clip=config.optim.grad_clip)
             optimizer.zero_grad()
         if step % parallel.outer_every == 0:
             with torch.no_grad():

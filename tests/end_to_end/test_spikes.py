@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import signal
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +44,23 @@ runpy.run_module("distgpt.train", run_name="__main__", alter_sys=False)
 """
 
 
+# distgpt.train whose figures are read a step later, as on a GPU, with a NaN loss in step 3.
+LATE = """
+import os, runpy
+from distgpt.training import figures, step as step_module
+
+correct = step_module.accumulate_gradients
+
+def faulty(model, micro_batches, step, plan, **others):
+    loss = correct(model, micro_batches, step, plan, **others)
+    return loss * float("nan") if step == 3 else loss
+
+figures.ASYNCHRONOUS_DEVICES = ("cpu",) if os.environ["LATE"] == "yes" else ()
+step_module.accumulate_gradients = faulty
+runpy.run_module("distgpt.train", run_name="__main__", alter_sys=False)
+"""
+
+
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
 def test_all_ranks_skip_an_update_that_is_not_finite_on_one_rank(prepared: Path, tmp_path: Path, strategy: str) -> None:
     run, script = tmp_path / "run", tmp_path / "faulty.py"
@@ -73,6 +92,64 @@ def test_all_ranks_skip_an_update_that_is_not_finite_on_one_rank(prepared: Path,
         *((1, False), (2, False), (3, True), (4, False), (5, False)),
     ]
     assert [(line["loss"], line["grad_norm"]) for line in lines if line.get("skipped")] == [(None, None)]
+
+
+def test_a_loss_that_is_read_late_is_never_applied(prepared: Path, tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    options = (
+        "--health.on_nonfinite=skip",
+        "--train.steps=9",
+        "--checkpoint.every=0",
+        "--log.every=5",
+        "--eval.every=0",
+    )
+    runs = {late: tmp_path / late for late in ("yes", "no")}
+    for late, run in runs.items():
+        command = [sys.executable, str(script), *tiny(prepared, run), *options]
+        ended = jobs.run(command, LATE=late)
+        assert ended.code == 0, ended
+        skipped = "loss nan and gradient norm [0-9.]+ at step 3: update skipped; samples 16 to 23 "
+        assert len(re.findall(skipped, ended.stdout)) == 1, ended
+    jobs.assert_same_tensors(*(run / "checkpoints" / "step-00000009" for run in runs.values()))
+    logged = {
+        late: [(line["step"], line["loss"]) for line in strict(run) if "loss" in line] for late, run in runs.items()
+    }
+    assert logged["yes"] == logged["no"]
+    assert [step for step, _ in logged["yes"]] == [1, 3, 5, 9]
+    # By default the run ends. It reads the loss of step 3 before it applies step 4, and saves nothing.
+    command = [sys.executable, str(script), *tiny(prepared, tmp_path / "stopped"), *options[1:]]
+    ended = jobs.run(command, LATE="yes")
+    assert ended.code == 65, ended
+    assert "at step 3: stopped before the update; " in ended.error_lines[0]
+    assert jobs.exit_report(tmp_path / "stopped")["step"] == 3
+    assert not jobs.checkpoints(tmp_path / "stopped")
+
+
+@jobs.linux_only
+def test_a_run_that_reads_late_can_be_interrupted(prepared: Path, tmp_path: Path) -> None:
+    script = tmp_path / "late.py"
+    script.write_text(LATE)
+    # A job can print 40 lines more than were read, which are 280 of these steps.
+    options = (
+        "--health.on_nonfinite=skip",
+        "--train.steps=400",
+        "--checkpoint.every=0",
+        "--log.every=7",
+        "--eval.every=0",
+    )
+    runs = {
+        name: [sys.executable, str(script), *tiny(prepared, tmp_path / name), *options] for name in ("whole", "parts")
+    }
+    assert jobs.run(runs["whole"], LATE="yes").code == 0
+    job = jobs.Job(runs["parts"], LATE="yes")
+    job.read_until("step   7/400 ")
+    job.signal(signal.SIGTERM)
+    assert job.finish().code == 75
+    report, saved = jobs.exit_report(tmp_path / "parts"), jobs.checkpoints(tmp_path / "parts")
+    assert saved == [f"step-{report['step']:08d}"]
+    assert jobs.run(runs["parts"], LATE="yes").code == 0
+    jobs.assert_same_tensors(*(tmp_path / name / "checkpoints" / "step-00000400" for name in runs))
 
 
 def test_spikes_are_skipped_and_a_resumed_run_and_a_replay_skip_the_same(prepared: Path, tmp_path: Path) -> None:

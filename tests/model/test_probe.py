@@ -64,7 +64,7 @@ def test_a_finite_pass_has_no_finding() -> None:
         ("blocks.1.mlp.down.weight", "blocks.1.mlp.down", "its output"),
         ("blocks.0.attention.qkv.weight", "blocks.0.attention.qkv", "its output"),
         ("norm.bias", "norm", "its output"),
-        ("head.bias", "", "its output"),
+        ("head.bias", "head", "its output"),
     ],
 )
 def test_an_infinite_weight_names_its_module(parameter: str, module: str, tensor: str) -> None:

@@ -83,6 +83,9 @@ def test_a_missing_compiler_is_recognized() -> None:
 
     code, cause = outcome(InductorError(InvalidCxxCompiler(), None))
     assert (code, cause.startswith("torch.compile found no C++ compiler that works: ")) == (2, True)
+    error = RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+    code, cause = outcome(InductorError(error, None))
+    assert (code, cause.startswith("torch.compile found no C compiler for Triton: ")) == (2, True)
 
 
 def test_done_is_reported_by_rank_0_alone(tmp_path: Path) -> None:

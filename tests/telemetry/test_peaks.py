@@ -24,6 +24,10 @@ from distgpt.telemetry.peaks import device_peak_flops, named_peak_flops
         ("NVIDIA L40S", 362e12, 183e12, 91.6e12),
         ("NVIDIA GeForce RTX 3090", 71e12, 35.6e12, 35.6e12),
         ("NVIDIA GeForce RTX 4090", 165.2e12, 82.6e12, 82.6e12),
+        ("NVIDIA GeForce RTX 5070 Ti", 87.9e12, 43.9e12, 43.9e12),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2e12, 182.1e12, 91.1e12),
+        ("NVIDIA RTX A5000", 111.1e12, 55.6e12, 27.8e12),
+        ("NVIDIA B300 SXM6 AC", 2250e12, 1125e12, 75e12),
         ("Tesla V100-SXM2-16GB", None, 15.7e12, 15.7e12),
     ],
 )

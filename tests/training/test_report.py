@@ -15,6 +15,7 @@ from distgpt.health.stragglers import StragglerMonitor
 from distgpt.run.paths import RunPaths
 from distgpt.run.session import RunSession
 from distgpt.telemetry.progress import Progress
+from distgpt.training.figures import Figures
 from distgpt.training.report import StepReporter
 from tests.checkpoint.checkpoints import trainee
 
@@ -35,7 +36,8 @@ def train(directory: Path, dataset: Dataset, *, steps: int, log_every: int) -> S
         for step in range(1, steps + 1):
             stragglers.timer.begin()
             subject.learn()
-            reporter.report(step, loss=2.0, lr=1e-3, grad_norm=1.0, decision=Decision(), data_wait=0.0)
+            reporter.step_done(step, data_wait=0.0)
+            reporter.report([(Figures(step, lr=1e-3, loss=2.0, grad_norm=1.0, stop=False), Decision())])
             if interval.is_due(step):
                 interval.record_save(step, stalled=0.05)
     return interval

@@ -1,0 +1,84 @@
+"""The memory that training takes on one device, from the shapes of a model: state, weights in use, activations, loss.
+
+Counts what an uncompiled model keeps from its forward to its backward pass, with kernels that fuse norms and attention;
+a compiled one keeps less. tests/distributed/test_memory.py holds the figures against counted allocations.
+"""
+
+from dataclasses import dataclass
+
+from distgpt.config import Config, ModelConfig
+from distgpt.model.gpt import count_parameters, mlp_width
+
+# float32 weights, gradients and AdamW's two moments
+BYTES_PER_PARAMETER = 16
+# diloco: the shared weights and the momentum of the outer steps
+OUTER_BYTES_PER_PARAMETER = 8
+# The share of a device's memory that training may take. CUDA, NCCL, cuBLAS and fragmentation need the rest.
+USABLE_SHARE = 0.9
+# Per token and entry of the vocabulary: the log-probabilities, their gradient and a copy of either, float32.
+LOSS_BYTES = 12
+# Tensors of the width of an MLP that its activation keeps.
+MLP_TENSORS = {"relu": 1, "gelu": 2, "relu2": 2, "swiglu": 4}
+# Blocks whose gathered weights and gradients are on a device at once: the one that computes, and those under way.
+BLOCKS_IN_FLIGHT = 3
+
+
+@dataclass(frozen=True)
+class MemoryModel:
+    """The memory of one rank for a model that computes in a data type of `itemsize` bytes."""
+
+    config: Config
+    vocab_size: int
+    itemsize: int
+
+    @property
+    def parameters(self) -> int:
+        """The number of parameters of the whole model."""
+        return count_parameters(self.config.model, self.vocab_size)
+
+    def need(self, sequences: int, *, shards: int, keep_weights: bool = False, whole_gradients: bool = False) -> float:
+        """Return the bytes for micro-batches of so many sequences, on a rank with one of `shards` of the model.
+
+        `keep_weights`: gathered weights are kept for the backward pass; `whole_gradients`: gradients are kept whole,
+        in float32, until the last micro-batch.
+        """
+        model, parameters = self.config.model, self.parameters
+        outer = OUTER_BYTES_PER_PARAMETER if self.config.parallel.strategy == "diloco" else 0
+        state = (BYTES_PER_PARAMETER + outer) * parameters / shards
+        tokens = sequences * model.block_size
+        layers = model.n_layer * layer_bytes(model, self.itemsize)
+        if self.config.parallel.activation_checkpoint:  # the input of each block, and one block whole
+            layers = 4 * model.n_layer * model.n_embd + layer_bytes(model, self.itemsize)
+        activations = tokens * (layers + (4 + self.itemsize) * model.n_embd)
+        loss = LOSS_BYTES * self.vocab_size * min(tokens, model.loss_chunk or tokens)
+        if model.loss_chunk:  # the gradient of the head stays beside each chunk
+            loss += self.itemsize * self.vocab_size * model.n_embd
+        return state + self._working_weights(shards, keep_weights, whole_gradients) + activations + loss
+
+    def _working_weights(self, shards: int, keep_weights: bool, whole_gradients: bool) -> float:
+        """Return the bytes of weights as products use them, and of gradients before they are summed."""
+        embeddings = 2 * self.vocab_size * self.config.model.n_embd
+        if shards == 1:  # autocast's copies; in float32 there are none, but a second gradient of the head
+            return 2 * self.parameters if self.itemsize == 2 else 2 * embeddings
+        block = (self.parameters - embeddings) / self.config.model.n_layer
+        gathered = self.itemsize * (self.parameters if keep_weights else BLOCKS_IN_FLIGHT * block)
+        gradients = 4 * (self.parameters if whole_gradients else BLOCKS_IN_FLIGHT * block)
+        return max(gathered, 0) + max(gradients, 0) + 4 * embeddings  # those in float32, and their gradients
+
+
+def layer_bytes(model: ModelConfig, itemsize: int) -> float:
+    """Return the bytes per token that one block keeps. `itemsize`: 2 for bfloat16, 4 for float32.
+
+    For GPT-2 in bfloat16, in units of n_embd: the residual stream before both norms 2 x 4, both norms 2 x 2, q, k and v
+    6, attention 2, and the MLP before and after its activation 2 x 8: 36.
+    """
+    width, shared = model.n_embd, (model.n_kv_head or model.n_head) / model.n_head
+    values = 2 * width + (1 + 2 * shared) * width + width + MLP_TENSORS[model.mlp] * mlp_width(model)
+    if model.qk_norm or model.position == "rope":
+        values += (1 + shared) * width  # q and k once more
+    if model.document_mask:  # the mask as numbers to add, and keys and values for each head
+        values += model.block_size + (2 * width if shared < 1 else 0)
+    kept = itemsize * values + 2 * 4 * width
+    if model.qk_norm and itemsize == 2:
+        kept += 4 * (1 + shared) * width  # q and k in float32
+    return kept + (2 * width if model.dropout else 0)  # masks of one byte
