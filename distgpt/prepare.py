@@ -63,7 +63,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        job = _job(options, output)
+        job = job_of(options, output)
         with Workers(options.workers) as workers:
             text = build.prepare(job, workers)
     except OSError as error:
@@ -151,7 +151,7 @@ def _check(options: argparse.Namespace) -> None:
             raise UsageError(f"--vocab-size is {options.vocab_size}: 256 bytes and end-of-text need at least 257")
 
 
-def _job(options: argparse.Namespace, output: Path) -> Job:
+def job_of(options: argparse.Namespace, output: Path) -> Job:
     """Return the job that the options describe. Raises DataError, UsageError, OSError."""
     tokenizer = given_tokenizer(options.tokenizer)
     for note in tokenizer.notes if tokenizer else ():

@@ -411,7 +411,7 @@ def test_learning_a_vocabulary_reports_progress(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(vocabulary, "PROGRESS_SECONDS", 0.001)
     monkeypatch.setattr(vocabulary, "train_bpe", slow)
-    steps = vocabulary.learn_task(([], 300))
+    steps = vocabulary.learn_task(([], 300, Path()))
     assert [next(steps), next(steps)] == [0, 0]
     may_end.set()
     assert list(steps)[-1] == "learned"

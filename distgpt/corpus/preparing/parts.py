@@ -62,6 +62,11 @@ def is_whole(directory: Path, index: int) -> bool:
     return True
 
 
+def remove(directory: Path, index: int) -> None:
+    """Remove the part if it is there. Raises OSError."""
+    _path(directory, index).unlink(missing_ok=True)
+
+
 def _path(directory: Path, index: int) -> Path:
     return directory / f"{index:06d}.part"
 

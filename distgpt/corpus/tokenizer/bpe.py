@@ -1,7 +1,7 @@
 """Byte-level BPE with GPT-2's pattern."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, Self
@@ -10,7 +10,7 @@ import numpy as np
 
 from distgpt.corpus.tokenizer import huggingface
 from distgpt.corpus.tokenizer.base import END_OF_TEXT, Tokenizer, Tokens, describe
-from distgpt.corpus.tokenizer.huggingface import GPT2_PATTERN, UNICODE_TO_BYTE, compact_json, parents, to_bytes
+from distgpt.corpus.tokenizer.huggingface import GPT2_PATTERN, UNICODE_TO_BYTE, compact_json, to_bytes
 from distgpt.errors import DataError
 
 LONGEST_WORD = 2048
@@ -66,13 +66,15 @@ class BpeTokenizer(Tokenizer):
         """True if tiktoken might give other ids than these merges."""
         if self._beyond_ranks:
             return True
-        made = (tuple(map(to_bytes, merge)) for merge in self._merges)
-        try:
-            # If every token, encoded by itself, is made of the two parts that its merge names, tiktoken never merges
-            # any other two: up to such a step, the text around a token does not influence it.
-            return any(parents(self._ranks, left + right) != (left, right) for left, right in made)
-        except DataError:
-            return True
+        # If every token, encoded by itself, is made of the two parts that its merge names, tiktoken never merges any
+        # other two: up to such a step, the text around a token does not influence it.
+        made_of: dict[bytes, tuple[bytes, bytes]] = {}
+        for left, right in ((to_bytes(left), to_bytes(right)) for left, right in self._merges):
+            is_known = all(len(part) == 1 or part in made_of for part in (left, right))
+            if not is_known or not huggingface.is_made_of(self._ranks, made_of, left, right):
+                return True
+            made_of[left + right] = left, right
+        return False
 
     def check(self, text: str) -> None:
         if not self.is_slow:
@@ -113,6 +115,11 @@ class BpeTokenizer(Tokenizer):
     def ids_of_ranks(self) -> Tokens:
         id_of = {to_bytes(token): id_ for token, id_ in self._vocab.items() if huggingface.is_byte_level(token)}
         return np.array([id_of[token] for token in self._ranks], dtype=np.uint16)
+
+    def json_of_ranks(self) -> str:
+        """Return the tokenizer.json of the same merges with ranks as ids, without any other token."""
+        vocab = {huggingface.to_unicode(token): rank for token, rank in self._ranks.items()}
+        return huggingface.byte_level_json(vocab, self._merges)
 
     @cached_property
     def _encoding(self) -> Any:
@@ -159,4 +166,17 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([byte_level, cut])
     tokenizer.train_from_iterator(texts, trainer)
     tokenizer.pre_tokenizer = byte_level
+    return BpeTokenizer(tokenizer.to_str())
+
+
+def from_merges(merges: Sequence[tuple[bytes, bytes]]) -> BpeTokenizer:
+    """Return the tokenizer of these merges, with the ids that training gives."""
+    from tokenizers import Tokenizer as HuggingFace
+    from tokenizers import decoders, models, pre_tokenizers
+
+    pairs = [(huggingface.to_unicode(left), huggingface.to_unicode(right)) for left, right in merges]
+    tokens = [*sorted(UNICODE_TO_BYTE), *(left + right for left, right in pairs)]
+    tokenizer = HuggingFace(models.BPE({token: id_ for id_, token in enumerate(tokens)}, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return BpeTokenizer(tokenizer.to_str())

@@ -24,6 +24,10 @@ def _byte_to_unicode() -> dict[int, str]:
 
 BYTE_TO_UNICODE = _byte_to_unicode()
 UNICODE_TO_BYTE = {character: value for value, character in BYTE_TO_UNICODE.items()}
+_NO_BYTE = "\uffff"
+_TO_LATIN = dict.fromkeys(range(256), _NO_BYTE) | {
+    ord(character): chr(value) for character, value in UNICODE_TO_BYTE.items()
+}
 
 
 def to_unicode(token: bytes) -> str:
@@ -33,9 +37,12 @@ def to_unicode(token: bytes) -> str:
 
 def to_bytes(token: str) -> bytes:
     """Return the bytes of a token of tokenizer.json. Raises DataError if it is not byte-level."""
-    if not is_byte_level(token):
-        raise DataError(f"token {token!r} is not made of GPT-2's byte characters: only byte-level BPE can be read")
-    return bytes(map(UNICODE_TO_BYTE.__getitem__, token))
+    try:
+        return token.translate(_TO_LATIN).encode("latin-1")
+    except UnicodeEncodeError:
+        raise DataError(
+            f"token {token!r} is not made of GPT-2's byte characters: only byte-level BPE can be read"
+        ) from None
 
 
 def is_byte_level(token: str) -> bool:
@@ -53,6 +60,25 @@ def parents(ranks: Mapping[bytes, int], token: bytes) -> tuple[bytes, bytes]:
             raise DataError(f"token {ranks[token]} cannot be made by merging two earlier ones")
         parts[i : i + 2] = [parts[i] + parts[i + 1]]
     return parts[0], parts[1]
+
+
+def is_made_of(
+    ranks: Mapping[bytes, int], made_of: Mapping[bytes, tuple[bytes, bytes]], left: bytes, right: bytes
+) -> bool:
+    """Return True if merging by rank makes `left + right` of these two tokens, which are made of `made_of` in turn.
+
+    Merges are undone from both sides of the border between the two, the latest first. No pair across the border may
+    have an earlier rank. This is `is_valid_token_pair` of the crate `bpe` in github/rust-gems.
+    """
+    limit = ranks[left + right]
+    while ranks.get(left + right, limit) >= limit:
+        if len(left) > 1 and ranks[left] > ranks[right]:
+            limit, left = ranks[left], made_of[left][1]
+        elif len(right) > 1:
+            limit, right = ranks[right] + 1, made_of[right][0]
+        else:
+            return True
+    return False
 
 
 def checked_model(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -114,3 +140,19 @@ def size_of_vocabulary(ids: Sequence[int]) -> int:
 def compact_json(content: Mapping[str, Any]) -> str:
     """Return a tokenizer.json as Hugging Face tokenizers writes it, on one line."""
     return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+
+
+def byte_level_json(vocab: Mapping[str, int], merges: Sequence[Sequence[str]]) -> str:
+    """Return the tokenizer.json of a byte-level BPE with GPT-2's pattern."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    return compact_json(
+        {
+            "version": "1.0",
+            "added_tokens": [],
+            "normalizer": None,
+            "pre_tokenizer": byte_level,
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+        }
+    )

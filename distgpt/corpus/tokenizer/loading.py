@@ -8,11 +8,10 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from distgpt.corpus.tokenizer.base import MAX_VOCAB_SIZE, Tokenizer
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer
-from distgpt.corpus.tokenizer.huggingface import compact_json, parents, to_unicode
+from distgpt.corpus.tokenizer.huggingface import byte_level_json, parents, to_unicode
 from distgpt.corpus.tokenizer.simple import FORMAT, simple_from_json
 from distgpt.errors import DataError, StorageError, UsageError
 
@@ -94,21 +93,9 @@ def _from_ranks(ranks: Mapping[bytes, int]) -> BpeTokenizer:
     if len(ranks) >= MAX_VOCAB_SIZE:
         raise DataError(f"its {len(ranks):,} tokens and end-of-text do not fit the 65,536 ids of a uint16 token")
     merges = [parents(ranks, token) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
-    byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    content: dict[str, Any] = {
-        "version": "1.0",
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", **byte_level},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", **byte_level},
-        "model": {
-            "type": "BPE",
-            "vocab": {to_unicode(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])},
-            "merges": [[to_unicode(left), to_unicode(right)] for left, right in merges],
-        },
-    }
-    return BpeTokenizer(compact_json(content)).with_end_of_text()
+    vocab = {to_unicode(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
+    content = byte_level_json(vocab, [[to_unicode(left), to_unicode(right)] for left, right in merges])
+    return BpeTokenizer(content).with_end_of_text()
 
 
 def _check_words(tokenizer: BpeTokenizer) -> None:
