@@ -160,9 +160,7 @@ def job_of(options: argparse.Namespace, output: Path) -> Job:
     settings = {
         "tokenizer": "file" if tokenizer else options.tokenizer,
         "tokenizer_sha256": hashlib.sha256(tokenizer.to_json().encode()).hexdigest() if tokenizer else None,
-        "vocab_size": options.vocab_size,
-        "val_fraction": options.val_fraction,
-        "shard_tokens": options.shard_tokens,
+        **{name: getattr(options, name) for name in ("vocab_size", "val_fraction", "shard_tokens")},
     }
     # Options that came later are noted only if they are used, so that the settings of older datasets still match.
     later = {"document_separator": "", "encoding": "", "on_bad_document": "stop"}

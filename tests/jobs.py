@@ -37,6 +37,16 @@ TINY = (
     *("--optim.lr=1e-3", "--optim.grad_clip=1.0", "--eval.every=20", "--eval.sequences=30", "--eval.sample_tokens=0"),
     *("--checkpoint.every=4", "--log.every=1", "--health.timeout=60"),
 )
+# distgpt.prepare with units of 64 KiB, so that a small corpus has many; workers import this file too.
+SMALL_UNITS = """
+from distgpt.cli import main_guard
+from distgpt.corpus.reading import sources
+from distgpt.prepare import main
+
+sources.UNIT_BYTES = 2**16
+if __name__ == "__main__":
+    main_guard(main)
+"""
 SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 # What torchrun, Slurm or a person set for another job.
 FOREIGN = ("DISTGPT_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_")

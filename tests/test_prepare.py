@@ -37,17 +37,6 @@ from tests import jobs
 
 SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
 
-# The same command with units of 64 KiB, so that a small corpus has many; workers import this file too.
-SMALL_UNITS = """
-from distgpt.cli import main_guard
-from distgpt.corpus.reading import sources
-from distgpt.prepare import main
-
-sources.UNIT_BYTES = 2**16
-if __name__ == "__main__":
-    main_guard(main)
-"""
-
 Run = Callable[..., "subprocess.CompletedProcess[bytes]"]
 
 
@@ -68,7 +57,7 @@ def command_of(tmp_path: Path, small_units: bool) -> list[str]:
     if not small_units:
         return [sys.executable, "-m", "distgpt.prepare"]
     program = tmp_path / "small_units.py"
-    program.write_text(SMALL_UNITS)
+    program.write_text(jobs.SMALL_UNITS)
     return [sys.executable, str(program)]
 
 
@@ -667,7 +656,7 @@ def test_memory_is_bounded_for_highly_compressed_input(name: str, tmp_path: Path
     else:
         (tmp_path / name).write_bytes(zstandard.compress(text.encode() * 1_200))
     assert (tmp_path / name).stat().st_size < 2**17
-    (tmp_path / "program.py").write_text(SMALL_UNITS.replace("2**16", "2**20"))
+    (tmp_path / "program.py").write_text(jobs.SMALL_UNITS.replace("2**16", "2**20"))
     done = subprocess.run(
         [sys.executable, "program.py", "--input", name, "--output", "out", "--tokenizer", "bytes", "--workers", "1"],
         cwd=tmp_path,

@@ -10,18 +10,6 @@ import pytest
 
 from tests import jobs
 
-# The same command with units of 64 KiB, so that a small corpus has many; workers import this file too.
-SMALL_UNITS = """
-from distgpt.cli import main_guard
-from distgpt.corpus.reading import sources
-from distgpt.prepare import main
-
-sources.UNIT_BYTES = 2**16
-if __name__ == "__main__":
-    main_guard(main)
-"""
-
-
 # With DIES_AFTER set, the process kills itself while it learns a vocabulary, once the file of this name exists.
 DIES_LEARNING = """
 import os, signal, time
@@ -57,7 +45,7 @@ if "WAITS_FOR" in os.environ:
 
 @pytest.fixture
 def options(corpus: Path, tmp_path: Path) -> list[str]:
-    (tmp_path / "program.py").write_text(SMALL_UNITS)
+    (tmp_path / "program.py").write_text(jobs.SMALL_UNITS)
     text = corpus.read_text()[:600_000]
     for index in range(3):
         (tmp_path / "texts").mkdir(exist_ok=True)
@@ -114,7 +102,7 @@ def test_tasks_of_another_job_are_refused_and_use_no_parts(options: list[str], t
 def test_a_task_that_is_killed_while_it_learns_the_vocabulary_leaves_that_to_the_next(
     options: list[str], tmp_path: Path
 ) -> None:
-    (tmp_path / "program.py").write_text(DIES_LEARNING + SMALL_UNITS)
+    (tmp_path / "program.py").write_text(DIES_LEARNING + jobs.SMALL_UNITS)
     command = [sys.executable, str(tmp_path / "program.py"), *options, "--output", str(tmp_path / "out")]
     first = subprocess.Popen([*command, "--task", "0/2"], env=jobs.environment(DIES_AFTER=str(tmp_path / "second")))
     jobs.poll((tmp_path / "out.partial" / "job.json").exists)
@@ -131,7 +119,7 @@ def test_a_task_that_is_killed_while_it_learns_the_vocabulary_leaves_that_to_the
 def test_a_task_whose_share_others_did_meanwhile_reports_the_output(options: list[str], tmp_path: Path) -> None:
     """Slurm may start a task again while its first attempt is still running."""
     output, program = tmp_path / "out", tmp_path / "program.py"
-    program.write_text(WAITS_SCANNED + SMALL_UNITS)
+    program.write_text(WAITS_SCANNED + jobs.SMALL_UNITS)
     command = [sys.executable, str(program), *options, "--output", str(output)]
     waiting = subprocess.Popen(
         [*command, "--task", "0/2"],

@@ -89,9 +89,10 @@ class Loader:
         wait, self._wait = self._wait, 0.0
         return wait
 
-    def sample_numbers(self, step: int) -> Ints:
-        """Return the numbers, counted over the whole run, of this rank's sequences in `step`, in order."""
-        return self._numbers_of(step, 1)
+    def sample_numbers(self, step: int, steps: int = 1) -> Ints:
+        """Return the numbers, counted over the whole run, of this rank's sequences in `step` and those after it."""
+        first = np.arange(step, step + steps, dtype=np.int64) * self._global_batch + self._rank * self._rows
+        return (first[:, None] + np.arange(self._rows)).ravel()
 
     def places(self, step: int) -> tuple[Ints, Ints]:
         """Return the shard and the offset in tokens of each of the windows that sample_numbers(step) numbers."""
@@ -100,10 +101,6 @@ class Loader:
     def close(self) -> None:
         """End the thread and drop the batches that it has prepared."""
         self._thread.shutdown(wait=True, cancel_futures=True)
-
-    def _numbers_of(self, step: int, steps: int) -> Ints:
-        first = np.arange(step, step + steps, dtype=np.int64) * self._global_batch + self._rank * self._rows
-        return (first[:, None] + np.arange(self._rows)).ravel()
 
     def _fetch_next_chunk(self) -> None:
         self._chunks.append(self._thread.submit(self._chunk, self._step_to_fetch))
@@ -114,7 +111,7 @@ class Loader:
 
         numpy only: a torch operation here would start a second pool of OpenMP threads beside the one that trains.
         """
-        shards, offsets = self.order.starts(self._numbers_of(step, self._steps_per_chunk))
+        shards, offsets = self.order.starts(self.sample_numbers(step, self._steps_per_chunk))
         shape, pinned = (len(offsets), self._windows.length), self._device.type == "cuda"
         tokens = torch.empty(shape, dtype=torch.uint16, pin_memory=pinned)
         self._windows.read(shards, offsets, tokens.numpy())

@@ -52,8 +52,8 @@ class Permutation:
     def _network(self, indices: Words, keys: Words) -> Words:
         left, right = np.divmod(indices, np.uint64(self._b))
         for pair in range(ROUNDS // 2):
-            left = _added(left, _mixed(right + keys + _word(2 * pair) * GOLDEN), self._a)
-            right = _added(right, _mixed(left + keys + _word(2 * pair + 1) * GOLDEN), self._b)
+            left = _add_modulo(left, _mixed(right + keys + _word(2 * pair) * GOLDEN), self._a)
+            right = _add_modulo(right, _mixed(left + keys + _word(2 * pair + 1) * GOLDEN), self._b)
         return left * np.uint64(self._b) + right
 
 
@@ -140,7 +140,7 @@ def _hash(*parts: int | Ints) -> Words:
     return state
 
 
-def _added(half: Words, random: Words, modulus: int) -> Words:
+def _add_modulo(half: Words, random: Words, modulus: int) -> Words:
     # The upper 32 random bits, scaled to [0, modulus) by a multiplication: a third of the time of a remainder.
     half = half + (((random >> np.uint64(32)) * np.uint64(modulus)) >> np.uint64(32))
     return np.where(half >= np.uint64(modulus), half - np.uint64(modulus), half)

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from distgpt.corpus.order import Ints
 from distgpt.corpus.shards import DTYPE, FORMAT, META, SPLITS, VERSION, Shard, SplitName
 from distgpt.corpus.tokenizer import Tokenizer
+from distgpt.corpus.tokenizer.base import Tokens
 from distgpt.corpus.tokenizer.loading import FILE_NAME as TOKENIZER
 from distgpt.files import sync, write_file
 
@@ -28,8 +30,8 @@ class Documents:
     """
 
     split: SplitName
-    tokens: npt.NDArray[np.uint16]
-    ends: npt.NDArray[np.int64]
+    tokens: Tokens
+    ends: Ints
 
 
 def write_dataset(
@@ -89,15 +91,13 @@ def _add_for_nanogpt(directory: Path, tokenizer: Tokenizer) -> None:
 class _SplitWriter:
     """Writes one split, and starts a new shard after the document that fills one. `shards` are those that ended."""
 
-    def __init__(
-        self, stem: Path, token_bytes: npt.NDArray[np.int64], shard_tokens: int | None, open_files: ExitStack
-    ) -> None:
+    def __init__(self, stem: Path, token_bytes: Ints, shard_tokens: int | None, open_files: ExitStack) -> None:
         self.shards: list[Shard] = []
         self._stem, self._token_bytes, self._open_files = stem, token_bytes, open_files
         self._shard_tokens = sys.maxsize if shard_tokens is None else shard_tokens
         self._shard: _ShardWriter | None = None
 
-    def append(self, tokens: npt.NDArray[np.uint16], ends: npt.NDArray[np.int64]) -> None:
+    def append(self, tokens: Tokens, ends: Ints) -> None:
         while tokens.size:
             shard = self._shard or _ShardWriter(f"{self._stem}-{len(self.shards):05d}", self._open_files)
             last = int(np.searchsorted(ends, self._shard_tokens - shard.tokens))  # the document that fills it
@@ -123,7 +123,7 @@ class _ShardWriter:
         self._idx.write(np.zeros(1, dtype="<u8"))
         self.tokens = self._documents = self._bytes = 0
 
-    def append(self, tokens: npt.NDArray[np.uint16], ends: npt.NDArray[np.int64], text_bytes: int) -> None:
+    def append(self, tokens: Tokens, ends: Ints, text_bytes: int) -> None:
         self._bin.write(tokens.astype(DTYPE, copy=False))
         self._idx.write((ends + self.tokens).astype("<u8"))
         self.tokens += tokens.size

@@ -43,8 +43,8 @@ _DATASET_FILE = (
     r"(train|val)(-\d{5,})?\.bin|(train|val)-\d{5,}\.idx"
     r"|(tokenizer\.json|meta\.json|meta\.pkl|\.verified\.json)(\.\d+\.tmp)?"
 )
-_AGAIN = "prepare it again with --overwrite"
-_FEWER = "; raise ulimit -n, or prepare it again in fewer shards, with a larger --shard-tokens"
+_PREPARE_AGAIN = "prepare it again with --overwrite"
+_TOO_MANY_SHARDS = "; raise ulimit -n, or prepare it again in fewer shards, with a larger --shard-tokens"
 
 
 class IncompleteError(DataError):
@@ -109,7 +109,7 @@ def open_dataset(path: Path) -> Dataset:
             val=val,
         )
     except (KeyError, TypeError, ValueError) as error:
-        raise DataError(f"{path / META} is damaged ({type(error).__name__}: {error}): {_AGAIN}") from None
+        raise DataError(f"{path / META} is damaged ({type(error).__name__}: {error}): {_PREPARE_AGAIN}") from None
 
 
 def read_meta(path: Path) -> dict[str, Any]:
@@ -124,7 +124,7 @@ def read_meta(path: Path) -> dict[str, Any]:
     except OSError as error:
         raise DataError(f"cannot read {path / META}: {error.strerror}") from None
     except ValueError as error:
-        raise IncompleteError(f"{path / META} is damaged ({error}): {_AGAIN}") from None
+        raise IncompleteError(f"{path / META} is damaged ({error}): {_PREPARE_AGAIN}") from None
     if not isinstance(meta, dict) or meta.get("format") != FORMAT:
         raise DataError(f"{path / META} was not written by distgpt.prepare")
     if meta.get("version") != VERSION:
@@ -141,12 +141,13 @@ def verify_dataset(dataset: Dataset, *, always: bool = False) -> None:
     read-only directory pays every time. `always` checks again.
     """
     stamps = _stamps(dataset)
-    if not always and _verified_stamps(dataset.path) == stamps:
-        return
+    with contextlib.suppress(OSError, ValueError):
+        if not always and json.loads((dataset.path / VERIFIED).read_bytes()) == stamps:
+            return
     _verify_file(dataset.path / TOKENIZER, dataset.meta["tokenizer"]["sha256"])
     tokenizer = load_tokenizer(dataset.path / TOKENIZER)
     if dataset.vocab_size != tokenizer.vocab_size or dataset.eot_id not in (None, tokenizer.eot_id):
-        raise DataError(f"{dataset.path / META} is damaged (its vocabulary is not the tokenizer's): {_AGAIN}")
+        raise DataError(f"{dataset.path / META} is damaged (its vocabulary is not the tokenizer's): {_PREPARE_AGAIN}")
     for shard in shards_of(dataset.meta):
         _verify_file(dataset.path / shard.file, shard.sha256, vocab_size=dataset.vocab_size)
         _verify_file(dataset.path / shard.index, shard.index_sha256)
@@ -189,10 +190,10 @@ def _check_files(path: Path, meta: Mapping[str, Any]) -> None:
     if meta["dtype"] != "uint16":
         raise DataError(f"{path} holds {meta['dtype']} tokens, this distgpt reads uint16")
     if not (path / TOKENIZER).is_file():
-        raise DataError(f"{path / TOKENIZER} is missing: {_AGAIN}")
+        raise DataError(f"{path / TOKENIZER} is missing: {_PREPARE_AGAIN}")
     for name in SPLITS:
         if not meta["splits"][name]:
-            raise DataError(f"{path / META} is damaged (no {name} split): {_AGAIN}")
+            raise DataError(f"{path / META} is damaged (no {name} split): {_PREPARE_AGAIN}")
     for shard in shards_of(meta):
         _check_size(path / shard.file, shard.tokens * DTYPE.itemsize)
         _check_size(path / shard.index, (shard.documents + 1) * 8)
@@ -202,12 +203,12 @@ def _check_size(path: Path, expected: int) -> None:
     try:
         size = path.stat().st_size
     except FileNotFoundError:
-        raise DataError(f"{path} is missing: {_AGAIN}") from None
+        raise DataError(f"{path} is missing: {_PREPARE_AGAIN}") from None
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     if size != expected:
         problem = "cut short" if size < expected else "too long"
-        raise DataError(f"{path} is {problem}: {size:,} bytes instead of {expected:,}; {_AGAIN}")
+        raise DataError(f"{path} is {problem}: {size:,} bytes instead of {expected:,}; {_PREPARE_AGAIN}")
 
 
 def _allow_open_files() -> None:
@@ -221,7 +222,7 @@ def _map(path: Path) -> TokenMap:
     try:
         tokens: TokenMap = np.memmap(path, dtype=DTYPE, mode="r")
     except OSError as error:
-        fix = _FEWER if error.errno == errno.EMFILE else ""
+        fix = _TOO_MANY_SHARDS if error.errno == errno.EMFILE else ""
         raise DataError(f"cannot read {path}: {error.strerror}{fix}") from None
     # Windows are read at random: read-ahead would fetch a hundred bytes for each one that is used.
     mapping_of(tokens).madvise(mmap.MADV_RANDOM)
@@ -248,13 +249,13 @@ def _verify_file(path: Path, sha256: str, *, vocab_size: int | None = None) -> N
                         first = int(np.argmax(tokens >= vocab_size))
                         raise DataError(
                             f"{path} is damaged: token {position + first:,} is {tokens[first]}, outside the "
-                            f"vocabulary of {vocab_size:,}; {_AGAIN}"
+                            f"vocabulary of {vocab_size:,}; {_PREPARE_AGAIN}"
                         )
                     position += tokens.size
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from None
     if (found := digest.hexdigest()) != sha256:
-        raise DataError(f"{path} is damaged: its SHA-256 is {found[:16]}..., not {sha256[:16]}...; {_AGAIN}")
+        raise DataError(f"{path} is damaged: its SHA-256 is {found[:16]}..., not {sha256[:16]}...; {_PREPARE_AGAIN}")
 
 
 def _stamps(dataset: Dataset) -> dict[str, list[int]]:
@@ -262,10 +263,3 @@ def _stamps(dataset: Dataset) -> dict[str, list[int]]:
     names = [TOKENIZER, META, *(name for shard in shards_of(dataset.meta) for name in (shard.file, shard.index))]
     stats = {name: (dataset.path / name).stat() for name in names}
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()}
-
-
-def _verified_stamps(path: Path) -> object:
-    try:
-        return json.loads((path / VERIFIED).read_bytes())
-    except (OSError, ValueError):
-        return None

@@ -1,8 +1,8 @@
 """From documents to a dataset on disk, in parallel, with the same bytes for any number of workers and after a kill.
 
 Reading order: build (the order of events), scan (reads all of the input once), vocabulary (the tokenizer for it),
-encode (units of text to part files), parts (these files), merge (parts to the documents of a dataset), split (which
-documents validate), staging (the directory beside the output), workers (processes), report (progress and summary).
+encode (units of text to part files), parts (these files), merge (parts to the documents of a dataset, and which of them
+validate), staging (the directory beside the output), workers (processes), report (progress and summary).
 
 The files may import reading/, tokenizer/, shards, shard_writer and the modules beside the rooms.
 """

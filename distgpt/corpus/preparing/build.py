@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,13 +72,10 @@ def _prepare_share(job: Job, index: int, count: int, workers: Workers) -> str:
     units = encode.units_of(found)
     share = units[len(units) * index // count : len(units) * (index + 1) // count]
 
-    def set_up(directory: Path) -> None:
-        vocabulary.make_tokenizer(found, directory, job.settings, job.tokenizer, workers)
-
+    identity, load = _identity(job, found), vocabulary.saved_tokenizer
+    set_up = partial(vocabulary.make_tokenizer, found, job.settings, job.tokenizer, workers)
     try:
-        with staging.shared(job.output, _identity(job, found), set_up, vocabulary.saved_tokenizer) as directory:
-            tokenizer = vocabulary.saved_tokenizer(directory)
-            assert tokenizer is not None, "it is set up"
+        with staging.shared(job.output, identity, set_up, load) as (directory, tokenizer):
             _encode(share, found, tokenizer, directory, workers)
     except staging.CommittedError:  # a restart of this task that was not needed, or the same task started twice
         _exists_with_these_options(job)
@@ -164,7 +162,7 @@ def _build(
     """Make the dataset in the staging directory and give it its name; return the summary."""
     started = time.monotonic()
     staging.begin(directory, _identity(job, found))
-    tokenizer = vocabulary.make_tokenizer(found, directory, job.settings, job.tokenizer, workers)
+    tokenizer = vocabulary.make_tokenizer(found, job.settings, job.tokenizer, workers, directory)
     if not is_encoded:
         _encode(units, found, tokenizer, directory, workers)
     part_files, val_fraction = directory / staging.PARTS, job.settings["val_fraction"]

@@ -69,11 +69,11 @@ def _merged_as_named(directory: Path, units: Sequence[Unit]) -> Iterator[Documen
     for unit in units:
         table, tokens = parts.read_part(directory, unit.index)
         name: SplitName = "val" if unit.pieces[0].piece.source.validates else "train"
-        yield Documents(name, tokens, np.cumsum(table.sizes)[table.ends])
+        yield Documents(name, tokens, np.cumsum(table["size"])[table["ends"]])
 
 
 def _merged_tail(directory: Path, count: int, val_fraction: float) -> Iterator[Documents]:
-    total = sum(int(parts.read_table(directory, index).sizes.sum()) for index in range(count))
+    total = sum(int(parts.read_table(directory, index)["size"].sum()) for index in range(count))
     if total < 2:
         raise DataError("the input is a single token: too short to train on one part and validate on another")
     left = min(max(int((1 - val_fraction) * total), 1), total - 1)
@@ -92,19 +92,18 @@ def _merged_by_hash(directory: Path, count: int, val_fraction: float) -> Iterato
     total = below = 0
     for index in range(count):
         table = parts.read_table(directory, index)
-        total += int(table.sizes.sum())
-        below += int(table.sizes[table.hashes < threshold].sum())
+        total += int(table["size"].sum())
+        below += int(table["size"][table["hash"] < threshold].sum())
     chosen: Hashes | None = None
     if not is_near(below / total, val_fraction):
         # Only few documents, or few long ones among others, are so far from it: their hashes and sizes fit in memory.
-        tables = [parts.read_table(directory, index) for index in range(count)]
-        sizes, _, hashes = map(np.concatenate, zip(*tables, strict=True))
-        chosen = nearest(hashes, sizes, val_fraction)
+        table = np.concatenate([parts.read_table(directory, index) for index in range(count)])
+        chosen = nearest(table["hash"], table["size"], val_fraction)
     name: SplitName
     for index in range(count):
         table, tokens = parts.read_part(directory, index)
-        validates = table.hashes < threshold if chosen is None else np.isin(table.hashes, chosen)
+        validates = table["hash"] < threshold if chosen is None else np.isin(table["hash"], chosen)
         for name, rows in (("train", ~validates), ("val", validates)):
-            documents = tokens[np.repeat(rows, table.sizes)]
+            documents = tokens[np.repeat(rows, table["size"])]
             if documents.size:
-                yield Documents(name, documents, np.cumsum(table.sizes[rows])[table.ends[rows]])
+                yield Documents(name, documents, np.cumsum(table["size"][rows])[table["ends"][rows]])

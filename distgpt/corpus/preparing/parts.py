@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -21,21 +21,14 @@ from distgpt.files import write_file
 DIGEST_BYTES = hashlib.sha256().digest_size
 
 # A document, or a piece of one: its number of tokens, whether it ends there, its text hash.
+ROW = np.dtype([("size", "<i8"), ("ends", "?"), ("hash", "<u8")])
 Row = tuple[int, bool, int]
-
-
-class Table(NamedTuple):
-    """The columns of the rows of a part."""
-
-    sizes: npt.NDArray[np.int64]
-    ends: npt.NDArray[np.bool_]
-    hashes: npt.NDArray[np.uint64]
+Table = npt.NDArray[np.void]
 
 
 def write_part(directory: Path, index: int, documents: Sequence[tuple[Row, Tokens]]) -> None:
-    """Write the number of rows, their columns as uint64, a SHA-256; then the tokens, a SHA-256. Raises OSError."""
-    rows = np.array([row for row, _ in documents], dtype="<u8").reshape(len(documents), 3)
-    table = len(rows).to_bytes(8, "little") + rows.T.tobytes()
+    """Write the number of rows, the rows, a SHA-256; then the tokens, a SHA-256. Raises OSError."""
+    table = len(documents).to_bytes(8, "little") + np.array([row for row, _ in documents], dtype=ROW).tobytes()
     ids = b"".join(tokens.astype("<u2", copy=False).data for _, tokens in documents)
     content = b"".join((table, hashlib.sha256(table).digest(), ids, hashlib.sha256(ids).digest()))
     write_file(_path(directory, index), content)
@@ -73,11 +66,9 @@ def _path(directory: Path, index: int) -> Path:
 
 def _read_table(file: BinaryIO) -> Table:
     count = file.read(8)
-    rows = int.from_bytes(count, "little")
     # A damaged number of rows may be huge.
-    rest = file.read(min(24 * rows + DIGEST_BYTES, os.fstat(file.fileno()).st_size))
-    sizes, ends, hashes = np.frombuffer(_verified(file, count + rest), dtype="<u8", offset=8).reshape(3, rows)
-    return Table(sizes.astype(np.int64), ends.astype(np.bool_), hashes)
+    size = min(int.from_bytes(count, "little") * ROW.itemsize + DIGEST_BYTES, os.fstat(file.fileno()).st_size)
+    return np.frombuffer(_verified(file, count + file.read(size)), dtype=ROW, offset=8)
 
 
 def _verified(file: BinaryIO, content: bytes) -> memoryview:

@@ -13,10 +13,12 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from distgpt.errors import DataError, DirectoryError
 from distgpt.files import sync, write_file
+
+T = TypeVar("T")
 
 STDIN_NAME = "stdin"
 LOCK_NAME = "lock"
@@ -58,13 +60,13 @@ def exclusive(output: Path) -> Iterator[Path]:
 
 @contextmanager
 def shared(
-    output: Path, job: Mapping[str, Any], set_up: Callable[[Path], None], is_set_up: Callable[[Path], object]
-) -> Iterator[Path]:
+    output: Path, job: Mapping[str, Any], set_up: Callable[[Path], object], load: Callable[[Path], T | None]
+) -> Iterator[tuple[Path, T]]:
     """Hold the staging directory of `output` together with other processes that do a part of the same job each.
 
     A process that holds it alone sets it up, which does no harm a second time; if that is interrupted, another one does
-    it. Then all may write parts, and none commits. Raises CommittedError if another process has committed,
-    DirectoryError if the directory is for another job or cannot be made.
+    it. Then all get the directory and what they `load` from it. They may write parts, and none commits. Raises
+    CommittedError if another process has committed, DirectoryError for the directory of another job or none at all.
     """
     directory = directory_of(output)
     while True:
@@ -80,8 +82,8 @@ def shared(
             found = _job_of(directory)
             if found not in (None, job):
                 raise DirectoryError(f"{directory} is for another input or other options: finish that job or remove it")
-            if found is not None and is_set_up(directory):
-                yield directory
+            if found is not None and (loaded := load(directory)) is not None:
+                yield directory, loaded
                 return
         finally:
             os.close(lock)

@@ -27,7 +27,7 @@ PROGRESS_SECONDS = 1.0
 
 
 def make_tokenizer(
-    found: Scan, directory: Path, settings: Mapping[str, Any], given: Tokenizer | None, workers: Workers
+    found: Scan, settings: Mapping[str, Any], given: Tokenizer | None, workers: Workers, directory: Path
 ) -> Tokenizer:
     """Return the tokenizer for the input after saving it in the directory; BPE is learned unless it is saved there."""
     several = found.documents > 1

@@ -57,8 +57,15 @@ class Workers:
                 pipe = idle.pop()
                 working[pipe], task = waiting.popleft()
                 pipe.send((function, task))
-            for pipe in connection.wait(list(working)):
-                kind, value = _receive(pipe)
+            ready: list[Any] = connection.wait(list(working))
+            for pipe in ready:
+                try:
+                    kind, value = pipe.recv()
+                except (EOFError, ConnectionError):
+                    cause = "perhaps because memory ran out: try fewer --workers"
+                    raise StorageError(f"a worker process was killed, {cause}") from None
+                if kind == "error":
+                    raise value
                 if kind == "result":
                     yield working[pipe], value
                 else:
@@ -95,17 +102,6 @@ def socket_folder(usual: str) -> str:
         f"the folder for temporary files, {usual}, has a name too long for a socket: set TMPDIR to a path of at most "
         f"{LONGEST_SOCKET_FOLDER} bytes"
     )
-
-
-def _receive(pipe: Any) -> tuple[str, Any]:
-    """Return ("result", it) or ("done", None). Raises the exception that ended the task."""
-    try:
-        kind, value = pipe.recv()
-    except (EOFError, ConnectionError):
-        raise StorageError("a worker process was killed, perhaps because memory ran out: try fewer --workers") from None
-    if kind == "error":
-        raise value
-    return kind, value
 
 
 def _work(pipe: Any) -> None:

@@ -64,8 +64,6 @@ def counts_in_folder(path: Path, options: ReadOptions) -> bool:
     """Return True for a file of a folder that is input."""
     inner, compression = _suffixes(path)
     if inner == ".json":  # settings end in .json as well
-        if compression == ".zst":
-            _require("zstandard", path)
         head = _head(Source(str(path), str(path), "text", compression, options))
         return head is None or _is_json(head, options.text_key)  # a file that cannot be read is an error later
     return inner in FOLDER_SUFFIXES and not (compression and inner == ".parquet")
@@ -103,7 +101,7 @@ def _head(source: Source) -> bytes | None:
     try:
         with open(source.path, "rb") as file:
             return SourceBytes(source, file).peek(0, HEAD_BYTES).removeprefix(codecs.BOM_UTF8)
-    except (DataError, EOFError, OSError, zlib.error):
+    except (DataError, EOFError, ImportError, OSError, zlib.error):
         return None
 
 

@@ -25,30 +25,23 @@ def cut_lines(content: SourceBytes, target: int) -> int:
 
 def cut_objects(content: SourceBytes, start: int) -> int:
     """Return the end of the first object that ends UNIT_BYTES after `start`, or of the content; `start` is in none."""
-    position, size, level = start, streams.WINDOW_BYTES, 0
-    while window := content.peek(position, size):
-        used = len(window)
-        for token in _TOKEN.finditer(window):
-            level, ends = _nesting(level, token.group())
-            if ends and position + token.end() >= start + sources.UNIT_BYTES:
-                return position + token.end()
-            if token.group() == b'"':  # a string that goes on after the window
-                used = token.start()
-                break
-        if used == 0 and len(window) < size:
-            break
-        position, size = (position + used, streams.WINDOW_BYTES) if used else (position, 2 * size)
-    return content.end
+    size = sources.UNIT_BYTES + streams.WINDOW_BYTES
+    while True:
+        window = content.peek(start, size)
+        for end in _ends(window):
+            if end >= sources.UNIT_BYTES:
+                return start + end
+        if len(window) < size:
+            return content.end
+        size *= 2
 
 
 def split_objects(raw: bytes) -> Iterator[bytes]:
     """Yield the objects in a part of a JSON array, or one after another; also anything else in place of one."""
-    start = level = 0
-    for token in _TOKEN.finditer(raw):
-        level, ends = _nesting(level, token.group())
-        if ends:
-            yield raw[start : token.end()].lstrip(b"[, \t\r\n")
-            start = token.end()
+    start = 0
+    for end in _ends(raw):
+        yield raw[start:end].lstrip(b"[, \t\r\n")
+        start = end
     if rest := raw[start:].strip(b"[], \t\r\n"):
         yield rest
 
@@ -98,10 +91,15 @@ def _value(content: Any, key: str) -> Any:
     return _value(content[first], rest)
 
 
-def _nesting(level: int, token: bytes) -> tuple[int, bool]:
-    """Return the number of braces that are open after this token, and whether it ends the outermost object."""
-    if token == b"{":
-        return level + 1, False
-    if token == b"}":
-        return max(level - 1, 0), level <= 1
-    return level, False
+def _ends(raw: bytes) -> Iterator[int]:
+    """Yield the end of each outermost object, up to a string that has no end."""
+    level = 0
+    for token in _TOKEN.finditer(raw):
+        if token[0] == b'"':
+            return
+        if token[0] == b"{":
+            level += 1
+        elif token[0] == b"}":
+            level = max(level - 1, 0)
+            if level == 0:
+                yield token.end()

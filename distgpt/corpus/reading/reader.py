@@ -7,7 +7,6 @@ import re
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from distgpt.corpus.reading import json_text, sources, streams
 from distgpt.corpus.reading.parquet import ParquetReader
@@ -26,26 +25,7 @@ _WORD_END = re.compile(r"(?<=[^\s\udc80-\udcff])[\n ](?=[^\s\udc80-\udcff])")
 _SEPARATOR_LINES = re.compile(rb"(?m)^(?:<\|endoftext\|>|<\|end_of_text\|>|</s>)[ \t\r]*$")
 
 
-class Reader(Protocol):
-    """An open source. A source that is not seekable can only be read forwards."""
-
-    @property
-    def consumed(self) -> int: ...  # bytes of the file read so far, for progress
-    def pieces(self) -> Iterator[Piece]: ...
-    def content(self, piece: Piece) -> Content: ...
-
-
-@contextmanager
-def open_source(source: Source) -> Iterator[Reader]:
-    """Open a source. Raises DataError for content that is damaged or not text, OSError if it cannot be read."""
-    try:
-        with open(source.path, "rb") as file:
-            yield ParquetReader(source, file) if source.format == "parquet" else _TextReader(source, file)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise DataError(f"{source.name}: damaged or cut short ({error})") from None
-
-
-class _TextReader(SourceBytes):
+class TextReader(SourceBytes):
     """A source of text or JSON."""
 
     def pieces(self) -> Iterator[Piece]:
@@ -120,6 +100,19 @@ class _TextReader(SourceBytes):
     def _separator(self) -> re.Pattern[bytes]:
         """The separator between documents, with a line end on either side."""
         return re.compile(rb"(?:\r?\n)?" + re.escape(self.source.options.separator.encode()) + rb"(?:\r?\n)?")
+
+
+@contextmanager
+def open_source(source: Source) -> Iterator[TextReader | ParquetReader]:
+    """Open a source. One that is not seekable can only be read forwards.
+
+    Raises DataError for content that is damaged or not text, OSError if it cannot be read.
+    """
+    try:
+        with open(source.path, "rb") as file:
+            yield ParquetReader(source, file) if source.format == "parquet" else TextReader(source, file)
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise DataError(f"{source.name}: damaged or cut short ({error})") from None
 
 
 def _decode(source: Source, raw: bytes, start: int | None = None) -> Checked:
