@@ -11,6 +11,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distgpt.corpus import shard_writer, shards
 from distgpt.corpus.preparing import encode, merge, parts, report, scan, staging, vocabulary
 from distgpt.corpus.preparing.encode import Encoder, Unit
@@ -20,6 +22,7 @@ from distgpt.corpus.reading import formats, sources
 from distgpt.corpus.reading.sources import Source
 from distgpt.corpus.tokenizer import Tokenizer, fast
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer
+from distgpt.corpus.tokenizer.huggingface import GPT2_PATTERN
 from distgpt.corpus.tokenizer.loading import gpt2
 from distgpt.corpus.tokenizer.simple import CharTokenizer
 from distgpt.errors import DataError, DirectoryError
@@ -163,6 +166,8 @@ def _build(
     started = time.monotonic()
     staging.begin(directory, _identity(job, found))
     tokenizer = vocabulary.make_tokenizer(found, job.settings, job.tokenizer, workers, directory)
+    if tokenizer.dtype != np.uint16:
+        report.say(f"a vocabulary of {tokenizer.vocab_size:,} ids takes 4 bytes a token: the .bin files are uint32")
     if not is_encoded:
         _encode(units, found, tokenizer, directory, workers)
     part_files, val_fraction = directory / staging.PARTS, job.settings["val_fraction"]
@@ -217,9 +222,9 @@ def _is_fast(tokenizer: Tokenizer, found: Scan) -> bool:
     if tokenizer.is_slow:
         report.say("the fast encoder might give other ids than Hugging Face's for this vocabulary: using the slow one")
         return False
-    reason = fast.why_not()
+    reason = fast.why_not() if tokenizer.pattern == GPT2_PATTERN else "gigatoken is used with GPT-2's pattern alone"
     if reason and found.text_bytes > LARGE_BYTES:
-        report.say(f'{reason}: encoding without it takes several times longer (pip install "distgpt[fast]")')
+        report.say(f'{reason}: encoding takes several times longer without it, pip install "distgpt[fast]" brings it')
     return not reason
 
 

@@ -13,7 +13,7 @@ from distgpt.corpus.preparing import parts
 from distgpt.corpus.preparing.scan import Advance, Scan, ScannedPiece, grouped, read_again
 from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.reading.reader import open_source
-from distgpt.corpus.reading.sources import Piece, Source
+from distgpt.corpus.reading.sources import UNIT_BYTES, Piece, Source
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.corpus.tokenizer.base import Tokens
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer
@@ -152,8 +152,13 @@ def _encode_piece(
     """Yield the row and the tokens of each document in a piece."""
     is_text = piece.source.format == "text"
     ends = not is_text or piece.last
+    if tokenizer.needs_whole_text and is_text and not (piece.start == 0 and piece.last):
+        raise DataError(
+            f"{piece.source.name} is a text of more than {UNIT_BYTES / 2**20:.0f} MiB, and this tokenizer gives other "
+            f"ids for parts of a text: divide it with --document-separator, or give documents as JSON lines"
+        )
     known = encoder.hashes.get(piece.source.path) if is_text else None
-    end_of_text = np.array([encoder.eot_id] if ends and encoder.eot_id is not None else [], dtype=np.uint16)
+    end_of_text = np.array([encoder.eot_id] if ends and encoder.eot_id is not None else [], dtype=tokenizer.dtype)
     for text in filter(None, texts):
         ids = tokenizer.encode(text)
         ids = np.concatenate((ids, end_of_text)) if end_of_text.size else ids

@@ -15,6 +15,7 @@ from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.tokenizer import fast
 from distgpt.corpus.tokenizer.base import Tokenizer, describe
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer, train_bpe
+from distgpt.corpus.tokenizer.huggingface import PATTERNS
 from distgpt.corpus.tokenizer.loading import tokenizer_from_json
 from distgpt.corpus.tokenizer.simple import ByteTokenizer, CharTokenizer
 from distgpt.errors import DataError
@@ -40,7 +41,9 @@ def make_tokenizer(
     elif saved := saved_tokenizer(directory):
         return saved
     else:
-        tokenizer = learn_bpe(found, settings["vocab_size"] - several, directory, workers)
+        tokenizer = learn_bpe(
+            found, settings["vocab_size"] - several, settings.get("bpe_pattern", "gpt2"), directory, workers
+        )
     tokenizer = tokenizer.with_end_of_text() if several else tokenizer
     raw = tokenizer.to_json().encode()
     write_file(directory / FILE_NAME, raw)
@@ -68,7 +71,7 @@ def check_characters(found: Scan, tokenizer: Tokenizer) -> None:
             )
 
 
-def learn_bpe(found: Scan, vocab_size: int, directory: Path, workers: Workers) -> BpeTokenizer:
+def learn_bpe(found: Scan, vocab_size: int, pattern: str, directory: Path, workers: Workers) -> BpeTokenizer:
     """Learn BPE of at most `vocab_size` ids from the corpus, or from pieces spread evenly over a huge one."""
     chosen = []
     passed = taken = 0
@@ -81,7 +84,7 @@ def learn_bpe(found: Scan, vocab_size: int, directory: Path, workers: Workers) -
     report.say(name)
     text = ""
     with report.progress(name, min(found.text_bytes, BPE_SAMPLE_BYTES)) as advance:
-        for _, step in workers.run(learn_task, [(chosen, vocab_size, directory)]):
+        for _, step in workers.run(learn_task, [(chosen, vocab_size, pattern, directory)]):
             if isinstance(step, str):
                 text = step
             else:
@@ -89,9 +92,9 @@ def learn_bpe(found: Scan, vocab_size: int, directory: Path, workers: Workers) -
     return BpeTokenizer(text)
 
 
-def learn_task(task: tuple[Sequence[ScannedPiece], int, Path]) -> Iterator[int | str]:
+def learn_task(task: tuple[Sequence[ScannedPiece], int, str, Path]) -> Iterator[int | str]:
     """Yield, every second, the bytes read since the last time; 0 while pairs are merged; then the vocabulary."""
-    pieces, vocab_size, directory = task
+    pieces, vocab_size, pattern, directory = task
     read = reported = 0
 
     def texts() -> Iterator[str]:
@@ -103,10 +106,10 @@ def learn_task(task: tuple[Sequence[ScannedPiece], int, Path]) -> Iterator[int |
 
     with ThreadPoolExecutor(1) as thread:
         is_large = sum(scanned.text_bytes for scanned in pieces) > SMALL_BYTES
-        if is_large and not fast.why_not():
+        if is_large and pattern == "gpt2" and not fast.why_not():
             learning = thread.submit(_learn_fast, texts, vocab_size, directory)
         else:
-            learning = thread.submit(train_bpe, texts(), vocab_size)
+            learning = thread.submit(train_bpe, texts(), vocab_size, PATTERNS[pattern])
         while not wait([learning], timeout=PROGRESS_SECONDS).done:
             now = max(read, reported)
             yield now - reported

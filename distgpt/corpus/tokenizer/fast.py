@@ -63,10 +63,12 @@ def is_alike(text: str) -> bool:
 
 
 class FastEncoder:
-    """Encodes as the tokenizer does, for which `tokenizer.is_slow` must be False."""
+    """Encodes as the tokenizer does, whose `is_slow` must be False and whose pattern that of GPT-2."""
+
+    needs_whole_text = False
 
     def __init__(self, tokenizer: BpeTokenizer) -> None:
-        self._tokenizer = tokenizer
+        self._tokenizer, self.dtype = tokenizer, tokenizer.dtype
         tokenizer.is_slow = False  # as is known: to find out takes long
         self._json = tokenizer.json_of_ranks()
         self._ids = tokenizer.ids_of_ranks
