@@ -72,7 +72,7 @@ class Result(NamedTuple):
         ratios = [theirs / ours for ours, theirs in zip(self.ours, self.theirs, strict=True)]
         rates = [f"{self.size / 1e6 / statistics.median(seconds):.1f}" for seconds in (self.ours, self.theirs)]
         span = f"{statistics.median(ratios):.1f} | {min(ratios):.1f} to {max(ratios):.1f}"
-        return f"| {self.name} | {self.peer} | {rates[0]} | {rates[1]} {self.clock} | {span} |"
+        return f"| {self.name} | {self.peer} | {self.clock} | {rates[0]} | {rates[1]} | {span} |"
 
 
 def main() -> None:
@@ -86,7 +86,7 @@ def main() -> None:
         folder = Path(name)
         size = write_lines(folder / "in.jsonl", options.megabytes * 1_000_000)
         print(f"{size / 1e6:.1f} MB of JSON lines", flush=True)
-        results = [training(folder, size, options)]
+        results = [*training(folder, size, options)]
         tokenizer = BpeTokenizer((folder / "tokenizer.json").read_text())
         ways = preparing(folder, tokenizer, options.workers)
         results += [*encoding(texts_of(folder / "in.jsonl"), tokenizer, options.rounds)]
@@ -101,10 +101,12 @@ def report(results: Sequence[Result], peaks: dict[str, float], size: int, option
     packages = ", ".join(f"{name} {version(name)}" for name in ("gigatoken", "tokenizers", "tiktoken"))
     about = (
         f"{size / 1e6:.1f} MB of JSON lines, {options.vocab_size:,} ids, {options.workers} processes, medians of "
-        f"{options.rounds} rounds in turn; {packages}; {processor()}. MB/s are of time, or of CPU time of one process "
-        "where marked so; the ratio is that of the times within a round."
+        f"{options.rounds} rounds in turn; {packages}; {processor()}. MB/s of time, or of CPU time of all "
+        "processes; the ratio is that of the times within a round."
     )
-    head = "| | compared with | distgpt, MB/s | MB/s | ratio | lowest to highest |\n|---|---|---|---|---|---|"
+    head = (
+        "| | compared with | clock | distgpt | the other | ratio | lowest to highest |\n|---|---|---|---|---|---|---|"
+    )
     memory = ", ".join(f"{name} {peak:,.0f} MiB" for name, peak in peaks.items())
     return "\n".join(
         (
@@ -141,21 +143,50 @@ def texts_of(path: Path) -> Iterator[str]:
             yield orjson.loads(line)["text"]
 
 
-def compare(name: str, peer: str, size: int, rounds: int, ours: Way, theirs: Way, *, cpu: bool) -> Result:
-    """Let both sides work in turn."""
-    clock = time.process_time if cpu else time.perf_counter
-    seconds: tuple[list[float], list[float]] = ([], [])
+def compare(
+    name: str, peer: str, size: int, rounds: int, ours: Way, theirs: Way, *, clocks: Sequence[str] = ("CPU",)
+) -> Iterator[Result]:
+    """Let both sides work in turn. Yield the result of each clock."""
+    seconds = {clock: (list[float](), list[float]()) for clock in clocks}
     for _ in range(rounds):
-        for way, taken in zip((ours, theirs), seconds, strict=True):
-            started = clock()
+        for side, way in enumerate((ours, theirs)):
+            started = {clock: CLOCKS[clock]() for clock in clocks}
             way()
-            taken.append(clock() - started)
-    result = Result(name, peer, "of CPU time" if cpu else "", size, *seconds)
-    print(result.line(), flush=True)
-    return result
+            for clock in clocks:
+                seconds[clock][side].append(CLOCKS[clock]() - started[clock])
+    for clock in clocks:
+        result = Result(name, peer, clock, size, *seconds[clock])
+        print(result.line(), flush=True)
+        yield result
 
 
-def training(folder: Path, size: int, options: argparse.Namespace) -> Result:
+def cpu_of_tree() -> float:
+    """Return the CPU seconds of this process and all below it, those that have ended included."""
+    return sum(sum(map(int, stat_of(pid)[11:15])) for pid in tree()) / os.sysconf("SC_CLK_TCK")
+
+
+def stat_of(pid: int) -> list[str]:
+    """Return the fields of /proc/PID/stat after the name; none if the process has ended."""
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return []
+
+
+def tree() -> Iterator[int]:
+    """Yield this process, its children, and theirs."""
+    todo = [os.getpid()]
+    while todo:
+        pid = todo.pop()
+        yield pid
+        with contextlib.suppress(OSError):
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                todo += map(int, (thread / "children").read_text().split())
+
+
+CLOCKS: dict[str, Callable[[], float]] = {"time": time.perf_counter, "CPU": cpu_of_tree}
+
+
+def training(folder: Path, size: int, options: argparse.Namespace) -> Iterator[Result]:
     """Learn a vocabulary with both, and save it with an end-of-text token."""
     learned = list[str]()
 
@@ -165,11 +196,10 @@ def training(folder: Path, size: int, options: argparse.Namespace) -> Result:
     def theirs() -> None:
         learned.append(train_bpe(texts_of(folder / "in.jsonl"), options.vocab_size - 1).to_json())
 
-    result = compare("learning BPE", "Hugging Face tokenizers", size, options.rounds, ours, theirs, cpu=True)
+    yield from compare("learning BPE", "Hugging Face tokenizers", size, options.rounds, ours, theirs)
     if len(set(learned)) > 1:
         raise AssertionError("the two learned different vocabularies")
     (folder / "tokenizer.json").write_text(BpeTokenizer(learned[0]).with_end_of_text().to_json())
-    return result
 
 
 def encoding(texts: Iterator[str], tokenizer: BpeTokenizer, rounds: int) -> Iterator[Result]:
@@ -191,17 +221,18 @@ def encoding(texts: Iterator[str], tokenizer: BpeTokenizer, rounds: int) -> Iter
             encoder.encode(text)
 
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    one = partial(compare, "encoding BPE", size=size, rounds=rounds, ours=ours, cpu=True)
-    yield one("tiktoken", theirs=each(lambda text: np.array(openai.encode_ordinary(text), dtype=np.uint16)))
-    yield one("Hugging Face tokenizers", theirs=lambda: owner.encode_batch_fast(documents, add_special_tokens=False))
+    one = partial(compare, "encoding BPE", size=size, rounds=rounds, ours=ours)
+    yield from one("tiktoken", theirs=each(lambda text: np.array(openai.encode_ordinary(text), dtype=np.uint16)))
+    yield from one(
+        "Hugging Face tokenizers", theirs=lambda: owner.encode_batch_fast(documents, add_special_tokens=False)
+    )
     joined = "".join(documents)
     characters = CharTokenizer(joined, end_of_text=False)
     ids = {character: id_ for id_, character in enumerate(characters.characters)}
-    yield compare(
+    yield from compare(
         *("encoding characters", "a comprehension", size, rounds),
         each(characters.encode),
         each(lambda text: np.array([ids[character] for character in text], dtype=np.uint16)),
-        cpu=True,
     )
 
 
@@ -226,7 +257,7 @@ def preparing(folder: Path, tokenizer: BpeTokenizer, workers: int) -> dict[str, 
 def compare_preparing(ways: dict[str, Way], size: int, rounds: int) -> Iterator[Result]:
     (_, ours), *others = ways.items()
     for peer, theirs in others:
-        yield compare("preparing BPE", peer, size, rounds, ours, theirs, cpu=False)
+        yield from compare("preparing BPE", peer, size, rounds, ours, theirs, clocks=("time", "CPU"))
 
 
 def distgpt_prepare(lines: Path, output: Path, tokenizer: Path, workers: int) -> None:
@@ -315,13 +346,10 @@ def peak_memory(way: Way) -> float:
 
 
 def memory_of_tree() -> int:
-    """Return the bytes of PSS of this process and its children and theirs."""
-    total, todo = 0, [os.getpid()]
-    while todo:
-        pid = todo.pop()
+    """Return the bytes of PSS of this process and all below it."""
+    total = 0
+    for pid in tree():
         with contextlib.suppress(OSError):
-            for thread in Path(f"/proc/{pid}/task").iterdir():
-                todo += map(int, (thread / "children").read_text().split())
             fields = Path(f"/proc/{pid}/smaps_rollup").read_text().split()
             total += 1024 * int(fields[fields.index("Pss:") + 1])
     return total

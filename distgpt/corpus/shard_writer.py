@@ -82,7 +82,7 @@ def _add_for_nanogpt(directory: Path, tokenizer: Tokenizer) -> None:
     with suppress(OSError):  # not every file system has hard links
         for name in SPLITS:
             os.link(directory / f"{name}-00000.bin", directory / f"{name}.bin")
-    texts = [tokenizer.decode([id_]) for id_ in range(tokenizer.vocab_size)]
+    texts = tokenizer.token_texts()
     ids = {text: id_ for id_, text in reversed(list(enumerate(texts)))}
     content = {"vocab_size": tokenizer.vocab_size, "itos": dict(enumerate(texts)), "stoi": ids}
     write_file(directory / "meta.pkl", pickle.dumps(content, protocol=4))

@@ -222,7 +222,9 @@ def _is_fast(tokenizer: Tokenizer, found: Scan) -> bool:
     if tokenizer.is_slow:
         report.say("the fast encoder might give other ids than Hugging Face's for this vocabulary: using the slow one")
         return False
-    reason = fast.why_not() if tokenizer.pattern == GPT2_PATTERN else "gigatoken is used with GPT-2's pattern alone"
+    if tokenizer.pattern != GPT2_PATTERN:
+        return False
+    reason = fast.why_not()
     if reason and found.text_bytes > LARGE_BYTES:
         report.say(f'{reason}: encoding takes several times longer without it, pip install "distgpt[fast]" brings it')
     return not reason

@@ -61,6 +61,10 @@ class Tokenizer(ABC):
         """Return the text of these ids; bytes that are not UTF-8 become U+FFFD. Raises DataError."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
+    def token_texts(self) -> list[str]:
+        """Return the text of each token; bytes that are not UTF-8 become U+FFFD."""
+        return [token.decode("utf-8", errors="replace") for token in self._table]
+
     def check(self, text: str) -> None:
         """Raise DataError if the ids of `text` do not decode to it, or the library of the format gives other ids."""
         if self.decode_bytes(self.encode(text)) != text.encode():

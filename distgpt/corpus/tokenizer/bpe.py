@@ -1,12 +1,12 @@
 """Byte-level BPE with a known pattern."""
 
-import json
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, Self
 
 import numpy as np
+import orjson
 
 from distgpt.corpus.tokenizer import huggingface
 from distgpt.corpus.tokenizer.base import END_OF_TEXT, Tokenizer, Tokens
@@ -27,7 +27,7 @@ class BpeTokenizer(Tokenizer):
     kind = "bpe"
 
     def __init__(self, text: str) -> None:
-        content = json.loads(text)
+        content = orjson.loads(text)
         model = content["model"]
         if not set(UNICODE_TO_BYTE) <= set(model["vocab"]):
             raise DataError("the vocabulary lacks some of the 256 single bytes")
@@ -37,9 +37,10 @@ class BpeTokenizer(Tokenizer):
         vocab: dict[str, int] = model["vocab"]
         added: dict[int, str] = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
         table = [b""] * huggingface.size_of_vocabulary([*vocab.values(), *added])
+        self._bytes_of: dict[str, bytes] = {}
         for token, id_ in vocab.items():
-            if id_ not in added:
-                table[id_] = to_bytes(token)
+            if id_ not in added or huggingface.is_byte_level(token):
+                self._bytes_of[token] = table[id_] = to_bytes(token)
         for id_, token in added.items():
             table[id_] = token.encode()
         super().__init__(table, huggingface.end_of_text_id(content))
@@ -74,7 +75,7 @@ class BpeTokenizer(Tokenizer):
         # If every token, encoded by itself, is made of the two parts that its merge names, tiktoken never merges any
         # other two: up to such a step, the text around a token does not influence it.
         made_of: dict[bytes, tuple[bytes, bytes]] = {}
-        for left, right in ((to_bytes(left), to_bytes(right)) for left, right in self._merges):
+        for left, right in ((self._bytes_of[left], self._bytes_of[right]) for left, right in self._merges):
             is_known = all(len(part) == 1 or part in made_of for part in (left, right))
             if not is_known or not huggingface.is_made_of(self._ranks, made_of, left, right):
                 return True
@@ -107,14 +108,15 @@ class BpeTokenizer(Tokenizer):
     def _ranks(self) -> dict[bytes, int]:
         """Map token bytes to the priority of the merge that makes them; the 256 single bytes come first."""
         singles = [token for token in self._vocab if token in UNICODE_TO_BYTE]
-        ranks = {to_bytes(token): rank for rank, token in enumerate(sorted(singles, key=self._vocab.__getitem__))}
+        singles.sort(key=self._vocab.__getitem__)
+        ranks = {self._bytes_of[token]: rank for rank, token in enumerate(singles)}
         for left, right in self._merges:
-            ranks.setdefault(to_bytes(left + right), len(ranks))
+            ranks.setdefault(self._bytes_of[left + right], len(ranks))
         return ranks
 
     @cached_property
     def ids_of_ranks(self) -> Tokens:
-        id_of = {to_bytes(token): id_ for token, id_ in self._vocab.items() if huggingface.is_byte_level(token)}
+        id_of = {self._bytes_of[token]: id_ for token, id_ in self._vocab.items() if token in self._bytes_of}
         return np.array([id_of[token] for token in self._ranks], dtype=self.dtype)
 
     def json_of_ranks(self) -> str:

@@ -35,7 +35,7 @@ _UNLIKE = """
 """
 SEPARATOR = b"\xff"  # is in no UTF-8
 # gigatoken remembers every word; loading it anew forgets them.
-BYTES_BEFORE_RELOAD = 2**26
+BYTES_BEFORE_RELOAD = 2**27
 _SAMPLE_FILE_BYTES = 8 * 2**20
 _COMPARED_BYTES = 2**18
 _COMPARED_VOCABULARY = 1_024
