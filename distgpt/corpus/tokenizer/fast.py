@@ -63,7 +63,7 @@ def is_alike(text: str) -> bool:
 
 
 class FastEncoder:
-    """Encodes as the tokenizer does, whose `is_slow` must be False and whose pattern that of GPT-2."""
+    """Encodes as the tokenizer does, whose `is_slow` must be False and whose pattern must be GPT-2's."""
 
     needs_whole_text = False
 
