@@ -22,6 +22,7 @@ from distgpt.corpus.reading import formats, streams
 from distgpt.corpus.reading.finding import STDIN, Finder, standard_library
 from distgpt.corpus.reading.sources import Format, OnBad, ReadOptions, Source
 from distgpt.corpus.tokenizer.base import MAX_VOCAB_SIZE
+from distgpt.corpus.tokenizer.huggingface import PATTERNS
 from distgpt.corpus.tokenizer.loading import given_tokenizer
 from distgpt.errors import DISK_FULL, Interrupted, StorageError, UsageError
 from distgpt.files import user_path
@@ -32,7 +33,7 @@ DEFAULT_VOCAB_SIZE = 8192
 NO_SPACE = (*DISK_FULL, errno.EFBIG)
 
 HELP = f"""\
-Prepare text for training: write a directory of uint16 tokens that distgpt.train reads. Without arguments, prepare
+Prepare text for training: write a directory of tokens that distgpt.train reads. Without arguments, prepare
 Python's own standard library, one token per character, and write to {DEFAULT_OUTPUT}.
 
 A text file is one document, or several with --document-separator. An object of JSON, one a line or in an array, and a
@@ -63,7 +64,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
     try:
-        job = _job(options, output)
+        job = job_of(options, output)
         with Workers(options.workers) as workers:
             text = build.prepare(job, workers)
     except OSError as error:
@@ -81,10 +82,12 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--output", type=_path, metavar="DIR", help=f"directory to make (default without --input: {DEFAULT_OUTPUT})")
     kinds = (
         "characters; bytes; BPE learned from this text; GPT-2's; a tokenizer.json or a directory with one; "
-        "a .tiktoken (default: char)"
+        "a .tiktoken or .model (default: char)"
     )
     add("--tokenizer", type=user_path, default="char", metavar="char|bytes|bpe|gpt2|FILE|DIR", help=kinds)
     add("--vocab-size", type=int, metavar="N", help=f"ids of bpe, end-of-text included (default: {DEFAULT_VOCAB_SIZE})")
+    patterns = "how learned BPE, or that of a .tiktoken file, cuts a text into words (default: gpt2)"
+    add("--bpe-pattern", choices=PATTERNS, metavar="|".join(PATTERNS), help=patterns)
     validation = parser.add_mutually_exclusive_group().add_argument
     validation("--val-fraction", type=float, default=0.1, metavar="F", help="share for validation (default: 0.1)")
     val_inputs = "validation text; files that --input names as well are not used for training"
@@ -144,19 +147,26 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"--{name.replace('_', '-')} is {value}: it must be at least 1")
+    _check_bpe(options)
+
+
+def _check_bpe(options: argparse.Namespace) -> None:
+    """Check the options of BPE, and set the size of a vocabulary to learn. Raises UsageError."""
     if options.vocab_size is not None and options.tokenizer != "bpe":
         raise UsageError(f"--vocab-size belongs to --tokenizer bpe, not to {options.tokenizer}")
+    if options.bpe_pattern and options.tokenizer != "bpe" and not options.tokenizer.endswith(".tiktoken"):
+        raise UsageError("--bpe-pattern belongs to --tokenizer bpe or a .tiktoken file")
     if options.tokenizer == "bpe":
         options.vocab_size = DEFAULT_VOCAB_SIZE if options.vocab_size is None else options.vocab_size
         if options.vocab_size > MAX_VOCAB_SIZE:
-            raise UsageError(f"--vocab-size is {options.vocab_size}: tokens are uint16, so at most {MAX_VOCAB_SIZE}")
+            raise UsageError(f"--vocab-size is {options.vocab_size}: at most {MAX_VOCAB_SIZE}")
         if options.vocab_size < 257:
             raise UsageError(f"--vocab-size is {options.vocab_size}: 256 bytes and end-of-text need at least 257")
 
 
-def _job(options: argparse.Namespace, output: Path) -> Job:
+def job_of(options: argparse.Namespace, output: Path) -> Job:
     """Return the job that the options describe. Raises DataError, UsageError, OSError."""
-    tokenizer = given_tokenizer(options.tokenizer)
+    tokenizer = given_tokenizer(options.tokenizer, options.bpe_pattern or "")
     for note in tokenizer.notes if tokenizer else ():
         report.say(f"{options.tokenizer}: {note}")
     inputs, ignored = find_inputs(options, output)
@@ -166,7 +176,7 @@ def _job(options: argparse.Namespace, output: Path) -> Job:
         **{name: getattr(options, name) for name in ("vocab_size", "val_fraction", "shard_tokens")},
     }
     # Options that came later are noted only if they are used, so that the settings of older datasets still match.
-    later = {"document_separator": "", "encoding": "", "on_bad_document": "stop"}
+    later = {"document_separator": "", "encoding": "", "on_bad_document": "stop", "bpe_pattern": None}
     used = {name: getattr(options, name) for name, default in later.items() if getattr(options, name) != default}
     return Job(
         inputs=inputs,

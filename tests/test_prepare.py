@@ -394,13 +394,13 @@ def test_an_ignored_file_is_counted_once_and_a_named_file_is_read(tmp_path: Path
 def test_learning_a_vocabulary_reports_progress(monkeypatch: pytest.MonkeyPatch) -> None:
     may_end = threading.Event()
 
-    def slow(texts: Iterable[str], size: int) -> SimpleNamespace:
+    def slow(texts: Iterable[str], size: int, pattern: str) -> SimpleNamespace:
         may_end.wait()
         return SimpleNamespace(to_json=lambda: "learned")
 
     monkeypatch.setattr(vocabulary, "PROGRESS_SECONDS", 0.001)
     monkeypatch.setattr(vocabulary, "train_bpe", slow)
-    steps = vocabulary.learn_task(([], 300))
+    steps = vocabulary.learn_task(([], 300, "gpt2", Path()))
     assert [next(steps), next(steps)] == [0, 0]
     may_end.set()
     assert list(steps)[-1] == "learned"
@@ -497,7 +497,7 @@ def test_no_part_is_written_with_ids_that_differ_from_hugging_face(
 ) -> None:
     wrong = train_bpe(["some text"], 260)
     wrong.__dict__["ids_of_ranks"] = wrong.ids_of_ranks[::-1]
-    monkeypatch.setattr(encode, "_load_once", lambda _: wrong)
+    monkeypatch.setattr(encode, "load_once", lambda *_: wrong)
     path = tmp_path / "in.jsonl"
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     source = Source(str(path), "in.jsonl", "jsonl", "", ReadOptions())

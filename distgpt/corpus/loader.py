@@ -1,4 +1,4 @@
-"""The batches of a rank: a thread reads them ahead as uint16, and the device widens them to int64.
+"""The batches of a rank: a thread reads them ahead as they are stored, and the device widens them to int64.
 
 Shapes: T = block_size, B sequences of a micro-batch. Rank r of R takes the contiguous
 slice [r G/R, (r+1) G/R) of each global batch of G sequences, cut into micro-batches in order: the j-th micro-batch of a
@@ -11,6 +11,7 @@ import time
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -107,13 +108,13 @@ class Loader:
         self._step_to_fetch += self._steps_per_chunk
 
     def _read_chunk(self, step: int) -> Tensor:
-        """Return the tokens of `_steps_per_chunk` steps, uint16 [sequences, T + 1]; runs in the thread.
+        """Return the tokens of `_steps_per_chunk` steps, [sequences, T + 1]; runs in the thread.
 
         numpy only: a torch operation here would start a second pool of OpenMP threads beside the one that trains.
         """
         shards, offsets = self.order.starts(self.sample_numbers(step, self._steps_per_chunk))
         shape, pinned = (len(offsets), self._windows.length), self._device.type == "cuda"
-        tokens = torch.empty(shape, dtype=torch.uint16, pin_memory=pinned)
+        tokens = torch.empty(shape, dtype=self._windows.dtype, pin_memory=pinned)
         self._windows.read(shards, offsets, tokens.numpy())
         return tokens
 
@@ -158,9 +159,9 @@ class EvaluationBatches:
             batch = turn * self._world_size + self._rank
             first = min(batch, self._batches - 1) * self._micro_batch
             indices = np.arange(first, min(first + self._micro_batch, self.windows), dtype=np.int64)
-            tokens = np.empty((len(indices), self._reader.length), dtype=np.uint16)
-            self._reader.read(self._shards[indices], self._offsets[indices], tokens)
-            x_BT, y_BT = _inputs_and_targets(torch.from_numpy(tokens), self._device)
+            tokens = torch.empty((len(indices), self._reader.length), dtype=self._reader.dtype)
+            self._reader.read(self._shards[indices], self._offsets[indices], tokens.numpy())
+            x_BT, y_BT = _inputs_and_targets(tokens, self._device)
             yield (indices if batch < self._batches else np.full_like(indices, -1)), x_BT, y_BT
 
     @property
@@ -173,6 +174,8 @@ class WindowReader:
 
     def __init__(self, split: Split, length: int) -> None:
         self.length = length
+        # Every id fits int32, which torch knows better than uint32.
+        self.dtype = torch.uint16 if split.shards[0].itemsize == 2 else torch.int32
         self._shards = split.shards
         self._files = [_stat(shard) for shard in split.shards]
         self._views = [sliding_window_view(np.asarray(s), length) if len(s) >= length else None for s in split.shards]
@@ -181,7 +184,7 @@ class WindowReader:
             for shard in split.shards:
                 mapping_of(shard).madvise(mmap.MADV_WILLNEED)
 
-    def read(self, shards: Ints, offsets: Ints, tokens: NDArray[np.uint16]) -> None:
+    def read(self, shards: Ints, offsets: Ints, tokens: NDArray[np.integer[Any]]) -> None:
         """Copy the windows at these places into `tokens` [windows, length]. Raises StorageError."""
         parts = [(int(shard), np.flatnonzero(shards == shard)) for shard in np.unique(shards)]
         for shard, rows in parts:
@@ -226,7 +229,7 @@ def _stat(shard: TokenMap) -> os.stat_result | None:
 
 
 def _inputs_and_targets(tokens: Tensor, device: torch.device) -> MicroBatch:
-    """Return inputs and targets, int64 [sequences, T] each on the device, of uint16 tokens [sequences, T + 1]."""
+    """Return inputs and targets, int64 [sequences, T] each on the device, of tokens [sequences, T + 1]."""
     if device.type == "cpu":
         # torch would use several threads here, and on a busy machine wait for one that gets no core.
         array = tokens.numpy()

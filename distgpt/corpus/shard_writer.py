@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from distgpt.corpus.order import Ints
-from distgpt.corpus.shards import DTYPE, FORMAT, META, SPLITS, VERSION, Shard, SplitName
+from distgpt.corpus.shards import FORMAT, META, SPLITS, VERSION, Shard, SplitName
 from distgpt.corpus.tokenizer import Tokenizer
 from distgpt.corpus.tokenizer.base import Tokens
 from distgpt.corpus.tokenizer.loading import FILE_NAME as TOKENIZER
@@ -63,14 +63,14 @@ def write_dataset(
     meta = {
         "format": FORMAT,
         "version": VERSION,
-        "dtype": "uint16",
+        "dtype": tokenizer.dtype.name,
         "vocab_size": tokenizer.vocab_size,
         "eot_id": eot_id,
         "tokenizer": {"kind": tokenizer.kind, "sha256": hashlib.sha256(tokenizer_json).hexdigest()},
         "splits": shards,
         **about,
     }
-    if all(len(shards[name]) == 1 for name in SPLITS):
+    if all(len(shards[name]) == 1 for name in SPLITS) and tokenizer.dtype == np.uint16:
         _add_for_nanogpt(directory, tokenizer)
     sync(directory)
     write_file(directory / META, (json.dumps(meta, indent=2) + "\n").encode())
@@ -82,7 +82,7 @@ def _add_for_nanogpt(directory: Path, tokenizer: Tokenizer) -> None:
     with suppress(OSError):  # not every file system has hard links
         for name in SPLITS:
             os.link(directory / f"{name}-00000.bin", directory / f"{name}.bin")
-    texts = [tokenizer.decode([id_]) for id_ in range(tokenizer.vocab_size)]
+    texts = tokenizer.token_texts()
     ids = {text: id_ for id_, text in reversed(list(enumerate(texts)))}
     content = {"vocab_size": tokenizer.vocab_size, "itos": dict(enumerate(texts)), "stoi": ids}
     write_file(directory / "meta.pkl", pickle.dumps(content, protocol=4))
@@ -124,7 +124,7 @@ class _ShardWriter:
         self.tokens = self._documents = self._bytes = 0
 
     def append(self, tokens: Tokens, ends: Ints, text_bytes: int) -> None:
-        self._bin.write(tokens.astype(DTYPE, copy=False))
+        self._bin.write(tokens)
         self._idx.write((ends + self.tokens).astype("<u8"))
         self.tokens += tokens.size
         self._documents += ends.size

@@ -1,6 +1,6 @@
-"""A dataset: a prepared directory of uint16 tokens, hashed, opened as memory maps, verified before it is used.
+"""A dataset: a prepared directory of tokens, hashed, opened as memory maps, verified before it is used.
 
-train-00000.bin  val-00000.bin      raw little-endian uint16 tokens, no header
+train-00000.bin  val-00000.bin      raw little-endian tokens, no header: uint16, or uint32 for more than 65,536 ids
 train-00000.idx  val-00000.idx      uint64, documents + 1 token offsets into the .bin of the same name
 tokenizer.json   meta.json          meta.json is written last: a directory without it is not a dataset
 train.bin  val.bin  meta.pkl        for nanoGPT, if a split is one shard: links and a pickle that nothing here reads
@@ -32,10 +32,11 @@ META = "meta.json"
 VERIFIED = ".verified.json"
 FORMAT = "distgpt-dataset"
 VERSION = 1
-DTYPE = np.dtype("<u2")
 CHUNK_BYTES = 2**22
 
-TokenMap = np.memmap[Any, np.dtype[np.uint16]]
+TokenMap = np.memmap[Any, np.dtype[np.unsignedinteger[Any]]]
+Dtype = np.dtype[np.unsignedinteger[Any]]
+DTYPES: dict[str, Dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 SplitName = Literal["train", "val"]
 SPLITS: tuple[SplitName, ...] = ("train", "val")
 
@@ -66,7 +67,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """The tokens of one split: one uint16 (tokens,) memory map per shard."""
+    """The tokens of one split: one (tokens,) memory map per shard, uint16 or uint32."""
 
     name: str
     shards: tuple[TokenMap, ...]
@@ -98,7 +99,10 @@ def open_dataset(path: Path) -> Dataset:
     _allow_open_files()
     try:
         _check_files(path, meta)
-        train, val = (Split(name, tuple(_map(path / s.file) for s in shards_of(meta, name))) for name in SPLITS)
+        train, val = (
+            Split(name, tuple(_map(path / s.file, DTYPES[meta["dtype"]]) for s in shards_of(meta, name)))
+            for name in SPLITS
+        )
         return Dataset(
             path=path,
             meta=meta,
@@ -149,7 +153,8 @@ def verify_dataset(dataset: Dataset, *, always: bool = False) -> None:
     if dataset.vocab_size != tokenizer.vocab_size or dataset.eot_id not in (None, tokenizer.eot_id):
         raise DataError(f"{dataset.path / META} is damaged (its vocabulary is not the tokenizer's): {_PREPARE_AGAIN}")
     for shard in shards_of(dataset.meta):
-        _verify_file(dataset.path / shard.file, shard.sha256, vocab_size=dataset.vocab_size)
+        dtype = DTYPES[dataset.meta["dtype"]]
+        _verify_file(dataset.path / shard.file, shard.sha256, vocab_size=dataset.vocab_size, dtype=dtype)
         _verify_file(dataset.path / shard.index, shard.index_sha256)
     with contextlib.suppress(OSError):
         write_file(dataset.path / VERIFIED, json.dumps(stamps).encode())
@@ -187,15 +192,15 @@ def _advice(path: Path) -> str:
 
 
 def _check_files(path: Path, meta: Mapping[str, Any]) -> None:
-    if meta["dtype"] != "uint16":
-        raise DataError(f"{path} holds {meta['dtype']} tokens, this distgpt reads uint16")
+    if meta["dtype"] not in DTYPES:
+        raise DataError(f"{path} holds {meta['dtype']} tokens, this distgpt reads {' and '.join(DTYPES)}")
     if not (path / TOKENIZER).is_file():
         raise DataError(f"{path / TOKENIZER} is missing: {_PREPARE_AGAIN}")
     for name in SPLITS:
         if not meta["splits"][name]:
             raise DataError(f"{path / META} is damaged (no {name} split): {_PREPARE_AGAIN}")
     for shard in shards_of(meta):
-        _check_size(path / shard.file, shard.tokens * DTYPE.itemsize)
+        _check_size(path / shard.file, shard.tokens * DTYPES[meta["dtype"]].itemsize)
         _check_size(path / shard.index, (shard.documents + 1) * 8)
 
 
@@ -218,9 +223,9 @@ def _allow_open_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def _map(path: Path) -> TokenMap:
+def _map(path: Path, dtype: Dtype) -> TokenMap:
     try:
-        tokens: TokenMap = np.memmap(path, dtype=DTYPE, mode="r")
+        tokens: TokenMap = np.memmap(path, dtype=dtype, mode="r")
     except OSError as error:
         fix = _TOO_MANY_SHARDS if error.errno == errno.EMFILE else ""
         raise DataError(f"cannot read {path}: {error.strerror}{fix}") from None
@@ -235,7 +240,7 @@ def _fingerprint(meta: Mapping[str, Any]) -> str:
     return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
-def _verify_file(path: Path, sha256: str, *, vocab_size: int | None = None) -> None:
+def _verify_file(path: Path, sha256: str, *, vocab_size: int | None = None, dtype: Dtype = DTYPES["uint16"]) -> None:
     """Check the SHA-256 of a file; with `vocab_size`, also that all its tokens are below it. Raises DataError."""
     digest = hashlib.sha256()
     position = 0
@@ -244,7 +249,7 @@ def _verify_file(path: Path, sha256: str, *, vocab_size: int | None = None) -> N
             while chunk := file.read(CHUNK_BYTES):
                 digest.update(chunk)
                 if vocab_size is not None:
-                    tokens = np.frombuffer(chunk, dtype=DTYPE)
+                    tokens = np.frombuffer(chunk, dtype=dtype)
                     if tokens.max() >= vocab_size:
                         first = int(np.argmax(tokens >= vocab_size))
                         raise DataError(

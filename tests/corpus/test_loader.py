@@ -31,13 +31,17 @@ def read_whole(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.fixture
 def split(tmp_path: Path) -> Split:
-    """Two shards and one that is too short for a window, with tokens above 2^15."""
+    return split_of("uint16", tmp_path)
+
+
+def split_of(dtype: str, folder: Path) -> Split:
+    """Return two shards and one that is too short for a window, with tokens above 2^15, or 2^16 if they fit."""
     generator = np.random.default_rng(0)
     shards = []
     for number, length in enumerate((2000, 10, 700)):
-        path = tmp_path / f"train-{number:05d}.bin"
-        generator.integers(0, 2**16, length, dtype=np.uint16).tofile(path)
-        shards.append(np.memmap(path, dtype=np.uint16, mode="r"))
+        path = folder / f"train-{number:05d}.bin"
+        generator.integers(0, {"uint16": 2**16, "uint32": 2**20}[dtype], length).astype(dtype).tofile(path)
+        shards.append(np.memmap(path, dtype=dtype, mode="r"))
     return Split("train", tuple(shards))
 
 
@@ -66,7 +70,9 @@ def steps(split: Split, count: int, **options: int) -> list[list[tuple[torch.Ten
 
 
 @pytest.mark.usefixtures("read_whole")
-def test_batches_hold_the_tokens_of_their_windows(split: Split) -> None:
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_batches_hold_the_tokens_of_their_windows(dtype: str, tmp_path: Path) -> None:
+    split = split_of(dtype, tmp_path)
     with closing(loader(split, micro_batch=4)) as batches:
         for step in range(30):
             micro_batches = batches.next_step()

@@ -11,19 +11,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from distgpt.corpus import shard_writer, shards
 from distgpt.corpus.preparing import encode, merge, parts, report, scan, staging, vocabulary
-from distgpt.corpus.preparing.encode import Unit
+from distgpt.corpus.preparing.encode import Encoder, Unit
 from distgpt.corpus.preparing.scan import Scan
 from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.reading import formats, sources
 from distgpt.corpus.reading.sources import Source
-from distgpt.corpus.tokenizer import Tokenizer
+from distgpt.corpus.tokenizer import Tokenizer, fast
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer
+from distgpt.corpus.tokenizer.huggingface import GPT2_PATTERN
 from distgpt.corpus.tokenizer.loading import gpt2
 from distgpt.corpus.tokenizer.simple import CharTokenizer
 from distgpt.errors import DataError, DirectoryError
 
+LARGE_BYTES = 100_000_000
 ANOTHER_OUTPUT = "use another --output, or --overwrite"
 
 
@@ -164,6 +168,8 @@ def _build(
     started = time.monotonic()
     staging.begin(directory, _identity(job, found))
     tokenizer = vocabulary.make_tokenizer(found, job.settings, job.tokenizer, workers, directory)
+    if tokenizer.dtype != np.uint16:
+        report.say(f"a vocabulary of {tokenizer.vocab_size:,} ids takes 4 bytes a token: the .bin files are uint32")
     if not is_encoded:
         _encode(units, found, tokenizer, directory, workers)
     part_files, val_fraction = directory / staging.PARTS, job.settings["val_fraction"]
@@ -193,15 +199,37 @@ def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory:
         report.say(f"going on: {len(units) - len(todo)} of {len(units)} parts are done")
     if not todo:
         return
-    if isinstance(tokenizer, BpeTokenizer) and tokenizer.is_slow:
-        report.say("the fast encoder might give other ids than Hugging Face's for this vocabulary: using the slow one")
     encoder = encode.Encoder(
         tokenizer=directory / vocabulary.FILE_NAME,
         eot_id=_eot_id(found, tokenizer),
         hashes=encode.hash_long_documents(found, workers) if found.documents > 1 else {},
+        fast=_is_fast(tokenizer, found),
     )
-    with report.progress("encoding", sum(unit.text_bytes for unit in todo)) as advance:
-        encode.encode(todo, directory / staging.PARTS, encoder=encoder, workers=workers, advance=advance)
+    if not _encode_parts(todo, directory, encoder, workers):
+        report.say("gigatoken gives other ids than tiktoken for this text: encoding all of it anew without gigatoken")
+        for unit in units:
+            parts.remove(directory / staging.PARTS, unit.index)
+        _encode_parts(units, directory, replace(encoder, fast=False), workers)
+
+
+def _encode_parts(units: Sequence[Unit], directory: Path, encoder: Encoder, workers: Workers) -> bool:
+    with report.progress("encoding", sum(unit.text_bytes for unit in units)) as advance:
+        return encode.encode(units, directory / staging.PARTS, encoder=encoder, workers=workers, advance=advance)
+
+
+def _is_fast(tokenizer: Tokenizer, found: Scan) -> bool:
+    """Return True if gigatoken can encode; otherwise tell about it where that matters."""
+    if not isinstance(tokenizer, BpeTokenizer):
+        return False
+    if tokenizer.is_slow:
+        report.say("the fast encoder might give other ids than Hugging Face's for this vocabulary: using the slow one")
+        return False
+    if tokenizer.pattern != GPT2_PATTERN:
+        return False
+    reason = fast.why_not()
+    if reason and found.text_bytes > LARGE_BYTES:
+        report.say(f'{reason}: encoding takes several times longer without it, pip install "distgpt[fast]" brings it')
+    return not reason
 
 
 def _eot_id(found: Scan, tokenizer: Tokenizer) -> int | None:

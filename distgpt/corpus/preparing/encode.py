@@ -13,14 +13,14 @@ from distgpt.corpus.preparing import parts
 from distgpt.corpus.preparing.scan import Advance, Scan, ScannedPiece, grouped, read_again
 from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.reading.reader import open_source
-from distgpt.corpus.reading.sources import Piece, Source
+from distgpt.corpus.reading.sources import UNIT_BYTES, Piece, Source
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.corpus.tokenizer.base import Tokens
+from distgpt.corpus.tokenizer.bpe import BpeTokenizer
+from distgpt.corpus.tokenizer.fast import FastEncoder, UnlikeError
 from distgpt.errors import DataError
 
-CHECKED_CHARACTERS = 2**15  # of each part: about 3% of the time that its encoding takes
-
-_load_once = lru_cache(maxsize=1)(load_tokenizer)
+CHECKED_CHARACTERS = 2**15  # of each part: a few percent of the time that its encoding takes
 
 
 @dataclass(frozen=True)
@@ -37,11 +37,15 @@ class Unit:
 
 @dataclass(frozen=True)
 class Encoder:
-    """The parameters of encoding. `hashes`: the text hash of documents that are longer than a piece, by path."""
+    """The parameters of encoding. `hashes`: the text hash of documents that are longer than a piece, by path.
+
+    `fast`: let gigatoken encode.
+    """
 
     tokenizer: Path
     eot_id: int | None
     hashes: Mapping[str, int]
+    fast: bool = False
 
 
 def units_of(found: Scan) -> list[Unit]:
@@ -58,8 +62,11 @@ def hash_long_documents(found: Scan, workers: Workers) -> dict[str, int]:
     return {long[index].path: value for index, value in workers.run(_hash_document, long)}
 
 
-def encode(units: Sequence[Unit], directory: Path, *, encoder: Encoder, workers: Workers, advance: Advance) -> None:
-    """Write the parts of these units; `advance` gets the bytes encoded. Raises DataError, OSError."""
+def encode(units: Sequence[Unit], directory: Path, *, encoder: Encoder, workers: Workers, advance: Advance) -> bool:
+    """Write the parts of these units; `advance` gets the bytes encoded. Raises DataError, OSError.
+
+    Returns False if gigatoken gave other ids somewhere than the tokenizer: no part can be relied on then.
+    """
     runs = [list(group) for _, group in groupby(units, key=_read_together)]
     # A worker that starts inside a compressed file reads it from its beginning: divide one only if workers are idle.
     share = max(workers.count // len(runs), 1)
@@ -67,14 +74,23 @@ def encode(units: Sequence[Unit], directory: Path, *, encoder: Encoder, workers:
     for run in runs:
         size = -(-len(run) // share)
         tasks += [(run[start : start + size], directory, encoder) for start in range(0, len(run), size)]
+    is_right = True
     for _, text_bytes in workers.run(encode_units, tasks):
-        advance(text_bytes)
+        is_right &= text_bytes is not None
+        advance(text_bytes or 0)
+    return is_right
 
 
-def encode_units(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
-    """Write the part of each unit, and yield its bytes of text."""
-    units, directory, encoder = task
-    tokenizer = _load_once(encoder.tokenizer)
+def encode_units(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int | None]:
+    """Write the part of each unit, and yield its bytes of text; None, and no more, if gigatoken gives other ids."""
+    try:
+        yield from _encode_units(*task)
+    except UnlikeError:
+        yield None
+
+
+def _encode_units(units: Sequence[Unit], directory: Path, encoder: Encoder) -> Iterator[int]:
+    tokenizer = load_once(encoder.tokenizer, encoder.fast)
     contents = read_again([scanned for unit in units for scanned in unit.pieces])
     for unit in units:
         encoded: list[tuple[parts.Row, Tokens]] = []
@@ -85,6 +101,16 @@ def encode_units(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int]:
             encoded += _encode_piece(scanned.piece, content.texts, tokenizer, encoder)
         parts.write_part(directory, unit.index, encoded)
         yield unit.text_bytes
+
+
+@lru_cache(maxsize=1)
+def load_once(path: Path, fast: bool) -> Tokenizer | FastEncoder:
+    """Return the tokenizer in the file, or one that encodes as it does."""
+    tokenizer = load_tokenizer(path)
+    if not fast:
+        return tokenizer
+    assert isinstance(tokenizer, BpeTokenizer)
+    return FastEncoder(tokenizer)
 
 
 def _hash_document(source: Source) -> Iterator[int]:
@@ -107,7 +133,7 @@ def _read_together(unit: Unit) -> tuple[str, int]:
     return ("", unit.index) if source.is_seekable else (source.path, 0)
 
 
-def _check(tokenizer: Tokenizer, piece: Piece, texts: Sequence[str], characters: int) -> int:
+def _check(tokenizer: Tokenizer | FastEncoder, piece: Piece, texts: Sequence[str], characters: int) -> int:
     """Check the ids of up to so many characters; return the number still to check. Raises DataError."""
     for text in texts:
         if not characters:
@@ -121,13 +147,18 @@ def _check(tokenizer: Tokenizer, piece: Piece, texts: Sequence[str], characters:
 
 
 def _encode_piece(
-    piece: Piece, texts: Sequence[str], tokenizer: Tokenizer, encoder: Encoder
+    piece: Piece, texts: Sequence[str], tokenizer: Tokenizer | FastEncoder, encoder: Encoder
 ) -> Iterator[tuple[parts.Row, Tokens]]:
     """Yield the row and the tokens of each document in a piece."""
     is_text = piece.source.format == "text"
     ends = not is_text or piece.last
+    if tokenizer.needs_whole_text and is_text and not (piece.start == 0 and piece.last):
+        raise DataError(
+            f"{piece.source.name} is a text of more than {UNIT_BYTES / 2**20:.0f} MiB, and this tokenizer gives other "
+            f"ids for parts of a text: divide it with --document-separator, or give documents as JSON lines"
+        )
     known = encoder.hashes.get(piece.source.path) if is_text else None
-    end_of_text = np.array([encoder.eot_id] if ends and encoder.eot_id is not None else [], dtype=np.uint16)
+    end_of_text = np.array([encoder.eot_id] if ends and encoder.eot_id is not None else [], dtype=tokenizer.dtype)
     for text in filter(None, texts):
         ids = tokenizer.encode(text)
         ids = np.concatenate((ids, end_of_text)) if end_of_text.size else ids

@@ -29,7 +29,7 @@ Table = npt.NDArray[np.void]
 def write_part(directory: Path, index: int, documents: Sequence[tuple[Row, Tokens]]) -> None:
     """Write the number of rows, the rows, a SHA-256; then the tokens, a SHA-256. Raises OSError."""
     table = len(documents).to_bytes(8, "little") + np.array([row for row, _ in documents], dtype=ROW).tobytes()
-    ids = b"".join(tokens.astype("<u2", copy=False).data for _, tokens in documents)
+    ids = b"".join(tokens.data for _, tokens in documents)
     content = b"".join((table, hashlib.sha256(table).digest(), ids, hashlib.sha256(ids).digest()))
     write_file(_path(directory, index), content)
 
@@ -43,7 +43,8 @@ def read_table(directory: Path, index: int) -> Table:
 def read_part(directory: Path, index: int) -> tuple[Table, Tokens]:
     """Read the table and the tokens of a part. Raises StorageError if it is damaged, OSError."""
     with open(_path(directory, index), "rb") as file:
-        return _read_table(file), np.frombuffer(_verified(file, file.read()), dtype="<u2")
+        table, ids = _read_table(file), _verified(file, file.read())
+    return table, np.frombuffer(ids, dtype="<u2" if ids.nbytes == 2 * table["size"].sum() else "<u4")
 
 
 def is_whole(directory: Path, index: int) -> bool:
@@ -53,6 +54,11 @@ def is_whole(directory: Path, index: int) -> bool:
     except (OSError, StorageError):
         return False
     return True
+
+
+def remove(directory: Path, index: int) -> None:
+    """Remove the part if it is there. Raises OSError."""
+    _path(directory, index).unlink(missing_ok=True)
 
 
 def _path(directory: Path, index: int) -> Path:

@@ -4,7 +4,7 @@ It is kept in the staging directory, so that a vocabulary is learned once.
 """
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any
@@ -12,8 +12,10 @@ from typing import Any
 from distgpt.corpus.preparing import report
 from distgpt.corpus.preparing.scan import Scan, ScannedPiece, read_again
 from distgpt.corpus.preparing.workers import Workers
+from distgpt.corpus.tokenizer import fast
 from distgpt.corpus.tokenizer.base import Tokenizer, describe
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer, train_bpe
+from distgpt.corpus.tokenizer.huggingface import PATTERNS
 from distgpt.corpus.tokenizer.loading import tokenizer_from_json
 from distgpt.corpus.tokenizer.simple import ByteTokenizer, CharTokenizer
 from distgpt.errors import DataError
@@ -21,6 +23,7 @@ from distgpt.files import write_file
 
 FILE_NAME, HASH_NAME = "tokenizer.json", "tokenizer.sha256"
 BPE_SAMPLE_BYTES = 256 * 2**20
+SMALL_BYTES = 2**20  # learned from in a second
 PROGRESS_SECONDS = 1.0
 
 
@@ -38,7 +41,9 @@ def make_tokenizer(
     elif saved := saved_tokenizer(directory):
         return saved
     else:
-        tokenizer = learn_bpe(found, settings["vocab_size"] - several, workers)
+        tokenizer = learn_bpe(
+            found, settings["vocab_size"] - several, settings.get("bpe_pattern", "gpt2"), directory, workers
+        )
     tokenizer = tokenizer.with_end_of_text() if several else tokenizer
     raw = tokenizer.to_json().encode()
     write_file(directory / FILE_NAME, raw)
@@ -66,7 +71,7 @@ def check_characters(found: Scan, tokenizer: Tokenizer) -> None:
             )
 
 
-def learn_bpe(found: Scan, vocab_size: int, workers: Workers) -> BpeTokenizer:
+def learn_bpe(found: Scan, vocab_size: int, pattern: str, directory: Path, workers: Workers) -> BpeTokenizer:
     """Learn BPE of at most `vocab_size` ids from the corpus, or from pieces spread evenly over a huge one."""
     chosen = []
     passed = taken = 0
@@ -79,7 +84,7 @@ def learn_bpe(found: Scan, vocab_size: int, workers: Workers) -> BpeTokenizer:
     report.say(name)
     text = ""
     with report.progress(name, min(found.text_bytes, BPE_SAMPLE_BYTES)) as advance:
-        for _, step in workers.run(learn_task, [(chosen, vocab_size)]):
+        for _, step in workers.run(learn_task, [(chosen, vocab_size, pattern, directory)]):
             if isinstance(step, str):
                 text = step
             else:
@@ -87,21 +92,34 @@ def learn_bpe(found: Scan, vocab_size: int, workers: Workers) -> BpeTokenizer:
     return BpeTokenizer(text)
 
 
-def learn_task(task: tuple[Sequence[ScannedPiece], int]) -> Iterator[int | str]:
+def learn_task(task: tuple[Sequence[ScannedPiece], int, str, Path]) -> Iterator[int | str]:
     """Yield, every second, the bytes read since the last time; 0 while pairs are merged; then the vocabulary."""
-    pieces, vocab_size = task
+    pieces, vocab_size, pattern, directory = task
     read = reported = 0
 
     def texts() -> Iterator[str]:
         nonlocal read
+        read = 0
         for scanned, content in read_again(pieces):
             yield from content.texts
             read += scanned.text_bytes
 
     with ThreadPoolExecutor(1) as thread:
-        learning = thread.submit(train_bpe, texts(), vocab_size)
+        is_large = sum(scanned.text_bytes for scanned in pieces) > SMALL_BYTES
+        if is_large and pattern == "gpt2" and not fast.why_not():
+            learning = thread.submit(_learn_fast, texts, vocab_size, directory)
+        else:
+            learning = thread.submit(train_bpe, texts(), vocab_size, PATTERNS[pattern])
         while not wait([learning], timeout=PROGRESS_SECONDS).done:
-            now = read
+            now = max(read, reported)
             yield now - reported
             reported = now
         yield learning.result().to_json()
+
+
+def _learn_fast(texts: Callable[[], Iterator[str]], vocab_size: int, directory: Path) -> BpeTokenizer:
+    try:
+        return fast.train(texts, vocab_size, directory)
+    except fast.UnlikeError as error:
+        report.say(f"learning with Hugging Face tokenizers, not gigatoken: {error}")
+        return train_bpe(texts(), vocab_size)

@@ -6,7 +6,7 @@ the end-of-text id: a literal "<|endoftext|>" in a text is ordinary text.
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,33 +14,32 @@ import numpy.typing as npt
 from distgpt.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
-MAX_VOCAB_SIZE = 65_536
+MAX_VOCAB_SIZE = 2**20
 
-Tokens = npt.NDArray[np.uint16]
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
 
 
 class Tokenizer(ABC):
     """Encodes text as ids below `vocab_size`. `table` holds the bytes of each id, end-of-text included.
 
-    `notes` tell the user which settings of its file are not applied, or are missing.
+    `dtype` is that of ids: uint16, or uint32 for a vocabulary of more than 65,536. `notes` tell the user which settings
+    of its file are not applied, or are missing.
     """
 
     kind: str
+    # A text that is encoded in pieces may get other ids, or be cut within a token.
+    needs_whole_text = False
     notes: Sequence[str] = ()
 
     def __init__(self, table: Sequence[bytes], eot_id: int | None) -> None:
-        if len(table) > MAX_VOCAB_SIZE:
-            raise DataError(
-                f"the vocabulary of {len(table):,} ids does not fit the 65,536 of a uint16 token: "
-                f"use --tokenizer bytes, or bpe with a --vocab-size of at most 65536"
-            )
         self.vocab_size = len(table)
+        self.dtype: np.dtype[np.unsignedinteger[Any]] = np.dtype("<u2" if len(table) <= 2**16 else "<u4")
         self.eot_id = eot_id
         self._table = list(table)
 
     @abstractmethod
     def encode(self, text: str) -> Tokens:
-        """Return the ids of `text`, uint16 (n,). Raises DataError for a character that the vocabulary lacks."""
+        """Return the ids of `text`, (n,) of `dtype`. Raises DataError for a character that the vocabulary lacks."""
 
     @abstractmethod
     def to_json(self) -> str:
@@ -61,6 +60,10 @@ class Tokenizer(ABC):
     def decode(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> str:
         """Return the text of these ids; bytes that are not UTF-8 become U+FFFD. Raises DataError."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def token_texts(self) -> list[str]:
+        """Return the text of each token; bytes that are not UTF-8 become U+FFFD."""
+        return [token.decode("utf-8", errors="replace") for token in self._table]
 
     def check(self, text: str) -> None:
         """Raise DataError if the ids of `text` do not decode to it, or the library of the format gives other ids."""

@@ -1,16 +1,16 @@
-"""Byte-level BPE with GPT-2's pattern."""
+"""Byte-level BPE with a known pattern."""
 
-import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import takewhile
 from typing import Any, Self
 
 import numpy as np
+import orjson
 
 from distgpt.corpus.tokenizer import huggingface
-from distgpt.corpus.tokenizer.base import END_OF_TEXT, Tokenizer, Tokens, describe
-from distgpt.corpus.tokenizer.huggingface import GPT2_PATTERN, UNICODE_TO_BYTE, compact_json, parents, to_bytes
+from distgpt.corpus.tokenizer.base import END_OF_TEXT, Tokenizer, Tokens
+from distgpt.corpus.tokenizer.huggingface import GPT2_PATTERN, UNICODE_TO_BYTE, to_bytes
 from distgpt.errors import DataError
 
 LONGEST_WORD = 2048
@@ -27,19 +27,23 @@ class BpeTokenizer(Tokenizer):
     kind = "bpe"
 
     def __init__(self, text: str) -> None:
-        content = json.loads(text)
-        model = huggingface.checked_model(content)
+        content = orjson.loads(text)
+        model = content["model"]
+        if not set(UNICODE_TO_BYTE) <= set(model["vocab"]):
+            raise DataError("the vocabulary lacks some of the 256 single bytes")
+        self.pattern = huggingface.pattern_of(content)
+        self.needs_whole_text = self.pattern != GPT2_PATTERN
         self._json, self.notes = huggingface.without_unapplied(text, content)
         vocab: dict[str, int] = model["vocab"]
         added: dict[int, str] = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
         table = [b""] * huggingface.size_of_vocabulary([*vocab.values(), *added])
+        self._bytes_of: dict[str, bytes] = {}
         for token, id_ in vocab.items():
-            if id_ not in added:
-                table[id_] = to_bytes(token)
+            if id_ not in added or huggingface.is_byte_level(token):
+                self._bytes_of[token] = table[id_] = to_bytes(token)
         for id_, token in added.items():
             table[id_] = token.encode()
-        eot_ids = [id_ for id_, token in added.items() if token == END_OF_TEXT]
-        super().__init__(table, eot_ids[0] if eot_ids else None)
+        super().__init__(table, huggingface.end_of_text_id(content))
         # Older files write a merge as "a b", newer ones as ["a", "b"].
         self._merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         self._vocab = vocab
@@ -48,7 +52,9 @@ class BpeTokenizer(Tokenizer):
                 raise DataError(f"its merge of {left!r} and {right!r} is not among the tokens of its vocabulary")
         # tiktoken knows a merge by its result, so that it cannot have two merges with one result.
         has_twins = len(self._ranks) != 256 + len(self._merges)
-        self._beyond_ranks = bool(model.get("ignore_merges") or huggingface.applied_tokens(content) or has_twins)
+        # Nor does it have tokens that no merge makes, which a word may be all the same.
+        has_more = bool(model.get("ignore_merges")) and len(vocab.keys() - set(added.values())) > len(self._ranks)
+        self._beyond_ranks = has_twins or has_more or bool(huggingface.applied_tokens(content))
 
     def encode(self, text: str) -> Tokens:
         if self.is_slow:
@@ -66,13 +72,15 @@ class BpeTokenizer(Tokenizer):
         """True if tiktoken might give other ids than these merges."""
         if self._beyond_ranks:
             return True
-        made = (tuple(map(to_bytes, merge)) for merge in self._merges)
-        try:
-            # If every token, encoded by itself, is made of the two parts that its merge names, tiktoken never merges
-            # any other two: up to such a step, the text around a token does not influence it.
-            return any(parents(self._ranks, left + right) != (left, right) for left, right in made)
-        except DataError:
-            return True
+        # If every token, encoded by itself, is made of the two parts that its merge names, tiktoken never merges any
+        # other two: up to such a step, the text around a token does not influence it.
+        made_of: dict[bytes, tuple[bytes, bytes]] = {}
+        for left, right in ((self._bytes_of[left], self._bytes_of[right]) for left, right in self._merges):
+            is_known = all(len(part) == 1 or part in made_of for part in (left, right))
+            if not is_known or not huggingface.is_made_of(self._ranks, made_of, left, right):
+                return True
+            made_of[left + right] = left, right
+        return False
 
     def check(self, text: str) -> None:
         if not self.is_slow:
@@ -93,60 +101,53 @@ class BpeTokenizer(Tokenizer):
     def with_end_of_text(self) -> Self:
         if self.eot_id is not None:
             return self
-        content = json.loads(self._json)
-        flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
         id_ = self._vocab.get(END_OF_TEXT, self.vocab_size)
-        token = {"id": id_, "content": END_OF_TEXT, **flags, "special": True}
-        content["added_tokens"] = [*(content.get("added_tokens") or []), token]
-        return type(self)(compact_json(content))
+        return type(self)(huggingface.with_token(self._json, END_OF_TEXT, id_))
 
     @cached_property
     def _ranks(self) -> dict[bytes, int]:
         """Map token bytes to the priority of the merge that makes them; the 256 single bytes come first."""
         singles = [token for token in self._vocab if token in UNICODE_TO_BYTE]
-        ranks = {to_bytes(token): rank for rank, token in enumerate(sorted(singles, key=self._vocab.__getitem__))}
+        singles.sort(key=self._vocab.__getitem__)
+        ranks = {self._bytes_of[token]: rank for rank, token in enumerate(singles)}
         for left, right in self._merges:
-            ranks.setdefault(to_bytes(left + right), len(ranks))
+            ranks.setdefault(self._bytes_of[left + right], len(ranks))
         return ranks
 
     @cached_property
     def ids_of_ranks(self) -> Tokens:
-        id_of = {to_bytes(token): id_ for token, id_ in self._vocab.items() if huggingface.is_byte_level(token)}
-        return np.array([id_of[token] for token in self._ranks], dtype=np.uint16)
+        id_of = {self._bytes_of[token]: id_ for token, id_ in self._vocab.items() if token in self._bytes_of}
+        return np.array([id_of[token] for token in self._ranks], dtype=self.dtype)
+
+    def json_of_ranks(self) -> str:
+        """Return the tokenizer.json of the same merges with ranks as ids, without any other token."""
+        vocab = {huggingface.to_unicode(token): rank for token, rank in self._ranks.items()}
+        return huggingface.byte_level_json(vocab, self._merges, self.pattern)
 
     @cached_property
     def _encoding(self) -> Any:
         import tiktoken
 
-        return tiktoken.Encoding("distgpt", pat_str=GPT2_PATTERN, mergeable_ranks=self._ranks, special_tokens={})
+        return tiktoken.Encoding("distgpt", pat_str=self.pattern, mergeable_ranks=self._ranks, special_tokens={})
 
     @cached_property
     def _huggingface(self) -> Any:
-        import tokenizers
-
-        try:
-            tokenizer = tokenizers.Tokenizer.from_str(self._json)
-        except Exception as error:  # the package raises no other
-            raise DataError(f"Hugging Face tokenizers cannot read it ({error})") from None
-        tokenizer.encode_special_tokens = True  # as ordinary text
-        return tokenizer
+        return huggingface.load_owner(self._json)
 
     def _encode_slowly(self, text: str) -> Tokens:
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            # Python puts such characters for bytes on the command line that are not UTF-8.
-            raise DataError(f"{describe(text[error.start])} in the text is not a character: it must be UTF-8") from None
-        return np.array(self._huggingface.encode(text, add_special_tokens=False).ids, dtype=np.uint16)
+        return np.array(huggingface.owner_ids(self._huggingface, text), dtype=self.dtype)
 
 
-def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
+def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_PATTERN) -> BpeTokenizer:
     """Learn byte-level BPE of at most `vocab_size` ids from these texts, without an end-of-text id."""
     from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
     from tokenizers import Tokenizer as HuggingFace
 
     tokenizer = HuggingFace(models.BPE())
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    words: Any = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if pattern != GPT2_PATTERN:
+        split = pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        words = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
@@ -156,7 +157,20 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> BpeTokenizer:
     )
     # Learning takes time quadratic in a word's length, which may be a whole line of DNA.
     cut = pre_tokenizers.Split(Regex(f".{{1,{LONGEST_WORD}}}"), behavior="isolated")
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([byte_level, cut])
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([words, cut])
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.pre_tokenizer = byte_level
+    tokenizer.pre_tokenizer = words
+    return BpeTokenizer(tokenizer.to_str())
+
+
+def from_merges(merges: Sequence[tuple[bytes, bytes]]) -> BpeTokenizer:
+    """Return the tokenizer of these merges, with the ids that training gives."""
+    from tokenizers import Tokenizer as HuggingFace
+    from tokenizers import decoders, models, pre_tokenizers
+
+    pairs = [(huggingface.to_unicode(left), huggingface.to_unicode(right)) for left, right in merges]
+    tokens = [*sorted(UNICODE_TO_BYTE), *(left + right for left, right in pairs)]
+    tokenizer = HuggingFace(models.BPE({token: id_ for id_, token in enumerate(tokens)}, pairs))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     return BpeTokenizer(tokenizer.to_str())

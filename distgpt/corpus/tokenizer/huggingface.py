@@ -1,6 +1,6 @@
-"""The vocabulary in Hugging Face's tokenizer.json: which of these files encode as GPT-2 does, and how.
+"""Hugging Face's tokenizer.json: which of these files are byte-level BPE, and what all of them have in common.
 
-A vocabulary is byte-level: each byte of a token is written as a printable character.
+A vocabulary is byte-level if each byte of a token is written as a printable character.
 """
 
 import json
@@ -9,11 +9,30 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-from distgpt.corpus.tokenizer.base import END_OF_TEXT, MAX_VOCAB_SIZE
+from distgpt.corpus.tokenizer.base import END_OF_TEXT, MAX_VOCAB_SIZE, describe
 from distgpt.errors import DataError
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-_OTHER_MODELS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix")
+_OTHER_MODELS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+_GPT4_PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+# The names that models give to the token at the end of a text; the first one found is taken.
+ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
+# How a text is cut into words before tokens are sought in each, by name. Llama 3 took the pattern of GPT-4.
+PATTERNS = {
+    "gpt2": GPT2_PATTERN,
+    "gpt4": _GPT4_PATTERN,
+    "llama3": _GPT4_PATTERN,
+    "gpt4o": (
+        rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+{_SUFFIX}|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*{_SUFFIX}"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+    "qwen": _GPT4_PATTERN.replace("{1,3}", ""),
+}
 
 
 def _byte_to_unicode() -> dict[int, str]:
@@ -24,6 +43,10 @@ def _byte_to_unicode() -> dict[int, str]:
 
 BYTE_TO_UNICODE = _byte_to_unicode()
 UNICODE_TO_BYTE = {character: value for value, character in BYTE_TO_UNICODE.items()}
+_NO_BYTE = "\uffff"
+_TO_LATIN = dict.fromkeys(range(256), _NO_BYTE) | {
+    ord(character): chr(value) for character, value in UNICODE_TO_BYTE.items()
+}
 
 
 def to_unicode(token: bytes) -> str:
@@ -33,9 +56,12 @@ def to_unicode(token: bytes) -> str:
 
 def to_bytes(token: str) -> bytes:
     """Return the bytes of a token of tokenizer.json. Raises DataError if it is not byte-level."""
-    if not is_byte_level(token):
-        raise DataError(f"token {token!r} is not made of GPT-2's byte characters: only byte-level BPE can be read")
-    return bytes(map(UNICODE_TO_BYTE.__getitem__, token))
+    try:
+        return token.translate(_TO_LATIN).encode("latin-1")
+    except UnicodeEncodeError:
+        raise DataError(
+            f"token {token!r} is not made of GPT-2's byte characters: only byte-level BPE can be read"
+        ) from None
 
 
 def is_byte_level(token: str) -> bool:
@@ -55,35 +81,69 @@ def parents(ranks: Mapping[bytes, int], token: bytes) -> tuple[bytes, bytes]:
     return parts[0], parts[1]
 
 
-def checked_model(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the BPE model of a tokenizer.json that encodes as GPT-2 does. Raises DataError for another one."""
-    model: dict[str, Any] = content.get("model") or {}
-    pre = content.get("pre_tokenizer") or {}
-    is_plain = not content.get("normalizer") and not any(map(model.get, _OTHER_MODELS))
-    is_byte_level = pre.get("type") == "ByteLevel" and not pre.get("add_prefix_space") and pre.get("use_regex", True)
+def is_made_of(
+    ranks: Mapping[bytes, int], made_of: Mapping[bytes, tuple[bytes, bytes]], left: bytes, right: bytes
+) -> bool:
+    """Return True if merging by rank makes `left + right` of these two tokens, which are made of `made_of` in turn.
+
+    Merges are undone from both sides of the border between the two, the latest first. No pair across the border may
+    have an earlier rank. This is `is_valid_token_pair` of the crate `bpe` in github/rust-gems.
+    """
+    limit = ranks[left + right]
+    while ranks.get(left + right, limit) >= limit:
+        if len(left) > 1 and ranks[left] > ranks[right]:
+            limit, left = ranks[left], made_of[left][1]
+        elif len(right) > 1:
+            limit, right = ranks[right] + 1, made_of[right][0]
+        else:
+            return True
+    return False
+
+
+def pattern_of(content: Mapping[str, Any]) -> str:
+    """Return the pattern that cuts a text into words, of a tokenizer.json for byte-level BPE that `bpe` encodes.
+
+    Returns "" for all other files.
+    """
+    model = content.get("model") or {}
     # Files of 2020, as GPT-2's own, do not name the type.
     is_bpe = model.get("type", "BPE" if "merges" in model else "") == "BPE"
-    if not is_bpe or not is_byte_level or not is_plain:
-        raise DataError(
-            "only byte-level BPE with GPT-2's pattern can be read from a Hugging Face tokenizer.json (a ByteLevel "
-            "pre-tokenizer without prefix space, no normalizer, dropout, prefix or suffix)"
-        )
-    if not set(UNICODE_TO_BYTE) <= set(model["vocab"]):
-        raise DataError("the vocabulary lacks some of the 256 single bytes")
+    if not is_bpe or content.get("normalizer") or any(map(model.get, _OTHER_MODELS)):
+        return ""
     for token in applied_tokens(content):
         # Long texts are cut before a space or a newline, and decoding must give every text back whole.
         if token.get("lstrip") or token.get("rstrip") or re.search(r"\S[ \n]", token["content"]):
-            raise DataError(
-                f"its added token {token['content']!r} includes the spaces around it or has one after another "
-                f"character: such tokens cannot be read"
-            )
-    return model
+            return ""
+    pre = content.get("pre_tokenizer") or {}
+    first, *others = pre.get("pretokenizers") or [None]
+    if first is None:
+        return GPT2_PATTERN if _is_byte_level(pre, use_regex=True) else ""
+    if first.get("type") != "Split" or first.get("behavior") != "Isolated" or first.get("invert"):
+        return ""
+    pattern: str = (first.get("pattern") or {}).get("Regex", "")
+    is_known = pattern in PATTERNS.values() and len(others) == 1 and _is_byte_level(others[0], use_regex=False)
+    return pattern if is_known else ""
+
+
+def _is_byte_level(pre: Mapping[str, Any], *, use_regex: bool) -> bool:
+    is_plain = not pre.get("add_prefix_space") and pre.get("use_regex", True) == use_regex
+    return pre.get("type") == "ByteLevel" and is_plain
 
 
 def applied_tokens(content: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the added tokens that are searched in a text: those that are not special."""
     added = content.get("added_tokens") or []
     return [token for token in added if not token.get("special") and token["content"] != END_OF_TEXT]
+
+
+def end_of_text_id(content: Mapping[str, Any]) -> int | None:
+    """Return the id of the token that ends a text; None if there is none of a known name.
+
+    With GPT-2's pattern it has GPT-2's name.
+    """
+    names = ENDS if pattern_of(content) != GPT2_PATTERN else (END_OF_TEXT,)
+    ids = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
+    return next((ids[name] for name in names if name in ids), None)
 
 
 def without_unapplied(text: str, content: dict[str, Any]) -> tuple[str, list[str]]:
@@ -105,7 +165,7 @@ def size_of_vocabulary(ids: Sequence[int]) -> int:
     """Return the size of a vocabulary of these ids. Raises DataError for ids that no token can have."""
     if min(ids) < 0 or max(ids) >= MAX_VOCAB_SIZE:
         raise DataError(
-            f"its ids go from {min(ids):,} to {max(ids):,}, and a uint16 token holds 0 to {MAX_VOCAB_SIZE - 1:,}: "
+            f"its ids go from {min(ids):,} to {max(ids):,}, and distgpt reads 0 to {MAX_VOCAB_SIZE - 1:,}: "
             f"use another tokenizer, or --tokenizer bpe"
         )
     return max(ids) + 1
@@ -114,3 +174,59 @@ def size_of_vocabulary(ids: Sequence[int]) -> int:
 def compact_json(content: Mapping[str, Any]) -> str:
     """Return a tokenizer.json as Hugging Face tokenizers writes it, on one line."""
     return json.dumps(content, ensure_ascii=False, separators=(",", ":"))
+
+
+def byte_level_json(vocab: Mapping[str, int], merges: Sequence[Sequence[str]], pattern: str) -> str:
+    """Return the tokenizer.json of a byte-level BPE with this pattern."""
+    byte_level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
+    pre: dict[str, Any] = byte_level
+    if pattern != GPT2_PATTERN:
+        split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
+        pre = {"type": "Sequence", "pretokenizers": [split, {**byte_level, "use_regex": False}]}
+    return compact_json(
+        {
+            "version": "1.0",
+            "added_tokens": [],
+            "normalizer": None,
+            "pre_tokenizer": pre,
+            "post_processor": None,
+            "decoder": byte_level,
+            "model": {"type": "BPE", "vocab": vocab, "merges": merges},
+        }
+    )
+
+
+def load_owner(text: str) -> Any:
+    """Return the tokenizer of Hugging Face tokenizers; special tokens in a text are ordinary text. Raises DataError."""
+    import tokenizers
+
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Exception as error:  # the package raises no other
+        raise DataError(f"Hugging Face tokenizers cannot read it ({error})") from None
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def check_utf8(text: str) -> None:
+    """Raise DataError for a text that has no UTF-8."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        # Python puts such characters for bytes on the command line that are not UTF-8.
+        raise DataError(f"{describe(text[error.start])} in the text is not a character: it must be UTF-8") from None
+
+
+def owner_ids(owner: Any, text: str) -> list[int]:
+    """Return the ids that Hugging Face tokenizers gives. Raises DataError for what is not UTF-8."""
+    check_utf8(text)
+    ids: list[int] = owner.encode(text, add_special_tokens=False).ids
+    return ids
+
+
+def with_token(text: str, content: str, id_: int) -> str:
+    """Return a tokenizer.json with one more special token."""
+    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
+    known = json.loads(text)
+    added = [*(known.get("added_tokens") or []), {"id": id_, "content": content, **flags, "special": True}]
+    return compact_json({**known, "added_tokens": added})

@@ -8,12 +8,19 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from distgpt.corpus.tokenizer.base import MAX_VOCAB_SIZE, Tokenizer
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer
 from distgpt.corpus.tokenizer.exported import characters_from
-from distgpt.corpus.tokenizer.huggingface import compact_json, parents, to_unicode
+from distgpt.corpus.tokenizer.huggingface import (
+    GPT2_PATTERN,
+    PATTERNS,
+    byte_level_json,
+    parents,
+    pattern_of,
+    to_unicode,
+)
+from distgpt.corpus.tokenizer.owner import OwnerTokenizer, SentencePieceTokenizer
 from distgpt.corpus.tokenizer.simple import FORMAT, simple_from_json
 from distgpt.errors import DataError, StorageError, UsageError
 
@@ -24,12 +31,15 @@ GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # Parts of the suffixes 'll, 've and 're, which are one word only when whole.
 _PARTS_OF_SUFFIXES = ("'l", "'v", "'r")
 
+# Of the tokens of a vocabulary.
+FEW = 0.01
 
-def load_tokenizer(path: Path) -> Tokenizer:
+
+def load_tokenizer(path: Path, pattern: str = "") -> Tokenizer:
     """Load the tokenizer in this file, or in the tokenizer.json of this directory.
 
-    Reads distgpt's own JSON, Hugging Face's tokenizer.json (byte-level BPE with GPT-2's pattern) and .tiktoken files.
-    Raises DataError for anything else.
+    Reads distgpt's own JSON, Hugging Face's tokenizer.json, SentencePiece's .model and .tiktoken files, the words of
+    which `pattern` names. Raises DataError for anything else.
     """
     path = path / FILE_NAME if path.is_dir() else path
     try:
@@ -37,7 +47,11 @@ def load_tokenizer(path: Path) -> Tokenizer:
     except OSError as error:
         raise DataError(f"cannot read the tokenizer {path}: {error.strerror}") from None
     try:
-        return _from_tiktoken(raw) if path.suffix == ".tiktoken" else tokenizer_from_json(raw.decode())
+        if path.suffix == ".tiktoken":
+            return _from_tiktoken(raw, pattern)
+        if path.suffix == ".model":
+            return SentencePieceTokenizer(raw, end_of_text=False)
+        return tokenizer_from_json(raw.decode())
     except DataError as error:
         raise DataError(f"{path}: {error}") from None
     except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError) as error:
@@ -47,21 +61,27 @@ def load_tokenizer(path: Path) -> Tokenizer:
 def tokenizer_from_json(text: str) -> Tokenizer:
     """Return the tokenizer whose `to_json` this is. Raises DataError, or ValueError, KeyError, TypeError: bad JSON."""
     content = json.loads(text)
+    if content.get("format") == FORMAT and content.get("kind") == SentencePieceTokenizer.kind:
+        model = base64.b64decode(content["model"])
+        return SentencePieceTokenizer(model, end_of_text=bool(content["end_of_text"]))
     if content.get("format") == FORMAT:
         return simple_from_json(content)
-    return characters_from(content) or BpeTokenizer(text)
+    if characters := characters_from(content):
+        return characters
+    return BpeTokenizer(text) if pattern_of(content) else OwnerTokenizer(text)
 
 
-def given_tokenizer(name: str) -> Tokenizer | None:
+def given_tokenizer(name: str, pattern: str = "") -> Tokenizer | None:
     """Return the tokenizer in the file that `--tokenizer name` means; None for char, bytes, bpe and gpt2.
 
-    Raises UsageError if there is no such file, DataError as `load_tokenizer` does.
+    `pattern` is the name of that of a .tiktoken file. Raises UsageError if there is no such file, DataError as
+    `load_tokenizer` does.
     """
     if name in ("char", "bytes", "bpe", "gpt2"):
         return None
     if not Path(name).exists():
         raise UsageError(f"--tokenizer {name} is neither char, bytes, bpe or gpt2 nor a file that exists")
-    return load_tokenizer(Path(name))
+    return load_tokenizer(Path(name), pattern)
 
 
 def gpt2() -> BpeTokenizer:
@@ -78,52 +98,48 @@ def gpt2() -> BpeTokenizer:
             f"store it as {name} in the directory that TIKTOKEN_CACHE_DIR names ({cache or 'not set'}), "
             f"or pass the file itself: --tokenizer r50k_base.tiktoken"
         ) from None
-    return _from_ranks(ranks)
+    return _from_ranks(ranks, GPT2_PATTERN)
 
 
-def _from_tiktoken(raw: bytes) -> BpeTokenizer:
+def _from_tiktoken(raw: bytes, pattern: str) -> BpeTokenizer:
     """Return the tokenizer of a .tiktoken file, which does not tell how to split text into words. Raises DataError."""
-    tokenizer = _from_ranks(_parse_ranks(raw))
+    tokenizer = _from_ranks(_parse_ranks(raw), PATTERNS[pattern or "gpt2"])
     if hashlib.sha256(raw).hexdigest() != GPT2_SHA256:
-        _check_words(tokenizer)
-        tokenizer.notes = ["a .tiktoken file does not say how it splits a text into words: using GPT-2's pattern"]
+        _check_words(tokenizer, pattern)
+        if not pattern:
+            tokenizer.notes = ["a .tiktoken file does not say how it splits a text into words: using GPT-2's pattern"]
     return tokenizer
 
 
-def _from_ranks(ranks: Mapping[bytes, int]) -> BpeTokenizer:
+def _from_ranks(ranks: Mapping[bytes, int], pattern: str) -> BpeTokenizer:
     """Return the tokenizer of a tiktoken vocabulary, with end-of-text as the id after its last. Raises DataError."""
     if sorted(ranks.values()) != list(range(len(ranks))) or not all(bytes([value]) in ranks for value in range(256)):
         raise DataError("the ranks of a .tiktoken file must be 0, 1, 2, ... and cover all 256 bytes")
     if len(ranks) >= MAX_VOCAB_SIZE:
-        raise DataError(f"its {len(ranks):,} tokens and end-of-text do not fit the 65,536 ids of a uint16 token")
+        raise DataError(f"it has {len(ranks):,} tokens, and distgpt reads at most {MAX_VOCAB_SIZE - 1:,}")
     merges = [parents(ranks, token) for token in sorted(ranks, key=ranks.__getitem__) if len(token) > 1]
-    byte_level = {"add_prefix_space": False, "trim_offsets": True, "use_regex": True}
-    content: dict[str, Any] = {
-        "version": "1.0",
-        "added_tokens": [],
-        "normalizer": None,
-        "pre_tokenizer": {"type": "ByteLevel", **byte_level},
-        "post_processor": None,
-        "decoder": {"type": "ByteLevel", **byte_level},
-        "model": {
-            "type": "BPE",
-            "vocab": {to_unicode(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])},
-            "merges": [[to_unicode(left), to_unicode(right)] for left, right in merges],
-        },
-    }
-    return BpeTokenizer(compact_json(content)).with_end_of_text()
+    vocab = {to_unicode(token): rank for token, rank in sorted(ranks.items(), key=lambda item: item[1])}
+    content = byte_level_json(vocab, [[to_unicode(left), to_unicode(right)] for left, right in merges], pattern)
+    return BpeTokenizer(content).with_end_of_text()
 
 
-def _check_words(tokenizer: BpeTokenizer) -> None:
-    """Raise DataError if a token is not part of a word of GPT-2's pattern: it was made with another pattern."""
+def _check_words(tokenizer: BpeTokenizer, pattern: str) -> None:
+    """Raise DataError if tokens are not parts of words of this pattern: the file was made with another one.
+
+    Where the pattern is named, a few may be: a suffix that a pattern adds to a word is one only when whole.
+    """
+    wrong = []
     for id_ in range(tokenizer.vocab_size):
         with contextlib.suppress(UnicodeDecodeError):  # a part of a character, which the pattern does not concern
             token = tokenizer.decode_bytes([id_]).decode()
             if id_ != tokenizer.eot_id and token not in _PARTS_OF_SUFFIXES and tokenizer.encode(token).size != 1:
-                raise DataError(
-                    f"token {id_}, {token!r}, spans several words of GPT-2's pattern: the file was made for another "
-                    f"pattern, which distgpt does not read; use --tokenizer bpe to learn a vocabulary"
-                )
+                wrong.append((id_, token))
+    if len(wrong) > (FEW * tokenizer.vocab_size if pattern else 0):
+        id_, token = wrong[0]
+        raise DataError(
+            f"token {id_}, {token!r}, spans several words of the pattern {pattern or 'gpt2'}: the file was made for "
+            f"another one; name it with --bpe-pattern {'|'.join(PATTERNS)}"
+        )
 
 
 def _parse_ranks(raw: bytes) -> dict[bytes, int]:

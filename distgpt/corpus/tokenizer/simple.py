@@ -32,17 +32,17 @@ class CharTokenizer(Tokenizer):
             narrow = text.encode("ascii").translate(self._ascii_ids)
             if b"\xff" in narrow:
                 raise self._unknown(text[narrow.index(b"\xff")])
-            return np.frombuffer(narrow, dtype=np.uint8).astype(np.uint16)
+            return np.frombuffer(narrow, dtype=np.uint8).astype(self.dtype)
         codes = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), dtype="<u4")
         ids = self._ids[codes]
         if ids.min() < 0:
             raise self._unknown(text[int(np.argmax(ids < 0))])
-        tokens: Tokens = ids.astype(np.uint16)
+        tokens: Tokens = ids.astype(self.dtype)
         return tokens
 
     def to_json(self) -> str:
         content = {"kind": self.kind, "characters": self.characters, "end_of_text": self.eot_id is not None}
-        return _to_json(content)
+        return saved_json(content)
 
     def with_end_of_text(self) -> Self:
         return self if self.eot_id is not None else type(self)(self.characters, end_of_text=True)
@@ -79,7 +79,7 @@ class ByteTokenizer(Tokenizer):
         return np.frombuffer(text.encode("utf-8", "surrogateescape"), dtype=np.uint8).astype(np.uint16)
 
     def to_json(self) -> str:
-        return _to_json({"kind": self.kind, "end_of_text": self.eot_id is not None})
+        return saved_json({"kind": self.kind, "end_of_text": self.eot_id is not None})
 
     def with_end_of_text(self) -> Self:
         return self if self.eot_id is not None else type(self)(end_of_text=True)
@@ -97,5 +97,6 @@ def simple_from_json(content: Mapping[str, Any]) -> Tokenizer:
     raise DataError(f"unknown tokenizer kind {content['kind']!r}")
 
 
-def _to_json(content: Mapping[str, Any]) -> str:
+def saved_json(content: Mapping[str, Any]) -> str:
+    """Return the content of a tokenizer.json of distgpt's own."""
     return json.dumps({"format": FORMAT, "version": VERSION, **content}, indent=1) + "\n"
