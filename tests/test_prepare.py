@@ -711,7 +711,11 @@ def test_a_damaged_dataset_is_an_error_for_prepare_and_verify(prepare: Run, tmp_
         (["--input", "good.txt", "--output", "out", "--val-fraction", "1"], 2, "--val-fraction is 1.0"),
         (["--input", "good.txt", "--output", "out", "--workers", "0"], 2, "--workers is 0"),
         (["--input", "good.txt", "--output", "out", "--vocab-size", "500"], 2, "belongs to --tokenizer bpe"),
-        (["--input", "good.txt", "--output", "out", "--tokenizer", "bpe", "--vocab-size", "70000"], 2, "at most 65536"),
+        (
+            ["--input", "good.txt", "--output", "out", "--tokenizer", "bpe", "--vocab-size", "1048577"],
+            2,
+            "at most 1048576",
+        ),
         (["--input", "good.txt", "--output", "out", "--tokenizer", "bpe", "--vocab-size", "0"], 2, "at least 257"),
         (["--input", "", "--output", "out"], 2, "an --input is empty"),
         (["--input", "pipes", "--output", "out"], 2, "pipes/one.txt is neither a file nor a folder"),
@@ -727,7 +731,6 @@ def test_a_damaged_dataset_is_an_error_for_prepare_and_verify(prepare: Run, tmp_
         (["--input", "key.jsonl", "--output", "out"], 65, "key.jsonl, line 1: no key 'text'"),
         (["--input", "letter.txt", "--output", "out"], 65, "single token"),
         (["--input", "same.jsonl", "--output", "out"], 65, "the same text"),
-        (["--input", "many.txt", "--output", "out"], 65, "65,600 ids does not fit"),
         (["--input", "good.txt", "--output", "good.txt"], 65, "names no file but the output: good.txt"),
         (["--input", "letter.txt", "--output", "good.txt"], 73, "good.txt exists and is not a whole dataset"),
         (["--input", "good.txt", "--output", "good.txt/out"], 73, "cannot write"),
@@ -750,7 +753,6 @@ def test_bad_input_is_an_error_of_one_line_and_leaves_nothing(
         "key.jsonl": b'{"body": "a"}\n',
         "letter.txt": b"a",
         "same.jsonl": b'{"text": "a"}\n' * 3,
-        "many.txt": "".join(map(chr, range(0x10000, 0x10000 + 65_600))).encode(),
     }.items():
         (tmp_path / name).write_bytes(content)
     before = sorted(tmp_path.rglob("*"))
