@@ -140,11 +140,13 @@ def side_processes(side: str, shape: Shape, clock: str) -> Iterator[list["subpro
         port = str(listener.getsockname()[1])
     command = [sys.executable, __file__, "--side", side, "--shape", json.dumps(asdict(shape)), "--clock", clock]
     place = {"WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    # Found also where PYTHONSAFEPATH is set.
+    modules = {"PYTHONPATH": str(Path(__file__).parent)}
     threads = {"OMP_NUM_THREADS": str(1 if clock == "cpu" else max(1, available_cpus() // count))}
     with ExitStack() as stack:
         ranks = []
         for number in map(str, range(count)):
-            variables = {**os.environ, **place, **threads, "RANK": number, "LOCAL_RANK": number}
+            variables = {**os.environ, **modules, **place, **threads, "RANK": number, "LOCAL_RANK": number}
             process = subprocess.Popen(command, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
             ranks.append(stack.enter_context(process))
         yield ranks

@@ -2,6 +2,7 @@
 
 import random
 import signal
+import string
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -105,7 +106,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     draw = random.Random(0)
     syllables = [a + b for a in "bdfgklmnprst" for b in "aeiou"]
     words = ["".join(draw.choices(syllables, k=draw.randint(1, 3))) for _ in range(200_000)]
-    path.write_text(" ".join(words))
+    path.write_text(" ".join([string.ascii_letters, *words, "\n"]))
     return path
 
 

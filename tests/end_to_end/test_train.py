@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distgpt.config import resolve
 from distgpt.corpus.shards import open_dataset
+from distgpt.units import ranks_text
 from tests import jobs
 from tests.end_to_end.conftest import ARGUMENTS, RANKS, Trained, tiny
 from tests.once import made_once
@@ -95,10 +96,10 @@ def test_the_console_shows_progress_and_stderr_stays_empty(whole: Callable[[str]
     ended = whole(strategy).ended
     assert ended.stderr == ""
     lines = ended.stdout.splitlines()
-    accumulation = 4 // RANKS[strategy]
+    ranks, accumulation = ranks_text(RANKS[strategy]), 4 // RANKS[strategy]
     for fact in (
         *(" tokens, vocabulary ", " parameters, computes in float32", f"devices   {RANKS[strategy]} x cpu ("),
-        f"batch     8 sequences of 16 tokens = {RANKS[strategy]} ranks x 2 x {accumulation} accumulation steps",
+        f"batch     8 sequences of 16 tokens = {ranks} x 2 x {accumulation} accumulation steps",
         *(f"strategy  {strategy}, ", f"starting in {whole(strategy).run}"),
     ):
         assert fact in ended.stdout

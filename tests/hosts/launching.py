@@ -11,10 +11,13 @@ class HostJob(jobs.Job):
     """A job that can be read slowly, so that it waits to print and does not end before something else has happened."""
 
     def read_slowly_until(self, text: str, *, times: int = 1) -> None:
-        """Read its stdout, about a step a second, until `text` has appeared so many times."""
+        """Read its stdout, about four steps a second, until `text` has appeared so many times.
+
+        A full pipe is empty after ten seconds, and takes nothing before: the job waits no longer for it than SHORT_TIMEOUTS.
+        """
         while self._output.count(text.encode()) < times:
             assert self._read(), f"the job ended before it printed {text!r}\n{self.finish()}"
-            time.sleep(0.5)
+            time.sleep(0.15)
 
 
 def multinode(

@@ -20,13 +20,15 @@ from tests.hosts.launching import multinode
 from tests.hosts.network import Network
 from tests.once import made_once
 
+# A host that joins takes half a minute on a busy machine, and a job that is read slowly takes four steps a second.
+STEPS = 300
 # Divides over 1, 2, 3 and 6 ranks, in the same micro-batches. GELU: sums over other numbers of
 # ranks differ in the last bit, which at the kink of a ReLU can become a large difference.
 SHAPE = (
     "--model.mlp=gelu",
     *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=16", "--model.dropout=0.1"),
-    *("--train.global_batch=12", "--train.micro_batch=2", "--train.steps=120", "--train.dtype=float32"),
-    *("--optim.lr=1e-3", "--optim.grad_clip=1.0", "--eval.every=60", "--eval.sequences=30", "--eval.sample_tokens=0"),
+    *("--train.global_batch=12", "--train.micro_batch=2", f"--train.steps={STEPS}", "--train.dtype=float32"),
+    *("--optim.lr=1e-3", "--optim.grad_clip=1.0", "--eval.every=100", "--eval.sequences=30", "--eval.sample_tokens=0"),
     *("--checkpoint.every=10", "--log.every=1"),
 )
 # For tests that cut the network: a cut is noticed soon. Other tests keep the defaults, so that no machine is too slow.
@@ -173,7 +175,7 @@ def test_another_job_at_the_same_head_is_left_out(
     hosts, run = make_network(3), tmp_path / "run"
     arguments, settings = [*SHAPE, f"--data.path={prepared}"], {"head": "n2", "nodes": "2:3", **jobs.FORKED_LAUNCHER}
     running = multinode(hosts, [*arguments, f"--run.dir={run}"], on=["n1", "n2"], **settings)
-    running["n1"].read_until("step  20/120")
+    running["n1"].read_until(f"step  20/{STEPS}")
     others = [*arguments, f"--run.dir={tmp_path / 'other'}"]
     other_job = multinode(hosts, others, on=["n3"], **settings, JOIN_SECONDS="3", TRIES="1")["n3"]
     with ThreadPoolExecutor(1) as pool:
@@ -181,7 +183,7 @@ def test_another_job_at_the_same_head_is_left_out(
         # Go on reading the first job, which waits for its reader: it could let the other host in only after a step.
         steps = itertools.count(21)
         while not ending.done():
-            running["n1"].read_slowly_until(f"step {next(steps):3}/120")
+            running["n1"].read_slowly_until(f"step {next(steps):3}/{STEPS}")
     endings = finish(running)
     assert ending.result().code == 75, ending.result()
     assert "2 hosts did not meet at n2 within 3 s: do all of them have the same run.dir" in ending.result().stderr
@@ -238,8 +240,11 @@ def test_a_host_is_cut_off_for_good(
     """Cut off the most important host: rank 0, which writes and holds the lock, runs on n1, the lowest address."""
     hosts, run = make_network(3), tmp_path / "run"
     arguments = [*SHAPE, *SHORT_TIMEOUTS, f"--data.path={prepared}", f"--run.dir={run}"]
-    running = multinode(hosts, arguments, head="n2", nodes="2:3", **jobs.FORKED_LAUNCHER)
-    running["n1"].read_until("step  20/120")
+    settings = {"head": "n2", "nodes": "2:3", **jobs.FORKED_LAUNCHER}
+    running = multinode(hosts, arguments, on=["n1", "n2"], **settings)
+    running["n1"].read_until("= 2 ranks")
+    running |= multinode(hosts, arguments, on=["n3"], **settings)
+    running["n1"].read_slowly_until("= 3 ranks")
     assert owner(run) == "n1"
 
     hosts.cut("n1")
@@ -266,12 +271,12 @@ def test_a_link_that_heals(make_network: MakeNetwork, prepared: Path, tmp_path: 
     running = multinode(
         hosts, [*SHAPE, *SHORT_TIMEOUTS, f"--data.path={prepared}", f"--run.dir={run}"], **jobs.FORKED_LAUNCHER
     )
-    running["n1"].read_until("step  20/120")
+    running["n1"].read_until(f"step  20/{STEPS}")
     first = hosts.ranks("n1")
     hosts.cut("n2")
     time.sleep(3)
     hosts.heal("n2")
-    running["n1"].read_until("step  60/120")
+    running["n1"].read_until(f"step  60/{STEPS}")
     assert hosts.ranks("n1") == first
     hosts.cut("n2")
     with ThreadPoolExecutor(1) as pool:

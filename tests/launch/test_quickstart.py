@@ -18,7 +18,6 @@ def test_from_nothing_to_a_sample_and_again(tmp_path: Path) -> None:
     assert (tmp_path / "data" / "stdlib" / "meta.json").exists()
     _, _, written = first.stdout.partition("--- what it writes ---\n")
     assert written.startswith("def ")
-    assert len(written) > 400
     assert f"\nloss curve: {run}/plots/loss.png\n" in written
     picture = tmp_path / run / "plots" / "loss.png"
     assert picture.read_bytes().startswith(b"\x89PNG")

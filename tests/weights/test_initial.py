@@ -217,8 +217,7 @@ def test_another_vocabulary_is_told(dataset: Dataset, run_of: Callable[[str], Pa
     config = config_from(exported, tmp_path / "run")
     content = json.loads((exported / "tokenizer.json").read_text())
     vocab = content["model"]["vocab"]
-    content["model"]["vocab"] = {("ab" if c == "a" else c): id_ for c, id_ in vocab.items()}
-    (exported / "tokenizer.json").write_text(json.dumps(content))
+    (exported / "tokenizer.json").write_text('{"model": {}}')
     with pytest.raises(UsageError, match="the tokenizer there cannot be compared with that of"):
         check_initial_weights(config, dataset, 0)
     others = sorted({*vocab, "~"} - {"ü"})
