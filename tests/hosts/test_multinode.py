@@ -227,6 +227,7 @@ def test_a_host_joins_is_lost_and_comes_back(
     running["n1"].read_until(two)
     running |= multinode(hosts, arguments, on=["n3"], **settings)
     running["n1"].read_slowly_until(three)
+    running["n1"].read_two_steps()
     hosts.cut("n3")
     running["n1"].read_slowly_until(two, times=2)
     hosts.heal("n3")
@@ -245,6 +246,7 @@ def test_a_host_is_cut_off_for_good(
     running["n1"].read_until("= 2 ranks")
     running |= multinode(hosts, arguments, on=["n3"], **settings)
     running["n1"].read_slowly_until("= 3 ranks")
+    running["n1"].read_two_steps()
     assert owner(run) == "n1"
 
     hosts.cut("n1")
