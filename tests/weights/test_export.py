@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-import distgpt.export
+from distgpt.checkpoint.choice import choose
 from distgpt.checkpoint.reader import load_for_inference, read_tensors
 from distgpt.cli import export_options
 from distgpt.config import resolve
@@ -167,15 +167,14 @@ def test_an_export_does_not_replace_one_that_ends_while_it_runs(
     run_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run, output = run_of("llama"), tmp_path / "exported"
-    choose = distgpt.export.choose
 
     def choose_late(path: Path, which: str) -> Path:
-        monkeypatch.setattr(distgpt.export, "choose", choose)
+        monkeypatch.setattr("distgpt.export.choose", choose)
         with pytest.raises(DirectoryError, match="another process is preparing"):
             export(run, output)
         return choose(path, which)
 
-    monkeypatch.setattr(distgpt.export, "choose", choose_late)
+    monkeypatch.setattr("distgpt.export.choose", choose_late)
     export(run, output)
     assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
