@@ -10,8 +10,9 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+from distgpt.checkpoint.compatibility import as_trained
 from distgpt.checkpoint.reader import load_for_inference
-from distgpt.config import ParallelConfig, from_dict
+from distgpt.config import ParallelConfig
 from distgpt.distributed.plan import make_plan
 from distgpt.distributed.process_group import process_group
 from distgpt.distributed.runtime import only_rank
@@ -25,7 +26,7 @@ def main(arguments: argparse.Namespace) -> None:
     runtime = only_rank("evaluate")
     with process_group(runtime, timeout=0):
         model, tokenizer, state = load_for_inference(Path(arguments.run), runtime.device, arguments.checkpoint)
-        config = from_dict(state.config, source=arguments.run)
+        config = as_trained(state)
         fingerprint = None if arguments.data else state.data_fingerprint
         dataset = open_data_of_run(config.data.path, arguments.data, fingerprint=fingerprint)
         if dataset.meta["tokenizer"]["sha256"] != state.tokenizer_sha256:

@@ -34,17 +34,20 @@ EXPORTED = re.compile(
 
 
 def main(arguments: argparse.Namespace) -> None:
-    """Choose and verify a checkpoint, write its model to a staging directory, and give that its name."""
+    """Choose and verify a checkpoint, write its model to a staging directory, and give that its name.
+
+    No other export to the same output runs meanwhile.
+    """
     output = Path(os.path.realpath(arguments.output))
-    require_free(output, overwrite=arguments.overwrite)
-    checkpoint = choose(Path(arguments.run), arguments.checkpoint)
-    state = read_state(checkpoint)
-    config = from_dict(state.config, source=str(checkpoint / STATE))
-    require_model(checkpoint, config, state.vocab_size)
-    plain = arguments.format == "plain"
-    if not plain:
-        require_standard(config)
     with staging.exclusive(output) as directory:
+        require_free(output, overwrite=arguments.overwrite)
+        checkpoint = choose(Path(arguments.run), arguments.checkpoint)
+        state = read_state(checkpoint)
+        config = from_dict(state.config, source=str(checkpoint / STATE))
+        require_model(checkpoint, config, state.vocab_size)
+        plain = arguments.format == "plain"
+        if not plain:
+            require_standard(config)
         staging.begin(directory, {"checkpoint": str(checkpoint.resolve()), "format": arguments.format})
         try:
             write_model(checkpoint, state, config, directory / staging.DATASET, plain=plain)

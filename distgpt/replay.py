@@ -13,7 +13,7 @@ if __name__ == "__main__":
 
 import argparse
 from contextlib import closing, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,10 @@ from torch import nn
 from tqdm import tqdm
 
 from distgpt.checkpoint.choice import NEWEST, choose, is_checkpoint, newest_good
-from distgpt.checkpoint.manifest import STATE, RunState, committed, describe_damage, read_state, step_of
+from distgpt.checkpoint.compatibility import as_trained, with_choices_of
+from distgpt.checkpoint.manifest import RunState, committed, describe_damage, read_state, step_of
 from distgpt.checkpoint.reader import TrainingState, require_model
-from distgpt.config import Config, from_dict, resolve
+from distgpt.config import Config, resolve
 from distgpt.corpus.loader import Loader
 from distgpt.corpus.shards import Dataset
 from distgpt.distributed.collectives import grad_norm_of
@@ -103,7 +104,8 @@ def config_of(run: RunPaths, step: int, start_state: RunState | None) -> Config:
                 return as_trained(read_state(checkpoint))
     if run.config.is_file():
         try:
-            return resolve([str(run.config)], {})
+            config = resolve([str(run.config)], {})
+            return with_choices_of(start_state, config) if start_state else config
         except UsageError as error:
             if start_state is None:
                 raise
@@ -111,12 +113,6 @@ def config_of(run: RunPaths, step: int, start_state: RunState | None) -> Config:
     if start_state is None:
         raise DataError(f"{run.root} holds no run: neither a checkpoint before step {step} nor {run.config.name}")
     return as_trained(start_state)
-
-
-def as_trained(state: RunState) -> Config:
-    """Return the config in a checkpoint, with the micro-batch that was in use: dropout masks depend on it."""
-    config = from_dict(state.config, source=STATE)
-    return replace(config, train=replace(config.train, micro_batch=state.micro_batch or config.train.micro_batch))
 
 
 def open_data(start: Start, directory: str | None) -> Dataset:
@@ -128,8 +124,6 @@ def open_data(start: Start, directory: str | None) -> Dataset:
 def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> None:
     """Take the steps before `target` as distgpt.train does, run step `target` under a probe, and print the finding."""
     config, seed = start.config, start.config.run.seed
-    if not config.train.micro_batch and start.state:
-        config = replace(config, train=replace(config.train, micro_batch=start.state.micro_batch))
     plan = make_plan(config, runtime, vocab_size=dataset.vocab_size)
     if start.checkpoint is not None:
         require_model(start.checkpoint, config, dataset.vocab_size)

@@ -125,6 +125,7 @@ class Checkpointer:
             micro_batch=self._plan.micro_batch,
             guard=self._training.outliers.state(),
             replicas=self._plan.independent_replicas,
+            dtype=self._plan.dtype_name,
         )
         self._pending = self._thread.submit(self._write_and_commit, staged, state)
         self._saved = None

@@ -1,11 +1,13 @@
 """Check that the checkpoints of a run directory belong to the run that is about to start."""
 
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 from distgpt.checkpoint.manifest import STATE, RunState, committed, read_state
 from distgpt.config import Config, from_dict, keys, value_at
 from distgpt.corpus.shards import Dataset
+from distgpt.distributed.device import unrecorded_dtype
 from distgpt.errors import DataError, UsageError
 
 # Keys outside of model.* that change the result.
@@ -35,12 +37,31 @@ def require_same_run(directory: Path, config: Config, dataset: Dataset, *, repli
         return
 
 
-def micro_batch_of_run(directory: Path) -> int:
-    """Return the micro-batch of the newest checkpoint that can be read, on which dropout masks depend; 0 if none."""
+def newest_state(directory: Path) -> RunState | None:
+    """Return the state of the newest checkpoint that can be read, None if there is none."""
     for checkpoint in committed(directory):
         with suppress(DataError):
-            return read_state(checkpoint).micro_batch
-    return 0
+            return read_state(checkpoint)
+    return None
+
+
+def as_trained(state: RunState) -> Config:
+    """Return the config in a checkpoint, with the micro-batch and the data type that were in use."""
+    return with_choices_of(state, from_dict(state.config, source=STATE))
+
+
+def with_choices_of(state: RunState, config: Config) -> Config:
+    """Return `config` with the micro-batch and the data type of a run at a checkpoint, where it leaves the choice.
+
+    Dropout masks depend on the first, all products on the second.
+    """
+    train = config.train
+    if not train.micro_batch:
+        train = replace(train, micro_batch=state.micro_batch)
+    if train.dtype == "auto":
+        asked = from_dict(state.config, source=STATE).train.dtype
+        train = replace(train, dtype=state.dtype or (unrecorded_dtype() if asked == "auto" else asked))
+    return replace(config, train=train)
 
 
 def _differences(state: RunState, config: Config, dataset: Dataset) -> list[str]:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_type_hints
 
 from distgpt.config import check, from_dict
 from distgpt.errors import DataError, StorageError, UsageError
@@ -47,6 +47,7 @@ class RunState:
     micro_batch: int = 0  # sequences per forward; old checkpoints lack it and the keys below
     guard: dict[str, Any] = field(default_factory=dict)  # state of the OutlierFilter; old checkpoints have this key
     replicas: int = 1  # Plan.independent_replicas
+    dtype: Literal["", "float32", "bfloat16"] = ""  # of matrix products, as train.dtype names it
 
 
 def checkpoint_path(directory: Path, step: int) -> Path:
@@ -155,7 +156,7 @@ def read_state(checkpoint: Path) -> RunState:
 
 def _require_valid(state: RunState, file: Path) -> None:
     """Raise DataError if a field has a wrong type, or a number that no run has."""
-    kinds = get_type_hints(RunState) | {"val_loss": int | float | None, "config": dict, "guard": dict}
+    kinds = get_type_hints(RunState) | {"val_loss": int | float | None, "config": dict, "guard": dict, "dtype": str}
     for name, value in vars(state).items():
         if not isinstance(value, kinds[name]) or isinstance(value, bool):
             raise DataError(f"{file} is not valid: its {name} is a {type(value).__name__}")
@@ -170,6 +171,8 @@ def _require_valid(state: RunState, file: Path) -> None:
         value = getattr(state, name)
         if value is not None and not least <= value <= most:
             raise DataError(f"{file} is not valid: its {name} is {str(value)[:30]}")
+    if state.dtype not in ("", "float32", "bfloat16"):
+        raise DataError(f"{file} is not valid: its dtype is {str(state.dtype)[:30]!r}")
     _require_numbers(state, file)
     try:
         check(from_dict(state.config, source=str(file)))

@@ -16,7 +16,7 @@ from distgpt.machine import available_cpus
 
 # Parameters of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-# Flags in /proc/cpuinfo of CPUs with instructions for products of bfloat16 matrices.
+# Flags in /proc/cpuinfo of instructions for products of bfloat16 matrices, which take half the time of float32 or less.
 BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16"}
 
 
@@ -44,7 +44,7 @@ def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
         with torch.cuda.device(device):  # it asks for the current device
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
-        fast = cpu_has_bfloat16()
+        fast = cpu_has_one_of(BFLOAT16_FLAGS)
     return torch.bfloat16 if fast else torch.float32
 
 
@@ -80,11 +80,16 @@ def missing_for_triton() -> str:
     return "" if header.exists() else f"{header} (the package python3-dev or python3-devel)"
 
 
-def cpu_has_bfloat16() -> bool:
-    """Tell whether this CPU has instructions for bfloat16 products, which take half the time of float32 or less."""
+def unrecorded_dtype() -> Literal["auto", "float32"]:
+    """Return what train.dtype=auto was in checkpoints that do not record it: on CPUs bfloat16 with AMX alone."""
+    return "auto" if torch.cuda.is_available() or cpu_has_one_of({"amx_bf16"}) else "float32"
+
+
+def cpu_has_one_of(flags: set[str]) -> bool:
+    """Tell whether /proc/cpuinfo names one of these groups of instructions."""
     try:
         with open("/proc/cpuinfo") as cpuinfo:
-            return not BFLOAT16_FLAGS.isdisjoint(cpuinfo.read().split())
+            return not flags.isdisjoint(cpuinfo.read().split())
     except OSError:
         return False
 

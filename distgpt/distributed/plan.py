@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
@@ -39,6 +40,10 @@ class Plan:
     @property
     def sharded(self) -> bool:
         return self.strategy in SHARDED
+
+    @property
+    def dtype_name(self) -> Literal["float32", "bfloat16"]:
+        return "bfloat16" if self.dtype == torch.bfloat16 else "float32"
 
 
 def make_plan(config: Config, runtime: Runtime, *, vocab_size: int) -> Plan:

@@ -16,6 +16,8 @@ from distgpt.model.gpt import GPT, KVCache
 
 # On a CPU, top_p looks at this many of the most likely ids first: sorting 50,257 takes longer than a small model.
 TOP_PART = 1024
+# Stronger ones are taken as this one, with which logits stay finite.
+LARGEST_PENALTY = 1e30
 # Not cuDNN, which plans anew for each length of the cache.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
@@ -174,13 +176,14 @@ def draw(logits_BV: Tensor, uniform_B: Sequence[float], sampling: Sampling, seen
     """
     logits_BV = logits_BV.float()
     if seen_BV is not None:
-        penalty = sampling.repetition_penalty
+        penalty = min(max(sampling.repetition_penalty, 1 / LARGEST_PENALTY), LARGEST_PENALTY)
         penalized_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
         logits_BV = torch.where(seen_BV, penalized_BV, logits_BV)
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    # Relative to the largest logit, so that a tiny temperature gives 0 for it and not infinity.
-    p_BV = torch.softmax((logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / sampling.temperature, dim=-1)
+    # Relative to the largest logit, so that a tiny temperature gives 0 for it and not infinity. Less would be 0.
+    temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
+    p_BV = torch.softmax((logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
     if 0 < sampling.top_k < p_BV.shape[1]:
         least_B1 = p_BV.topk(sampling.top_k).values[:, -1:]
         p_BV = p_BV.masked_fill(p_BV < least_B1, 0.0)

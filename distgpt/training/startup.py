@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distgpt.checkpoint.compatibility import micro_batch_of_run, require_same_run
+from distgpt.checkpoint.compatibility import newest_state, require_same_run, with_choices_of
 from distgpt.checkpoint.manifest import committed
 from distgpt.checkpoint.store import checkpoint_bytes, require_space, require_writable
 from distgpt.config import Config, to_dict, to_toml
@@ -111,14 +111,14 @@ def warn(line: str) -> None:
 
 
 def plan_run(config: Config, runtime: Runtime, dataset: Dataset, session: RunSession) -> Plan:
-    """Lay out the run over its ranks. Keeps the micro-batch that it has used so far, if that divides.
+    """Lay out the run over its ranks. Keeps its data type so far and, if that divides, its micro-batch.
 
     Raises UsageError if it cannot be laid out over the ranks.
     """
-    used = micro_batch_of_run(session.paths.checkpoints)
-    per_rank = config.train.global_batch / runtime.world_size
-    if not config.train.micro_batch and used and per_rank % used == 0:
-        config = replace(config, train=replace(config.train, micro_batch=used))
+    if state := newest_state(session.paths.checkpoints):
+        asked, config = config.train.micro_batch, with_choices_of(state, config)
+        if config.train.global_batch % (runtime.world_size * (config.train.micro_batch or 1)):
+            config = replace(config, train=replace(config.train, micro_batch=asked))
     return make_plan(config, runtime, vocab_size=dataset.vocab_size)
 
 
@@ -138,9 +138,9 @@ def explaining_out_of_memory(config: Config, plan: Plan, dataset: Dataset) -> It
 
 
 def record_config(config: Config, plan: Plan, session: RunSession) -> None:
-    """Write the config of the run with the micro-batch in use, on which dropout masks depend."""
+    """Write the config of the run with the micro-batch and the data type in use, on which its result depends."""
     session.require_owned()
-    resolved = replace(config, train=replace(config.train, micro_batch=plan.micro_batch))
+    resolved = replace(config, train=replace(config.train, micro_batch=plan.micro_batch, dtype=plan.dtype_name))
     write_file(session.paths.config, to_toml(resolved).encode())
 
 

@@ -8,6 +8,7 @@ from torch import nn
 from distgpt.checkpoint.manifest import STATE, RunState
 from distgpt.config import Config, from_dict, keys, value_at
 from distgpt.corpus.shards import Dataset
+from distgpt.distributed.device import compute_dtype
 from distgpt.distributed.plan import Plan
 from distgpt.model.optim import lr_at
 from distgpt.suggestion import MANY_EPOCHS, steps_of_many_epochs
@@ -25,10 +26,11 @@ def describe(config: Config, plan: Plan, dataset: Dataset, model: nn.Module) -> 
     threads = torch.get_num_threads()
     compiled = f", {plan.compile_reason}" if plan.compile_reason else ""
     each = f"threads: {threads} each" if device == "cpu" else torch.cuda.get_device_name(runtime.device)
-    dtype = str(plan.dtype).removeprefix("torch.")
+    dtype: str = plan.dtype_name
     if config.train.dtype == "auto":
         fast = "fast" if plan.dtype == torch.bfloat16 else "bfloat16 is slow"
-        dtype += f" (auto: {fast} on this {device.upper()})"
+        kept = plan.dtype != compute_dtype("auto", runtime.device)
+        dtype += " (auto: as before)" if kept else f" (auto: {fast} on this {device.upper()})"
     return (
         f"data      {dataset.path}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,}\n"
         f"model     {parameters:,} parameters, computes in {dtype}{compiled}\n"

@@ -53,6 +53,8 @@ def is_weights(directory: Path) -> bool:
 def read_model(directory: Path) -> ModelConfig:
     """Read the model in a directory of weights, of a standard architecture or our own. Raises UsageError, DataError."""
     file = directory / (PLAIN_CONFIG if is_plain(directory) else CONFIG)
+    if file.exists() and not file.is_file():
+        raise DataError(f"{file} is not a file")  # opening a pipe would wait for its writer
     try:
         with file.open("rb") as stream:
             text = stream.read(LARGEST_CONFIG).decode()

@@ -207,6 +207,12 @@ def test_a_model_of_sentencepiece_gives_its_ids(kind: str, byte_fallback: bool, 
                 assert loaded.decode(ids) == owner.decode(ids)
 
 
+def test_an_empty_model_of_sentencepiece_is_one_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "t.model").touch()
+    with pytest.raises(DataError, match=r"t\.model: it has no tokens$"):
+        load_tokenizer(tmp_path / "t.model")
+
+
 def test_without_the_package_a_model_of_sentencepiece_is_one_clear_error(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -242,6 +242,7 @@ def shares(logits_V: Tensor, seen: Sequence[int] = (), *, draws: int = 4000, **o
         ({"temperature": 0.5}, [p * p / 0.285 for p in (0.05, 0.4, 0.1, 0.3, 0.15)]),
         ({"temperature": 0.0}, [0, 1, 0, 0, 0]),
         ({"temperature": 1e-40}, [0, 1, 0, 0, 0]),
+        ({"temperature": 1e-300}, [0, 1, 0, 0, 0]),
         ({"top_k": 1}, [0, 1, 0, 0, 0]),
         ({"top_k": 2}, [0, 4 / 7, 0, 3 / 7, 0]),
         ({"top_k": 50}, [0.05, 0.4, 0.1, 0.3, 0.15]),
@@ -273,6 +274,13 @@ def test_the_repetition_penalty_divides_positive_logits_and_multiplies_negative_
     logits = torch.tensor([2.0, 2.0, -1.0, -1.0])
     expected = torch.tensor([2.0, 2.0 / 1.5, -1.0 * 1.5, -1.0]).softmax(0)
     assert shares(logits, seen=[1, 2], repetition_penalty=1.5).tolist() == pytest.approx(expected.tolist(), abs=1e-3)
+
+
+@pytest.mark.parametrize("penalty", [1e-300, 1e300])
+def test_the_strongest_penalties_leave_finite_probabilities(penalty: float) -> None:
+    logits = torch.tensor([0.0, 2.0, -1.0, -1.0])
+    expected = [0, 1, 0, 0] if penalty < 1 else [0.5, 0.5, 0, 0]  # those that are equal after the penalty
+    assert shares(logits, seen=[0, 1, 2, 3], repetition_penalty=penalty).tolist() == expected
 
 
 def test_a_large_repetition_penalty_repeats_no_id_of_prompt_and_text() -> None:

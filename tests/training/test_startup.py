@@ -6,8 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from distgpt.config import resolve
+from distgpt.checkpoint.manifest import RunState
+from distgpt.config import resolve, to_dict
 from distgpt.corpus.shards import Dataset
+from distgpt.distributed import device
 from distgpt.distributed.plan import make_plan
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import UsageError
@@ -32,6 +34,36 @@ def test_a_run_keeps_its_micro_batch_on_which_dropout_depends(
     assert micro_batch(one_process) == 6
     assert micro_batch(three) == 8  # 6 does not divide the 8 sequences of a rank
     assert micro_batch(one_process, "--train.micro_batch=2") == 2
+
+
+def test_a_run_keeps_the_data_type_that_auto_was(
+    dataset: Dataset, tmp_path: Path, one_process: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dtype(flags: str, *arguments: str) -> torch.dtype:
+        monkeypatch.setattr(device, "cpu_has_one_of", lambda wanted: flags in wanted)
+        return plan_run(resolve(arguments, {}), one_process, dataset, OnlyRun(tmp_path)).dtype
+
+    assert [dtype(flags) for flags in ("", "avx512_bf16")] == [torch.float32, torch.bfloat16]
+    subject = trainee(tmp_path, dataset, "--train.dtype=bfloat16")
+    subject.learn()
+    subject.checkpointer.save(1, val_loss=None)
+    subject.checkpointer.wait()
+    assert dtype("") == torch.bfloat16
+    assert dtype("", "--train.dtype=float32") == torch.float32
+
+
+def test_a_run_of_a_version_that_did_not_record_its_data_type_goes_on_in_that(
+    dataset: Dataset, tmp_path: Path, one_process: Runtime, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def dtype(flags: str, asked_then: str) -> torch.dtype:
+        state = RunState(1, None, to_dict(resolve([f"--train.dtype={asked_then}"], {})), "", "", 9, None, 4)
+        monkeypatch.setattr(startup, "newest_state", lambda directory: state)
+        monkeypatch.setattr(device, "cpu_has_one_of", lambda wanted: flags in wanted)
+        return plan_run(resolve([], {}), one_process, dataset, OnlyRun(tmp_path)).dtype
+
+    assert dtype("avx512_bf16", "auto") == torch.float32  # where auto is bfloat16 now
+    assert dtype("amx_bf16", "auto") == torch.bfloat16
+    assert dtype("avx512_bf16", "float32") == torch.float32
 
 
 @pytest.mark.parametrize(

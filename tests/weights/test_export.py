@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from distgpt.checkpoint.choice import choose
 from distgpt.checkpoint.reader import load_for_inference, read_tensors
 from distgpt.cli import export_options
 from distgpt.config import resolve
@@ -160,6 +161,22 @@ def test_an_export_replaces_only_an_export(run_of: Callable[[str], Path], tmp_pa
     with pytest.raises(DirectoryError, match=r"holds thesis\.tex, which no export wrote"):
         export(run, output, "--overwrite")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["exported"]
+
+
+def test_an_export_does_not_replace_one_that_ends_while_it_runs(
+    run_of: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, output = run_of("llama"), tmp_path / "exported"
+
+    def choose_late(path: Path, which: str) -> Path:
+        monkeypatch.setattr("distgpt.export.choose", choose)
+        with pytest.raises(DirectoryError, match="another process is preparing"):
+            export(run, output)
+        return choose(path, which)
+
+    monkeypatch.setattr("distgpt.export.choose", choose_late)
+    export(run, output)
+    assert [path.name for path in tmp_path.iterdir()] == [output.name]
 
 
 def test_an_export_that_fails_leaves_the_former_one(

@@ -1,6 +1,7 @@
 """A run starts from weights of other programs and of other runs."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -23,7 +24,7 @@ from distgpt.weights.files import WeightFiles
 from distgpt.weights.fit import check_initial_weights
 from distgpt.weights.initial import WeightsReader, load_initial_weights
 from distgpt.weights.names import layout_of
-from distgpt.weights.source import model_of_start
+from distgpt.weights.source import model_of_start, read_model
 from tests.weights.shapes import OTHERS, SHAPES
 from tests.weights.test_export import export
 
@@ -315,6 +316,13 @@ def test_files_that_become_unreadable_are_told(
     monkeypatch.setattr(WeightFiles, "read", fail)
     with pytest.raises(DataError, match="theirs cannot be read: I/O error: Stale file handle"):
         started(config_from(tmp_path / "theirs", tmp_path / "run"), dataset)
+
+
+def test_a_config_that_is_a_pipe_is_told_without_waiting_for_its_writer(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").touch()
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(DataError, match=r"config.json is not a file$"):
+        read_model(tmp_path)
 
 
 def test_a_path_that_is_nothing_is_told(tmp_path: Path) -> None:

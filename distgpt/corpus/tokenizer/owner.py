@@ -84,6 +84,8 @@ class SentencePieceTokenizer(Tokenizer):
         except RuntimeError as error:
             raise DataError(f"SentencePiece cannot read it ({error})") from None
         owner, size = self._owner, self._owner.get_piece_size()
+        if not size:  # SentencePiece takes an empty file for a model
+            raise DataError("it has no tokens")
         table = [_of_sentencepiece(owner.id_to_piece(id_)) for id_ in range(size)]
         eot_id = owner.eos_id() if owner.eos_id() >= 0 else size if end_of_text else None
         super().__init__([*table, END_OF_TEXT.encode()] if eot_id == size else table, eot_id)
