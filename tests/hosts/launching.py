@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from tests import jobs
 from tests.hosts.network import Network
 
-
 STEP = "| loss "
 
 
