@@ -1,8 +1,8 @@
 """Byte-level BPE by gigatoken, many times faster than by its owners, where it gives the same result.
 
-gigatoken is young and optional, so its results are never trusted unchecked: it is used in the one version that was compared
-with tiktoken and Hugging Face tokenizers, for vocabularies and characters on which they agree by construction, and each
-run compares the first ids of every part of its text again.
+gigatoken is young and optional, so its results are always checked: it is used in the one version that was compared with
+tiktoken and Hugging Face tokenizers, for vocabularies and characters on which they agree by construction, and each run
+compares the first ids of every part of its text again.
 """
 
 import os
