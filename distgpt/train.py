@@ -125,7 +125,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
             raise session.interrupted(last)
 
     def decide(*, now: bool) -> list[tuple[Figures, Decision]]:
-        """Decide on the steps whose figures are read by now. Raises DataError on all ranks if the run stops."""
+        """Decide on the steps whose figures have been read. Raises DataError on all ranks if the run stops."""
         decided = [(f, outliers.check(loss=f.loss, grad_norm=f.grad_norm)) for f in reader.take(now=now)]
         for figures, decision in decided:
             if decision.action != "update":

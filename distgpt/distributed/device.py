@@ -1,4 +1,4 @@
-"""Threads, memory and compute precision of this rank's device."""
+"""Threads, memory, precision and compiler of this rank's device."""
 
 import ctypes
 import os
@@ -41,7 +41,7 @@ def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
     if asked != "auto":
         return torch.bfloat16 if asked == "bfloat16" else torch.float32
     if device.type == "cuda":
-        with torch.cuda.device(device):  # it asks for the current device
+        with torch.cuda.device(device):  # is_bf16_supported looks at the current device
             fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:
         fast = cpu_has_one_of(BFLOAT16_FLAGS)
@@ -68,7 +68,7 @@ def set_math(train: TrainConfig) -> None:
         # cuBLAS is deterministic with a fixed workspace. It reads this when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
-        # That would only help to find bugs.
+        # Filling new tensors costs time, and only helps to find bugs.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 

@@ -6,7 +6,7 @@ from distgpt.distributed.plan import Plan
 
 
 def build_mesh(plan: Plan) -> DeviceMesh:
-    """Build the mesh that FSDP shards over. All ranks call it. Neighbouring ranks form a shard group.
+    """Build the mesh that FSDP shards over. All ranks call it. Neighboring ranks form a shard group.
 
     fsdp: ("shard",), all ranks; hsdp: ("replicate", "shard"); diloco: ("shard",), the ranks of this replica.
     """

@@ -26,7 +26,7 @@ class Dropout(nn.Dropout):
 
 
 def dropout(x: Tensor, p: float) -> Tensor:
-    """Zero each element with probability p, and divide the others by the probability of staying."""
+    """Zero each element with probability p, and divide the others by 1 - p."""
     if p == 0.0:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():  # a compiled draw is fused with its neighbors

@@ -18,7 +18,7 @@ LARGEST_CONFIG = 2**26  # bytes
 
 
 def model_of_start(config: Config) -> ModelConfig:
-    """Return the model of the weights that init.from names, or of the run itself where it goes on.
+    """Return the model of the weights that init.from names, or of the run's own checkpoint if it has one.
 
     Raises UsageError or DataError.
     """
@@ -32,7 +32,7 @@ def model_of_start(config: Config) -> ModelConfig:
 
 
 def parse(text: str) -> tuple[Path, str]:
-    """Split RUN@STEP into the run and the step; without one it is the newest. Raises UsageError if it is no directory.
+    """Split RUN@STEP into the run and the step; without a step, the newest. Raises UsageError if RUN is no directory.
 
     RUN may also be a directory of weights or a checkpoint.
     """

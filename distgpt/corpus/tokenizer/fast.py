@@ -1,8 +1,8 @@
 """Byte-level BPE by gigatoken, many times faster than by its owners, where it gives the same result.
 
-gigatoken is young and optional, so it is never believed on its word: it is used in the one version that was compared
-with tiktoken and Hugging Face tokenizers, for vocabularies and characters on which they agree by construction, and each
-run compares the first ids of every part of its text again.
+gigatoken is young and optional, so its results are always checked: it is used in the one version that was compared with
+tiktoken and Hugging Face tokenizers, for vocabularies and characters on which they agree by construction, and each run
+compares the first ids of every part of its text again.
 """
 
 import os
@@ -69,7 +69,7 @@ class FastEncoder:
 
     def __init__(self, tokenizer: BpeTokenizer) -> None:
         self._tokenizer, self.dtype = tokenizer, tokenizer.dtype
-        tokenizer.is_slow = False  # as is known: to find out takes long
+        tokenizer.is_slow = False  # known by the caller; to measure it takes long
         self._json = tokenizer.json_of_ranks()
         self._ids = tokenizer.ids_of_ranks
         self._remembered = 0
@@ -82,7 +82,7 @@ class FastEncoder:
         try:
             raw = text.encode()
         except UnicodeEncodeError:
-            return self._tokenizer.encode(text)  # which tells
+            return self._tokenizer.encode(text)  # which raises the error
         self._remembered += len(raw)
         if self._remembered > BYTES_BEFORE_RELOAD:
             self._remembered, self._gigatoken = len(raw), load(self._json)

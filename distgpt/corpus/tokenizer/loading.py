@@ -1,4 +1,4 @@
-"""Load a tokenizer by its name, or from a file of distgpt, Hugging Face or tiktoken."""
+"""Load a tokenizer by its name, or from a file of distgpt, Hugging Face, SentencePiece or tiktoken."""
 
 import base64
 import binascii
@@ -31,15 +31,15 @@ GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 # Parts of the suffixes 'll, 've and 're, which are one word only when whole.
 _PARTS_OF_SUFFIXES = ("'l", "'v", "'r")
 
-# Of the tokens of a vocabulary.
-FEW = 0.01
+# The share of a vocabulary that may not fit the pattern that the user names.
+MAX_WRONG_SHARE = 0.01
 
 
 def load_tokenizer(path: Path, pattern: str = "") -> Tokenizer:
     """Load the tokenizer in this file, or in the tokenizer.json of this directory.
 
-    Reads distgpt's own JSON, Hugging Face's tokenizer.json, SentencePiece's .model and .tiktoken files, the words of
-    which `pattern` names. Raises DataError for anything else.
+    Reads distgpt's own JSON, Hugging Face's tokenizer.json, SentencePiece's .model and .tiktoken files. `pattern`:
+    the name of the pattern that splits text into words for a .tiktoken file. Raises DataError for anything else.
     """
     path = path / FILE_NAME if path.is_dir() else path
     try:
@@ -74,7 +74,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
 def given_tokenizer(name: str, pattern: str = "") -> Tokenizer | None:
     """Return the tokenizer in the file that `--tokenizer name` means; None for char, bytes, bpe and gpt2.
 
-    `pattern` is the name of that of a .tiktoken file. Raises UsageError if there is no such file, DataError as
+    `pattern`: as for `load_tokenizer`. Raises UsageError if there is no such file, DataError as
     `load_tokenizer` does.
     """
     if name in ("char", "bytes", "bpe", "gpt2"):
@@ -134,7 +134,7 @@ def _check_words(tokenizer: BpeTokenizer, pattern: str) -> None:
             token = tokenizer.decode_bytes([id_]).decode()
             if id_ != tokenizer.eot_id and token not in _PARTS_OF_SUFFIXES and tokenizer.encode(token).size != 1:
                 wrong.append((id_, token))
-    if len(wrong) > (FEW * tokenizer.vocab_size if pattern else 0):
+    if len(wrong) > (MAX_WRONG_SHARE * tokenizer.vocab_size if pattern else 0):
         id_, token = wrong[0]
         raise DataError(
             f"token {id_}, {token!r}, spans several words of the pattern {pattern or 'gpt2'}: the file was made for "
