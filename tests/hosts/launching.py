@@ -1,29 +1,26 @@
 """Start launch/multinode.sh on hosts that are network namespaces."""
 
-import time
 from collections.abc import Sequence
 
 from tests import jobs
 from tests.hosts.network import Network
 
 STEP = "| loss "
+# For PYTHONPATH: a job is slow while there is a file `slow` in its run directory.
+SLOW = f"{jobs.PROJECT / 'tests' / 'hosts' / 'slow'}:{jobs.FORKED}"
 
 
 class HostJob(jobs.Job):
-    """A job that can be read slowly, so that it waits to print and does not end before something else has happened."""
+    """A job on one host, whose stdout is read for what appears again and again."""
 
-    def read_slowly_until(self, text: str, *, times: int = 1) -> None:
-        """Read its stdout, about four steps a second, until `text` has appeared so many times.
-
-        A pipe that is full takes nothing before it is empty. That takes ten seconds, less than SHORT_TIMEOUTS.
-        """
+    def read_until(self, text: str, *, times: int = 1) -> None:
+        """Read its stdout until `text` has appeared so many times."""
         while self._output.count(text.encode()) < times:
             assert self._read(), f"the job ended before it printed {text!r}\n{self.finish()}"
-            time.sleep(0.15)
 
     def read_two_steps(self) -> None:
-        """Read slowly until it has printed two more steps, so that it is not starting any more."""
-        self.read_slowly_until(STEP, times=self._output.count(STEP.encode()) + 2)
+        """Read until it has printed two more steps, so that it is not starting any more."""
+        self.read_until(STEP, times=self._output.count(STEP.encode()) + 2)
 
 
 def multinode(

@@ -16,11 +16,11 @@ import pytest
 
 from tests import jobs
 from tests.hosts.conftest import MakeNetwork
-from tests.hosts.launching import multinode
+from tests.hosts.launching import SLOW, multinode
 from tests.hosts.network import Network
 from tests.once import made_once
 
-# A host that joins takes half a minute on a busy machine, and a job that is read slowly takes four steps a second.
+# With a checkpoint every ten steps, four minutes of a slow job.
 STEPS = 300
 # Divides over 1, 2, 3 and 6 ranks, in the same micro-batches. GELU: sums over other numbers of
 # ranks differ in the last bit, which at the kink of a ReLU can become a large difference.
@@ -33,6 +33,7 @@ SHAPE = (
 )
 # For tests that cut the network: a cut is noticed soon. Other tests keep the defaults, so that no machine is too slow.
 SHORT_TIMEOUTS = ("--health.timeout=15", "--health.eval_timeout=15", "--health.checkpoint_timeout=15")
+SLOW_LAUNCHER = {**jobs.FORKED_LAUNCHER, "PYTHONPATH": SLOW}
 OPEN_LOCK = """
 import sys
 from pathlib import Path
@@ -52,6 +53,12 @@ def one_process(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
         assert done.code == 0, done
 
     return made_once(tmp_path_factory, "one-process", train) / "run"
+
+
+def make_slow(run: Path) -> None:
+    """Make the job that will train in `run` slow, until the file is removed."""
+    run.mkdir()
+    (run / "slow").touch()
 
 
 def has_no_rank(hosts: Network, host: str) -> bool:
@@ -173,17 +180,19 @@ def test_another_job_at_the_same_head_is_left_out(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path
 ) -> None:
     hosts, run = make_network(3), tmp_path / "run"
-    arguments, settings = [*SHAPE, f"--data.path={prepared}"], {"head": "n2", "nodes": "2:3", **jobs.FORKED_LAUNCHER}
+    make_slow(run)
+    arguments, settings = [*SHAPE, f"--data.path={prepared}"], {"head": "n2", "nodes": "2:3", **SLOW_LAUNCHER}
     running = multinode(hosts, [*arguments, f"--run.dir={run}"], on=["n1", "n2"], **settings)
-    running["n1"].read_until(f"step  20/{STEPS}")
+    running["n1"].read_until(f"step  10/{STEPS}")
     others = [*arguments, f"--run.dir={tmp_path / 'other'}"]
     other_job = multinode(hosts, others, on=["n3"], **settings, JOIN_SECONDS="3", TRIES="1")["n3"]
     with ThreadPoolExecutor(1) as pool:
         ending = pool.submit(other_job.finish)
         # Go on reading the first job, which waits for its reader: it could let the other host in only after a step.
-        steps = itertools.count(21)
+        steps = itertools.count(11)
         while not ending.done():
-            running["n1"].read_slowly_until(f"step {next(steps):3}/{STEPS}")
+            running["n1"].read_until(f"step {next(steps):3}/{STEPS}")
+    (run / "slow").unlink()
     endings = finish(running)
     assert ending.result().code == 75, ending.result()
     assert "2 hosts did not meet at n2 within 3 s: do all of them have the same run.dir" in ending.result().stderr
@@ -219,19 +228,21 @@ def test_a_host_joins_is_lost_and_comes_back(
     make_network: MakeNetwork, prepared: Path, tmp_path: Path, one_process: Path
 ) -> None:
     hosts, run = make_network(3), tmp_path / "run"
+    make_slow(run)
     # With --run.fresh, ranks that restart, for example because a host joined, must resume all the same.
     arguments = [*SHAPE, *SHORT_TIMEOUTS, f"--data.path={prepared}", f"--run.dir={run}", "--run.fresh"]
-    settings = {"head": "n2", "nodes": "2:3", **jobs.FORKED_LAUNCHER}
+    settings = {"head": "n2", "nodes": "2:3", **SLOW_LAUNCHER}
     running = multinode(hosts, arguments, on=["n1", "n2"], **settings)
     two, three = "= 2 ranks x 2 x 3 accumulation steps", "= 3 ranks x 2 x 2 accumulation steps"
     running["n1"].read_until(two)
     running |= multinode(hosts, arguments, on=["n3"], **settings)
-    running["n1"].read_slowly_until(three)
+    running["n1"].read_until(three)
     running["n1"].read_two_steps()
     hosts.cut("n3")
-    running["n1"].read_slowly_until(two, times=2)
+    running["n1"].read_until(two, times=2)
     hosts.heal("n3")
-    running["n1"].read_slowly_until(three, times=2)
+    running["n1"].read_until(three, times=2)
+    (run / "slow").unlink()
     assert_finished(finish(running), run, one_process)
 
 
@@ -240,12 +251,13 @@ def test_a_host_is_cut_off_for_good(
 ) -> None:
     """Cut off the most important host: rank 0, which writes and holds the lock, runs on n1, the lowest address."""
     hosts, run = make_network(3), tmp_path / "run"
+    make_slow(run)
     arguments = [*SHAPE, *SHORT_TIMEOUTS, f"--data.path={prepared}", f"--run.dir={run}"]
-    settings = {"head": "n2", "nodes": "2:3", **jobs.FORKED_LAUNCHER}
+    settings = {"head": "n2", "nodes": "2:3", **SLOW_LAUNCHER}
     running = multinode(hosts, arguments, on=["n1", "n2"], **settings)
     running["n1"].read_until("= 2 ranks")
     running |= multinode(hosts, arguments, on=["n3"], **settings)
-    running["n1"].read_slowly_until("= 3 ranks")
+    running["n1"].read_until("= 3 ranks")
     running["n1"].read_two_steps()
     assert owner(run) == "n1"
 
@@ -255,8 +267,9 @@ def test_a_host_is_cut_off_for_good(
         lost_ending = pool.submit(lost.finish)
         jobs.poll(lambda: not hosts.ranks("n1"))
         jobs.poll(lambda: owner(run) != "n1")
-        # The other hosts now hold the lock, and cannot end before they are read. A late writer on n1 needs the lock.
+        # The other hosts now hold the lock, and are too slow to end. A late writer on n1 needs the lock.
         refused = jobs.run(hosts.command("n1", sys.executable, "-c", OPEN_LOCK, str(run)))
+        (run / "slow").unlink()
         endings = finish(running)
         assert not hosts.ranks("n1")
         lost.signal(signal.SIGTERM)

@@ -1,0 +1,25 @@
+"""For the PYTHONPATH of jobs under test: while there is a RUN/slow, each checkpoint of RUN takes seconds to commit.
+
+So a job that saves every few steps does not end before a host has joined it, however slow the machine. Python imports
+only the first sitecustomize of the path: this one imports that of tests/forking/hook.
+"""
+
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import tests.forking.hook.sitecustomize  # noqa: F401
+
+SECONDS = 8.0
+
+
+def _delay(event: str, arguments: tuple[Any, ...]) -> None:
+    if event == "os.rename":
+        committed = Path(os.fsdecode(arguments[1]))
+        if committed.parent.name == "checkpoints" and (committed.parents[1] / "slow").exists():
+            time.sleep(SECONDS)
+
+
+sys.addaudithook(_delay)
