@@ -28,6 +28,15 @@ def available_gpus() -> int:
     return sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
 
 
+def cpu_has_one_of(flags: set[str]) -> bool:
+    """Tell whether /proc/cpuinfo names one of these groups of instructions."""
+    try:
+        with open("/proc/cpuinfo") as cpuinfo:
+            return not flags.isdisjoint(cpuinfo.read().split())
+    except OSError:
+        return False
+
+
 def default_ranks() -> int:
     """Return the default number of ranks: one for each GPU; without GPUs two that share the CPUs, or one on one CPU."""
     return available_gpus() or min(2, available_cpus())

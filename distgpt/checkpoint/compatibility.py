@@ -3,12 +3,13 @@
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 from distgpt.checkpoint.manifest import STATE, RunState, committed, read_state
 from distgpt.config import Config, from_dict, keys, value_at
 from distgpt.corpus.shards import Dataset
-from distgpt.distributed.device import unrecorded_dtype
 from distgpt.errors import DataError, UsageError
+from distgpt.machine import available_gpus, cpu_has_one_of
 
 # Keys outside of model.* that change the result.
 FIXED_KEYS = ("run.seed", "train.global_batch")
@@ -62,6 +63,11 @@ def with_choices_of(state: RunState, config: Config) -> Config:
         asked = from_dict(state.config, source=STATE).train.dtype
         train = replace(train, dtype=state.dtype or (unrecorded_dtype() if asked == "auto" else asked))
     return replace(config, train=train)
+
+
+def unrecorded_dtype() -> Literal["auto", "float32"]:
+    """Return what train.dtype=auto was in checkpoints that do not record it: on CPUs bfloat16 with AMX alone."""
+    return "auto" if available_gpus() or cpu_has_one_of({"amx_bf16"}) else "float32"
 
 
 def _differences(state: RunState, config: Config, dataset: Dataset) -> list[str]:

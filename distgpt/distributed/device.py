@@ -12,7 +12,7 @@ import torch
 from distgpt.config import TrainConfig
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import UsageError
-from distgpt.machine import available_cpus
+from distgpt.machine import available_cpus, cpu_has_one_of
 
 # Parameters of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
@@ -78,20 +78,6 @@ def missing_for_triton() -> str:
         return "a C compiler (gcc, clang, or the one that the variable CC names)"
     header = Path(sysconfig.get_path("include"), "Python.h")
     return "" if header.exists() else f"{header} (the package python3-dev or python3-devel)"
-
-
-def unrecorded_dtype() -> Literal["auto", "float32"]:
-    """Return what train.dtype=auto was in checkpoints that do not record it: on CPUs bfloat16 with AMX alone."""
-    return "auto" if torch.cuda.is_available() or cpu_has_one_of({"amx_bf16"}) else "float32"
-
-
-def cpu_has_one_of(flags: set[str]) -> bool:
-    """Tell whether /proc/cpuinfo names one of these groups of instructions."""
-    try:
-        with open("/proc/cpuinfo") as cpuinfo:
-            return not flags.isdisjoint(cpuinfo.read().split())
-    except OSError:
-        return False
 
 
 def keep_freed_memory() -> None:

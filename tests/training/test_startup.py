@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from distgpt.checkpoint import compatibility
 from distgpt.checkpoint.manifest import RunState
 from distgpt.config import resolve, to_dict
 from distgpt.corpus.shards import Dataset
@@ -58,7 +59,8 @@ def test_a_run_of_a_version_that_did_not_record_its_data_type_goes_on_in_that(
     def dtype(flags: str, asked_then: str) -> torch.dtype:
         state = RunState(1, None, to_dict(resolve([f"--train.dtype={asked_then}"], {})), "", "", 9, None, 4)
         monkeypatch.setattr(startup, "newest_state", lambda directory: state)
-        monkeypatch.setattr(device, "cpu_has_one_of", lambda wanted: flags in wanted)
+        for module in (device, compatibility):
+            monkeypatch.setattr(module, "cpu_has_one_of", lambda wanted: flags in wanted)
         return plan_run(resolve([], {}), one_process, dataset, OnlyRun(tmp_path)).dtype
 
     assert dtype("avx512_bf16", "auto") == torch.float32  # where auto is bfloat16 now
