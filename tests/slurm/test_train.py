@@ -298,8 +298,11 @@ def test_a_signal_before_the_start_requeues(runs: Runs) -> None:
     runs.cluster.command("scancel", "--signal=USR1", "--batch", job)
     runs.cluster.wait_for(job, lambda: "SIGUSR1" in runs.cluster.log(job) or runs.cluster.ended(job))
     (work / "leave-hook").touch()
+    # The line comes after Slurm has requeued the job, in the time that it gives a job to end.
+    line = "stopped before the start; requeued to go on"
+    runs.cluster.wait_for(job, lambda: line in runs.cluster.log(job) or runs.cluster.ended(job))
+    assert line in runs.cluster.log(job)
     runs.cluster.wait_for(job, lambda: runs.cluster.show(job)["Restarts"] == "1" or runs.cluster.ended(job))
-    assert "stopped before the start; requeued to go on" in runs.cluster.log(job)
     runs.cluster.command("scancel", job)
 
 
