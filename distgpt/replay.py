@@ -135,7 +135,7 @@ def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> Non
     elif config.init.from_:
         load_initial_weights(config, plan, dataset, model, None)
     origin = start.checkpoint.name if start.checkpoint else "the initial weights"
-    print(f"from      {origin}, {str(plan.dtype).removeprefix('torch.')} on {runtime.device.type}", flush=True)
+    print(f"from      {origin}, {plan.dtype_name} on {runtime.device.type}", flush=True)
 
     with closing(training_batches(config, plan, dataset, start_step=start.step)) as batches:
         for step in tqdm(range(start.step + 1, target), disable=None, leave=False):

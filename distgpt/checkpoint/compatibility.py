@@ -5,7 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from distgpt.checkpoint.manifest import STATE, RunState, committed, read_state
+from distgpt.checkpoint.manifest import STATE, RunState, checkpoint_path, committed, read_state
 from distgpt.config import Config, from_dict, keys, value_at
 from distgpt.corpus.shards import Dataset
 from distgpt.errors import DataError, UsageError
@@ -22,24 +22,21 @@ def require_same_run(directory: Path, config: Config, dataset: Dataset, *, repli
 
     The number of independent `replicas` must be equal too, since each has an optimizer of its own.
     """
-    for checkpoint in committed(directory):
-        try:
-            state = read_state(checkpoint)
-        except DataError:
-            continue  # restore() reports the damage
-        differences = _differences(state, config, dataset)
-        if state.replicas not in (1, replicas):
-            differences.append(f"replicas of diloco {state.replicas} -> {replicas}")
-        if differences:
-            raise UsageError(
-                f"{checkpoint} was made by another run: {'; '.join(differences)}; "
-                "resume with the same values or choose another --run.dir"
-            )
+    state = newest_state(directory)
+    if state is None:
         return
+    differences = _differences(state, config, dataset)
+    if state.replicas not in (1, replicas):
+        differences.append(f"replicas of diloco {state.replicas} -> {replicas}")
+    if differences:
+        raise UsageError(
+            f"{checkpoint_path(directory, state.step)} was made by another run: {'; '.join(differences)}; "
+            "resume with the same values or choose another --run.dir"
+        )
 
 
 def newest_state(directory: Path) -> RunState | None:
-    """Return the state of the newest checkpoint that can be read, None if there is none."""
+    """Return the state of the newest checkpoint that can be read, None if there is none. restore() reports damage."""
     for checkpoint in committed(directory):
         with suppress(DataError):
             return read_state(checkpoint)
