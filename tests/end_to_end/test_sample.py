@@ -290,10 +290,10 @@ def test_evaluate_finds_the_loss_that_the_run_logged(
     line = evaluated["same windows"].stdout
     assert evaluated["same windows"].stderr == ""
     found = re.fullmatch(
-        r"step 60 \| val loss (\d\.\d{4}) \| \d\.\d{3} bits/byte \| 30 windows of 16 tokens .*\n", line
+        r"step 36 \| val loss (\d\.\d{4}) \| \d\.\d{3} bits/byte \| 30 windows of 16 tokens .*\n", line
     )
     assert found, evaluated["same windows"]
-    assert float(found[1]) == pytest.approx(jobs.val_losses(whole("fsdp").run)[60], abs=1e-4)
+    assert float(found[1]) == pytest.approx(jobs.val_losses(whole("fsdp").run)[36], abs=1e-4)
 
 
 def test_evaluate_refuses_another_tokenizer(evaluated: dict[str, jobs.Ended]) -> None:
@@ -320,10 +320,10 @@ def test_a_run_is_evaluated_and_replayed_from_another_directory(
 
 def test_each_new_best_is_saved_and_can_be_chosen(prepared: Path, tmp_path: Path) -> None:
     """Most evaluations are at steps where no save is due otherwise."""
-    ended = jobs.train(1, *tiny(prepared, tmp_path), "--checkpoint.every=15", "--checkpoint.keep=9")
+    ended = jobs.train(1, *tiny(prepared, tmp_path), "--checkpoint.every=10", "--checkpoint.keep=9")
     assert [line.endswith(" | best") for line in ended.stdout.splitlines() if " | val loss " in line] == [True] * 3
-    assert jobs.checkpoints(tmp_path) == [f"step-{step:08d}" for step in (15, 20, 30, 40, 45, 60)]
-    ended = jobs.command("evaluate", tmp_path, "--sequences=30", "--checkpoint=40")
-    assert ended.stdout.startswith(f"step 40 | val loss {jobs.val_losses(tmp_path)[40]:.4f} | "), ended
-    ended = jobs.command("sample", tmp_path / "checkpoints" / "step-00000020", "--tokens=1")
+    assert jobs.checkpoints(tmp_path) == [f"step-{step:08d}" for step in (10, 12, 20, 24, 30, 36)]
+    ended = jobs.command("evaluate", tmp_path, "--sequences=30", "--checkpoint=24")
+    assert ended.stdout.startswith(f"step 24 | val loss {jobs.val_losses(tmp_path)[24]:.4f} | "), ended
+    ended = jobs.command("sample", tmp_path / "checkpoints" / "step-00000012", "--tokens=1")
     assert (ended.code, ended.stderr) == (0, ""), ended
