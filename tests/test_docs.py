@@ -166,7 +166,7 @@ def run_in(clone: Path, script: str, *, data: Path) -> jobs.Ended:
     small = {f"DISTGPT_{key.replace('.', '__').upper()}": value for key, value in values.items()}
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     command = ["bash", "-exo", "pipefail", "-c", f'cd "$0"\n{script}', str(clone)]
-    return jobs.run(command, PATH=path, CUDA_VISIBLE_DEVICES="", PYTHONSAFEPATH="1", **small)
+    return jobs.run(command, PATH=path, CUDA_VISIBLE_DEVICES="", PYTHONSAFEPATH="1", FORK_COMMANDS="1", **small)
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: str(file.relative_to(jobs.PROJECT)))

@@ -17,7 +17,7 @@ from tests import jobs
 LOCAL = jobs.PROJECT / "launch" / "local.sh"
 EVALUATE_EVERY = 10
 # At most so many steps pass between two strikes.
-STEPS_A_STRIKE = 24
+STEPS_A_STRIKE = 12
 
 
 class LocalRun:
