@@ -90,7 +90,10 @@ def find_state(path: Path, choice: str) -> tuple[RunState, Path]:
     for checkpoint in found:
         with suppress(DataError):
             return read_state(checkpoint), checkpoint
-    checkpoint = choose(path, choice)
+    try:
+        checkpoint = choose(path, choice)  # it says what is wrong
+    except (UsageError, DataError) as error:
+        raise type(error)(f"init.from: {error}") from None
     return read_state(checkpoint), checkpoint
 
 
