@@ -98,9 +98,7 @@ class BpeTokenizer(Tokenizer):
     def to_json(self) -> str:
         return self._json
 
-    def with_end_of_text(self) -> Self:
-        if self.eot_id is not None:
-            return self
+    def _with_added_end_of_text(self) -> Self:
         id_ = self._vocab.get(END_OF_TEXT, self.vocab_size)
         return type(self)(huggingface.with_token(self._json, END_OF_TEXT, id_))
 

@@ -60,9 +60,7 @@ class OwnerTokenizer(Tokenizer):
     def to_json(self) -> str:
         return self._json
 
-    def with_end_of_text(self) -> Self:
-        if self.eot_id is not None:
-            return self
+    def _with_added_end_of_text(self) -> Self:
         return type(self)(huggingface.with_token(self._json, END_OF_TEXT, self.vocab_size))
 
 
@@ -104,8 +102,8 @@ class SentencePieceTokenizer(Tokenizer):
         model = base64.b64encode(self._model).decode()
         return saved_json({"kind": self.kind, "model": model, "end_of_text": self._end_of_text})
 
-    def with_end_of_text(self) -> Self:
-        return self if self.eot_id is not None else type(self)(self._model, end_of_text=True)
+    def _with_added_end_of_text(self) -> Self:
+        return type(self)(self._model, end_of_text=True)
 
 
 def _reading(content: Mapping[str, Any]) -> tuple[Bytes, bool, bool]:
