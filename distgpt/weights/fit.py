@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from distgpt.checkpoint.manifest import TOKENIZER, committed
-from distgpt.config import Config, ModelConfig
+from distgpt.config import Config, ModelConfig, value_text
 from distgpt.corpus.shards import Dataset
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.errors import DataError, UsageError
@@ -84,7 +84,7 @@ def _different_models(theirs: ModelConfig, ours: ModelConfig, *more: str) -> Ite
     names += ["rope_theta"] if theirs.position == "rope" else []
     for name in names:
         if getattr(then, name) != getattr(now, name):
-            yield f"model.{name} is {_shown(getattr(then, name))} there and {_shown(getattr(now, name))} here"
+            yield f"model.{name} is {value_text(getattr(then, name))} there and {value_text(getattr(now, name))} here"
     if theirs.position == "learned" and ours.block_size > theirs.block_size:
         yield f"model.block_size is at most {theirs.block_size} there and {ours.block_size} here"
 
@@ -116,7 +116,3 @@ def _different_tokenizers(theirs: Tokenizer, ours: Tokenizer, path: Path) -> Ite
         if then != now:
             yield f"token {id_} is {then!r} there and {now!r} in {path}"
             return
-
-
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
