@@ -1,4 +1,4 @@
-"""The plan of a run that goes on, what ranks must share, and what is said if the memory does not suffice."""
+"""The plan of a run that goes on, what must be equal on all ranks, and the error if memory does not suffice."""
 
 from dataclasses import replace
 from pathlib import Path
