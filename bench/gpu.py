@@ -3,14 +3,14 @@
     python bench/gpu.py [PART ...] [--minutes 8] [--smoke]
 
 Each part runs in a process of its own, and prints as it goes. A part that fails, hangs or runs out of time does not end
-the others. The parts, by worth:
+the others. The parts, the most important first:
 
     environment   versions, driver, compiler, memory
     agreement     losses on the CPU, on the GPU, with DDP and with FSDP in a group of one; a step waits for nothing
     checkpoints   saved in the background under load, saved synchronously, and resumed: equal bit for bit
     endings       SIGTERM saves and exits with 75; the same command goes on
     throughput    ms, tokens/s, MFU and peak memory of the presets, against the memory that is planned
-    peer          the same of a loop like nanoGPT's: the whole model compiled, a step per log line read on the host
+    peer          the same of a loop like nanoGPT's, which compiles the whole model and reads the loss of logged steps
     profile       one step: the share of time in which the GPU is idle, and the kernels that take most
     loss          the head with the loss: eager, compiled, in chunks
     decode        tokens per second of sampling with a KV cache

@@ -1,4 +1,4 @@
-"""The loops that bench/training.py compares with, in their own words: the ancestor's, and one like nanoGPT's.
+"""The loops that bench/training.py compares with, written anew: the ancestor's, and one like nanoGPT's.
 
 The ancestor is the tutorial from which the preset `seed` comes: a module for each attention head, and AdamW alone.
 nanoGPT has one projection for all heads, F.scaled_dot_product_attention, a tied head, no biases, and clips gradients.

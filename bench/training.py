@@ -5,7 +5,7 @@
 speed
     Seconds of an optimizer step of the model of the preset `seed`, with its dropout, on random tokens. All sides are
     processes that exist at the same time and take steps in turn, so that a busy machine slows all of them. A side of
-    one process has all cores; of two, each has half of them. The two loops to compare with are in plain_loops.py.
+    one process has all cores; a side of two has half of them for each. The loops to compare with are in plain_loops.py.
     --clock cpu gives each process one thread and counts CPU time, summed over the ranks, for a machine that is too busy
     for anything else; it does not see that all cores but one are idle while F.dropout draws numbers.
 losses

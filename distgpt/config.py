@@ -368,7 +368,7 @@ def help_text(prog: str, about: str) -> str:
             kind = get_type_hints(_section_type(section.name))[key.name]
             choices = f" [{'|'.join(get_args(kind))}]" if get_origin(kind) is Literal else ""
             flag = f"--{section.name}.{name}"
-            lines.append(f"  {flag:<{width}}{key.metadata['help']}{choices} (default: {_format_default(key.default)})")
+            lines.append(f"  {flag:<{width}}{key.metadata['help']}{choices} (default: {value_text(key.default)})")
     return "\n".join(lines)
 
 
@@ -463,7 +463,8 @@ def _join_with_or(values: Sequence[object]) -> str:
     return " or ".join(map(str, values))
 
 
-def _format_default(value: object) -> str:
+def value_text(value: object) -> str:
+    """Return the value of a key as a user writes it; "empty" for an empty text."""
     return str(value).lower() if isinstance(value, bool) else str(value) or "empty"
 
 

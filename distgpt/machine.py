@@ -29,7 +29,7 @@ def available_gpus() -> int:
 
 
 def cpu_has_one_of(flags: set[str]) -> bool:
-    """Tell whether /proc/cpuinfo names one of these groups of instructions."""
+    """Tell whether /proc/cpuinfo names one of these flags, each of which stands for a group of instructions."""
     try:
         with open("/proc/cpuinfo") as cpuinfo:
             return not flags.isdisjoint(cpuinfo.read().split())

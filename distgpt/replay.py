@@ -36,7 +36,7 @@ from distgpt.distributed.runtime import Runtime, only_rank
 from distgpt.errors import DataError, UsageError
 from distgpt.health.outliers import OutlierFilter
 from distgpt.model.optim import build_optimizer, lr_at, set_lr
-from distgpt.model.probe import Finding, Probe
+from distgpt.model.probe import NonFiniteTensor, Probe
 from distgpt.run.paths import RunPaths
 from distgpt.telemetry.metrics import read_metrics
 from distgpt.training.startup import open_data_of_run, training_batches
@@ -94,9 +94,9 @@ def start_from(checkpoint: Path, run: RunPaths, step: int) -> Start:
 
 
 def config_of(run: RunPaths, step: int, start_state: RunState | None) -> Config:
-    """Find the config of the attempt that took this step: that of the next checkpoint, else that of the last attempt.
+    """Find the config of the attempt that took this step: of the next checkpoint or, without one, of the last attempt.
 
-    `start_state`: that of the checkpoint to start from. Raises DataError if there is no run.
+    `start_state`: the state of the checkpoint to start from. Raises DataError if there is no run.
     """
     for checkpoint in reversed(committed(run.checkpoints)):
         if step_of(checkpoint) >= step:
@@ -122,7 +122,7 @@ def open_data(start: Start, directory: str | None) -> Dataset:
 
 
 def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> None:
-    """Take the steps before `target` as distgpt.train does, run step `target` under a probe, and print the finding."""
+    """Take the steps before `target` as distgpt.train does, run step `target` under a probe, print what it found."""
     config, seed = start.config, start.config.run.seed
     plan = make_plan(config, runtime, vocab_size=dataset.vocab_size)
     if start.checkpoint is not None:
@@ -166,7 +166,7 @@ def describe_weights(model: nn.Module) -> str:
     return f"not finite in {bad[0]}" + (f" and {len(bad) - 1} more" if len(bad) > 1 else "")
 
 
-def describe_finding(finding: Finding | None) -> str:
+def describe_finding(finding: NonFiniteTensor | None) -> str:
     """Say where the probe first met a value that is not finite, if anywhere."""
     if finding is None:
         return "all finite, forward and backward"

@@ -1,4 +1,4 @@
-"""Links between a rank and its torchrun: environment variables, death signals, error files. Imports no torch."""
+"""A rank and its torchrun: environment variables, a signal when it dies, files for errors. Imports no torch."""
 
 import ctypes
 import json
@@ -58,9 +58,9 @@ def signal_when_parent_dies(number: signal.Signals) -> None:
 
 
 def _may_have_torchrun_ancestor(pid: int) -> bool:
-    """Tell whether a process or one of its ancestors may be torchrun. A wrapper may be between torchrun and its rank.
+    """Tell whether a process or one of its ancestors may be torchrun: a wrapper may be between torchrun and its rank.
 
-    A process may be torchrun if it has loaded torch. An init process, which adopts orphans, has not loaded torch, or
+    A process that has loaded torch may be torchrun. An init process, which adopts orphans, has not loaded torch, or
     belongs to another user.
     """
     while pid:

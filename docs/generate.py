@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from distgpt.config import NOT_NEGATIVE, POSITIVE, Config, fields_of, preset_names, resolve
+from distgpt.config import NOT_NEGATIVE, POSITIVE, Config, fields_of, preset_names, resolve, value_text
 from distgpt.model.gpt import count_parameters
 
 FILE = Path(__file__).with_name("configuration.md")
@@ -68,7 +68,7 @@ def all_keys() -> str:
 
 
 def _row(name: str, key: dataclasses.Field[Any], kind: Any) -> str:
-    default = f"`{_shown(key.default)}`" if _shown(key.default) else "empty"
+    default = "empty" if key.default == "" else f"`{value_text(key.default)}`"
     cells = (f"`{name}`", default, _values(kind, name), key.metadata["help"])
     return f"| {' | '.join(cell.replace('|', '&#124;').replace('<', '&lt;') for cell in cells)} |"
 
@@ -85,10 +85,6 @@ def _values(kind: Any, name: str) -> str:
     elif name in NOT_NEGATIVE:
         limits.append("from 0")
     return ", ".join([WORDS[kind], *limits])
-
-
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def main(arguments: list[str]) -> int:

@@ -39,7 +39,7 @@ def choose(run: Path, choice: str = NEWEST) -> Path:
     """
     if is_checkpoint(run):
         if choice != NEWEST:
-            raise UsageError(f"{run} is a checkpoint already: leave out --checkpoint={choice}")
+            raise UsageError(f"{run} is one checkpoint: to choose {choice}, give its run directory")
         return _require_good(run.resolve())  # resolved, since `run` may be "." or a link
     if choice not in (BEST, NEWEST) and is_checkpoint(Path(choice)):
         return _require_good(Path(choice).resolve())
@@ -50,13 +50,13 @@ def choose(run: Path, choice: str = NEWEST) -> Path:
     if choice == BEST:
         best = best_checkpoint(directory)
         if best is None:
-            raise UsageError(f"no checkpoint of {run} has a validation loss: take --checkpoint={NEWEST}")
+            raise UsageError(f"no checkpoint of {run} has a validation loss: choose {NEWEST}")
         return _require_good(best)
     step = choice.removeprefix("step-").lstrip("0") or "0"
     if step in map(str, steps):
         return _require_good(checkpoint_path(directory, int(step)))
     all_steps = ", ".join(map(str, reversed(steps)))
-    raise UsageError(f"--checkpoint is {choice}: choose {BEST}, {NEWEST} or a step of {run}: {all_steps}")
+    raise UsageError(f"{run} has no checkpoint {choice}: choose {BEST}, {NEWEST} or a step of {all_steps}")
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -86,7 +86,7 @@ def _require_good(checkpoint: Path) -> Path:
     """Return a checkpoint that the user chose. Raises DataError if it is damaged."""
     problems = find_damage(checkpoint)
     if problems:
-        raise DataError(f"{checkpoint} is damaged ({problems[0]}): choose another with --checkpoint")
+        raise DataError(f"{checkpoint} is damaged ({problems[0]}): choose another checkpoint")
     return checkpoint
 
 

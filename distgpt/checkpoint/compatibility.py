@@ -17,14 +17,15 @@ FIXED_KEYS = ("run.seed", "train.global_batch")
 FREE_KEYS = ("model.loss_chunk",)
 
 
-def require_same_run(directory: Path, config: Config, dataset: Dataset, *, replicas: int) -> None:
-    """Raise UsageError with a diff if the newest checkpoint has another model, data, seed or global batch.
+def require_same_run(directory: Path, config: Config, dataset: Dataset, *, replicas: int) -> RunState | None:
+    """Return the state of the newest checkpoint that can be read, None if there is none.
 
-    The number of independent `replicas` must be equal too, since each has an optimizer of its own.
+    Raises UsageError with a diff if it has another model, data, seed or global batch. The number of independent
+    `replicas` must be equal too, since each has an optimizer of its own.
     """
     state = newest_state(directory)
     if state is None:
-        return
+        return None
     differences = _differences(state, config, dataset)
     if state.replicas not in (1, replicas):
         differences.append(f"replicas of diloco {state.replicas} -> {replicas}")
@@ -33,6 +34,7 @@ def require_same_run(directory: Path, config: Config, dataset: Dataset, *, repli
             f"{checkpoint_path(directory, state.step)} was made by another run: {'; '.join(differences)}; "
             "resume with the same values or choose another --run.dir"
         )
+    return state
 
 
 def newest_state(directory: Path) -> RunState | None:

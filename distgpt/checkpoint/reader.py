@@ -7,7 +7,7 @@ import re
 import struct
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -133,7 +133,9 @@ def read_tensors(tensors: dict[str, Any], checkpoint: Path, *, whole: dict[str, 
     index = read_index(checkpoint)  # outside of dcp.load, which would wrap a DataError
     require_tensors(index, tensors if whole is None else whole, checkpoint / INDEX)
     try:
-        dcp.load(tensors, storage_reader=_Reader(checkpoint, index), no_dist=True)  # else ranks exchange pickles
+        dcp.load(
+            tensors, storage_reader=_CheckpointReader(checkpoint, index), no_dist=True
+        )  # else ranks exchange pickles
     except dcp.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         if isinstance(cause, DataError | AssertionError | RuntimeError | ValueError | pickle.UnpicklingError):
@@ -180,12 +182,38 @@ def _describe_tensor(size: torch.Size, dtype: torch.dtype) -> str:
     return f"{str(dtype).removeprefix('torch.')} {list(size)}"
 
 
-class _Reader(dcp.FileSystemReader):
-    """Takes an index that is already read, and reads only payloads that are plain tensors."""
+class TensorReader(dcp.FileSystemReader):
+    """Fills tensors for dcp.load(), given an index. Subclasses say where each part of a tensor comes from."""
+
+    def __init__(self, directory: Path, index: Metadata) -> None:
+        super().__init__(directory)
+        self._index = index
+
+    def read_part(self, stored: MetadataIndex, ranges: Sequence[range]) -> torch.Tensor:
+        """Return a part of a stored tensor: a range of indices for each dim."""
+        raise NotImplementedError
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """Return the index."""
+        return self._index
+
+    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
+        """Read what the plan asks for."""
+        for item in plan.items:
+            ranges = [range(at, at + n) for at, n in zip(item.storage_offsets, item.lengths, strict=True)]
+            target = planner.resolve_tensor(item).detach()
+            target.copy_(self.read_part(item.storage_index, ranges))
+            planner.commit_tensor(item, target)
+        done: Future[None] = Future()
+        done.set_result(None)
+        return done
+
+
+class _CheckpointReader(TensorReader):
+    """Reads only payloads that are plain tensors."""
 
     def __init__(self, checkpoint: Path, index: Metadata) -> None:
-        super().__init__(checkpoint)
-        self._index = index
+        super().__init__(checkpoint, index)
         self._chunks = {
             MetadataIndex(name, chunk.offsets): (chunk.sizes, tensor.properties.dtype.itemsize)
             for name, tensor in index.state_dict_metadata.items()
@@ -193,19 +221,8 @@ class _Reader(dcp.FileSystemReader):
             for chunk in tensor.chunks
         }
 
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return self._index
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        for item in plan.items:
-            stored = self._read_chunk(item.storage_index)
-            cut = tuple(slice(at, at + n) for at, n in zip(item.storage_offsets, item.lengths, strict=True))
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(stored[cut])
-            planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+    def read_part(self, stored: MetadataIndex, ranges: Sequence[range]) -> torch.Tensor:
+        return self._read_chunk(stored)[tuple(slice(part.start, part.stop) for part in ranges)]
 
     def _read_chunk(self, index: MetadataIndex) -> torch.Tensor:
         """Read a stored tensor. Raises OSError, and DataError if it is not the one that the index describes."""

@@ -1,8 +1,9 @@
 """The batches of a rank: a thread reads them ahead as they are stored, and the device widens them to int64.
 
-Shapes: T = block_size, B sequences of a micro-batch. Rank r of R takes the contiguous
-slice [r G/R, (r+1) G/R) of each global batch of G sequences, cut into micro-batches in order: the j-th micro-batch of a
-step is the same for any R.
+Shapes: T = block_size, B sequences of a micro-batch.
+
+Rank r of R takes the contiguous slice [r G/R, (r+1) G/R) of each global batch of G sequences, and cuts it into
+micro-batches in order. So the j-th micro-batch of a step is the same for any R.
 """
 
 import mmap
@@ -179,7 +180,7 @@ class WindowReader:
         self._shards = split.shards
         self._files = [_stat(shard) for shard in split.shards]
         self._views = [sliding_window_view(np.asarray(s), length) if len(s) >= length else None for s in split.shards]
-        self._read_whole = sum(shard.nbytes for shard in split.shards) <= READ_WHOLE_BYTES
+        self._read_whole = split.bytes <= READ_WHOLE_BYTES
         if self._read_whole:
             for shard in split.shards:
                 mapping_of(shard).madvise(mmap.MADV_WILLNEED)

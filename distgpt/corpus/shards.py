@@ -76,6 +76,10 @@ class Split:
     def tokens(self) -> int:
         return sum(shard.size for shard in self.shards)
 
+    @property
+    def bytes(self) -> int:
+        return sum(shard.nbytes for shard in self.shards)
+
 
 @dataclass(frozen=True)
 class Dataset:

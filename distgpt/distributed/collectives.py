@@ -21,7 +21,7 @@ T = TypeVar("T")
 
 
 def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[Any]:
-    """Return the value of every rank, by rank. Raises Interrupted if what one sent is not JSON."""
+    """Return the value of every rank, by rank. Raises Interrupted if a rank sent something else."""
     gpu = dist.get_backend(group) == "nccl"
     device = torch.device("cuda", torch.cuda.current_device()) if gpu else torch.device("cpu")
     text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8).to(device)
@@ -39,9 +39,9 @@ def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[
 
 
 def reduce_scalars(loss: Tensor, grad_norm: Tensor, flag: bool, runtime: Runtime) -> Tensor:
-    """Sum two scalars and the number of ranks that have set `flag` over ranks: (3,), float32, with one all-reduce.
+    """Return the sums over ranks of two scalars, and the number of ranks with `flag` set: (3,), float32.
 
-    Every rank gets identical values, so decisions agree even where different devices round differently.
+    With one all-reduce. Every rank gets identical values, so decisions agree even where devices round differently.
     """
     # torch.tensor() would wait until the device has done all that it was given.
     flags = torch.full((), float(flag), device=loss.device)
@@ -63,7 +63,7 @@ def weights_are_finite(model: nn.Module, runtime: Runtime) -> bool:
 
 
 def require_agreement(facts: dict[str, Any], runtime: Runtime) -> None:
-    """Raise UsageError on all ranks if the facts of one differ from those of rank 0, naming the rank and keys."""
+    """Raise UsageError on all ranks if the facts of a rank differ from those of rank 0; it names rank and keys."""
     if not runtime.distributed:
         return
     gathered = all_gather_json((socket.gethostname(), facts))

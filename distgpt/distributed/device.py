@@ -16,7 +16,7 @@ from distgpt.machine import available_cpus, cpu_has_one_of
 
 # Parameters of glibc's mallopt, from malloc.h.
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
-# Flags in /proc/cpuinfo of instructions for products of bfloat16 matrices, which take half the time of float32 or less.
+# Flags in /proc/cpuinfo of CPUs on which products of bfloat16 matrices take at most half the time of float32 ones.
 BFLOAT16_FLAGS = {"amx_bf16", "avx512_bf16"}
 
 
@@ -36,7 +36,7 @@ def share_of_cpus(local_world_size: int) -> int:
 def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
     """Resolve `train.dtype`: auto is bfloat16 on GPUs and CPUs that have instructions for it, else float32.
 
-    That is the same in each attempt of a run, which a measurement on a busy machine may not be.
+    It is not measured: a measurement on a busy machine may differ from one attempt of a run to the next.
     """
     if asked != "auto":
         return torch.bfloat16 if asked == "bfloat16" else torch.float32
@@ -61,7 +61,7 @@ def compiles(asked: bool | Literal["auto"], device: torch.device) -> tuple[bool,
     return not missing, f"not compiled, and so slower, for lack of {missing}" if missing else "compiled"
 
 
-def set_math(train: TrainConfig) -> None:
+def set_numerics(train: TrainConfig) -> None:
     """Set for this process how float32 products are rounded on GPUs, and which kernels may be used."""
     torch.backends.cuda.matmul.fp32_precision = "tf32" if train.tf32 else "ieee"
     if train.deterministic:

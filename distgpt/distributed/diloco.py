@@ -38,7 +38,7 @@ class OuterOptimizer:
     def step(self) -> None:
         """Take the outer step; afterwards all replicas have the same weights. All ranks call it."""
         own, shared, momentum = ([_local(t) for t in ts.values()] for ts in (self._own, self._shared, self._momentum))
-        # One message, since links between replicas often have a high latency, too.
+        # One message, since links between replicas often have a high latency.
         outer_gradient = torch.cat([(s - o).flatten() for s, o in zip(shared, own, strict=True)])
         dist.all_reduce(outer_gradient, group=self._shard_group)
         outer_gradient /= self._replicas
@@ -50,7 +50,7 @@ class OuterOptimizer:
             own_weight.copy_(shared_weight)
 
     def reset(self) -> None:
-        """Make the weights of the model, equal in all replicas, the shared weights, and clear the momentum."""
+        """Start anew from the weights of the model, which are equal in all replicas, without momentum."""
         for name, own in self._own.items():
             self._shared[name].copy_(own)
             self._momentum[name].zero_()

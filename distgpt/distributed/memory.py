@@ -19,7 +19,7 @@ USABLE_SHARE = 0.9
 LOSS_BYTES = 12
 # Tensors of the width of an MLP that its activation keeps.
 MLP_TENSORS = {"relu": 1, "gelu": 2, "relu2": 2, "swiglu": 4}
-# Blocks whose gathered weights and gradients are on a device at once: the one that computes, and those under way.
+# Blocks whose gathered weights or gradients are on a device at once: the current one, and those being exchanged.
 BLOCKS_IN_FLIGHT = 3
 
 
@@ -37,7 +37,7 @@ class MemoryModel:
         return count_parameters(self.config.model, self.vocab_size)
 
     def need(self, sequences: int, *, shards: int, keep_weights: bool = False, whole_gradients: bool = False) -> float:
-        """Return the bytes for micro-batches of so many sequences, on a rank with one of `shards` of the model.
+        """Return the bytes for micro-batches of so many sequences. A rank holds the share 1 / `shards` of the model.
 
         `keep_weights`: gathered weights are kept for the backward pass; `whole_gradients`: gradients are kept whole,
         in float32, until the last micro-batch.
@@ -58,7 +58,7 @@ class MemoryModel:
     def _working_weights(self, shards: int, keep_weights: bool, whole_gradients: bool) -> float:
         """Return the bytes of weights as products use them, and of gradients before they are summed."""
         embeddings = 2 * self.vocab_size * self.config.model.n_embd
-        if shards == 1:  # autocast's copies; in float32 there are none, but a second gradient of the head
+        if shards == 1:  # autocast's copies of the weights; in float32 only a second gradient of the head
             return 2 * self.parameters if self.itemsize == 2 else 2 * embeddings
         block = (self.parameters - embeddings) / self.config.model.n_layer
         gathered = self.itemsize * (self.parameters if keep_weights else BLOCKS_IN_FLIGHT * block)

@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint
 
 from distgpt.config import Config
-from distgpt.distributed.device import set_math
+from distgpt.distributed.device import set_numerics
 from distgpt.distributed.mesh import build_mesh
 from distgpt.distributed.plan import Plan
 from distgpt.model.gpt import GPT
@@ -24,7 +24,7 @@ def build_model(config: Config, plan: Plan, *, vocab_size: int, eot_id: int | No
 
     Sets the process to the precision and kernels that the config asks for.
     """
-    set_math(config.train)
+    set_numerics(config.train)
     with torch.device("meta" if plan.sharded else "cpu"):
         model = GPT(config.model, vocab_size, eot_id)
     if config.parallel.activation_checkpoint:

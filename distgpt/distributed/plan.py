@@ -16,7 +16,7 @@ from distgpt.units import size_text
 # Tokens per forward when train.micro_batch is 0: as many as a CPU's caches hold, and enough to keep a GPU busy.
 AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 # A whole replica on each rank is not worth it if it leaves memory for fewer tokens than this.
-LEAST_EFFICIENT_TOKENS = 4096
+MIN_EFFICIENT_TOKENS = 4096
 SHARDED = ("fsdp", "hsdp", "diloco")
 
 
@@ -95,13 +95,13 @@ def micro_batch_size(config: Config, runtime: Runtime, fits: Callable[[int], boo
     return max((size for size in sizes if runtime.device.type != "cuda" or fits(size)), default=1)
 
 
-def least_efficient_micro_batch(config: Config, runtime: Runtime) -> int:
+def smallest_efficient_micro_batch(config: Config, runtime: Runtime) -> int:
     """Return the configured micro-batch, or the smallest one that keeps a device busy. Raises UsageError."""
     largest = micro_batch_size(config, runtime)
     if config.train.micro_batch:
         return largest
     sizes = [size for size in range(1, largest + 1) if config.train.global_batch // runtime.world_size % size == 0]
-    return min((s for s in sizes if s * config.model.block_size >= LEAST_EFFICIENT_TOKENS), default=largest)
+    return min((s for s in sizes if s * config.model.block_size >= MIN_EFFICIENT_TOKENS), default=largest)
 
 
 def smaller_micro_batch(config: Config, plan: Plan, *, vocab_size: int) -> int | None:
@@ -164,7 +164,7 @@ def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tup
     if asked != "auto":
         return asked, "as asked"
     memory, room = memory_model(config, runtime, vocab_size), USABLE_SHARE * device_memory(runtime)
-    least = least_efficient_micro_batch(config, runtime)
+    least = smallest_efficient_micro_batch(config, runtime)
     need = memory.need(least, shards=1)
     sizes = f"training {least} sequences takes {size_text(need)} of {size_text(room)} a rank"
     if need <= room:

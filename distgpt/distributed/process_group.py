@@ -49,7 +49,7 @@ def process_group(
     _await_rank_zero(runtime, store)
     init_process_group(runtime, store, timeout)
     yield
-    gc.collect()  # models that hooks and torch.compile tied into cycles
+    gc.collect()  # frees models that hooks and torch.compile tied into cycles
     # Not in a finally: after a failure of a peer this would wait for it.
     dist.destroy_process_group()
 
@@ -57,7 +57,7 @@ def process_group(
 def init_process_group(runtime: Runtime, store: dist.Store, timeout: float) -> None:
     """Create torch's default process group of all ranks. `timeout`: seconds that a collective waits for a rank."""
     on_gpu = runtime.device.type == "cuda"
-    if on_gpu:  # or NCCL and what follows would open a context on the first GPU for every rank of the host
+    if on_gpu:  # otherwise every rank of the host opens a context on the first GPU
         torch.cuda.set_device(runtime.device)
     dist.init_process_group(
         "cpu:gloo,cuda:nccl" if on_gpu else "gloo",

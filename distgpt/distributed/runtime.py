@@ -43,7 +43,7 @@ def this_rank() -> Runtime:
                 f"use --nproc_per_node={torch.cuda.device_count()}"
             )
         device = torch.device("cuda", place.local_rank)
-    elif gpus_are_meant():
+    elif gpus_are_expected():
         raise UsageError(
             f"this machine has NVIDIA GPUs, but PyTorch {torch.__version__} cannot use them ({why_not_cuda()}): update "
             "the driver, or install a PyTorch for an older CUDA; to use the CPU, set CUDA_VISIBLE_DEVICES=-1"
@@ -59,7 +59,7 @@ def only_rank(command: str) -> Runtime:
     return runtime
 
 
-def gpus_are_meant(devices: Path = Path("/dev")) -> bool:
+def gpus_are_expected(devices: Path = Path("/dev")) -> bool:
     """Tell whether this machine has NVIDIA GPUs, this PyTorch is for them, and nobody has hidden them."""
     hidden = os.environ.get("CUDA_VISIBLE_DEVICES", "all").strip() in ("", "-1", "NoDevFiles")
     return torch.version.cuda is not None and not hidden and any(devices.glob("nvidia[0-9]*"))

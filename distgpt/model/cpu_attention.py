@@ -1,10 +1,10 @@
 """Causal attention for CPUs, in blocks of queries that leave out the keys in their future.
 
 On a CPU F.scaled_dot_product_attention has no fast kernel with dropout, and its kernel for bfloat16 takes two to four
-times as long as these products do. It saves memory, however: here the backward pass needs the weights of all heads,
-about T^2 / 2 of them for each head and layer.
+times as long as these products do. Those kernels need less memory, however: here the attention weights are kept for the
+backward pass, about T^2 / 2 of them for each head and layer.
 
-Shape suffixes as in gpt.py; Q are the queries of a block, P the keys up to the last of them.
+Shape suffixes as in gpt.py. Q: queries of a block. P: keys up to the last query of the block.
 """
 
 import math
@@ -14,8 +14,8 @@ from torch import Tensor
 
 from distgpt.model.dropout import dropout
 
-# The number of queries in a block, and the number of blocks in a long sequence. Smaller products are slower.
-LEAST_QUERIES, MOST_BLOCKS = 128, 4
+# The number of queries in a block, and of blocks in a long sequence. Smaller products are slower.
+MIN_QUERIES, MAX_BLOCKS = 128, 4
 
 
 def attention_in_blocks(
@@ -23,15 +23,15 @@ def attention_in_blocks(
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v, with dropout of the weights, (B, H, T, D).
 
-    `mask`: True where a query may attend to a key, which is nowhere in its future, broadcast to (B, H, T, T); None: to
-    all keys up to itself.
+    `mask`: True where a query may attend to a key, but never for a key in its future; broadcast to (B, H, T, T). None:
+    causal.
     """
     T, D = q_BHTD.shape[-2:]
     if mask is None:
         mask = torch.ones(T, T, dtype=torch.bool, device=q_BHTD.device).tril()
     bias = torch.zeros_like(mask, dtype=q_BHTD.dtype).masked_fill_(~mask, -math.inf)
     q_BHTD, k_BHTD, v_BHTD = (q_BHTD * D**-0.5).contiguous(), k_BHTD.contiguous(), v_BHTD.contiguous()
-    size = max(LEAST_QUERIES, math.ceil(T / MOST_BLOCKS))
+    size = max(MIN_QUERIES, math.ceil(T / MAX_BLOCKS))
     y_BQHD = []
     for start in range(0, T, size):
         end = min(start + size, T)

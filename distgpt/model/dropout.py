@@ -36,7 +36,7 @@ def dropout(x: Tensor, p: float) -> Tensor:
 
 
 def random_mask(shape: torch.Size, dropped: int, dtype: torch.dtype) -> Tensor:
-    """Return a tensor of ones and, with probability `dropped` / LEVELS each, zeros."""
+    """Return a tensor whose elements are 0 with probability `dropped` / LEVELS, otherwise 1."""
     count = math.prod(shape)
     words = torch.empty(math.ceil(count / NUMBERS_PER_WORD), dtype=torch.int64).random_(-(2**63), None)
     numbers = words.view(torch.int16)[:count]

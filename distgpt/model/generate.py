@@ -14,11 +14,12 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from distgpt.model.gpt import GPT, KVCache
 
-# On a CPU, top_p looks at this many of the most likely ids first: sorting 50,257 takes longer than a small model.
-TOP_PART = 1024
-# Stronger ones are taken as this one, with which logits stay finite.
-LARGEST_PENALTY = 1e30
-# Not cuDNN, which plans anew for each length of the cache.
+# On a CPU, top_p sorts only this many of the most likely ids if they suffice: sorting all 50,257 takes longer than a
+# forward pass of a small model.
+NUCLEUS_CANDIDATES = 1024
+# A stronger penalty, or one weaker than its inverse, is limited to this, so that logits stay finite.
+MAX_PENALTY = 1e30
+# Without cuDNN, which plans anew for each length of the cache.
 ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
@@ -66,9 +67,9 @@ def generate(
 ) -> Generator[tuple[int, int], None, None]:
     """Continue several prompts as one batch: yield each new id as (row, id), where `row` is the index of its prompt.
 
-    Each text gets `max_tokens` new ids; one for which `ended(row)` is true after one of its ids gets no more. It draws
-    one number for each id from its own generator, on the CPU. So a text does not depend on the others of its batch, nor
-    on the device, except by the rounding of matrix products, which depends on the size of the batch.
+    Each text gets `max_tokens` new ids, or fewer: no more follow once `ended(row)` is true. A text draws one number for
+    each id from its own generator, on the CPU. So it does not depend on the other texts of its batch, nor on the
+    device, except by the rounding of matrix products, which depends on the size of the batch.
 
     Prompts of several lengths need no padding: the batch starts with as many ids as the shortest prompt has, and the
     other texts read an id of their prompt in the steps in which the first ones draw. Prompts of one length are the
@@ -172,16 +173,17 @@ def _seen(texts: Sequence[Sequence[int]], vocab_size: int) -> Tensor:
 def draw(logits_BV: Tensor, uniform_B: Sequence[float], sampling: Sampling, seen_BV: Tensor | None = None) -> Tensor:
     """Draw one id for each row of the logits: (B,), int64.
 
-    `uniform_B`: numbers from [0, 1); each decides alone which id is drawn. `seen_BV`: the ids that are penalized.
+    `uniform_B`: a number from [0, 1) for each row, which alone decides the id. `seen_BV`: the ids that are penalized.
     """
     logits_BV = logits_BV.float()
     if seen_BV is not None:
-        penalty = min(max(sampling.repetition_penalty, 1 / LARGEST_PENALTY), LARGEST_PENALTY)
+        penalty = min(max(sampling.repetition_penalty, 1 / MAX_PENALTY), MAX_PENALTY)
         penalized_BV = torch.where(logits_BV < 0, logits_BV * penalty, logits_BV / penalty)
         logits_BV = torch.where(seen_BV, penalized_BV, logits_BV)
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    # Relative to the largest logit, so that a tiny temperature gives 0 for it and not infinity. Less would be 0.
+    # Relative to the largest logit, which a tiny temperature would else make infinite. A smaller one than this would be
+    # 0 in float32.
     temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
     p_BV = torch.softmax((logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
     if 0 < sampling.top_k < p_BV.shape[1]:
@@ -200,7 +202,7 @@ def draw(logits_BV: Tensor, uniform_B: Sequence[float], sampling: Sampling, seen
 
 def _least_in_nucleus(p_BV: Tensor, sampling: Sampling) -> Tensor:
     """Return the least probability that top_p keeps: (B, 1)."""
-    part = sampling.top_k or TOP_PART
+    part = sampling.top_k or NUCLEUS_CANDIDATES
     descending_BV = p_BV.topk(part).values if p_BV.device.type == "cpu" and part < p_BV.shape[1] else None
     if descending_BV is None or descending_BV.sum(dim=-1).min() < sampling.top_p:
         descending_BV = p_BV.sort(dim=-1, descending=True).values

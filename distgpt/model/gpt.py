@@ -283,8 +283,9 @@ class GPT(nn.Module):
     def initial_value(self, name: str, *, seed: int) -> Tensor:
         """Return the initial value of the parameter `name`: the whole tensor, float32, on the CPU.
 
-        It depends on the seed, the name and the shape without padding alone: not on the sharding, on the order of
-        calls, or on wrappers around a block, whose names start with an underscore.
+        It depends only on the seed, the name and the shape without padding: not on the sharding, on the order of calls,
+        or on wrappers around a block, whose names start with an underscore.
+
         Weights are drawn from N(0, 0.02), biases are 0, norms are 1. With init "scaled", residual projections are drawn
         from N(0, 0.02 / sqrt(2 n_layer)) (GPT-2, section 2.3). Rows that pad the vocabulary are 0 and never read.
         Raises AttributeError if there is no such parameter.
@@ -383,7 +384,7 @@ def count_parameters(config: ModelConfig, vocab_size: int) -> int:
 
 
 def with_explicit_sizes(config: ModelConfig) -> ModelConfig:
-    """Return the config of the same network without the zeros that stand for a size that follows from others."""
+    """Return the config with the values that its zeros stand for, such as n_embd / n_head for head_size."""
     eps = RMSNORM_EPS if config.norm == "rmsnorm" else LAYERNORM_EPS
     return dataclasses.replace(
         config,
@@ -395,7 +396,7 @@ def with_explicit_sizes(config: ModelConfig) -> ModelConfig:
 
 
 def mlp_width(config: ModelConfig) -> int:
-    """Return F. SwiGLU has three matrices, not two, so 8/3 C gives as many parameters as 4 C (Shazeer 2020)."""
+    """Return the feed-forward width. SwiGLU has three matrices: 8/3 C gives as many parameters as 4 C with two."""
     if config.mlp_hidden:
         return config.mlp_hidden
     if config.mlp == "swiglu":

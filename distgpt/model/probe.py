@@ -12,7 +12,7 @@ Phase = Literal["forward", "backward"]
 
 
 @dataclass(frozen=True)
-class Finding:
+class NonFiniteTensor:
     """The first tensor that holds a NaN or an infinity."""
 
     module: str  # the name of the module that computed it; empty: the model itself, outside of its submodules
@@ -25,7 +25,7 @@ class Probe:
     """A watcher of one model's values. `finding`: the first one that is not finite, None if there is none."""
 
     def __init__(self) -> None:
-        self.finding: Finding | None = None
+        self.finding: NonFiniteTensor | None = None
         self._calls = 0
 
     @contextmanager
@@ -68,7 +68,7 @@ class Probe:
 
     def _check(self, module: str, phase: Phase, tensor: str, values: object) -> None:
         if self.finding is None and not _is_finite(values):
-            self.finding = Finding(module, phase, tensor, self._calls - 1)
+            self.finding = NonFiniteTensor(module, phase, tensor, self._calls - 1)
 
 
 def _is_finite(values: object) -> bool:

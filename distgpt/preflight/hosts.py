@@ -89,10 +89,11 @@ def check_hosts(
     """
     store = SharedStore(runtime)
     failures: list[Finding] = []
-    for stage in (compare_hosts, check_connections, measure_network):
+    stages = (compare_hosts(config, store), check_connections(config, store), measure_network(store))
+    for number, stage in enumerate(stages, 1):
         own = []  # empty except on rank 0
         try:
-            for finding in stage(config, store):
+            for finding in stage:
                 say(finding)
                 own.append(finding)
         except Interrupted as error:
@@ -100,7 +101,7 @@ def check_hosts(
                 raise
             own.append(failure("hosts", error))
             say(own[-1])
-        key = f"findings from rank 0 ({stage.__name__})"
+        key = f"findings from rank 0 in stage {number}"
         if runtime.rank == 0:
             store.set(key, own)
         findings = [Finding(**finding) for finding in store.get(key)]
@@ -180,7 +181,7 @@ def check_connections(config: Config, store: SharedStore) -> Iterator[Finding]:
         yield ok("shared run dir", f"all {node_count()} hosts share {config.run_dir} and can write to it")
 
 
-def measure_network(config: Config, store: SharedStore) -> Iterator[Finding]:
+def measure_network(store: SharedStore) -> Iterator[Finding]:
     """Create the process group; check the clocks and measure the all-reduce and the links."""
     runtime = store.runtime
     init_process_group(runtime, dist.PrefixStore("group", store.store), ANSWER_SECONDS)

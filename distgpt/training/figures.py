@@ -48,7 +48,8 @@ class FigureReader:
     def take(self, *, now: bool) -> list[Figures]:
         """Return the figures that were not taken yet, by step. All ranks take the same ones.
 
-        Unless `now`, or if a rank was asked to stop, those of the last step are left, where they are read late.
+        Where they are read late, those of the last step stay until the next call, unless `now` or a rank was asked to
+        stop.
         """
         taken: list[Figures] = []
         while self._unread and (now or not self._late or len(self._unread) > 1 or (taken and taken[-1].stop)):

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from distgpt.checkpoint.compatibility import newest_state, require_same_run, with_choices_of
+from distgpt.checkpoint.compatibility import require_same_run, with_choices_of
 from distgpt.checkpoint.manifest import committed
 from distgpt.checkpoint.store import checkpoint_bytes, require_space, require_writable
 from distgpt.config import Config, to_dict, to_toml
@@ -24,7 +24,7 @@ from distgpt.distributed.collectives import (
     require_agreement,
 )
 from distgpt.distributed.parallelize import unwrap_model
-from distgpt.distributed.plan import Plan, make_plan, smaller_micro_batch
+from distgpt.distributed.plan import Plan, independent_replicas, make_plan, smaller_micro_batch
 from distgpt.distributed.runtime import Runtime, restarted
 from distgpt.errors import DataError, DirectoryError, StorageError, UsageError
 from distgpt.files import write_file
@@ -42,12 +42,11 @@ SLOWEST_DISK = 1e6
 
 
 def check_rank(config: Config, plan: Plan, dataset: Dataset, session: RunSession, watchdog: Watchdog) -> None:
-    """Make the checks that need no other rank: the checkpoints; on rank 0 also the run directory, data and disk.
+    """Check the run directory, the data and the disk on rank 0, before it joins the other ranks, which wait.
 
-    Raises UsageError, DirectoryError, DataError or StorageError.
+    Raises DirectoryError, DataError or StorageError.
     """
     paths, timeout = session.paths, config.health.start_timeout
-    require_same_run(paths.checkpoints, config, dataset, replicas=plan.independent_replicas)
     if plan.runtime.rank:
         watchdog.heartbeat("waiting for rank 0 to check the data", math.inf)
         return
@@ -55,8 +54,7 @@ def check_rank(config: Config, plan: Plan, dataset: Dataset, session: RunSession
     if config.run.fresh and not restarted() and committed(paths.checkpoints):
         raise DirectoryError(f"{paths.root} holds checkpoints: --run.fresh wants an empty run directory")
     require_writable(paths.checkpoints)
-    size = 2 * (dataset.train.tokens + dataset.val.tokens)
-    watchdog.heartbeat("verifying the data", timeout + size / SLOWEST_DISK)
+    watchdog.heartbeat("verifying the data", timeout + (dataset.train.bytes + dataset.val.bytes) / SLOWEST_DISK)
     verify_dataset(dataset)
     needed = checkpoint_bytes(count_parameters(config.model, dataset.vocab_size), plan.independent_replicas)
     try:
@@ -88,20 +86,23 @@ def check_agreement(config: Config, plan: Plan, dataset: Dataset, session: RunSe
 
 def require_same_dtype(plan: Plan) -> None:
     """Raise UsageError on all ranks if train.dtype=auto differs between them, as it can on unlike hosts."""
-    has_bfloat16 = [row[0] for row in all_gather_row([plan.dtype == torch.bfloat16], plan.runtime)]
-    without = {host for host, has in zip(hosts_of_ranks(plan.runtime), has_bfloat16, strict=True) if not has}
-    if without and any(has_bfloat16):
-        hosts = ", ".join(sorted(without))
-        raise UsageError(f"train.dtype=auto is float32 on {hosts} and bfloat16 elsewhere: set --train.dtype=float32")
+    with_bfloat16, without = _hosts_with_and_without(plan.dtype == torch.bfloat16, plan.runtime)
+    if with_bfloat16 and without:
+        raise UsageError(f"train.dtype=auto is float32 on {without} and bfloat16 elsewhere: set --train.dtype=float32")
 
 
 def _require_shared_directory(session: RunSession, owner: Owner, runtime: Runtime) -> None:
     """Raise DirectoryError on all ranks unless all of them see the run directory that rank 0 took as `owner`."""
-    sees = [row[0] for row in all_gather_row([session.sees_same_directory(owner)], runtime)]
-    without = {host for host, seen in zip(hosts_of_ranks(runtime), sees, strict=True) if not seen}
+    _, without = _hosts_with_and_without(session.sees_same_directory(owner), runtime)
     if without:
-        hosts = ", ".join(sorted(without))
-        raise DirectoryError(f"{hosts} does not see {session.paths.root}: is it on a shared disk?")
+        raise DirectoryError(f"{without} does not see {session.paths.root}: is it on a shared disk?")
+
+
+def _hosts_with_and_without(has: bool, runtime: Runtime) -> tuple[str, str]:
+    """Return the names of the hosts with a rank that `has` something, and of those with a rank that has not."""
+    ranks = set(zip(hosts_of_ranks(runtime), (row[0] for row in all_gather_row([has], runtime)), strict=True))
+    with_it, without = (", ".join(sorted(host for host, value in ranks if value == wanted)) for wanted in (1, 0))
+    return with_it, without
 
 
 def warn(line: str) -> None:
@@ -111,11 +112,12 @@ def warn(line: str) -> None:
 
 
 def plan_run(config: Config, runtime: Runtime, dataset: Dataset, session: RunSession) -> Plan:
-    """Lay out the run over its ranks. Keeps its data type so far and, if that divides, its micro-batch.
+    """Lay out the run over its ranks. A run that goes on keeps its data type and, if that divides, its micro-batch.
 
-    Raises UsageError if it cannot be laid out over the ranks.
+    Raises UsageError if the run directory is of another run, or if the run cannot be laid out over the ranks.
     """
-    if state := newest_state(session.paths.checkpoints):
+    replicas = independent_replicas(config, runtime)
+    if state := require_same_run(session.paths.checkpoints, config, dataset, replicas=replicas):
         asked, config = config.train.micro_batch, with_choices_of(state, config)
         if config.train.global_batch % (runtime.world_size * (config.train.micro_batch or 1)):
             config = replace(config, train=replace(config.train, micro_batch=asked))

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from distgpt.checkpoint.manifest import STATE, RunState
-from distgpt.config import Config, from_dict, keys, value_at
+from distgpt.config import Config, from_dict, keys, value_at, value_text
 from distgpt.corpus.shards import Dataset
 from distgpt.distributed.device import compute_dtype
 from distgpt.distributed.plan import Plan
@@ -84,7 +84,7 @@ def warnings(config: Config, train_tokens: int, restored: RunState | None) -> It
 def changes(then: Config, now: Config) -> list[str]:
     """List the keys that differ when a run is resumed, with their old and new values."""
     return [
-        f"{key} {_format_value(value_at(then, key))} -> {_format_value(value_at(now, key))}"
+        f"{key} {value_text(value_at(then, key))} -> {value_text(value_at(now, key))}"
         for key in keys()
         if key not in PLACE_KEYS and value_at(then, key) != value_at(now, key)
     ]
@@ -116,7 +116,3 @@ def tokens_per_step(config: Config) -> int:
 def epochs(config: Config, train_tokens: int) -> float:
     """Return how many times the run reads its training text."""
     return config.train.steps * tokens_per_step(config) / train_tokens
-
-
-def _format_value(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value) or "empty"

@@ -1,4 +1,4 @@
-"""The standard architectures that a model can have: GPT-2, Llama, Qwen2 and Qwen3, as Hugging Face's config.json says.
+"""The standard architectures that a model can have: GPT-2, Llama, Qwen2 and Qwen3, in the terms of Hugging Face.
 
 Imports no torch.
 """
@@ -55,14 +55,14 @@ def architecture_of(model: ModelConfig) -> str:
 
 
 def with_all_biases(model: ModelConfig) -> ModelConfig:
-    """Return `model` with the biases of its standard architecture; those that it lacks are zeros there."""
+    """Return `model` with all biases of its standard architecture. Those that `model` lacks are written as zeros."""
     if model.position == "learned":
         return replace(model, qkv_bias=True, bias=True)
     return replace(model, qkv_bias=model.qkv_bias or model.bias)
 
 
 def config_json(model: ModelConfig, *, vocab_size: int, eot_id: int | None) -> dict[str, Any]:
-    """Return the content of config.json for `model`, as with_explicit_sizes() returns it.
+    """Return the content of config.json for a `model` with explicit sizes, see with_explicit_sizes().
 
     Raises UsageError as architecture_of() does.
     """
@@ -110,7 +110,7 @@ def config_json(model: ModelConfig, *, vocab_size: int, eot_id: int | None) -> d
 
 
 def read_config_json(content: Mapping[str, Any], *, source: str) -> ModelConfig:
-    """Return the model that a config.json describes; what only matters in training has the default.
+    """Return the model that a config.json describes. Keys that only matter in training have their defaults.
 
     Raises UsageError that names `source` for another model.
     """
@@ -131,7 +131,7 @@ def read_config_json(content: Mapping[str, Any], *, source: str) -> ModelConfig:
 
 
 def _read_gpt2(content: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, bool]]:
-    """Return the values of a ModelConfig, and reasons why there is none, each with whether it holds."""
+    """Return the values of a ModelConfig, and possible reasons to refuse it: each is true if it holds."""
     activation = content.get("activation_function", "gelu_new")
     tied = content.get("tie_word_embeddings", True)
     values = {

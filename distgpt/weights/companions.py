@@ -76,7 +76,7 @@ def standard_files(config: Config, state: RunState, tokenizer: Tokenizer) -> dic
 def model_card(
     checkpoint: Path, config: Config, state: RunState, *, parameters: int, architecture: str | None
 ) -> bytes:
-    """Return README.md: the facts of the run. `architecture`: the standard one, None for our own."""
+    """Return README.md with the facts of the run. `architecture`: the standard one, None for a plain export."""
     model, sequences = config.model, config.train.global_batch
     loss = "not measured at this step"
     if state.val_loss is not None:

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from distgpt.checkpoint.manifest import TOKENIZER, committed
-from distgpt.config import Config, ModelConfig
+from distgpt.config import Config, ModelConfig, value_text
 from distgpt.corpus.shards import Dataset
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.errors import DataError, UsageError
@@ -39,14 +39,14 @@ def check_initial_weights(config: Config, dataset: Dataset, rank: int) -> None:
     if is_weights(path):
         files, theirs = WeightFiles(path), read_model(path)
         vocab_size = require_shapes(files, theirs, layout_of(plain=is_plain(path)))
-        models = list(_different_models(theirs, config.model))
-        vocabularies = list(_different_vocabularies(path, vocab_size, dataset))
+        models = list(_model_differences(theirs, config.model))
+        vocabularies = list(_vocabulary_differences(path, vocab_size, dataset))
     else:
         state, checkpoint = find_state(path, choice)
         theirs = model_of_state(state, checkpoint)
-        models, vocabularies = list(_different_models(theirs, config.model, "block_size", "vocab_multiple")), []
+        models, vocabularies = list(_model_differences(theirs, config.model, "block_size", "vocab_multiple")), []
         if state.tokenizer_sha256 != dataset.meta["tokenizer"]["sha256"] or state.vocab_size != dataset.vocab_size:
-            path, vocabularies = checkpoint, list(_different_vocabularies(checkpoint, state.vocab_size, dataset))
+            path, vocabularies = checkpoint, list(_vocabulary_differences(checkpoint, state.vocab_size, dataset))
     fixes = ["leave out the presets and keys of model.* that say otherwise"] if models else []
     fixes += [f"prepare the data with --tokenizer {path}"] if vocabularies else []
     if fixes:
@@ -76,20 +76,20 @@ def require_shapes(files: WeightFiles, model: ModelConfig, layout: Layout) -> in
     return vocab_size
 
 
-def _different_models(theirs: ModelConfig, ours: ModelConfig, *more: str) -> Iterator[str]:
-    """Yield each difference between two models that keeps the weights of one out of the other."""
+def _model_differences(theirs: ModelConfig, ours: ModelConfig, *more: str) -> Iterator[str]:
+    """Yield each difference between two models because of which one cannot use the weights of the other."""
     then, now = with_explicit_sizes(theirs), with_explicit_sizes(ours)
     names = [*COMPUTED, *more]
     names += ["head_bias"] if not theirs.tied_head else []
     names += ["rope_theta"] if theirs.position == "rope" else []
     for name in names:
         if getattr(then, name) != getattr(now, name):
-            yield f"model.{name} is {_shown(getattr(then, name))} there and {_shown(getattr(now, name))} here"
+            yield f"model.{name} is {value_text(getattr(then, name))} there and {value_text(getattr(now, name))} here"
     if theirs.position == "learned" and ours.block_size > theirs.block_size:
         yield f"model.block_size is at most {theirs.block_size} there and {ours.block_size} here"
 
 
-def _different_vocabularies(path: Path, vocab_size: int, dataset: Dataset) -> Iterator[str]:
+def _vocabulary_differences(path: Path, vocab_size: int, dataset: Dataset) -> Iterator[str]:
     """Yield each difference between the tokens of a model and of the data.
 
     A model may have more rows than its tokenizer has ids, to pad them, if the tokenizer says so.
@@ -116,7 +116,3 @@ def _different_tokenizers(theirs: Tokenizer, ours: Tokenizer, path: Path) -> Ite
         if then != now:
             yield f"token {id_} is {then!r} there and {now!r} in {path}"
             return
-
-
-def _shown(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)

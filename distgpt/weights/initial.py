@@ -1,5 +1,6 @@
 """Load the weights that a new run starts from: each rank reads its own part, whatever the sharding of the model."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +11,15 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
     Metadata,
+    MetadataIndex,
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import LoadPlan, LoadPlanner
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, set_model_state_dict
-from torch.futures import Future
 
 from distgpt.checkpoint.choice import choose
 from distgpt.checkpoint.manifest import one_line, step_of
-from distgpt.checkpoint.reader import read_tensors
+from distgpt.checkpoint.reader import TensorReader, read_tensors
 from distgpt.config import Config, ModelConfig
 from distgpt.corpus.shards import Dataset
 from distgpt.distributed.collectives import broadcast_from_rank_zero
@@ -75,7 +75,7 @@ def _choose_on_rank_zero(path: Path, choice: str, plan: Plan) -> Path:
     return Path(answer["checkpoint"])
 
 
-class WeightsReader(dcp.StorageReader):
+class WeightsReader(TensorReader):
     """Reads the part of each parameter that a rank holds from files of another layout."""
 
     def __init__(
@@ -88,48 +88,18 @@ class WeightsReader(dcp.StorageReader):
         vocab_size: int,
     ) -> None:
         """`state`: the parameters to read. `vocab_size`: rows after it pad the vocabulary, and are zero."""
-        self._files, self._vocab_size = files, vocab_size
-        self._stored = {name: layout(name, model) for name in state}
-        self._shapes = {name: parameter.shape for name, parameter in state.items()}
-
-    def reset(self, checkpoint_id: Any = None) -> None:
-        """Do nothing: the files are open."""
-
-    @classmethod
-    def validate_checkpoint_id(cls, checkpoint_id: Any) -> bool:
-        """Accept any id, since there is none."""
-        return True
-
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        """Describe each parameter as one chunk."""
         properties = TensorProperties(dtype=torch.float32)
         tensors: dict[str, Any] = {
-            name: TensorStorageMetadata(properties, shape, [ChunkStorageMetadata(torch.Size([0] * len(shape)), shape)])
-            for name, shape in self._shapes.items()
+            name: TensorStorageMetadata(properties, p.shape, [ChunkStorageMetadata(torch.Size([0] * p.ndim), p.shape)])
+            for name, p in state.items()  # each parameter as one chunk
         }
-        return Metadata(tensors)
+        super().__init__(files.directory, Metadata(tensors, storage_data={}))
+        self._files, self._vocab_size = files, vocab_size
+        self._stored = {name: layout(name, model) for name in state}
 
-    def set_up_storage_reader(self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any) -> None:
-        """Do nothing."""
-
-    def prepare_local_plan(self, plan: LoadPlan) -> LoadPlan:
-        """Return the plan."""
-        return plan
-
-    def prepare_global_plan(self, plans: list[LoadPlan]) -> list[LoadPlan]:
-        """Return the plans."""
-        return plans
-
-    def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Read what the plan asks for."""
-        for item in plan.items:
-            ranges = [range(at, at + count) for at, count in zip(item.storage_offsets, item.lengths, strict=True)]
-            target = planner.resolve_tensor(item).detach()
-            target.copy_(self.read_parameter(item.storage_index.fqn, *ranges))
-            planner.commit_tensor(item, target)
-        done: Future[None] = Future()
-        done.set_result(None)
-        return done
+    def read_part(self, stored: MetadataIndex, ranges: Sequence[range]) -> Tensor:
+        """Read a part of the parameter that `stored` names."""
+        return self.read_parameter(stored.fqn, *ranges)
 
     def read_parameter(self, parameter: str, rows: range, *columns: range) -> Tensor:
         """Read these rows of a parameter, and these columns if it is a matrix."""
@@ -143,10 +113,8 @@ class WeightsReader(dcp.StorageReader):
             first, last = max(rows.start, begin), min(rows.stop, begin + count)
             if first < last:
                 part = range(first - begin, last - begin)
-                transposed = stored.transposed
-                read = (
-                    self._files.read(name, *columns, part).T if transposed else self._files.read(name, part, *columns)
-                )
-                value[first - rows.start : last - rows.start] = read
+                ranges = (*columns, part) if stored.transposed else (part, *columns)
+                read = self._files.read(name, *ranges)
+                value[first - rows.start : last - rows.start] = read.T if stored.transposed else read
             begin += count
         return value

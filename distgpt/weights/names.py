@@ -42,7 +42,7 @@ TRANSPOSED = ("attention.qkv.weight", "attention.output.weight", "mlp.up.weight"
 class Stored:
     """The place of a parameter: its rows are those of the tensors `names`, one after the other.
 
-    `rows`: of each tensor, if there are several. `transposed`: the rows are the columns of the one tensor.
+    `rows`: their numbers of rows, if there are several. `transposed`: there is one, whose columns are the rows.
     """
 
     names: tuple[str, ...]

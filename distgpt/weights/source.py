@@ -1,4 +1,4 @@
-"""Find the weights that init.from names, and read which model they are of. Imports no torch."""
+"""Find the weights that init.from names, and read the config of their model. Imports no torch."""
 
 import json
 import tomllib
@@ -80,9 +80,9 @@ def is_plain(directory: Path) -> bool:
 
 
 def find_state(path: Path, choice: str) -> tuple[RunState, Path]:
-    """Return the state of a checkpoint of a run, which has the same model in all of them, and its directory.
+    """Return the state of a checkpoint, and its directory. Its tensors are not verified.
 
-    Its tensors are not verified. Raises UsageError or DataError if there is none.
+    Any checkpoint of a run will do, since all have the same model. Raises UsageError or DataError if there is none.
     """
     found = [path.resolve()] if is_checkpoint(path) else committed(path / "checkpoints")
     if choice.isdecimal():
@@ -90,7 +90,10 @@ def find_state(path: Path, choice: str) -> tuple[RunState, Path]:
     for checkpoint in found:
         with suppress(DataError):
             return read_state(checkpoint), checkpoint
-    checkpoint = choose(path, choice)
+    try:
+        checkpoint = choose(path, choice)  # it says what is wrong
+    except (UsageError, DataError) as error:
+        raise type(error)(f"init.from: {error}") from None
     return read_state(checkpoint), checkpoint
 
 

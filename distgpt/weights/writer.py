@@ -32,8 +32,8 @@ def write_weights(
 ) -> None:
     """Write the model of a verified checkpoint.
 
-    `model`: of the checkpoint, on the meta device. `written`: shapes of the parameters to write, where rows that pad
-    the vocabulary are left out and a bias that the model lacks is zero. `layout`: where each one goes.
+    `model`: that of the checkpoint, on the meta device. `written`: the shapes of the parameters to write. Rows that pad
+    the vocabulary are not among them, and a bias that the model lacks is zero. `layout`: where each parameter goes.
     Raises DataError or StorageError.
     """
     groups = list(_groups(written))
@@ -79,7 +79,7 @@ def _read(checkpoint: Path, model: GPT, group: Mapping[str, torch.Size]) -> dict
 def _save(tensors: dict[str, Tensor], file: Path) -> None:
     try:
         save_file(tensors, file, metadata={"format": "pt"})
-        file.chmod(stat.S_IMODE(file.parent.stat().st_mode) & 0o666)  # it is for its owner alone, whatever the umask
+        file.chmod(stat.S_IMODE(file.parent.stat().st_mode) & 0o666)  # save_file lets only its owner read it
         sync(file)
     except (SafetensorError, OSError) as error:
         free = os.statvfs(file.parent)

@@ -126,13 +126,13 @@ def test_a_checkpoint_is_known_by_its_own_name(saved: Path, tmp_path: Path, monk
 def test_a_choice_that_does_not_exist_is_refused(run: Path, tmp_path: Path) -> None:
     older, newer = (run / "checkpoints" / f"step-0000000{step}" for step in (1, 2))
     for choice in ("3", "worst", str(tmp_path / "nowhere")):
-        with pytest.raises(UsageError, match=rf"--checkpoint is {choice}: choose best, newest or a step of \S+: 1, 2$"):
+        with pytest.raises(UsageError, match=rf" has no checkpoint {choice}: choose best, newest or a step of 1, 2$"):
             choose(run, choice)
-    with pytest.raises(UsageError, match="step-00000001 is a checkpoint already: leave out --checkpoint=best"):
+    with pytest.raises(UsageError, match="step-00000001 is one checkpoint: to choose best, give its run directory"):
         choose(older, "best")
     with pytest.raises(DataError, match="holds no checkpoint"):
         choose(tmp_path / "nowhere", "best")
-    with pytest.raises(UsageError, match=r"--checkpoint is 9{5000}: "):
+    with pytest.raises(UsageError, match=r" has no checkpoint 9{5000}: "):
         choose(run, "9" * 5000)
     (older / "manifest.json").unlink()
     for path, choice in ((run, "1"), (older, "newest")):

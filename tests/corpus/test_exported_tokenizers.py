@@ -35,7 +35,7 @@ def test_the_ids_are_equal_and_decode_to_the_text(subject: Tokenizer) -> None:
 
 
 @each_tokenizer
-def test_it_can_be_read_again(subject: Tokenizer) -> None:
+def test_an_exported_tokenizer_can_be_read_again(subject: Tokenizer) -> None:
     again = tokenizer_from_json(to_hugging_face(subject))
     assert (again.vocab_size, again.eot_id) == (subject.vocab_size, subject.eot_id)
     assert again.encode(CHARACTERS).tolist() == subject.encode(CHARACTERS).tolist()

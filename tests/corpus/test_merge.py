@@ -72,7 +72,7 @@ def test_merging_reads_each_part_once(
 
 
 def share(sizes: list[int], fraction: float, seed: int) -> float:
-    """Return the share of all tokens that validates, with random hashes."""
+    """Return the share of all tokens that is for validation, with random hashes."""
     hashes = np.array([random.Random(f"{seed} {i}").getrandbits(64) for i in range(len(sizes))], dtype=np.uint64)
     chosen = np.isin(hashes, choose_validation(hashes, np.array(sizes), fraction))
     assert 0 < chosen.sum() < len(sizes)

@@ -1,4 +1,4 @@
-"""The memory that a micro-batch is planned with is what tensors take that are allocated for it."""
+"""A micro-batch takes the memory that is planned for it: the allocations of tensors are counted."""
 
 import weakref
 from typing import Any

@@ -13,7 +13,7 @@ import torch.distributed as dist
 
 from distgpt.config import TrainConfig
 from distgpt.distributed import runtime as runtime_module
-from distgpt.distributed.device import compiles, compute_dtype, missing_for_triton, set_math, threads_per_rank
+from distgpt.distributed.device import compiles, compute_dtype, missing_for_triton, set_numerics, threads_per_rank
 from distgpt.distributed.process_group import init_process_group, shared_store
 from distgpt.distributed.runtime import Runtime, this_rank
 from distgpt.errors import UsageError
@@ -128,12 +128,12 @@ def test_gpus_that_torch_cannot_use_are_an_error(monkeypatch: pytest.MonkeyPatch
         raise RuntimeError("The NVIDIA driver on your system is too old (found version 11040). Please update it.\nMore")
 
     monkeypatch.setattr(torch.cuda, "init", too_old)
-    assert not runtime_module.gpus_are_meant(tmp_path)
+    assert not runtime_module.gpus_are_expected(tmp_path)
     (tmp_path / "nvidiactl").touch()
-    assert not runtime_module.gpus_are_meant(tmp_path)
+    assert not runtime_module.gpus_are_expected(tmp_path)
     (tmp_path / "nvidia0").touch()
-    meant = runtime_module.gpus_are_meant
-    monkeypatch.setattr(runtime_module, "gpus_are_meant", lambda: meant(tmp_path))
+    meant = runtime_module.gpus_are_expected
+    monkeypatch.setattr(runtime_module, "gpus_are_expected", lambda: meant(tmp_path))
     with pytest.raises(
         UsageError, match=r"cannot use them \(The NVIDIA driver .* Please update it\): update the driver"
     ):
@@ -152,14 +152,14 @@ def test_a_device_is_set_before_its_process_group(monkeypatch: pytest.MonkeyPatc
     assert calls == [gpu, gpu]
 
 
-def test_math_is_what_the_config_asks_for(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_numerics_are_those_of_the_config(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     try:
-        set_math(TrainConfig())
+        set_numerics(TrainConfig())
         assert torch.backends.cuda.matmul.fp32_precision == "ieee"
         assert not torch.are_deterministic_algorithms_enabled()
-        set_math(TrainConfig(tf32=True, deterministic=True))
+        set_numerics(TrainConfig(tf32=True, deterministic=True))
         assert torch.backends.cuda.matmul.fp32_precision == "tf32"
         assert torch.are_deterministic_algorithms_enabled()
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"

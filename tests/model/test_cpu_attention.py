@@ -45,7 +45,7 @@ def test_it_equals_sdpa_without_dropout(T: int, documents: bool) -> None:
 def test_dropped_weights_give_the_gradients_of_autograd(monkeypatch: pytest.MonkeyPatch, queries: int) -> None:
     """The reference keeps the weights of all keys, and draws the masks of a block for those that the block has."""
     T, p = 13, 0.3
-    monkeypatch.setattr(cpu_attention, "LEAST_QUERIES", queries)
+    monkeypatch.setattr(cpu_attention, "MIN_QUERIES", queries)
     q, k, v = queries_keys_values(T)
     torch.manual_seed(5)
     scores = (q @ k.mT / math.sqrt(4)).masked_fill(torch.ones(T, T).triu(1).bool(), -math.inf)

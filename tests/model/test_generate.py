@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
 from distgpt.config import ModelConfig
-from distgpt.model.generate import TOP_PART, Sampling, draw, generate
+from distgpt.model.generate import NUCLEUS_CANDIDATES, Sampling, draw, generate
 from distgpt.model.gpt import GPT, KVCache
 
 EOT = 3
@@ -293,11 +293,11 @@ def test_a_large_repetition_penalty_repeats_no_id_of_prompt_and_text() -> None:
 
 @pytest.mark.parametrize("spread", [0.01, 3.0])  # the nucleus is larger than the part that is looked at first, or not
 def test_a_nucleus_of_a_large_vocabulary_is_that_of_a_full_sort(spread: float) -> None:
-    logits_BV = torch.randn(2, 4 * TOP_PART, generator=seeded()) * spread
+    logits_BV = torch.randn(2, 4 * NUCLEUS_CANDIDATES, generator=seeded()) * spread
     for p_V in logits_BV.softmax(dim=1):
         largest = p_V.sort(descending=True).values
         size = int((largest.cumsum(0) < 0.7).sum()) + 1
-        assert (size > TOP_PART) == (spread < 1)
+        assert (size > NUCLEUS_CANDIDATES) == (spread < 1)
         drawn = shares(p_V.log(), draws=1000, top_p=0.7)
         assert set(drawn.nonzero().flatten().tolist()) <= set(p_V.topk(size).indices.tolist())
         assert drawn[p_V.argmax()] == pytest.approx(float(largest[0] / largest[:size].sum()), abs=1e-3)

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 
 from distgpt.config import ModelConfig
 from distgpt.model.gpt import GPT
-from distgpt.model.probe import Finding, Probe
+from distgpt.model.probe import NonFiniteTensor, Probe
 
 
 class Root(nn.Module):
@@ -28,7 +28,7 @@ class Parent(nn.Module):
         return out
 
 
-def finding(model: nn.Module, x: Tensor, *, calls: int = 1) -> Finding | None:
+def finding(model: nn.Module, x: Tensor, *, calls: int = 1) -> NonFiniteTensor | None:
     probe = Probe()
     with probe.watching(model):
         for _ in range(calls):
@@ -44,7 +44,7 @@ def small_gpt() -> GPT:
     return model
 
 
-def gpt_finding(model: GPT) -> Finding | None:
+def gpt_finding(model: GPT) -> NonFiniteTensor | None:
     probe, tokens_BT = Probe(), torch.arange(16).view(2, 8)
     with probe.watching(model):
         for _ in range(2):
@@ -71,7 +71,7 @@ def test_an_infinite_weight_names_its_module(parameter: str, module: str, tensor
     model = small_gpt()
     with torch.no_grad():
         model.get_parameter(parameter).view(-1)[0] = torch.inf
-    assert gpt_finding(model) == Finding(module, "forward", tensor, 0)
+    assert gpt_finding(model) == NonFiniteTensor(module, "forward", tensor, 0)
 
 
 def test_an_overflow_in_attention_names_attention_and_not_its_output_layer() -> None:
@@ -79,19 +79,21 @@ def test_an_overflow_in_attention_names_attention_and_not_its_output_layer() -> 
     with torch.no_grad():
         model.get_parameter("blocks.1.attention.qkv.weight").fill_(1e25)
     passed = "the input that it passes to blocks.1.attention.output"
-    assert gpt_finding(model) == Finding("blocks.1.attention", "forward", passed, 0)
+    assert gpt_finding(model) == NonFiniteTensor("blocks.1.attention", "forward", passed, 0)
 
 
 def test_an_overflow_between_two_layers_names_their_parent() -> None:
     overflowing = nn.Sequential(nn.Linear(3, 3), Parent(factor=torch.inf))
-    assert finding(overflowing, torch.ones(2, 3)) == Finding("1", "forward", "the input that it passes to 1.second", 0)
+    assert finding(overflowing, torch.ones(2, 3)) == NonFiniteTensor(
+        "1", "forward", "the input that it passes to 1.second", 0
+    )
     # The factor is finite, but its product with the gradient is not.
     steep = nn.Sequential(nn.Linear(3, 3), Parent(factor=1e30))
     with torch.no_grad():
         for name in ("1.first.weight", "1.first.bias"):
             steep.get_parameter(name).fill_(1e-30)
         steep.get_parameter("1.second.weight").fill_(1e20)
-    expected = Finding("1", "backward", "the gradient that it passes to 1.first", 0)
+    expected = NonFiniteTensor("1", "backward", "the gradient that it passes to 1.first", 0)
     assert finding(steep, torch.ones(2, 3)) == expected
 
 
@@ -100,7 +102,7 @@ def test_an_infinite_gradient_names_the_module_that_computed_it() -> None:
     with torch.no_grad():
         model.get_parameter("0.weight").fill_(-1.0)
         model.get_parameter("0.bias").fill_(0.0)
-    assert finding(model, torch.ones(2, 3)) == Finding("2", "backward", "the gradient of its input", 0)
+    assert finding(model, torch.ones(2, 3)) == NonFiniteTensor("2", "backward", "the gradient of its input", 0)
 
 
 def test_the_gradient_of_a_weight_is_checked_too() -> None:
@@ -108,7 +110,7 @@ def test_the_gradient_of_a_weight_is_checked_too() -> None:
     with torch.no_grad():
         model.get_parameter("0.weight").fill_(0.0)
     x = torch.full((2, 3), 3e38)
-    assert finding(model, x) == Finding("0", "backward", "the gradient of its weight", 0)
+    assert finding(model, x) == NonFiniteTensor("0", "backward", "the gradient of its weight", 0)
 
 
 def test_the_finding_has_the_number_of_the_forward_pass() -> None:
@@ -117,4 +119,4 @@ def test_the_finding_has_the_number_of_the_forward_pass() -> None:
         model.get_parameter("0.weight").fill_(0.0)
     # The sum of the gradients of three calls exceeds the largest float32.
     x = torch.full((1, 3), 1.5e38)
-    assert finding(model, x, calls=3) == Finding("0", "backward", "the gradient of its weight", 2)
+    assert finding(model, x, calls=3) == NonFiniteTensor("0", "backward", "the gradient of its weight", 2)

@@ -1,4 +1,4 @@
-"""The plan of a run that goes on, what ranks must share, and what is said if the memory does not suffice."""
+"""The plan of a run that goes on, what must be equal on all ranks, and the error if memory does not suffice."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -16,18 +16,18 @@ from distgpt.distributed.runtime import Runtime
 from distgpt.errors import UsageError
 from distgpt.training import startup
 from distgpt.training.startup import explaining_out_of_memory, plan_run
-from tests.checkpoint.checkpoints import OnlyRun, trainee
+from tests.checkpoint.checkpoints import SMALL, OnlyRun, trainee
 
 
 def test_a_run_keeps_its_micro_batch_on_which_dropout_depends(
     dataset: Dataset, tmp_path: Path, one_process: Runtime
 ) -> None:
     def micro_batch(runtime: Runtime, *arguments: str) -> int:
-        config = resolve(["--train.global_batch=24", *arguments], {})
+        config = resolve([*SMALL, "--train.global_batch=24", *arguments], {})
         return plan_run(config, runtime, dataset, OnlyRun(tmp_path)).micro_batch
 
     three = replace(one_process, world_size=3, local_world_size=3)
-    assert [micro_batch(runtime) for runtime in (one_process, three)] == [12, 8]
+    assert [micro_batch(runtime) for runtime in (one_process, three)] == [24, 8]
     subject = trainee(tmp_path, dataset, "--train.global_batch=24", "--train.micro_batch=6")
     subject.learn()
     subject.checkpointer.save(1, val_loss=None)
@@ -42,7 +42,7 @@ def test_a_run_keeps_the_data_type_that_auto_was(
 ) -> None:
     def dtype(flags: str, *arguments: str) -> torch.dtype:
         monkeypatch.setattr(device, "cpu_has_one_of", lambda wanted: flags in wanted)
-        return plan_run(resolve(arguments, {}), one_process, dataset, OnlyRun(tmp_path)).dtype
+        return plan_run(resolve([*SMALL, *arguments], {}), one_process, dataset, OnlyRun(tmp_path)).dtype
 
     assert [dtype(flags) for flags in ("", "avx512_bf16")] == [torch.float32, torch.bfloat16]
     subject = trainee(tmp_path, dataset, "--train.dtype=bfloat16")
@@ -58,7 +58,7 @@ def test_a_run_of_a_version_that_did_not_record_its_data_type_goes_on_in_that(
 ) -> None:
     def dtype(flags: str, asked_then: str) -> torch.dtype:
         state = RunState(1, None, to_dict(resolve([f"--train.dtype={asked_then}"], {})), "", "", 9, None, 4)
-        monkeypatch.setattr(startup, "newest_state", lambda directory: state)
+        monkeypatch.setattr(startup, "require_same_run", lambda *_, replicas: state)
         for module in (device, compatibility):
             monkeypatch.setattr(module, "cpu_has_one_of", lambda wanted: flags in wanted)
         return plan_run(resolve([], {}), one_process, dataset, OnlyRun(tmp_path)).dtype

@@ -1,4 +1,4 @@
-"""The checks between micro-batches whether all ranks stop."""
+"""Between micro-batches, ranks check whether all of them should stop."""
 
 import pytest
 

@@ -194,7 +194,7 @@ def test_another_run_gives_its_weights(run_of: Callable[[str], Path], dataset: D
         (["--model.head_bias=true"], "model.head_bias is false there and true here"),
     ],
 )
-def test_another_model_is_told_key_by_key(
+def test_each_key_of_another_model_is_reported(
     arguments: list[str], difference: str, run_of: Callable[[str], Path], dataset: Dataset, tmp_path: Path
 ) -> None:
     for source in (run_of("qwen3"), export(run_of("qwen3"), tmp_path / "exported")):
@@ -213,7 +213,7 @@ def test_what_only_matters_in_training_may_differ(
         check_initial_weights(config_from(exported, tmp_path / "run", "--model.block_size=32"), dataset, 0)
 
 
-def test_another_vocabulary_is_told(dataset: Dataset, run_of: Callable[[str], Path], tmp_path: Path) -> None:
+def test_another_vocabulary_is_reported(dataset: Dataset, run_of: Callable[[str], Path], tmp_path: Path) -> None:
     exported = export(run_of("gpt2"), tmp_path / "exported")
     config = config_from(exported, tmp_path / "run")
     content = json.loads((exported / "tokenizer.json").read_text())
@@ -268,7 +268,7 @@ def test_rows_that_pad_the_vocabulary_are_left_out(
         ({"num_hidden_layers": 1_000_000}, "has fewer tensors than its config has layers"),
     ],
 )
-def test_a_model_that_cannot_be_read_is_told(
+def test_a_model_that_cannot_be_read_is_reported(
     change: dict[str, Any], line: str, dataset: Dataset, tmp_path: Path
 ) -> None:
     saved("llama", tmp_path / "theirs")
@@ -288,7 +288,7 @@ def test_a_pickle_is_not_read(dataset: Dataset, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["cut", "header", "outside"])
-def test_damaged_files_are_told(damage: str, dataset: Dataset, tmp_path: Path) -> None:
+def test_damaged_files_are_reported(damage: str, dataset: Dataset, tmp_path: Path) -> None:
     saved("gpt2", tmp_path / "theirs", max_shard_size="8KB")
     config = config_from(tmp_path / "theirs", tmp_path / "run")
     index = tmp_path / "theirs" / "model.safetensors.index.json"
@@ -305,7 +305,7 @@ def test_damaged_files_are_told(damage: str, dataset: Dataset, tmp_path: Path) -
         check_initial_weights(config, dataset, 0)
 
 
-def test_files_that_become_unreadable_are_told(
+def test_files_that_become_unreadable_are_reported(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved("gpt2", tmp_path / "theirs")
@@ -318,15 +318,16 @@ def test_files_that_become_unreadable_are_told(
         started(config_from(tmp_path / "theirs", tmp_path / "run"), dataset)
 
 
-def test_a_config_that_is_a_pipe_is_told_without_waiting_for_its_writer(tmp_path: Path) -> None:
+def test_a_config_that_is_a_pipe_is_reported_without_waiting_for_its_writer(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").touch()
     os.mkfifo(tmp_path / "config.json")
     with pytest.raises(DataError, match=r"config.json is not a file$"):
         read_model(tmp_path)
 
 
-def test_a_path_that_is_nothing_is_told(tmp_path: Path) -> None:
+def test_a_path_without_weights_is_reported(run_of: Callable[[str], Path], tmp_path: Path) -> None:
     for source, line in (
+        (f"{run_of('gpt2')}@7", r"init.from: \S+ has no checkpoint 7: choose best, newest or a step of 1, 2$"),
         (tmp_path / "nowhere", "there is no directory"),
         (f"{tmp_path / 'nowhere'}@5", "there is no directory"),
         (tmp_path, "holds no checkpoint"),

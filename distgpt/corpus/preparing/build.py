@@ -218,7 +218,7 @@ def _encode_parts(units: Sequence[Unit], directory: Path, encoder: Encoder, work
 
 
 def _is_fast(tokenizer: Tokenizer, found: Scan) -> bool:
-    """Return True if gigatoken can encode; otherwise tell about it where that matters."""
+    """Return True if gigatoken can encode; if not, say why where that costs much time."""
     if not isinstance(tokenizer, BpeTokenizer):
         return False
     if tokenizer.is_slow:
@@ -226,7 +226,7 @@ def _is_fast(tokenizer: Tokenizer, found: Scan) -> bool:
         return False
     if tokenizer.pattern != GPT2_PATTERN:
         return False
-    reason = fast.why_not()
+    reason = fast.why_unavailable()
     if reason and found.text_bytes > LARGE_BYTES:
         report.say(f'{reason}: encoding takes several times longer without it, pip install "distgpt[fast]" brings it')
     return not reason

@@ -17,7 +17,7 @@ from distgpt.corpus.reading.sources import UNIT_BYTES, Piece, Source
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.corpus.tokenizer.base import Tokens
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer
-from distgpt.corpus.tokenizer.fast import FastEncoder, UnlikeError
+from distgpt.corpus.tokenizer.fast import FastEncoder, MismatchError
 from distgpt.errors import DataError
 
 CHECKED_CHARACTERS = 2**15  # of each part: a few percent of the time that its encoding takes
@@ -85,7 +85,7 @@ def encode_units(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int | N
     """Write the part of each unit, and yield its bytes of text; None, and no more, if gigatoken gives other ids."""
     try:
         yield from _encode_units(*task)
-    except UnlikeError:
+    except MismatchError:
         yield None
 
 

@@ -106,7 +106,7 @@ def learn_task(task: tuple[Sequence[ScannedPiece], int, str, Path]) -> Iterator[
 
     with ThreadPoolExecutor(1) as thread:
         is_large = sum(scanned.text_bytes for scanned in pieces) > SMALL_BYTES
-        if is_large and pattern == "gpt2" and not fast.why_not():
+        if is_large and pattern == "gpt2" and not fast.why_unavailable():
             learning = thread.submit(_learn_fast, texts, vocab_size, directory)
         else:
             learning = thread.submit(train_bpe, texts(), vocab_size, PATTERNS[pattern])
@@ -120,6 +120,6 @@ def learn_task(task: tuple[Sequence[ScannedPiece], int, str, Path]) -> Iterator[
 def _learn_fast(texts: Callable[[], Iterator[str]], vocab_size: int, directory: Path) -> BpeTokenizer:
     try:
         return fast.train(texts, vocab_size, directory)
-    except fast.UnlikeError as error:
+    except fast.MismatchError as error:
         report.say(f"learning with Hugging Face tokenizers, not gigatoken: {error}")
         return train_bpe(texts(), vocab_size)

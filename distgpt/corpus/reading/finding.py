@@ -18,7 +18,7 @@ NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-pa
 class Finder:
     """Finds sources. `stdin`: the source for STDIN. `excluded`: files and folders that are not input, as real paths.
 
-    `ignored` maps the real path of each file in a folder that is not text to its suffix.
+    `ignored`: the files of folders that are not text, as real paths, each with its suffix.
     """
 
     def __init__(self, options: ReadOptions, *, stdin: Source, excluded: Sequence[Path] = ()) -> None:
@@ -80,7 +80,7 @@ class Finder:
         for file in files:
             if not file.exists():
                 self.ignored[os.path.realpath(file)] = DANGLING
-            elif not is_folder or formats.counts_in_folder(file, self._options):
+            elif not is_folder or formats.is_input_in_folder(file, self._options):
                 found.append(file)
             else:
                 suffixes = file.suffixes[-2:] if file.suffix in formats.COMPRESSIONS else [file.suffix]

@@ -49,7 +49,7 @@ def source_of(path: Path, options: ReadOptions) -> Source:
 
 
 def as_text_or_json(source: Source) -> Source:
-    """Return the source, as JSON if its first line is an object with the key and its second line begins another."""
+    """Return the source: as JSON if its first line is an object with the key, and its second begins another one."""
     first, _, second = (_head(source) or b"").lstrip().partition(b"\n")
     text, reason = json_text.text_of(source.options.text_key, first)
     return as_json(source) if text and not reason and second.startswith(b"{") else source
@@ -62,8 +62,8 @@ def as_json(source: Source) -> Source:
     return replace(source, format="json" if is_whole else "jsonl")
 
 
-def counts_in_folder(path: Path, options: ReadOptions) -> bool:
-    """Return True if a file found in a folder is input."""
+def is_input_in_folder(path: Path, options: ReadOptions) -> bool:
+    """Return True if a file is input where only its folder was named."""
     content_suffix, compression = _suffixes(path)
     if content_suffix == ".json":  # a file of settings may end in .json as well
         head = _head(Source(str(path), str(path), "text", compression, options))

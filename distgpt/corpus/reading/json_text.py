@@ -40,7 +40,7 @@ def cut_objects(content: SourceBytes, start: int) -> int:
 
 
 def split_objects(raw: bytes) -> Iterator[bytes]:
-    """Yield the objects in a part of a JSON array, or one after another, and whatever stands in place of one."""
+    """Yield the objects of an array, or of a sequence of objects, and whatever stands in place of an object."""
     start = 0
     for end in _object_ends(raw):
         yield raw[start:end].lstrip(b"[, \t\r\n")
@@ -61,7 +61,7 @@ def text_of(key: str, raw: bytes) -> CheckedText:
 
 
 def _lenient_text_of(key: str, raw: bytes) -> CheckedText:
-    """Do the same with Python's parser for what orjson refuses: NaN, a lone surrogate, a bad document."""
+    """Do the same with Python's parser, for what orjson refuses: NaN, a lone surrogate, or a bad document."""
     reason = ""
     try:
         line = raw.decode()

@@ -12,7 +12,7 @@ from distgpt.corpus.reading.sources import CheckedText, Content, Piece, Source, 
 from distgpt.errors import DataError
 
 BATCH_ROWS = 16
-ROW_BYTES = 64  # memory of a row besides its text, so that a piece of empty rows ends too
+ROW_BYTES = 64  # counted for a row besides its text, so that a piece of empty rows ends too
 
 
 class ParquetReader:
@@ -25,7 +25,7 @@ class ParquetReader:
         self._source = source
         self._error = pyarrow.ArrowException
         self._size = os.fstat(file.fileno()).st_size
-        with self._damage_reported():
+        with self._damage_as_data_error():
             self._file = pyarrow.parquet.ParquetFile(file)
             schema = self._file.schema_arrow
         self._fields = _fields(schema, source.text_key)
@@ -35,7 +35,7 @@ class ParquetReader:
                 f"{source.name}: no column {source.text_key!r} (there are: {names}); --text-key names the one to read"
             )
         self._rows: int = self._file.metadata.num_rows
-        self._row = 0  # the number of the next one to read from the file
+        self._row = 0  # the number of the next row to read from the file
         self._texts: Iterator[CheckedText] | None = None
         self._ahead: deque[CheckedText] = deque()  # rows that `pieces` read to find where a piece ends
 
@@ -44,7 +44,7 @@ class ParquetReader:
         return self._size * self._row // max(self._rows, 1)
 
     def pieces(self) -> Iterator[Piece]:
-        # The sizes in the file are those of dictionary-encoded text: a short file may hold any amount of text.
+        # Sizes that the file states are those of dictionary-encoded text, and a short file may hold any amount of text.
         self._texts = self._read(0)
         start = size = 0
         for text, reason in self._texts:
@@ -69,12 +69,12 @@ class ParquetReader:
     def _read(self, start: int) -> Iterator[CheckedText]:
         """Yield the text of each row from `start` on."""
         key, metadata = self._source.text_key, self._file.metadata
-        passed = 0  # row groups
-        while start and (rows := metadata.row_group(passed).num_rows) <= start:
+        skipped = 0  # row groups
+        while start and (rows := metadata.row_group(skipped).num_rows) <= start:
             start -= rows
-            passed += 1
-        groups = range(passed, metadata.num_row_groups)
-        with self._damage_reported():
+            skipped += 1
+        groups = range(skipped, metadata.num_row_groups)
+        with self._damage_as_data_error():
             for batch in self._file.iter_batches(BATCH_ROWS, row_groups=groups, columns=[key], use_threads=False):
                 for value in batch.column(0)[start:]:
                     self._row += 1
@@ -82,7 +82,7 @@ class ParquetReader:
                 start = max(start - len(batch), 0)
 
     @contextmanager
-    def _damage_reported(self) -> Iterator[None]:
+    def _damage_as_data_error(self) -> Iterator[None]:
         try:
             yield
         except (self._error, OSError) as error:

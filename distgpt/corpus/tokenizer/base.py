@@ -46,8 +46,12 @@ class Tokenizer(ABC):
         """Return the content of a tokenizer.json that `load_tokenizer` reads."""
 
     @abstractmethod
+    def _with_added_end_of_text(self) -> Self:
+        """Return the same tokenizer with an id for end-of-text, usually one more, the last."""
+
     def with_end_of_text(self) -> Self:
-        """Return this tokenizer if it has an end-of-text id; otherwise the same with one more id for it, the last."""
+        """Return this tokenizer if it has an end-of-text id; otherwise the same with one more id for it."""
+        return self if self.eot_id is not None else self._with_added_end_of_text()
 
     def decode_bytes(self, ids: Sequence[int] | npt.NDArray[np.integer]) -> bytes:
         """Return the bytes of these ids: for streaming, as a character may need several tokens. Raises DataError."""

@@ -19,8 +19,8 @@ LONGEST_WORD = 2048
 class BpeTokenizer(Tokenizer):
     """The tokenizer in the text of a Hugging Face tokenizer.json.
 
-    tiktoken encodes, several times faster than Hugging Face's own encoder, which takes over where the merges or added
-    tokens do not let tiktoken give the same ids. The file alone decides that, so every reader of it gets the same ids.
+    tiktoken encodes, several times faster than Hugging Face's own encoder. The latter is used if tiktoken might give
+    other ids for these merges or added tokens. The file alone decides that, so every reader of it gets the same ids.
     Special tokens in a text are ordinary text, other added tokens keep their ids.
     """
 
@@ -33,7 +33,7 @@ class BpeTokenizer(Tokenizer):
             raise DataError("the vocabulary lacks some of the 256 single bytes")
         self.pattern = huggingface.pattern_of(content)
         self.needs_whole_text = self.pattern != GPT2_PATTERN
-        self._json, self.notes = huggingface.without_unapplied(text, content)
+        self._json, self.notes = huggingface.without_unapplied_settings(text, content)
         vocab: dict[str, int] = model["vocab"]
         added: dict[int, str] = {token["id"]: token["content"] for token in content.get("added_tokens") or []}
         table = [b""] * huggingface.size_of_vocabulary([*vocab.values(), *added])
@@ -50,11 +50,11 @@ class BpeTokenizer(Tokenizer):
         for left, right in self._merges:
             if not {left, right, left + right} <= vocab.keys():
                 raise DataError(f"its merge of {left!r} and {right!r} is not among the tokens of its vocabulary")
-        # tiktoken knows a merge by its result, so that it cannot have two merges with one result.
-        has_twins = len(self._ranks) != 256 + len(self._merges)
-        # Nor does it have tokens that no merge makes, which a word may be all the same.
-        has_more = bool(model.get("ignore_merges")) and len(vocab.keys() - set(added.values())) > len(self._ranks)
-        self._beyond_ranks = has_twins or has_more or bool(huggingface.applied_tokens(content))
+        # tiktoken identifies a merge by its result, so it cannot have two merges with one result. Nor can it have
+        # a token that no merge makes, and with ignore_merges a whole word may be such a token.
+        has_equal_results = len(self._ranks) != 256 + len(self._merges)
+        unmerged = len(vocab.keys() - set(added.values())) - len(self._ranks) if model.get("ignore_merges") else 0
+        self._is_beyond_tiktoken = has_equal_results or unmerged > 0 or bool(huggingface.applied_tokens(content))
 
     def encode(self, text: str) -> Tokens:
         if self.is_slow:
@@ -62,7 +62,7 @@ class BpeTokenizer(Tokenizer):
         try:
             ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
         except ValueError:
-            # A run of a million spaces is more than the regular expression engine can backtrack over.
+            # The regular expression engine cannot backtrack over a run of a million spaces.
             return self._encode_slowly(text)
         tokens: Tokens = self.ids_of_ranks[ranks]
         return tokens
@@ -70,10 +70,10 @@ class BpeTokenizer(Tokenizer):
     @cached_property
     def is_slow(self) -> bool:
         """True if tiktoken might give other ids than these merges."""
-        if self._beyond_ranks:
+        if self._is_beyond_tiktoken:
             return True
-        # If every token, encoded by itself, is made of the two parts that its merge names, tiktoken never merges any
-        # other two: up to such a step, the text around a token does not influence it.
+        # tiktoken gives the same ids if it makes each token, encoded alone, from the two parts that its merge names.
+        # The text around a token could influence it only after a merge of another pair, and so there is none.
         made_of: dict[bytes, tuple[bytes, bytes]] = {}
         for left, right in ((self._bytes_of[left], self._bytes_of[right]) for left, right in self._merges):
             is_known = all(len(part) == 1 or part in made_of for part in (left, right))
@@ -98,9 +98,7 @@ class BpeTokenizer(Tokenizer):
     def to_json(self) -> str:
         return self._json
 
-    def with_end_of_text(self) -> Self:
-        if self.eot_id is not None:
-            return self
+    def _with_added_end_of_text(self) -> Self:
         id_ = self._vocab.get(END_OF_TEXT, self.vocab_size)
         return type(self)(huggingface.with_token(self._json, END_OF_TEXT, id_))
 
@@ -132,10 +130,10 @@ class BpeTokenizer(Tokenizer):
 
     @cached_property
     def _huggingface(self) -> Any:
-        return huggingface.load_owner(self._json)
+        return huggingface.load_encoder(self._json)
 
     def _encode_slowly(self, text: str) -> Tokens:
-        return np.array(huggingface.owner_ids(self._huggingface, text), dtype=self.dtype)
+        return np.array(huggingface.encoder_ids(self._huggingface, text), dtype=self.dtype)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int, pattern: str = GPT2_PATTERN) -> BpeTokenizer:

@@ -1,11 +1,17 @@
-"""Tokenizers as files of Hugging Face tokenizers that give the same ids, for programs that read no other."""
+"""A tokenizer.json of each kind of tokenizer, for programs that read no other file. It gives the same ids."""
 
 import json
 from collections.abc import Mapping
 from typing import Any
 
 from distgpt.corpus.tokenizer.base import END_OF_TEXT, Tokenizer
-from distgpt.corpus.tokenizer.huggingface import BYTE_TO_UNICODE, compact_json
+from distgpt.corpus.tokenizer.huggingface import (
+    BYTE_TO_UNICODE,
+    GPT2_PATTERN,
+    byte_level_json,
+    compact_json,
+    with_token,
+)
 from distgpt.corpus.tokenizer.simple import ByteTokenizer, CharTokenizer
 
 # Each character is a word. A character without an id is an error there as well, since there is no unknown token.
@@ -13,7 +19,6 @@ _CHARACTERS: dict[str, Any] = {
     "pre_tokenizer": {"type": "Split", "pattern": {"Regex": r"[\s\S]"}, "behavior": "Isolated", "invert": False},
     "decoder": {"type": "Fuse"},
 }
-_BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
 
 
 def to_hugging_face(tokenizer: Tokenizer) -> str:
@@ -23,11 +28,13 @@ def to_hugging_face(tokenizer: Tokenizer) -> str:
     """
     if isinstance(tokenizer, CharTokenizer):
         vocab = {character: id_ for id_, character in enumerate(tokenizer.characters)}
-        return _new(tokenizer, **_CHARACTERS, model={"type": "WordLevel", "vocab": vocab, "unk_token": ""})
+        nothing = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
+        model = {"type": "WordLevel", "vocab": vocab, "unk_token": ""}
+        text = compact_json({"version": "1.0", "added_tokens": [], **nothing, **_CHARACTERS, "model": model})
+        return text if tokenizer.eot_id is None else with_token(text, END_OF_TEXT, tokenizer.eot_id)
     if isinstance(tokenizer, ByteTokenizer):
-        vocab = {BYTE_TO_UNICODE[value]: value for value in range(256)}
-        model = {"type": "BPE", "vocab": vocab, "merges": []}
-        return _new(tokenizer, pre_tokenizer=_BYTE_LEVEL, decoder=_BYTE_LEVEL, model=model)
+        text = byte_level_json({BYTE_TO_UNICODE[value]: value for value in range(256)}, [], GPT2_PATTERN)
+        return text if tokenizer.eot_id is None else with_token(text, END_OF_TEXT, tokenizer.eot_id)
     content = json.loads(tokenizer.to_json())
     if (content.get("post_processor") or {}).get("type", "ByteLevel") != "ByteLevel":
         content["post_processor"] = None  # distgpt does not apply it either
@@ -35,7 +42,7 @@ def to_hugging_face(tokenizer: Tokenizer) -> str:
 
 
 def characters_from(content: Mapping[str, Any]) -> CharTokenizer | None:
-    """Return the tokenizer whose `to_hugging_face` this is, if it is one of characters."""
+    """Return the char tokenizer whose `to_hugging_face` this is, None if it is of another kind."""
     model = content.get("model") or {}
     if model.get("type") != "WordLevel" or any(content.get(key) != value for key, value in _CHARACTERS.items()):
         return None
@@ -45,12 +52,3 @@ def characters_from(content: Mapping[str, Any]) -> CharTokenizer | None:
     ends = [(END_OF_TEXT, len(expected))] if added else []
     same = vocab == expected and [(token["content"], token["id"]) for token in added] == ends
     return tokenizer if same and not content.get("normalizer") else None
-
-
-def _new(tokenizer: Tokenizer, **parts: Any) -> str:
-    flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
-    end = {"id": tokenizer.eot_id, "content": END_OF_TEXT, **flags, "special": True}
-    nothing = dict.fromkeys(("truncation", "padding", "normalizer", "post_processor"))
-    return compact_json(
-        {"version": "1.0", "added_tokens": [] if tokenizer.eot_id is None else [end], **nothing, **parts}
-    )

@@ -13,7 +13,7 @@ from distgpt.corpus.tokenizer.base import END_OF_TEXT, MAX_VOCAB_SIZE, describe
 from distgpt.errors import DataError
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
-_OTHER_MODELS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
+_UNSUPPORTED_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
 _GPT4_PATTERN = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
     r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -22,7 +22,7 @@ _UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]
 _SUFFIX = "(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
 # The names that models give to the token at the end of a text; the first one found is taken.
 ENDS = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "[SEP]")
-# How a text is cut into words before tokens are sought in each, by name. Llama 3 took the pattern of GPT-4.
+# The patterns that cut a text into words, by name; tokens never span two words. Llama 3 took the pattern of GPT-4.
 PATTERNS = {
     "gpt2": GPT2_PATTERN,
     "gpt4": _GPT4_PATTERN,
@@ -101,14 +101,14 @@ def is_made_of(
 
 
 def pattern_of(content: Mapping[str, Any]) -> str:
-    """Return the pattern that cuts a text into words, of a tokenizer.json for byte-level BPE that `bpe` encodes.
+    """Return the pattern by which a tokenizer.json cuts a text into words, if it is byte-level BPE that bpe.py encodes.
 
     Returns "" for all other files.
     """
     model = content.get("model") or {}
     # Files of 2020, as GPT-2's own, do not name the type.
     is_bpe = model.get("type", "BPE" if "merges" in model else "") == "BPE"
-    if not is_bpe or content.get("normalizer") or any(map(model.get, _OTHER_MODELS)):
+    if not is_bpe or content.get("normalizer") or any(map(model.get, _UNSUPPORTED_OPTIONS)):
         return ""
     for token in applied_tokens(content):
         # Long texts are cut before a space or a newline, and decoding must give every text back whole.
@@ -131,23 +131,23 @@ def _is_byte_level(pre: Mapping[str, Any], *, use_regex: bool) -> bool:
 
 
 def applied_tokens(content: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the added tokens that are searched in a text: those that are not special."""
+    """Return the added tokens that are looked for in a text: those that are not special."""
     added = content.get("added_tokens") or []
     return [token for token in added if not token.get("special") and token["content"] != END_OF_TEXT]
 
 
 def end_of_text_id(content: Mapping[str, Any]) -> int | None:
-    """Return the id of the token that ends a text; None if there is none of a known name.
+    """Return the id of the token that ends a text, None if no token has a known name for that.
 
-    With GPT-2's pattern it has GPT-2's name.
+    A tokenizer with GPT-2's pattern must have GPT-2's name for it.
     """
     names = ENDS if pattern_of(content) != GPT2_PATTERN else (END_OF_TEXT,)
     ids = {token["content"]: token["id"] for token in content.get("added_tokens") or []}
     return next((ids[name] for name in names if name in ids), None)
 
 
-def without_unapplied(text: str, content: dict[str, Any]) -> tuple[str, list[str]]:
-    """Remove from a tokenizer.json all that would cut, fill or end a text for other readers; add notes on it."""
+def without_unapplied_settings(text: str, content: dict[str, Any]) -> tuple[str, list[str]]:
+    """Return a tokenizer.json without truncation and padding, and notes on the settings that distgpt does not apply."""
     notes = []
     unapplied = [name for name in ("truncation", "padding") if content.get(name)]
     if unapplied:
@@ -196,8 +196,8 @@ def byte_level_json(vocab: Mapping[str, int], merges: Sequence[Sequence[str]], p
     )
 
 
-def load_owner(text: str) -> Any:
-    """Return the tokenizer of Hugging Face tokenizers; special tokens in a text are ordinary text. Raises DataError."""
+def load_encoder(text: str) -> Any:
+    """Load Hugging Face's encoder of a tokenizer.json. Special tokens in a text are ordinary text. Raises DataError."""
     import tokenizers
 
     try:
@@ -209,24 +209,24 @@ def load_owner(text: str) -> Any:
 
 
 def check_utf8(text: str) -> None:
-    """Raise DataError for a text that has no UTF-8."""
+    """Raise DataError for a text that cannot be encoded in UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
-        # Python puts such characters for bytes on the command line that are not UTF-8.
+        # Python makes such characters of bytes on the command line that are not UTF-8.
         raise DataError(f"{describe(text[error.start])} in the text is not a character: it must be UTF-8") from None
 
 
-def owner_ids(owner: Any, text: str) -> list[int]:
+def encoder_ids(encoder: Any, text: str) -> list[int]:
     """Return the ids that Hugging Face tokenizers gives. Raises DataError for what is not UTF-8."""
     check_utf8(text)
-    ids: list[int] = owner.encode(text, add_special_tokens=False).ids
+    ids: list[int] = encoder.encode(text, add_special_tokens=False).ids
     return ids
 
 
-def with_token(text: str, content: str, id_: int) -> str:
+def with_token(text: str, token: str, id_: int) -> str:
     """Return a tokenizer.json with one more special token."""
     flags = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     known = json.loads(text)
-    added = [*(known.get("added_tokens") or []), {"id": id_, "content": content, **flags, "special": True}]
+    added = [*(known.get("added_tokens") or []), {"id": id_, "content": token, **flags, "special": True}]
     return compact_json({**known, "added_tokens": added})

@@ -20,7 +20,7 @@ from distgpt.corpus.tokenizer.huggingface import (
     pattern_of,
     to_unicode,
 )
-from distgpt.corpus.tokenizer.owner import OwnerTokenizer, SentencePieceTokenizer
+from distgpt.corpus.tokenizer.libraries import HuggingFaceTokenizer, SentencePieceTokenizer
 from distgpt.corpus.tokenizer.simple import FORMAT, simple_from_json
 from distgpt.errors import DataError, StorageError, UsageError
 
@@ -28,10 +28,10 @@ FILE_NAME = "tokenizer.json"
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
 GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
-# Parts of the suffixes 'll, 've and 're, which are one word only when whole.
+# Parts of the suffixes 'll, 've and 're. A suffix is one word, but such a part is two.
 _PARTS_OF_SUFFIXES = ("'l", "'v", "'r")
 
-# The share of a vocabulary that may not fit the pattern that the user names.
+# The largest share of a vocabulary that may not fit the pattern that the user named.
 MAX_WRONG_SHARE = 0.01
 
 
@@ -68,7 +68,7 @@ def tokenizer_from_json(text: str) -> Tokenizer:
         return simple_from_json(content)
     if characters := characters_from(content):
         return characters
-    return BpeTokenizer(text) if pattern_of(content) else OwnerTokenizer(text)
+    return BpeTokenizer(text) if pattern_of(content) else HuggingFaceTokenizer(text)
 
 
 def given_tokenizer(name: str, pattern: str = "") -> Tokenizer | None:
@@ -124,9 +124,9 @@ def _from_ranks(ranks: Mapping[bytes, int], pattern: str) -> BpeTokenizer:
 
 
 def _check_words(tokenizer: BpeTokenizer, pattern: str) -> None:
-    """Raise DataError if tokens are not parts of words of this pattern: the file was made with another one.
+    """Raise DataError if tokens span several words of this pattern: then the file was made with another one.
 
-    Where the pattern is named, a few may be: a suffix that a pattern adds to a word is one only when whole.
+    If the user named the pattern, the share MAX_WRONG_SHARE of them may do so.
     """
     wrong = []
     for id_ in range(tokenizer.vocab_size):

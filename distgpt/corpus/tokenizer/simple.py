@@ -44,8 +44,8 @@ class CharTokenizer(Tokenizer):
         content = {"kind": self.kind, "characters": self.characters, "end_of_text": self.eot_id is not None}
         return saved_json(content)
 
-    def with_end_of_text(self) -> Self:
-        return self if self.eot_id is not None else type(self)(self.characters, end_of_text=True)
+    def _with_added_end_of_text(self) -> Self:
+        return type(self)(self.characters, end_of_text=True)
 
     def missing(self, characters: str) -> str:
         """Return those of `characters` that are not in the vocabulary."""
@@ -81,8 +81,8 @@ class ByteTokenizer(Tokenizer):
     def to_json(self) -> str:
         return saved_json({"kind": self.kind, "end_of_text": self.eot_id is not None})
 
-    def with_end_of_text(self) -> Self:
-        return self if self.eot_id is not None else type(self)(end_of_text=True)
+    def _with_added_end_of_text(self) -> Self:
+        return type(self)(end_of_text=True)
 
 
 def simple_from_json(content: Mapping[str, Any]) -> Tokenizer:

@@ -1,4 +1,4 @@
-"""Tokenizers of every shape, trained here: the ids of the library that owns them, and texts that read right."""
+"""Tokenizers of every shape, trained here: the ids of the library of their format, and texts that come back right."""
 
 import base64
 import io
@@ -20,7 +20,7 @@ from distgpt.corpus import shards
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer, train_bpe
 from distgpt.corpus.tokenizer.huggingface import PATTERNS
-from distgpt.corpus.tokenizer.owner import OwnerTokenizer
+from distgpt.corpus.tokenizer.libraries import HuggingFaceTokenizer
 from distgpt.errors import DataError, UsageError
 
 WORDS = [
@@ -123,7 +123,7 @@ def test_ids_are_those_of_hugging_face_and_survive_saving(shape: str, tmp_path: 
     owner.save(str(tmp_path / "tokenizer.json"))
     owner.encode_special_tokens = True
     tokenizer = load_tokenizer(tmp_path)
-    assert isinstance(tokenizer, BpeTokenizer if shape in ("llama3", "gpt4o", "qwen") else OwnerTokenizer)
+    assert isinstance(tokenizer, BpeTokenizer if shape in ("llama3", "gpt4o", "qwen") else HuggingFaceTokenizer)
     assert tokenizer.vocab_size == owner.get_vocab_size()
     assert tokenizer.needs_whole_text
     (tmp_path / "again.json").write_text(tokenizer.with_end_of_text().to_json())
@@ -139,7 +139,7 @@ def test_ids_are_those_of_hugging_face_and_survive_saving(shape: str, tmp_path: 
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_stream_of_tokens_reads_as_the_text_does(shape: str, tmp_path: Path) -> None:
+def test_token_by_token_decoding_gives_the_text(shape: str, tmp_path: Path) -> None:
     owner = SHAPES[shape]()
     owner.save(str(tmp_path / "tokenizer.json"))
     tokenizer = load_tokenizer(tmp_path)
@@ -155,7 +155,7 @@ def test_a_stream_of_tokens_reads_as_the_text_does(shape: str, tmp_path: Path) -
         assert (first + second).decode() == streamed
 
 
-def test_signs_follow_a_word_without_a_space_where_the_file_says_so(tmp_path: Path) -> None:
+def test_punctuation_follows_a_word_without_a_space_if_the_file_says_so(tmp_path: Path) -> None:
     owner = wordpiece()
     owner.decoder = decoders.WordPiece(cleanup=True)
     owner.save(str(tmp_path / "tokenizer.json"))
