@@ -45,8 +45,10 @@ OTHER_TORCH = "tests/launch/test_environment.py::test_another_torch_has_an_envir
 TABLES = "tests/test_docs.py::test_the_tables_of_keys_and_presets_are_up_to_date"
 HOOKS = "tests/test_docs.py::test_the_hooks_check_what_all_tests_check"
 FROM_WEIGHTS = "tests/end_to_end/test_weights.py::test_a_run_starts_from_weights_of_transformers_and_reads_them_once"
+MIX = "tests/end_to_end/test_mixture.py::test_a_mix_is_trained_on_exactly_after_a_restart_and_each_dataset_is_evaluated"
 HARNESS = "tests/weights/test_lm_eval.py::test_its_accuracy_is_that_of_our_likelihoods"
 COVERED = {
+    "python -m distgpt.train quickstart --data.path=data/mine:0.7,data/chat:0.3 --run.dir=runs/mixed": MIX,
     'hf download openai-community/gpt2 --include "*.json" "*.safetensors" --local-dir models/gpt2': FROM_WEIGHTS,
     "lm_eval --model hf --model_args pretrained=exported/modern --tasks hellaswag --device cpu": HARNESS,
     "./launch/quickstart.sh": QUICKSTART,

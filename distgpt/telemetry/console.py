@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
@@ -70,6 +71,10 @@ class Console:
         """Print the result of the evaluation after `step`. `best`: it is the lowest loss so far."""
         bits, shown_best = f"{val_bits_per_byte:.2f} bits/byte", "best" if best else ""
         self._row(step, f"val loss {val_loss:.4f}", f"ppl {perplexity(val_loss):.2f}", bits, shown_best)
+
+    def losses_of_datasets(self, step: int, val_losses: Mapping[str, float]) -> None:
+        """Print the validation loss of each dataset of a mix."""
+        self._row(step, *(f"{name} {loss:.4f}" for name, loss in val_losses.items()))
 
     def sample(self, step: int, text: str) -> None:
         """Print the beginning of a text that the model has generated, without characters that steer a terminal."""
