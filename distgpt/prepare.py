@@ -104,6 +104,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "characters by U+FFFD and skip it only if it has no text (default: stop)"
     )
     add("--on-bad-document", choices=get_args(OnBad), default="stop", help=bad)
+    dedup = "leave out documents that are exact copies of another one; the first is kept, and validation text"
+    add("--dedup", action="store_true", help=dedup)
     shares = "do share I (from 0) of N; start all N, at once or not: the last to end writes the output"
     add("--task", type=_task, metavar="I/N", help=shares)
     add("--overwrite", action="store_true", help="prepare again and replace the output, in one step")
@@ -176,7 +178,7 @@ def job_of(options: argparse.Namespace, output: Path) -> Job:
         **{name: getattr(options, name) for name in ("vocab_size", "val_fraction", "shard_tokens")},
     }
     # Options that came later are noted only if they are used, so that the settings of older datasets still match.
-    later = {"document_separator": "", "encoding": "", "on_bad_document": "stop", "bpe_pattern": None}
+    later = {"document_separator": "", "encoding": "", "on_bad_document": "stop", "bpe_pattern": None, "dedup": False}
     used = {name: getattr(options, name) for name, default in later.items() if getattr(options, name) != default}
     return Job(
         inputs=inputs,

@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -127,7 +128,11 @@ def test_tinyshakespeare_gives_the_token_counts_of_the_seed_project(prepare: Run
     assert (dataset.train.tokens, dataset.val.tokens) == (1_003_854, 111_540)
     assert dataset.train.shards[0][:1000].tolist() == ids
     assert "".join(all_texts(dataset)) == text
-    assert re.search(r"^next .* -m distgpt\.train \w+ --data\.path=data", done.stdout.decode(), re.MULTILINE)
+    summary = done.stdout.decode()
+    assert max(map(len, summary.splitlines())) <= 80
+    assert re.search(
+        r"^next .* -m distgpt\.train \w+ --data\.path=data", summary.replace(" \\\n" + " " * 12, " "), re.MULTILINE
+    )
 
 
 def test_without_arguments_it_prepares_the_standard_library_once(prepare: Run, tmp_path: Path) -> None:
@@ -404,6 +409,47 @@ def test_learning_a_vocabulary_reports_progress(monkeypatch: pytest.MonkeyPatch)
     assert [next(steps), next(steps)] == [0, 0]
     may_end.set()
     assert list(steps)[-1] == "learned"
+
+
+def test_exact_copies_are_left_out_the_same_for_any_workers_and_after_a_kill(prepare: Run, tmp_path: Path) -> None:
+    stories = [words(seed, 60) for seed in range(900)]
+    lines = [json.dumps({"text": text}) + "\n" for text in stories]
+    (tmp_path / "a.jsonl").write_text("".join(lines[:600] + lines[3:5]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[590:] + lines[:10] + ['{"text": ""}\n']))
+    long = words(1000, 30_000)  # several parts each
+    (tmp_path / "c.txt").write_text(long)
+    (tmp_path / "d.txt").write_text(long)
+    names = ["a.jsonl", "b.jsonl", "c.txt", "d.txt"]
+    arguments = ["--input", *names, "--tokenizer", "bytes", "--dedup", "--output"]
+    kill_with_two_parts(tmp_path, *arguments, "out")
+    done = prepare(*arguments, "out", small_units=True)
+    assert "going on" in done.stderr.decode()
+    prepare(*arguments, "alone", "--workers", "1", small_units=True)
+    assert jobs.contents(tmp_path / "out") == jobs.contents(tmp_path / "alone")
+
+    dataset = open_dataset(tmp_path / "out")
+    assert Counter(all_texts(dataset)) == Counter([*stories, long])
+    train, _ = texts_of(dataset)
+    assert train == [text for text in [*stories, long] if text in set(train)]  # the first of each was kept
+    assert dataset.meta["input"]["documents"] == 924
+    assert dataset.meta["input"]["duplicates"] == 23
+    summary = done.stdout.decode().splitlines()
+    assert "copies      23 left out, 2.49% of the documents" in summary
+    assert (
+        f"lengths     {sum(map(len, map(str.encode, all_texts(dataset)))) / 901 + 1:,.0f} tokens a document, "
+        in "".join(summary)
+    )
+    assert max(map(len, summary)) <= 80
+
+
+def test_validation_text_keeps_the_documents_that_training_text_has_too(prepare: Run, tmp_path: Path) -> None:
+    for name, text in {"a.txt": "same", "b.txt": "own", "c.txt": "same"}.items():
+        (tmp_path / name).write_text(text)
+    arguments = ["--tokenizer", "bytes", "--dedup", "--val-input", "c.txt", "--output", "out", "--input"]
+    prepare(*arguments, "a.txt", "b.txt")
+    assert texts_of(open_dataset(tmp_path / "out")) == (["own"], ["same"])
+    done = prepare(*arguments, "a.txt", "--overwrite", code=65)
+    assert "is one of --val-input as well: nothing is left to train on" in error_line(done)
 
 
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
@@ -684,10 +730,27 @@ def test_a_long_phase_prints_its_speed_and_the_time_left(
         now += 20
         known(150_000_001)
     assert capsys.readouterr().err.splitlines() == [
-        "distgpt: encoding: 50 MB, 2.5 MB/s, 25%, 60 s left",
+        "distgpt: encoding: 25% of 200 MB, 2.5 MB/s, 1m00s left",
         "distgpt: keeping standard input: 40 MB, 2.0 MB/s",
-        "distgpt: encoding: all 200 MB done, 40 s so far",
+        "distgpt: encoding: 40s so far, all 200 MB done",
     ]
+
+
+def test_a_bar_shows_the_time_left_and_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with report.progress("learning a vocabulary of 1,048,576", 123_456_789_000) as advance:
+        advance(0)
+        advance(123_456_789_000)
+        advance(0)
+    first, *_, shown = [line.rstrip() for line in sys.stderr.getvalue().split("\r") if line.strip()]  # type: ignore[attr-defined]
+    assert re.fullmatch(r"learning a vocabulary of 1,048,576   0% \|.*\| 0\.00/123GB, .*/s, \S+ left", first)
+    assert re.fullmatch(r"learning a vocabulary of 1,048,576 123GB, 00:0\d so far", shown)
+    assert max(map(len, (first, shown))) < 80
 
 
 def test_a_damaged_dataset_is_an_error_for_prepare_and_verify(prepare: Run, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from distgpt.corpus import shard_writer, shards
-from distgpt.corpus.preparing import encode, merge, parts, report, scan, staging, vocabulary
+from distgpt.corpus.preparing import copies, encode, merge, parts, report, scan, staging, vocabulary
 from distgpt.corpus.preparing.encode import Encoder, Unit
 from distgpt.corpus.preparing.scan import Scan
 from distgpt.corpus.preparing.workers import Workers
@@ -176,10 +176,17 @@ def _build(
     about = {"fingerprint": found.fingerprint, "documents": found.documents, "bytes": found.text_bytes}
     if found.bad.places:
         about["bad_documents"] = found.bad._asdict()
+    found_copies = None
+    if job.settings.get("dedup"):
+        with report.progress("comparing", found.text_bytes) as advance:
+            found_copies = copies.find_copies(part_files, units, advance=advance)
+        about["duplicates"] = int(found_copies.is_copy.sum())
     with report.progress("writing", sum(path.stat().st_size for path in part_files.iterdir())) as advance:
         meta = shard_writer.write_dataset(
             directory / staging.DATASET,
-            merge.merge_parts(part_files, units, documents=found.documents, val_fraction=val_fraction),
+            merge.merge_parts(
+                part_files, units, documents=found.documents, val_fraction=val_fraction, copies=found_copies
+            ),
             tokenizer=tokenizer,
             eot_id=_eot_id(found, tokenizer),
             shard_tokens=job.settings["shard_tokens"],
@@ -194,7 +201,7 @@ def _build(
 
 def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory: Path, workers: Workers) -> None:
     """Write the parts of these units, except those that are whole."""
-    todo = [unit for unit in units if not parts.is_whole(directory / staging.PARTS, unit.index)]
+    todo = _missing(units, directory / staging.PARTS)
     if len(todo) < len(units):
         report.say(f"going on: {len(units) - len(todo)} of {len(units)} parts are done")
     if not todo:
@@ -210,6 +217,17 @@ def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory:
         for unit in units:
             parts.remove(directory / staging.PARTS, unit.index)
         _encode_parts(units, directory, replace(encoder, fast=False), workers)
+
+
+def _missing(units: Sequence[Unit], part_files: Path) -> list[Unit]:
+    """Return the units whose part is not there or damaged."""
+    missing = []
+    with report.progress("checking parts", sum(unit.text_bytes for unit in units)) as advance:
+        for unit in units:
+            if not parts.is_whole(part_files, unit.index):
+                missing.append(unit)
+            advance(unit.text_bytes)
+    return missing
 
 
 def _encode_parts(units: Sequence[Unit], directory: Path, encoder: Encoder, workers: Workers) -> bool:
