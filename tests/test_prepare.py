@@ -391,7 +391,7 @@ def test_an_ignored_file_is_counted_once_and_a_named_file_is_read(tmp_path: Path
         (tmp_path / "in" / name).write_text("x")
     inputs = ["--input", f"{tmp_path}/in", f"{tmp_path}/in/README", "--val-input", f"{tmp_path}/in/val"]
     options = prepare_command.parse([*inputs, "--output", "out"])
-    found, ignored = prepare_command.find_inputs(options, tmp_path / "out")
+    found, ignored, _ = prepare_command.find_inputs(options, tmp_path / "out")
     assert len(found) == 3
     assert ignored == {".epub": 1, "": 1}
 
@@ -450,6 +450,35 @@ def test_validation_text_keeps_the_documents_that_training_text_has_too(prepare:
     assert texts_of(open_dataset(tmp_path / "out")) == (["own"], ["same"])
     done = prepare(*arguments, "a.txt", "--overwrite", code=65)
     assert "is one of --val-input as well: nothing is left to train on" in error_line(done)
+
+
+def test_urls_give_the_same_bytes_as_files_and_are_downloaded_once(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        text = "".join(json.dumps({"text": words(seed, 30)}) + "\n" for seed in range(ord(name), ord(name) + 20))
+        (tmp_path / "in" / f"{name}.json.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "in" / "c.txt").write_text("validation " * 20)
+    url = f"file://{tmp_path}/in"
+    files = ["--input", "in", "--val-input", "in/c.txt", "--output", "files"]
+    urls = ["--input", f"{url}/*.gz", f"{url}/c.txt", "--val-input", f"{url}/c.txt", "--output", "urls"]
+    prepare(*files)
+    prepare(*urls)
+    one, two = (jobs.contents(tmp_path / name) for name in ("files", "urls"))
+    assert one == two | {"meta.json": one["meta.json"]}
+    assert not (tmp_path / "urls.partial").exists()
+
+    assert "already prepared from this input" in prepare(*urls).stdout.decode()
+    (tmp_path / "in" / "c.txt").write_text("other " * 20)
+    assert "was prepared from another input" in error_line(prepare(*urls, code=73))
+
+    (tmp_path / "in" / "c.txt").write_bytes(b"caf\xe9")
+    assert f"{url}/c.txt is not UTF-8" in error_line(prepare(*urls, "--overwrite", code=65))
+    kept = sorted(path.name.partition("-")[2] for path in (tmp_path / "urls.partial" / "remote").iterdir())
+    assert kept == ["a.json.gz", "b.json.gz", "c.txt"]
+    prepare(*urls, "--overwrite", "--encoding", "latin-1")
+    assert not (tmp_path / "urls.partial").exists()
+    missing = prepare("--input", f"{url}/nothing.txt", "--output", "other", code=65)
+    assert error_line(missing) == f"distgpt: error: no such input: {url}/nothing.txt"
 
 
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
