@@ -771,12 +771,13 @@ def test_a_bar_shows_the_time_left_and_fits_a_terminal(monkeypatch: pytest.Monke
             return True
 
     monkeypatch.setenv("COLUMNS", "80")
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     with report.progress("learning a vocabulary of 1,048,576", 123_456_789_000) as advance:
         advance(0)
         advance(123_456_789_000)
         advance(0)
-    first, *_, shown = [line.rstrip() for line in sys.stderr.getvalue().split("\r") if line.strip()]  # type: ignore[attr-defined]
+    first, *_, shown = [line.rstrip() for line in terminal.getvalue().split("\r") if line.strip()]
     assert re.fullmatch(r"learning a vocabulary of 1,048,576   0% \|.*\| 0\.00/123GB, .*/s, \S+ left", first)
     assert re.fullmatch(r"learning a vocabulary of 1,048,576 123GB, 00:0\d so far", shown)
     assert max(map(len, (first, shown))) < 80

@@ -213,7 +213,7 @@ def _build(
         about["bad_documents"] = found.bad._asdict()
     found_copies = None
     if job.settings.get("dedup"):
-        with report.progress("comparing", found.text_bytes) as advance:
+        with report.progress("comparing documents", found.text_bytes) as advance:
             found_copies = copies.find_copies(part_files, units, advance=advance)
         about["duplicates"] = int(found_copies.is_copy.sum())
     with report.progress("writing", sum(path.stat().st_size for path in part_files.iterdir())) as advance:
