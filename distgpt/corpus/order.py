@@ -136,6 +136,8 @@ class _Share:
 
     def taken(self, numbers: Ints) -> Ints:
         """Return how many of the first `numbers` samples belong to the share: within 1 of the exact share."""
+        if self._units == UNIT:
+            return numbers
         whole, rest = np.divmod(numbers % UNIT * self._units, UNIT)
         strata = numbers // UNIT * self._units + whole
         random = _hash(self._seed, MIX, self._index, strata) >> np.uint64(32)
