@@ -31,6 +31,7 @@ TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 PATHS = ("run.dir", "data.path", "init.from")
+_WEIGHTED_PATH = re.compile(r"(.+):(\d+\.?\d*|\.\d+)")  # an entry of a mix in data.path
 POSITIVE = (
     *("model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.vocab_multiple", "model.rope_theta"),
     *("optim.lr", "optim.eps", "train.steps", "train.global_batch", "parallel.outer_every", "parallel.outer_lr"),
@@ -93,7 +94,9 @@ class RunConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = option("data/stdlib", "data directory, written by distgpt.prepare")
+    path: str = option(
+        "data/stdlib", "data directory, written by distgpt.prepare, or several by weight: data/a:0.7,data/b:0.3"
+    )
 
 
 @dataclass(frozen=True)
@@ -258,8 +261,8 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """run.dir or, if that is empty, runs/<name of the data directory>."""
-        return Path(self.run.dir) if self.run.dir else Path("runs") / Path(self.data.path).resolve().name
+        """run.dir or, if that is empty, runs/<name of the data directory>, of several a+b."""
+        return Path(self.run.dir or Path("runs", data_name(self.data.path)))
 
 
 def config_from_command_line(
@@ -310,7 +313,9 @@ def _resolve(config: Config, arguments: Sequence[str], environment: Mapping[str,
         config = _with_value(config, key, text, source=f"--{key}")
     for key in PATHS:
         try:
-            config = _with_value(config, key, user_path(value_at(config, key)), source=key)
+            path = value_at(config, key)
+            expanded = _change_paths(path, user_path) if key == "data.path" else user_path(path)
+            config = _with_value(config, key, expanded, source=key)
         except UsageError as error:
             raise UsageError(f"{key}: {error}") from None
     return config
@@ -431,15 +436,44 @@ def require_divisible_batch(config: Config, ranks: int) -> None:
 
 def with_absolute_paths(config: Config) -> Config:
     """Return the config with absolute data.path and init.from, so that a run finds both from any directory."""
-    data = replace(config.data, path=os.path.abspath(config.data.path))
+    data = replace(config.data, path=_change_paths(config.data.path, os.path.abspath))
     init = replace(config.init, from_=config.init.from_ and os.path.abspath(config.init.from_))
     return replace(config, data=data, init=init)
+
+
+def shares_of(data_path: str) -> list[tuple[str, float]]:
+    """Return the directories that data.path names, each with its share of the sequences.
+
+    PATH:WEIGHT,PATH:WEIGHT is a mix, anything else a single directory. Raises UsageError for a weight of 0.
+    """
+    entries = _weighted_paths(data_path)
+    weights = [float(weight or 1) for _, weight in entries]
+    for (path, weight), value in zip(entries, weights, strict=True):
+        _require(0 < value < math.inf, f"data.path: the weight of {path} is {weight}: it must be above 0")
+    return [(path, value / sum(weights)) for (path, _), value in zip(entries, weights, strict=True)]
+
+
+def data_name(data_path: str) -> str:
+    """Return the name of the data directory; of several a+b."""
+    return "+".join(Path(path).resolve().name for path, _ in _weighted_paths(data_path))
 
 
 def value_at(config: Config, key: str) -> Any:
     """Return the value of `section.key`."""
     section, name = key.split(".")
     return getattr(getattr(config, section), fields_of(section)[name].name)
+
+
+def _weighted_paths(data_path: str) -> list[tuple[str, str]]:
+    """Return the paths and weights of a mix; a single path has the weight ""."""
+    entries = [_WEIGHTED_PATH.fullmatch(entry) for entry in data_path.split(",")]
+    mixed = [(entry[1], entry[2]) for entry in entries if entry]
+    return mixed if len(entries) > 1 and len(mixed) == len(entries) else [(data_path, "")]
+
+
+def _change_paths(data_path: str, change: Callable[[str], str]) -> str:
+    """Return data.path with each of its paths changed."""
+    return ",".join(change(path) + (weight and f":{weight}") for path, weight in _weighted_paths(data_path))
 
 
 def _require(condition: bool, message: str) -> None:

@@ -38,5 +38,7 @@ def main(arguments: argparse.Namespace) -> None:
         result = evaluate(model, batches, tokenizer, plan)
     print(
         f"step {state.step} | val loss {result.val_loss:.4f} | {result.val_bits_per_byte:.3f} bits/byte | "
-        f"{batches.windows} windows of {config.model.block_size} tokens from {dataset.path}"
+        f"{batches.windows} windows of {config.model.block_size} tokens from {dataset}"
     )
+    for name, loss in result.val_losses.items():
+        print(f"{name} | val loss {loss:.4f}")

@@ -188,6 +188,22 @@ def test_a_tilde_is_expanded_in_every_path(tmp_path: Path, monkeypatch: pytest.M
     ):
         assert (resolved.run_dir, resolved.data.path) == (tmp_path / "run", str(tmp_path / "data"))
     assert resolve(["--run.dir=./~/run"], {}).run.dir == "./~/run"
+    assert resolve(["--data.path=~/a:7,~/b:3"], {}).data.path == f"{tmp_path}/a:7,{tmp_path}/b:3"
+
+
+@pytest.mark.parametrize(
+    ("data_path", "expected"),
+    [
+        ("data/a", [("data/a", 1.0)]),
+        ("data/a:0.5", [("data/a:0.5", 1.0)]),  # one directory, whatever its name
+        ("data/a,b", [("data/a,b", 1.0)]),
+        ("data/a:1,data/b", [("data/a:1,data/b", 1.0)]),
+        ("data/a:3,data/b:1", [("data/a", 0.75), ("data/b", 0.25)]),
+        ("x:1:.5,y:1.,z:0.5", [("x:1", 0.25), ("y", 0.5), ("z", 0.25)]),
+    ],
+)
+def test_data_path_names_one_directory_or_a_mix(data_path: str, expected: list[tuple[str, float]]) -> None:
+    assert config.shares_of(data_path) == expected
 
 
 def test_a_dollar_in_a_path_is_refused(tmp_path: Path) -> None:
@@ -290,6 +306,7 @@ def test_to_toml_can_be_read_back(preset: str, tmp_path: Path) -> None:
 def test_the_default_run_dir_has_the_name_of_the_data() -> None:
     assert resolve(["--data.path=some/where/mine/"], {}).run_dir == Path("runs/mine")
     assert resolve(["--data.path=.", "--run.dir=out"], {}).run_dir == Path("out")
+    assert resolve(["--data.path=some/a:0.7,b:0.3"], {}).run_dir == Path("runs/a+b")
 
 
 COMMAND_WITHOUT_TORCH = """

@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 import distgpt
+from distgpt import prepare
 from distgpt.config import keys, resolve
+from distgpt.corpus.reading import remote
 from distgpt.corpus.tokenizer.bpe import train_bpe
 from tests import jobs
 
@@ -45,8 +47,10 @@ OTHER_TORCH = "tests/launch/test_environment.py::test_another_torch_has_an_envir
 TABLES = "tests/test_docs.py::test_the_tables_of_keys_and_presets_are_up_to_date"
 HOOKS = "tests/test_docs.py::test_the_hooks_check_what_all_tests_check"
 FROM_WEIGHTS = "tests/end_to_end/test_weights.py::test_a_run_starts_from_weights_of_transformers_and_reads_them_once"
+MIX = "tests/end_to_end/test_mixture.py::test_a_mix_is_trained_on_exactly_after_a_restart_and_each_dataset_is_evaluated"
 HARNESS = "tests/weights/test_lm_eval.py::test_its_accuracy_is_that_of_our_likelihoods"
 COVERED = {
+    "python -m distgpt.train quickstart --data.path=data/mine:0.7,data/chat:0.3 --run.dir=runs/mixed": MIX,
     'hf download openai-community/gpt2 --include "*.json" "*.safetensors" --local-dir models/gpt2': FROM_WEIGHTS,
     "lm_eval --model hf --model_args pretrained=exported/modern --tasks hellaswag --device cpu": HARNESS,
     "./launch/quickstart.sh": QUICKSTART,
@@ -77,6 +81,9 @@ COVERED = {
     "kubectl apply -f launch/kubernetes.yaml": KUBERNETES,
     "kubectl replace --force -f launch/kubernetes.yaml": KUBERNETES,
 }
+
+# In the commands that need a network, and are only parsed here.
+PUBLIC = "hf://"
 
 # What the commands that run here train, whatever the preset: flags would win over these.
 SMALL = (
@@ -172,7 +179,7 @@ def run_in(clone: Path, script: str, *, data: Path) -> jobs.Ended:
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: str(file.relative_to(jobs.PROJECT)))
 def test_each_command_runs_as_it_is_typed(clone: Path, file: Path, prepared: Path) -> None:
     """In their order, as a reader follows them. `bash -x` shows on stderr which one failed."""
-    script = [command for command in commands(file) if command not in COVERED]
+    script = [command for command in commands(file) if command not in COVERED and PUBLIC not in command]
     for number, (language, text) in enumerate(blocks(file)):
         if language == "python":
             (clone / f"block-{number}.py").write_text(text)
@@ -193,6 +200,15 @@ def test_each_command_that_does_not_run_here_is_covered_by_a_test_that_exists() 
         path, _, name = test.partition("::")
         tree = ast.parse((jobs.PROJECT / path).read_text())
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
+
+
+def test_the_commands_on_public_corpora_can_be_parsed() -> None:
+    found = [command for file in DOCS for command in commands(file) if PUBLIC in command]
+    assert len(found) > 8
+    for command in found:
+        program, _, module, *options = shlex.split(command)
+        assert (program, module) == ("python", "distgpt.prepare")
+        assert all(remote.is_url(url) for url in prepare.parse(options).input)
 
 
 def test_the_options_of_each_command_are_keys() -> None:

@@ -1,14 +1,15 @@
 """Output of rank 0 during a run: one line for each log step, above a progress bar if there is a terminal."""
 
-import math
 import sys
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from tqdm import tqdm
 
 from distgpt.telemetry.goodput import TimeSpent
 from distgpt.telemetry.metrics import StepFigures, perplexity
+from distgpt.units import duration
 
 # z-scores are shown from this value on. Normally distributed values reach it once in 370 steps.
 MIN_SHOWN_Z = 3.0
@@ -71,6 +72,10 @@ class Console:
         bits, shown_best = f"{val_bits_per_byte:.2f} bits/byte", "best" if best else ""
         self._row(step, f"val loss {val_loss:.4f}", f"ppl {perplexity(val_loss):.2f}", bits, shown_best)
 
+    def losses_of_datasets(self, step: int, val_losses: Mapping[str, float]) -> None:
+        """Print the validation loss of each dataset of a mix."""
+        self._row(step, *(f"{name} {loss:.4f}" for name, loss in val_losses.items()))
+
     def sample(self, step: int, text: str) -> None:
         """Print the beginning of a text that the model has generated, without characters that steer a terminal."""
         printable = "".join(
@@ -113,17 +118,6 @@ class Console:
 
 def _z_score(z: float | None) -> str:
     return "" if z is None or abs(z) < MIN_SHOWN_Z else f" (z {z:+.1f})"
-
-
-def duration(seconds: float) -> str:
-    """Format seconds: 45s, 3m12s, 2h05m or 3d04h; ? if they are not finite."""
-    if not math.isfinite(seconds):
-        return "?"
-    whole = round(seconds)
-    for size, unit, smaller, smaller_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // smaller:02d}{smaller_unit}"
-    return f"{whole}s"
 
 
 def _precise_duration(seconds: float) -> str:

@@ -79,9 +79,12 @@ class Metrics:
         }
         self.scalars(figures.step, {f"train/{name}": values[name] for name in learning} | performance)
 
-    def evaluation(self, step: int, *, val_loss: float, val_bits_per_byte: float) -> None:
-        """Log the evaluation after `step`."""
+    def evaluation(
+        self, step: int, *, val_loss: float, val_bits_per_byte: float, val_losses: Mapping[str, float] | None = None
+    ) -> None:
+        """Log the evaluation after `step`. `val_losses`: of each dataset, if there are several."""
         values = {"loss": val_loss, "perplexity": perplexity(val_loss), "bits_per_byte": val_bits_per_byte}
+        values |= {f"loss/{name}": loss for name, loss in (val_losses or {}).items()}
         self._write_line({"step": step, **{f"val_{name}": value for name, value in values.items()}})
         self.scalars(step, {f"eval/{name}": value for name, value in values.items()})
 
