@@ -14,15 +14,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from distgpt.checkpoint.choice import add_option
-from distgpt.config import Config, config_from_command_line
+from distgpt.config import Config
 from distgpt.errors import DISK_FULL, EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, STOP_SIGNALS, DistgptError, UsageError
 from distgpt.files import user_path
 from distgpt.run.exit_report import exit_if_restart_cannot_help
 from distgpt.run.paths import RunPaths
 from distgpt.torchrun import RANK_ZERO_SECONDS, die_with_agent, place_in_job, print_cause
+from distgpt.usage import Parser, config_from_command_line
 from distgpt.weights.source import model_of_start
 
 T = TypeVar("T")
@@ -34,7 +35,9 @@ TRAIN_ABOUT = "Train a GPT on a prepared corpus, or go on with the run in its ru
 def run(command: str) -> NoReturn:
     """Run `distgpt.COMMAND` to its end: parse the options, then import the module and call its main()."""
     prepare_process()
-    arguments = main_guard(lambda: OPTIONS[command](sys.argv[1:]))
+    options = COMMANDS[command].options
+    assert options is not None
+    arguments = main_guard(lambda: options(sys.argv[1:]))
     module = importlib.import_module(f"distgpt.{command}")
     sys.exit(main_guard(lambda: module.main(*arguments)))
 
@@ -51,12 +54,13 @@ def train_options(arguments: Sequence[str]) -> tuple[Config]:
 def doctor_options(arguments: Sequence[str]) -> tuple[Config, bool]:
     """Read the config and --distributed. Raises UsageError."""
     distributed = DISTRIBUTED_FLAG in arguments
-    about = (
-        "Check that this machine, the data and the run directory are fit to train, and print the fix where not.\n"
-        f"{DISTRIBUTED_FLAG}, under torchrun: also check that all hosts fit together, and name a slow link or host."
+    config = config_from_command_line(
+        [argument for argument in arguments if argument != DISTRIBUTED_FLAG],
+        prog="distgpt.doctor",
+        about="Check that this machine, the data and the run directory are fit to train, and print the fix where not.",
+        options={DISTRIBUTED_FLAG: "under torchrun: also check all hosts together; names slow links and hosts"},
+        model_of=model_of_start,
     )
-    config_arguments = [argument for argument in arguments if argument != DISTRIBUTED_FLAG]
-    config = config_from_command_line(config_arguments, prog="distgpt.doctor", about=about, model_of=model_of_start)
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if distributed and not under_torchrun:
         torchrun = f"torchrun --nproc_per_node=2 -m distgpt.doctor {DISTRIBUTED_FLAG}"
@@ -181,6 +185,16 @@ def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     return (parser.parse_args(arguments),)
 
 
+def completion_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
+    """Parse the options of distgpt.completion. Raises UsageError."""
+    parser = Parser(
+        prog="python -m distgpt.completion",
+        description='Print a script that completes `distgpt` in a shell: eval "$(distgpt completion bash)"',
+    )
+    parser.add_argument("shell", choices=("bash", "zsh"), help="the shell that will read the script")
+    return (parser.parse_args(arguments),)
+
+
 def prepare_process() -> None:
     """Let a signal to stop end this process silently, and print "?" for characters that stdout cannot encode.
 
@@ -225,18 +239,22 @@ def main_guard(main: Callable[[], T]) -> T:
         sys.exit(EXIT_BUG)
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UsageError for a wrong option, so that the error is printed on one line."""
+class Command(NamedTuple):
+    """A command: its line in `distgpt --help`, and what parses its options; None: the command does."""
 
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help shows the options)")
+    about: str
+    options: Callable[[Sequence[str]], tuple[Any, ...]] | None
 
 
-OPTIONS: dict[str, Callable[[Sequence[str]], tuple[Any, ...]]] = {
-    "train": train_options,
-    "doctor": doctor_options,
-    "evaluate": evaluate_options,
-    "sample": sample_options,
-    "export": export_options,
-    "replay": replay_options,
+# In the order in which they are needed. A new command is a line here, and the file of its name.
+COMMANDS: dict[str, Command] = {
+    "prepare": Command("text to tokens", None),
+    "doctor": Command("is this machine, data and run directory fit to train", doctor_options),
+    "train": Command("train, or go on; one process, or any number under torchrun", train_options),
+    "launch": Command("train on all devices here, or on several hosts, and restart after failures", None),
+    "evaluate": Command("the validation loss of a checkpoint", evaluate_options),
+    "sample": Command("write text", sample_options),
+    "export": Command("write a model for other programs", export_options),
+    "replay": Command("compute a step again, and find the first layer where it is not finite", replay_options),
+    "completion": Command("complete commands, presets and keys in bash or zsh", completion_options),
 }

@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import get_args
 
-from distgpt.cli import Parser, main_guard
+from distgpt.cli import main_guard
 from distgpt.corpus import shards
 from distgpt.corpus.preparing import build, report, staging
 from distgpt.corpus.preparing.build import Job
@@ -28,6 +28,7 @@ from distgpt.corpus.tokenizer.loading import given_tokenizer
 from distgpt.errors import DISK_FULL, Interrupted, StorageError, UsageError
 from distgpt.files import user_path
 from distgpt.machine import available_cpus
+from distgpt.usage import Parser
 
 DEFAULT_OUTPUT = Path("data/stdlib")
 DEFAULT_VOCAB_SIZE = 8192
@@ -76,7 +77,6 @@ def main() -> None:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the checked command line. Raises UsageError."""
     parser = Parser(prog="python -m distgpt.prepare", description=HELP, epilog=EPILOG, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
     inputs = "files, folders, patterns, URLs (hf://, s3://, https://), or - for standard input (one text, or JSON)"
     add("--input", nargs="+", type=user_path, metavar="PATH", help=inputs)

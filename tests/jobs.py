@@ -192,12 +192,15 @@ def run_all(jobs: Mapping[str, Callable[[], Ended]]) -> dict[str, Ended]:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return this environment without variables of other jobs, with one thread a rank: tests share few cores."""
+    """Return this environment without variables of other jobs, with one thread a rank: tests share few cores.
+
+    Lines are as wide as in a wide terminal, so that a test finds a phrase on one line.
+    """
     kept = {
         name: value for name, value in os.environ.items() if name == "DISTGPT_TORCH" or not name.startswith(FOREIGN)
     }
     forking = {"PYTHONPATH": FORKED, "FORK_SERVER": client.server().address}
-    return {**kept, "OMP_NUM_THREADS": "1", **forking, **variables}
+    return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **forking, **variables}
 
 
 def poll(probe: Callable[[], T | None], seconds: float = 120.0) -> T:

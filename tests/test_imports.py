@@ -21,7 +21,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("model", "corpus"),
     ("ground",),
 )
-COMMANDS = {"train", "prepare", "evaluate", "sample", "export", "replay", "doctor"}
+COMMANDS = {
+    *("__main__", "train", "prepare", "evaluate", "sample", "export", "replay", "doctor", "completion"),
+}
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 

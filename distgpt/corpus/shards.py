@@ -25,7 +25,7 @@ import numpy as np
 
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.corpus.tokenizer.loading import FILE_NAME as TOKENIZER
-from distgpt.errors import DataError
+from distgpt.errors import DataError, did_you_mean_path
 from distgpt.files import write_file
 
 META = "meta.json"
@@ -224,6 +224,8 @@ def _advice(path: Path) -> str:
         inside = [path]
     if datasets := sorted(child for child in inside if os.path.isfile(child / META)):
         return f"did you mean {datasets[0]}?"
+    if similar := did_you_mean_path(path):
+        return similar.removeprefix("; ")
     name = path.resolve().stem if path.is_file() else path.resolve().name
     outputs = (Path("data", name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
     made = shlex.quote(str(next(output for output in outputs if not os.path.lexists(output))))

@@ -13,6 +13,7 @@ from distgpt.distributed.plan import Plan
 from distgpt.model.optim import lr_at
 from distgpt.suggestion import MANY_EPOCHS, steps_of_many_epochs
 from distgpt.units import count_text, ranks_text
+from distgpt.usage import wrapped
 
 # Keys that may differ from one attempt to the next: the place of the run, and a flag that launchers clear on a restart.
 PLACE_KEYS = ("run.dir", "run.fresh")
@@ -32,21 +33,19 @@ def describe(config: Config, plan: Plan, dataset: Dataset, model: nn.Module) -> 
         kept = plan.dtype != compute_dtype("auto", runtime.device)
         dtype += " (auto: as before)" if kept else f" (auto: {fast} on this {device.upper()})"
     read = [f"{count_text(epochs(config, part))} epochs" for part in dataset.train.parts]
-    mix = "".join(
-        f"          {part.share:.1%} {part.name}: {part.tokens:,} tokens, {times}\n"
-        for part, times in zip(dataset.train.mix, read, strict=False)
-    )
-    return (
-        f"data      {dataset}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,}\n"
-        f"{mix}"
-        f"model     {parameters:,} parameters, computes in {dtype}{compiled}\n"
-        f"devices   {runtime.world_size} x {device} ({each})\n"
+    mix = zip(dataset.train.mix, read, strict=False)
+    lines = (
+        f"data      {dataset}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,}",
+        *(f"          {part.share:.1%} {part.name}: {part.tokens:,} tokens, {times}" for part, times in mix),
+        f"model     {parameters:,} parameters, computes in {dtype}{compiled}",
+        f"devices   {runtime.world_size} x {device} ({each})",
         f"batch     {config.train.global_batch} sequences of {config.model.block_size} tokens = "
-        f"{ranks_text(runtime.world_size)} x {plan.micro_batch} x {plan.accumulation} accumulation steps\n"
+        f"{ranks_text(runtime.world_size)} x {plan.micro_batch} x {plan.accumulation} accumulation steps",
         f"length    {config.train.steps:,} steps = {config.train.steps * tokens_per_step(config):,} tokens"
-        f"{'' if mix else f', {read[0]}'}\n"
-        f"strategy  {plan.strategy}, {plan.reason}"
+        f"{'' if dataset.train.mix else f', {read[0]}'}",
+        f"strategy  {plan.strategy}, {plan.reason}",
     )
+    return "\n".join(map(wrapped, lines))
 
 
 def start_message(config: Config, restored: RunState | None) -> str:
