@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distgpt.config import Config
 from distgpt.corpus.loader import EvaluationBatches
@@ -22,6 +22,7 @@ class Evaluation:
 
     val_loss: float  # nats per token
     val_bits_per_byte: float
+    standard_error: float | None  # of the loss, over the windows; None for one window
 
 
 def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer, plan: Plan) -> Evaluation:
@@ -47,7 +48,13 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer,
     losses_N = sum_over_ranks(losses_N, runtime)
     val_loss = losses_N.mean().item()
     nats = losses_N.sum().item() * block_size
-    return Evaluation(val_loss, nats / math.log(2) / max(1.0, sum_over_ranks(text_bytes, runtime).item()))
+    bits_per_byte = nats / math.log(2) / max(1.0, sum_over_ranks(text_bytes, runtime).item())
+    return Evaluation(val_loss, bits_per_byte, standard_error(losses_N))
+
+
+def standard_error(values_N: Tensor) -> float | None:
+    """Return the standard error of the mean of a sample: s / sqrt(N), s with N - 1; None for a single value."""
+    return values_N.std().item() / math.sqrt(len(values_N)) if len(values_N) > 1 else None
 
 
 def sample_text(model: nn.Module, tokenizer: Tokenizer, step: int, config: Config, plan: Plan) -> str:
