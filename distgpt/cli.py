@@ -71,15 +71,27 @@ def doctor_options(arguments: Sequence[str]) -> tuple[Config, bool]:
 
 
 def evaluate_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
-    """Parse the options of distgpt.evaluate. Raises UsageError."""
-    parser = Parser(prog="python -m distgpt.evaluate", description="Print the validation loss of a checkpoint.")
+    """Parse the options of distgpt.evaluate, and make this rank die with its torchrun. Raises UsageError."""
+    die_with_agent()
+    parser = Parser(
+        prog="python -m distgpt.evaluate",
+        description="Print the loss of a checkpoint on prepared data, or its accuracy on a multiple-choice task. Under "
+        "torchrun, each rank computes a part.",
+    )
     parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
     add_option(parser, default="the newest good one")
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
-    parser.add_argument("--sequences", type=int, metavar="N", help="validation windows (default: all)")
+    parser.add_argument("--split", choices=("train", "val"), default="val", help="of the data (default: val)")
+    parser.add_argument("--sequences", type=int, metavar="N", help="windows, spread over the split (default: all)")
+    task = 'questions in place of data: JSON lines with "ctx", "endings" and "label", as HellaSwag has them'
+    parser.add_argument("--task", type=user_path, metavar="FILE", help=task)
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
     options = parser.parse_args(arguments)
     if options.sequences is not None and options.sequences < 1:
         parser.error(f"--sequences is {options.sequences}: it must be positive")
+    if options.task and (options.data or options.sequences or options.split != "val"):
+        parser.error("--task reads no data: leave out --data, --split and --sequences")
+    place_in_job()
     return (options,)
 
 

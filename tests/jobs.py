@@ -178,10 +178,12 @@ def train(ranks: int, *arguments: str, **variables: str) -> Ended:
     return torchrun(ranks, *arguments, **variables) if ranks > 1 else command("train", *arguments, **variables)
 
 
-def torchrun_command(ranks: int, *arguments: str, script: Path | None = None) -> list[str]:
-    """Return the command line of a training job with its own rendezvous. `script` replaces distgpt.train."""
+def torchrun_command(
+    ranks: int, *arguments: str, script: Path | None = None, module: str = "distgpt.train"
+) -> list[str]:
+    """Return the command line of a job with its own rendezvous, of `module` or a `script`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", SIGNALS]
-    return [*launcher, *(["-m", "distgpt.train"] if script is None else [str(script)]), *arguments]
+    return [*launcher, *(["-m", module] if script is None else [str(script)]), *arguments]
 
 
 def run_all(jobs: Mapping[str, Callable[[], Ended]]) -> dict[str, Ended]:

@@ -34,6 +34,8 @@ HOSTS = "tests/hosts/test_multinode.py::test_four_hosts_train_as_one_process_and
 GO_FURTHER = "tests/end_to_end/test_resume.py::test_a_run_goes_on_in_any_other_topology"
 STANDARD_LIBRARY = "tests/test_prepare.py::test_without_arguments_it_prepares_the_standard_library_once"
 INTERACTIVE = "tests/end_to_end/test_sample.py::test_prompts_are_asked_for_and_ctrl_c_stops_the_text_alone"
+EVALUATE_RANKS = "tests/end_to_end/test_evaluate.py::test_two_ranks_print_what_one_process_prints"
+TASK = "tests/end_to_end/test_evaluate.py::test_a_task_is_scored"
 EVALUATE = "tests/end_to_end/test_sample.py::test_evaluate_finds_the_loss_that_the_run_logged"
 PREFLIGHT = "tests/test_doctor.py::test_distributed_on_one_host"
 SLURM = "tests/slurm/test_train.py::test_several_nodes_learn_what_one_learns"
@@ -70,6 +72,10 @@ COVERED = {
     "python -m distgpt.prepare": STANDARD_LIBRARY,
     "python -m distgpt.sample runs/mine --interactive": INTERACTIVE,
     "python -m distgpt.evaluate runs/mine": EVALUATE,
+    "python -m distgpt.evaluate runs/mine --split train --sequences 100": EVALUATE_RANKS,
+    "python -m distgpt.evaluate runs/mine --data data/other --json --checkpoint best": EVALUATE_RANKS,
+    "torchrun --standalone --nproc_per_node=2 -m distgpt.evaluate runs/mine": EVALUATE_RANKS,
+    "python -m distgpt.evaluate runs/mine --task docs/ten-questions.jsonl": TASK,
     "torchrun --standalone --nproc_per_node=2 -m distgpt.doctor --distributed quickstart": PREFLIGHT,
     "git clone URL distgpt && cd distgpt": INSTALLATION,
     'python3 -m venv .venv && .venv/bin/pip install -c requirements.lock -e ".[fast,parquet,zstd]"': INSTALLATION,

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distgpt.config import Config
 from distgpt.corpus.loader import EvaluationBatches
@@ -23,6 +23,7 @@ class Evaluation:
 
     val_loss: float  # nats per token
     val_bits_per_byte: float
+    standard_error: float | None  # of the loss, over the windows; None for one window
     val_losses: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -56,7 +57,15 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer,
     nats = weighted_N.sum().item() * block_size
     bits_per_byte = nats / math.log(2) / max(1.0, sum_over_ranks(text_bytes, runtime).item())
     each = {part.name: losses_N[windows].mean().item() for windows, part in batches.parts if part.name}
-    return Evaluation(weighted_N.mean().item(), bits_per_byte, each)
+    errors = [(part.share, standard_error(losses_N[windows])) for windows, part in batches.parts]
+    known = [share * error for share, error in errors if error is not None]
+    error = math.hypot(*known) if len(known) == len(errors) else None  # the datasets are independent samples
+    return Evaluation(weighted_N.mean().item(), bits_per_byte, error, each)
+
+
+def standard_error(values_N: Tensor) -> float | None:
+    """Return the standard error of the mean of a sample: s / sqrt(N), s with N - 1; None for a single value."""
+    return values_N.std().item() / math.sqrt(len(values_N)) if len(values_N) > 1 else None
 
 
 def sample_text(model: nn.Module, tokenizer: Tokenizer, step: int, config: Config, plan: Plan) -> str:

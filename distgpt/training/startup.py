@@ -17,7 +17,7 @@ from distgpt.checkpoint.store import checkpoint_bytes, require_space, require_wr
 from distgpt.config import Config, shares_of, to_dict, to_toml
 from distgpt.corpus.loader import EvaluationBatches, Loader
 from distgpt.corpus.mixture import open_data
-from distgpt.corpus.shards import Dataset, verify_dataset
+from distgpt.corpus.shards import Dataset, SplitName, verify_dataset
 from distgpt.distributed.collectives import (
     all_gather_row,
     broadcast_from_rank_zero,
@@ -168,10 +168,12 @@ def training_batches(config: Config, plan: Plan, dataset: Dataset, *, start_step
     )
 
 
-def validation_batches(config: Config, plan: Plan, dataset: Dataset, *, sequences: int) -> EvaluationBatches:
-    """Open the validation batches of this rank. Raises DataError if the text is shorter than a window."""
+def validation_batches(
+    config: Config, plan: Plan, dataset: Dataset, *, sequences: int, split: SplitName = "val"
+) -> EvaluationBatches:
+    """Open the evaluation batches of this rank. Raises DataError if the text is shorter than a window."""
     return EvaluationBatches(
-        dataset.val,
+        dataset.val if split == "val" else dataset.train,
         block_size=config.model.block_size,
         sequences=sequences,
         micro_batch=plan.micro_batch,

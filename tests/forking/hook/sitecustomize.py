@@ -9,7 +9,9 @@ import sys
 
 # The index of the program in the command line: python [-u] .../torchrun, or python [-u] -m MODULE.
 _program = 2 if sys.orig_argv[1][:1] == "-" else 1
-_forked = ("distgpt.launch",) if os.environ.get("FORK_LAUNCHER") else ("/torchrun", "torch.distributed.run")
+_forked: tuple[str, ...] = (
+    ("distgpt.launch",) if os.environ.get("FORK_LAUNCHER") else ("/torchrun", "torch.distributed.run")
+)
 if os.environ.get("FORK_COMMANDS"):
     from tests.forking.program import COMMANDS, PRODUCT
 
