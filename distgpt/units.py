@@ -1,5 +1,7 @@
 """Numbers as people read them. Imports no torch."""
 
+import math
+
 SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -17,3 +19,14 @@ def ranks_text(count: int) -> str:
 def count_text(number: float) -> str:
     """Return a number with three digits if it is below 100, else as a whole one: 0.123, 12.3, 12,345."""
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
+
+
+def duration(seconds: float) -> str:
+    """Format seconds: 45s, 3m12s, 2h05m or 3d04h; ? if they are not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    for size, unit, smaller, smaller_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // smaller:02d}{smaller_unit}"
+    return f"{whole}s"

@@ -14,8 +14,9 @@ from dataclasses import replace
 import pytest
 
 from distgpt.telemetry import console
-from distgpt.telemetry.console import Console, duration
+from distgpt.telemetry.console import Console
 from distgpt.telemetry.metrics import StepFigures
+from distgpt.units import duration
 
 FIGURES = StepFigures(
     step=1,
