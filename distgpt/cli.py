@@ -166,6 +166,19 @@ def export_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     return (parser.parse_args(arguments),)
 
 
+def report_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
+    """Parse the options of distgpt.report. Raises UsageError."""
+    parser = Parser(
+        prog="python -m distgpt.report",
+        description="Write a page about a run, or one that compares several: one HTML file that needs no network.",
+    )
+    parser.add_argument("runs", type=user_path, nargs="+", metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--output", type=user_path, default="report.html", metavar="FILE", help="page to write (default: report.html)"
+    )
+    return (parser.parse_args(arguments),)
+
+
 def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     """Parse the options of distgpt.replay. Raises UsageError."""
     parser = Parser(
@@ -239,4 +252,5 @@ OPTIONS: dict[str, Callable[[Sequence[str]], tuple[Any, ...]]] = {
     "sample": sample_options,
     "export": export_options,
     "replay": replay_options,
+    "report": report_options,
 }

@@ -13,7 +13,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("commands",),
     ("launch",),
     ("cli",),
-    ("training", "preflight", "weights"),
+    ("training", "preflight", "weights", "reporting"),
     ("checkpoint", "telemetry"),
     ("health",),
     ("run",),
@@ -21,7 +21,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("model", "corpus"),
     ("ground",),
 )
-COMMANDS = {"train", "prepare", "evaluate", "sample", "export", "replay", "doctor"}
+COMMANDS = {"train", "prepare", "evaluate", "sample", "export", "replay", "doctor", "report"}
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 
