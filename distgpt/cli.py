@@ -182,6 +182,19 @@ def export_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     return (parser.parse_args(arguments),)
 
 
+def report_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
+    """Parse the options of distgpt.report. Raises UsageError."""
+    parser = Parser(
+        prog="python -m distgpt.report",
+        description="Write a page about a run, or one that compares several: one HTML file that needs no network.",
+    )
+    parser.add_argument("runs", type=user_path, nargs="+", metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--output", type=user_path, default="report.html", metavar="FILE", help="page to write (default: report.html)"
+    )
+    return (parser.parse_args(arguments),)
+
+
 def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     """Parse the options of distgpt.replay. Raises UsageError."""
     parser = Parser(
@@ -266,6 +279,7 @@ COMMANDS: dict[str, Command] = {
     "launch": Command("train on all devices here, or on several hosts, and restart after failures", None),
     "evaluate": Command("the validation loss of a checkpoint", evaluate_options),
     "sample": Command("write text", sample_options),
+    "report": Command("show runs in one HTML page", report_options),
     "export": Command("write a model for other programs", export_options),
     "replay": Command("compute a step again, and find the first layer where it is not finite", replay_options),
     "completion": Command("complete commands, presets and keys in bash or zsh", completion_options),

@@ -38,8 +38,8 @@ from distgpt.run.session import RunSession
 from distgpt.training import startup, summary
 from distgpt.training.evaluation import evaluate, sample_text
 from distgpt.training.figures import FigureReader, Figures, not_finite
-from distgpt.training.report import StepReporter, explain_outlier
 from distgpt.training.step import StopCheck, accumulate_gradients, apply_update
+from distgpt.training.step_report import StepReporter, explain_outlier
 from distgpt.weights import fit, initial
 
 

@@ -13,7 +13,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("commands",),
     ("launch",),
     ("cli",),
-    ("training", "preflight", "weights"),
+    ("training", "preflight", "weights", "reporting"),
     ("checkpoint", "telemetry"),
     ("health",),
     ("run",),
@@ -22,7 +22,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("ground",),
 )
 COMMANDS = {
-    *("__main__", "train", "prepare", "evaluate", "sample", "export", "replay", "doctor", "completion"),
+    *("__main__", "train", "prepare", "evaluate", "sample", "export", "report", "replay", "doctor", "completion"),
 }
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 

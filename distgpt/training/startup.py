@@ -34,7 +34,7 @@ from distgpt.model.gpt import count_parameters
 from distgpt.run.lock import Owner
 from distgpt.run.session import NFS_ATTRIBUTE_CACHE_SECONDS, RunSession
 from distgpt.telemetry.progress import Progress
-from distgpt.training.report import peak_tokens_per_second
+from distgpt.training.step_report import peak_tokens_per_second
 
 log = logging.getLogger("distgpt")
 
