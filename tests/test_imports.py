@@ -14,6 +14,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("launch",),
     ("cli",),
     ("training", "preflight", "weights"),
+    ("planning",),
     ("checkpoint", "telemetry"),
     ("health",),
     ("run",),
@@ -21,7 +22,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("model", "corpus"),
     ("ground",),
 )
-COMMANDS = {"train", "prepare", "evaluate", "sample", "export", "replay", "doctor"}
+COMMANDS = {"train", "prepare", "evaluate", "sample", "export", "replay", "doctor", "plan"}
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 
