@@ -91,6 +91,8 @@ def keep_freed_memory() -> None:
 
 def device_memory(runtime: Runtime) -> float:
     """Return the bytes of memory that this rank may use."""
+    if runtime.memory is not None:
+        return runtime.memory
     if runtime.device.type == "cuda":
         return float(torch.cuda.get_device_properties(runtime.device).total_memory)
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / runtime.local_world_size

@@ -12,6 +12,7 @@ arXiv:2305.13245. QK-norm: Henry et al. 2020, arXiv:2010.04245.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 
@@ -376,11 +377,16 @@ class GPT(nn.Module):
         return (same_BTS & causal_TS).unsqueeze(1)
 
 
+@functools.cache
+def meta_model(config: ModelConfig, vocab_size: int) -> GPT:
+    """Return the network on the meta device: the shapes of its parameters without their values."""
+    with torch.device("meta"):
+        return GPT(dataclasses.replace(config, document_mask=False), vocab_size)
+
+
 def count_parameters(config: ModelConfig, vocab_size: int) -> int:
     """Return the number of parameters, with the padding of the vocabulary and a tied head once. Allocates nothing."""
-    with torch.device("meta"):
-        model = GPT(dataclasses.replace(config, document_mask=False), vocab_size)
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in meta_model(config, vocab_size).parameters())
 
 
 def with_explicit_sizes(config: ModelConfig) -> ModelConfig:

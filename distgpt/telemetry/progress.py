@@ -1,7 +1,7 @@
 """The progress of a run: times its steps, and shows and records what was measured."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal, Self
@@ -19,15 +19,27 @@ from distgpt.units import duration
 
 # The duration of a run is predicted after so many steps, or after steps of so many seconds in total.
 PREDICTING_STEPS, PREDICTING_SECONDS = 3, 20.0
+# The plan is graded after so many steps.
+GRADED_STEPS = 20
 
 
 class Progress:
     """Shows and records the progress of a run. Every rank has one; only that of rank 0 prints and writes."""
 
     def __init__(
-        self, session: RunSession, config: Config, plan: Plan, *, start_step: int, peak_tokens_per_second: float | None
+        self,
+        session: RunSession,
+        config: Config,
+        plan: Plan,
+        *,
+        start_step: int,
+        peak_tokens_per_second: float | None,
+        grade: Callable[[float], str] | None = None,
     ) -> None:
-        """`peak_tokens_per_second`: the rate at an MFU of 1 on all devices together; None if unknown."""
+        """`peak_tokens_per_second`: the rate at an MFU of 1 on all devices together; None if unknown.
+
+        `grade` gets the mean seconds of the first steps and returns a line that compares them with the plan.
+        """
         self._paths, self._require_owned = session.paths, session.require_owned
         self._config, self._device = config, plan.runtime.device
         self._tokens_per_step = config.train.global_batch * config.model.block_size
@@ -45,6 +57,7 @@ class Progress:
         self._first_steps: list[float] = []
         self._ended: dict[int, float] = {}  # when each step ended, for those that are logged later
         self._predicted = False
+        self._grade, self._steps_seconds = grade, 0.0
         if self._metrics is not None:
             self._metrics.text("config", to_toml(config), start_step)
         self._write_goodput()
@@ -60,6 +73,10 @@ class Progress:
         seconds = self.goodput.step(step, data_wait=data_wait)
         self._data_wait += data_wait
         self._write_goodput()
+        if step > self._start_step + 1:  # the first step warms up
+            self._steps_seconds += seconds
+        if step == self._start_step + GRADED_STEPS and self._grade and self._metrics is not None:
+            self._console.message(self._grade(self._steps_seconds / (GRADED_STEPS - 1)))
         return seconds
 
     def is_logged(self, step: int) -> bool:
