@@ -14,15 +14,16 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from distgpt.checkpoint.choice import add_option
-from distgpt.config import Config, config_from_command_line
+from distgpt.config import Config
 from distgpt.errors import DISK_FULL, EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, STOP_SIGNALS, DistgptError, UsageError
 from distgpt.files import user_path
 from distgpt.run.exit_report import exit_if_restart_cannot_help
 from distgpt.run.paths import RunPaths
 from distgpt.torchrun import RANK_ZERO_SECONDS, die_with_agent, place_in_job, print_cause
+from distgpt.usage import Parser, config_from_command_line
 from distgpt.weights.source import model_of_start
 
 T = TypeVar("T")
@@ -34,7 +35,9 @@ TRAIN_ABOUT = "Train a GPT on a prepared corpus, or go on with the run in its ru
 def run(command: str) -> NoReturn:
     """Run `distgpt.COMMAND` to its end: parse the options, then import the module and call its main()."""
     prepare_process()
-    arguments = main_guard(lambda: OPTIONS[command](sys.argv[1:]))
+    options = COMMANDS[command].options
+    assert options is not None
+    arguments = main_guard(lambda: options(sys.argv[1:]))
     module = importlib.import_module(f"distgpt.{command}")
     sys.exit(main_guard(lambda: module.main(*arguments)))
 
@@ -51,12 +54,13 @@ def train_options(arguments: Sequence[str]) -> tuple[Config]:
 def doctor_options(arguments: Sequence[str]) -> tuple[Config, bool]:
     """Read the config and --distributed. Raises UsageError."""
     distributed = DISTRIBUTED_FLAG in arguments
-    about = (
-        "Check that this machine, the data and the run directory are fit to train, and print the fix where not.\n"
-        f"{DISTRIBUTED_FLAG}, under torchrun: also check that all hosts fit together, and name a slow link or host."
+    config = config_from_command_line(
+        [argument for argument in arguments if argument != DISTRIBUTED_FLAG],
+        prog="distgpt.doctor",
+        about="Check that this machine, the data and the run directory are fit to train, and print the fix where not.",
+        options={DISTRIBUTED_FLAG: "under torchrun: also check all hosts together; names slow links and hosts"},
+        model_of=model_of_start,
     )
-    config_arguments = [argument for argument in arguments if argument != DISTRIBUTED_FLAG]
-    config = config_from_command_line(config_arguments, prog="distgpt.doctor", about=about, model_of=model_of_start)
     under_torchrun = "TORCHELASTIC_RUN_ID" in os.environ
     if distributed and not under_torchrun:
         torchrun = f"torchrun --nproc_per_node=2 -m distgpt.doctor {DISTRIBUTED_FLAG}"
@@ -67,15 +71,27 @@ def doctor_options(arguments: Sequence[str]) -> tuple[Config, bool]:
 
 
 def evaluate_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
-    """Parse the options of distgpt.evaluate. Raises UsageError."""
-    parser = Parser(prog="python -m distgpt.evaluate", description="Print the validation loss of a checkpoint.")
+    """Parse the options of distgpt.evaluate, and make this rank die with its torchrun. Raises UsageError."""
+    die_with_agent()
+    parser = Parser(
+        prog="python -m distgpt.evaluate",
+        description="Print the loss of a checkpoint on prepared data, or its accuracy on a multiple-choice task. Under "
+        "torchrun, each rank computes a part.",
+    )
     parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
     add_option(parser, default="the newest good one")
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
-    parser.add_argument("--sequences", type=int, metavar="N", help="validation windows (default: all)")
+    parser.add_argument("--split", choices=("train", "val"), default="val", help="of the data (default: val)")
+    parser.add_argument("--sequences", type=int, metavar="N", help="windows, spread over the split (default: all)")
+    task = 'questions in place of data: JSON lines with "ctx", "endings" and "label", as HellaSwag has them'
+    parser.add_argument("--task", type=user_path, metavar="FILE", help=task)
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
     options = parser.parse_args(arguments)
     if options.sequences is not None and options.sequences < 1:
         parser.error(f"--sequences is {options.sequences}: it must be positive")
+    if options.task and (options.data or options.sequences or options.split != "val"):
+        parser.error("--task reads no data: leave out --data, --split and --sequences")
+    place_in_job()
     return (options,)
 
 
@@ -166,6 +182,19 @@ def export_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     return (parser.parse_args(arguments),)
 
 
+def report_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
+    """Parse the options of distgpt.report. Raises UsageError."""
+    parser = Parser(
+        prog="python -m distgpt.report",
+        description="Write a page about a run, or one that compares several: one HTML file that needs no network.",
+    )
+    parser.add_argument("runs", type=user_path, nargs="+", metavar="RUN", help="run directory")
+    parser.add_argument(
+        "--output", type=user_path, default="report.html", metavar="FILE", help="page to write (default: report.html)"
+    )
+    return (parser.parse_args(arguments),)
+
+
 def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     """Parse the options of distgpt.replay. Raises UsageError."""
     parser = Parser(
@@ -178,6 +207,16 @@ def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     add_option(parser, default="the newest good one before S")
     parser.add_argument("--step", type=int, required=True, metavar="S", help="the step, as numbered in metrics.jsonl")
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
+    return (parser.parse_args(arguments),)
+
+
+def completion_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
+    """Parse the options of distgpt.completion. Raises UsageError."""
+    parser = Parser(
+        prog="python -m distgpt.completion",
+        description='Print a script that completes `distgpt` in a shell: eval "$(distgpt completion bash)"',
+    )
+    parser.add_argument("shell", choices=("bash", "zsh"), help="the shell that will read the script")
     return (parser.parse_args(arguments),)
 
 
@@ -225,18 +264,23 @@ def main_guard(main: Callable[[], T]) -> T:
         sys.exit(EXIT_BUG)
 
 
-class Parser(argparse.ArgumentParser):
-    """An argument parser that raises UsageError for a wrong option, so that the error is printed on one line."""
+class Command(NamedTuple):
+    """A command: its line in `distgpt --help`, and what parses its options; None: the command does."""
 
-    def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (--help shows the options)")
+    about: str
+    options: Callable[[Sequence[str]], tuple[Any, ...]] | None
 
 
-OPTIONS: dict[str, Callable[[Sequence[str]], tuple[Any, ...]]] = {
-    "train": train_options,
-    "doctor": doctor_options,
-    "evaluate": evaluate_options,
-    "sample": sample_options,
-    "export": export_options,
-    "replay": replay_options,
+# In the order in which they are needed. A new command is a line here, and the file of its name.
+COMMANDS: dict[str, Command] = {
+    "prepare": Command("text to tokens", None),
+    "doctor": Command("is this machine, data and run directory fit to train", doctor_options),
+    "train": Command("train, or go on; one process, or any number under torchrun", train_options),
+    "launch": Command("train on all devices here, or on several hosts, and restart after failures", None),
+    "evaluate": Command("the validation loss of a checkpoint", evaluate_options),
+    "sample": Command("write text", sample_options),
+    "report": Command("show runs in one HTML page", report_options),
+    "export": Command("write a model for other programs", export_options),
+    "replay": Command("compute a step again, and find the first layer where it is not finite", replay_options),
+    "completion": Command("complete commands, presets and keys in bash or zsh", completion_options),
 }

@@ -9,7 +9,6 @@ import difflib
 import math
 import os
 import re
-import sys
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
@@ -19,7 +18,7 @@ from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import tomli_w
 
-from distgpt.errors import UsageError
+from distgpt.errors import UsageError, did_you_mean, did_you_mean_path
 from distgpt.files import user_path
 
 # importlib.resources would find the folder of a clone, which is also named distgpt, from the directory above it.
@@ -31,6 +30,7 @@ TRUE, FALSE = ("true", "1", "yes"), ("false", "0", "no")
 TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "a string"}
 
 PATHS = ("run.dir", "data.path", "init.from")
+_WEIGHTED_PATH = re.compile(r"(.+):(\d+\.?\d*|\.\d+)")  # an entry of a mix in data.path
 POSITIVE = (
     *("model.n_layer", "model.n_head", "model.n_embd", "model.block_size", "model.vocab_multiple", "model.rope_theta"),
     *("optim.lr", "optim.eps", "train.steps", "train.global_batch", "parallel.outer_every", "parallel.outer_lr"),
@@ -79,38 +79,50 @@ SUGGESTED_PRESETS = {
 }
 
 
-def option(default: Any, help: str) -> Any:
-    """Declare a config field with its default and its text in --help."""
-    return field(default=default, metadata={"help": help})
+def option(default: Any, help: str, unit: str = "") -> Any:
+    """Declare a config field with its default, its text in --help, and what its value is there, such as STEPS."""
+    return field(default=default, metadata={"help": help, "unit": unit})
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    dir: str = option("", "run directory; empty: runs/<name of the data directory>")
+    """The run directory and the seed."""
+
+    dir: str = option("", "run directory; empty: runs/<name of the data directory>", "DIR")
     seed: int = option(1337, "seed of the weights, the data order and dropout")
     fresh: bool = option(False, "start a new run: fail if the run directory holds checkpoints")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    path: str = option("data/stdlib", "data directory, written by distgpt.prepare")
+    """The tokens to train on."""
+
+    path: str = option(
+        "data/stdlib", "data directory, written by distgpt.prepare, or several by weight: data/a:0.7,data/b:0.3", "DIR"
+    )
 
 
 @dataclass(frozen=True)
 class InitConfig:
+    """The weights to start from."""
+
     from_: str = option(
-        "", "weights that a new run starts from: a directory of safetensors, a run or RUN@STEP; empty: random ones"
+        "",
+        "weights that a new run starts from: a directory of safetensors, a run or RUN@STEP; empty: random ones",
+        "DIR",
     )
 
 
 @dataclass(frozen=True)
 class ModelConfig:
+    """The network."""
+
     n_layer: int = option(6, "number of transformer blocks")
     n_head: int = option(6, "attention heads per block")
     n_kv_head: int = option(0, "key and value heads, each shared by a group of attention heads (GQA); 0: n_head")
     n_embd: int = option(384, "width of the residual stream")
     head_size: int = option(0, "width of each attention head; 0: n_embd / n_head")
-    block_size: int = option(256, "context length in tokens")
+    block_size: int = option(256, "context length in tokens", "TOKENS")
     dropout: float = option(0.0, "dropout probability of attention weights and of both residual branches")
     position: Literal["learned", "rope"] = option("learned", "position encoding")
     rope_theta: float = option(10000.0, "base of the rotary frequencies")
@@ -131,7 +143,9 @@ class ModelConfig:
     )
     vocab_multiple: int = option(1, "pad the vocabulary to a multiple of this number (64 is fast on GPUs)")
     document_mask: bool = option(False, "let tokens attend within their own document only")
-    loss_chunk: int = option(0, "compute logits and loss for this many tokens at a time, saves memory; 0: all at once")
+    loss_chunk: int = option(
+        0, "compute logits and loss for this many tokens at a time, saves memory; 0: all at once", "TOKENS"
+    )
 
     @property
     def size_of_heads(self) -> int:
@@ -141,9 +155,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
+    """AdamW and its learning rate."""
+
     lr: float = option(3e-4, "peak learning rate")
     min_lr: float = option(0.0, "learning rate at the end of the decay")
-    warmup_steps: int = option(0, "steps of linear warm-up")
+    warmup_steps: int = option(0, "steps of linear warm-up", "STEPS")
     schedule: Literal["constant", "cosine", "wsd"] = option(
         "constant", "after warm-up: constant, cosine decay to min_lr, or constant, then linear decay (wsd)"
     )
@@ -157,12 +173,15 @@ class OptimConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    steps: int = option(5000, "number of optimizer steps")
-    global_batch: int = option(64, "sequences per optimizer step, over all ranks")
+    """The length of the run, its batches, and how they are computed."""
+
+    steps: int = option(5000, "number of optimizer steps", "STEPS")
+    global_batch: int = option(64, "sequences per optimizer step, over all ranks", "SEQUENCES")
     micro_batch: int = option(
         0,
         "sequences per forward pass; 0: as before, else the largest divisor of at most 4,096 tokens (GPU: 16,384) "
         "that fits",
+        "SEQUENCES",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
         "auto", "compute precision, weights stay float32; auto: bfloat16 if the device has instructions for it"
@@ -178,18 +197,20 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
+    """The layout over several ranks."""
+
     strategy: Literal["auto", "ddp", "fsdp", "hsdp", "diloco"] = option(
         "auto",
         "replicate (ddp), shard (fsdp), shard in groups (hsdp), train independent groups (diloco)",
     )
-    shard: int = option(0, "hsdp, diloco: ranks per group; 0: the ranks of one node")
+    shard: int = option(0, "hsdp, diloco: ranks per group; 0: the ranks of one node", "RANKS")
     reshard: bool | Literal["auto"] = option(
         "auto", "fsdp, hsdp: free the weights of a block after its forward pass; auto: if all do not fit in memory"
     )
     reduce: Literal["auto", "step", "micro_batch"] = option(
         "auto", "fsdp, hsdp: how often gradients are exchanged; auto: once a step if they fit in memory whole"
     )
-    outer_every: int = option(50, "diloco: steps between outer steps, in which the groups synchronize")
+    outer_every: int = option(50, "diloco: steps between outer steps, in which the groups synchronize", "STEPS")
     outer_lr: float = option(0.7, "diloco: learning rate of the outer step (SGD with Nesterov momentum)")
     outer_momentum: float = option(0.9, "diloco: momentum of the outer step")
     activation_checkpoint: bool = option(False, "recompute each block in the backward pass, saves memory")
@@ -197,17 +218,24 @@ class ParallelConfig:
 
 @dataclass(frozen=True)
 class EvalConfig:
-    every: int = option(500, "steps between evaluations; 0: only after the last step")
-    sequences: int = option(512, "validation windows per evaluation, spread evenly over the validation split")
-    sample_tokens: int = option(256, "length in tokens of the text sample at each evaluation; 0: none")
+    """Validation loss and samples."""
+
+    every: int = option(500, "steps between evaluations; 0: only after the last step", "STEPS")
+    sequences: int = option(
+        512, "validation windows per evaluation, spread evenly over the validation split", "SEQUENCES"
+    )
+    sample_tokens: int = option(256, "length in tokens of the text sample at each evaluation; 0: none", "TOKENS")
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
+    """When to save, and what to keep."""
+
     every: int | Literal["auto"] = option(
         500,
         "steps between checkpoints, besides best evaluations and the end; "
         "0: only those; auto: from save time and failures",
+        "STEPS",
     )
     keep: int = option(
         3, "number of newest checkpoints to keep, in addition to the one with the lowest validation loss"
@@ -217,15 +245,23 @@ class CheckpointConfig:
 
 @dataclass(frozen=True)
 class LogConfig:
-    every: int = option(10, "steps between log lines in the console, metrics.jsonl and TensorBoard")
+    """Lines and figures of a run."""
+
+    every: int = option(10, "steps between log lines in the console, metrics.jsonl and TensorBoard", "STEPS")
 
 
 @dataclass(frozen=True)
 class HealthConfig:
-    timeout: float = option(600.0, "seconds without progress in a training step before all ranks are killed")
-    start_timeout: float = option(900.0, "the same for each phase of the start: joining, restoring, the first step")
-    eval_timeout: float = option(600.0, "the same for each evaluation batch or report")
-    checkpoint_timeout: float = option(900.0, "the same for a checkpoint, including the rest of the previous one")
+    """Hangs, and updates that would do harm."""
+
+    timeout: float = option(600.0, "seconds without progress in a training step before all ranks are killed", "SECONDS")
+    start_timeout: float = option(
+        900.0, "the same for each phase of the start: joining, restoring, the first step", "SECONDS"
+    )
+    eval_timeout: float = option(600.0, "the same for each evaluation batch or report", "SECONDS")
+    checkpoint_timeout: float = option(
+        900.0, "the same for a checkpoint, including the rest of the previous one", "SECONDS"
+    )
     on_nonfinite: Literal["stop", "skip"] = option(
         "stop",
         "if the loss or gradient norm is NaN or infinite: end the run, or skip the update, at most 10 in a row",
@@ -258,26 +294,8 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """run.dir or, if that is empty, runs/<name of the data directory>."""
-        return Path(self.run.dir) if self.run.dir else Path("runs") / Path(self.data.path).resolve().name
-
-
-def config_from_command_line(
-    arguments: Sequence[str], *, prog: str, about: str, model_of: Callable[[Config], ModelConfig] | None = None
-) -> Config:
-    """Resolve the command line of a command that takes a config; `model_of` as for resolve().
-
-    Prints and exits with 0 for --help and --print-config. Raises UsageError for a config that cannot work.
-    """
-    if "--help" in arguments or "-h" in arguments:
-        print(help_text(prog, about))
-        sys.exit(0)
-    print_only = "--print-config" in arguments
-    config = resolve([a for a in arguments if a != "--print-config"], os.environ, model_of=model_of)
-    if print_only:
-        print(to_toml(config), end="")
-        sys.exit(0)
-    return config
+        """run.dir or, if that is empty, runs/<name of the data directory>, of several a+b."""
+        return Path(self.run.dir or Path("runs", data_name(self.data.path)))
 
 
 def resolve(
@@ -300,7 +318,7 @@ def resolve(
 
 def _resolve(config: Config, arguments: Sequence[str], environment: Mapping[str, str]) -> Config:
     """Set in `config` the values of the presets, files and flags in `arguments`, and of `environment`."""
-    files, flags = _split_arguments(arguments)
+    files, flags = split_arguments(arguments)
     for file in files:
         config = _with_values(config, _read_toml(file), source=file)
     for name, text in sorted(environment.items()):
@@ -310,7 +328,9 @@ def _resolve(config: Config, arguments: Sequence[str], environment: Mapping[str,
         config = _with_value(config, key, text, source=f"--{key}")
     for key in PATHS:
         try:
-            config = _with_value(config, key, user_path(value_at(config, key)), source=key)
+            path = value_at(config, key)
+            expanded = _change_paths(path, user_path) if key == "data.path" else user_path(path)
+            config = _with_value(config, key, expanded, source=key)
         except UsageError as error:
             raise UsageError(f"{key}: {error}") from None
     return config
@@ -328,7 +348,7 @@ def keys() -> list[str]:
 
 def fields_of(section: str) -> dict[str, dataclasses.Field[Any]]:
     """Return the fields of a section by the names of their keys: the field of init.from is `from_`, as Python needs."""
-    return {field.name.removesuffix("_"): field for field in dataclasses.fields(_section_type(section))}
+    return {field.name.removesuffix("_"): field for field in dataclasses.fields(section_type(section))}
 
 
 def to_dict(config: Config) -> dict[str, dict[str, Any]]:
@@ -347,29 +367,6 @@ def from_dict(tree: Mapping[str, Any], *, source: str) -> Config:
 def to_toml(config: Config) -> str:
     """Return the complete config as TOML, from which the same config can be read."""
     return tomli_w.dumps(to_dict(config))
-
-
-def help_text(prog: str, about: str) -> str:
-    """Return the text of --help: usage, and every key with its meaning and default."""
-    lines = [
-        about,
-        "",
-        f"usage: python -m {prog} [PRESET or file.toml ...] [--section.key=value ...] [--print-config]",
-        f"       torchrun --nproc_per_node=8 -m {prog} ...",
-        "",
-        f"presets: {', '.join(preset_names())}",
-        "environment: DISTGPT_SECTION__KEY=value also sets a key; flags override it",
-        "paths: ~ is expanded, variables are not",
-    ]
-    width = max(map(len, keys())) + 4
-    for section in dataclasses.fields(Config):
-        lines.append("")
-        for name, key in fields_of(section.name).items():
-            kind = get_type_hints(_section_type(section.name))[key.name]
-            choices = f" [{'|'.join(get_args(kind))}]" if get_origin(kind) is Literal else ""
-            flag = f"--{section.name}.{name}"
-            lines.append(f"  {flag:<{width}}{key.metadata['help']}{choices} (default: {value_text(key.default)})")
-    return "\n".join(lines)
 
 
 def check(config: Config) -> None:
@@ -431,15 +428,44 @@ def require_divisible_batch(config: Config, ranks: int) -> None:
 
 def with_absolute_paths(config: Config) -> Config:
     """Return the config with absolute data.path and init.from, so that a run finds both from any directory."""
-    data = replace(config.data, path=os.path.abspath(config.data.path))
+    data = replace(config.data, path=_change_paths(config.data.path, os.path.abspath))
     init = replace(config.init, from_=config.init.from_ and os.path.abspath(config.init.from_))
     return replace(config, data=data, init=init)
+
+
+def shares_of(data_path: str) -> list[tuple[str, float]]:
+    """Return the directories that data.path names, each with its share of the sequences.
+
+    PATH:WEIGHT,PATH:WEIGHT is a mix, anything else a single directory. Raises UsageError for a weight of 0.
+    """
+    entries = _weighted_paths(data_path)
+    weights = [float(weight or 1) for _, weight in entries]
+    for (path, weight), value in zip(entries, weights, strict=True):
+        _require(0 < value < math.inf, f"data.path: the weight of {path} is {weight}: it must be above 0")
+    return [(path, value / sum(weights)) for (path, _), value in zip(entries, weights, strict=True)]
+
+
+def data_name(data_path: str) -> str:
+    """Return the name of the data directory; of several a+b."""
+    return "+".join(Path(path).resolve().name for path, _ in _weighted_paths(data_path))
 
 
 def value_at(config: Config, key: str) -> Any:
     """Return the value of `section.key`."""
     section, name = key.split(".")
     return getattr(getattr(config, section), fields_of(section)[name].name)
+
+
+def _weighted_paths(data_path: str) -> list[tuple[str, str]]:
+    """Return the paths and weights of a mix; a single path has the weight ""."""
+    entries = [_WEIGHTED_PATH.fullmatch(entry) for entry in data_path.split(",")]
+    mixed = [(entry[1], entry[2]) for entry in entries if entry]
+    return mixed if len(entries) > 1 and len(mixed) == len(entries) else [(data_path, "")]
+
+
+def _change_paths(data_path: str, change: Callable[[str], str]) -> str:
+    """Return data.path with each of its paths changed."""
+    return ",".join(change(path) + (weight and f":{weight}") for path, weight in _weighted_paths(data_path))
 
 
 def _require(condition: bool, message: str) -> None:
@@ -468,11 +494,12 @@ def value_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value) or "empty"
 
 
-def _section_type(name: str) -> Any:
+def section_type(name: str) -> Any:
+    """Return the dataclass of a section."""
     return get_type_hints(Config)[name]
 
 
-def _split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
+def split_arguments(arguments: Sequence[str]) -> tuple[list[str], list[tuple[str, str]]]:
     """Split into presets and files, and keys with their values: --key=value, --key value, or --key for a bool."""
     files, flags = [], []
     left = list(arguments)
@@ -528,7 +555,8 @@ def _read_toml(argument: str) -> dict[str, Any]:
             raise UsageError(f"unknown preset {argument}: {hint} (a config file must end in .toml)")
         return tomllib.loads(Path(user_path(argument)).read_text(encoding="utf-8"))
     except OSError as error:
-        raise UsageError(f"cannot read {argument}: {error.strerror}") from None
+        hint = did_you_mean_path(Path(user_path(argument)))
+        raise UsageError(f"cannot read {argument}: {error.strerror}{hint}") from None
     except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise UsageError(f"cannot read {argument}: {error}") from None
 
@@ -556,7 +584,7 @@ def _type_of(key: str, *, source: str) -> Any:
         where = "" if source.lstrip("-").startswith(key) else f" (in {source})"
         raise UsageError(f"unknown key {key}{where}: {hint}")
     section, name = key.split(".")
-    return get_type_hints(_section_type(section))[fields_of(section)[name].name]
+    return get_type_hints(section_type(section))[fields_of(section)[name].name]
 
 
 def _nearest_keys(key: str) -> list[str]:
@@ -599,9 +627,11 @@ def _parse(value: Any, kind: Any, key: str, source: str) -> Any:
         try:
             return _parse(value, number, key, source)
         except UsageError as error:
-            raise UsageError(f"{error} or {' or '.join(get_args(words))}") from None
+            hint = did_you_mean(str(value), get_args(words))
+            raise UsageError(f"{error} or {' or '.join(get_args(words))}{hint}") from None
     if get_origin(kind) is Literal:
-        parsed, expected = value if value in get_args(kind) else None, f"one of {', '.join(get_args(kind))}"
+        parsed = value if value in get_args(kind) else None
+        expected = f"one of {', '.join(get_args(kind))}{did_you_mean(str(value), get_args(kind))}"
     else:
         parsed, expected = _convert(value, kind), TYPE_NAMES[kind]
     if parsed is None:

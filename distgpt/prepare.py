@@ -13,13 +13,14 @@ from pathlib import Path
 from types import FrameType
 from typing import get_args
 
-from distgpt.cli import Parser, main_guard
+from distgpt.cli import main_guard
 from distgpt.corpus import shards
 from distgpt.corpus.preparing import build, report, staging
 from distgpt.corpus.preparing.build import Job
 from distgpt.corpus.preparing.workers import Workers
-from distgpt.corpus.reading import formats, streams
+from distgpt.corpus.reading import formats, remote, streams
 from distgpt.corpus.reading.finding import STDIN, Finder, standard_library
+from distgpt.corpus.reading.remote import RemoteFile
 from distgpt.corpus.reading.sources import Format, OnBad, ReadOptions, Source
 from distgpt.corpus.tokenizer.base import MAX_VOCAB_SIZE
 from distgpt.corpus.tokenizer.huggingface import PATTERNS
@@ -27,6 +28,7 @@ from distgpt.corpus.tokenizer.loading import given_tokenizer
 from distgpt.errors import DISK_FULL, Interrupted, StorageError, UsageError
 from distgpt.files import user_path
 from distgpt.machine import available_cpus
+from distgpt.usage import Parser
 
 DEFAULT_OUTPUT = Path("data/stdlib")
 DEFAULT_VOCAB_SIZE = 8192
@@ -75,9 +77,8 @@ def main() -> None:
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
     """Return the checked command line. Raises UsageError."""
     parser = Parser(prog="python -m distgpt.prepare", description=HELP, epilog=EPILOG, allow_abbrev=False)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     add = parser.add_argument
-    inputs = "files, folders, patterns, or - for standard input (one text, or JSON)"
+    inputs = "files, folders, patterns, URLs (hf://, s3://, https://), or - for standard input (one text, or JSON)"
     add("--input", nargs="+", type=user_path, metavar="PATH", help=inputs)
     add("--output", type=_path, metavar="DIR", help=f"directory to make (default without --input: {DEFAULT_OUTPUT})")
     kinds = (
@@ -104,6 +105,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "characters by U+FFFD and skip it only if it has no text (default: stop)"
     )
     add("--on-bad-document", choices=get_args(OnBad), default="stop", help=bad)
+    dedup = "leave out documents that are exact copies of another one; the first is kept, and validation text"
+    add("--dedup", action="store_true", help=dedup)
     shares = "do share I (from 0) of N; start all N, at once or not: the last to end writes the output"
     add("--task", type=_task, metavar="I/N", help=shares)
     add("--overwrite", action="store_true", help="prepare again and replace the output, in one step")
@@ -136,6 +139,8 @@ def _check(options: argparse.Namespace) -> None:
         raise UsageError(f"--output {options.output} cannot become a dataset")
     if options.task and (options.overwrite or STDIN in (options.input or [])):
         raise UsageError("--task cannot be combined with --overwrite or standard input")
+    if options.task and any(map(remote.is_url, [*(options.input or []), *(options.val_input or [])])):
+        raise UsageError("--task needs files that each task can read: download them first")
     options.encoding = streams.checked_encoding(options.encoding)
     if options.val_input:
         if not options.input or STDIN in options.val_input:
@@ -169,14 +174,14 @@ def job_of(options: argparse.Namespace, output: Path) -> Job:
     tokenizer = given_tokenizer(options.tokenizer, options.bpe_pattern or "")
     for note in tokenizer.notes if tokenizer else ():
         report.say(f"{options.tokenizer}: {note}")
-    inputs, ignored = find_inputs(options, output)
+    inputs, ignored, remote_files = find_inputs(options, output)
     settings = {
         "tokenizer": "file" if tokenizer else options.tokenizer,
         "tokenizer_sha256": hashlib.sha256(tokenizer.to_json().encode()).hexdigest() if tokenizer else None,
         **{name: getattr(options, name) for name in ("vocab_size", "val_fraction", "shard_tokens")},
     }
     # Options that came later are noted only if they are used, so that the settings of older datasets still match.
-    later = {"document_separator": "", "encoding": "", "on_bad_document": "stop", "bpe_pattern": None}
+    later = {"document_separator": "", "encoding": "", "on_bad_document": "stop", "bpe_pattern": None, "dedup": False}
     used = {name: getattr(options, name) for name, default in later.items() if getattr(options, name) != default}
     return Job(
         inputs=inputs,
@@ -187,11 +192,15 @@ def job_of(options: argparse.Namespace, output: Path) -> Job:
         overwrite=options.overwrite,
         task=options.task,
         ignored=ignored,
+        remote=remote_files,
     )
 
 
-def find_inputs(options: argparse.Namespace, output: Path) -> tuple[list[Source], Counter[str]]:
-    """Return the sources, and the number of ignored files by suffix. Raises DataError, UsageError, OSError."""
+def find_inputs(options: argparse.Namespace, output: Path) -> tuple[list[Source], Counter[str], dict[str, RemoteFile]]:
+    """Return the sources, the number of ignored files by suffix, and the remote files.
+
+    Raises DataError, UsageError, StorageError, OSError.
+    """
     text_key = options.text_key or "text"
     reading = ReadOptions(text_key, options.document_separator, options.encoding, options.on_bad_document)
     text_format: Format = "separated" if reading.separator else "text"
@@ -199,14 +208,19 @@ def find_inputs(options: argparse.Namespace, output: Path) -> tuple[list[Source]
     finder = Finder(reading, stdin=stdin, excluded=(output, staging.directory_of(output)))
     sources = finder.find(options.input) if options.input else standard_library()
     if options.val_input:
-        validating = {os.path.realpath(source.path): source for source in finder.find(options.val_input)}
-        sources = [source for source in sources if os.path.realpath(source.path) not in validating]
+        validating = {_place_of(source): source for source in finder.find(options.val_input)}
+        sources = [source for source in sources if _place_of(source) not in validating]
         if not sources:
             raise UsageError("--val-input names all of --input: nothing is left to train on")
         sources += [replace(source, validates=True) for source in validating.values()]
-    _check_effects(options, sources)
-    read = {os.path.realpath(source.path) for source in sources}
-    return sources, Counter(suffix for path, suffix in finder.ignored.items() if path not in read)
+    if not finder.remote:  # the content of a remote file is known only later
+        _check_effects(options, sources)
+    read = {_place_of(source) for source in sources}
+    return sources, Counter(suffix for path, suffix in finder.ignored.items() if path not in read), finder.remote
+
+
+def _place_of(source: Source) -> str:
+    return os.path.realpath(source.path) if source.path else source.name
 
 
 def _check_effects(options: argparse.Namespace, inputs: Sequence[Source]) -> None:

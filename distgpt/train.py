@@ -14,13 +14,13 @@ if __name__ == "__main__":
 import os
 import time
 from contextlib import closing
-from pathlib import Path
 
 from distgpt.checkpoint.checkpointer import Checkpointer
 from distgpt.checkpoint.interval import SaveInterval
 from distgpt.checkpoint.reader import TrainingState
 from distgpt.config import Config, with_absolute_paths
-from distgpt.corpus.shards import Dataset, open_dataset
+from distgpt.corpus.mixture import open_data
+from distgpt.corpus.shards import Dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.distributed.collectives import grad_norm_of, reduce_scalars, weights_are_finite
 from distgpt.distributed.diloco import OuterOptimizer
@@ -38,8 +38,8 @@ from distgpt.run.session import RunSession
 from distgpt.training import startup, summary
 from distgpt.training.evaluation import evaluate, sample_text
 from distgpt.training.figures import FigureReader, Figures, not_finite
-from distgpt.training.report import StepReporter, explain_outlier
 from distgpt.training.step import StopCheck, accumulate_gradients, apply_update
+from distgpt.training.step_report import StepReporter, explain_outlier
 from distgpt.weights import fit, initial
 
 
@@ -48,7 +48,7 @@ def main(config: Config) -> None:
     paths, rank, health = RunPaths(config.run_dir), int(os.environ.get("RANK", "0")), config.health
     with RunSession(paths, rank) as session, Watchdog(session, health) as watchdog:
         watchdog.heartbeat("checking the start", health.start_timeout)
-        runtime, dataset, config = this_rank(), open_dataset(Path(config.data.path)), with_absolute_paths(config)
+        runtime, dataset, config = this_rank(), open_data(config.data.path), with_absolute_paths(config)
         plan = startup.plan_run(config, runtime, dataset, session)
         startup.check_rank(config, plan, dataset, session, watchdog)
         fit.check_initial_weights(config, dataset, rank)
@@ -82,7 +82,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
         return
     session.say(summary.start_message(config, checkpoints.restored))
     if runtime.rank == 0:
-        for line in summary.warnings(config, dataset.train.tokens, checkpoints.restored):
+        for line in summary.warnings(config, dataset.train, checkpoints.restored):
             startup.warn(line)
         startup.record_config(config, plan, session)
     interval = SaveInterval(config.checkpoint.every, start_step=start, best_val_loss=checkpoints.best_val_loss())
@@ -182,7 +182,13 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
                     result = evaluate(model, validation, tokenizer, plan)
                     val_loss = result.val_loss
                     best = interval.record_evaluation(step, result.val_loss)
-                    progress.evaluation(step, val_loss=val_loss, val_bits_per_byte=result.val_bits_per_byte, best=best)
+                    progress.evaluation(
+                        step,
+                        val_loss=val_loss,
+                        val_bits_per_byte=result.val_bits_per_byte,
+                        val_losses=result.val_losses,
+                        best=best,
+                    )
                     if config.eval.sample_tokens:
                         progress.sample(step, sample_text(model, tokenizer, step, config, plan))
 

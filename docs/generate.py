@@ -58,7 +58,14 @@ def all_keys() -> str:
     parts = []
     for section in dataclasses.fields(Config):
         kind = get_type_hints(Config)[section.name]
-        parts += [f"### {section.name}", "", "| key | default | values | meaning |", "|---|---|---|---|"]
+        parts += [
+            f"### {section.name}",
+            "",
+            kind.__doc__,
+            "",
+            "| key | default | values | meaning |",
+            "|---|---|---|---|",
+        ]
         parts += [
             _row(f"{section.name}.{name}", key, get_type_hints(kind)[key.name])
             for name, key in fields_of(section.name).items()

@@ -4,7 +4,7 @@
 # Writes data/stdlib and runs/quickstart in the working directory.
 . "$(dirname "$0")/environment.sh"
 environment ""
-case " $* " in *" --help "* | *" -h "* | *" --print-config "*) exec python -m distgpt.train quickstart "$@" ;; esac
+case " $* " in *" --help"[\ =]* | *" -h "* | *" --print-config "*) exec python -m distgpt.train quickstart "$@" ;; esac
 run_dir=$(python -m distgpt.launch directory quickstart "$@")
 
 python -m distgpt.prepare

@@ -33,9 +33,9 @@ FORKED = f"{PROJECT}:{PROJECT / 'tests' / 'forking' / 'hook'}"
 # Steps of milliseconds, with everything that a resume could get wrong: dropout, accumulation, clipping.
 TINY = (
     *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=16", "--model.dropout=0.1"),
-    *("--train.global_batch=8", "--train.micro_batch=2", "--train.steps=60", "--train.dtype=float32"),
-    *("--optim.lr=1e-3", "--optim.grad_clip=1.0", "--eval.every=20", "--eval.sequences=30", "--eval.sample_tokens=0"),
-    *("--checkpoint.every=4", "--log.every=1", "--health.timeout=60"),
+    *("--train.global_batch=8", "--train.micro_batch=2", "--train.steps=36", "--train.dtype=float32"),
+    *("--optim.lr=1e-3", "--optim.grad_clip=1.0", "--eval.every=12", "--eval.sequences=30", "--eval.sample_tokens=0"),
+    *("--checkpoint.every=6", "--log.every=1", "--health.timeout=60"),
 )
 # A program: distgpt.prepare with units of 64 KiB, so that a small corpus has many. Worker processes import it too.
 SMALL_UNITS = """
@@ -87,14 +87,14 @@ class Ended:
 
 
 class Job:
-    """A running job whose stdout is a pipe of 4 KiB: it waits if it is further ahead of the reader.
+    """A running job whose stdout is a pipe for one line: it waits if it is further ahead of the reader.
 
-    So a test that has read the line of a step knows that the job is in one of the next 40 steps or so, on a machine of
-    any speed. Signals go only to processes of this job, by id.
+    So a test that has read the line of a step knows that the job is in one of the next steps, on a machine of any
+    speed. Signals go only to processes of this job, by id.
     """
 
     def __init__(self, command: Sequence[str], **variables: str) -> None:
-        read, write = os.pipe()
+        read, write = os.pipe2(os.O_DIRECT)  # each write takes a page, whatever its length
         fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
         self._stdout, self._output = read, b""
         self._stderr = tempfile.TemporaryFile("w+")  # noqa: SIM115 (lives as long as the job)
@@ -125,7 +125,7 @@ class Job:
         return Ended(code, self._output.decode(), self._stderr.read())
 
     def _read(self) -> bool:
-        chunk = os.read(self._stdout, 64)
+        chunk = os.read(self._stdout, 4096)
         self._output += chunk
         return bool(chunk)
 
@@ -178,10 +178,12 @@ def train(ranks: int, *arguments: str, **variables: str) -> Ended:
     return torchrun(ranks, *arguments, **variables) if ranks > 1 else command("train", *arguments, **variables)
 
 
-def torchrun_command(ranks: int, *arguments: str, script: Path | None = None) -> list[str]:
-    """Return the command line of a training job with its own rendezvous. `script` replaces distgpt.train."""
+def torchrun_command(
+    ranks: int, *arguments: str, script: Path | None = None, module: str = "distgpt.train"
+) -> list[str]:
+    """Return the command line of a job with its own rendezvous, of `module` or a `script`."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", SIGNALS]
-    return [*launcher, *(["-m", "distgpt.train"] if script is None else [str(script)]), *arguments]
+    return [*launcher, *(["-m", module] if script is None else [str(script)]), *arguments]
 
 
 def run_all(jobs: Mapping[str, Callable[[], Ended]]) -> dict[str, Ended]:
@@ -192,12 +194,15 @@ def run_all(jobs: Mapping[str, Callable[[], Ended]]) -> dict[str, Ended]:
 
 
 def environment(**variables: str) -> dict[str, str]:
-    """Return this environment without variables of other jobs, with one thread a rank: tests share few cores."""
+    """Return this environment without variables of other jobs, with one thread a rank: tests share few cores.
+
+    Lines are as wide as in a wide terminal, so that a test finds a phrase on one line.
+    """
     kept = {
         name: value for name, value in os.environ.items() if name == "DISTGPT_TORCH" or not name.startswith(FOREIGN)
     }
     forking = {"PYTHONPATH": FORKED, "FORK_SERVER": client.server().address}
-    return {**kept, "OMP_NUM_THREADS": "1", **forking, **variables}
+    return {**kept, "OMP_NUM_THREADS": "1", "COLUMNS": "200", **forking, **variables}
 
 
 def poll(probe: Callable[[], T | None], seconds: float = 120.0) -> T:

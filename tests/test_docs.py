@@ -14,7 +14,9 @@ from pathlib import Path
 import pytest
 
 import distgpt
+from distgpt import prepare
 from distgpt.config import keys, resolve
+from distgpt.corpus.reading import remote
 from distgpt.corpus.tokenizer.bpe import train_bpe
 from tests import jobs
 
@@ -32,6 +34,8 @@ HOSTS = "tests/hosts/test_multinode.py::test_four_hosts_train_as_one_process_and
 GO_FURTHER = "tests/end_to_end/test_resume.py::test_a_run_goes_on_in_any_other_topology"
 STANDARD_LIBRARY = "tests/test_prepare.py::test_without_arguments_it_prepares_the_standard_library_once"
 INTERACTIVE = "tests/end_to_end/test_sample.py::test_prompts_are_asked_for_and_ctrl_c_stops_the_text_alone"
+EVALUATE_RANKS = "tests/end_to_end/test_evaluate.py::test_two_ranks_print_what_one_process_prints"
+TASK = "tests/end_to_end/test_evaluate.py::test_a_task_is_scored"
 EVALUATE = "tests/end_to_end/test_sample.py::test_evaluate_finds_the_loss_that_the_run_logged"
 PREFLIGHT = "tests/test_doctor.py::test_distributed_on_one_host"
 SLURM = "tests/slurm/test_train.py::test_several_nodes_learn_what_one_learns"
@@ -45,8 +49,10 @@ OTHER_TORCH = "tests/launch/test_environment.py::test_another_torch_has_an_envir
 TABLES = "tests/test_docs.py::test_the_tables_of_keys_and_presets_are_up_to_date"
 HOOKS = "tests/test_docs.py::test_the_hooks_check_what_all_tests_check"
 FROM_WEIGHTS = "tests/end_to_end/test_weights.py::test_a_run_starts_from_weights_of_transformers_and_reads_them_once"
+MIX = "tests/end_to_end/test_mixture.py::test_a_mix_is_trained_on_exactly_after_a_restart_and_each_dataset_is_evaluated"
 HARNESS = "tests/weights/test_lm_eval.py::test_its_accuracy_is_that_of_our_likelihoods"
 COVERED = {
+    "python -m distgpt.train quickstart --data.path=data/mine:0.7,data/chat:0.3 --run.dir=runs/mixed": MIX,
     'hf download openai-community/gpt2 --include "*.json" "*.safetensors" --local-dir models/gpt2': FROM_WEIGHTS,
     "lm_eval --model hf --model_args pretrained=exported/modern --tasks hellaswag --device cpu": HARNESS,
     "./launch/quickstart.sh": QUICKSTART,
@@ -66,6 +72,10 @@ COVERED = {
     "python -m distgpt.prepare": STANDARD_LIBRARY,
     "python -m distgpt.sample runs/mine --interactive": INTERACTIVE,
     "python -m distgpt.evaluate runs/mine": EVALUATE,
+    "python -m distgpt.evaluate runs/mine --split train --sequences 100": EVALUATE_RANKS,
+    "python -m distgpt.evaluate runs/mine --data data/other --json --checkpoint best": EVALUATE_RANKS,
+    "torchrun --standalone --nproc_per_node=2 -m distgpt.evaluate runs/mine": EVALUATE_RANKS,
+    "python -m distgpt.evaluate runs/mine --task docs/ten-questions.jsonl": TASK,
     "torchrun --standalone --nproc_per_node=2 -m distgpt.doctor --distributed quickstart": PREFLIGHT,
     "git clone URL distgpt && cd distgpt": INSTALLATION,
     'python3 -m venv .venv && .venv/bin/pip install -c requirements.lock -e ".[fast,parquet,zstd]"': INSTALLATION,
@@ -77,6 +87,9 @@ COVERED = {
     "kubectl apply -f launch/kubernetes.yaml": KUBERNETES,
     "kubectl replace --force -f launch/kubernetes.yaml": KUBERNETES,
 }
+
+# In the commands that need a network, and are only parsed here.
+PUBLIC = "hf://"
 
 # What the commands that run here train, whatever the preset: flags would win over these.
 SMALL = (
@@ -166,13 +179,13 @@ def run_in(clone: Path, script: str, *, data: Path) -> jobs.Ended:
     small = {f"DISTGPT_{key.replace('.', '__').upper()}": value for key, value in values.items()}
     path = f"{Path(sys.executable).parent}:/usr/bin:/bin"
     command = ["bash", "-exo", "pipefail", "-c", f'cd "$0"\n{script}', str(clone)]
-    return jobs.run(command, PATH=path, CUDA_VISIBLE_DEVICES="", PYTHONSAFEPATH="1", **small)
+    return jobs.run(command, PATH=path, CUDA_VISIBLE_DEVICES="", PYTHONSAFEPATH="1", FORK_COMMANDS="1", **small)
 
 
 @pytest.mark.parametrize("file", DOCS, ids=lambda file: str(file.relative_to(jobs.PROJECT)))
 def test_each_command_runs_as_it_is_typed(clone: Path, file: Path, prepared: Path) -> None:
     """In their order, as a reader follows them. `bash -x` shows on stderr which one failed."""
-    script = [command for command in commands(file) if command not in COVERED]
+    script = [command for command in commands(file) if command not in COVERED and PUBLIC not in command]
     for number, (language, text) in enumerate(blocks(file)):
         if language == "python":
             (clone / f"block-{number}.py").write_text(text)
@@ -195,13 +208,23 @@ def test_each_command_that_does_not_run_here_is_covered_by_a_test_that_exists() 
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
 
 
+def test_the_commands_on_public_corpora_can_be_parsed() -> None:
+    found = [command for file in DOCS for command in commands(file) if PUBLIC in command]
+    assert len(found) > 8
+    for command in found:
+        program, _, module, *options = shlex.split(command)
+        assert (program, module) == ("python", "distgpt.prepare")
+        assert all(remote.is_url(url) for url in prepare.parse(options).input)
+
+
 def test_the_options_of_each_command_are_keys() -> None:
     """Those of commands that are only covered elsewhere, with other options, as well."""
     checked = 0
     for file in DOCS:
         for command in commands(file):
             if found := TAKES_CONFIG.search(command):
-                options = [word for word in shlex.split(command[found.end() :]) if word not in NO_KEYS]
+                words = shlex.split(command[found.end() :])
+                options = [word for word in words if word.partition("=")[0] not in NO_KEYS]
                 resolve([word for word in options if word != "my.toml"], {})
                 checked += 1
     assert checked > 10

@@ -13,7 +13,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("commands",),
     ("launch",),
     ("cli",),
-    ("training", "preflight", "weights"),
+    ("training", "preflight", "weights", "reporting"),
     ("checkpoint", "telemetry"),
     ("health",),
     ("run",),
@@ -21,7 +21,9 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("model", "corpus"),
     ("ground",),
 )
-COMMANDS = {"train", "prepare", "evaluate", "sample", "export", "replay", "doctor"}
+COMMANDS = {
+    *("__main__", "train", "prepare", "evaluate", "sample", "export", "report", "replay", "doctor", "completion"),
+}
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 

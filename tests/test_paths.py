@@ -15,7 +15,9 @@ def prepare_arguments(*arguments: str) -> list[object]:
 
 
 def of_command(name: str) -> Callable[..., list[object]]:
-    return lambda *arguments: list(vars(*cli.OPTIONS[name](arguments)).values())
+    parse = cli.COMMANDS[name].options
+    assert parse is not None
+    return lambda *arguments: list(vars(*parse(arguments)).values())
 
 
 PATHS: dict[str, tuple[Callable[..., list[object]], list[str]]] = {

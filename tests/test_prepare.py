@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import io
 import json
 import os
 import random
@@ -127,7 +128,11 @@ def test_tinyshakespeare_gives_the_token_counts_of_the_seed_project(prepare: Run
     assert (dataset.train.tokens, dataset.val.tokens) == (1_003_854, 111_540)
     assert dataset.train.shards[0][:1000].tolist() == ids
     assert "".join(all_texts(dataset)) == text
-    assert re.search(r"^next .* -m distgpt\.train \w+ --data\.path=data", done.stdout.decode(), re.MULTILINE)
+    summary = done.stdout.decode()
+    assert max(map(len, summary.splitlines())) <= 80
+    assert re.search(
+        r"^next .* -m distgpt\.train \w+ --data\.path=data", summary.replace(" \\\n" + " " * 12, " "), re.MULTILINE
+    )
 
 
 def test_without_arguments_it_prepares_the_standard_library_once(prepare: Run, tmp_path: Path) -> None:
@@ -386,7 +391,7 @@ def test_an_ignored_file_is_counted_once_and_a_named_file_is_read(tmp_path: Path
         (tmp_path / "in" / name).write_text("x")
     inputs = ["--input", f"{tmp_path}/in", f"{tmp_path}/in/README", "--val-input", f"{tmp_path}/in/val"]
     options = prepare_command.parse([*inputs, "--output", "out"])
-    found, ignored = prepare_command.find_inputs(options, tmp_path / "out")
+    found, ignored, _ = prepare_command.find_inputs(options, tmp_path / "out")
     assert len(found) == 3
     assert ignored == {".epub": 1, "": 1}
 
@@ -404,6 +409,76 @@ def test_learning_a_vocabulary_reports_progress(monkeypatch: pytest.MonkeyPatch)
     assert [next(steps), next(steps)] == [0, 0]
     may_end.set()
     assert list(steps)[-1] == "learned"
+
+
+def test_exact_copies_are_left_out_the_same_for_any_workers_and_after_a_kill(prepare: Run, tmp_path: Path) -> None:
+    stories = [words(seed, 60) for seed in range(900)]
+    lines = [json.dumps({"text": text}) + "\n" for text in stories]
+    (tmp_path / "a.jsonl").write_text("".join(lines[:600] + lines[3:5]))
+    (tmp_path / "b.jsonl").write_text("".join(lines[590:] + lines[:10] + ['{"text": ""}\n']))
+    long = words(1000, 30_000)  # several parts each
+    (tmp_path / "c.txt").write_text(long)
+    (tmp_path / "d.txt").write_text(long)
+    names = ["a.jsonl", "b.jsonl", "c.txt", "d.txt"]
+    arguments = ["--input", *names, "--tokenizer", "bytes", "--dedup", "--output"]
+    kill_with_two_parts(tmp_path, *arguments, "out")
+    done = prepare(*arguments, "out", small_units=True)
+    assert "going on" in done.stderr.decode()
+    prepare(*arguments, "alone", "--workers", "1", small_units=True)
+    assert jobs.contents(tmp_path / "out") == jobs.contents(tmp_path / "alone")
+
+    dataset = open_dataset(tmp_path / "out")
+    assert Counter(all_texts(dataset)) == Counter([*stories, long])
+    train, _ = texts_of(dataset)
+    assert train == [text for text in [*stories, long] if text in set(train)]  # the first of each was kept
+    assert dataset.meta["input"]["documents"] == 924
+    assert dataset.meta["input"]["duplicates"] == 23
+    summary = done.stdout.decode().splitlines()
+    assert "copies      23 left out, 2.49% of the documents" in summary
+    assert (
+        f"lengths     {sum(map(len, map(str.encode, all_texts(dataset)))) / 901 + 1:,.0f} tokens a document, "
+        in "".join(summary)
+    )
+    assert max(map(len, summary)) <= 80
+
+
+def test_validation_text_keeps_the_documents_that_training_text_has_too(prepare: Run, tmp_path: Path) -> None:
+    for name, text in {"a.txt": "same", "b.txt": "own", "c.txt": "same"}.items():
+        (tmp_path / name).write_text(text)
+    arguments = ["--tokenizer", "bytes", "--dedup", "--val-input", "c.txt", "--output", "out", "--input"]
+    prepare(*arguments, "a.txt", "b.txt")
+    assert texts_of(open_dataset(tmp_path / "out")) == (["own"], ["same"])
+    done = prepare(*arguments, "a.txt", "--overwrite", code=65)
+    assert "is one of --val-input as well: nothing is left to train on" in error_line(done)
+
+
+def test_urls_give_the_same_bytes_as_files_and_are_downloaded_once(prepare: Run, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        text = "".join(json.dumps({"text": words(seed, 30)}) + "\n" for seed in range(ord(name), ord(name) + 20))
+        (tmp_path / "in" / f"{name}.json.gz").write_bytes(gzip.compress(text.encode()))
+    (tmp_path / "in" / "c.txt").write_text("validation " * 20)
+    url = f"file://{tmp_path}/in"
+    files = ["--input", "in", "--val-input", "in/c.txt", "--output", "files"]
+    urls = ["--input", f"{url}/*.gz", f"{url}/c.txt", "--val-input", f"{url}/c.txt", "--output", "urls"]
+    prepare(*files)
+    prepare(*urls)
+    one, two = (jobs.contents(tmp_path / name) for name in ("files", "urls"))
+    assert one == two | {"meta.json": one["meta.json"]}
+    assert not (tmp_path / "urls.partial").exists()
+
+    assert "already prepared from this input" in prepare(*urls).stdout.decode()
+    (tmp_path / "in" / "c.txt").write_text("other " * 20)
+    assert "was prepared from another input" in error_line(prepare(*urls, code=73))
+
+    (tmp_path / "in" / "c.txt").write_bytes(b"caf\xe9")
+    assert f"{url}/c.txt is not UTF-8" in error_line(prepare(*urls, "--overwrite", code=65))
+    kept = sorted(path.name.partition("-")[2] for path in (tmp_path / "urls.partial" / "remote").iterdir())
+    assert kept == ["a.json.gz", "b.json.gz", "c.txt"]
+    prepare(*urls, "--overwrite", "--encoding", "latin-1")
+    assert not (tmp_path / "urls.partial").exists()
+    missing = prepare("--input", f"{url}/nothing.txt", "--output", "other", code=65)
+    assert error_line(missing) == f"distgpt: error: no such input: {url}/nothing.txt"
 
 
 def wait_for(condition: Callable[[], bool], process: "subprocess.Popen[bytes]") -> None:
@@ -684,10 +759,28 @@ def test_a_long_phase_prints_its_speed_and_the_time_left(
         now += 20
         known(150_000_001)
     assert capsys.readouterr().err.splitlines() == [
-        "distgpt: encoding: 50 MB, 2.5 MB/s, 25%, 60 s left",
+        "distgpt: encoding: 25% of 200 MB, 2.5 MB/s, 1m00s left",
         "distgpt: keeping standard input: 40 MB, 2.0 MB/s",
-        "distgpt: encoding: all 200 MB done, 40 s so far",
+        "distgpt: encoding: 40s so far, all 200 MB done",
     ]
+
+
+def test_a_bar_shows_the_time_left_and_fits_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setenv("COLUMNS", "80")
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    with report.progress("learning a vocabulary of 1,048,576", 123_456_789_000) as advance:
+        advance(0)
+        advance(123_456_789_000)
+        advance(0)
+    first, *_, shown = [line.rstrip() for line in terminal.getvalue().split("\r") if line.strip()]
+    assert re.fullmatch(r"learning a vocabulary of 1,048,576   0% \|.*\| 0\.00/123GB, .*/s, \S+ left", first)
+    assert re.fullmatch(r"learning a vocabulary of 1,048,576 123GB, 00:0\d so far", shown)
+    assert max(map(len, (first, shown))) < 80
 
 
 def test_a_damaged_dataset_is_an_error_for_prepare_and_verify(prepare: Run, tmp_path: Path) -> None:

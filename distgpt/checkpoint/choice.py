@@ -16,7 +16,7 @@ from distgpt.checkpoint.manifest import (
     step_of,
 )
 from distgpt.checkpoint.store import best_checkpoint
-from distgpt.errors import DataError, UsageError
+from distgpt.errors import DataError, UsageError, did_you_mean, did_you_mean_path
 
 BEST, NEWEST = "best", "newest"
 
@@ -25,9 +25,9 @@ def add_option(parser: argparse.ArgumentParser, *, default: str) -> None:
     """Add the option --checkpoint. `default`: what --help says about a command without it."""
     parser.add_argument(
         "--checkpoint",
-        metavar="WHICH",
+        metavar=f"{BEST}|{NEWEST}|STEP|DIR",
         default=NEWEST,
-        help=f"{BEST} (the lowest validation loss), {NEWEST}, a step or a checkpoint's directory (default: {default})",
+        help=f"{BEST}: the one with the lowest validation loss; DIR: of a checkpoint (default: {default})",
     )
 
 
@@ -56,7 +56,8 @@ def choose(run: Path, choice: str = NEWEST) -> Path:
     if step in map(str, steps):
         return _require_good(checkpoint_path(directory, int(step)))
     all_steps = ", ".join(map(str, reversed(steps)))
-    raise UsageError(f"{run} has no checkpoint {choice}: choose {BEST}, {NEWEST} or a step of {all_steps}")
+    hint = did_you_mean(choice, [BEST, NEWEST, *map(str, steps)])
+    raise UsageError(f"{run} has no checkpoint {choice}: choose {BEST}, {NEWEST} or a step of {all_steps}{hint}")
 
 
 def is_checkpoint(directory: Path) -> bool:
@@ -79,6 +80,8 @@ def _newest_of(run: Path) -> Path:
         raise DataError(f"{run} is a file: give the run directory")
     if (run / "meta.json").exists():
         raise DataError(f"{run} is prepared data, not a run directory")
+    if hint := did_you_mean_path(run):
+        raise DataError(f"{run} does not exist{hint}")
     raise DataError(f"{run} holds no checkpoint: train one with python -m distgpt.train --run.dir={run}")
 
 

@@ -55,11 +55,18 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 
 
 def load_for_inference(run: Path, device: torch.device, choice: str = NEWEST) -> tuple[GPT, Tokenizer, RunState]:
-    """Load the model of a checkpoint, see choose(), in eval mode, with its tokenizer and state, in one process.
+    """Choose and verify a checkpoint, see choose(), and load its model, its tokenizer and its state.
 
     Raises UsageError, DataError or StorageError.
     """
-    checkpoint = choose(run, choice)
+    return load_model(choose(run, choice), device)
+
+
+def load_model(checkpoint: Path, device: torch.device) -> tuple[GPT, Tokenizer, RunState]:
+    """Load the whole model of a verified checkpoint, in eval mode, with its tokenizer and state.
+
+    Raises DataError or StorageError.
+    """
     state = read_state(checkpoint)
     config = from_dict(state.config, source=str(checkpoint / STATE))
     require_model(checkpoint, config, state.vocab_size)

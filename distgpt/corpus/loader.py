@@ -20,8 +20,8 @@ from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import NDArray
 from torch import Tensor
 
-from distgpt.corpus.order import Ints, Order, evaluation_windows
-from distgpt.corpus.shards import Split, TokenMap, mapping_of
+from distgpt.corpus.order import Ints, MixedOrder, Order, evaluation_windows
+from distgpt.corpus.shards import Part, Split, TokenMap, mapping_of
 from distgpt.errors import StorageError
 
 MicroBatch = tuple[Tensor, Tensor]
@@ -57,8 +57,9 @@ class Loader:
         start_step: int,
     ) -> None:
         assert global_batch % (micro_batch * world_size) == 0, (global_batch, micro_batch, world_size)
-        lengths = [len(shard) for shard in split.shards]
-        self.order = Order(lengths, block_size=block_size, seed=seed, split=split.name)
+        orders = [Order(part.lengths, block_size=block_size, seed=seed, split=part.split) for part in split.parts]
+        shares = [part.share for part in split.parts]
+        self.order = orders[0] if len(orders) == 1 else MixedOrder(orders, shares, seed=seed)
         self._windows = WindowReader(split, block_size + 1)
         self._global_batch, self._micro_batch, self._rank = global_batch, micro_batch, rank
         self._rank_batch = global_batch // world_size
@@ -123,6 +124,8 @@ class Loader:
 class EvaluationBatches:
     """The fixed validation windows, in micro-batches dealt out to the ranks in turn, the same for any world size.
 
+    `parts` has the windows of each dataset. Of a mix, each has about its share of the windows.
+
     Every iteration gives the same (indices, x_BT, y_BT); `indices` are the numbers of the windows, int64 [B]. A sharded
     model needs every rank in each forward pass, so all ranks get the same number of batches: a rank that has none left
     gets the last batch with all indices -1, which it computes but does not count. The last batch may be smaller than
@@ -140,8 +143,16 @@ class EvaluationBatches:
         world_size: int,
         device: torch.device,
     ) -> None:
-        lengths = [len(shard) for shard in split.shards]
-        self._shards, self._offsets = evaluation_windows(lengths, block_size, sequences, split.name)
+        self.parts: list[tuple[slice, Part]] = []
+        places: list[tuple[Ints, Ints]] = []
+        first_shard = first = 0
+        for part in split.parts:
+            count = max(1, round(sequences * part.share))
+            shards, offsets = evaluation_windows(part.lengths, block_size, count, part.split)
+            places.append((shards + first_shard, offsets))
+            self.parts.append((slice(first, first + len(offsets)), part))
+            first_shard, first = first_shard + len(part.lengths), first + len(offsets)
+        self._shards, self._offsets = (np.concatenate(values) for values in zip(*places, strict=True))
         self._reader = WindowReader(split, block_size + 1)
         self._micro_batch, self._rank, self._world_size = micro_batch, rank, world_size
         self._device = device

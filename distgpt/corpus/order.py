@@ -3,6 +3,8 @@
 A window is block_size + 1 tokens of one shard: the inputs and, one token later, the targets. An epoch visits every
 window once, in the order of a keyed permutation. Its windows are shifted by a random amount per shard, so that the
 boundaries fall elsewhere in the next epoch. Nothing here knows of ranks, and to resume is to ask for another number.
+
+Of several datasets, each is read in the order that it has alone, and has epochs of its own.
 """
 
 import math
@@ -24,8 +26,11 @@ MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 # Three rounds leave visible structure for small n, six do not.
 ROUNDS = 6
 
-# What a hash is for is part of its input, so that the two purposes share no random bits.
-PERMUTATION, SHIFT = 1, 2
+# What a hash is for is part of its input, so that the purposes share no random bits.
+PERMUTATION, SHIFT, MIX = 1, 2, 3
+
+# Shares of a mix are whole multiples of 1 / UNIT, so that counting samples is exact.
+UNIT = 2**30
 
 
 class Permutation:
@@ -64,7 +69,7 @@ class Order:
     k // windows. Raises DataError if no shard holds a window.
     """
 
-    def __init__(self, shard_lengths: Sequence[int], *, block_size: int, seed: int, split: str = "train") -> None:
+    def __init__(self, shard_lengths: Sequence[int], *, block_size: int, seed: int, split: str = "train split") -> None:
         usable = np.array(shard_lengths, dtype=np.int64) - 1
         per_shard = np.where(usable >= block_size, np.maximum(1, usable // block_size - 1), 0)
         self.windows = int(per_shard.sum())
@@ -72,6 +77,7 @@ class Order:
             raise no_window_error(shard_lengths, block_size, split)
         self.block_size = block_size
         self.seed = seed
+        self.shards = len(shard_lengths)
         self._ends = np.cumsum(per_shard)
         self._begins = self._ends - per_shard
         self._shifts = np.maximum(0, usable - per_shard * block_size) + 1
@@ -86,8 +92,61 @@ class Order:
         return shards, shifts + (windows - self._begins[shards]) * self.block_size
 
 
+class MixedOrder:
+    """The same for several datasets, read with these shares of the sequences; the shards are those of all, in a row.
+
+    The number that sample k has in its dataset is the count of samples before k that belong to the dataset. It is
+    computed, not counted, so that a run can start anywhere, and each dataset is read in its own order without gaps.
+    """
+
+    def __init__(self, orders: Sequence[Order], shares: Sequence[float], *, seed: int) -> None:
+        first_shards = np.cumsum([0, *(order.shards for order in orders)])
+        self._datasets: list[tuple[Order, int, _Share]] = []
+        left = 1.0
+        # Of the samples that are left, the dataset with the smallest share is the next to take its own. So no share is
+        # more than half of them, which leaves room to place its samples at random.
+        for index in sorted(range(len(orders)), key=lambda i: shares[i]):
+            is_last = len(self._datasets) == len(orders) - 1
+            share = _Share(UNIT if is_last else max(1, round(shares[index] / left * UNIT)), seed, index)
+            self._datasets.append((orders[index], int(first_shards[index]), share))
+            left -= shares[index]
+
+    def starts(self, sample_numbers: Ints) -> tuple[Ints, Ints]:
+        """Return the shard and the token offset of each sample's window, for a one-dimensional array of numbers."""
+        shards, offsets = np.empty_like(sample_numbers), np.empty_like(sample_numbers)
+        rows, numbers = np.arange(len(sample_numbers)), sample_numbers
+        for order, first_shard, share in self._datasets:
+            before = share.taken(numbers)
+            takes = share.taken(numbers + 1) > before
+            own_shards, offsets[rows[takes]] = order.starts(before[takes])
+            shards[rows[takes]] = own_shards + first_shard
+            rows, numbers = rows[~takes], (numbers - before)[~takes]
+        return shards, offsets
+
+
+class _Share:
+    """A share of a sequence of samples, in units of 1 / UNIT: which of them belong to it.
+
+    The samples are divided into strata, in each of which one sample is due. It is the one at a random place, which is
+    drawn from so much of the stratum that the samples of two strata in a row are always two (stratified sampling).
+    """
+
+    def __init__(self, units: int, seed: int, index: int) -> None:
+        self._units, self._seed, self._index = units, seed, index
+
+    def taken(self, numbers: Ints) -> Ints:
+        """Return how many of the first `numbers` samples belong to the share: within 1 of the exact share."""
+        if self._units == UNIT:
+            return numbers
+        whole, rest = np.divmod(numbers % UNIT * self._units, UNIT)
+        strata = numbers // UNIT * self._units + whole
+        random = _hash(self._seed, MIX, self._index, strata) >> np.uint64(32)
+        place = (random * np.uint64(UNIT - self._units)) >> np.uint64(32)
+        return strata + (place < rest.astype(np.uint64))
+
+
 def evaluation_windows(
-    shard_lengths: Sequence[int], block_size: int, sequences: int, split: str = "val"
+    shard_lengths: Sequence[int], block_size: int, sequences: int, split: str = "val split"
 ) -> tuple[Ints, Ints]:
     """Return the shards and offsets of at most `sequences` windows that do not overlap, spread evenly over the split.
 
@@ -107,12 +166,12 @@ def evaluation_windows(
 def no_window_error(shard_lengths: Sequence[int], block_size: int, split: str) -> DataError:
     """Return the error for a split without a window. It states the length and the block size that would fit."""
     longest = max(shard_lengths, default=0)
-    has = f"the {split} split has {sum(shard_lengths):,} tokens"
+    has = f"the {split} has {sum(shard_lengths):,} tokens"
     if len(shard_lengths) > 1:
         has += f" in {len(shard_lengths)} shards of at most {longest:,}"
     if longest < 2:
         return DataError(f"{has}: there is nothing to predict, give prepare more text")
-    more = "prepare it again with a larger --val-fraction" if split == "val" else "give prepare more text"
+    more = "prepare it again with a larger --val-fraction" if split.startswith("val") else "give prepare more text"
     return DataError(
         f"{has}, and one window of model.block_size = {block_size} takes {block_size + 1:,}: "
         f"use a model.block_size of at most {longest - 1}, or {more}"

@@ -25,7 +25,7 @@ import numpy as np
 
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.corpus.tokenizer.loading import FILE_NAME as TOKENIZER
-from distgpt.errors import DataError
+from distgpt.errors import DataError, did_you_mean_path
 from distgpt.files import write_file
 
 META = "meta.json"
@@ -66,11 +66,29 @@ class Shard:
 
 
 @dataclass(frozen=True)
+class Part:
+    """The part of a split that one dataset gives: the lengths of its shards, in tokens; its share of the sequences."""
+
+    name: str
+    split: str  # for messages
+    lengths: tuple[int, ...]
+    share: float = 1.0
+
+    @property
+    def tokens(self) -> int:
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True)
 class Split:
-    """The tokens of one split: one (tokens,) memory map per shard, uint16 or uint32."""
+    """The tokens of one split: one (tokens,) memory map per shard, uint16 or uint32.
+
+    `mix`: the datasets whose shards these are, in order, if there are several.
+    """
 
     name: str
     shards: tuple[TokenMap, ...]
+    mix: tuple[Part, ...] = ()
 
     @property
     def tokens(self) -> int:
@@ -80,10 +98,19 @@ class Split:
     def bytes(self) -> int:
         return sum(shard.nbytes for shard in self.shards)
 
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """The datasets of the split, be it one or several."""
+        return self.mix or (Part("", f"{self.name} split", tuple(map(len, self.shards))),)
+
 
 @dataclass(frozen=True)
 class Dataset:
-    """A prepared directory. `fingerprint` identifies its tokens and tokenizer, wherever the directory lies."""
+    """A prepared directory, or a mix of several.
+
+    `fingerprint` identifies its tokens and tokenizer, wherever the directory lies. `mixed`: the datasets of a mix.
+    The mix has `path` and `meta` of the first.
+    """
 
     path: Path
     meta: dict[str, Any]
@@ -92,6 +119,11 @@ class Dataset:
     fingerprint: str
     train: Split
     val: Split
+    mixed: tuple["Dataset", ...] = ()
+
+    def __str__(self) -> str:
+        shares = zip(self.mixed, self.train.mix, strict=True)
+        return ",".join(f"{dataset.path}:{part.share:.3g}" for dataset, part in shares) or str(self.path)
 
 
 def open_dataset(path: Path) -> Dataset:
@@ -148,6 +180,10 @@ def verify_dataset(dataset: Dataset, *, always: bool = False) -> None:
     DIR/.verified.json keeps the size and modification time of verified files, so that only the first use takes
     time; a read-only directory is verified at every use. `always`: verify again.
     """
+    for part in dataset.mixed:
+        verify_dataset(part, always=always)
+    if dataset.mixed:
+        return
     stamps = _stamps(dataset)
     with contextlib.suppress(OSError, ValueError):
         if not always and json.loads((dataset.path / VERIFIED).read_bytes()) == stamps:
@@ -188,6 +224,8 @@ def _advice(path: Path) -> str:
         inside = [path]
     if datasets := sorted(child for child in inside if os.path.isfile(child / META)):
         return f"did you mean {datasets[0]}?"
+    if similar := did_you_mean_path(path):
+        return similar.removeprefix("; ")
     name = path.resolve().stem if path.is_file() else path.resolve().name
     outputs = (Path("data", name if number == 1 else f"{name}-{number}") for number in itertools.count(1))
     made = shlex.quote(str(next(output for output in outputs if not os.path.lexists(output))))

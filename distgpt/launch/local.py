@@ -6,7 +6,7 @@ from pathlib import Path
 
 from distgpt.checkpoint.compatibility import require_same_run
 from distgpt.config import require_divisible_batch, resolve
-from distgpt.corpus.shards import open_dataset
+from distgpt.corpus.mixture import open_data
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK
 from distgpt.launch.agent import Supervisor
 from distgpt.launch.policy import Ending, Tries, can_retry, say, say_end
@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     ranks = count_from_environment("NPROC_PER_NODE") or default_ranks()
     tries = Tries(count_from_environment("TRIES") or 3, config.run_dir)
     require_divisible_batch(config, ranks)
-    dataset = open_dataset(Path(config.data.path))
+    dataset = open_data(config.data.path)
     if config.parallel.strategy != "diloco":  # the replicas of diloco are known only to the ranks
         require_same_run(paths.checkpoints, config, dataset, replicas=1)
     if tries.newest is None:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from distgpt.config import resolve
-from distgpt.corpus.shards import open_dataset
+from distgpt.corpus.mixture import open_data
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_IO, DirectoryError, Interrupted, StorageError, UsageError
 from distgpt.launch.policy import Ending, can_retry, newest_checkpoint, say
 from distgpt.launch.settings import (
@@ -71,7 +71,7 @@ def prepare_attempt(options: list[str]) -> dict[str, str | list[str]]:
         options.append("--run.fresh=false")  # checkpoints that a later attempt finds are this job's own
     check_resources(os.environ.get(NODE_VARIABLE, ""))
     config = resolve(options, os.environ)
-    open_dataset(Path(config.data.path))
+    open_data(config.data.path)
     run_dir = config.run_dir
     if task and "--run.dir" not in (flag.partition("=")[0] for flag in flags):
         run_dir = Path(f"{run_dir}-{task}")

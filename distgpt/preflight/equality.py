@@ -9,12 +9,12 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 
 from distgpt.config import PACKAGE, Config, to_dict
-from distgpt.corpus.shards import Split, open_dataset
+from distgpt.corpus.mixture import open_data
+from distgpt.corpus.shards import Split
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import EXIT_DATA, EXIT_USAGE, DistgptError, UsageError
 from distgpt.preflight import network
@@ -52,7 +52,7 @@ def describe_this_host(config: Config, runtime: Runtime, *, port: int, alone: bo
     findings = [*check_machine(config, runtime, thorough=False), *([] if alone else check_own_address(address))]
     must_match = {"python": platform.python_version(), "torch": torch_build(), "distgpt": package_hash()}
     with suppress(DistgptError):  # check_machine() reports an error in the data
-        dataset = open_dataset(Path(config.data.path))
+        dataset = open_data(config.data.path)
         must_match["data"] = " ".join((dataset.fingerprint[:12], sample_hash(dataset.train), sample_hash(dataset.val)))
     flat = {f"{section}.{key}": str(value) for section, keys in to_dict(config).items() for key, value in keys.items()}
     shared = {key: value for key, value in flat.items() if key not in LOCAL_KEYS}

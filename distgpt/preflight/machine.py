@@ -23,8 +23,9 @@ from distgpt.checkpoint.store import (
     require_space,
 )
 from distgpt.config import Config
+from distgpt.corpus.mixture import open_data
 from distgpt.corpus.order import Order, evaluation_windows
-from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
+from distgpt.corpus.shards import Dataset, verify_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.distributed.device import compute_dtype, threads_per_rank
 from distgpt.distributed.memory import BYTES_PER_PARAMETER
@@ -65,7 +66,7 @@ def check_machine(config: Config, runtime: Runtime, *, thorough: bool) -> Iterat
     yield run_check("batch", lambda: check_batch(config, runtime))
     yield run_check("shared memory", lambda: check_shared_memory(runtime))
     try:
-        dataset = open_dataset(Path(config.data.path))
+        dataset = open_data(config.data.path)
     except DistgptError as error:
         yield failure("data", error)
         return
@@ -135,7 +136,7 @@ def check_shared_memory(runtime: Runtime) -> Finding:
 def check_data(dataset: Dataset, *, thorough: bool) -> Finding:
     """Check the sizes of the data files, or their checksums if `thorough`. Raises DataError."""
     load_tokenizer(dataset.path)
-    about = f"{dataset.path}: {dataset.train.tokens:,} + {dataset.val.tokens:,} tokens"
+    about = f"{dataset}: {dataset.train.tokens:,} + {dataset.val.tokens:,} tokens"
     about += f", vocabulary {dataset.vocab_size:,}"
     if not thorough:
         return ok("data", f"{about}, all file sizes match")
@@ -145,18 +146,20 @@ def check_data(dataset: Dataset, *, thorough: bool) -> Finding:
 
 def check_windows(config: Config, dataset: Dataset) -> Finding:
     """Count the windows of each split, and the epochs. Raises DataError if a split holds none."""
-    block_size = config.model.block_size
-    train, val = ([len(shard) for shard in split.shards] for split in (dataset.train, dataset.val))
-    windows = Order(train, block_size=block_size, seed=config.run.seed).windows
-    evaluated, _ = evaluation_windows(val, block_size, config.eval.sequences)
-    epochs = config.train.steps * config.train.global_batch / windows
-    text = f"{windows:,} of {block_size} tokens for training, {len(evaluated):,} for evaluation"
-    text += f"; {config.train.steps:,} steps read the training text {count_text(epochs)} times"
-    if epochs > MANY_EPOCHS:
-        fewer = steps_of_many_epochs(windows, config.train.global_batch)
-        fix = f"prepare more text, or read it {MANY_EPOCHS} times with --train.steps={fewer}"
-        return warning("windows", f"{text}: {fix}")
-    return ok("windows", text)
+    block_size, batch, texts, fixes = config.model.block_size, config.train.global_batch, [], []
+    for train, val in zip(dataset.train.parts, dataset.val.parts, strict=True):
+        windows = Order(train.lengths, block_size=block_size, seed=config.run.seed, split=train.split).windows
+        sequences = max(1, round(config.eval.sequences * val.share))
+        evaluated, _ = evaluation_windows(val.lengths, block_size, sequences, val.split)
+        epochs = config.train.steps * batch * train.share / windows
+        text = f"{windows:,} of {block_size} tokens for training, {len(evaluated):,} for evaluation"
+        text += f"; {config.train.steps:,} steps read the training text {count_text(epochs)} times"
+        texts.append(f"{train.name}: {text}" if train.name else text)
+        if epochs > MANY_EPOCHS:
+            fewer = steps_of_many_epochs(round(windows / train.share), batch)
+            fixes.append(f"prepare more text, or read it {MANY_EPOCHS} times with --train.steps={fewer}")
+    text = "; ".join(texts)
+    return warning("windows", f"{text}: {fixes[-1]}") if fixes else ok("windows", text)
 
 
 def check_run_directory(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:

@@ -1,4 +1,4 @@
-"""exit.json: why a run ended, written by the first rank that knows."""
+"""exit.json: why a run ended, written by the first rank that knows. exits.jsonl: why its earlier attempts ended."""
 
 import errno
 import json
@@ -64,6 +64,14 @@ def read_report(file: Path) -> dict[str, Any] | None:
         return {**report, "code": int(report["code"]), "cause": str(report["cause"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def archive_report(paths: RunPaths) -> None:
+    """Move exit.json, if there is one, to the end of exits.jsonl. Raises OSError if it cannot be removed."""
+    if report := read_report(paths.exit_report):
+        with suppress(OSError), paths.earlier_exits.open("a") as file:  # a full disk loses the line alone
+            file.write(json.dumps(report) + "\n")
+    paths.exit_report.unlink(missing_ok=True)
 
 
 def report_of_this_job(paths: RunPaths) -> tuple[int, str] | None:

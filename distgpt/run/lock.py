@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from distgpt.errors import DirectoryError, StorageError
+from distgpt.run.exit_report import archive_report
 from distgpt.run.paths import RunPaths
 from distgpt.torchrun import this_attempt, this_job
 
@@ -90,8 +91,8 @@ class RunLock:
         old_fd = _open_when_free(paths, lease)
         try:
             self.owner = _new_owner(old_fd)
-            # Remove the report of the last run before LOCK is in place: afterwards another owner may have written it.
-            paths.exit_report.unlink(missing_ok=True)
+            # Move the report of the last run before LOCK is in place: afterwards another owner may have written it.
+            archive_report(paths)
             self._fd = self._put_in_place()
             # A former owner that wakes up must not rename a file that it had staged.
             for staged in (file for pattern in STAGED_PATTERNS for file in paths.root.glob(pattern)):

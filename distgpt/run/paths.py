@@ -22,4 +22,5 @@ class RunPaths:
         self.logs = root / "logs"
         self.plot = root / "plots" / "loss.png"
         self.exit_report = root / "exit.json"
+        self.earlier_exits = root / "exits.jsonl"
         self.lock = root / "LOCK"

@@ -1,14 +1,16 @@
 """Output of rank 0 during a run: one line for each log step, above a progress bar if there is a terminal."""
 
-import math
 import sys
 import time
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tqdm import tqdm
 
 from distgpt.telemetry.goodput import TimeSpent
 from distgpt.telemetry.metrics import StepFigures, perplexity
+from distgpt.units import duration
+from distgpt.usage import columns, wrapped
 
 # z-scores are shown from this value on. Normally distributed values reach it once in 370 steps.
 MIN_SHOWN_Z = 3.0
@@ -16,8 +18,8 @@ MIN_SHOWN_Z = 3.0
 BAR_FORMAT = "{percentage:3.0f}% |{bar}| {desc}{postfix}"
 # Without a bar, a step that takes longer than this prints how many micro-batches are done.
 QUIET_SECONDS = 60.0
-# The beginning of a sample is shown: lines, and characters of a line.
-SAMPLE_LINES, SAMPLE_WIDTH = 8, 100
+# The beginning of a sample is shown: lines, and their indentation.
+SAMPLE_LINES, INDENT = 8, " " * 4
 
 
 class Console:
@@ -49,20 +51,23 @@ class Console:
             self._row(self._done + 1, f"micro-batch {done}/{count}")
 
     def train(self, figures: StepFigures) -> None:
-        """Print the figures of a log step."""
+        """Print the figures of a log step, without some where the terminal is too narrow for all."""
         rate = f"{tqdm.format_sizeof(figures.tokens_per_second)} tok/s"
         eta = f"eta {duration((self._total - figures.step) * figures.seconds)}"
-        self._row(
-            figures.step,
+        parts = [
             f"loss {figures.loss:.4f}{_z_score(figures.loss_z)}",
-            f"lr {figures.lr:.2e}",
+            lr := f"lr {figures.lr:.2e}",
             f"norm {figures.grad_norm:.2f}{_z_score(figures.grad_norm_z)}",
-            step_time(figures.seconds),
+            milliseconds := step_time(figures.seconds),
             rate,
-            "" if figures.mfu is None else f"mfu {figures.mfu:.1%}",
+            mfu := "" if figures.mfu is None else f"mfu {figures.mfu:.1%}",
             eta,
             "update skipped" if figures.skipped else "",
-        )
+        ]
+        for least in (milliseconds, lr, mfu):
+            if len(self._line(figures.step, parts)) > columns():
+                parts.remove(least)
+        self.message(self._line(figures.step, parts))
         if self._bar is not None:
             self._bar.set_postfix_str(f"loss {figures.loss:.4f} | {rate} | {eta}")
 
@@ -71,12 +76,16 @@ class Console:
         bits, shown_best = f"{val_bits_per_byte:.2f} bits/byte", "best" if best else ""
         self._row(step, f"val loss {val_loss:.4f}", f"ppl {perplexity(val_loss):.2f}", bits, shown_best)
 
+    def losses_of_datasets(self, step: int, val_losses: Mapping[str, float]) -> None:
+        """Print the validation loss of each dataset of a mix."""
+        self._row(step, *(f"{name} {loss:.4f}" for name, loss in val_losses.items()))
+
     def sample(self, step: int, text: str) -> None:
         """Print the beginning of a text that the model has generated, without characters that steer a terminal."""
         printable = "".join(
             c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text.expandtabs(4)
         )
-        lines = [f"    {line[:SAMPLE_WIDTH]}" for line in printable.split("\n")[:SAMPLE_LINES]]
+        lines = [(INDENT + line)[: columns()] for line in printable.split("\n")[:SAMPLE_LINES]]
         self._row(step, "\n".join(["sample, whole in samples.jsonl:", *lines]))
 
     def goodput(self, spent: TimeSpent) -> None:
@@ -84,7 +93,7 @@ class Console:
         attempts = f" in {spent.attempts} attempts" if spent.attempts > 1 else ""
         shown = {part.replace("_", " "): _precise_duration(seconds) for part, seconds in spent.seconds.items()}
         parts = ", ".join(f"{part} {text}" for part, text in shown.items() if text != "0.0s")
-        self.message(f"goodput   {spent.goodput:.1%} of {_precise_duration(spent.total)}{attempts}: {parts}")
+        self.message(wrapped(f"goodput   {spent.goodput:.1%} of {_precise_duration(spent.total)}{attempts}: {parts}"))
 
     def message(self, text: str) -> None:
         """Print a line."""
@@ -107,23 +116,15 @@ class Console:
         self._bar.update(0)
 
     def _row(self, step: int, *parts: str) -> None:
-        """Print a line about a step, of those parts that are not empty."""
-        self.message(" | ".join([f"step {step:>{len(str(self._total))}}/{self._total}", *filter(None, parts)]))
+        self.message(self._line(step, parts))
+
+    def _line(self, step: int, parts: Iterable[str]) -> str:
+        """Return a line about a step, of those parts that are not empty."""
+        return " | ".join([f"step {step:>{len(str(self._total))}}/{self._total}", *filter(None, parts)])
 
 
 def _z_score(z: float | None) -> str:
     return "" if z is None or abs(z) < MIN_SHOWN_Z else f" (z {z:+.1f})"
-
-
-def duration(seconds: float) -> str:
-    """Format seconds: 45s, 3m12s, 2h05m or 3d04h; ? if they are not finite."""
-    if not math.isfinite(seconds):
-        return "?"
-    whole = round(seconds)
-    for size, unit, smaller, smaller_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // smaller:02d}{smaller_unit}"
-    return f"{whole}s"
 
 
 def _precise_duration(seconds: float) -> str:

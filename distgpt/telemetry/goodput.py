@@ -76,15 +76,20 @@ class TimeSpent:
 
 def time_spent(lines: Sequence[Line]) -> TimeSpent:
     """Add up the lines of a run. The time between "done" and a later attempt to train more steps does not count."""
-    # Sorted, since a process that hung and was replaced may have written one more line later.
-    by_attempt = itertools.groupby(sorted(lines, key=lambda line: line.attempt), key=lambda line: line.attempt)
-    attempts = [list(group) for _, group in by_attempt]
+    attempts = attempts_of(lines)
     seconds: dict[str, float] = {part: sum(getattr(attempt[-1], part) for attempt in attempts) for part in PARTS}
     seconds["repeated"] = _repeated_seconds(attempts)
     seconds["steps"] -= seconds["repeated"]
-    seconds["recovery"] = sum(_seconds_between(a[-1], b[0]) for a, b in itertools.pairwise(attempts))
+    seconds["recovery"] = sum(seconds_between(a[-1], b[0]) for a, b in itertools.pairwise(attempts))
     failures = sum(attempt[-1].end not in ("done", "interrupted") for attempt in attempts[:-1])
     return TimeSpent(seconds, len(attempts), failures)
+
+
+def attempts_of(lines: Sequence[Line]) -> list[list[Line]]:
+    """Return the lines of each attempt, in order. There is no empty attempt."""
+    # Sorted, since a process that hung and was replaced may have written one more line later.
+    by_attempt = itertools.groupby(sorted(lines, key=lambda line: line.attempt), key=lambda line: line.attempt)
+    return [list(group) for _, group in by_attempt]
 
 
 def read_goodput(path: Path) -> list[Line]:
@@ -192,7 +197,7 @@ def _repeated_seconds(attempts: Iterable[Sequence[Line]]) -> float:
     return repeated
 
 
-def _seconds_between(last: Line, first: Line) -> float:
+def seconds_between(last: Line, first: Line) -> float:
     """Return the seconds from the last line of an attempt to the start of the next attempt."""
     return 0.0 if last.end == "done" else max(0.0, first.at - first.spent - last.at)
 

@@ -12,16 +12,14 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from distgpt.errors import StorageError
 from distgpt.telemetry.owned_files import append_or_undo, open_for_appending
+from distgpt.telemetry.step_lines import METRICS_FILE, SAMPLES_FILE, end_of_step
 from distgpt.telemetry.tensorboard import EventFile
 
-METRICS_FILE = "metrics.jsonl"
-SAMPLES_FILE = "samples.jsonl"
 GIB = 2**30
 
 
@@ -79,9 +77,12 @@ class Metrics:
         }
         self.scalars(figures.step, {f"train/{name}": values[name] for name in learning} | performance)
 
-    def evaluation(self, step: int, *, val_loss: float, val_bits_per_byte: float) -> None:
-        """Log the evaluation after `step`."""
+    def evaluation(
+        self, step: int, *, val_loss: float, val_bits_per_byte: float, val_losses: Mapping[str, float] | None = None
+    ) -> None:
+        """Log the evaluation after `step`. `val_losses`: of each dataset, if there are several."""
         values = {"loss": val_loss, "perplexity": perplexity(val_loss), "bits_per_byte": val_bits_per_byte}
+        values |= {f"loss/{name}": loss for name, loss in (val_losses or {}).items()}
         self._write_line({"step": step, **{f"val_{name}": value for name, value in values.items()}})
         self.scalars(step, {f"eval/{name}": value for name, value in values.items()})
 
@@ -120,7 +121,7 @@ class Metrics:
         """Open a file of JSON lines without those after resume_step, and return its descriptor."""
         return open_for_appending(
             self._run_dir / name,
-            keep=lambda content: _end_of_step(content, self._resume_step),
+            keep=lambda content: end_of_step(content, self._resume_step),
             require_owned=self._require_owned,
         )
 
@@ -149,14 +150,6 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a metrics.jsonl. Raises StorageError if it cannot be read."""
-    try:
-        return [values for values, _ in _whole_lines(file.read_bytes())]
-    except OSError as error:
-        raise StorageError(f"cannot read {file}: {error.strerror}") from error
-
-
 def memory_bytes(device: torch.device) -> int:
     """Return the peak of the memory allocated on a GPU; for a CPU, the resident memory of this process now."""
     if device.type == "cuda":
@@ -167,29 +160,6 @@ def memory_bytes(device: torch.device) -> int:
         # macOS has no /proc; its getrusage gives the peak in bytes.
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return resident_pages * resource.getpagesize()
-
-
-def _end_of_step(content: bytes, step: int) -> int:
-    """Return the length of metrics.jsonl up to the last line of `step`; 0 if `step` is 0.
-
-    Steps grow from line to line, so a run that resumes at `step` writes all later lines again.
-    """
-    return max((end for values, end in _whole_lines(content) if values["step"] <= step), default=0) if step else 0
-
-
-def _whole_lines(content: bytes) -> list[tuple[dict[str, Any], int]]:
-    """Return the objects of the complete, undamaged lines, each with the byte offset of the end of its line."""
-    objects: list[tuple[dict[str, Any], int]] = []
-    end = 0
-    for line in content.splitlines(keepends=True):
-        end += len(line)
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith(b"\n") and isinstance(values, dict) and isinstance(values.get("step"), int):
-            objects.append((values, end))
-    return objects
 
 
 def _finite_or_none(value: float | None) -> float | None:

@@ -2,7 +2,7 @@
 
 import io
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distgpt.errors import StorageError
-from distgpt.telemetry.metrics import read_metrics
 from distgpt.telemetry.owned_files import replace_file
+from distgpt.telemetry.step_lines import read_metrics
 
 Floats = NDArray[np.float64]
 
@@ -32,12 +32,12 @@ def plot_losses(metrics_file: Path, picture: Path, *, require_owned: Callable[[]
     lines = read_metrics(metrics_file)
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
-    steps, losses = _series(lines, "loss")
+    steps, losses = series(lines, "loss")
     if len(steps):
         marker = "o" if len(steps) == 1 else None
         axes.plot(steps, losses, color=BLUE, alpha=0.25, linewidth=1)
         axes.plot(steps, smooth(losses), color=BLUE, linewidth=1.8, marker=marker, label="training (smoothed)")
-    steps, losses = _series(lines, "val_loss")
+    steps, losses = series(lines, "val_loss")
     if len(steps):
         axes.plot(steps, losses, color=ORANGE, linewidth=1.2, marker="o", markersize=4.5, label="validation", zorder=3)
         above: dict[str, Any] = {"xytext": (0, 9), "textcoords": "offset points", "horizontalalignment": "right"}
@@ -62,7 +62,7 @@ def smooth(values: Sequence[float] | NDArray[np.floating]) -> Floats:
     return means
 
 
-def _series(lines: Sequence[dict[str, Any]], name: str) -> tuple[Floats, Floats]:
+def series(lines: Sequence[Mapping[str, Any]], name: str) -> tuple[Floats, Floats]:
     """Return the steps and values of the lines that have this figure. A null stands for NaN or infinity: no point."""
     points = [(line["step"], line[name]) for line in lines if line.get(name) is not None]
     steps, values = np.array(points, dtype=np.float64).reshape(-1, 2).T

@@ -11,10 +11,11 @@ from distgpt.distributed.plan import Plan
 from distgpt.errors import Interrupted, StorageError
 from distgpt.health.outliers import Decision
 from distgpt.run.session import RunSession
-from distgpt.telemetry.console import Console, duration, step_time
+from distgpt.telemetry.console import Console, step_time
 from distgpt.telemetry.goodput import End, Goodput
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes
 from distgpt.telemetry.plots import plot_losses
+from distgpt.units import duration
 
 # The duration of a run is predicted after so many steps, or after steps of so many seconds in total.
 PREDICTING_STEPS, PREDICTING_SECONDS = 3, 20.0
@@ -143,11 +144,19 @@ class Progress:
         self.goodput.charge(part)
         self._write_goodput()
 
-    def evaluation(self, step: int, *, val_loss: float, val_bits_per_byte: float, best: bool) -> None:
-        """Log an evaluation and redraw the loss curve. `best`: its loss is the lowest so far."""
-        self._console.evaluation(step, val_loss=val_loss, val_bits_per_byte=val_bits_per_byte, best=best)
+    def evaluation(
+        self, step: int, *, val_loss: float, val_bits_per_byte: float, val_losses: Mapping[str, float], best: bool
+    ) -> None:
+        """Log an evaluation and redraw the loss curve.
+
+        `val_losses`: of each dataset, if there are several. `best`: the loss is the lowest so far.
+        """
+        figures = {"val_loss": val_loss, "val_bits_per_byte": val_bits_per_byte}
+        self._console.evaluation(step, **figures, best=best)
+        if val_losses:
+            self._console.losses_of_datasets(step, val_losses)
         if self._metrics is not None:
-            self._metrics.evaluation(step, val_loss=val_loss, val_bits_per_byte=val_bits_per_byte)
+            self._metrics.evaluation(step, **figures, val_losses=val_losses)
             try:
                 plot_losses(self._paths.metrics, self._paths.plot, require_owned=self._require_owned)
             except StorageError as error:

@@ -1,11 +1,12 @@
 """The validation loss, over fixed windows and equal for any number of ranks, and a sample of text."""
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from distgpt.config import Config
 from distgpt.corpus.loader import EvaluationBatches
@@ -18,20 +19,26 @@ from distgpt.model.generate import Sampling, generate
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The result of an evaluation."""
+    """The result of an evaluation. `val_losses`: of each dataset, by name, if there are several."""
 
     val_loss: float  # nats per token
     val_bits_per_byte: float
+    standard_error: float | None  # of the loss, over the windows; None for one window
+    val_losses: Mapping[str, float] = field(default_factory=dict)
 
 
 def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer, plan: Plan) -> Evaluation:
     """Compute the mean loss over the validation windows. All ranks call it: a sharded model needs each in its forward.
 
     The micro-batches are the same for any number of ranks, and one rank computes the loss of each window, so the sum
-    over ranks only adds zeros to it. The mean is taken in float64.
+    over ranks only adds zeros to it. The mean is taken in float64. Of a mix, each dataset has its share in the mean,
+    however many windows it has.
     """
     runtime = plan.runtime
     losses_N = torch.zeros(batches.windows, dtype=torch.float64, device=runtime.device)
+    weights_N = torch.ones_like(losses_N)
+    for windows, part in batches.parts:
+        weights_N[windows] = part.share * batches.windows / (windows.stop - windows.start)
     text_bytes = torch.zeros((), dtype=torch.float64, device=runtime.device)
     bytes_of_token_V = torch.from_numpy(tokenizer.token_bytes()).to(runtime.device)
     block_size = 0
@@ -42,12 +49,23 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer,
             block_size = y_BT.shape[1]
             if np.all(indices >= 0):
                 # They are consecutive. A tensor of indices would have to be copied to the device, which waits for it.
-                losses_N[int(indices[0]) : int(indices[-1]) + 1] = loss_B.double()
-                text_bytes += bytes_of_token_V[y_BT].sum()
+                here = slice(int(indices[0]), int(indices[-1]) + 1)
+                losses_N[here] = loss_B.double()
+                text_bytes += (bytes_of_token_V[y_BT].sum(dim=1) * weights_N[here]).sum()
     losses_N = sum_over_ranks(losses_N, runtime)
-    val_loss = losses_N.mean().item()
-    nats = losses_N.sum().item() * block_size
-    return Evaluation(val_loss, nats / math.log(2) / max(1.0, sum_over_ranks(text_bytes, runtime).item()))
+    weighted_N = losses_N * weights_N
+    nats = weighted_N.sum().item() * block_size
+    bits_per_byte = nats / math.log(2) / max(1.0, sum_over_ranks(text_bytes, runtime).item())
+    each = {part.name: losses_N[windows].mean().item() for windows, part in batches.parts if part.name}
+    errors = [(part.share, standard_error(losses_N[windows])) for windows, part in batches.parts]
+    known = [share * error for share, error in errors if error is not None]
+    error = math.hypot(*known) if len(known) == len(errors) else None  # the datasets are independent samples
+    return Evaluation(weighted_N.mean().item(), bits_per_byte, error, each)
+
+
+def standard_error(values_N: Tensor) -> float | None:
+    """Return the standard error of the mean of a sample: s / sqrt(N), s with N - 1; None for a single value."""
+    return values_N.std().item() / math.sqrt(len(values_N)) if len(values_N) > 1 else None
 
 
 def sample_text(model: nn.Module, tokenizer: Tokenizer, step: int, config: Config, plan: Plan) -> str:

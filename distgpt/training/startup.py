@@ -14,9 +14,10 @@ from torch import nn
 from distgpt.checkpoint.compatibility import require_same_run, with_choices_of
 from distgpt.checkpoint.manifest import committed
 from distgpt.checkpoint.store import checkpoint_bytes, require_space, require_writable
-from distgpt.config import Config, to_dict, to_toml
+from distgpt.config import Config, shares_of, to_dict, to_toml
 from distgpt.corpus.loader import EvaluationBatches, Loader
-from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
+from distgpt.corpus.mixture import open_data
+from distgpt.corpus.shards import Dataset, SplitName, verify_dataset
 from distgpt.distributed.collectives import (
     all_gather_row,
     broadcast_from_rank_zero,
@@ -33,7 +34,7 @@ from distgpt.model.gpt import count_parameters
 from distgpt.run.lock import Owner
 from distgpt.run.session import NFS_ATTRIBUTE_CACHE_SECONDS, RunSession
 from distgpt.telemetry.progress import Progress
-from distgpt.training.report import peak_tokens_per_second
+from distgpt.training.step_report import peak_tokens_per_second
 
 log = logging.getLogger("distgpt")
 
@@ -165,10 +166,12 @@ def training_batches(config: Config, plan: Plan, dataset: Dataset, *, start_step
     )
 
 
-def validation_batches(config: Config, plan: Plan, dataset: Dataset, *, sequences: int) -> EvaluationBatches:
-    """Open the validation batches of this rank. Raises DataError if the text is shorter than a window."""
+def validation_batches(
+    config: Config, plan: Plan, dataset: Dataset, *, sequences: int, split: SplitName = "val"
+) -> EvaluationBatches:
+    """Open the evaluation batches of this rank. Raises DataError if the text is shorter than a window."""
     return EvaluationBatches(
-        dataset.val,
+        dataset.val if split == "val" else dataset.train,
         block_size=config.model.block_size,
         sequences=sequences,
         micro_batch=plan.micro_batch,
@@ -183,11 +186,11 @@ def open_data_of_run(recorded: str, given: str | None, *, fingerprint: str | Non
 
     `fingerprint`: of the data that the run was trained on; None accepts other data.
     """
-    path = Path(given or recorded)
-    if given is None and not path.is_dir():
-        raise DataError(f"the run's data is not in {path} any more: say where it is with --data=DIR")
-    dataset = open_dataset(path)
+    missing = [path for path, _ in shares_of(recorded) if not Path(path).is_dir()]
+    if given is None and missing:
+        raise DataError(f"the run's data is not in {missing[0]} any more: say where it is with --data=DIR")
+    dataset = open_data(given or recorded)
     verify_dataset(dataset)
     if fingerprint is not None and dataset.fingerprint != fingerprint:
-        raise DataError(f"{path} is not the data that the run was trained on: say where that is with --data=DIR")
+        raise DataError(f"{dataset} is not the data that the run was trained on: say where that is with --data=DIR")
     return dataset

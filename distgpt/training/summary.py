@@ -7,12 +7,13 @@ from torch import nn
 
 from distgpt.checkpoint.manifest import STATE, RunState
 from distgpt.config import Config, from_dict, keys, value_at, value_text
-from distgpt.corpus.shards import Dataset
+from distgpt.corpus.shards import Dataset, Part, Split
 from distgpt.distributed.device import compute_dtype
 from distgpt.distributed.plan import Plan
 from distgpt.model.optim import lr_at
 from distgpt.suggestion import MANY_EPOCHS, steps_of_many_epochs
 from distgpt.units import count_text, ranks_text
+from distgpt.usage import wrapped
 
 # Keys that may differ from one attempt to the next: the place of the run, and a flag that launchers clear on a restart.
 PLACE_KEYS = ("run.dir", "run.fresh")
@@ -31,16 +32,20 @@ def describe(config: Config, plan: Plan, dataset: Dataset, model: nn.Module) -> 
         fast = "fast" if plan.dtype == torch.bfloat16 else "bfloat16 is slow"
         kept = plan.dtype != compute_dtype("auto", runtime.device)
         dtype += " (auto: as before)" if kept else f" (auto: {fast} on this {device.upper()})"
-    return (
-        f"data      {dataset.path}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,}\n"
-        f"model     {parameters:,} parameters, computes in {dtype}{compiled}\n"
-        f"devices   {runtime.world_size} x {device} ({each})\n"
+    read = [f"{count_text(epochs(config, part))} epochs" for part in dataset.train.parts]
+    mix = zip(dataset.train.mix, read, strict=False)
+    lines = (
+        f"data      {dataset}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,}",
+        *(f"          {part.share:.1%} {part.name}: {part.tokens:,} tokens, {times}" for part, times in mix),
+        f"model     {parameters:,} parameters, computes in {dtype}{compiled}",
+        f"devices   {runtime.world_size} x {device} ({each})",
         f"batch     {config.train.global_batch} sequences of {config.model.block_size} tokens = "
-        f"{ranks_text(runtime.world_size)} x {plan.micro_batch} x {plan.accumulation} accumulation steps\n"
-        f"length    {config.train.steps:,} steps = {config.train.steps * tokens_per_step(config):,} tokens, "
-        f"{count_text(epochs(config, dataset.train.tokens))} epochs\n"
-        f"strategy  {plan.strategy}, {plan.reason}"
+        f"{ranks_text(runtime.world_size)} x {plan.micro_batch} x {plan.accumulation} accumulation steps",
+        f"length    {config.train.steps:,} steps = {config.train.steps * tokens_per_step(config):,} tokens"
+        f"{'' if dataset.train.mix else f', {read[0]}'}",
+        f"strategy  {plan.strategy}, {plan.reason}",
     )
+    return "\n".join(map(wrapped, lines))
 
 
 def start_message(config: Config, restored: RunState | None) -> str:
@@ -61,16 +66,18 @@ def nothing_to_do_message(config: Config, step: int) -> str:
     )
 
 
-def warnings(config: Config, train_tokens: int, restored: RunState | None) -> Iterator[str]:
+def warnings(config: Config, train: Split, restored: RunState | None) -> Iterator[str]:
     """Yield a line for each value that can work but is probably a mistake."""
     steps, optim = config.train.steps, config.optim
-    if epochs(config, train_tokens) > MANY_EPOCHS:
-        enough = steps_of_many_epochs(train_tokens // config.model.block_size, config.train.global_batch)
-        times = count_text(epochs(config, train_tokens))
-        yield (
-            f"the run reads its {train_tokens:,} training tokens {times} times (epochs), "
-            f"and little is learned after {MANY_EPOCHS}: use --train.steps={enough} or more text"
-        )
+    for part in train.parts:
+        if epochs(config, part) > MANY_EPOCHS:
+            windows = round(part.tokens / part.share) // config.model.block_size
+            enough = steps_of_many_epochs(windows, config.train.global_batch)
+            of = f" of {part.name}" if part.name else ""
+            yield (
+                f"the run reads its {part.tokens:,} training tokens{of} {count_text(epochs(config, part))} times "
+                f"(epochs), and little is learned after {MANY_EPOCHS}: use --train.steps={enough} or more text"
+            )
     if optim.warmup_steps >= steps:
         yield (
             f"optim.warmup_steps is {optim.warmup_steps:,} and the run has {steps:,} steps: the learning rate ends at "
@@ -113,6 +120,6 @@ def tokens_per_step(config: Config) -> int:
     return config.train.global_batch * config.model.block_size
 
 
-def epochs(config: Config, train_tokens: int) -> float:
-    """Return how many times the run reads its training text."""
-    return config.train.steps * tokens_per_step(config) / train_tokens
+def epochs(config: Config, part: Part) -> float:
+    """Return how many times the run reads the training text of a dataset."""
+    return config.train.steps * tokens_per_step(config) * part.share / part.tokens

@@ -7,7 +7,7 @@ from typing import Any
 
 import distgpt
 from distgpt.checkpoint.manifest import RunState
-from distgpt.config import Config
+from distgpt.config import Config, data_name
 from distgpt.corpus.tokenizer import Tokenizer
 from distgpt.corpus.tokenizer.base import END_OF_TEXT
 from distgpt.corpus.tokenizer.exported import to_hugging_face
@@ -88,7 +88,7 @@ def model_card(
         "shape": f"{model.n_layer} layers of width {model.n_embd}, {model.n_head} heads",
         "context": f"{model.block_size:,} tokens",
         "vocabulary": f"{state.vocab_size:,} tokens",
-        "data": f"{Path(config.data.path).name}, fingerprint {state.data_fingerprint[:12]}",
+        "data": f"{data_name(config.data.path)}, fingerprint {state.data_fingerprint[:12]}",
         "started from": Path(config.init.from_).name or "random weights",
         "training": f"{state.step:,} steps of {sequences:,} sequences: {tokens:,} tokens seen",
         "validation loss": loss,

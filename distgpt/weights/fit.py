@@ -10,7 +10,8 @@ import torch
 from distgpt.checkpoint.manifest import TOKENIZER, committed
 from distgpt.config import Config, ModelConfig, value_text
 from distgpt.corpus.shards import Dataset
-from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
+from distgpt.corpus.tokenizer import load_tokenizer
+from distgpt.corpus.tokenizer.base import differences
 from distgpt.errors import DataError, UsageError
 from distgpt.model.gpt import GPT, with_explicit_sizes
 from distgpt.run.paths import RunPaths
@@ -103,16 +104,4 @@ def _vocabulary_differences(path: Path, vocab_size: int, dataset: Dataset) -> It
         except DataError as error:
             yield f"the tokenizer there cannot be compared with that of {dataset.path} ({error})"
             return
-        yield from _different_tokenizers(theirs, load_tokenizer(dataset.path), dataset.path)
-
-
-def _different_tokenizers(theirs: Tokenizer, ours: Tokenizer, path: Path) -> Iterator[str]:
-    if theirs.vocab_size != ours.vocab_size:
-        yield f"the tokenizer has {theirs.vocab_size:,} ids there and {ours.vocab_size:,} in {path}"
-    if theirs.eot_id != ours.eot_id:
-        yield f"the end-of-text id is {theirs.eot_id} there and {ours.eot_id} in {path}"
-    for id_ in range(min(theirs.vocab_size, ours.vocab_size)):
-        then, now = theirs.decode_bytes([id_]), ours.decode_bytes([id_])
-        if then != now:
-            yield f"token {id_} is {then!r} there and {now!r} in {path}"
-            return
+        yield from differences(theirs, load_tokenizer(dataset.path), dataset.path)

@@ -9,7 +9,7 @@ from typing import Any
 from distgpt.checkpoint.choice import NEWEST, choose, is_checkpoint
 from distgpt.checkpoint.manifest import STATE, RunState, checkpoint_path, committed, read_state
 from distgpt.config import Config, ModelConfig, check, from_dict
-from distgpt.errors import DataError, UsageError
+from distgpt.errors import DataError, UsageError, did_you_mean_path
 from distgpt.run.paths import RunPaths
 from distgpt.weights.architectures import read_config_json
 
@@ -41,7 +41,7 @@ def parse(text: str) -> tuple[Path, str]:
         run, _, choice = text.rpartition("@")
         path = Path(run)
     if not path.is_dir():
-        raise UsageError(f"init.from is {text}: there is no directory {path}")
+        raise UsageError(f"init.from is {text}: there is no directory {path}{did_you_mean_path(path)}")
     return path, choice
 
 

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 import distgpt.corpus.loader as loader_module
 from distgpt.corpus.loader import EvaluationBatches, Loader, WindowReader
-from distgpt.corpus.order import Ints
+from distgpt.corpus.order import Ints, Order
 from distgpt.corpus.shards import Split, TokenMap
 from distgpt.errors import DataError, StorageError
 from tests import jobs
@@ -111,6 +111,7 @@ def test_starting_at_a_step_gives_the_batches_of_a_loader_from_the_start(
 
 def test_an_epoch_holds_every_window_once(split: Split) -> None:
     with closing(loader(split)) as batches:
+        assert isinstance(batches.order, Order)
         windows = batches.order.windows
         places = [place for step in range(-(-windows // 16)) for place in zip(*batches.places(step), strict=True)]
     assert len(set(places[:windows])) == windows

@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from distgpt.corpus.preparing import parts
-from distgpt.corpus.preparing.encode import Encoder, encode_units, units_of
+from distgpt.corpus.preparing import copies, parts
+from distgpt.corpus.preparing.encode import Encoder, Unit, encode_units, units_of
 from distgpt.corpus.preparing.merge import choose_validation, is_near, merge_parts
-from distgpt.corpus.preparing.scan import scan_input
+from distgpt.corpus.preparing.scan import ScannedPiece, scan_input
 from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.reading import sources
-from distgpt.corpus.reading.sources import Source
+from distgpt.corpus.reading.sources import Piece, Source
 from distgpt.corpus.tokenizer.simple import ByteTokenizer
 from distgpt.errors import DataError, StorageError
 
@@ -110,3 +110,29 @@ def test_near_is_within_a_factor_of_two_on_both_sides() -> None:
     assert is_near(0.501, 0.5)
     assert not any(is_near(share, 0.5) for share in (0.2, 0.95))
     assert not is_near(0.51, 0.4)
+
+
+def test_copies_are_found_however_many_hashes_are_compared_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    draw = random.Random(0)
+    hashes = [draw.randrange(40) * 2**50 for _ in range(100)]
+    units = []
+    for index in range(10):
+        # The last part validates. A document of two rows goes on from part 4 in part 5.
+        rows = [(1, True, value) for value in hashes[10 * index : 10 * index + 10]]
+        rows += [(1, False, hashes[50])] if index == 4 else []
+        parts.write_part(tmp_path, index, [(row, np.zeros(1, dtype=np.uint16)) for row in rows])
+        piece = Piece(Source("", "", "jsonl", validates=index == 9), 0, 1, last=True)
+        units.append(Unit(index, [ScannedPiece(piece, 10, 10, b"", "", 10, [], 0, 0, 0)]))
+    order = [*range(90, 100), *range(90)]
+    first = {hashes[number]: number for number in reversed(order)}
+    for pass_documents in (1000, 7):
+        monkeypatch.setattr(copies, "PASS_DOCUMENTS", pass_documents)
+        found = copies.find_copies(tmp_path, units, advance=lambda count: None)
+        assert [number for number in range(100) if not found.is_copy[number]] == sorted(first.values())
+    reader = copies.PartReader(tmp_path, found)
+    tables = [reader.part(index)[0] for index in range(10)]
+    is_kept = not found.is_copy[50]
+    assert [row[1] for row in tables[4].tolist()].count(False) == is_kept
+    assert sum(len(table) for table in tables) == len(first) + is_kept

@@ -5,7 +5,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from distgpt.corpus.order import Order, Permutation, evaluation_windows
+from distgpt.corpus.order import MixedOrder, Order, Permutation, evaluation_windows
 from distgpt.errors import DataError
 
 
@@ -131,3 +131,41 @@ def test_a_split_without_a_window_is_an_error_with_the_size_that_fits() -> None:
     with pytest.raises(DataError, match="nothing to predict"):
         Order((), block_size=4, seed=0)
     assert Order((100,), block_size=99, seed=0).windows == 1
+
+
+MIXES = [(0.7, 0.3), (0.5, 0.5), (0.01, 0.99), (0.2, 0.5, 0.3), (1 / 3, 1 / 3, 1 / 3)]
+
+
+@pytest.mark.parametrize("shares", MIXES, ids=str)
+def test_each_dataset_of_a_mix_is_read_in_its_own_order_and_has_its_share_of_each_stretch(
+    shares: tuple[float, ...],
+) -> None:
+    orders = [Order([400 * (2 + i), 900], block_size=10, seed=5) for i in range(len(shares))]
+    count = 3000
+    shards, offsets = MixedOrder(orders, shares, seed=5).starts(np.arange(count))
+    for number, (order, share) in enumerate(zip(orders, shares, strict=True)):
+        own = shards // 2 == number
+        assert np.abs(np.cumsum(own) - share * np.arange(1, count + 1)).max() < 2
+        alone = order.starts(np.arange(own.sum()))
+        assert np.array_equal(shards[own] % 2, alone[0])
+        assert np.array_equal(offsets[own], alone[1])
+
+
+def test_the_order_of_a_mix_is_a_function_of_the_number_and_looks_random() -> None:
+    orders = [Order([length], block_size=10, seed=1) for length in (5000, 3000)]
+    mixed = MixedOrder(orders, (31 / 32, 1 / 32), seed=1)
+    shards, offsets = mixed.starts(np.arange(3200))
+    picked = np.array([2999, 0, 1234, 5])
+    again = mixed.starts(picked)
+    assert np.array_equal(again[0], shards[picked])
+    assert np.array_equal(again[1], offsets[picked])
+    # No rank gets all samples of the smaller dataset: they fall on every place in a batch of 32.
+    assert len(set((np.flatnonzero(shards == 1) % 32).tolist())) > 24
+    assert not np.array_equal(MixedOrder(orders, (31 / 32, 1 / 32), seed=2).starts(np.arange(3200))[0], shards)
+
+
+def test_the_order_of_a_mix_never_changes() -> None:
+    orders = [Order(lengths, block_size=10, seed=1337) for lengths in ((1000, 500), (700,))]
+    shards, offsets = MixedOrder(orders, (0.7, 0.3), seed=1337).starts(np.array([0, 1, 2, 3, 145, 10**12]))
+    assert shards.tolist() == [0, 2, 0, 0, 0, 1]
+    assert offsets.tolist() == [782, 72, 372, 582, 632, 231]

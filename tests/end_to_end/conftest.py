@@ -20,7 +20,7 @@ ARGUMENTS = {
         *("--parallel.strategy=hsdp", "--parallel.shard=2"),
         *("--parallel.reshard=true", "--parallel.reduce=micro_batch"),  # where memory is short
     ),
-    "diloco": ("--parallel.strategy=diloco", "--parallel.shard=1", "--parallel.outer_every=10"),
+    "diloco": ("--parallel.strategy=diloco", "--parallel.shard=1", "--parallel.outer_every=6"),
 }
 
 
@@ -33,12 +33,12 @@ class Trained:
 
     @property
     def last(self) -> Path:
-        return self.run / "checkpoints" / "step-00000060"
+        return self.run / "checkpoints" / "step-00000036"
 
 
 @pytest.fixture(scope="session")
 def whole(prepared: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Trained]:
-    """Train 60 uninterrupted steps of jobs.TINY, with dropout: whole("fsdp"). Do not change these directories."""
+    """Train 36 uninterrupted steps of jobs.TINY, with dropout: whole("fsdp"). Do not change these directories."""
 
     def trained(strategy: str) -> Trained:
         def train(root: Path) -> None:

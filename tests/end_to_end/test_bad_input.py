@@ -31,7 +31,7 @@ EXPECTED = {
     "head count": (2, r"model.n_head is 3, which does not divide model.n_embd = 16: take 1 or 2 or 4 or 8"),
     "unknown key": (2, r"unknown key train.step: did you mean train.steps\?"),
     "wrong type": (2, r"train.steps is 'many': it must be a whole number"),
-    "another model": (2, r"\S+/step-00000060 was made by another run: model.n_layer 2 -> 3; resume with the same .*"),
+    "another model": (2, r"\S+/step-00000036 was made by another run: model.n_layer 2 -> 3; resume with the same .*"),
     "another vocabulary": (
         2,
         r"\S+ was made by another run: vocabulary \d+ -> 10; data \w{12} -> \w{12} \(\S+/digits\); .*",

@@ -106,14 +106,14 @@ def test_a_signal_while_torch_is_imported(tmp_path: Path, command: str) -> None:
 @jobs.linux_only
 def test_a_plain_process_stops_at_a_step_as_well(prepared: Path, tmp_path: Path) -> None:
     job = jobs.Job([sys.executable, "-m", "distgpt.train", *tiny(prepared, tmp_path)])
-    job.read_until("step  2/60 ")
+    job.read_until("step  2/36 ")
     job.signal(signal.SIGINT)
     ended = job.finish()
     step = jobs.exit_report(tmp_path)["step"]
     assert ended.code == 75
     assert ended.stderr.splitlines() == [
         "distgpt: stopping after this step is saved; Ctrl-C again stops it now, unsaved",
-        f"distgpt: interrupted by SIGINT: step {step} of 60 is saved, run it again to go on",
+        f"distgpt: interrupted by SIGINT: step {step} of 36 is saved, run it again to go on",
     ]
     assert jobs.checkpoints(tmp_path)[-1] == f"step-{step:08d}"
 
@@ -140,16 +140,16 @@ def test_a_long_step_is_abandoned_between_two_micro_batches(
     run, count = tmp_path / "run", 200
     long = (f"--train.global_batch={2 * count * ranks}", f"--checkpoint.every={every}", "--eval.every=0")
     job = jobs.Job([*launcher, str(tmp_path / "long.py"), *tiny(prepared, run), *long])
-    job.read_until(f"step  {stopped_in}/60 | micro-batch 1/{count}\n")
+    job.read_until(f"step  {stopped_in}/36 | micro-batch 1/{count}\n")
     # Rank 0 blocks on the pipe within a step, so the signal arrives before the end of the step.
     os.kill(job.rank(1) if ranks > 1 else job.pid, signal.SIGTERM)
     ended = job.finish()
     completed = stopped_in - 1
-    assert f"step  {stopped_in}/60 | micro-batch {count}/" not in ended.stdout
+    assert f"step  {stopped_in}/36 | micro-batch {count}/" not in ended.stdout
     report = jobs.exit_report(run)
     assert (report["code"], report["step"] or 0) == (75, completed), ended
     assert jobs.checkpoints(run) == ([f"step-{completed:08d}"] if completed else [])
-    outcome = f"step {completed} of 60 is saved, " if completed else "before the end of the first step"
+    outcome = f"step {completed} of 36 is saved, " if completed else "before the end of the first step"
     assert outcome in report["cause"]
 
 
@@ -159,7 +159,7 @@ def test_ctrl_c_that_reaches_torchrun_and_its_ranks_saves(prepared: Path, tmp_pa
     local = jobs.PROJECT / "launch" / "local.sh"
     # setsid: the tests must not get the signal.
     job = jobs.Job(["setsid", str(local), *tiny(prepared, tmp_path)], NPROC_PER_NODE="2")
-    job.read_until("step  2/60 ")
+    job.read_until("step  2/36 ")
     for _ in range(2):
         os.killpg(job.pid, signal.SIGINT)
         time.sleep(0.1)
@@ -177,7 +177,7 @@ def test_a_closed_terminal_saves(prepared: Path, tmp_path: Path) -> None:
     if launcher == 0:
         os.execve(local, [str(local), *tiny(prepared, tmp_path)], jobs.environment(NPROC_PER_NODE="2"))
     output = b""
-    while b"step  2/60 " not in output:
+    while b"step  2/36 " not in output:
         output += os.read(terminal, 64)
     os.close(terminal)
     _, status = os.waitpid(launcher, 0)
@@ -198,17 +198,17 @@ def test_a_disk_that_fills_up_during_a_run(
     run, copy = small_disk / "run", tmp_path / "exit.json"
     arguments = [*tiny(prepared, run), "--parallel.strategy=fsdp", "--checkpoint.keep=100"]
     job = jobs.Job(jobs.torchrun_command(2, *arguments), DISTGPT_EXIT_FILE=str(copy))
-    job.read_until("step  5/60 ")
-    jobs.poll((run / "checkpoints" / "step-00000004").is_dir)
+    job.read_until("step  7/36 ")
+    jobs.poll((run / "checkpoints" / "step-00000006").is_dir)
     jobs.fill(small_disk / "filler")
     ended = job.finish()
     assert ended.code != 0
     # Training went on to the end, and reported what was lost.
-    assert "step 60/60 | val loss " in ended.stdout
+    assert "step 36/36 | val loss " in ended.stdout
     lost = [line for line in ended.stdout.splitlines() if line.startswith("CHECKPOINT NOT SAVED, training goes on: ")]
     assert lost
     newest = jobs.checkpoints(run)[-1]
-    cause = f"step 60 could not be saved in {run / 'checkpoints'}: the newest checkpoint is {newest}"
+    cause = f"step 36 could not be saved in {run / 'checkpoints'}: the newest checkpoint is {newest}"
     assert ended.error_lines == [f"distgpt: error: {cause}"]
     assert ended.traceback == []
     report = json.loads(copy.read_text())
@@ -219,7 +219,7 @@ def test_a_disk_that_fills_up_during_a_run(
     again = jobs.train(1, *arguments)
     assert again.code == 0, again
     assert f"going on from step {int(newest.removeprefix('step-'))} in {run}" in again.stdout
-    assert jobs.losses(run)[60] == pytest.approx(jobs.losses(whole("fsdp").run)[60], abs=1e-4)
+    assert jobs.losses(run)[36] == pytest.approx(jobs.losses(whole("fsdp").run)[36], abs=1e-4)
 
 
 def has_content(file: Path) -> bool:

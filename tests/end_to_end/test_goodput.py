@@ -30,7 +30,7 @@ class Watched:
         self.printed: dict[int, float] = {}
 
     def read_step(self, step: int) -> None:
-        self.job.read_until(f"step {step:>2}/60 | loss ")
+        self.job.read_until(f"step {step:>2}/36 | loss ")
         self.printed[step] = time.monotonic()
 
     def between(self, first: int, last: int) -> float:
@@ -47,16 +47,16 @@ def age(pid: int) -> float:
 def test_the_file_agrees_with_a_clock_outside(prepared: Path, tmp_path: Path) -> None:
     arguments = tiny(prepared, tmp_path)
     killed = Watched(arguments)
-    for step in range(1, 31):
+    for step in range(1, 21):
         killed.read_step(step)
-    jobs.poll((tmp_path / "checkpoints" / "step-00000028").is_dir)
+    jobs.poll((tmp_path / "checkpoints" / "step-00000018").is_dir)
     os.kill(killed.rank_0, signal.SIGKILL)
     killed_at = time.monotonic()
     lines = read_goodput(tmp_path / "goodput.jsonl")
     killed.job.finish()
 
     finished = Watched(arguments)
-    for step in range(29, 61):
+    for step in range(19, 37):
         finished.read_step(step)
     finished.job.read_until("goodput   ")
     ended_at = time.monotonic()
@@ -66,25 +66,25 @@ def test_the_file_agrees_with_a_clock_outside(prepared: Path, tmp_path: Path) ->
     spent = time_spent(read_goodput(tmp_path / "goodput.jsonl"))
     total = ended_at - killed.began
     assert spent.total == pytest.approx(total, rel=0.01, abs=0.5)
-    steps = [finished.between(step - 1, step) for step in range(30, 61) if step != 41]
+    steps = [finished.between(step - 1, step) for step in range(20, 37) if step != 25]
     one_step = statistics.median(steps)
-    steps += [killed.between(step - 1, step) for step in range(2, 31) if step != 21]
+    steps += [killed.between(step - 1, step) for step in range(2, 21) if step != 13]
     # The tolerance on a busy machine follows from the steps, most of which take equally long. From outside, saves after
     # the last step look like evaluation.
     saves = spent.seconds["checkpoint"] + spent.seconds["other"]
     tolerance = 0.02 * total + 2 * (max(steps) - one_step)
     seen = {
-        "start": killed.printed[1] - killed.began + finished.printed[29] - finished.began,
+        "start": killed.printed[1] - killed.began + finished.printed[19] - finished.began,
         "recovery": finished.began - killed_at,
-        "repeated": killed.between(28, 30),
-        "evaluation": killed.between(20, 21)
-        + finished.between(40, 41)
+        "repeated": killed.between(18, 20),
+        "evaluation": killed.between(12, 13)
+        + finished.between(24, 25)
         - 2 * one_step
         + ended_at
-        - finished.printed[60],
+        - finished.printed[36],
     }
-    seen["steps"] = killed.between(1, 20) + killed.between(21, 28) + one_step
-    seen["steps"] += finished.between(29, 40) + finished.between(41, 60) + one_step
+    seen["steps"] = killed.between(1, 12) + killed.between(13, 18) + one_step
+    seen["steps"] += finished.between(19, 24) + finished.between(25, 36) + one_step
     for part, seconds in seen.items():
         late = saves if part == "evaluation" else 0.0
         assert spent.seconds[part] == pytest.approx(seconds, abs=tolerance + late), part
@@ -99,5 +99,5 @@ def test_the_file_agrees_with_a_clock_outside(prepared: Path, tmp_path: Path) ->
     accumulator = EventAccumulator(str(tmp_path / "tb"))
     accumulator.Reload()
     shown = {event.step: event.value for event in accumulator.Scalars("goodput/recovery_s")}
-    assert shown[28] == 0.0
-    assert shown[60] == pytest.approx(spent.seconds["recovery"], abs=0.01)
+    assert shown[18] == 0.0
+    assert shown[36] == pytest.approx(spent.seconds["recovery"], abs=0.01)

@@ -38,14 +38,14 @@ def test_an_interrupted_run_goes_on_exactly(
 def test_a_run_goes_on_in_any_other_topology(whole: Callable[[str], Trained], prepared: Path, tmp_path: Path) -> None:
     start = interrupt(tmp_path, 2, [*tiny(prepared, tmp_path), "--parallel.strategy=ddp"], signal.SIGUSR1)
     for part, strategy in enumerate(["fsdp", "single", "hsdp"], 1):
-        last = start + (60 - start) * part // 3
+        last = start + (36 - start) * part // 3
         arguments = [*tiny(prepared, tmp_path), *ARGUMENTS[strategy], f"--train.steps={last}"]
         ended = jobs.train(RANKS[strategy], *arguments)
         assert ended.code == 0, ended
         assert f"done: step {last} in " in ended.stdout
     assert jobs.losses(tmp_path) == pytest.approx(jobs.losses(whole("single").run), abs=1e-4)
-    final = jobs.val_losses(tmp_path)[60]
-    assert final == pytest.approx(jobs.val_losses(whole("single").run)[60], abs=1e-4)
+    final = jobs.val_losses(tmp_path)[36]
+    assert final == pytest.approx(jobs.val_losses(whole("single").run)[36], abs=1e-4)
 
 
 @jobs.linux_only
@@ -56,8 +56,8 @@ def test_killed_ranks_and_a_killed_agent_change_nothing(
     command = jobs.torchrun_command(2, *arguments)
 
     job = jobs.Job(command)
-    job.read_until("step  5/60 ")
-    jobs.poll((tmp_path / "checkpoints" / "step-00000004").is_dir)
+    job.read_until("step  7/36 ")
+    jobs.poll((tmp_path / "checkpoints" / "step-00000006").is_dir)
     os.kill(job.rank(1), signal.SIGKILL)
     assert job.finish().code != 0
     report = jobs.exit_report(tmp_path)
@@ -89,7 +89,7 @@ def test_a_run_that_is_done_says_so(started_again: Path, prepared: Path) -> None
     before = (started_again / "metrics.jsonl").read_bytes()
     ended = jobs.train(1, *tiny(prepared, started_again))
     assert (ended.code, ended.stderr) == (0, "")
-    assert f"nothing to do: {started_again} is at step 60 of 60; to train further, set" in ended.stdout
+    assert f"nothing to do: {started_again} is at step 36 of 36; to train further, set" in ended.stdout
     assert (started_again / "metrics.jsonl").read_bytes() == before
     assert jobs.exit_report(started_again)["code"] == 0
 
@@ -120,16 +120,16 @@ def z_scores(run: Path) -> list[tuple[float | None, float | None]]:
 def interrupt(run: Path, ranks: int, arguments: list[str], number: signal.Signals) -> int:
     """Send a job a signal during its run. Returns the step at which it stopped and saved."""
     job = jobs.Job(jobs.torchrun_command(ranks, *arguments))
-    job.read_until("step  2/60 ")
+    job.read_until("step  2/36 ")
     job.signal(number)
     ended = job.finish()
     assert ended.code != 0
     report = jobs.exit_report(run)
     assert report["code"] == 75, ended
     step = int(report["step"])
-    assert 2 <= step < 60
+    assert 2 <= step < 36
     assert report["cause"].startswith("interrupted by ")
-    assert report["cause"].endswith(f"step {step} of 60 is saved, run it again to go on")
+    assert report["cause"].endswith(f"step {step} of 36 is saved, run it again to go on")
     assert f"distgpt: {report['cause']}" in ended.stderr.splitlines()
     assert ended.error_lines == []
     assert ended.stderr.count("distgpt: interrupted") == 1

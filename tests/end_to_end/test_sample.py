@@ -1,6 +1,5 @@
 """Sample from a trained run, and evaluate it."""
 
-import argparse
 import json
 import os
 import pty
@@ -18,7 +17,7 @@ import torch
 from distgpt import evaluate, replay, sample
 from distgpt.checkpoint.manifest import RunState
 from distgpt.checkpoint.reader import load_for_inference
-from distgpt.cli import sample_options
+from distgpt.cli import evaluate_options, sample_options
 from distgpt.corpus.tokenizer import Tokenizer
 from distgpt.errors import DataError, UsageError
 from distgpt.model.gpt import GPT
@@ -290,16 +289,21 @@ def test_evaluate_finds_the_loss_that_the_run_logged(
     line = evaluated["same windows"].stdout
     assert evaluated["same windows"].stderr == ""
     found = re.fullmatch(
-        r"step 60 \| val loss (\d\.\d{4}) \| \d\.\d{3} bits/byte \| 30 windows of 16 tokens .*\n", line
+        r"step 36 \| val loss (\d\.\d{4}) \(standard error 0\.\d{4}\) \| \d\.\d{3} bits/byte \| "
+        r"30 windows of 16 tokens .*\n",
+        line,
     )
     assert found, evaluated["same windows"]
-    assert float(found[1]) == pytest.approx(jobs.val_losses(whole("fsdp").run)[60], abs=1e-4)
+    assert float(found[1]) == pytest.approx(jobs.val_losses(whole("fsdp").run)[36], abs=1e-4)
 
 
 def test_evaluate_refuses_another_tokenizer(evaluated: dict[str, jobs.Ended]) -> None:
     ended = evaluated["other tokenizer"]
     assert (ended.code, ended.stdout) == (65, "")
-    assert re.fullmatch(r"distgpt: error: .* was prepared with another tokenizer than .*\n", ended.stderr)
+    assert re.fullmatch(
+        r"distgpt: error: .* has another tokenizer than .*: prepare it with --tokenizer .*/tokenizer.json\n",
+        ended.stderr,
+    )
 
 
 def test_a_run_is_evaluated_and_replayed_from_another_directory(
@@ -311,7 +315,7 @@ def test_a_run_is_evaluated_and_replayed_from_another_directory(
     assert trained.code == 0, trained
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    evaluate.main(argparse.Namespace(run="../run", checkpoint="newest", data=None, sequences=5))
+    evaluate.main(*evaluate_options(["../run", "--sequences=5"]))
     assert f"5 windows of 16 tokens from {tmp_path / 'data'}" in capsys.readouterr().out
     for step in (1, 2):  # from the initial weights, and from the checkpoint
         start = replay.start_before(RunPaths(Path("../run")), step)
@@ -320,10 +324,10 @@ def test_a_run_is_evaluated_and_replayed_from_another_directory(
 
 def test_each_new_best_is_saved_and_can_be_chosen(prepared: Path, tmp_path: Path) -> None:
     """Most evaluations are at steps where no save is due otherwise."""
-    ended = jobs.train(1, *tiny(prepared, tmp_path), "--checkpoint.every=15", "--checkpoint.keep=9")
+    ended = jobs.train(1, *tiny(prepared, tmp_path), "--checkpoint.every=10", "--checkpoint.keep=9")
     assert [line.endswith(" | best") for line in ended.stdout.splitlines() if " | val loss " in line] == [True] * 3
-    assert jobs.checkpoints(tmp_path) == [f"step-{step:08d}" for step in (15, 20, 30, 40, 45, 60)]
-    ended = jobs.command("evaluate", tmp_path, "--sequences=30", "--checkpoint=40")
-    assert ended.stdout.startswith(f"step 40 | val loss {jobs.val_losses(tmp_path)[40]:.4f} | "), ended
-    ended = jobs.command("sample", tmp_path / "checkpoints" / "step-00000020", "--tokens=1")
+    assert jobs.checkpoints(tmp_path) == [f"step-{step:08d}" for step in (10, 12, 20, 24, 30, 36)]
+    ended = jobs.command("evaluate", tmp_path, "--sequences=30", "--checkpoint=24")
+    assert ended.stdout.startswith(f"step 24 | val loss {jobs.val_losses(tmp_path)[24]:.4f} "), ended
+    ended = jobs.command("sample", tmp_path / "checkpoints" / "step-00000012", "--tokens=1")
     assert (ended.code, ended.stderr) == (0, ""), ended

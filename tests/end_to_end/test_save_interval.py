@@ -29,7 +29,7 @@ def test_the_save_interval_follows_failures_and_the_run_resumes_exactly(
     job = jobs.Job(command)
     job.read_until("checkpoints every ")
     job.read_until(" of training, a failure is expected every 4s\n")
-    step = 60
+    step = 36
     job.read_until(f"step {step:>6}/100000 ")
     while not list((run / "checkpoints").glob("step-*")):
         step += 1

@@ -38,8 +38,8 @@ def test_a_job_that_wakes_up_after_another_took_over(
     arguments = tiny(prepared, run)
     command = [*elsewhere, *jobs.torchrun_command(2, *arguments, "--parallel.strategy=ddp")]
     job = jobs.Job(command, DISTGPT_EXIT_FILE=str(report))
-    job.read_until("step  5/60 ")
-    jobs.poll((run / "checkpoints" / "step-00000004").is_dir)
+    job.read_until("step  7/36 ")
+    jobs.poll((run / "checkpoints" / "step-00000006").is_dir)
     stopped = [job.pid, job.rank(0), job.rank(1)]
     assert owner(run) == (stopped[1], 1)
     for pid in stopped:

@@ -66,7 +66,7 @@ def test_the_loss_falls(seed_shaped: dict[str, Path], prepared: Path) -> None:
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp", "hsdp"])
 def test_dropout_does_not_depend_on_the_topology_either(whole: Callable[[str], Trained], strategy: str) -> None:
     one, several = (whole(name).run for name in ("single", strategy))
-    assert list(jobs.losses(one)) == list(range(1, 61))
+    assert list(jobs.losses(one)) == list(range(1, 37))
     assert jobs.losses(several) == pytest.approx(jobs.losses(one), abs=TOLERANCE)
     assert jobs.val_losses(several) == pytest.approx(jobs.val_losses(one), abs=TOLERANCE)
 
@@ -103,13 +103,13 @@ def test_the_console_shows_progress_and_stderr_stays_empty(whole: Callable[[str]
         *(f"strategy  {strategy}, ", f"starting in {whole(strategy).run}"),
     ):
         assert fact in ended.stdout
-    assert len([line for line in lines if " | loss " in line]) == 60
+    assert len([line for line in lines if " | loss " in line]) == 36
     assert len([line for line in lines if " | val loss " in line]) == 3
-    assert lines[-1].startswith("done: step 60 in ")
+    assert lines[-1].startswith("done: step 36 in ")
     assert lines[-2].startswith("goodput   ")
-    assert "length    60 steps = 7,680 tokens, " in ended.stdout
-    assert len([line for line in lines if line.startswith("time      56 more steps of ")]) == 1
-    assert len(lines) == 7 + 60 + 3 + 1 + 2
+    assert "length    36 steps = 4,608 tokens, " in ended.stdout
+    assert len([line for line in lines if line.startswith("time      32 more steps of ")]) == 1
+    assert len(lines) == 7 + 36 + 3 + 1 + 2
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
@@ -125,7 +125,7 @@ def test_a_run_directory_holds_what_the_contract_says(
     assert sorted(path.name for path in (run / "logs").iterdir()) == ["rank-0.log", "rank-1.log"]
     assert (run / "plots" / "loss.png").read_bytes().startswith(b"\x89PNG")
     report = jobs.exit_report(run)
-    assert (report["code"], report["cause"], report["rank"], report["step"]) == (0, "done", 0, 60)
+    assert (report["code"], report["cause"], report["rank"], report["step"]) == (0, "done", 0, 36)
     arguments = [*jobs.TINY, f"--data.path={prepared}", f"--run.dir={run}", *ARGUMENTS[strategy]]
     assert resolve([str(run / "config.toml")], {}) == resolve(arguments, {})
 
@@ -140,12 +140,12 @@ def test_metrics_have_the_fields_of_the_contract(whole: Callable[[str], Trained]
             assert line["val_perplexity"] == pytest.approx(math.exp(line["val_loss"]))
         assert fields <= line.keys()
     trained = [line for line in lines if "loss" in line]
-    assert [line["tokens"] for line in trained] == [step * 8 * 16 for step in range(1, 61)]
+    assert [line["tokens"] for line in trained] == [step * 8 * 16 for step in range(1, 37)]
     assert {line["lr"] for line in trained} == {1e-3}
     assert all(line["seconds"] > 0 and line["grad_norm"] > 0 for line in trained)
 
 
-@pytest.mark.parametrize(("strategy", "kept"), [("ddp", [60]), ("fsdp", [52, 56, 60])])
+@pytest.mark.parametrize(("strategy", "kept"), [("ddp", [36]), ("fsdp", [24, 30, 36])])
 def test_the_newest_checkpoints_are_kept(whole: Callable[[str], Trained], strategy: str, kept: list[int]) -> None:
     # The last one is the best as well.
     assert jobs.checkpoints(whole(strategy).run) == [f"step-{step:08d}" for step in kept]

@@ -20,16 +20,16 @@ from tests.hosts.launching import SLOW, multinode
 from tests.hosts.network import Network
 from tests.once import made_once
 
-# With a checkpoint every ten steps, four minutes of a slow job.
-STEPS = 300
+# With a checkpoint every three steps, four minutes of a slow job.
+STEPS = 100
 # Divides over 1, 2, 3 and 6 ranks, in the same micro-batches. GELU: sums over other numbers of
 # ranks differ in the last bit, which at the kink of a ReLU can become a large difference.
 SHAPE = (
     "--model.mlp=gelu",
     *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=16", "--model.dropout=0.1"),
     *("--train.global_batch=12", "--train.micro_batch=2", f"--train.steps={STEPS}", "--train.dtype=float32"),
-    *("--optim.lr=1e-3", "--optim.grad_clip=1.0", "--eval.every=100", "--eval.sequences=30", "--eval.sample_tokens=0"),
-    *("--checkpoint.every=10", "--log.every=1"),
+    *("--optim.lr=1e-3", "--optim.grad_clip=1.0", "--eval.every=50", "--eval.sequences=30", "--eval.sample_tokens=0"),
+    *("--checkpoint.every=3", "--log.every=1"),
 )
 # For tests that cut the network: a cut is noticed soon. Other tests keep the defaults, so that no machine is too slow.
 SHORT_TIMEOUTS = ("--health.timeout=15", "--health.eval_timeout=15", "--health.checkpoint_timeout=15")

@@ -46,11 +46,11 @@ def test_a_second_ctrl_c_ends_it_now_and_is_reported(prepared: Path, tmp_path: P
     """A second Ctrl-C during a save that never ends."""
     run, hold = tmp_path / "run", jobs.PROJECT / "tests" / "slurm" / "hold"
     run.mkdir()
-    (run / "hold-step-00000004").touch()
+    (run / "hold-step-00000006").touch()
     command = ["setsid", str(jobs.PROJECT / "launch" / "local.sh"), *jobs.TINY]
     flags = (f"--data.path={prepared}", f"--run.dir={run}")
     job = jobs.Job([*command, *flags], NPROC_PER_NODE="1", PYTHONPATH=f"{hold}:{jobs.FORKED}")
-    job.read_until("step  4/60 ")
+    job.read_until("step  6/36 ")
     os.killpg(job.pid, signal.SIGINT)
     time.sleep(2.5)
     assert jobs.alive(job.pid)

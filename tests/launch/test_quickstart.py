@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from tests import jobs
 from tests.launch.launching import launch
 
 SMALL = (
@@ -23,7 +24,7 @@ def test_from_nothing_to_a_sample_and_again(tmp_path: Path) -> None:
     assert picture.read_bytes().startswith(b"\x89PNG")
 
     drawn = picture.stat().st_mtime_ns
-    again = launch(tmp_path, "quickstart.sh", *SMALL, f"--run.dir={run}")
+    again = launch(tmp_path, "quickstart.sh", *SMALL, f"--run.dir={run}", **jobs.environment(FORK_COMMANDS="1"))
     assert again.code == 0, again
     assert f"nothing to do: {run} is at step 4 of 4" in again.stdout
     assert picture.stat().st_mtime_ns == drawn

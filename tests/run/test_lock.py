@@ -237,11 +237,16 @@ def test_a_lock_without_a_readable_owner_is_still_a_lock(paths: RunPaths) -> Non
     after.release()
 
 
-def test_a_new_owner_removes_the_last_exit_report(paths: RunPaths) -> None:
-    paths.exit_report.write_text("{}")
+def test_a_new_owner_moves_the_last_exit_report_and_removes_staged_files(paths: RunPaths) -> None:
+    reports = [{"code": 75, "cause": "interrupted", "step": 3}, {"code": 65, "cause": "the loss", "step": None}]
+    for report in (*map(json.dumps, reports), '{"code": 6'):
+        paths.exit_report.write_text(report)
+        RunLock(paths).release()
+        assert not paths.exit_report.exists()
+    assert [json.loads(line) for line in paths.earlier_exits.read_text().splitlines()] == reports
     (paths.root / ".LOCK.000001-elsewhere-7.tmp").touch()  # of an owner that was killed before its LOCK was in place
     RunLock(paths).release()
-    assert [file.name for file in paths.root.iterdir()] == ["LOCK"]
+    assert sorted(file.name for file in paths.root.iterdir()) == ["LOCK", "exits.jsonl"]
 
 
 def test_a_directory_that_cannot_be_created_is_refused(tmp_path: Path) -> None:

@@ -13,7 +13,10 @@ from tests import jobs
 from tests.slurm.cluster import DAEMONS, Cluster
 
 TRAIN = jobs.PROJECT / "slurm" / "train.sh"
-FLAGS = (*jobs.TINY, "--train.steps=24", "--train.micro_batch=1", "--eval.every=8", "--health.timeout=300")
+FLAGS = (
+    *(*jobs.TINY, "--train.steps=24", "--train.micro_batch=1", "--eval.every=8", "--checkpoint.every=4"),
+    "--health.timeout=300",
+)
 # What a user's file for modules or a virtual environment is; `hold` lets a test hold a run at a step. A rank that has a
 # node for itself gets one core, since with several it would round differently than the ranks that share one.
 ENVIRONMENT = f"""\

@@ -17,7 +17,7 @@ from tests import jobs
 LOCAL = jobs.PROJECT / "launch" / "local.sh"
 EVALUATE_EVERY = 10
 # At most so many steps pass between two strikes.
-STEPS_A_STRIKE = 24
+STEPS_A_STRIKE = 12
 
 
 class LocalRun:
@@ -27,7 +27,8 @@ class LocalRun:
         self.run = run
         # TRIES: restart, however often a strike comes before the first step.
         self._variables = {"NPROC_PER_NODE": "2", "TRIES": "1000000", **variables}
-        self._flags = [*jobs.TINY, f"--data.path={data}", f"--run.dir={run}", f"--eval.every={EVALUATE_EVERY}", *flags]
+        every = (f"--eval.every={EVALUATE_EVERY}", "--checkpoint.every=4")
+        self._flags = [*jobs.TINY, f"--data.path={data}", f"--run.dir={run}", *every, *flags]
         self._output = run.with_name(f"{run.name}.output")
         self.start()
 

@@ -14,8 +14,9 @@ from dataclasses import replace
 import pytest
 
 from distgpt.telemetry import console
-from distgpt.telemetry.console import Console, duration
+from distgpt.telemetry.console import Console
 from distgpt.telemetry.metrics import StepFigures
+from distgpt.units import duration
 
 FIGURES = StepFigures(
     step=1,
@@ -35,7 +36,8 @@ FIGURES = StepFigures(
 )
 
 
-def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     with closing(Console(5000, 0, True)) as console:
         console.advance()
         console.train(replace(FIGURES, step=100, mfu=0.412))
@@ -57,6 +59,22 @@ def test_lines_without_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     assert output.err == "", "there is no bar without a terminal"
 
 
+@pytest.mark.parametrize(
+    ("width", "line"),
+    [
+        (100, "step  100/5000 | loss 2.3456 | lr 3.00e-04 | norm 0.81 | 12.3k tok/s | mfu 41.2% | eta 10m03s"),
+        (80, "step  100/5000 | loss 2.3456 | norm 0.81 | 12.3k tok/s | mfu 41.2% | eta 10m03s"),
+        (70, "step  100/5000 | loss 2.3456 | norm 0.81 | 12.3k tok/s | eta 10m03s"),
+    ],
+)
+def test_a_line_fits_the_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, width: int, line: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    Console(5000, 0, True).train(replace(FIGURES, step=100, mfu=0.412))
+    assert capsys.readouterr().out == f"{line}\n"
+
+
 def test_the_beginning_of_a_sample_is_shown_and_cannot_steer_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     Console(5000, 0, True).sample(250, "for the king\n\n\tcaf\u00e9\x1b[2J\r\udcff" + "x" * 200 + "\n" * 20 + "the end")
     shown = capsys.readouterr().out.splitlines()
@@ -64,7 +82,7 @@ def test_the_beginning_of_a_sample_is_shown_and_cannot_steer_the_terminal(capsys
     assert shown[3].startswith(
         "        caf\u00e9\N{REPLACEMENT CHARACTER}[2J\N{REPLACEMENT CHARACTER}\N{REPLACEMENT CHARACTER}x"
     )
-    assert len(shown[3]) == 104
+    assert len(shown[3]) == 80
     assert len(shown) == 9
 
 

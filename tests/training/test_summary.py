@@ -3,9 +3,14 @@
 import pytest
 
 from distgpt.config import Config, from_dict, resolve, to_dict
+from distgpt.corpus.shards import Part, Split
 from distgpt.training.summary import changes, epochs, learning_rate_jump, warnings
 
 BATCH = ("--train.global_batch=8", "--model.block_size=32")
+
+
+def split_of(tokens: int) -> Split:
+    return Split("train", (), (Part("", "", (tokens,)),))
 
 
 def config(*arguments: str) -> Config:
@@ -14,19 +19,26 @@ def config(*arguments: str) -> Config:
 
 def test_more_than_ten_epochs_give_a_warning() -> None:
     run = config("--train.steps=1000")
-    assert epochs(run, 25_600) == 10
-    assert list(warnings(run, 25_600, None)) == []
-    (line,) = warnings(run, 2_000, None)
+    assert epochs(run, split_of(25_600).parts[0]) == 10
+    assert list(warnings(run, split_of(25_600), None)) == []
+    (line,) = warnings(run, split_of(2_000), None)
     assert line == (
         "the run reads its 2,000 training tokens 128 times (epochs), and little is learned after 10: "
         "use --train.steps=77 or more text"
     )
-    assert list(warnings(config("--train.steps=77"), 2_000, None)) == []  # its advice gives no warning
+    assert list(warnings(config("--train.steps=77"), split_of(2_000), None)) == []  # its advice gives no warning
+
+
+def test_each_dataset_of_a_mix_has_epochs_of_its_own() -> None:
+    parts = (Part("a", "", (20_000,), 0.5), Part("b", "", (1_000,), 0.5))
+    (line,) = warnings(config("--train.steps=100"), Split("train", (), parts), None)
+    assert line.startswith("the run reads its 1,000 training tokens of b 12.8 times (epochs)")
+    assert list(warnings(config("--train.steps=77"), Split("train", (), parts), None)) == []
 
 
 def test_a_warm_up_longer_than_the_run_gives_a_warning() -> None:
-    assert list(warnings(config("--optim.warmup_steps=2", "--train.steps=3"), 10**9, None)) == []
-    (line,) = warnings(config("--optim.warmup_steps=2000", "--train.steps=3"), 10**9, None)
+    assert list(warnings(config("--optim.warmup_steps=2", "--train.steps=3"), split_of(10**9), None)) == []
+    (line,) = warnings(config("--optim.warmup_steps=2000", "--train.steps=3"), split_of(10**9), None)
     assert line == (
         "optim.warmup_steps is 2,000 and the run has 3 steps: the learning rate ends at 4.50e-07 and never reaches "
         "optim.lr = 3.00e-04; warm up for fewer steps"

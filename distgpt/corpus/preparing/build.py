@@ -1,10 +1,11 @@
 """Prepare a dataset: the order of events from the input to a directory with its final name."""
 
+import hashlib
 import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -14,11 +15,12 @@ from typing import Any
 import numpy as np
 
 from distgpt.corpus import shard_writer, shards
-from distgpt.corpus.preparing import encode, merge, parts, report, scan, staging, vocabulary
+from distgpt.corpus.preparing import copies, encode, merge, parts, report, scan, staging, vocabulary
 from distgpt.corpus.preparing.encode import Encoder, Unit
 from distgpt.corpus.preparing.scan import Scan
 from distgpt.corpus.preparing.workers import Workers
-from distgpt.corpus.reading import formats, sources
+from distgpt.corpus.reading import formats, remote, sources
+from distgpt.corpus.reading.remote import RemoteFile
 from distgpt.corpus.reading.sources import Source
 from distgpt.corpus.tokenizer import Tokenizer, fast
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer
@@ -37,7 +39,7 @@ class Job:
 
     `settings` are the options that decide the content of the output, and meta.json keeps them. `output` is a real path,
     `shown_output` the same as the user wrote it. `task` is (I, N): this process encodes share I of N. `ignored` counts,
-    by suffix, the files of folders that are not text.
+    by suffix, the files of folders that are not text. `remote` has the input files that are URLs.
     """
 
     inputs: Sequence[Source]
@@ -48,13 +50,23 @@ class Job:
     overwrite: bool
     task: tuple[int, int] | None
     ignored: Counter[str]
+    remote: Mapping[str, RemoteFile]
+
+    @property
+    def remote_version(self) -> str:
+        """A hash of the versions of all remote files; "" if there are none."""
+        versions = "".join(file.version for file in self.remote.values())
+        return versions and hashlib.sha256(versions.encode()).hexdigest()
 
 
 def prepare(job: Job, workers: Workers) -> str:
     """Prepare the output, or find it prepared; return the text to print."""
     staging.recover(job.output)
-    if _exists_with_these_options(job) and all(source.path for source in job.inputs):
-        return _already_prepared(job, _scan(job, workers))
+    if _exists_with_these_options(job):
+        if all(source.path for source in job.inputs):
+            return _already_prepared(job, _scan(job, workers))
+        if all(source.name in job.remote for source in job.inputs):
+            return _already_prepared(job, None)
     if job.settings["tokenizer"] == "gpt2":  # not earlier, since it may be a download
         job = replace(job, tokenizer=gpt2())
     if job.task is not None:
@@ -62,7 +74,7 @@ def prepare(job: Job, workers: Workers) -> str:
     with staging.exclusive(job.output) as directory:
         # Look again: another process may have made the output before this one got the lock.
         exists = _exists_with_these_options(job)
-        job = replace(job, inputs=[source if source.path else _copy_stdin(source, directory) for source in job.inputs])
+        job = replace(job, inputs=_local_inputs(job, directory))
         found = _scan(job, workers)
         if exists:
             return _already_prepared(job, found)
@@ -75,7 +87,7 @@ def _prepare_share(job: Job, index: int, count: int, workers: Workers) -> str:
     units = encode.units_of(found)
     share = units[len(units) * index // count : len(units) * (index + 1) // count]
 
-    identity, load = _identity(job, found), vocabulary.saved_tokenizer
+    identity, load = _identity(job, found.fingerprint), vocabulary.saved_tokenizer
     set_up = partial(vocabulary.make_tokenizer, found, job.settings, job.tokenizer, workers)
     try:
         with staging.shared(job.output, identity, set_up, load) as (directory, tokenizer):
@@ -113,18 +125,39 @@ def _exists_with_these_options(job: Job) -> bool:
     return True
 
 
-def _already_prepared(job: Job, found: Scan) -> str:
+def _already_prepared(job: Job, found: Scan | None) -> str:
     """Verify that the output is this dataset and remove what is left of its preparation; return the text to print.
 
+    Remote input is not downloaded again to scan it: then `found` is None, and the versions of its files are compared.
     Raises DirectoryError if it was prepared from another input, DataError if it is damaged.
     """
     dataset = shards.open_dataset(job.output)
-    if dataset.meta["input"]["fingerprint"] != found.fingerprint:
+    about = dataset.meta["input"]
+    same = about["fingerprint"] == found.fingerprint if found else about.get("remote") == job.remote_version
+    if not same:
         raise DirectoryError(f"{job.output} was prepared from another input: {ANOTHER_OUTPUT}")
     shards.verify_dataset(dataset)
-    staging.clear_leftovers(job.output, _identity(job, found))
+    staging.clear_leftovers(job.output, _identity(job, about["fingerprint"]))
     size = f"{dataset.train.tokens + dataset.val.tokens:,} tokens, vocabulary {dataset.vocab_size:,}"
     return f"{job.shown_output} is already prepared from this input: {size}"
+
+
+def _local_inputs(job: Job, directory: Path) -> list[Source]:
+    """Return the sources as files that every worker can read: download remote ones, copy standard input."""
+    folder = directory / staging.REMOTE
+    if job.remote:
+        files = list(job.remote.values())
+        total = None if any(file.size is None for file in files) else sum(file.size or 0 for file in files)
+        with report.progress("downloading", total) as advance:
+            remote.download(files, folder, advance=advance)
+    inputs = []
+    for source in job.inputs:
+        if file := job.remote.get(source.name):
+            local = formats.source_of(folder / file.local_name, source.options, file.url)
+            inputs.append(replace(local, validates=source.validates))
+        else:
+            inputs.append(source if source.path else _copy_stdin(source, directory))
+    return inputs
 
 
 def _copy_stdin(source: Source, directory: Path) -> Source:
@@ -156,9 +189,9 @@ def _scan(job: Job, workers: Workers) -> Scan:
     return found
 
 
-def _identity(job: Job, found: Scan) -> dict[str, Any]:
+def _identity(job: Job, fingerprint: str) -> dict[str, Any]:
     """Return what the content of a part depends on. Parts of a job with another identity are not used."""
-    return {"input": found.fingerprint, "options": job.settings, "unit_bytes": sources.UNIT_BYTES}
+    return {"input": fingerprint, "options": job.settings, "unit_bytes": sources.UNIT_BYTES}
 
 
 def _build(
@@ -166,7 +199,7 @@ def _build(
 ) -> str:
     """Write the dataset in the staging directory and rename it to the output; return the summary."""
     started = time.monotonic()
-    staging.begin(directory, _identity(job, found))
+    staging.begin(directory, _identity(job, found.fingerprint))
     tokenizer = vocabulary.make_tokenizer(found, job.settings, job.tokenizer, workers, directory)
     if tokenizer.dtype != np.uint16:
         report.say(f"a vocabulary of {tokenizer.vocab_size:,} ids takes 4 bytes a token: the .bin files are uint32")
@@ -174,12 +207,21 @@ def _build(
         _encode(units, found, tokenizer, directory, workers)
     part_files, val_fraction = directory / staging.PARTS, job.settings["val_fraction"]
     about = {"fingerprint": found.fingerprint, "documents": found.documents, "bytes": found.text_bytes}
+    if job.remote:
+        about["remote"] = job.remote_version
     if found.bad.places:
         about["bad_documents"] = found.bad._asdict()
+    found_copies = None
+    if job.settings.get("dedup"):
+        with report.progress("comparing documents", found.text_bytes) as advance:
+            found_copies = copies.find_copies(part_files, units, advance=advance)
+        about["duplicates"] = int(found_copies.is_copy.sum())
     with report.progress("writing", sum(path.stat().st_size for path in part_files.iterdir())) as advance:
         meta = shard_writer.write_dataset(
             directory / staging.DATASET,
-            merge.merge_parts(part_files, units, documents=found.documents, val_fraction=val_fraction),
+            merge.merge_parts(
+                part_files, units, documents=found.documents, val_fraction=val_fraction, copies=found_copies
+            ),
             tokenizer=tokenizer,
             eot_id=_eot_id(found, tokenizer),
             shard_tokens=job.settings["shard_tokens"],
@@ -194,7 +236,7 @@ def _build(
 
 def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory: Path, workers: Workers) -> None:
     """Write the parts of these units, except those that are whole."""
-    todo = [unit for unit in units if not parts.is_whole(directory / staging.PARTS, unit.index)]
+    todo = _missing(units, directory / staging.PARTS)
     if len(todo) < len(units):
         report.say(f"going on: {len(units) - len(todo)} of {len(units)} parts are done")
     if not todo:
@@ -210,6 +252,17 @@ def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory:
         for unit in units:
             parts.remove(directory / staging.PARTS, unit.index)
         _encode_parts(units, directory, replace(encoder, fast=False), workers)
+
+
+def _missing(units: Sequence[Unit], part_files: Path) -> list[Unit]:
+    """Return the units whose part is not there or damaged."""
+    missing = []
+    with report.progress("checking parts", sum(unit.text_bytes for unit in units)) as advance:
+        for unit in units:
+            if not parts.is_whole(part_files, unit.index):
+                missing.append(unit)
+            advance(unit.text_bytes)
+    return missing
 
 
 def _encode_parts(units: Sequence[Unit], directory: Path, encoder: Encoder, workers: Workers) -> bool:

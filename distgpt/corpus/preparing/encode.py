@@ -31,6 +31,10 @@ class Unit:
     pieces: list[ScannedPiece]
 
     @property
+    def validates(self) -> bool:
+        return self.pieces[0].piece.source.validates
+
+    @property
     def text_bytes(self) -> int:
         return sum(scanned.text_bytes for scanned in self.pieces)
 

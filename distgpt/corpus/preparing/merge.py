@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from distgpt.corpus.preparing import parts
+from distgpt.corpus.preparing.copies import Copies, PartReader
 from distgpt.corpus.preparing.encode import Unit
 from distgpt.corpus.shard_writer import Documents
 from distgpt.corpus.shards import SplitName
@@ -21,18 +21,24 @@ Hashes = npt.NDArray[np.uint64]
 
 
 def merge_parts(
-    directory: Path, units: Sequence[Unit], *, documents: int, val_fraction: float | None
+    directory: Path,
+    units: Sequence[Unit],
+    *,
+    documents: int,
+    val_fraction: float | None,
+    copies: Copies | None = None,
 ) -> Iterator[Documents]:
-    """Yield all tokens in order, with their split; the tokens of each part are read once.
+    """Yield all tokens in order, with their split, without `copies`; the tokens of each part are read once.
 
     `val_fraction` is None if the user named the validation text. The validation split of a single document is the last
     `val_fraction` of its tokens. Of several, it is those whose text hash is below that fraction of 2^64, or those that
     `choose_validation` returns. Raises DataError if the text cannot be split.
     """
+    reader = PartReader(directory, copies)
     if val_fraction is None:
-        return _split_as_named(directory, units)
+        return _split_as_named(reader, units)
     merge = _split_at_end if documents == 1 else _split_by_hash
-    return merge(directory, len(units), val_fraction)
+    return merge(reader, len(units), val_fraction)
 
 
 def is_near(share: float, fraction: float) -> bool:
@@ -67,21 +73,25 @@ def choose_validation(hashes: Hashes, sizes: npt.NDArray[np.int64], fraction: fl
     return texts[in_validation]
 
 
-def _split_as_named(directory: Path, units: Sequence[Unit]) -> Iterator[Documents]:
+def _split_as_named(reader: PartReader, units: Sequence[Unit]) -> Iterator[Documents]:
+    sizes: dict[SplitName, int] = {"train": 0, "val": 0}
     for unit in units:
-        table, tokens = parts.read_part(directory, unit.index)
-        name: SplitName = "val" if unit.pieces[0].piece.source.validates else "train"
+        table, tokens = reader.part(unit.index)
+        name: SplitName = "val" if unit.validates else "train"
+        sizes[name] += tokens.size
         yield Documents(name, tokens, np.cumsum(table["size"])[table["ends"]])
+    if not sizes["train"]:
+        raise DataError("each document of --input is one of --val-input as well: nothing is left to train on")
 
 
-def _split_at_end(directory: Path, count: int, val_fraction: float) -> Iterator[Documents]:
-    total = sum(int(parts.read_table(directory, index)["size"].sum()) for index in range(count))
+def _split_at_end(reader: PartReader, count: int, val_fraction: float) -> Iterator[Documents]:
+    total = sum(int(reader.table(index)["size"].sum()) for index in range(count))
     if total < 2:
         raise DataError("the input is a single token: too short to train on one part and validate on another")
     left = min(max(int((1 - val_fraction) * total), 1), total - 1)
     name: SplitName
     for index in range(count):
-        _, tokens = parts.read_part(directory, index)
+        _, tokens = reader.part(index)
         for name, piece in (("train", tokens[:left]), ("val", tokens[left:])):
             is_end = piece.size == left if name == "train" else index == count - 1
             if piece.size:
@@ -89,21 +99,21 @@ def _split_at_end(directory: Path, count: int, val_fraction: float) -> Iterator[
         left = max(left - tokens.size, 0)
 
 
-def _split_by_hash(directory: Path, count: int, val_fraction: float) -> Iterator[Documents]:
+def _split_by_hash(reader: PartReader, count: int, val_fraction: float) -> Iterator[Documents]:
     threshold = int(val_fraction * 2**64)
     total = below = 0
     for index in range(count):
-        table = parts.read_table(directory, index)
+        table = reader.table(index)
         total += int(table["size"].sum())
         below += int(table["size"][table["hash"] < threshold].sum())
     chosen: Hashes | None = None
     if not is_near(below / total, val_fraction):
         # This happens only with few documents, or few that are long: all hashes and sizes fit in memory.
-        table = np.concatenate([parts.read_table(directory, index) for index in range(count)])
+        table = np.concatenate([reader.table(index) for index in range(count)])
         chosen = choose_validation(table["hash"], table["size"], val_fraction)
     name: SplitName
     for index in range(count):
-        table, tokens = parts.read_part(directory, index)
+        table, tokens = reader.part(index)
         in_validation = table["hash"] < threshold if chosen is None else np.isin(table["hash"], chosen)
         for name, rows in (("train", ~in_validation), ("val", in_validation)):
             documents = tokens[np.repeat(rows, table["size"])]

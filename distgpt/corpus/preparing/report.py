@@ -1,6 +1,8 @@
 """The lines that a user sees: the progress of a phase, warnings, the summary of a dataset."""
 
+import re
 import sys
+import textwrap
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -8,14 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from distgpt.corpus import shards
 from distgpt.corpus.preparing import merge
 from distgpt.corpus.preparing.scan import BadDocuments
 from distgpt.suggestion import training_command
+from distgpt.units import duration
 
 LINE_SECONDS = 10.0
+# tqdm fits them into the width of the terminal. The second is for an unknown size, and for work after the last byte.
+BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}B, {rate_fmt}, {remaining} left"
+BAR_WITHOUT_END = "{desc} {n_fmt}B, {elapsed} so far"
+WIDTH, INDENT = 80, " " * 12
+INDEX_ENTRIES = 2**20
 
 
 def say(line: str) -> None:
@@ -25,14 +34,19 @@ def say(line: str) -> None:
 
 @contextmanager
 def progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
-    """Show progress on stderr, a bar on a terminal, otherwise lines.
+    """Show progress on stderr with the time left: a bar on a terminal, otherwise lines.
 
-    Yields a function to call with the bytes done since the last call.
+    Yields a function to call with the bytes done since the last call; with 0 it shows that time passes.
     """
     if sys.stderr.isatty():
-        with tqdm(desc=name, total=total, unit="B", unit_scale=True, leave=False, dynamic_ncols=True) as bar:
+        form = BAR if total else BAR_WITHOUT_END
+        with tqdm(
+            desc=name, total=total, bar_format=form, unit="B", unit_scale=True, leave=False, dynamic_ncols=True
+        ) as bar:
 
             def move(count: int) -> None:
+                if total and bar.n + count >= total:
+                    bar.bar_format = BAR_WITHOUT_END
                 bar.update(count)
                 if count == 0:
                     bar.refresh()  # so that its clock moves on
@@ -55,36 +69,68 @@ def progress(name: str, total: int | None) -> Iterator[Callable[[int], None]]:
 
 def _progress_text(done: int, total: int | None, seconds: float) -> str:
     """Describe the bytes done in this time, with the time left if the total is known."""
-    if total and done >= total:
-        return f"all {done / 1e6:,.0f} MB done, {seconds:,.0f} s so far"
+    if not done or (total and done >= total):
+        return f"{duration(seconds)} so far" + (f", all {done / 1e6:,.0f} MB done" if done else "")
     rate = done / seconds
-    speed = f"{done / 1e6:,.0f} MB, {rate / 1e6:,.1f} MB/s"
-    return f"{speed}, {done / total:.0%}, {(total - done) / max(rate, 1):,.0f} s left" if total else speed
+    speed = f"{rate / 1e6:,.1f} MB/s"
+    if not total:
+        return f"{done / 1e6:,.0f} MB, {speed}"
+    return f"{done / total:.0%} of {total / 1e6:,.0f} MB, {speed}, {duration((total - done) / rate)} left"
 
 
 def summary(output: Path, meta: dict[str, Any], *, bad: BadDocuments, ignored: Counter[str], seconds: float) -> str:
     """Return the summary of a dataset, prepared in so many seconds, with a training command that fits it."""
     splits = [shards.shards_of(meta, name) for name in shards.SPLITS]
+    all_shards = [shard for split in splits for shard in split]
     tokens = [sum(shard.tokens for shard in split) for split in splits]
     documents = [sum(shard.documents for shard in split) for split in splits]
-    longest = min(max(shard.tokens for shard in split) for split in splits)
+    longest_shard = min(max(shard.tokens for shard in split) for split in splits)
     eot = "no end-of-text" if meta["eot_id"] is None else f"end-of-text {meta['eot_id']}"
-    count, text_bytes = meta["input"]["documents"], meta["input"]["bytes"]
-    documents_line = f"{count:,}: {documents[0]:,} for training, {documents[1]:,} for validation"
-    val_fraction = meta["options"]["val_fraction"]
+    per_token = sum(shard.bytes for shard in all_shards) / sum(tokens)
+    kept = f"{sum(documents):,}: {documents[0]:,} for training, {documents[1]:,} for validation"
+    val_fraction, found = meta["options"]["val_fraction"], meta["input"]
     asked = "as --val-input names it" if val_fraction is None else f"asked for {val_fraction:.2%}"
-    return "\n".join(
-        (
-            f"documents   {'1, its end for validation' if count == 1 else documents_line}",
-            f"tokens      {sum(tokens):,}: {tokens[0]:,} for training, {tokens[1]:,} for validation",
-            f"vocabulary  {meta['vocab_size']:,} ({meta['options']['tokenizer']}, {eot})",
-            f"validation  {tokens[1] / sum(tokens):.2%} of the tokens, {asked}",
-            *left_out_lines(ignored, bad),
-            f"text        {text_bytes / 1e6:,.1f} MB in {seconds:.1f} s, {text_bytes / 1e6 / seconds:,.1f} MB/s",
-            f"prepared    {output}",
-            f"next        {training_command(output, train_tokens=tokens[0], longest=longest)}",
-        )
-    )
+    lines = [
+        f"documents   {'1, its end for validation' if found['documents'] == 1 else kept}",
+        f"tokens      {sum(tokens):,}: {tokens[0]:,} for training, {tokens[1]:,} for validation",
+        f"vocabulary  {meta['vocab_size']:,} ({meta['options']['tokenizer']}, {eot})",
+        f"each token  {per_token:.2f} bytes of text",
+        f"validation  {tokens[1] / sum(tokens):.2%} of the tokens, {asked}",
+    ]
+    if found["documents"] > 1:
+        longest = max(longest_document(output / shard.index) for shard in all_shards)
+        lines.append(f"lengths     {sum(tokens) / sum(documents):,.0f} tokens a document, the longest {longest:,}")
+    if "duplicates" in found:
+        share = found["duplicates"] / found["documents"]
+        lines.append(f"copies      {found['duplicates']:,} left out, {share:.2%} of the documents")
+    lines += left_out_lines(ignored, bad)
+    size = found["bytes"] / 1e6
+    lines.append(f"text        {size:,.1f} MB in {seconds:.1f} s, {size / seconds:,.1f} MB/s")
+    command = training_command(output, train_tokens=tokens[0], longest=longest_shard)
+    return "\n".join([*map(_wrapped, lines), f"prepared    {output}", _wrapped_command(f"next        {command}")])
+
+
+def longest_document(index: Path) -> int:
+    """Return the tokens of the longest document of a shard, from its .idx, which is read a piece at a time."""
+    offsets = np.memmap(index, dtype="<u8", mode="r")
+    pieces = (offsets[start : start + INDEX_ENTRIES + 1] for start in range(0, offsets.size - 1, INDEX_ENTRIES))
+    return max((int(np.diff(piece).max()) for piece in pieces), default=0)
+
+
+def _wrapped(line: str) -> str:
+    return textwrap.fill(line, WIDTH, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False)
+
+
+def _wrapped_command(text: str) -> str:
+    """Break a command at its options, so that it can be copied: a line that goes on ends in a backslash."""
+    lines = [""]
+    for number, part in enumerate(re.split(r" (?='?--)", text)):
+        if number and len(lines[-1]) + len(part) > WIDTH - len("  \\"):
+            lines[-1] += " \\"
+            lines.append(INDENT + part)
+        else:
+            lines[-1] += f" {part}" if number else part
+    return "\n".join(lines)
 
 
 def left_out_lines(ignored: Counter[str], bad: BadDocuments) -> Sequence[str]:

@@ -3,6 +3,7 @@
 <output>.partial/job.json      what the parts depend on; parts of another job are not used
 <output>.partial/parts/        finished parts
 <output>.partial/dataset/      the dataset, until it gets the output's name
+<output>.partial/remote/       downloads of input files
 """
 
 import ctypes
@@ -23,7 +24,7 @@ T = TypeVar("T")
 STDIN_NAME = "stdin"
 LOCK_NAME = "lock"
 JOB_NAME = "job.json"
-PARTS, DATASET, REPLACED = "parts", "dataset", "replaced"
+PARTS, DATASET, REPLACED, REMOTE = "parts", "dataset", "replaced", "remote"
 
 
 class CommittedError(DirectoryError):
@@ -39,7 +40,7 @@ def directory_of(output: Path) -> Path:
 def exclusive(output: Path) -> Iterator[Path]:
     """Hold the staging directory of `output` with an exclusive lock.
 
-    At the end it is removed, unless a later run can go on from its content. After bad data none can.
+    At the end it is removed, unless a later run can go on from its content. After bad data, only downloads are kept.
     Raises DirectoryError if another process holds it or it cannot be made.
     """
     directory = directory_of(output)
@@ -47,7 +48,7 @@ def exclusive(output: Path) -> Iterator[Path]:
     try:
         yield directory
     except DataError:
-        clear(directory)
+        _remove(directory, {*os.listdir(directory)} - {LOCK_NAME, REMOTE})
         raise
     finally:
         (directory / STDIN_NAME).unlink(missing_ok=True)
@@ -94,7 +95,7 @@ def begin(directory: Path, job: Mapping[str, Any]) -> None:
     """Prepare the staging directory for this job, and keep the parts of an earlier run of it. Raises OSError."""
     same = _job_of(directory) == job
     (directory / JOB_NAME).unlink(missing_ok=True)
-    _remove(directory, {DATASET, REPLACED} if same else {*os.listdir(directory)} - {STDIN_NAME, LOCK_NAME})
+    _remove(directory, {DATASET, REPLACED} if same else {*os.listdir(directory)} - {STDIN_NAME, LOCK_NAME, REMOTE})
     for name in (PARTS, DATASET):
         (directory / name).mkdir(exist_ok=True)
     write_file(directory / JOB_NAME, json.dumps(job).encode())

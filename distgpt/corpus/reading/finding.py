@@ -4,9 +4,11 @@ import glob
 import os
 import sysconfig
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
-from distgpt.corpus.reading import formats
+from distgpt.corpus.reading import formats, remote
+from distgpt.corpus.reading.remote import RemoteFile
 from distgpt.corpus.reading.sources import ReadOptions, Source
 from distgpt.errors import DataError, UsageError
 
@@ -18,23 +20,31 @@ NOT_LIBRARY = frozenset({"test", "tests", "idle_test", "site-packages", "dist-pa
 class Finder:
     """Finds sources. `stdin`: the source for STDIN. `excluded`: files and folders that are not input, as real paths.
 
-    `ignored`: the files of folders that are not text, as real paths, each with its suffix.
+    `ignored` maps the real path of each file in a folder that is not text to its suffix. `remote` has the files of URLs
+    by URL, which is the name of their source; it has no path yet.
     """
 
     def __init__(self, options: ReadOptions, *, stdin: Source, excluded: Sequence[Path] = ()) -> None:
         self.ignored: dict[str, str] = {}
+        self.remote: dict[str, RemoteFile] = {}
         self._options, self._stdin, self._excluded = options, stdin, excluded
 
     def find(self, inputs: Sequence[str]) -> list[Source]:
         """Return the sources that these values of --input name, in order, each file once.
 
         Raises DataError for a file that is missing or a folder without text, UsageError for a file that cannot be
-        input, OSError for a folder that cannot be read.
+        input, OSError for a folder that cannot be read, StorageError for a URL that cannot be read.
         """
         sources: dict[str, Source] = {}
         for value in inputs:
             if value == STDIN:
                 sources[STDIN] = self._stdin
+                continue
+            if remote.is_url(value):
+                for found in remote.find(value):
+                    # Its suffix alone: a missing package and an archive are told before it is downloaded.
+                    source = formats.source_of(found.path, self._options, found.url)
+                    self.remote[found.url], sources[found.url] = found, replace(source, path="")
                 continue
             for file in self._files_of(value):
                 real = os.path.realpath(file)

@@ -26,21 +26,25 @@ TABLES = (".csv", ".tsv")
 ARCHIVES = (".tar", ".tgz", ".zip", ".7z", ".bz2", ".xz", ".rar")
 
 
-def source_of(path: Path, options: ReadOptions) -> Source:
-    """Return the source for a file. Raises UsageError for archives, tables, pipes and missing packages."""
+def source_of(path: Path, options: ReadOptions, name: str = "") -> Source:
+    """Return the source for a file; `name`: that for messages, if it is not the path.
+
+    Raises UsageError for archives, tables, pipes and missing packages.
+    """
+    name = name or str(path)
     if path.exists() and not path.is_file():
         raise UsageError(f"{path} is neither a file nor a folder: pipe it in with --input -")
     content_suffix, compression = _suffixes(path)
     if content_suffix in ARCHIVES or (compression and content_suffix == ".parquet"):
-        raise UsageError(f"{path} is an archive: unpack it first")
+        raise UsageError(f"{name} is an archive: unpack it first")
     if content_suffix in TABLES:
-        raise UsageError(f"{path} is a table: {_conversion(path, content_suffix)}")
+        raise UsageError(f"{name} is a table: {_conversion(path, content_suffix)}")
     if compression == ".zst":
-        _require("zstandard", path)
+        _require("zstandard", name)
     if content_suffix == ".parquet":
-        _require("pyarrow", path)
-        return Source(str(path), str(path), "parquet", "", options)
-    source = Source(str(path), str(path), "separated" if options.separator else "text", compression, options)
+        _require("pyarrow", name)
+        return Source(str(path), name, "parquet", "", options)
+    source = Source(str(path), name, "separated" if options.separator else "text", compression, options)
     if content_suffix in JSON_SUFFIXES or (
         content_suffix not in TEXT_SUFFIXES and _is_json(_head(source) or b"", options.text_key)
     ):
@@ -107,6 +111,6 @@ def _head(source: Source) -> bytes | None:
         return None
 
 
-def _require(module: str, path: Path) -> None:
+def _require(module: str, name: str) -> None:
     if importlib.util.find_spec(module) is None:
-        raise UsageError(f"reading {path} needs the package {module}: pip install {module}")
+        raise UsageError(f"reading {name} needs the package {module}: pip install {module}")

@@ -27,7 +27,7 @@ class ReadOptions:
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """One input file, or standard input if `path` is empty. `name` is for messages.
+    """One input file. `path` is empty for standard input and URLs, which are not here yet. `name` is for messages.
 
     "separated" is text with a separator between documents; "json" is an array, or objects over several lines.
     `validates`: the text goes to the validation split.

@@ -5,7 +5,8 @@ the end-of-text id: a literal "<|endoftext|>" in a text is ordinary text.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
@@ -80,6 +81,19 @@ class Tokenizer(ABC):
         if self.eot_id is not None:
             sizes[self.eot_id] = 0
         return sizes
+
+
+def differences(theirs: Tokenizer, ours: Tokenizer, path: Path) -> Iterator[str]:
+    """Yield how `ours`, which is in `path`, differs from another one: in size, end-of-text, the first token."""
+    if theirs.vocab_size != ours.vocab_size:
+        yield f"the tokenizer has {theirs.vocab_size:,} ids there and {ours.vocab_size:,} in {path}"
+    if theirs.eot_id != ours.eot_id:
+        yield f"the end-of-text id is {theirs.eot_id} there and {ours.eot_id} in {path}"
+    for id_ in range(min(theirs.vocab_size, ours.vocab_size)):
+        then, now = theirs.decode_bytes([id_]), ours.decode_bytes([id_])
+        if then != now:
+            yield f"token {id_} is {then!r} there and {now!r} in {path}"
+            return
 
 
 def describe(character: str) -> str:

@@ -22,7 +22,7 @@ from distgpt.corpus.tokenizer.huggingface import (
 )
 from distgpt.corpus.tokenizer.libraries import HuggingFaceTokenizer, SentencePieceTokenizer
 from distgpt.corpus.tokenizer.simple import FORMAT, simple_from_json
-from distgpt.errors import DataError, StorageError, UsageError
+from distgpt.errors import DataError, StorageError, UsageError, did_you_mean, did_you_mean_path
 
 FILE_NAME = "tokenizer.json"
 GPT2_URL = "https://openaipublic.blob.core.windows.net/encodings/r50k_base.tiktoken"
@@ -30,6 +30,8 @@ GPT2_SHA256 = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
 
 # Parts of the suffixes 'll, 've and 're. A suffix is one word, but such a part is two.
 _PARTS_OF_SUFFIXES = ("'l", "'v", "'r")
+
+NAMES = ("char", "bytes", "bpe", "gpt2")
 
 # The largest share of a vocabulary that may not fit the pattern that the user named.
 MAX_WRONG_SHARE = 0.01
@@ -77,10 +79,11 @@ def given_tokenizer(name: str, pattern: str = "") -> Tokenizer | None:
     `pattern`: as for `load_tokenizer`. Raises UsageError if there is no such file, DataError as
     `load_tokenizer` does.
     """
-    if name in ("char", "bytes", "bpe", "gpt2"):
+    if name in NAMES:
         return None
     if not Path(name).exists():
-        raise UsageError(f"--tokenizer {name} is neither char, bytes, bpe or gpt2 nor a file that exists")
+        hint = did_you_mean(name.lower(), NAMES) or did_you_mean_path(Path(name))
+        raise UsageError(f"--tokenizer {name} is neither char, bytes, bpe or gpt2 nor a file that exists{hint}")
     return load_tokenizer(Path(name), pattern)
 
 

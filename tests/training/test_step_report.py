@@ -16,7 +16,7 @@ from distgpt.run.paths import RunPaths
 from distgpt.run.session import RunSession
 from distgpt.telemetry.progress import Progress
 from distgpt.training.figures import Figures
-from distgpt.training.report import StepReporter
+from distgpt.training.step_report import StepReporter
 from tests.checkpoint.checkpoints import trainee
 
 

@@ -1,0 +1,41 @@
+"""metrics.jsonl and samples.jsonl as they are read: JSON objects with a step, one a line. Imports no torch."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from distgpt.errors import StorageError
+
+METRICS_FILE = "metrics.jsonl"
+SAMPLES_FILE = "samples.jsonl"
+
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Return the complete lines of a metrics.jsonl or samples.jsonl. Raises StorageError if it cannot be read."""
+    try:
+        return [values for values, _ in _whole_lines(file.read_bytes())]
+    except OSError as error:
+        raise StorageError(f"cannot read {file}: {error.strerror}") from error
+
+
+def end_of_step(content: bytes, step: int) -> int:
+    """Return the length of metrics.jsonl up to the last line of `step`; 0 if `step` is 0.
+
+    Steps grow from line to line, so a run that resumes at `step` writes all later lines again.
+    """
+    return max((end for values, end in _whole_lines(content) if values["step"] <= step), default=0) if step else 0
+
+
+def _whole_lines(content: bytes) -> list[tuple[dict[str, Any], int]]:
+    """Return the objects of the complete, undamaged lines, each with the byte offset of the end of its line."""
+    objects: list[tuple[dict[str, Any], int]] = []
+    end = 0
+    for line in content.splitlines(keepends=True):
+        end += len(line)
+        try:
+            values = json.loads(line)
+        except ValueError:
+            continue
+        if line.endswith(b"\n") and isinstance(values, dict) and isinstance(values.get("step"), int):
+            objects.append((values, end))
+    return objects
