@@ -50,13 +50,14 @@ def as_trained(state: RunState) -> Config:
     return with_choices_of(state, from_dict(state.config, source=STATE))
 
 
-def with_choices_of(state: RunState, config: Config) -> Config:
-    """Return `config` with the micro-batch and the data type of a run at a checkpoint, where it leaves the choice.
+def with_choices_of(state: RunState, config: Config, *, ranks: int = 1) -> Config:
+    """Return `config` with the micro-batch and the data type of a checkpoint, where `config` leaves the choice.
 
-    Dropout masks depend on the first, all products on the second.
+    Dropout masks depend on the first, all products on the second. A micro-batch that does not divide over the ranks is
+    chosen anew.
     """
     train = config.train
-    if not train.micro_batch:
+    if not train.micro_batch and train.global_batch % (ranks * (state.micro_batch or 1)) == 0:
         train = replace(train, micro_batch=state.micro_batch)
     if train.dtype == "auto":
         asked = from_dict(state.config, source=STATE).train.dtype

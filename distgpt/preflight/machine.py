@@ -8,12 +8,13 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
-from distgpt.checkpoint.compatibility import require_same_run
+from distgpt.checkpoint.compatibility import newest_state, require_same_run, with_choices_of
 from distgpt.checkpoint.manifest import committed
 from distgpt.checkpoint.store import (
     CHECKPOINT_BYTES_PER_PARAMETER,
@@ -35,7 +36,7 @@ from distgpt.distributed.plan import (
     ranks_per_replica,
 )
 from distgpt.distributed.runtime import Runtime
-from distgpt.errors import DirectoryError, DistgptError, UsageError
+from distgpt.errors import DirectoryError, DistgptError, StorageError, UsageError
 from distgpt.model.gpt import count_parameters
 from distgpt.preflight.finding import Finding, failure, ok, run_check, warning
 from distgpt.run.lock import lock_holder
@@ -58,6 +59,7 @@ def all_local_devices(runtime: Runtime) -> Runtime:
 
 def check_machine(config: Config, runtime: Runtime, *, thorough: bool) -> Iterator[Finding]:
     """Run the checks that need no other machine; yield each finding as it is made. `thorough`: read all of the data."""
+    config = with_choices_of_run(config, runtime)
     yield ok("python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     yield run_check("torch", check_torch)
     yield run_check("devices", lambda: check_devices(config, runtime))
@@ -74,6 +76,14 @@ def check_machine(config: Config, runtime: Runtime, *, thorough: bool) -> Iterat
         yield run_check("run directory", lambda: check_run_directory(config, runtime, dataset))
     yield run_check("disk", lambda: check_disk(config, runtime, dataset))
     yield run_check("memory", lambda: check_memory(config, runtime, dataset))
+
+
+def with_choices_of_run(config: Config, runtime: Runtime) -> Config:
+    """Return the config with the data type and the micro-batch of the run that it resumes, if any."""
+    with suppress(StorageError):  # check_run_directory() reports it
+        if state := newest_state(RunPaths(config.run_dir).checkpoints):
+            return with_choices_of(state, config, ranks=runtime.world_size)
+    return config
 
 
 def check_torch() -> Finding:

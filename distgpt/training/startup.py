@@ -121,9 +121,7 @@ def plan_run(config: Config, runtime: Runtime, dataset: Dataset, session: RunSes
     """
     replicas = independent_replicas(config, runtime)
     if state := require_same_run(session.paths.checkpoints, config, dataset, replicas=replicas):
-        asked, config = config.train.micro_batch, with_choices_of(state, config)
-        if config.train.global_batch % (runtime.world_size * (config.train.micro_batch or 1)):
-            config = replace(config, train=replace(config.train, micro_batch=asked))
+        config = with_choices_of(state, config, ranks=runtime.world_size)
     return make_plan(config, runtime, vocab_size=dataset.vocab_size)
 
 

@@ -23,6 +23,7 @@ from distgpt.preflight.links import Link
 from distgpt.run import lock
 from distgpt.run.lock import RunLock, lock_holder
 from distgpt.run.paths import RunPaths
+from tests.checkpoint.checkpoints import SMALL, trainee
 
 ONE_PROCESS = Runtime(0, 0, 1, 1, torch.device("cpu"))
 
@@ -59,6 +60,18 @@ def test_existing_checkpoints_need_no_more_space(
         (tmp_path / "checkpoints" / f"step-{step:08}").mkdir(parents=True)
     set_free_disk(monkeypatch, 2 * 12 * count_parameters(wanted.model, dataset.vocab_size))
     assert machine.check_disk(wanted, ONE_PROCESS, dataset).level == "ok"
+
+
+def test_the_data_type_is_that_of_the_run_that_goes_on(dataset: Dataset, tmp_path: Path) -> None:
+    wanted = resolve([*SMALL, f"--data.path={dataset.path}", f"--run.dir={tmp_path}"], {})
+    for dtype in ("float32", "bfloat16"):
+        subject = trainee(tmp_path, dataset, f"--train.dtype={dtype}")
+        subject.learn()
+        subject.checkpointer.save(len(dtype), val_loss=None)
+        subject.checkpointer.require_saved(len(dtype))
+        findings = {finding.check: finding for finding in machine.check_machine(wanted, ONE_PROCESS, thorough=False)}
+        assert findings["devices"].text.endswith(dtype)
+        assert findings["run directory"].text.endswith(f"resumes from step-0000000{len(dtype)}")
 
 
 def test_too_little_memory_warns_or_fails(
