@@ -6,12 +6,13 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal, Self
 
-from distgpt.config import Config, to_toml
+from distgpt.config import Config
 from distgpt.distributed.plan import Plan
 from distgpt.errors import Interrupted, StorageError
 from distgpt.health.outliers import Decision
 from distgpt.run.session import RunSession
 from distgpt.telemetry.console import Console, step_time
+from distgpt.telemetry.dashboard import GOODPUT
 from distgpt.telemetry.goodput import End, Goodput
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes
 from distgpt.telemetry.plots import plot_losses
@@ -59,7 +60,7 @@ class Progress:
         self._predicted = False
         self._grade, self._steps_seconds = grade, 0.0
         if self._metrics is not None:
-            self._metrics.text("config", to_toml(config), start_step)
+            self._metrics.config(config, start_step)
         self._write_goodput()
 
     def micro_batch(self, done: int, count: int) -> None:
@@ -113,8 +114,8 @@ class Progress:
         if self._metrics is not None:
             self._metrics.train(figures)
             spent = self.goodput.so_far()
-            parts = {f"goodput/{part}_s": part_seconds for part, part_seconds in spent.seconds.items()}
-            self._metrics.scalars(step, {"goodput/share": spent.goodput, **parts})
+            parts = {f"time/{part}_s": part_seconds for part, part_seconds in spent.seconds.items()}
+            self._metrics.scalars(step, {GOODPUT: 100 * spent.goodput, **parts})
         self._logged_step, self._since = step, now
         self._paused = self._checkpoint_stall = self._data_wait = 0.0
         return elapsed
@@ -198,6 +199,8 @@ class Progress:
             stopped: End = "interrupted" if isinstance(error, Interrupted) else "failed"
             self._write_goodput(end="done" if error is None else stopped)
             self._console.goodput(self.goodput.so_far())
+            if error is None:
+                self._metrics.done(self._config.train.steps)
             self.goodput.close()
             self._metrics.close()
 

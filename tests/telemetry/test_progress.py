@@ -13,6 +13,7 @@ from distgpt.errors import DataError, Interrupted
 from distgpt.health.outliers import Decision
 from distgpt.run.paths import RunPaths
 from distgpt.run.session import RunSession
+from distgpt.telemetry.dashboard import GOODPUT
 from distgpt.telemetry.goodput import PARTS, read_goodput
 from distgpt.telemetry.progress import Progress
 from distgpt.telemetry.step_lines import read_metrics
@@ -64,9 +65,9 @@ def test_a_finished_attempt_prints_its_goodput_and_tensorboard_has_all_parts(
     ]
     accumulator = EventAccumulator(str(tmp_path / "tb"))
     accumulator.Reload()
-    names = {f"goodput/{part}_s" for part in (*PARTS, "repeated", "recovery")} | {"goodput/share"}
+    names = {f"time/{part}_s" for part in (*PARTS, "repeated", "recovery")} | {GOODPUT}
     assert names <= set(accumulator.Tags()["scalars"])
-    assert [event.step for event in accumulator.Scalars("goodput/share")] == list(range(1, 7))
+    assert [event.step for event in accumulator.Scalars(GOODPUT)] == list(range(1, 7))
 
 
 def test_an_unwritable_goodput_file_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
