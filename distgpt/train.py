@@ -35,6 +35,7 @@ from distgpt.health.watchdog import Watchdog
 from distgpt.model.optim import build_optimizer, lr_at, set_lr
 from distgpt.run.paths import RunPaths
 from distgpt.run.session import RunSession
+from distgpt.telemetry.profiling import profiled
 from distgpt.training import startup, summary
 from distgpt.training.evaluation import evaluate, sample_text
 from distgpt.training.figures import FigureReader, Figures, not_finite
@@ -141,12 +142,15 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     with (
         closing(startup.training_batches(config, plan, dataset, start_step=start)) as batches,
         startup.open_progress(config, plan, model, session, start_step=start) as progress,
+        closing(
+            profiled(range(start + 1, last + 1), config.profile, session, runtime.device, pausing=progress.pausing)
+        ) as steps,
     ):
         reporter = StepReporter(plan, progress, stragglers, interval, checkpoints, start_step=start)
         session.allow_graceful_stop()
         watchdog.record_forward_passes(model, unwrap_model(model))
         watchdog.heartbeat("waiting for data", health.start_timeout)
-        for step in range(start + 1, last + 1):
+        for step in steps:
             # learn
             stragglers.timer.begin()
             lr = set_lr(optimizer, lr_at(step - 1, config.optim, last))  # steps count from 1, the schedule from 0

@@ -201,7 +201,9 @@ def test_the_options_of_each_command_are_keys() -> None:
     for file in DOCS:
         for command in commands(file):
             if found := TAKES_CONFIG.search(command):
-                options = [word for word in shlex.split(command[found.end() :]) if word.partition("=")[0] not in NO_KEYS]
+                options = [
+                    word for word in shlex.split(command[found.end() :]) if word.partition("=")[0] not in NO_KEYS
+                ]
                 resolve([word for word in options if word != "my.toml"], {})
                 checked += 1
     assert checked > 10

@@ -21,5 +21,6 @@ class RunPaths:
         self.checkpoints = root / "checkpoints"
         self.logs = root / "logs"
         self.plot = root / "plots" / "loss.png"
+        self.profile = root / "profile"
         self.exit_report = root / "exit.json"
         self.lock = root / "LOCK"

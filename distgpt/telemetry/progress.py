@@ -128,8 +128,8 @@ class Progress:
             self._console.message(f"time      {left:,} more steps of {step_time(mean)} take {duration(left * mean)}")
 
     @contextmanager
-    def pausing(self, part: Literal["evaluation", "checkpoint"]) -> Iterator[None]:
-        """Wrap an evaluation, or the part of a save that training waits for: its time does not count as steps."""
+    def pausing(self, part: Literal["evaluation", "checkpoint", "other"]) -> Iterator[None]:
+        """Wrap an evaluation, the part of a save that training waits for, or other work: none of it counts as steps."""
         started = time.perf_counter()
         if part == "checkpoint":
             if self._metrics is not None:
