@@ -75,6 +75,7 @@ def evaluate_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     parser = Parser(prog="python -m distgpt.evaluate", description="Print the validation loss of a checkpoint.")
     parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
     add_option(parser, default="the newest good one")
+    add_device(parser)
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
     parser.add_argument("--sequences", type=int, metavar="N", help="validation windows (default: all)")
     options = parser.parse_args(arguments)
@@ -88,6 +89,7 @@ def sample_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     parser = Parser(prog="python -m distgpt.sample", description="Write text with a trained model.")
     parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
     add_option(parser, default="the newest good one")
+    add_device(parser)
     what = parser.add_argument_group("what to write")
     source = what.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="text to go on from (default: none)")
@@ -129,6 +131,12 @@ def sample_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     options = parser.parse_args(arguments)
     check_sample_options(parser, options)
     return (options,)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option --device."""
+    about = "auto: an NVIDIA GPU, else an Apple GPU, else the CPU (default: auto)"
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help=about)
 
 
 def check_sample_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -180,6 +188,7 @@ def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
         "run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it to start from"
     )
     add_option(parser, default="the newest good one before S")
+    add_device(parser)
     parser.add_argument("--step", type=int, required=True, metavar="S", help="the step, as numbered in metrics.jsonl")
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
     return (parser.parse_args(arguments),)
@@ -202,6 +211,8 @@ def prepare_process() -> None:
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # An operation that PyTorch does not have on Apple GPUs runs on the CPU.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, so we do too
             # Not an exception, which an unfinished import would print or ignore.

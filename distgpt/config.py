@@ -180,8 +180,12 @@ class TrainConfig:
         "that fits",
         "SEQUENCES",
     )
+    device: Literal["auto", "cuda", "mps", "cpu"] = option(
+        "auto", "NVIDIA GPUs, an Apple GPU (mps, one process) or CPUs; auto: the first of them that is here"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "compute precision, weights stay float32; auto: bfloat16 if the device has instructions for it"
+        "auto",
+        "compute precision, weights stay float32; auto: bfloat16 on NVIDIA GPUs and CPUs with instructions for it",
     )
     compile: bool | Literal["auto"] = option(
         "auto", "compile blocks, head and loss with torch.compile; auto: on GPUs, if there is a C compiler"

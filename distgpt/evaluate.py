@@ -23,7 +23,7 @@ from distgpt.training.startup import open_data_of_run, validation_batches
 
 def main(arguments: argparse.Namespace) -> None:
     """Load a checkpoint, evaluate it in one process, and print one line."""
-    runtime = only_rank("evaluate")
+    runtime = only_rank("evaluate", arguments.device)
     with process_group(runtime, timeout=0):
         model, tokenizer, state = load_for_inference(Path(arguments.run), runtime.device, arguments.checkpoint)
         config = as_trained(state)

@@ -49,7 +49,8 @@ def main(config: Config) -> None:
     paths, rank, health = RunPaths(config.run_dir), int(os.environ.get("RANK", "0")), config.health
     with RunSession(paths, rank) as session, Watchdog(session, health) as watchdog:
         watchdog.heartbeat("checking the start", health.start_timeout)
-        runtime, dataset, config = this_rank(), open_dataset(Path(config.data.path)), with_absolute_paths(config)
+        runtime, dataset = this_rank(config.train.device), open_dataset(Path(config.data.path))
+        config = with_absolute_paths(config)
         plan = startup.plan_run(config, runtime, dataset, session)
         startup.check_rank(config, plan, dataset, session, watchdog)
         fit.check_initial_weights(config, dataset, rank)

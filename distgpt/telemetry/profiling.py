@@ -68,7 +68,7 @@ def _write(profiler: profile, session: RunSession, name: str, *, on_gpu: bool) -
         directory.mkdir(exist_ok=True)
         _write_trace(profiler, trace)
         if on_gpu:
-            torch.cuda.memory._dump_snapshot(str(memory))
+            torch.cuda.memory._dump_snapshot(str(memory))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"the profile was not written: {error}"
     finally:

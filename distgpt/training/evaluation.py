@@ -31,8 +31,8 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer,
     over ranks only adds zeros to it. The mean is taken in float64.
     """
     runtime = plan.runtime
-    losses_N = torch.zeros(batches.windows, dtype=torch.float64, device=runtime.device)
-    text_bytes = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    losses_N = torch.zeros(batches.windows, dtype=torch.float64, device=runtime.float64_device)
+    text_bytes = torch.zeros((), dtype=torch.float64, device=runtime.float64_device)
     bytes_of_token_V = torch.from_numpy(tokenizer.token_bytes()).to(runtime.device)
     block_size = 0
     with inference(model) as gpt:
@@ -42,8 +42,8 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer,
             block_size = y_BT.shape[1]
             if np.all(indices >= 0):
                 # They are consecutive. A tensor of indices would have to be copied to the device, which waits for it.
-                losses_N[int(indices[0]) : int(indices[-1]) + 1] = loss_B.double()
-                text_bytes += bytes_of_token_V[y_BT].sum()
+                losses_N[int(indices[0]) : int(indices[-1]) + 1] = loss_B.to(losses_N.device).double()
+                text_bytes += bytes_of_token_V[y_BT].sum().to(text_bytes.device)
     losses_N = sum_over_ranks(losses_N, runtime)
     val_loss = losses_N.mean().item()
     nats = losses_N.sum().item() * block_size
