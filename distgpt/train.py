@@ -196,4 +196,4 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
                 save(step, val_loss=val_loss, wait=stop or step == last)
             if stop and step < last:
                 raise session.interrupted(last)
-    session.say(f"done: step {last} in {session.paths.root}, loss curve in {session.paths.plot}")
+    session.say(summary.done_message(session.paths, last))

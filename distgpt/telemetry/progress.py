@@ -1,5 +1,6 @@
 """The progress of a run: times its steps, and shows and records what was measured."""
 
+import importlib.util
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ class Progress:
         self._predicted = False
         if self._metrics is not None:
             self._metrics.text("config", to_toml(config), start_step)
+            if importlib.util.find_spec("matplotlib") is None:
+                self._console.message("no loss curve is drawn without the package matplotlib: pip install matplotlib")
         self._write_goodput()
 
     def micro_batch(self, done: int, count: int) -> None:
@@ -148,6 +151,8 @@ class Progress:
         self._console.evaluation(step, val_loss=val_loss, val_bits_per_byte=val_bits_per_byte, best=best)
         if self._metrics is not None:
             self._metrics.evaluation(step, val_loss=val_loss, val_bits_per_byte=val_bits_per_byte)
+            if importlib.util.find_spec("matplotlib") is None:
+                return
             try:
                 plot_losses(self._paths.metrics, self._paths.plot, require_owned=self._require_owned)
             except StorageError as error:

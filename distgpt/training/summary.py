@@ -11,6 +11,7 @@ from distgpt.corpus.shards import Dataset
 from distgpt.distributed.device import compute_dtype, device_name
 from distgpt.distributed.plan import Plan
 from distgpt.model.optim import lr_at
+from distgpt.run.paths import RunPaths
 from distgpt.suggestion import MANY_EPOCHS, steps_of_many_epochs
 from distgpt.units import count_text, ranks_text
 from distgpt.usage import wrapped
@@ -59,6 +60,11 @@ def nothing_to_do_message(config: Config, step: int) -> str:
         f"nothing to do: {config.run_dir} is at step {step} of {config.train.steps}; "
         f"to train further, set a larger --train.steps{raised}"
     )
+
+
+def done_message(paths: RunPaths, last: int) -> str:
+    """Say that a run has taken its last step, and where its loss curve is."""
+    return f"done: step {last} in {paths.root}" + (f", loss curve in {paths.plot}" if paths.plot.exists() else "")
 
 
 def warnings(config: Config, train_tokens: int, restored: RunState | None) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Prepare a dataset: the order of events from the input to a directory with its final name."""
 
+import importlib.util
 import os
 import sys
 import time
@@ -224,11 +225,12 @@ def _is_fast(tokenizer: Tokenizer, found: Scan) -> bool:
     if tokenizer.is_slow:
         report.say("the fast encoder might give other ids than Hugging Face's for this vocabulary: using the slow one")
         return False
-    if tokenizer.pattern != GPT2_PATTERN:
-        return False
-    reason = fast.why_not()
+    reason = fast.why_not() if tokenizer.pattern == GPT2_PATTERN else "gigatoken has another pattern"
     if reason and found.text_bytes > LARGE_BYTES:
-        report.say(f'{reason}: encoding takes several times longer without it, pip install "distgpt[fast]" brings it')
+        if importlib.util.find_spec("tiktoken") is None:
+            report.say("encoding takes several times longer without the package tiktoken: pip install tiktoken")
+        elif tokenizer.pattern == GPT2_PATTERN:
+            report.say(f"{reason}, encoding takes several times longer: pip install gigatoken=={fast.VERSION}")
     return not reason
 
 

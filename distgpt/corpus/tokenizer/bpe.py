@@ -20,7 +20,7 @@ class BpeTokenizer(Tokenizer):
     """The tokenizer in the text of a Hugging Face tokenizer.json.
 
     tiktoken encodes, several times faster than Hugging Face's own encoder, which takes over where the merges or added
-    tokens do not let tiktoken give the same ids. The file alone decides that, so every reader of it gets the same ids.
+    tokens do not let tiktoken give the same ids, and where tiktoken is not installed. Every reader gets the same ids.
     Special tokens in a text are ordinary text, other added tokens keep their ids.
     """
 
@@ -57,7 +57,7 @@ class BpeTokenizer(Tokenizer):
         self._beyond_ranks = has_twins or has_more or bool(huggingface.applied_tokens(content))
 
     def encode(self, text: str) -> Tokens:
-        if self.is_slow:
+        if self.is_slow or self._encoding is None:
             return self._encode_slowly(text)
         try:
             ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
@@ -126,8 +126,11 @@ class BpeTokenizer(Tokenizer):
 
     @cached_property
     def _encoding(self) -> Any:
-        import tiktoken
-
+        """The encoding of tiktoken, None without tiktoken."""
+        try:
+            import tiktoken
+        except ImportError:
+            return None
         return tiktoken.Encoding("distgpt", pat_str=self.pattern, mergeable_ranks=self._ranks, special_tokens={})
 
     @cached_property
