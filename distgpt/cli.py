@@ -83,6 +83,7 @@ def evaluate_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     )
     parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
     add_option(parser, default="the newest good one")
+    add_device(parser)
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="of the data (default: val)")
     parser.add_argument("--sequences", type=int, metavar="N", help="windows, spread over the split (default: all)")
@@ -103,6 +104,7 @@ def sample_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     parser = Parser(prog="python -m distgpt.sample", description="Write text with a trained model.")
     parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
     add_option(parser, default="the newest good one")
+    add_device(parser)
     what = parser.add_argument_group("what to write")
     source = what.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="text to go on from (default: none)")
@@ -144,6 +146,12 @@ def sample_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     options = parser.parse_args(arguments)
     check_sample_options(parser, options)
     return (options,)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option --device."""
+    about = "auto: an NVIDIA GPU, else an Apple GPU, else the CPU (default: auto)"
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help=about)
 
 
 def check_sample_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -264,6 +272,7 @@ def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
         "run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it to start from"
     )
     add_option(parser, default="the newest good one before S")
+    add_device(parser)
     parser.add_argument("--step", type=int, required=True, metavar="S", help="the step, as numbered in metrics.jsonl")
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
     return (parser.parse_args(arguments),)
@@ -286,6 +295,8 @@ def prepare_process() -> None:
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # An operation that PyTorch does not have on Apple GPUs runs on the CPU.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, so we do too
             # Not an exception, which an unfinished import would print or ignore.

@@ -14,7 +14,7 @@ from distgpt.errors import UsageError
 from distgpt.units import size_text
 
 # Tokens per forward when train.micro_batch is 0: as many as a CPU's caches hold, and enough to keep a GPU busy.
-AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "mps": 4096, "cuda": 16384}
 # A whole replica on each rank is not worth it if it leaves memory for fewer tokens than this.
 MIN_EFFICIENT_TOKENS = 4096
 SHARDED = ("fsdp", "hsdp", "diloco")
@@ -99,7 +99,7 @@ def micro_batch_size(config: Config, runtime: Runtime, fits: Callable[[int], boo
     per_rank = config.train.global_batch // runtime.world_size
     limit = AUTO_MICRO_BATCH_TOKENS[runtime.device.type] // config.model.block_size
     sizes = [size for size in range(1, min(per_rank, limit) + 1) if per_rank % size == 0]
-    return max((size for size in sizes if runtime.device.type != "cuda" or fits(size)), default=1)
+    return max((size for size in sizes if runtime.device.type == "cpu" or fits(size)), default=1)
 
 
 def smallest_efficient_micro_batch(config: Config, runtime: Runtime) -> int:

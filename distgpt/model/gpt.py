@@ -145,8 +145,9 @@ class Attention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         # SDPA on a CPU is slow with dropout, and slow in bfloat16.
         in_blocks = x_BTC.device.type == "cpu" and cache is None and (dropout_p > 0 or q_BHTD.dtype == torch.bfloat16)
-        if K != H and (in_blocks or mask is not None):
-            # CUDA's kernel for masks has no grouped heads: with enable_gqa, SDPA would store all (T, S) weights.
+        if K != H and (in_blocks or mask is not None or x_BTC.device.type == "mps"):
+            # CUDA's kernel for masks has no grouped heads: with enable_gqa, SDPA would store all (T, S) weights. Nor
+            # does every version of torch have them on Apple GPUs.
             k_BKTD, v_BKTD = (x.repeat_interleave(H // K, dim=1) for x in (k_BKTD, v_BKTD))
         if in_blocks:
             y_BHTD = attention_in_blocks(q_BHTD, k_BKTD, v_BKTD, mask=mask, dropout_p=dropout_p)

@@ -3,7 +3,7 @@
 Reading order: progress (times the steps and passes the measurements on), console, metrics (metrics.jsonl),
 step_lines (reads it), tensorboard (event files), dashboard (tags and layout there), goodput (how the time was spent),
 plots (the loss curve), owned_files (writes that an earlier owner of the run directory cannot damage), peaks (the peak
-speed of a device).
+speed of a device), profiling (a trace of some steps).
 
 It may import run, distributed, model, corpus and the modules beside the rooms.
 """

@@ -159,9 +159,14 @@ def perplexity(loss: float) -> float:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the peak of the memory allocated on a GPU; for a CPU, the resident memory of this process now."""
+    """Return the peak of the memory allocated on a GPU.
+
+    For an Apple GPU, what is allocated now; for a CPU, the resident memory of this process now.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     try:
         resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

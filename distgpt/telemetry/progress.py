@@ -1,5 +1,6 @@
 """The progress of a run: times its steps, and shows and records what was measured."""
 
+import importlib.util
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -61,6 +62,8 @@ class Progress:
         self._grade, self._steps_seconds = grade, 0.0
         if self._metrics is not None:
             self._metrics.config(config, start_step)
+            if importlib.util.find_spec("matplotlib") is None:
+                self._console.message("no loss curve is drawn without the package matplotlib: pip install matplotlib")
         self._write_goodput()
 
     def micro_batch(self, done: int, count: int) -> None:
@@ -147,8 +150,8 @@ class Progress:
             self._console.message(f"time      {left:,} more steps of {step_time(mean)} take {duration(left * mean)}")
 
     @contextmanager
-    def pausing(self, part: Literal["evaluation", "checkpoint"]) -> Iterator[None]:
-        """Wrap an evaluation, or the part of a save that training waits for: its time does not count as steps."""
+    def pausing(self, part: Literal["evaluation", "checkpoint", "other"]) -> Iterator[None]:
+        """Wrap an evaluation, the part of a save that training waits for, or other work: none of it counts as steps."""
         started = time.perf_counter()
         if part == "checkpoint":
             if self._metrics is not None:
@@ -175,6 +178,8 @@ class Progress:
             self._console.losses_of_datasets(step, val_losses)
         if self._metrics is not None:
             self._metrics.evaluation(step, **figures, val_losses=val_losses)
+            if importlib.util.find_spec("matplotlib") is None:
+                return
             try:
                 plot_losses(self._paths.metrics, self._paths.plot, require_owned=self._require_owned)
             except StorageError as error:

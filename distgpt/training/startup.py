@@ -130,7 +130,9 @@ def explaining_out_of_memory(config: Config, plan: Plan, dataset: Dataset) -> It
     """Raise UsageError with a micro-batch that fits in place of torch.OutOfMemoryError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "MPS backend out of memory" not in str(error):
+            raise
         first_line = next(iter(str(error).splitlines()), "")
         smaller = smaller_micro_batch(config, plan, vocab_size=dataset.vocab_size)
         more = [] if config.parallel.activation_checkpoint else ["--parallel.activation_checkpoint"]
