@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distgpt.telemetry.metrics import read_metrics
+from distgpt.telemetry.reading import read_metrics
 from tests.hosts.network import INTERFACE, Network, network, reason_to_skip
 
 SHAPE = (

@@ -47,7 +47,7 @@ from distgpt.distributed.runtime import this_rank
 from distgpt.machine import available_cpus
 from distgpt.model.gpt import GPT
 from distgpt.model.optim import build_optimizer
-from distgpt.telemetry.metrics import read_metrics
+from distgpt.telemetry.reading import read_metrics
 from distgpt.training.figures import FigureReader, not_finite
 from distgpt.training.step import accumulate_gradients, apply_update
 

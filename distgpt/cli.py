@@ -193,6 +193,22 @@ def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     return (parser.parse_args(arguments),)
 
 
+def runs_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
+    """Parse the options of distgpt.runs. Raises UsageError."""
+    parser = Parser(
+        prog="python -m distgpt.runs",
+        description="List the runs under a directory, the one that changed last first. A run without a report of its "
+        "end shows as running until its lease ends, 10 seconds after its last sign of life.",
+    )
+    parser.add_argument(
+        "directory", type=user_path, nargs="?", default="runs", metavar="DIR", help="searched at any depth (runs/)"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--watch", action="store_true", help="show it anew every two seconds, until Ctrl-C")
+    how.add_argument("--json", action="store_true", help="print a JSON object a line for each run")
+    return (parser.parse_args(arguments),)
+
+
 def prepare_process() -> None:
     """Let a signal to stop end this process silently, and print "?" for characters that stdout cannot encode.
 
@@ -251,4 +267,5 @@ OPTIONS: dict[str, Callable[[Sequence[str]], tuple[Any, ...]]] = {
     "sample": sample_options,
     "export": export_options,
     "replay": replay_options,
+    "runs": runs_options,
 }

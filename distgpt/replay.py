@@ -38,7 +38,7 @@ from distgpt.health.outliers import OutlierFilter
 from distgpt.model.optim import build_optimizer, lr_at, set_lr
 from distgpt.model.probe import Finding, Probe
 from distgpt.run.paths import RunPaths
-from distgpt.telemetry.metrics import read_metrics
+from distgpt.telemetry.reading import read_metrics
 from distgpt.training.startup import open_data_of_run, training_batches
 from distgpt.training.step import accumulate_gradients, apply_update
 from distgpt.weights.initial import load_initial_weights

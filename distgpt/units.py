@@ -1,5 +1,7 @@
 """Numbers as people read them. Imports no torch."""
 
+import math
+
 SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -12,6 +14,17 @@ def size_text(number: float) -> str:
 def ranks_text(count: int) -> str:
     """Return a number of ranks: 1 rank, 2 ranks."""
     return f"{count} rank{'s' * (count > 1)}"
+
+
+def duration(seconds: float) -> str:
+    """Format seconds: 45s, 3m12s, 2h05m or 3d04h; ? if they are not finite."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    for size, unit, smaller, smaller_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
+        if whole >= size:
+            return f"{whole // size}{unit}{whole % size // smaller:02d}{smaller_unit}"
+    return f"{whole}s"
 
 
 def count_text(number: float) -> str:

@@ -21,7 +21,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("model", "corpus"),
     ("ground",),
 )
-COMMANDS = {"train", "prepare", "evaluate", "sample", "export", "replay", "doctor"}
+COMMANDS = {"train", "prepare", "evaluate", "sample", "export", "replay", "doctor", "runs"}
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 

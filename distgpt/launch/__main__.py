@@ -1,4 +1,4 @@
-"""Launch a job: `python -m distgpt.launch local|nodes [PRESET] [--section.key=value ...]`.
+"""Launch a job: `python -m distgpt.launch local|nodes [PRESET] [--section.key=value ...]`, or `sweep FILE ...`.
 
 The scripts call two more: `slurm ...` makes the decisions of slurm/, and `directory OPTION ...` prints the run
 directory that these options give.
@@ -10,7 +10,7 @@ import sys
 from distgpt.cli import main_guard, prepare_process
 from distgpt.config import resolve
 from distgpt.errors import UsageError
-from distgpt.launch import local, multinode
+from distgpt.launch import local, multinode, sweep
 
 OPTIONS_THAT_ONLY_PRINT = {"--help", "-h", "--print-config"}
 
@@ -25,6 +25,8 @@ def main(arguments: list[str]) -> int:
             return local.main(options)
         case "nodes":
             return multinode.main(options)
+        case "sweep":
+            return sweep.main(options)
         case "slurm":
             from distgpt.launch import slurm  # imports numpy, which takes time
 
@@ -32,7 +34,7 @@ def main(arguments: list[str]) -> int:
         case "directory":
             print(resolve(options, os.environ).run_dir)
             return 0
-    raise UsageError("usage: python -m distgpt.launch local|nodes [PRESET] [--section.key=value ...]")
+    raise UsageError("usage: python -m distgpt.launch local|nodes|sweep [FILE] [PRESET] [--section.key=value ...]")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """Output of rank 0 during a run: one line for each log step, above a progress bar if there is a terminal."""
 
-import math
 import sys
 import time
 from typing import Any
@@ -9,6 +8,7 @@ from tqdm import tqdm
 
 from distgpt.telemetry.goodput import TimeSpent
 from distgpt.telemetry.metrics import StepFigures, perplexity
+from distgpt.units import duration
 
 # z-scores are shown from this value on. Normally distributed values reach it once in 370 steps.
 MIN_SHOWN_Z = 3.0
@@ -113,17 +113,6 @@ class Console:
 
 def _z_score(z: float | None) -> str:
     return "" if z is None or abs(z) < MIN_SHOWN_Z else f" (z {z:+.1f})"
-
-
-def duration(seconds: float) -> str:
-    """Format seconds: 45s, 3m12s, 2h05m or 3d04h; ? if they are not finite."""
-    if not math.isfinite(seconds):
-        return "?"
-    whole = round(seconds)
-    for size, unit, smaller, smaller_unit in ((86400, "d", 3600, "h"), (3600, "h", 60, "m"), (60, "m", 1, "s")):
-        if whole >= size:
-            return f"{whole // size}{unit}{whole % size // smaller:02d}{smaller_unit}"
-    return f"{whole}s"
 
 
 def _precise_duration(seconds: float) -> str:

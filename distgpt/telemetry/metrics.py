@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from distgpt.errors import StorageError
 from distgpt.telemetry.owned_files import append_or_undo, open_for_appending
+from distgpt.telemetry.reading import whole_lines
 from distgpt.telemetry.tensorboard import EventFile
 
 METRICS_FILE = "metrics.jsonl"
@@ -149,14 +149,6 @@ def perplexity(loss: float) -> float:
         return math.inf
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Return the complete lines of a metrics.jsonl. Raises StorageError if it cannot be read."""
-    try:
-        return [values for values, _ in _whole_lines(file.read_bytes())]
-    except OSError as error:
-        raise StorageError(f"cannot read {file}: {error.strerror}") from error
-
-
 def memory_bytes(device: torch.device) -> int:
     """Return the peak of the memory allocated on a GPU; for a CPU, the resident memory of this process now."""
     if device.type == "cuda":
@@ -174,22 +166,7 @@ def _end_of_step(content: bytes, step: int) -> int:
 
     Steps grow from line to line, so a run that resumes at `step` writes all later lines again.
     """
-    return max((end for values, end in _whole_lines(content) if values["step"] <= step), default=0) if step else 0
-
-
-def _whole_lines(content: bytes) -> list[tuple[dict[str, Any], int]]:
-    """Return the objects of the complete, undamaged lines, each with the byte offset of the end of its line."""
-    objects: list[tuple[dict[str, Any], int]] = []
-    end = 0
-    for line in content.splitlines(keepends=True):
-        end += len(line)
-        try:
-            values = json.loads(line)
-        except ValueError:
-            continue
-        if line.endswith(b"\n") and isinstance(values, dict) and isinstance(values.get("step"), int):
-            objects.append((values, end))
-    return objects
+    return max((end for values, end in whole_lines(content) if values["step"] <= step), default=0) if step else 0
 
 
 def _finite_or_none(value: float | None) -> float | None:

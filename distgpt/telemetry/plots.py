@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from distgpt.errors import StorageError
-from distgpt.telemetry.metrics import read_metrics
 from distgpt.telemetry.owned_files import replace_file
+from distgpt.telemetry.reading import read_metrics
 
 Floats = NDArray[np.float64]
 

@@ -11,10 +11,11 @@ from distgpt.distributed.plan import Plan
 from distgpt.errors import Interrupted, StorageError
 from distgpt.health.outliers import Decision
 from distgpt.run.session import RunSession
-from distgpt.telemetry.console import Console, duration, step_time
+from distgpt.telemetry.console import Console, step_time
 from distgpt.telemetry.goodput import End, Goodput
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes
 from distgpt.telemetry.plots import plot_losses
+from distgpt.units import duration
 
 # The duration of a run is predicted after so many steps, or after steps of so many seconds in total.
 PREDICTING_STEPS, PREDICTING_SECONDS = 3, 20.0

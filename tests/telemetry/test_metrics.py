@@ -16,7 +16,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from distgpt.errors import StorageError
 from distgpt.run.lock import RunLock
 from distgpt.run.paths import RunPaths
-from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity, read_metrics
+from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity
+from distgpt.telemetry.reading import read_metrics
 from tests import jobs
 
 

@@ -14,8 +14,8 @@ from distgpt.health.outliers import Decision
 from distgpt.run.paths import RunPaths
 from distgpt.run.session import RunSession
 from distgpt.telemetry.goodput import PARTS, read_goodput
-from distgpt.telemetry.metrics import read_metrics
 from distgpt.telemetry.progress import Progress
+from distgpt.telemetry.reading import read_metrics
 
 CONFIG = resolve(["--train.steps=6", "--log.every=1"], {})
 
