@@ -288,6 +288,22 @@ def completion_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     return (parser.parse_args(arguments),)
 
 
+def runs_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
+    """Parse the options of distgpt.runs. Raises UsageError."""
+    parser = Parser(
+        prog="python -m distgpt.runs",
+        description="List the runs under a directory, the one that changed last first. A run without a report of its "
+        "end shows as running until its lease ends, 10 seconds after its last sign of life.",
+    )
+    parser.add_argument(
+        "directory", type=user_path, nargs="?", default="runs", metavar="DIR", help="searched at any depth (runs/)"
+    )
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--watch", action="store_true", help="show it anew every two seconds, until Ctrl-C")
+    how.add_argument("--json", action="store_true", help="print a JSON object a line for each run")
+    return (parser.parse_args(arguments),)
+
+
 def prepare_process() -> None:
     """Let a signal to stop end this process silently, and print "?" for characters that stdout cannot encode.
 
@@ -347,8 +363,9 @@ COMMANDS: dict[str, Command] = {
     "prepare": Command("text to tokens", None),
     "doctor": Command("is this machine, data and run directory fit to train", doctor_options),
     "train": Command("train, or go on; one process, or any number under torchrun", train_options),
-    "launch": Command("train on all devices here, or on several hosts, and restart after failures", None),
-    "evaluate": Command("the validation loss of a checkpoint", evaluate_options),
+    "launch": Command("train on all devices here, on several hosts, or one run after another", None),
+    "runs": Command("list runs, and what each is doing", runs_options),
+    "evaluate": Command("the loss of a checkpoint, or its accuracy on a task", evaluate_options),
     "sample": Command("write text", sample_options),
     "report": Command("show runs in one HTML page", report_options),
     "export": Command("write a model for other programs", export_options),
