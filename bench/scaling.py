@@ -57,6 +57,7 @@ from distgpt.distributed.process_group import process_group
 from distgpt.distributed.runtime import Runtime, this_rank
 from distgpt.machine import available_cpus
 from distgpt.model.optim import build_optimizer
+from distgpt.planning.traffic import Traffic, gathered_bytes, replica_traffic, shard_traffic
 from distgpt.training.step import accumulate_gradients, apply_update
 
 PROJECT = Path(__file__).resolve().parent.parent
@@ -112,22 +113,22 @@ class Measured:
 
 def expected_bytes(job: Job, blocks: int, root: int) -> float:
     """Return the bytes that a step sends, over all ranks."""
-    n, total = job.ranks, blocks + root
-    if job.strategy == "ddp":
-        return 2 * (n - 1) * total
-    per_pass = job.micro_batches * (2 * blocks + root) + R * total
-    if job.strategy == "fsdp":
-        return (n - 1) * per_pass
-    groups = n // job.shard
-    return groups * (job.shard - 1) * per_pass + 2 * (groups - 1) * total
+    return job.ranks * sum(traffic.rank for traffic in expected_traffic(job, blocks, root, per_node=job.ranks))
 
 
 def expected_between_two_hosts(job: Job, blocks: int, root: int) -> float:
     """Return the bytes per step over the link between two hosts, both ways. For hsdp and diloco a host is a group."""
-    n, total = job.ranks, blocks + root
-    if job.strategy in ("hsdp", "diloco"):
-        return 2 * total / job.outer_every
-    return 2 * (n - 1) / n * (job.micro_batches * (2 * blocks + root) + R * total)
+    return 2 * sum(traffic.between for traffic in expected_traffic(job, blocks, root, per_node=job.ranks // 2))
+
+
+def expected_traffic(job: Job, blocks: int, root: int, *, per_node: int) -> tuple[Traffic, Traffic]:
+    """Return the traffic of a step in float32 that shards, gathers in each micro-batch and reduces once."""
+    total, shards = blocks + root, {"ddp": 1, "fsdp": job.ranks}.get(job.strategy, job.shard)
+    gathered = gathered_bytes(blocks, root, micro_batches=job.micro_batches, reshard=True)
+    return (
+        shard_traffic(gathered + R * total, shards=shards, per_node=per_node),
+        replica_traffic(total / job.outer_every, ranks=job.ranks, shards=shards, per_node=per_node),
+    )
 
 
 def run(job: Job) -> Measured:

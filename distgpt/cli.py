@@ -14,15 +14,18 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
 from distgpt.checkpoint.choice import add_option
-from distgpt.config import Config
+from distgpt.config import Config, preset_names, resolve
 from distgpt.errors import DISK_FULL, EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, STOP_SIGNALS, DistgptError, UsageError
 from distgpt.files import user_path
+from distgpt.planning.devices import DEVICES, device_named
 from distgpt.run.exit_report import exit_if_restart_cannot_help
 from distgpt.run.paths import RunPaths
 from distgpt.torchrun import RANK_ZERO_SECONDS, die_with_agent, place_in_job, print_cause
+from distgpt.units import parse_count
 from distgpt.usage import Parser, config_from_command_line
 from distgpt.weights.source import model_of_start
 
@@ -80,6 +83,7 @@ def evaluate_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     )
     parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
     add_option(parser, default="the newest good one")
+    add_device(parser)
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
     parser.add_argument("--split", choices=("train", "val"), default="val", help="of the data (default: val)")
     parser.add_argument("--sequences", type=int, metavar="N", help="windows, spread over the split (default: all)")
@@ -100,6 +104,7 @@ def sample_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     parser = Parser(prog="python -m distgpt.sample", description="Write text with a trained model.")
     parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
     add_option(parser, default="the newest good one")
+    add_device(parser)
     what = parser.add_argument_group("what to write")
     source = what.add_mutually_exclusive_group()
     source.add_argument("--prompt", metavar="TEXT", help="text to go on from (default: none)")
@@ -141,6 +146,12 @@ def sample_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     options = parser.parse_args(arguments)
     check_sample_options(parser, options)
     return (options,)
+
+
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """Add the option --device."""
+    about = "auto: an NVIDIA GPU, else an Apple GPU, else the CPU (default: auto)"
+    parser.add_argument("--device", choices=("auto", "cuda", "mps", "cpu"), default="auto", help=about)
 
 
 def check_sample_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
@@ -195,6 +206,62 @@ def report_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     return (parser.parse_args(arguments),)
 
 
+def plan_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
+    """Parse the options of distgpt.plan, and return them with the arguments of the config. Raises UsageError."""
+    parser = Parser(
+        prog="python -m distgpt.plan",
+        usage="%(prog)s [PRESET or file.toml ...] [--section.key=value ...]\n       [options]",
+        description="Say what a run will take before it starts: memory, bytes sent, time, cost, and the best layout.",
+        epilog=f"presets: {', '.join(preset_names())}; keys: python -m distgpt.train --help",
+    )
+    where = parser.add_argument_group("where it runs")
+    names = ", ".join(DEVICES)
+    where.add_argument("--device", default="h100", metavar="NAME", help=f"{names} (this one) (default: h100)")
+    where.add_argument("--nodes", type=positive(int), default=1, metavar="N", help="(default: 1)")
+    where.add_argument(
+        "--gpus-per-node", type=positive(int), metavar="G", help="(default: 8; for GeForce cards and the CPU 1)"
+    )
+    length = parser.add_argument_group("how long (default: train.steps)").add_mutually_exclusive_group()
+    length.add_argument("--tokens", type=positive(parse_count), metavar="T", help="tokens to train on, as 10B or 2.5e9")
+    length.add_argument(
+        "--budget",
+        type=positive(gpu_hours),
+        metavar="B",
+        help="24gpu-hours or 3gpu-days: also gives the compute-optimal size; without PRESET, takes the nearest one",
+    )
+    values = parser.add_argument_group("what is assumed")
+    values.add_argument("--price", type=positive(float), metavar="X", help="of a GPU-hour")
+    values.add_argument("--mfu", type=positive(float), metavar="M", help="0 to 1, for example from a run's log")
+    values.add_argument("--network", type=positive(float), metavar="GBIT", help="Gbit/s from a node to others")
+    parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
+    options, config_arguments = parser.parse_known_args(arguments)
+    device_named(options.device)
+    if options.mfu is not None and options.mfu > 1:
+        parser.error(f"--mfu is {options.mfu:g}: it must be above 0 and at most 1")
+    resolve(config_arguments, os.environ)
+    return options, config_arguments
+
+
+def positive(convert: Callable[[str], float]) -> Callable[[str], float]:
+    """Return a type for argparse: `convert`, refused unless it gives a positive and finite number."""
+
+    def converted(text: str) -> float:
+        with suppress(ValueError):
+            if 0 < (value := convert(text)) < math.inf:
+                return value
+        raise argparse.ArgumentTypeError(f"{text!r} is not a positive {'whole ' * (convert is int)}number")
+
+    return converted
+
+
+def gpu_hours(text: str) -> float:
+    """Return the GPU-hours in a text like 24gpu-hours or 3gpu-days. Raises ValueError."""
+    number, hours, days = text.strip().lower().partition("gpu-")
+    if hours and days.rstrip("s") in ("hour", "day"):
+        return parse_count(number) * (24 if days.startswith("day") else 1)
+    raise argparse.ArgumentTypeError(f"{text!r} is no budget: write 24gpu-hours or 3gpu-days")
+
+
 def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     """Parse the options of distgpt.replay. Raises UsageError."""
     parser = Parser(
@@ -205,6 +272,7 @@ def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
         "run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it to start from"
     )
     add_option(parser, default="the newest good one before S")
+    add_device(parser)
     parser.add_argument("--step", type=int, required=True, metavar="S", help="the step, as numbered in metrics.jsonl")
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
     return (parser.parse_args(arguments),)
@@ -227,6 +295,8 @@ def prepare_process() -> None:
     """
     if "PYTORCH_CUDA_ALLOC_CONF" not in os.environ:
         os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    # An operation that PyTorch does not have on Apple GPUs runs on the CPU.
+    os.environ.setdefault("PYTORCH_ENABLE_MPS_FALLBACK", "1")
     for number in STOP_SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:  # nohup ignores SIGHUP, so we do too
             # Not an exception, which an unfinished import would print or ignore.
@@ -273,6 +343,7 @@ class Command(NamedTuple):
 
 # In the order in which they are needed. A new command is a line here, and the file of its name.
 COMMANDS: dict[str, Command] = {
+    "plan": Command("what a run will take: memory, time, cost, and the best layout", plan_options),
     "prepare": Command("text to tokens", None),
     "doctor": Command("is this machine, data and run directory fit to train", doctor_options),
     "train": Command("train, or go on; one process, or any number under torchrun", train_options),

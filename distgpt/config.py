@@ -56,7 +56,7 @@ SUGGESTED_KEYS = {
     **dict.fromkeys(("warmup", "warmup_iters", "num_warmup_steps"), "optim.warmup_steps"),
     **dict.fromkeys(("lr_scheduler", "lr_schedule", "scheduler"), "optim.schedule"),
     **dict.fromkeys(("clip", "clip_grad", "max_grad_norm", "gradient_clip"), "optim.grad_clip"),
-    **dict.fromkeys(("max_iters", "max_steps", "iters", "iterations", "num_steps", "epochs"), "train.steps"),
+    **dict.fromkeys(("max_iters", "max_steps", "iters", "iterations", "num_steps", "epochs", "steps"), "train.steps"),
     **dict.fromkeys(("batch_size", "global_batch_size", "total_batch_size"), "train.global_batch"),
     **dict.fromkeys(("micro_batch_size", "device_batch_size", "per_device_batch_size"), "train.micro_batch"),
     **dict.fromkeys(("precision", "amp"), "train.dtype"),
@@ -183,8 +183,12 @@ class TrainConfig:
         "that fits",
         "SEQUENCES",
     )
+    device: Literal["auto", "cuda", "mps", "cpu"] = option(
+        "auto", "NVIDIA GPUs, an Apple GPU (mps, one process) or CPUs; auto: the first of them that is here"
+    )
     dtype: Literal["auto", "float32", "bfloat16"] = option(
-        "auto", "compute precision, weights stay float32; auto: bfloat16 if the device has instructions for it"
+        "auto",
+        "compute precision, weights stay float32; auto: bfloat16 on NVIDIA GPUs and CPUs with instructions for it",
     )
     compile: bool | Literal["auto"] = option(
         "auto", "compile blocks, head and loss with torch.compile; auto: on GPUs, if there is a C compiler"
@@ -251,6 +255,23 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class ProfileConfig:
+    """A trace of some steps, for Perfetto."""
+
+    steps: str = option("", "the first and the last step to trace on rank 0, as 10:13; empty: none", "FIRST:LAST")
+
+    @property
+    def range(self) -> range:
+        """The steps to trace. Raises UsageError."""
+        first, _, last = self.steps.partition(":")
+        if not self.steps:
+            return range(0)
+        if not (first.isdecimal() and last.isdecimal() and 0 < int(first) <= int(last)):
+            raise UsageError(f"profile.steps is {self.steps!r}: it must be FIRST:LAST, two steps, as 10:13")
+        return range(int(first), int(last) + 1)
+
+
+@dataclass(frozen=True)
 class HealthConfig:
     """Hangs, and updates that would do harm."""
 
@@ -291,6 +312,7 @@ class Config:
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     health: HealthConfig = HealthConfig()
+    profile: ProfileConfig = ProfileConfig()
 
     @property
     def run_dir(self) -> Path:
@@ -396,6 +418,8 @@ def check(config: Config) -> None:
     fraction = optim.decay_fraction
     _require(0.0 < fraction <= 1.0, f"optim.decay_fraction is {fraction}: it must be above 0 and at most 1")
     _require(optim.min_lr <= optim.lr, f"optim.min_lr is {optim.min_lr}: it must be at most optim.lr = {optim.lr}")
+    traced = config.profile.range.stop - 1
+    _require(traced <= config.train.steps, f"profile.steps ends at {traced}, but train.steps is {config.train.steps}")
     if config.parallel.strategy == "diloco":
         # The groups share one model only after an outer step, and only that can be evaluated or kept at the end.
         for key in ("train.steps", "eval.every"):
@@ -532,6 +556,7 @@ def _key_in_environment(name: str) -> str | None:
         near = [f"{section}.{key}"] if f"{section}.{key}" in keys() else _nearest_keys(f"{section}.{key}")
     else:
         near = [known for known in keys() if known.partition(".")[2] == rest]
+        near = [SUGGESTED_KEYS[rest]] if len(near) > 1 and rest in SUGGESTED_KEYS else near
     if near:
         variables = [ENVIRONMENT_PREFIX + known.replace(".", "__").upper() for known in near]
         raise UsageError(f"unknown variable {name}: did you mean {_join_with_or(variables)}?")

@@ -34,7 +34,7 @@ def main(config: Config, distributed: bool) -> int:
     if distributed:
         return check_together(config)
     findings = []
-    for finding in check_machine(config, all_local_devices(this_rank()), thorough=True):
+    for finding in check_machine(config, all_local_devices(this_rank(config.train.device)), thorough=True):
         say(finding)
         findings.append(finding)
     return exit_code(findings)
@@ -54,7 +54,7 @@ def check_together(config: Config) -> int:
         report(code, next((f"{failure.check}: {failure.text}" for failure in failures), ""))
 
     try:
-        check_hosts(config, this_rank(), say=say, conclude=conclude)
+        check_hosts(config, this_rank(config.train.device), say=say, conclude=conclude)
     except Exception as error:
         code, cause = outcome(error)
         if code == EXIT_BUG:

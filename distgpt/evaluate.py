@@ -33,7 +33,7 @@ TIMEOUT_SECONDS = 86400.0
 
 def main(arguments: argparse.Namespace) -> None:
     """Evaluate one checkpoint on all ranks, and print the result on rank 0."""
-    runtime = this_rank()
+    runtime = this_rank(arguments.device)
     # Rank 0 chooses for all, since a run that trains may soon have a newer one. The others wait until it is verified.
     found = str(find_checkpoint(arguments)) if runtime.rank == 0 else ""
     with process_group(runtime, timeout=TIMEOUT_SECONDS):

@@ -2,7 +2,9 @@
 
 import math
 import os
+import platform
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -37,9 +39,19 @@ def cpu_has_one_of(flags: set[str]) -> bool:
         return False
 
 
-def default_ranks() -> int:
-    """Return the default number of ranks: one for each GPU; without GPUs two that share the CPUs, or one on one CPU."""
-    return available_gpus() or min(2, available_cpus())
+def has_apple_gpu() -> bool:
+    """Tell whether this is a Mac with a GPU that PyTorch can use."""
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
+def default_ranks(device: str = "auto") -> int:
+    """Return the default number of ranks on train.device.
+
+    One for each NVIDIA GPU, else one for an Apple GPU, else two that share the CPUs, or one on one CPU.
+    """
+    if device in ("auto", "cuda") and (gpus := available_gpus()):
+        return gpus
+    return 1 if device in ("auto", "mps") and has_apple_gpu() else min(2, available_cpus())
 
 
 def cpu_quotas(root: Path) -> Iterator[float]:

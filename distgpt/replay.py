@@ -63,7 +63,7 @@ def main(arguments: argparse.Namespace) -> None:
     path, step = Path(arguments.run), arguments.step
     run = RunPaths(path.resolve().parents[1] if is_checkpoint(path) else path)
     is_chosen = is_checkpoint(path) or arguments.checkpoint != NEWEST
-    runtime = only_rank("replay")
+    runtime = only_rank("replay", arguments.device)
     start = start_from(choose(path, arguments.checkpoint), run, step) if is_chosen else start_before(run, step)
     if start.config.parallel.strategy == "diloco":
         raise UsageError("the replicas of diloco train independently, which one process cannot replay")

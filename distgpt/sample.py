@@ -21,6 +21,7 @@ from distgpt.config import from_dict
 from distgpt.corpus.tokenizer import Tokenizer
 from distgpt.distributed.device import compute_dtype, threads_per_rank
 from distgpt.distributed.parallelize import autocast
+from distgpt.distributed.runtime import only_rank
 from distgpt.errors import DataError, UsageError
 from distgpt.model.generate import Sampling
 from distgpt.model.gpt import GPT
@@ -30,7 +31,7 @@ from distgpt.training.text import Text, write
 def main(arguments: argparse.Namespace) -> None:
     """Load a checkpoint, and continue the prompts in the data type that the run computed in."""
     torch.set_num_threads(threads_per_rank(1))
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = only_rank("sample", arguments.device).device
     prompts = read_prompts(Path(arguments.prompts)) if arguments.prompts else [arguments.prompt or ""]
     model, tokenizer, state = load_for_inference(Path(arguments.run), device, arguments.checkpoint)
     dtype = compute_dtype(from_dict(state.config, source=arguments.run).train.dtype, device)

@@ -37,8 +37,12 @@ def training_command(data: Path, *, train_tokens: int, max_window: int) -> str:
     if steps < config.train.steps:
         flags.append(f"--train.steps={steps}")
     ranks = max(ranks for ranks in range(1, default_ranks() + 1) if batch % ranks == 0)
-    launcher = "python" if ranks == 1 else f"torchrun --standalone --nproc_per_node={ranks}"
-    return f"{launcher} -m distgpt.train {shlex.join([preset, *flags])}"
+    return f"{launcher(ranks)} {shlex.join([preset, *flags])}"
+
+
+def launcher(ranks: int) -> str:
+    """Return the beginning of a training command on one machine."""
+    return f"{'python' if ranks == 1 else f'torchrun --standalone --nproc_per_node={ranks}'} -m distgpt.train"
 
 
 def steps_of_many_epochs(windows: int, global_batch: int) -> int:

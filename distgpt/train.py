@@ -35,6 +35,7 @@ from distgpt.health.watchdog import Watchdog
 from distgpt.model.optim import build_optimizer, lr_at, set_lr
 from distgpt.run.paths import RunPaths
 from distgpt.run.session import RunSession
+from distgpt.telemetry.profiling import profiled
 from distgpt.training import startup, summary
 from distgpt.training.evaluation import evaluate, sample_text
 from distgpt.training.figures import FigureReader, Figures, not_finite
@@ -48,7 +49,8 @@ def main(config: Config) -> None:
     paths, rank, health = RunPaths(config.run_dir), int(os.environ.get("RANK", "0")), config.health
     with RunSession(paths, rank) as session, Watchdog(session, health) as watchdog:
         watchdog.heartbeat("checking the start", health.start_timeout)
-        runtime, dataset, config = this_rank(), open_data(config.data.path), with_absolute_paths(config)
+        runtime, dataset = this_rank(config.train.device), open_data(config.data.path)
+        config = with_absolute_paths(config)
         plan = startup.plan_run(config, runtime, dataset, session)
         startup.check_rank(config, plan, dataset, session, watchdog)
         fit.check_initial_weights(config, dataset, rank)
@@ -141,12 +143,15 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     with (
         closing(startup.training_batches(config, plan, dataset, start_step=start)) as batches,
         startup.open_progress(config, plan, model, session, start_step=start) as progress,
+        closing(
+            profiled(range(start + 1, last + 1), config.profile, session, runtime.device, pausing=progress.pausing)
+        ) as steps,
     ):
         reporter = StepReporter(plan, progress, stragglers, interval, checkpoints, start_step=start)
         session.allow_graceful_stop()
         watchdog.record_forward_passes(model, unwrap_model(model))
         watchdog.heartbeat("waiting for data", health.start_timeout)
-        for step in range(start + 1, last + 1):
+        for step in steps:
             # learn
             stragglers.timer.begin()
             lr = set_lr(optimizer, lr_at(step - 1, config.optim, last))  # steps count from 1, the schedule from 0
@@ -197,4 +202,4 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
                 save(step, val_loss=val_loss, wait=stop or step == last)
             if stop and step < last:
                 raise session.interrupted(last)
-    session.say(f"done: step {last} in {session.paths.root}, loss curve in {session.paths.plot}")
+    session.say(summary.done_message(session.paths, last))

@@ -17,7 +17,7 @@ environment() {
         "$venv/bin/pip" --version &>/dev/null || make_venv "$venv"
         echo "installing the pinned packages into ${venv##*/} (PyTorch is large: this can take minutes)"
         "$venv/bin/python" -m pip install --quiet --disable-pip-version-check \
-            --constraint <(sed "${DISTGPT_TORCH:+s/^torch==.*/torch==$DISTGPT_TORCH/}" "$home/requirements.lock") --editable "${home}[fast,parquet,zstd${extras:+,$extras}]"
+            --constraint <(sed "${DISTGPT_TORCH:+s/^torch==.*/torch==$DISTGPT_TORCH/}" "$home/requirements.lock") --editable "${home}[all${extras:+,$extras}]"
         echo "$wanted" >>"$venv/distgpt-installed"
     fi
     PATH=$venv/bin:$PATH

@@ -78,7 +78,7 @@ COVERED = {
     "python -m distgpt.evaluate runs/mine --task docs/ten-questions.jsonl": TASK,
     "torchrun --standalone --nproc_per_node=2 -m distgpt.doctor --distributed quickstart": PREFLIGHT,
     "git clone URL distgpt && cd distgpt": INSTALLATION,
-    'python3 -m venv .venv && .venv/bin/pip install -c requirements.lock -e ".[fast,parquet,zstd]"': INSTALLATION,
+    'python3 -m venv .venv && .venv/bin/pip install -c requirements.lock -e ".[all]"': INSTALLATION,
     "sbatch slurm/prepare.sh --input /data/texts --output data/mine --tokenizer bpe": SLURM_PREPARE,
     "sbatch --array=0-31 slurm/prepare.sh --input /data/texts --output data/mine --tokenizer gpt2": SLURM_PREPARE,
     "sbatch --nodes=4 slurm/train.sh gpt2-124m --data.path=data/mine": SLURM,
@@ -263,7 +263,7 @@ def test_each_key_in_the_text_is_one() -> None:
 
 
 def test_each_option_in_the_text_is_one() -> None:
-    names = ("prepare", "sample", "evaluate", "export", "replay", "doctor", "train")
+    names = ("prepare", "sample", "evaluate", "export", "report", "replay", "doctor", "train")
     text = " ".join(jobs.command(name, "--help", **jobs.NOT_FORKED).stdout for name in names)
     known = {*re.findall(r"--[\w-]+", text), *FOREIGN_OPTIONS, *NO_KEYS, "--fast"}
     for file, span in code_spans():

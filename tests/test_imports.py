@@ -14,6 +14,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("launch",),
     ("cli",),
     ("training", "preflight", "weights", "reporting"),
+    ("planning",),
     ("checkpoint", "telemetry"),
     ("health",),
     ("run",),
@@ -22,7 +23,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("ground",),
 )
 COMMANDS = {
-    *("__main__", "train", "prepare", "evaluate", "sample", "export", "report", "replay", "doctor", "completion"),
+    *("__main__", "plan", "train", "prepare", "evaluate", "sample", "export", "report", "replay", "doctor"),
+    "completion",
 }
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 

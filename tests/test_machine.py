@@ -119,3 +119,10 @@ def test_the_number_of_ranks_respects_the_quota(quota: None, monkeypatch: pytest
     assert default_ranks() == 1
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3,5,6")
     assert (available_gpus(), default_ranks()) == (3, 3)
+    assert default_ranks("cpu") == 1
+
+
+def test_an_apple_gpu_has_one_rank(quota: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(machine, "has_apple_gpu", lambda: True)
+    assert [default_ranks(device) for device in ("auto", "mps", "cpu")] == [1, 1, 2]

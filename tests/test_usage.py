@@ -42,6 +42,7 @@ def distgpt(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, env=jobs.environment(**jobs.NOT_FORKED))
 
 
+@pytest.mark.filterwarnings("ignore:.* found in sys.modules")  # other tests have imported it
 @pytest.mark.parametrize("width", [60, 80, 160])
 def test_help_fits_the_terminal(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(width))

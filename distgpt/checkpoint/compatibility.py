@@ -78,5 +78,6 @@ def _differences(state: RunState, config: Config, dataset: Dataset) -> list[str]
     if state.vocab_size != dataset.vocab_size:
         differences.append(f"vocabulary {state.vocab_size} -> {dataset.vocab_size}")
     if state.data_fingerprint != dataset.fingerprint:
-        differences.append(f"data {state.data_fingerprint[:12]} -> {dataset.fingerprint[:12]} ({dataset})")
+        then = f"{state.data_fingerprint[:12]} ({saved_config.data.path})"
+        differences.append(f"data {then} -> {dataset.fingerprint[:12]} ({dataset})")
     return differences

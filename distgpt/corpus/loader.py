@@ -242,10 +242,12 @@ def _stat(shard: TokenMap) -> os.stat_result | None:
 
 def _inputs_and_targets(tokens: Tensor, device: torch.device) -> MicroBatch:
     """Return inputs and targets, int64 [sequences, T] each on the device, of tokens [sequences, T + 1]."""
-    if device.type == "cpu":
-        # torch would use several threads here, and on a busy machine wait for one that gets no core.
+    if device.type != "cuda":
+        # torch would use several threads here, and on a busy machine wait for one that gets no core. An Apple GPU has
+        # no uint16, and takes a copy from memory that is not pinned.
         array = tokens.numpy()
-        return torch.from_numpy(array[:, :-1].astype(np.int64)), torch.from_numpy(array[:, 1:].astype(np.int64))
+        x_BT, y_BT = (torch.from_numpy(part.astype(np.int64)) for part in (array[:, :-1], array[:, 1:]))
+        return x_BT.to(device), y_BT.to(device)
     tokens = tokens.to(device, non_blocking=True)
     return tokens[:, :-1].long(), tokens[:, 1:].long()
 

@@ -88,7 +88,7 @@ def sum_over_ranks(values: Tensor, runtime: Runtime) -> Tensor:
 
 def all_gather_row(row: Sequence[float], runtime: Runtime) -> list[list[float]]:
     """Return the row of every rank, by rank. All rows have the same length."""
-    rows = torch.zeros(runtime.world_size, len(row), dtype=torch.float64, device=runtime.device)
+    rows = torch.zeros(runtime.world_size, len(row), dtype=torch.float64, device=runtime.float64_device)
     rows[runtime.rank] = torch.tensor(row, dtype=torch.float64)
     gathered: list[list[float]] = sum_over_ranks(rows, runtime).tolist()
     return gathered

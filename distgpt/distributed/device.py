@@ -34,10 +34,15 @@ def share_of_cpus(local_world_size: int) -> int:
 
 
 def compute_dtype(asked: str, device: torch.device) -> torch.dtype:
-    """Resolve `train.dtype`: auto is bfloat16 on GPUs and CPUs that have instructions for it, else float32.
+    """Resolve `train.dtype`: auto is bfloat16 on NVIDIA GPUs and CPUs that have instructions for it, else float32.
 
-    It is not measured: a measurement on a busy machine may differ from one attempt of a run to the next.
+    It is not measured: a measurement on a busy machine may differ from one attempt of a run to the next. Raises
+    UsageError.
     """
+    if device.type == "mps":
+        if asked == "bfloat16" and not torch.backends.mps.is_macos_or_newer(14, 0):  # autocast would be off
+            raise UsageError("bfloat16 on an Apple GPU needs macOS 14: take --train.dtype=float32")
+        return torch.bfloat16 if asked == "bfloat16" else torch.float32
     if asked != "auto":
         return torch.bfloat16 if asked == "bfloat16" else torch.float32
     if device.type == "cuda":
@@ -59,6 +64,13 @@ def compiles(asked: bool | Literal["auto"], device: torch.device) -> tuple[bool,
     if missing and asked is True:
         raise UsageError(f"train.compile needs {missing}: install it, or set train.compile=false")
     return not missing, f"not compiled, and so slower, for lack of {missing}" if missing else "compiled"
+
+
+def device_name(device: torch.device) -> str:
+    """Return the name of a GPU, or the number of threads of a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return "Apple GPU" if device.type == "mps" else f"threads: {torch.get_num_threads()} each"
 
 
 def set_numerics(train: TrainConfig) -> None:
@@ -91,6 +103,10 @@ def keep_freed_memory() -> None:
 
 def device_memory(runtime: Runtime) -> float:
     """Return the bytes of memory that this rank may use."""
+    if runtime.memory is not None:
+        return runtime.memory
     if runtime.device.type == "cuda":
         return float(torch.cuda.get_device_properties(runtime.device).total_memory)
+    if runtime.device.type == "mps":
+        return float(torch.mps.recommended_max_memory())
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / runtime.local_world_size

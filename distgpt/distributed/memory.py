@@ -4,10 +4,11 @@ Counts what an uncompiled model keeps from its forward to its backward pass, wit
 a compiled one keeps less. tests/distributed/test_memory.py holds the figures against counted allocations.
 """
 
-from dataclasses import dataclass
+import math
+from dataclasses import astuple, dataclass
 
 from distgpt.config import Config, ModelConfig
-from distgpt.model.gpt import count_parameters, mlp_width
+from distgpt.model.gpt import count_parameters, meta_model, mlp_width
 
 # float32 weights, gradients and AdamW's two moments
 BYTES_PER_PARAMETER = 16
@@ -24,6 +25,23 @@ BLOCKS_IN_FLIGHT = 3
 
 
 @dataclass(frozen=True)
+class MemoryParts:
+    """The memory of one rank in bytes, by what it is for."""
+
+    weights: float
+    gradients: float
+    optimizer: float  # AdamW's two moments; with diloco also the shared weights and the momentum
+    activations: float
+    logits: float  # and the loss
+    buffers: float  # weights as products use them, and gradients before they are summed
+
+    @property
+    def total(self) -> float:
+        """The bytes of all parts."""
+        return float(sum(astuple(self)))
+
+
+@dataclass(frozen=True)
 class MemoryModel:
     """The memory of one rank for a model that computes in a data type of `itemsize` bytes."""
 
@@ -37,33 +55,54 @@ class MemoryModel:
         return count_parameters(self.config.model, self.vocab_size)
 
     def need(self, sequences: int, *, shards: int, keep_weights: bool = False, whole_gradients: bool = False) -> float:
-        """Return the bytes for micro-batches of so many sequences. A rank holds the share 1 / `shards` of the model.
+        """Return the bytes of all parts, see parts()."""
+        parts = self.parts(sequences, shards=shards, keep_weights=keep_weights, whole_gradients=whole_gradients)
+        return parts.total
+
+    def parts(
+        self, sequences: int, *, shards: int, keep_weights: bool = False, whole_gradients: bool = False
+    ) -> MemoryParts:
+        """Return the memory for micro-batches of so many sequences, on a rank with one of `shards` of the model.
 
         `keep_weights`: gathered weights are kept for the backward pass; `whole_gradients`: gradients are kept whole,
         in float32, until the last micro-batch.
         """
-        model, parameters = self.config.model, self.parameters
+        model = self.config.model
+        own = shard_parameters(model, self.vocab_size, shards)
         outer = OUTER_BYTES_PER_PARAMETER if self.config.parallel.strategy == "diloco" else 0
-        state = (BYTES_PER_PARAMETER + outer) * parameters / shards
         tokens = sequences * model.block_size
-        layers = model.n_layer * layer_bytes(model, self.itemsize)
-        if self.config.parallel.activation_checkpoint:  # the input of each block, and one block whole
-            layers = 4 * model.n_layer * model.n_embd + layer_bytes(model, self.itemsize)
-        activations = tokens * (layers + (4 + self.itemsize) * model.n_embd)
         loss = LOSS_BYTES * self.vocab_size * min(tokens, model.loss_chunk or tokens)
         if model.loss_chunk:  # the gradient of the head stays beside each chunk
             loss += self.itemsize * self.vocab_size * model.n_embd
-        return state + self._working_weights(shards, keep_weights, whole_gradients) + activations + loss
+        layer = tokens * layer_bytes(model, self.itemsize)
+        layers = model.n_layer * layer
+        if self.config.parallel.activation_checkpoint:
+            # The input of each block. One block is whole when the logits are gone already.
+            layers = 4 * tokens * model.n_layer * model.n_embd + max(0, layer - loss)
+        return MemoryParts(
+            weights=4 * own,
+            gradients=4 * own,
+            optimizer=(8 + outer) * own,
+            activations=layers + tokens * (4 + self.itemsize) * model.n_embd,
+            logits=loss,
+            buffers=self._working_weights(shards, keep_weights, whole_gradients),
+        )
 
     def _working_weights(self, shards: int, keep_weights: bool, whole_gradients: bool) -> float:
         """Return the bytes of weights as products use them, and of gradients before they are summed."""
+        if shards == 1:  # autocast's copies; in float32 there are none
+            return 2 * self.parameters if self.itemsize == 2 else 0
         embeddings = 2 * self.vocab_size * self.config.model.n_embd
-        if shards == 1:  # autocast's copies of the weights; in float32 only a second gradient of the head
-            return 2 * self.parameters if self.itemsize == 2 else 2 * embeddings
         block = (self.parameters - embeddings) / self.config.model.n_layer
         gathered = self.itemsize * (self.parameters if keep_weights else BLOCKS_IN_FLIGHT * block)
         gradients = 4 * (self.parameters if whole_gradients else BLOCKS_IN_FLIGHT * block)
         return max(gathered, 0) + max(gradients, 0) + 4 * embeddings  # those in float32, and their gradients
+
+
+def shard_parameters(config: ModelConfig, vocab_size: int, shards: int) -> int:
+    """Return the parameters of the largest shard. FSDP2 cuts each tensor into equal numbers of rows, rounded up."""
+    shapes = [p.shape for p in meta_model(config, vocab_size).parameters()]
+    return sum(math.ceil(shape[0] / shards) * math.prod(shape[1:]) for shape in shapes)
 
 
 def layer_bytes(model: ModelConfig, itemsize: int) -> float:

@@ -8,13 +8,13 @@ import torch
 
 from distgpt.config import Config, require_divisible_batch
 from distgpt.distributed.device import compiles, compute_dtype, device_memory
-from distgpt.distributed.memory import USABLE_SHARE, MemoryModel
+from distgpt.distributed.memory import USABLE_SHARE, MemoryModel, MemoryParts
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import UsageError
 from distgpt.units import size_text
 
 # Tokens per forward when train.micro_batch is 0: as many as a CPU's caches hold, and enough to keep a GPU busy.
-AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+AUTO_MICRO_BATCH_TOKENS = {"cpu": 4096, "mps": 4096, "cuda": 16384}
 # A whole replica on each rank is not worth it if it leaves memory for fewer tokens than this.
 MIN_EFFICIENT_TOKENS = 4096
 SHARDED = ("fsdp", "hsdp", "diloco")
@@ -80,6 +80,13 @@ def memory_model(config: Config, runtime: Runtime, vocab_size: int) -> MemoryMod
     return MemoryModel(config, vocab_size, compute_dtype(config.train.dtype, runtime.device).itemsize)
 
 
+def planned_memory(config: Config, plan: Plan, sequences: int, *, vocab_size: int) -> MemoryParts:
+    """Return the memory of a rank in this layout for micro-batches of so many sequences."""
+    memory = MemoryModel(config, vocab_size, plan.dtype.itemsize)
+    shards, keep_weights, whole_gradients = plan.ranks_per_replica, not plan.reshard, not plan.reduce_each
+    return memory.parts(sequences, shards=shards, keep_weights=keep_weights, whole_gradients=whole_gradients)
+
+
 def micro_batch_size(config: Config, runtime: Runtime, fits: Callable[[int], bool] = lambda size: True) -> int:
     """Return the sequences per forward on one rank: ranks x micro_batch x accumulation steps = global_batch.
 
@@ -92,7 +99,7 @@ def micro_batch_size(config: Config, runtime: Runtime, fits: Callable[[int], boo
     per_rank = config.train.global_batch // runtime.world_size
     limit = AUTO_MICRO_BATCH_TOKENS[runtime.device.type] // config.model.block_size
     sizes = [size for size in range(1, min(per_rank, limit) + 1) if per_rank % size == 0]
-    return max((size for size in sizes if runtime.device.type != "cuda" or fits(size)), default=1)
+    return max((size for size in sizes if runtime.device.type == "cpu" or fits(size)), default=1)
 
 
 def smallest_efficient_micro_batch(config: Config, runtime: Runtime) -> int:
@@ -106,20 +113,9 @@ def smallest_efficient_micro_batch(config: Config, runtime: Runtime) -> int:
 
 def smaller_micro_batch(config: Config, plan: Plan, *, vocab_size: int) -> int | None:
     """Return the largest micro-batch that fits where that of the plan did not, None if there is no smaller one."""
-    memory = memory_model(config, plan.runtime, vocab_size)
     room = USABLE_SHARE * device_memory(plan.runtime)
     smaller = [size for size in range(1, plan.micro_batch) if plan.micro_batch * plan.accumulation % size == 0]
-    fitting = [
-        size
-        for size in smaller
-        if memory.need(
-            size,
-            shards=plan.ranks_per_replica,
-            keep_weights=not plan.reshard,
-            whole_gradients=not plan.reduce_each,
-        )
-        <= room
-    ]
+    fitting = [s for s in smaller if planned_memory(config, plan, s, vocab_size=vocab_size).total <= room]
     return max(fitting or smaller[:1], default=None)
 
 

@@ -36,7 +36,7 @@ def process_group(
     os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(32, share_of_cpus(runtime.local_world_size))))
     if runtime.device.type == "cpu":
         keep_freed_memory()
-    else:
+    elif runtime.device.type == "cuda":
         torch.cuda.set_device(runtime.device)
     if not runtime.distributed:
         yield

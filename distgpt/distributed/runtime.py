@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from distgpt.errors import UsageError
-from distgpt.torchrun import place_in_job, this_attempt
+from distgpt.torchrun import Place, place_in_job, this_attempt
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,7 @@ class Runtime:
     world_size: int
     local_world_size: int
     device: torch.device
+    memory: float | None = None  # bytes of a device that is planned for; None: ask the device, which is here
 
     @property
     def distributed(self) -> bool:
@@ -28,35 +29,56 @@ class Runtime:
     def on_one_host(self) -> bool:
         return self.world_size == self.local_world_size
 
+    @property
+    def float64_device(self) -> torch.device:
+        """The device for sums in float64, which an Apple GPU does not have."""
+        return torch.device("cpu") if self.device.type == "mps" else self.device
 
-def this_rank() -> Runtime:
-    """Read this rank from torchrun's environment; without it, one process.
 
-    Raises UsageError if there are fewer GPUs than ranks, or if there are some that cannot be used.
+def this_rank(device: str = "auto") -> Runtime:
+    """Read this rank from torchrun's environment; without it, one process. `device`: as train.device.
+
+    Raises UsageError if the device is not here or cannot be used, or is too few for the ranks.
     """
     place = place_in_job()
-    device = torch.device("cpu")
-    if torch.cuda.is_available():
+    chosen = choose_device(device, place)
+    return Runtime(place.rank, place.local_rank, place.world_size, place.local_world_size, chosen)
+
+
+def choose_device(asked: str, place: Place) -> torch.device:
+    """Return the device of this rank: as asked or, for auto, an NVIDIA GPU, else an Apple GPU, else the CPU.
+
+    Raises UsageError.
+    """
+    if asked in ("auto", "cuda") and torch.cuda.is_available():
         if place.local_world_size > torch.cuda.device_count():
             raise UsageError(
                 f"{place.local_world_size} ranks on this host but {torch.cuda.device_count()} GPUs: "
                 f"use --nproc_per_node={torch.cuda.device_count()}"
             )
-        device = torch.device("cuda", place.local_rank)
-    elif gpus_are_expected():
+        return torch.device("cuda", place.local_rank)
+    if asked in ("auto", "cuda") and gpus_are_expected():
         raise UsageError(
             f"this machine has NVIDIA GPUs, but PyTorch {torch.__version__} cannot use them ({why_not_cuda()}): update "
             "the driver, or install a PyTorch for an older CUDA; to use the CPU, set CUDA_VISIBLE_DEVICES=-1"
         )
-    return Runtime(place.rank, place.local_rank, place.world_size, place.local_world_size, device)
+    if asked in ("auto", "mps") and torch.backends.mps.is_available():
+        if place.world_size > 1:
+            raise UsageError(
+                f"{place.world_size} ranks, but an Apple GPU trains with one: start python -m distgpt.train without "
+                "torchrun, or take --train.device=cpu"
+            )
+        return torch.device("mps")
+    if asked in ("cuda", "mps"):
+        raise UsageError(f"the device is {asked}, but PyTorch {torch.__version__} finds none here: take auto or cpu")
+    return torch.device("cpu")
 
 
-def only_rank(command: str) -> Runtime:
+def only_rank(command: str, device: str = "auto") -> Runtime:
     """Return the rank of a command that runs in one process. Raises UsageError under torchrun with several."""
-    runtime = this_rank()
-    if runtime.distributed:
+    if place_in_job().world_size > 1:
         raise UsageError(f"{command} runs in one process: start it without torchrun")
-    return runtime
+    return this_rank(device)
 
 
 def gpus_are_expected(devices: Path = Path("/dev")) -> bool:

@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> int:
     """Train until the run is done or cannot go on; return its exit code, which torchrun would turn into 1."""
     config = resolve(arguments, os.environ)
     paths = RunPaths(config.run_dir)
-    ranks = count_from_environment("NPROC_PER_NODE") or default_ranks()
+    ranks = count_from_environment("NPROC_PER_NODE") or default_ranks(config.train.device)
     tries = Tries(count_from_environment("TRIES") or 3, config.run_dir)
     require_divisible_batch(config, ranks)
     dataset = open_data(config.data.path)

@@ -81,7 +81,7 @@ def read_settings(config: Config) -> JobSettings:
         port=int(host_and_port[2]),
         min_hosts=min_hosts,
         max_hosts=max_hosts,
-        ranks=ranks or default_ranks(),
+        ranks=ranks or default_ranks(config.train.device),
         join_seconds=join_seconds or 600,
         tries=tries or 10,
     )

@@ -194,6 +194,8 @@ def draw(logits_BV: Tensor, uniform_B: Sequence[float], sampling: Sampling, seen
         p_BV = p_BV.masked_fill(p_BV < _least_in_nucleus(p_BV, sampling), 0.0)
     if sampling.min_p:
         p_BV = p_BV.masked_fill(p_BV < sampling.min_p * p_BV.amax(dim=-1, keepdim=True), 0.0)
+    if p_BV.device.type == "mps":
+        p_BV = p_BV.cpu()  # an Apple GPU has no float64
     # The id at which the cumulative probability exceeds the uniform number.
     cumulative_BV = p_BV.cumsum(dim=-1, dtype=torch.float64)
     uniform_B1 = torch.tensor(uniform_B, dtype=torch.float64, device=p_BV.device)[:, None]

@@ -12,6 +12,7 @@ arXiv:2305.13245. QK-norm: Henry et al. 2020, arXiv:2010.04245.
 """
 
 import dataclasses
+import functools
 import hashlib
 import math
 
@@ -144,8 +145,9 @@ class Attention(nn.Module):
         dropout_p = self.dropout if self.training else 0.0
         # SDPA on a CPU is slow with dropout, and slow in bfloat16.
         in_blocks = x_BTC.device.type == "cpu" and cache is None and (dropout_p > 0 or q_BHTD.dtype == torch.bfloat16)
-        if K != H and (in_blocks or mask is not None):
-            # CUDA's kernel for masks has no grouped heads: with enable_gqa, SDPA would store all (T, S) weights.
+        if K != H and (in_blocks or mask is not None or x_BTC.device.type == "mps"):
+            # CUDA's kernel for masks has no grouped heads: with enable_gqa, SDPA would store all (T, S) weights. Nor
+            # does every version of torch have them on Apple GPUs.
             k_BKTD, v_BKTD = (x.repeat_interleave(H // K, dim=1) for x in (k_BKTD, v_BKTD))
         if in_blocks:
             y_BHTD = attention_in_blocks(q_BHTD, k_BKTD, v_BKTD, mask=mask, dropout_p=dropout_p)
@@ -376,11 +378,16 @@ class GPT(nn.Module):
         return (same_BTS & causal_TS).unsqueeze(1)
 
 
+@functools.cache
+def meta_model(config: ModelConfig, vocab_size: int) -> GPT:
+    """Return the network on the meta device: the shapes of its parameters without their values."""
+    with torch.device("meta"):
+        return GPT(dataclasses.replace(config, document_mask=False), vocab_size)
+
+
 def count_parameters(config: ModelConfig, vocab_size: int) -> int:
     """Return the number of parameters, with the padding of the vocabulary and a tied head once. Allocates nothing."""
-    with torch.device("meta"):
-        model = GPT(dataclasses.replace(config, document_mask=False), vocab_size)
-    return sum(p.numel() for p in model.parameters())
+    return sum(p.numel() for p in meta_model(config, vocab_size).parameters())
 
 
 def with_explicit_sizes(config: ModelConfig) -> ModelConfig:

@@ -12,7 +12,7 @@ from torch import nn
 from distgpt.config import OptimConfig
 
 # Devices with a fused kernel that updates all parameters at once, sharded ones (DTensor) included, in float32.
-FUSED_DEVICES = ("cuda", "cpu")
+FUSED_DEVICES = ("cuda", "mps", "cpu")
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -27,7 +27,7 @@ from distgpt.corpus.mixture import open_data
 from distgpt.corpus.order import Order, evaluation_windows
 from distgpt.corpus.shards import Dataset, verify_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
-from distgpt.distributed.device import compute_dtype, threads_per_rank
+from distgpt.distributed.device import compute_dtype, device_name, threads_per_rank
 from distgpt.distributed.memory import BYTES_PER_PARAMETER
 from distgpt.distributed.plan import (
     choose_strategy,
@@ -48,13 +48,17 @@ from distgpt.units import count_text, ranks_text, size_text
 MAX_STATE_SHARE = 0.7
 GIB = 2**30
 # NCCL's buffers for the ranks of a host need this much. A container has 64 MiB by default.
-SHARED_MEMORY_BYTES = {"cuda": GIB, "cpu": 64 * 2**20}
+SHARED_MEMORY_BYTES = {"cuda": GIB, "mps": 0, "cpu": 64 * 2**20}
 
 
 def all_local_devices(runtime: Runtime) -> Runtime:
     """Return the runtime of rank 0 of a job on all GPUs of this machine, as launch/local.sh would start it."""
     gpus = torch.cuda.device_count()
-    return dataclasses.replace(runtime, world_size=gpus, local_world_size=gpus) if gpus > 1 else runtime
+    return (
+        dataclasses.replace(runtime, world_size=gpus, local_world_size=gpus)
+        if runtime.device.type == "cuda" and gpus > 1
+        else runtime
+    )
 
 
 def check_machine(config: Config, runtime: Runtime, *, thorough: bool) -> Iterator[Finding]:
@@ -104,7 +108,9 @@ def check_devices(config: Config, runtime: Runtime) -> Finding:
             used = f"{listed}; this job uses {runtime.local_world_size}"
             return warning("devices", f"{used}: set --nproc_per_node={len(names)} to use all")
         return ok("devices", f"{listed}, {dtype}")
-    if Path("/dev/nvidia0").exists():
+    if runtime.device.type == "mps":
+        return ok("devices", f"{device_name(runtime.device)}, {dtype}")
+    if config.train.device == "auto" and Path("/dev/nvidia0").exists():
         built = torch.version.cuda
         why = f"for CUDA {built} cannot use it: update the driver" if built else "was built without CUDA"
         return warning("devices", f"this machine has an NVIDIA GPU, but PyTorch {why}; training uses the CPU")

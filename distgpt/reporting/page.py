@@ -51,7 +51,7 @@ def build_page(runs: Sequence[RunRecord]) -> str:
     scripts = [(ASSETS / name).read_text(encoding="utf-8") for name in ("uPlot.iife.min.js", "page.js")]
     styles = [(ASSETS / name).read_text(encoding="utf-8") for name in ("uPlot.min.css", "page.css")]
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"duration": _time, "size": size_text, "clock": _clock}
+    environment.filters |= {"duration": _time, "size": size_text, "clock": _clock, "percent": "{:.4%}".format}
     return environment.from_string((ASSETS / "page.html").read_text(encoding="utf-8")).render(
         title=" and ".join(names) if len(names) < 3 else f"{len(names)} runs",
         runs=[_run(record, name) for record, name in zip(runs, names, strict=True)],
@@ -129,7 +129,7 @@ def _run(record: RunRecord, name: str) -> dict[str, Any]:
     losses = {saved.step: saved.val_loss for saved in record.checkpoints if saved.val_loss is not None}
     return {
         "name": name,
-        "path": str(record.path.resolve()),
+        "path": str(record.path),
         "state": record.state,
         "cause": record.exits[-1].cause if record.exits and record.state in ("interrupted", "failed") else "",
         "figures": _figures(record, spent, evaluations),

@@ -21,6 +21,7 @@ class RunPaths:
         self.checkpoints = root / "checkpoints"
         self.logs = root / "logs"
         self.plot = root / "plots" / "loss.png"
+        self.profile = root / "profile"
         self.exit_report = root / "exit.json"
         self.earlier_exits = root / "exits.jsonl"
         self.lock = root / "LOCK"

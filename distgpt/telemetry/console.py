@@ -31,6 +31,7 @@ class Console:
     def __init__(self, total_steps: int, start_step: int, enabled: bool) -> None:
         self._total, self._done = total_steps, start_step
         self._enabled = enabled
+        self._left_out = 0  # of the parts of a line for which there is no room
         self._last_line = time.monotonic()
         self._bar: Any = None
         if enabled and sys.stdout.isatty() and sys.stderr.isatty():
@@ -64,8 +65,10 @@ class Console:
             eta,
             "update skipped" if figures.skipped else "",
         ]
-        for least in (milliseconds, lr, mfu):
-            if len(self._line(figures.step, parts)) > columns():
+        # What was left out once stays away, so that lines are alike.
+        for number, least in enumerate((milliseconds, lr, mfu)):
+            if number < self._left_out or len(self._line(figures.step, parts)) > columns():
+                self._left_out = max(self._left_out, number + 1)
                 parts.remove(least)
         self.message(self._line(figures.step, parts))
         if self._bar is not None:

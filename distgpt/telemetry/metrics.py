@@ -15,12 +15,15 @@ from pathlib import Path
 
 import torch
 
+from distgpt.config import Config, to_dict, to_toml
 from distgpt.errors import StorageError
+from distgpt.telemetry.dashboard import evaluation_scalars, hyperparameters, layout, step_scalars, training_done
 from distgpt.telemetry.owned_files import append_or_undo, open_for_appending
 from distgpt.telemetry.step_lines import METRICS_FILE, SAMPLES_FILE, end_of_step
 from distgpt.telemetry.tensorboard import EventFile
 
-GIB = 2**30
+# Sections of the config that TensorBoard compares between runs.
+LEARNING = ("model", "optim", "train")
 
 
 @dataclass(frozen=True)
@@ -66,16 +69,7 @@ class Metrics:
         """Log the figures of a training step."""
         values = asdict(figures)
         self._write_line(values)
-        learning = ("loss", "lr", "grad_norm", "loss_z", "grad_norm_z", "skipped")
-        performance = {
-            "perf/tokens_per_second": figures.tokens_per_second,
-            "perf/mfu": figures.mfu,
-            "perf/step_s": figures.seconds,
-            "perf/memory_gib": figures.memory_bytes / GIB,
-            "perf/data_wait_s": figures.data_wait,
-            "perf/checkpoint_stall_s": figures.checkpoint_stall,
-        }
-        self.scalars(figures.step, {f"train/{name}": values[name] for name in learning} | performance)
+        self.scalars(figures.step, step_scalars(values))
 
     def evaluation(
         self, step: int, *, val_loss: float, val_bits_per_byte: float, val_losses: Mapping[str, float] | None = None
@@ -84,12 +78,26 @@ class Metrics:
         values = {"loss": val_loss, "perplexity": perplexity(val_loss), "bits_per_byte": val_bits_per_byte}
         values |= {f"loss/{name}": loss for name, loss in (val_losses or {}).items()}
         self._write_line({"step": step, **{f"val_{name}": value for name, value in values.items()}})
-        self.scalars(step, {f"eval/{name}": value for name, value in values.items()})
+        self.scalars(step, evaluation_scalars(values))
 
-    def scalars(self, step: int, values: Mapping[str, float | None]) -> None:
-        """Add one point to each curve in TensorBoard; leave out values that are None."""
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Add one point to each curve in TensorBoard."""
         with self.counting_drops():
-            self._events.scalars(step, {tag: value for tag, value in values.items() if value is not None})
+            self._events.scalars(step, values)
+
+    def config(self, config: Config, step: int) -> None:
+        """Show the config in TensorBoard, as text and as hyperparameters, and arrange its charts."""
+        tree = to_dict(config)
+        values = {f"{name}.{key}": value for name in LEARNING for key, value in tree[name].items()}
+        self.text("config", to_toml(config), step)
+        with self.counting_drops():
+            self._events.summary(layout(), step)
+            self._events.summary(hyperparameters(values, group=self._run_dir.resolve().name), step)
+
+    def done(self, step: int) -> None:
+        """Record in TensorBoard that the run has reached its last step."""
+        with self.counting_drops():
+            self._events.summary(training_done(), step)
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Show `text` verbatim in TensorBoard."""
@@ -151,9 +159,14 @@ def perplexity(loss: float) -> float:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """Return the peak of the memory allocated on a GPU; for a CPU, the resident memory of this process now."""
+    """Return the peak of the memory allocated on a GPU.
+
+    For an Apple GPU, what is allocated now; for a CPU, the resident memory of this process now.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if device.type == "mps":
+        return torch.mps.driver_allocated_memory()
     try:
         resident_pages = int(Path("/proc/self/statm").read_text().split()[1])
     except OSError:

@@ -71,12 +71,17 @@ def device_peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
 
 def named_peak_flops(name: str, dtype: torch.dtype, *, tf32: bool) -> float | None:
     """Return the peak FLOP/s of a GPU by its name. `tf32`: float32 products may run on the tensor cores."""
-    model = re.sub(r"^(NVIDIA |Tesla |GeForce )*", "", name)
+    model = product_name(name)
     for pattern, bfloat16, tensor_float32, float32 in PEAKS:
         if re.fullmatch(pattern, model):
             peak = bfloat16 if dtype == torch.bfloat16 else (tf32 and tensor_float32) or float32
             return None if peak is None else peak * TERA
     return None
+
+
+def product_name(name: str) -> str:
+    """Return the name of a GPU without its brand: H100 80GB HBM3, RTX 4090."""
+    return re.sub(r"^(NVIDIA |Tesla |GeForce )*", "", name)
 
 
 def _measure_peak(dtype: torch.dtype) -> float:

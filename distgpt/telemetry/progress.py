@@ -1,17 +1,19 @@
 """The progress of a run: times its steps, and shows and records what was measured."""
 
+import importlib.util
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Literal, Self
 
-from distgpt.config import Config, to_toml
+from distgpt.config import Config
 from distgpt.distributed.plan import Plan
 from distgpt.errors import Interrupted, StorageError
 from distgpt.health.outliers import Decision
 from distgpt.run.session import RunSession
 from distgpt.telemetry.console import Console, step_time
+from distgpt.telemetry.dashboard import GOODPUT
 from distgpt.telemetry.goodput import End, Goodput
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes
 from distgpt.telemetry.plots import plot_losses
@@ -19,15 +21,27 @@ from distgpt.units import duration
 
 # The duration of a run is predicted after so many steps, or after steps of so many seconds in total.
 PREDICTING_STEPS, PREDICTING_SECONDS = 3, 20.0
+# The plan is graded after so many steps.
+GRADED_STEPS = 20
 
 
 class Progress:
     """Shows and records the progress of a run. Every rank has one; only that of rank 0 prints and writes."""
 
     def __init__(
-        self, session: RunSession, config: Config, plan: Plan, *, start_step: int, peak_tokens_per_second: float | None
+        self,
+        session: RunSession,
+        config: Config,
+        plan: Plan,
+        *,
+        start_step: int,
+        peak_tokens_per_second: float | None,
+        grade: Callable[[float], str] | None = None,
     ) -> None:
-        """`peak_tokens_per_second`: the rate at an MFU of 1 on all devices together; None if unknown."""
+        """`peak_tokens_per_second`: the rate at an MFU of 1 on all devices together; None if unknown.
+
+        `grade` gets the mean seconds of the first steps and returns a line that compares them with the plan.
+        """
         self._paths, self._require_owned = session.paths, session.require_owned
         self._config, self._device = config, plan.runtime.device
         self._tokens_per_step = config.train.global_batch * config.model.block_size
@@ -45,8 +59,11 @@ class Progress:
         self._first_steps: list[float] = []
         self._ended: dict[int, float] = {}  # when each step ended, for those that are logged later
         self._predicted = False
+        self._grade, self._steps_seconds = grade, 0.0
         if self._metrics is not None:
-            self._metrics.text("config", to_toml(config), start_step)
+            self._metrics.config(config, start_step)
+            if importlib.util.find_spec("matplotlib") is None:
+                self._console.message("no loss curve is drawn without the package matplotlib: pip install matplotlib")
         self._write_goodput()
 
     def micro_batch(self, done: int, count: int) -> None:
@@ -60,6 +77,10 @@ class Progress:
         seconds = self.goodput.step(step, data_wait=data_wait)
         self._data_wait += data_wait
         self._write_goodput()
+        if step > self._start_step + 1:  # the first step warms up
+            self._steps_seconds += seconds
+        if step == self._start_step + GRADED_STEPS and self._grade and self._metrics is not None:
+            self._console.message(self._grade(self._steps_seconds / (GRADED_STEPS - 1)))
         return seconds
 
     def is_logged(self, step: int) -> bool:
@@ -96,8 +117,8 @@ class Progress:
         if self._metrics is not None:
             self._metrics.train(figures)
             spent = self.goodput.so_far()
-            parts = {f"goodput/{part}_s": part_seconds for part, part_seconds in spent.seconds.items()}
-            self._metrics.scalars(step, {"goodput/share": spent.goodput, **parts})
+            parts = {f"time/{part}_s": part_seconds for part, part_seconds in spent.seconds.items()}
+            self._metrics.scalars(step, {GOODPUT: 100 * spent.goodput, **parts})
         self._logged_step, self._since = step, now
         self._paused = self._checkpoint_stall = self._data_wait = 0.0
         return elapsed
@@ -129,8 +150,8 @@ class Progress:
             self._console.message(f"time      {left:,} more steps of {step_time(mean)} take {duration(left * mean)}")
 
     @contextmanager
-    def pausing(self, part: Literal["evaluation", "checkpoint"]) -> Iterator[None]:
-        """Wrap an evaluation, or the part of a save that training waits for: its time does not count as steps."""
+    def pausing(self, part: Literal["evaluation", "checkpoint", "other"]) -> Iterator[None]:
+        """Wrap an evaluation, the part of a save that training waits for, or other work: none of it counts as steps."""
         started = time.perf_counter()
         if part == "checkpoint":
             if self._metrics is not None:
@@ -157,6 +178,8 @@ class Progress:
             self._console.losses_of_datasets(step, val_losses)
         if self._metrics is not None:
             self._metrics.evaluation(step, **figures, val_losses=val_losses)
+            if importlib.util.find_spec("matplotlib") is None:
+                return
             try:
                 plot_losses(self._paths.metrics, self._paths.plot, require_owned=self._require_owned)
             except StorageError as error:
@@ -181,6 +204,8 @@ class Progress:
             stopped: End = "interrupted" if isinstance(error, Interrupted) else "failed"
             self._write_goodput(end="done" if error is None else stopped)
             self._console.goodput(self.goodput.so_far())
+            if error is None:
+                self._metrics.done(self._config.train.steps)
             self.goodput.close()
             self._metrics.close()
 

@@ -46,14 +46,18 @@ class EventFile:
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Add one point to each of several curves."""
         points = [Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()]
-        self._append(Event(wall_time=time.time(), step=step, summary=Summary(value=points)))
+        self.summary(Summary(value=points), step)
+
+    def summary(self, summary: Summary, step: int) -> None:
+        """Add a record of dashboard.py."""
+        self._append(Event(wall_time=time.time(), step=step, summary=summary))
 
     def text(self, tag: str, text: str, step: int) -> None:
         """Add a text, which TensorBoard shows verbatim."""
         longest = max(map(len, re.findall("`+", text)), default=0)
         fence = "`" * max(3, longest + 1)
         markdown = f"{fence}\n{text}\n{fence}".encode(errors="replace")
-        self._append(Event(wall_time=time.time(), step=step, summary=text_pb(f"{tag}/text_summary", markdown)))
+        self.summary(text_pb(f"{tag}/text_summary", markdown), step)
 
     def close(self) -> None:
         """Close the file. Every record is already written."""

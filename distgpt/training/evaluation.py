@@ -35,11 +35,11 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer,
     however many windows it has.
     """
     runtime = plan.runtime
-    losses_N = torch.zeros(batches.windows, dtype=torch.float64, device=runtime.device)
+    losses_N = torch.zeros(batches.windows, dtype=torch.float64, device=runtime.float64_device)
     weights_N = torch.ones_like(losses_N)
     for windows, part in batches.parts:
         weights_N[windows] = part.share * batches.windows / (windows.stop - windows.start)
-    text_bytes = torch.zeros((), dtype=torch.float64, device=runtime.device)
+    text_bytes = torch.zeros((), dtype=torch.float64, device=runtime.float64_device)
     bytes_of_token_V = torch.from_numpy(tokenizer.token_bytes()).to(runtime.device)
     block_size = 0
     with inference(model) as gpt:
@@ -50,8 +50,8 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer,
             if np.all(indices >= 0):
                 # They are consecutive. A tensor of indices would have to be copied to the device, which waits for it.
                 here = slice(int(indices[0]), int(indices[-1]) + 1)
-                losses_N[here] = loss_B.double()
-                text_bytes += (bytes_of_token_V[y_BT].sum(dim=1) * weights_N[here]).sum()
+                losses_N[here] = loss_B.to(losses_N.device).double()
+                text_bytes += (bytes_of_token_V[y_BT].sum(dim=1).to(text_bytes.device) * weights_N[here]).sum()
     losses_N = sum_over_ranks(losses_N, runtime)
     weighted_N = losses_N * weights_N
     nats = weighted_N.sum().item() * block_size

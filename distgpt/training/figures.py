@@ -39,7 +39,7 @@ class FigureReader:
     def add(self, step: int, sums: Tensor, *, lr: float) -> None:
         """Start to copy the sums over ranks, as `reduce_scalars` returns them, to the host."""
         copied = None
-        on_host = sums.to("cpu", non_blocking=True)  # to pinned memory
+        on_host = sums.to("cpu", non_blocking=sums.is_cuda)  # to pinned memory
         if sums.is_cuda:
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()

@@ -108,7 +108,7 @@ def score(model: GPT, questions: Sequence[Question], plan: Plan) -> Scores:
     # By length, so that a batch has little padding.
     order = sorted(range(len(choices)), key=lambda i: len(choices[i].ids), reverse=True)
     batches = [order[start : start + plan.micro_batch] for start in range(0, len(order), plan.micro_batch)]
-    found_N = torch.zeros(len(choices), dtype=torch.float64, device=runtime.device)
+    found_N = torch.zeros(len(choices), dtype=torch.float64, device=runtime.float64_device)
     with torch.no_grad(), autocast(runtime.device, plan.dtype):
         for batch in batches[runtime.rank :: runtime.world_size]:
             found_N[batch] = log_likelihoods(model, [choices[i] for i in batch], runtime.device)

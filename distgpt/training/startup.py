@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from distgpt.errors import DataError, DirectoryError, StorageError, UsageError
 from distgpt.files import write_file
 from distgpt.health.watchdog import JOINING, Watchdog
 from distgpt.model.gpt import count_parameters
+from distgpt.planning.grade import grade
 from distgpt.run.lock import Owner
 from distgpt.run.session import NFS_ATTRIBUTE_CACHE_SECONDS, RunSession
 from distgpt.telemetry.progress import Progress
@@ -128,7 +130,9 @@ def explaining_out_of_memory(config: Config, plan: Plan, dataset: Dataset) -> It
     """Raise UsageError with a micro-batch that fits in place of torch.OutOfMemoryError."""
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not isinstance(error, torch.OutOfMemoryError) and "MPS backend out of memory" not in str(error):
+            raise
         first_line = next(iter(str(error).splitlines()), "")
         smaller = smaller_micro_batch(config, plan, vocab_size=dataset.vocab_size)
         more = [] if config.parallel.activation_checkpoint else ["--parallel.activation_checkpoint"]
@@ -147,8 +151,12 @@ def record_config(config: Config, plan: Plan, session: RunSession) -> None:
 
 def open_progress(config: Config, plan: Plan, model: nn.Module, session: RunSession, *, start_step: int) -> Progress:
     """Open the progress of this rank. All ranks call it, since they add up the peaks of their devices."""
-    peak = peak_tokens_per_second(plan, flops_per_token=unwrap_model(model).flops_per_token())
-    return Progress(session, config, plan, start_step=start_step, peak_tokens_per_second=peak)
+    gpt = unwrap_model(model)
+    flops = gpt.flops_per_token()
+    rate = peak_tokens_per_second(plan, flops_per_token=flops)
+    peak = None if rate is None else rate * flops / plan.runtime.world_size
+    grading = partial(grade, config, plan, vocab_size=gpt.vocab_size, peak=peak)
+    return Progress(session, config, plan, start_step=start_step, peak_tokens_per_second=rate, grade=grading)
 
 
 def training_batches(config: Config, plan: Plan, dataset: Dataset, *, start_step: int) -> Loader:

@@ -62,11 +62,11 @@ class StopCheck:
         self._until_check, self._since_check = self._until_check - 1, self._since_check + 1
         if self._until_check:
             return False
-        if self._runtime.device.type == "cuda":
-            torch.cuda.synchronize(self._runtime.device)
+        if self._runtime.device.type != "cpu":
+            torch.accelerator.synchronize(self._runtime.device)
         now = time.monotonic()
         seconds = (now - self._checked_at) / self._since_check
-        values = torch.tensor([self._requested(), seconds], dtype=torch.float64, device=self._runtime.device)
+        values = torch.tensor([self._requested(), seconds], dtype=torch.float64, device=self._runtime.float64_device)
         if self._runtime.distributed:
             dist.all_reduce(values, op=dist.ReduceOp.MAX)
         stop, seconds = values.tolist()
@@ -80,6 +80,8 @@ def seed_dropout(device: torch.device, seed: int) -> None:
     """Seed the generator of dropout on this device. torch.manual_seed seeds all types, which takes a millisecond."""
     if device.type == "cuda":
         torch.cuda.manual_seed(seed)
+    elif device.type == "mps":
+        torch.mps.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
 
@@ -96,10 +98,25 @@ def apply_update(
     """Take an optimizer step, with gradients scaled down from `grad_norm` to a norm of at most `clip` (0: unscaled).
 
     A `skip` of 1.0 leaves weights and moments as they are. Fused AdamW reads both on the device, as torch's GradScaler
-    hands them to it, so the host need not know them.
+    hands them to it, so the host need not know them. That of an Apple GPU ignores them.
     """
     assert optimizer.defaults["fused"]
     fused: Any = optimizer  # these attributes have no type in torch
+    if grad_norm.device.type == "mps":
+        apply_update_from_host(optimizer, grad_norm, clip=clip, skip=skip)
+        return
     fused.grad_scale = ((grad_norm.float() + 1e-6) / clip).clamp(min=1.0) if clip else None
     fused.found_inf = skip
+    optimizer.step()
+
+
+def apply_update_from_host(
+    optimizer: torch.optim.Optimizer, grad_norm: Tensor, *, clip: float, skip: Tensor | None
+) -> None:
+    """Do what apply_update does where the device cannot: the host waits for it, then decides and scales."""
+    if skip is not None and skip.item():
+        return
+    if clip:
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        nn.utils.clip_grads_with_norm_(parameters, clip, grad_norm)
     optimizer.step()

@@ -98,7 +98,7 @@ def peak_tokens_per_second(plan: Plan, *, flops_per_token: float) -> float | Non
     """
     runtime = plan.runtime
     peak = device_peak_flops(runtime.device, plan.dtype)
-    value = torch.tensor(math.nan if peak is None else peak, dtype=torch.float64, device=runtime.device)
+    value = torch.tensor(math.nan if peak is None else peak, dtype=torch.float64, device=runtime.float64_device)
     total = sum_over_ranks(value, runtime).item()
     return None if math.isnan(total) else total / flops_per_token
 

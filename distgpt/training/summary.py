@@ -8,9 +8,10 @@ from torch import nn
 from distgpt.checkpoint.manifest import STATE, RunState
 from distgpt.config import Config, from_dict, keys, value_at, value_text
 from distgpt.corpus.shards import Dataset, Part, Split
-from distgpt.distributed.device import compute_dtype
+from distgpt.distributed.device import compute_dtype, device_name
 from distgpt.distributed.plan import Plan
 from distgpt.model.optim import lr_at
+from distgpt.run.paths import RunPaths
 from distgpt.suggestion import MANY_EPOCHS, steps_of_many_epochs
 from distgpt.units import count_text, ranks_text
 from distgpt.usage import wrapped
@@ -24,11 +25,9 @@ def describe(config: Config, plan: Plan, dataset: Dataset, model: nn.Module) -> 
     """Describe a run in a few lines."""
     parameters = sum(p.numel() for p in model.parameters())
     runtime, device = plan.runtime, plan.runtime.device.type
-    threads = torch.get_num_threads()
     compiled = f", {plan.compile_reason}" if plan.compile_reason else ""
-    each = f"threads: {threads} each" if device == "cpu" else torch.cuda.get_device_name(runtime.device)
     dtype: str = plan.dtype_name
-    if config.train.dtype == "auto":
+    if config.train.dtype == "auto" and device != "mps":
         fast = "fast" if plan.dtype == torch.bfloat16 else "bfloat16 is slow"
         kept = plan.dtype != compute_dtype("auto", runtime.device)
         dtype += " (auto: as before)" if kept else f" (auto: {fast} on this {device.upper()})"
@@ -38,7 +37,7 @@ def describe(config: Config, plan: Plan, dataset: Dataset, model: nn.Module) -> 
         f"data      {dataset}: {dataset.train.tokens:,} tokens, vocabulary {dataset.vocab_size:,}",
         *(f"          {part.share:.1%} {part.name}: {part.tokens:,} tokens, {times}" for part, times in mix),
         f"model     {parameters:,} parameters, computes in {dtype}{compiled}",
-        f"devices   {runtime.world_size} x {device} ({each})",
+        f"devices   {runtime.world_size} x {device} ({device_name(runtime.device)})",
         f"batch     {config.train.global_batch} sequences of {config.model.block_size} tokens = "
         f"{ranks_text(runtime.world_size)} x {plan.micro_batch} x {plan.accumulation} accumulation steps",
         f"length    {config.train.steps:,} steps = {config.train.steps * tokens_per_step(config):,} tokens"
@@ -64,6 +63,11 @@ def nothing_to_do_message(config: Config, step: int) -> str:
         f"nothing to do: {config.run_dir} is at step {step} of {config.train.steps}; "
         f"to train further, set a larger --train.steps{raised}"
     )
+
+
+def done_message(paths: RunPaths, last: int) -> str:
+    """Say that a run has taken its last step, and where its loss curve is."""
+    return f"done: step {last} in {paths.root}" + (f", loss curve in {paths.plot}" if paths.plot.exists() else "")
 
 
 def warnings(config: Config, train: Split, restored: RunState | None) -> Iterator[str]:

@@ -14,9 +14,9 @@ import tokenizers
 
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer, train_bpe
-from distgpt.corpus.tokenizer.loading import tokenizer_from_json
+from distgpt.corpus.tokenizer.loading import gpt2, tokenizer_from_json
 from distgpt.corpus.tokenizer.simple import ByteTokenizer, CharTokenizer
-from distgpt.errors import DataError
+from distgpt.errors import DataError, UsageError
 
 WORDS = [
     "the",
@@ -442,3 +442,12 @@ def test_json_round_trip_keeps_control_characters() -> None:
     text = 'a\x00\x7f\u2028\n"\\'
     tokenizer = CharTokenizer(text, end_of_text=False)
     assert tokenizer_from_json(tokenizer.to_json()).encode(text).tolist() == tokenizer.encode(text).tolist()
+
+
+def test_without_tiktoken_the_ids_are_the_same(trained: BpeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tiktoken", None)
+    without = BpeTokenizer(trained.to_json())
+    for text in (*WORDS, " ".join(WORDS), LITERAL, ""):
+        assert without.encode(text).tolist() == trained.encode(text).tolist()
+    with pytest.raises(UsageError, match="needs the package tiktoken: pip install tiktoken, or pass the file"):
+        gpt2()

@@ -38,6 +38,16 @@ def test_automatic_micro_batch_is_the_largest_that_divides_and_fits() -> None:
     assert micro_batch_size(config("--model.block_size=100000"), runtime(1)) == 1  # one sequence must fit
 
 
+def test_a_run_on_an_apple_gpu_fits_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    apple = Runtime(0, 0, 1, 1, torch.device("mps"))
+    asked = config("--train.global_batch=64", "--model.block_size=256")
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 2**34)
+    laid_out = make_plan(asked, apple, vocab_size=65)
+    assert (laid_out.strategy, laid_out.micro_batch, laid_out.compile) == ("single", 16, False)
+    monkeypatch.setattr(torch.mps, "recommended_max_memory", lambda: 2**20)
+    assert make_plan(asked, apple, vocab_size=65).micro_batch == 1
+
+
 def test_a_global_batch_that_does_not_divide_lists_values_that_do() -> None:
     assert refusal(7, "--train.global_batch=64") == (
         "train.global_batch 64 does not divide over 7 ranks: take a global_batch of 63 or 70, or "

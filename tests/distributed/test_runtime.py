@@ -143,6 +143,59 @@ def test_gpus_that_torch_cannot_use_are_an_error(monkeypatch: pytest.MonkeyPatch
         assert this_rank().device == CPU
 
 
+@pytest.mark.parametrize(
+    ("here", "asked", "chosen"),
+    [
+        ({"cuda", "mps"}, "auto", "cuda"),
+        ({"mps"}, "auto", "mps"),
+        (set(), "auto", "cpu"),
+        ({"cuda", "mps"}, "mps", "mps"),
+        ({"cuda", "mps"}, "cpu", "cpu"),
+        (set(), "cuda", "the device is cuda, but PyTorch .* finds none here: take auto or cpu"),
+        ({"cuda"}, "mps", "the device is mps, but PyTorch .* finds none here: take auto or cpu"),
+    ],
+)
+def test_the_device_is_the_one_asked_for_or_the_fastest(
+    monkeypatch: pytest.MonkeyPatch, here: set[str], asked: str, chosen: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: "cuda" in here)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(here & {"cuda"}))
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: "mps" in here)
+    for name in ("LOCAL_WORLD_SIZE", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    if " " in chosen:
+        with pytest.raises(UsageError, match=chosen):
+            this_rank(asked)
+    else:
+        assert this_rank(asked).device.type == chosen
+
+
+def test_an_apple_gpu_trains_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"LOCAL_WORLD_SIZE": "2", "WORLD_SIZE": "2", "MASTER_ADDR": "x", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    with pytest.raises(UsageError, match=r"2 ranks, but an Apple GPU trains with one: .* or take --train.device=cpu"):
+        this_rank()
+    assert this_rank("cpu").device == CPU
+
+
+def test_an_apple_gpu_sums_in_float64_on_the_cpu() -> None:
+    assert Runtime(0, 0, 1, 1, torch.device("mps")).float64_device == CPU
+    assert Runtime(0, 0, 1, 1, torch.device("cuda", 0)).float64_device == torch.device("cuda", 0)
+
+
+def test_the_data_type_on_an_apple_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """float32, or bfloat16 if that is asked for and this macOS has it."""
+    apple = torch.device("mps")
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: True)
+    found = {asked: compute_dtype(asked, apple) for asked in ("auto", "float32", "bfloat16")}
+    assert found == {"auto": torch.float32, "float32": torch.float32, "bfloat16": torch.bfloat16}
+    monkeypatch.setattr(torch.backends.mps, "is_macos_or_newer", lambda major, minor: False)
+    assert compute_dtype("auto", apple) == torch.float32
+    with pytest.raises(UsageError, match=r"needs macOS 14: take --train.dtype=float32"):
+        compute_dtype("bfloat16", apple)
+
+
 def test_a_device_is_set_before_its_process_group(monkeypatch: pytest.MonkeyPatch) -> None:
     calls: list[object] = []
     monkeypatch.setattr(torch.cuda, "set_device", calls.append)

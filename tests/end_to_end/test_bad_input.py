@@ -34,7 +34,7 @@ EXPECTED = {
     "another model": (2, r"\S+/step-00000036 was made by another run: model.n_layer 2 -> 3; resume with the same .*"),
     "another vocabulary": (
         2,
-        r"\S+ was made by another run: vocabulary \d+ -> 10; data \w{12} -> \w{12} \(\S+/digits\); .*",
+        r"\S+ was made by another run: vocabulary \d+ -> 10; data \w{12} \(\S+\) -> \w{12} \(\S+/digits\); .*",
     ),
     "in use": (73, r"the run directory \S+/used is in use by pid {pid} on {host} since \d{{4}}-.*; wait for it or .*"),
     "run dir under a file": (73, r"cannot write to the run directory \S+/file/run: Not a directory; choose another .*"),

@@ -98,6 +98,6 @@ def test_the_file_agrees_with_a_clock_outside(prepared: Path, tmp_path: Path) ->
     assert re.search(r"^goodput   \d+\.\d% of \d.* in 2 attempts: start ", ended.stdout, re.MULTILINE)
     accumulator = EventAccumulator(str(tmp_path / "tb"))
     accumulator.Reload()
-    shown = {event.step: event.value for event in accumulator.Scalars("goodput/recovery_s")}
+    shown = {event.step: event.value for event in accumulator.Scalars("time/recovery_s")}
     assert shown[18] == 0.0
     assert shown[36] == pytest.approx(spent.seconds["recovery"], abs=0.01)

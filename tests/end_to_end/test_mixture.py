@@ -38,4 +38,5 @@ def test_a_mix_is_trained_on_exactly_after_a_restart_and_each_dataset_is_evaluat
     refused = train("parts", 12, f"{a}:1,{b}:1")
     assert refused.code == 2
     assert " was made by another run: data " in refused.stderr
+    assert f" ({a}:3,{b}:1) -> " in refused.stderr
     assert f"({a}:0.5,{b}:0.5); resume with the same values or choose another --run.dir" in refused.stderr

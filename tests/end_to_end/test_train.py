@@ -11,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from distgpt.config import resolve
 from distgpt.corpus.shards import open_dataset
+from distgpt.telemetry.dashboard import THROUGHPUT, TRAIN_LOSS, VALIDATION_LOSS
 from distgpt.units import ranks_text
 from tests import jobs
 from tests.end_to_end.conftest import ARGUMENTS, RANKS, Trained, tiny
@@ -155,10 +156,10 @@ def test_tensorboard_shows_the_curves_the_config_and_samples(seed_shaped: dict[s
     run = seed_shaped["fsdp"]
     accumulator = EventAccumulator(str(run / "tb"))
     accumulator.Reload()
-    for tag, values in {"train/loss": jobs.losses(run), "eval/loss": jobs.val_losses(run)}.items():
+    for tag, values in {TRAIN_LOSS: jobs.losses(run), VALIDATION_LOSS: jobs.val_losses(run)}.items():
         shown = {event.step: event.value for event in accumulator.Scalars(tag)}
         assert shown == pytest.approx(values, abs=1e-5)
-    assert {"train/lr", "train/grad_norm", "perf/tokens_per_second"} <= set(accumulator.Tags()["scalars"])
+    assert {"optim/learning_rate", "optim/grad_norm", THROUGHPUT} <= set(accumulator.Tags()["scalars"])
     samples = accumulator.Tensors("sample/text_summary")
     assert [event.step for event in samples] == [25, 50]
     written = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]

@@ -22,11 +22,13 @@ def test_shellcheck_finds_nothing() -> None:
 
 
 def test_every_installation_reads_all_kinds_of_files() -> None:
-    """The packages for Parquet and .zst are optional, but the README's commands need them."""
+    """The packages for Parquet, .zst, plots and tiktoken are optional, but the README's commands need them."""
     extras = tomllib.loads((jobs.PROJECT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-    formats = ",".join(extra for extra in extras if extra != "test")
+    uses = ",".join(extra for extra in extras if extra not in ("all", "test"))
+    assert extras["all"] == [f"distgpt[{uses}]"]
+    assert extras["all"][0].split("[")[0] + "[all]" in extras["test"]
     for file in ("README.md", "launch/environment.sh"):
         text = (jobs.PROJECT / file).read_text().replace("\\\n", "")
         installations = [line for line in text.splitlines() if "pip install" in line]
         assert installations, file
-        assert all(f"[{formats}" in line for line in installations), file
+        assert all("[all" in line for line in installations), file

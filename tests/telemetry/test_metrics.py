@@ -3,6 +3,7 @@
 import json
 import math
 import mmap
+import re
 import resource
 from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
@@ -12,10 +13,16 @@ from typing import Any
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import metadata as layout_metadata
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams import metadata as hparams
+from tensorboard.plugins.hparams.api_pb2 import STATUS_SUCCESS
 
+from distgpt.config import resolve
 from distgpt.errors import StorageError
 from distgpt.run.lock import RunLock
 from distgpt.run.paths import RunPaths
+from distgpt.telemetry.dashboard import FINAL_TAGS, GOODPUT, MFU, TRAIN_LOSS, VALIDATION_LOSS
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity
 from distgpt.telemetry.step_lines import read_metrics
 from tests import jobs
@@ -110,7 +117,7 @@ def test_no_step_is_logged_twice_after_a_kill(tmp_path: Path) -> None:
             log_step(metrics, step, loss=1.0)
     assert [line["step"] for line in lines(tmp_path)] == list(range(1, 11))
     assert [line["loss"] for line in lines(tmp_path)] == [9.0] * 5 + [1.0] * 5
-    points = tensorboard(tmp_path).Scalars("train/loss")
+    points = tensorboard(tmp_path).Scalars(TRAIN_LOSS)
     assert [(p.step, p.value) for p in points] == [(s, 9.0 if s < 6 else 1.0) for s in range(1, 11)]
 
 
@@ -138,7 +145,7 @@ def test_tensorboard_shows_a_run_resumed_after_the_clock_was_set_back(
     log_step(Metrics(tmp_path, resume_step=0, require_owned=owned), 1)
     monkeypatch.setattr("time.time_ns", lambda: 1_900_000_000 * 10**9)
     log_step(Metrics(tmp_path, resume_step=1, require_owned=owned), 2)
-    assert [point.step for point in tensorboard(tmp_path).Scalars("train/loss")] == [1, 2]
+    assert [point.step for point in tensorboard(tmp_path).Scalars(TRAIN_LOSS)] == [1, 2]
 
 
 def test_a_run_killed_before_its_first_checkpoint_restarts_with_an_empty_file(tmp_path: Path) -> None:
@@ -147,7 +154,7 @@ def test_a_run_killed_before_its_first_checkpoint_restarts_with_an_empty_file(tm
         metrics.evaluation(0, val_loss=4.0, val_bits_per_byte=2.0)
         log_step(metrics, 1)
     assert [line["step"] for line in lines(tmp_path)] == [0, 1]
-    assert len(tensorboard(tmp_path).Scalars("eval/loss")) == 1
+    assert len(tensorboard(tmp_path).Scalars(VALIDATION_LOSS)) == 1
 
 
 def test_tensorboard_has_curves_and_verbatim_text(tmp_path: Path) -> None:
@@ -157,15 +164,55 @@ def test_tensorboard_has_curves_and_verbatim_text(tmp_path: Path) -> None:
         metrics.text("sample", "# no heading\n```\n*no* emphasis \udcff", 3)
     events = tensorboard(tmp_path)
     tags = events.Tags()
-    assert {"train/loss", "train/lr", "eval/loss", "eval/perplexity", "eval/bits_per_byte"} <= set(tags["scalars"])
-    assert {"perf/mfu", "perf/memory_gib", "perf/checkpoint_stall_s"} <= set(tags["scalars"])
-    assert events.Scalars("perf/memory_gib")[0].value == 1.0
-    assert events.Scalars("train/grad_norm_z")[0].value == -0.5
-    assert events.Scalars("train/skipped")[0].value == 1.0
-    assert "train/loss_z" not in tags["scalars"], "it has no value yet"
+    assert {TRAIN_LOSS, VALIDATION_LOSS, "loss/validation_perplexity", "loss/validation_bits_per_byte"} <= set(
+        tags["scalars"]
+    )
+    assert {"optim/learning_rate", "speed/memory_gib", "speed/checkpoint_stall_s"} <= set(tags["scalars"])
+    assert events.Scalars(MFU)[0].value == 25.0
+    assert events.Scalars("speed/memory_gib")[0].value == 1.0
+    assert events.Scalars("optim/grad_norm_z")[0].value == -0.5
+    assert events.Scalars("optim/skipped")[0].value == 1.0
+    assert "optim/loss_z" not in tags["scalars"], "it has no value yet"
     assert tags["tensors"] == ["sample/text_summary"]
     text = events.Tensors("sample/text_summary")[0].tensor_proto.string_val[0].decode()
     assert text == "````\n# no heading\n```\n*no* emphasis ?\n````"
+
+
+def test_tensorboard_arranges_the_charts_and_compares_configs(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    with closing(Metrics(mine, resume_step=0, require_owned=owned)) as metrics:
+        metrics.config(resolve(["--optim.lr=0.5", "--model.mlp=relu2"], {}), 0)
+        log_step(metrics, 1, mfu=0.25)
+        metrics.evaluation(1, val_loss=1.5, val_bits_per_byte=2.0)
+        metrics.done(1)
+    events = tensorboard(mine)
+    scalars = {*events.Tags()["scalars"], GOODPUT}  # which Progress logs
+    [record] = events.Tensors(layout_metadata.CONFIG_SUMMARY_TAG)
+    layout = Layout.FromString(record.tensor_proto.string_val[0])
+    charts = [chart for category in layout.category for chart in category.chart]
+    shown = [[tag for tag in sorted(scalars) if any(re.match(p, tag) for p in c.multiline.tag)] for c in charts]
+    assert shown[0] == [TRAIN_LOSS, VALIDATION_LOSS]
+    assert shown[-1] == [GOODPUT]
+    assert all(len(tags) == len(chart.multiline.tag) for tags, chart in zip(shown, charts, strict=True))
+    assert set(FINAL_TAGS) <= scalars
+    assert sorted(scalars)[0].startswith("loss/")
+    assert sorted(scalars)[-1] == GOODPUT
+
+    def plugin_data(tag: str) -> bytes:
+        content: bytes = events.SummaryMetadata(tag).plugin_data.content
+        return content
+
+    start = hparams.parse_session_start_info_plugin_data(plugin_data(hparams.SESSION_START_INFO_TAG))
+    assert start.group_name == "mine"
+    assert start.hparams["optim.lr"].number_value == 0.5
+    assert start.hparams["model.mlp"].string_value == "relu2"
+    assert start.hparams["model.bias"].bool_value is True
+    experiment = hparams.parse_experiment_plugin_data(plugin_data(hparams.EXPERIMENT_TAG))
+    assert [info.name.tag for info in experiment.metric_infos] == list(FINAL_TAGS)
+    assert {info.name for info in experiment.hparam_infos} == set(start.hparams)
+    end = hparams.parse_session_end_info_plugin_data(plugin_data(hparams.SESSION_END_INFO_TAG))
+    assert end.status == STATUS_SUCCESS
 
 
 def test_samples_are_kept_whole_and_each_step_once(tmp_path: Path) -> None:
@@ -195,7 +242,7 @@ def test_a_full_disk_loses_figures_but_does_not_end_the_run(tmp_path: Path, caps
         log_step(metrics, 4)
         assert metrics.dropped == lost
     assert [line["step"] for line in lines(tmp_path)] == [1, 4], "half a line must not remain"
-    steps = [point.step for point in tensorboard(tmp_path).Scalars("train/loss")]
+    steps = [point.step for point in tensorboard(tmp_path).Scalars(TRAIN_LOSS)]
     assert steps[0] == 1
     assert steps[-1] == 4, "half a record would hide all later ones"
     assert events.stat().st_size > 0
@@ -210,7 +257,7 @@ def test_tensorboard_recovers_when_its_directory_can_be_created(tmp_path: Path) 
         (tmp_path / "tb").unlink()
         log_step(metrics, 2)
         assert metrics.dropped == 1
-    assert [point.step for point in tensorboard(tmp_path).Scalars("train/loss")] == [2]
+    assert [point.step for point in tensorboard(tmp_path).Scalars(TRAIN_LOSS)] == [2]
 
 
 def test_a_run_directory_that_cannot_be_written_is_a_storage_error(tmp_path: Path) -> None:
@@ -262,7 +309,7 @@ def test_a_suspended_owner_writes_nothing_after_a_takeover(tmp_path: Path, logge
         counting = True
         with suppress(Lost):
             for step in range(logged + 1, logged + 5):
-                earlier.scalars(step, {"train/loss": 9.0})
+                earlier.scalars(step, {TRAIN_LOSS: 9.0})
     assert checks > takeover_at
     assert after_takeover == [contents(tmp_path)]
 

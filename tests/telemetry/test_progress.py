@@ -1,5 +1,6 @@
 """The progress of one process: goodput.jsonl and the console have the end of an attempt. A full disk ends nothing."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from distgpt.errors import DataError, Interrupted
 from distgpt.health.outliers import Decision
 from distgpt.run.paths import RunPaths
 from distgpt.run.session import RunSession
+from distgpt.telemetry.dashboard import GOODPUT
 from distgpt.telemetry.goodput import PARTS, read_goodput
 from distgpt.telemetry.progress import Progress
 from distgpt.telemetry.step_lines import read_metrics
@@ -64,9 +66,9 @@ def test_a_finished_attempt_prints_its_goodput_and_tensorboard_has_all_parts(
     ]
     accumulator = EventAccumulator(str(tmp_path / "tb"))
     accumulator.Reload()
-    names = {f"goodput/{part}_s" for part in (*PARTS, "repeated", "recovery")} | {"goodput/share"}
+    names = {f"time/{part}_s" for part in (*PARTS, "repeated", "recovery")} | {GOODPUT}
     assert names <= set(accumulator.Tags()["scalars"])
-    assert [event.step for event in accumulator.Scalars("goodput/share")] == list(range(1, 7))
+    assert [event.step for event in accumulator.Scalars(GOODPUT)] == list(range(1, 7))
 
 
 def test_an_unwritable_goodput_file_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -76,3 +78,15 @@ def test_an_unwritable_goodput_file_does_not_end_the_run(tmp_path: Path, capsys:
     assert captured.err.count("metrics are being lost, training goes on") == 1
     assert "step 6/6 | loss 2.0000" in captured.out
     assert captured.out.splitlines()[-1].startswith("goodput   ")
+
+
+def test_without_matplotlib_a_line_says_so_once_and_training_goes_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with progress_in(tmp_path) as progress:
+        for step in (1, 2):
+            progress.step_done(step, data_wait=0.0)
+            progress.evaluation(step, val_loss=2.0, val_bits_per_byte=1.0, best=True)
+    assert capsys.readouterr().out.count("without the package matplotlib: pip install matplotlib") == 1
+    assert not (tmp_path / "plots").exists()

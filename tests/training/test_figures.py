@@ -18,7 +18,7 @@ from distgpt.distributed.runtime import Runtime
 from distgpt.model.optim import build_optimizer
 from distgpt.training import figures
 from distgpt.training.figures import FigureReader, Figures, not_finite
-from distgpt.training.step import accumulate_gradients, apply_update
+from distgpt.training.step import accumulate_gradients, apply_update, apply_update_from_host
 from tests.checkpoint.checkpoints import SMALL
 
 
@@ -136,3 +136,17 @@ def noting(reads: list[str], name: str, original: Any) -> Any:
         return original(tensor, *arguments)
 
     return method
+
+
+@pytest.mark.parametrize("clip", [0.0, 0.5, 100.0])
+def test_the_host_updates_as_the_device_does(clip: float) -> None:
+    """Apple GPUs need it."""
+    weights = []
+    for update in (apply_update, apply_update_from_host):
+        weight = nn.Parameter(torch.tensor([1.0, -2.0, 3.0]))
+        optimizer = torch.optim.AdamW([weight], lr=0.1, eps=1.0, fused=True)
+        for skip in (torch.tensor(0.0), torch.tensor(1.0), None):
+            weight.grad = torch.tensor([0.3, 4.0, -2.0])
+            update(optimizer, weight.grad.norm(), clip=clip, skip=skip)
+        weights.append(weight.detach())
+    torch.testing.assert_close(*weights)

@@ -1,6 +1,7 @@
 """Prepare a dataset: the order of events from the input to a directory with its final name."""
 
 import hashlib
+import importlib.util
 import os
 import sys
 import time
@@ -277,11 +278,12 @@ def _is_fast(tokenizer: Tokenizer, found: Scan) -> bool:
     if tokenizer.is_slow:
         report.say("the fast encoder might give other ids than Hugging Face's for this vocabulary: using the slow one")
         return False
-    if tokenizer.pattern != GPT2_PATTERN:
-        return False
-    reason = fast.why_unavailable()
+    reason = "gigatoken has another pattern" if tokenizer.pattern != GPT2_PATTERN else fast.why_unavailable()
     if reason and found.text_bytes > LARGE_BYTES:
-        report.say(f'{reason}: encoding takes several times longer without it, pip install "distgpt[fast]" brings it')
+        if importlib.util.find_spec("tiktoken") is None:
+            report.say("encoding takes several times longer without the package tiktoken: pip install tiktoken")
+        elif tokenizer.pattern == GPT2_PATTERN:
+            report.say(f"{reason}, encoding takes several times longer: pip install gigatoken=={fast.VERSION}")
     return not reason
 
 

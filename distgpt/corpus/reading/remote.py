@@ -13,7 +13,7 @@ from urllib.parse import urlsplit
 from distgpt.corpus.reading import formats
 from distgpt.errors import DISK_FULL, DataError, DistgptError, StorageError, UsageError
 
-CHUNK_BYTES = 2**24  # of one request
+CHUNK_BYTES = 2**25  # of one request
 # Of a folder, only these: repositories hold descriptions and settings as well.
 FOLDER_SUFFIXES = (*formats.PROSE_SUFFIXES, ".jsonl", ".ndjson", ".parquet")
 

@@ -20,7 +20,7 @@ class BpeTokenizer(Tokenizer):
     """The tokenizer in the text of a Hugging Face tokenizer.json.
 
     tiktoken encodes, several times faster than Hugging Face's own encoder. The latter is used if tiktoken might give
-    other ids for these merges or added tokens. The file alone decides that, so every reader of it gets the same ids.
+    other ids for these merges or added tokens, or is not installed. Every reader of the file gets the same ids.
     Special tokens in a text are ordinary text, other added tokens keep their ids.
     """
 
@@ -57,7 +57,7 @@ class BpeTokenizer(Tokenizer):
         self._is_beyond_tiktoken = has_equal_results or unmerged > 0 or bool(huggingface.applied_tokens(content))
 
     def encode(self, text: str) -> Tokens:
-        if self.is_slow:
+        if self.is_slow or self._encoding is None:
             return self._encode_slowly(text)
         try:
             ranks = self._encoding.encode_to_numpy(text, disallowed_special=())
@@ -124,8 +124,11 @@ class BpeTokenizer(Tokenizer):
 
     @cached_property
     def _encoding(self) -> Any:
-        import tiktoken
-
+        """The encoding of tiktoken, None without tiktoken."""
+        try:
+            import tiktoken
+        except ImportError:
+            return None
         return tiktoken.Encoding("distgpt", pat_str=self.pattern, mergeable_ranks=self._ranks, special_tokens={})
 
     @cached_property

@@ -88,9 +88,17 @@ def given_tokenizer(name: str, pattern: str = "") -> Tokenizer | None:
 
 
 def gpt2() -> BpeTokenizer:
-    """Return GPT-2's vocabulary of 50,257, from tiktoken's cache or a download. Raises StorageError without both."""
-    import tiktoken
+    """Return GPT-2's vocabulary of 50,257, from tiktoken's cache or a download. Raises StorageError without both.
 
+    Raises UsageError if tiktoken is not installed.
+    """
+    try:
+        import tiktoken
+    except ImportError:
+        raise UsageError(
+            "--tokenizer gpt2 needs the package tiktoken: pip install tiktoken, "
+            f"or pass the file itself, from {GPT2_URL}: --tokenizer r50k_base.tiktoken"
+        ) from None
     try:
         ranks = tiktoken.get_encoding("r50k_base")._mergeable_ranks
     except (OSError, ValueError) as error:

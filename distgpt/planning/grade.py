@@ -1,0 +1,39 @@
+"""The error of a plan: a run compares its step time, and on a GPU its memory, with what was planned for it."""
+
+import torch
+
+from distgpt.config import Config
+from distgpt.distributed.plan import Plan, planned_memory
+from distgpt.planning.devices import DEVICES, Device
+from distgpt.planning.layouts import step_seconds
+from distgpt.telemetry.console import step_time
+from distgpt.telemetry.metrics import memory_bytes
+from distgpt.telemetry.peaks import product_name
+from distgpt.units import size_text
+
+
+def grade(config: Config, plan: Plan, seconds: float, *, vocab_size: int, peak: float | None) -> str:
+    """Say how far the measured seconds of a step, and the memory of this rank, are from the plan.
+
+    `peak`: FLOP/s of a device, None if unknown.
+    """
+    here = plan.runtime.device
+    device = device_here(here)
+    if peak is None or device is None:
+        parts = [f"step {step_time(seconds)}, not planned, since no peak or MFU is known for this device"]
+    else:
+        planned = step_seconds(config, plan, device, vocab_size=vocab_size, peak=peak, mfu=device.mfu)
+        error = f"{seconds / planned - 1:+.0%}"
+        parts = [f"step {step_time(seconds)}, planned {step_time(planned)} at an MFU of {device.mfu:.0%} ({error})"]
+    if here.type == "cuda":
+        size, expected = memory_bytes(here), planned_memory(config, plan, plan.micro_batch, vocab_size=vocab_size).total
+        parts.append(f"memory {size_text(size)}, planned {size_text(expected)} ({size / expected - 1:+.0%})")
+    return f"plan      {'; '.join(parts)}"
+
+
+def device_here(device: torch.device) -> Device | None:
+    """Return the named device that this one is, None if it is another."""
+    if device.type == "cpu":
+        return DEVICES["cpu"]
+    product = product_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return next((known for known in DEVICES.values() if known.product == product), None)

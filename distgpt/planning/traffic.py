@@ -1,0 +1,62 @@
+"""Bytes that an optimizer step sends over each link. bench/scaling.py counts them on real links.
+
+A ring all-gather or reduce-scatter of X bytes over n ranks lets each rank send (n - 1) / n X; an all-reduce is one of
+each. A ring in rank order leaves each node once, so a node sends to the next one what a single rank sends.
+"""
+
+from dataclasses import dataclass
+
+from distgpt.config import Config
+from distgpt.distributed.plan import Plan
+from distgpt.model.gpt import meta_model
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes that a step sends."""
+
+    rank: float  # by each rank, to whatever rank
+    within: float  # by each rank over the link to the others of its node
+    between: float  # by each node over its network
+
+
+def shard_traffic(size: float, *, shards: int, per_node: int) -> Traffic:
+    """Return the traffic of all-gathers and reduce-scatters of `size` bytes among the ranks of a shard group."""
+    sent = size * (shards - 1) / shards
+    within = sent if min(shards, per_node) > 1 else 0.0
+    return Traffic(sent, within, sent if shards > per_node else 0.0)
+
+
+def replica_traffic(size: float, *, ranks: int, shards: int, per_node: int) -> Traffic:
+    """Return the traffic of an all-reduce of `size` bytes, of which each rank has one of `shards`, across replicas."""
+    replicas, on_node = ranks // shards, max(1, per_node // shards)
+    sent = 2 * size / shards * (replicas - 1) / replicas
+    groups = min(shards, per_node)  # that leave a node
+    return Traffic(sent, sent if on_node > 1 else 0.0, sent * groups if ranks > per_node else 0.0)
+
+
+def gathered_bytes(blocks: float, root: float, *, micro_batches: int, reshard: bool) -> float:
+    """Return the bytes of all-gathers in a step: blocks before forward and backward, the root once, or all once."""
+    return micro_batches * (2 * blocks + root) if reshard else blocks + root
+
+
+def step_traffic(config: Config, plan: Plan, *, vocab_size: int) -> tuple[Traffic, Traffic]:
+    """Return what a step sends within the groups of shards, and across the replicas (diloco: every outer_every)."""
+    model, runtime = meta_model(config.model, vocab_size), plan.runtime
+    blocks = sum(p.numel() for p in model.blocks.parameters())
+    head = sum(p.numel() for p in model.head.parameters())
+    whole = sum(p.numel() for p in model.parameters())
+    itemsize = plan.dtype.itemsize
+    gathered = gathered_bytes(  # products gather their weights in the data type that they compute in
+        itemsize * blocks,
+        4 * (whole - blocks - head) + itemsize * head,
+        micro_batches=plan.accumulation,
+        reshard=plan.reshard,
+    )
+    reduced = 4 * whole * (plan.accumulation if plan.reduce_each else 1)
+    rarely = config.parallel.outer_every if plan.strategy == "diloco" else 1
+    shards, per_node = plan.ranks_per_replica, runtime.local_world_size
+    return (
+        shard_traffic(gathered + reduced, shards=shards, per_node=per_node),
+        replica_traffic(4 * whole / rarely, ranks=runtime.world_size, shards=shards, per_node=per_node),
+    )
