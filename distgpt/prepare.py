@@ -38,17 +38,17 @@ HELP = f"""\
 Prepare text for training: write a directory of tokens that distgpt.train reads. Without arguments, prepare
 Python's own standard library, one token per character, and write to {DEFAULT_OUTPUT}.
 
-A text file is one document, or several with --document-separator. An object of JSON, one a line or in an array, and a
-row of .parquet is one document each. All but .parquet may be compressed (.gz, .zst). Files that are named, or matched
-by a pattern, are read whatever their name ends in. A folder is searched with all its subfolders and links; files in it
-count if they end in
+A text file is one document, or several with --document-separator. Each JSON object (one per line, or in an array) and
+each row of .parquet is a document. All but .parquet may be compressed (.gz, .zst). A file that you name, or that a
+pattern matches, is read whatever its name ends in. A folder is searched with all its subfolders and links. Its files
+are read if they end in
 {" ".join(formats.FOLDER_SUFFIXES)}
-and .json only if it begins with an object that has the --text-key. A .txt that begins with two lines of such objects is
-JSON as well. Hidden files, empty documents, files named a second time and the output are left out.
+A .json file in a folder must begin with an object that has the --text-key. A .txt file that begins with two lines of
+such objects is read as JSON. Hidden files, empty documents, files named a second time and the output are left out.
 
-A single document is split at the end of its training part. Several documents are split by a hash of their text or, if
-that is far from the share asked for, as near to it as possible; an end-of-text token follows each. Special tokens of a
-tokenizer file are ordinary text where a document contains them.
+The end of a single document is for validation. Of several documents, a hash of the text decides which are. If that
+would miss the share asked for by far, documents are chosen so that it is as near as possible. An end-of-text token
+follows each document. Special tokens of a tokenizer file are ordinary text where a document contains them.
 """
 EPILOG = """\
 Run the same command again after an interruption: it goes on where it stopped. Exit codes: 0 done now or earlier;
@@ -87,7 +87,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     )
     add("--tokenizer", type=user_path, default="char", metavar="char|bytes|bpe|gpt2|FILE|DIR", help=kinds)
     add("--vocab-size", type=int, metavar="N", help=f"ids of bpe, end-of-text included (default: {DEFAULT_VOCAB_SIZE})")
-    patterns = "how learned BPE, or that of a .tiktoken file, cuts a text into words (default: gpt2)"
+    patterns = "how BPE, learned or of a .tiktoken file, cuts a text into words (default: gpt2)"
     add("--bpe-pattern", choices=PATTERNS, metavar="|".join(PATTERNS), help=patterns)
     validation = parser.add_mutually_exclusive_group().add_argument
     validation("--val-fraction", type=float, default=0.1, metavar="F", help="share for validation (default: 0.1)")
@@ -96,7 +96,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     cpus = available_cpus()
     add("--workers", type=int, default=cpus, metavar="N", help="processes (default: one per CPU; same result)")
     add("--shard-tokens", type=int, metavar="N", help="start a new file after the document that fills N tokens")
-    keys = "key of the text in JSON and .parquet (default: text); meta.text is the text in meta; with -, JSON lines"
+    keys = "key of the text in JSON and .parquet (default: text); meta.text: text inside meta; with -: read JSON lines"
     add("--text-key", metavar="KEY", help=keys)
     add("--document-separator", default="", metavar="TEXT", help="text between the documents of a text file")
     add("--encoding", default="", metavar="NAME", help="encoding of all text and JSON (default: utf-8)")
@@ -105,9 +105,11 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         "characters by U+FFFD and skip it only if it has no text (default: stop)"
     )
     add("--on-bad-document", choices=get_args(OnBad), default="stop", help=bad)
-    dedup = "leave out documents that are exact copies of another one; the first is kept, and validation text"
+    dedup = (
+        "leave out exact copies of a document: the first one is kept or, if there is one, that in the validation text"
+    )
     add("--dedup", action="store_true", help=dedup)
-    shares = "do share I (from 0) of N; start all N, at once or not: the last to end writes the output"
+    shares = "encode share I (from 0) of N; start all N tasks, at once or not: the last one to end writes the output"
     add("--task", type=_task, metavar="I/N", help=shares)
     add("--overwrite", action="store_true", help="prepare again and replace the output, in one step")
     add("--verify", type=_path, metavar="DIR", help="check every file of a prepared directory instead")

@@ -15,11 +15,10 @@ MIN_STEPS = 100
 MIN_TOKENS_ON_GPU = {"modern-125m": 250_000_000, "seed": 22_000_000, "quickstart": 0}
 
 
-def training_command(data: Path, *, train_tokens: int, longest: int) -> str:
+def training_command(data: Path, *, train_tokens: int, max_window: int) -> str:
     """Return the command that trains on `data`: a preset, at most MANY_EPOCHS epochs, one rank for each device.
 
-    `longest`: the tokens of the longest shard of the split (training or validation) whose longest shard is shorter. A
-    window must fit into it.
+    `max_window`: the most tokens that a window can have in both splits. It must fit into a shard of each.
     """
     preset = "quickstart"
     if available_gpus():
@@ -31,8 +30,8 @@ def training_command(data: Path, *, train_tokens: int, longest: int) -> str:
         if config.run.dir:
             flags.append(f"--run.dir={Path('runs', data.resolve().name)}")
     block_size, batch = config.model.block_size, config.train.global_batch
-    if longest <= block_size:
-        block_size = 2 ** max(0, (longest - 1).bit_length() - 1)
+    if max_window <= block_size:
+        block_size = 2 ** max(0, (max_window - 1).bit_length() - 1)
         flags.append(f"--model.block_size={block_size}")
     steps = max(MIN_STEPS, steps_of_many_epochs(train_tokens // block_size, batch))
     if steps < config.train.steps:

@@ -577,9 +577,9 @@ def test_no_part_is_written_with_ids_that_differ_from_hugging_face(
     path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
     source = Source(str(path), "in.jsonl", "jsonl", "", ReadOptions())
     pieces = [scanned for scanned, _ in scan.scan_task((source, False))]
-    encoder = encode.Encoder(tokenizer=tmp_path, eot_id=None, hashes={})
+    options = encode.EncodeOptions(tokenizer=tmp_path, eot_id=None, hashes={})
     with pytest.raises(DataError, match=r"^the tokenizer is wrong for in\.jsonl: after '' its ids are"):
-        list(encode.encode_units(([encode.Unit(0, pieces)], tmp_path, encoder)))
+        list(encode.encode_units(([encode.Unit(0, pieces)], tmp_path, options)))
     assert list(tmp_path.iterdir()) == [path]
 
 

@@ -29,7 +29,7 @@ def config_of(command: str) -> Config:
 
 
 def test_on_cpus_the_quickstart_preset_is_suggested(cpus: None) -> None:
-    command = training_command(Path("data/my books"), train_tokens=90_000_000, longest=9_000_000)
+    command = training_command(Path("data/my books"), train_tokens=90_000_000, max_window=9_000_000)
     assert command == (
         "torchrun --standalone --nproc_per_node=2 -m distgpt.train quickstart "
         "'--data.path=data/my books' '--run.dir=runs/my books'"
@@ -39,7 +39,7 @@ def test_on_cpus_the_quickstart_preset_is_suggested(cpus: None) -> None:
 
 def test_the_quickstart_data_needs_no_flags(cpus: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(machine, "available_cpus", lambda: 1)
-    command = training_command(Path("data/stdlib"), train_tokens=9_000_000, longest=900_000)
+    command = training_command(Path("data/stdlib"), train_tokens=9_000_000, max_window=900_000)
     assert command == "python -m distgpt.train quickstart"
 
 
@@ -48,7 +48,7 @@ def test_the_quickstart_data_needs_no_flags(cpus: None, monkeypatch: pytest.Monk
     [(1_000_000, "quickstart"), (30_000_000, "seed"), (10**9, "modern-125m"), (10**12, "modern-125m")],
 )
 def test_on_gpus_a_preset_that_suits_the_text_is_suggested(gpus: None, tokens: int, preset: str) -> None:
-    command = training_command(Path("data/mine"), train_tokens=tokens, longest=tokens // 10)
+    command = training_command(Path("data/mine"), train_tokens=tokens, max_window=tokens // 10)
     config = config_of(command)
     assert config.model == resolve([preset], {}).model
     ranks = re.search("nproc_per_node=([0-9]+)", command)
@@ -59,14 +59,14 @@ def test_on_gpus_a_preset_that_suits_the_text_is_suggested(gpus: None, tokens: i
 
 @pytest.mark.parametrize("tokens", [300_000, 2_000_000, 25_000_000, 300_000_000, 10**10])
 def test_the_text_is_used_ten_times_at_most(gpus: None, tokens: int) -> None:
-    config = config_of(training_command(Path("data/mine"), train_tokens=tokens, longest=tokens // 10))
+    config = config_of(training_command(Path("data/mine"), train_tokens=tokens, max_window=tokens // 10))
     used = config.train.steps * config.train.global_batch * config.model.block_size
     assert used <= suggestion.MANY_EPOCHS * tokens
     assert config.optim.warmup_steps < config.train.steps
 
 
 def test_short_shards_get_a_smaller_block_size(cpus: None) -> None:
-    config = config_of(training_command(Path("data/mine"), train_tokens=900, longest=100))
+    config = config_of(training_command(Path("data/mine"), train_tokens=900, max_window=100))
     assert (config.model.block_size, config.train.steps) == (64, suggestion.MIN_STEPS)
 
 

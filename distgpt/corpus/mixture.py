@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from distgpt.config import shares_of
-from distgpt.corpus.order import UNIT
+from distgpt.corpus.order import SHARE_UNITS
 from distgpt.corpus.shards import Dataset, Part, Split, SplitName, open_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.corpus.tokenizer.base import differences
@@ -26,7 +26,7 @@ def open_data(data_path: str) -> Dataset:
             if earlier.fingerprint == dataset.fingerprint:
                 raise UsageError(f"{earlier.path} and {dataset.path} are the same data: name it once, with one weight")
     weights = [share for _, share in shares]
-    lines = [f"{d.fingerprint} {round(share * UNIT)}" for d, share in zip(datasets, weights, strict=True)]
+    lines = [f"{d.fingerprint} {round(share * SHARE_UNITS)}" for d, share in zip(datasets, weights, strict=True)]
     return Dataset(
         path=datasets[0].path,
         meta=datasets[0].meta,

@@ -4,7 +4,7 @@ A window is block_size + 1 tokens of one shard: the inputs and, one token later,
 window once, in the order of a keyed permutation. Its windows are shifted by a random amount per shard, so that the
 boundaries fall elsewhere in the next epoch. Nothing here knows of ranks, and to resume is to ask for another number.
 
-Of several datasets, each is read in the order that it has alone, and has epochs of its own.
+In a mix of several datasets, each is read in the order that it has alone, and has epochs of its own.
 """
 
 import math
@@ -26,11 +26,11 @@ MULTIPLIER_2 = np.uint64(0x94D049BB133111EB)
 # Three rounds leave visible structure for small n, six do not.
 ROUNDS = 6
 
-# What a hash is for is part of its input, so that the purposes share no random bits.
+# The purpose of a hash is part of its input, so that two purposes share no random bits.
 PERMUTATION, SHIFT, MIX = 1, 2, 3
 
-# Shares of a mix are whole multiples of 1 / UNIT, so that counting samples is exact.
-UNIT = 2**30
+# Shares of a mix are whole multiples of 1 / SHARE_UNITS, so that counting samples is exact.
+SHARE_UNITS = 2**30
 
 
 class Permutation:
@@ -57,8 +57,8 @@ class Permutation:
     def _network(self, indices: Words, keys: Words) -> Words:
         left, right = np.divmod(indices, np.uint64(self._b))
         for pair in range(ROUNDS // 2):
-            left = _add_modulo(left, _mixed(right + keys + _word(2 * pair) * GOLDEN), self._a)
-            right = _add_modulo(right, _mixed(left + keys + _word(2 * pair + 1) * GOLDEN), self._b)
+            left = _add_modulo(left, _scrambled(right + keys + _word(2 * pair) * GOLDEN), self._a)
+            right = _add_modulo(right, _scrambled(left + keys + _word(2 * pair + 1) * GOLDEN), self._b)
         return left * np.uint64(self._b) + right
 
 
@@ -93,7 +93,7 @@ class Order:
 
 
 class MixedOrder:
-    """The same for several datasets, read with these shares of the sequences; the shards are those of all, in a row.
+    """The same for several datasets with these shares of the sequences. Shards are numbered over all datasets.
 
     The number that sample k has in its dataset is the count of samples before k that belong to the dataset. It is
     computed, not counted, so that a run can start anywhere, and each dataset is read in its own order without gaps.
@@ -107,7 +107,7 @@ class MixedOrder:
         # more than half of them, which leaves room to place its samples at random.
         for index in sorted(range(len(orders)), key=lambda i: shares[i]):
             is_last = len(self._datasets) == len(orders) - 1
-            share = _Share(UNIT if is_last else max(1, round(shares[index] / left * UNIT)), seed, index)
+            share = _Share(SHARE_UNITS if is_last else max(1, round(shares[index] / left * SHARE_UNITS)), seed, index)
             self._datasets.append((orders[index], int(first_shards[index]), share))
             left -= shares[index]
 
@@ -125,10 +125,10 @@ class MixedOrder:
 
 
 class _Share:
-    """A share of a sequence of samples, in units of 1 / UNIT: which of them belong to it.
+    """A share of a sequence of samples, in units of 1 / SHARE_UNITS: which of them belong to it.
 
-    The samples are divided into strata, in each of which one sample is due. It is the one at a random place, which is
-    drawn from so much of the stratum that the samples of two strata in a row are always two (stratified sampling).
+    The samples are divided into strata, from each of which one sample is taken at a random place (stratified sampling).
+    The place is drawn from the first part of the stratum alone, so that two strata never take the same sample.
     """
 
     def __init__(self, units: int, seed: int, index: int) -> None:
@@ -136,12 +136,12 @@ class _Share:
 
     def taken(self, numbers: Ints) -> Ints:
         """Return how many of the first `numbers` samples belong to the share: within 1 of the exact share."""
-        if self._units == UNIT:
+        if self._units == SHARE_UNITS:
             return numbers
-        whole, rest = np.divmod(numbers % UNIT * self._units, UNIT)
-        strata = numbers // UNIT * self._units + whole
+        whole, rest = np.divmod(numbers % SHARE_UNITS * self._units, SHARE_UNITS)
+        strata = numbers // SHARE_UNITS * self._units + whole
         random = _hash(self._seed, MIX, self._index, strata) >> np.uint64(32)
-        place = (random * np.uint64(UNIT - self._units)) >> np.uint64(32)
+        place = (random * np.uint64(SHARE_UNITS - self._units)) >> np.uint64(32)
         return strata + (place < rest.astype(np.uint64))
 
 
@@ -178,7 +178,7 @@ def no_window_error(shard_lengths: Sequence[int], block_size: int, split: str) -
     )
 
 
-def _mixed(words: Words) -> Words:
+def _scrambled(words: Words) -> Words:
     """Apply splitmix64's output function, a bijection of 64-bit words: each input bit affects every output bit."""
     words = words + GOLDEN
     words = (words ^ (words >> np.uint64(30))) * MULTIPLIER_1
@@ -195,7 +195,7 @@ def _hash(*parts: int | Ints) -> Words:
     """Return a pseudo-random word for each element of the parts, which are broadcast."""
     state = _word(0)
     for part in parts:
-        state = _mixed(state ^ (_word(part) if isinstance(part, int) else part.astype(np.uint64)))
+        state = _scrambled(state ^ (_word(part) if isinstance(part, int) else part.astype(np.uint64)))
     return state
 
 

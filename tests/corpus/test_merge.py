@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from distgpt.corpus.preparing import copies, parts
-from distgpt.corpus.preparing.encode import Encoder, Unit, encode_units, units_of
+from distgpt.corpus.preparing.encode import EncodeOptions, Unit, encode_units, units_of
 from distgpt.corpus.preparing.merge import choose_validation, is_near, merge_parts
 from distgpt.corpus.preparing.scan import ScannedPiece, scan_input
 from distgpt.corpus.preparing.workers import Workers
@@ -55,7 +55,7 @@ def test_merging_reads_each_part_once(
         found = scan_input(inputs, characters=False, workers=workers, advance=lambda count: None)
     units = units_of(found)
     assert len(units) > 5
-    list(encode_units((units, tmp_path, Encoder(tmp_path / "tokenizer.json", None, {}))))
+    list(encode_units((units, tmp_path, EncodeOptions(tmp_path / "tokenizer.json", None, {}))))
 
     reads = Counter[int]()
     read_part = parts.read_part

@@ -43,7 +43,7 @@ register_optimizer_step_post_hook(note)
 runpy.run_module("distgpt.train", run_name="__main__", alter_sys=False)
 """
 
-
+SKIP = "--health.on_nonfinite=skip"
 # distgpt.train whose figures are read a step later, as on a GPU, with a NaN loss in step 3.
 LATE = """
 import os, runpy
@@ -66,7 +66,7 @@ def test_all_ranks_skip_an_update_that_is_not_finite_on_one_rank(prepared: Path,
     run, script = tmp_path / "run", tmp_path / "faulty.py"
     script.write_text(FAULTY)
     arguments = [
-        *(*tiny(prepared, run), f"--parallel.strategy={strategy}", "--health.on_nonfinite=skip", "--train.steps=5"),
+        *(*tiny(prepared, run), f"--parallel.strategy={strategy}", SKIP, "--train.steps=5"),
         *("--checkpoint.every=1", "--checkpoint.keep=9", "--log.every=2", "--eval.every=0"),
     ]
     ended = jobs.run(jobs.torchrun_command(2, *arguments, script=script))
@@ -95,19 +95,10 @@ def test_all_ranks_skip_an_update_that_is_not_finite_on_one_rank(prepared: Path,
 
 
 def test_a_loss_that_is_read_late_is_never_applied(prepared: Path, tmp_path: Path) -> None:
-    script = tmp_path / "late.py"
-    script.write_text(LATE)
-    options = (
-        "--health.on_nonfinite=skip",
-        "--train.steps=9",
-        "--checkpoint.every=0",
-        "--log.every=5",
-        "--eval.every=0",
-    )
+    options = ("--train.steps=9", "--log.every=5")
     runs = {late: tmp_path / late for late in ("yes", "no")}
     for late, run in runs.items():
-        command = [sys.executable, str(script), *tiny(prepared, run), *options]
-        ended = jobs.run(command, LATE=late)
+        ended = jobs.run(late_command(prepared, run, *options, SKIP), LATE=late)
         assert ended.code == 0, ended
         skipped = "loss nan and gradient norm [0-9.]+ at step 3: update skipped; samples 16 to 23 "
         assert len(re.findall(skipped, ended.stdout)) == 1, ended
@@ -118,8 +109,7 @@ def test_a_loss_that_is_read_late_is_never_applied(prepared: Path, tmp_path: Pat
     assert logged["yes"] == logged["no"]
     assert [step for step, _ in logged["yes"]] == [1, 3, 5, 9]
     # By default the run ends. It reads the loss of step 3 before it applies step 4, and saves nothing.
-    command = [sys.executable, str(script), *tiny(prepared, tmp_path / "stopped"), *options[1:]]
-    ended = jobs.run(command, LATE="yes")
+    ended = jobs.run(late_command(prepared, tmp_path / "stopped", *options), LATE="yes")
     assert ended.code == 65, ended
     assert "at step 3: stopped before the update; " in ended.error_lines[0]
     assert jobs.exit_report(tmp_path / "stopped")["step"] == 3
@@ -128,18 +118,8 @@ def test_a_loss_that_is_read_late_is_never_applied(prepared: Path, tmp_path: Pat
 
 @jobs.linux_only
 def test_a_run_that_reads_late_can_be_interrupted(prepared: Path, tmp_path: Path) -> None:
-    script = tmp_path / "late.py"
-    script.write_text(LATE)
-    options = (
-        "--health.on_nonfinite=skip",
-        "--train.steps=60",
-        "--checkpoint.every=0",
-        "--log.every=7",
-        "--eval.every=0",
-    )
-    runs = {
-        name: [sys.executable, str(script), *tiny(prepared, tmp_path / name), *options] for name in ("whole", "parts")
-    }
+    options = ("--train.steps=60", "--log.every=7", SKIP)
+    runs = {name: late_command(prepared, tmp_path / name, *options) for name in ("whole", "parts")}
     assert jobs.run(runs["whole"], LATE="yes").code == 0
     job = jobs.Job(runs["parts"], LATE="yes")
     job.read_until("step  7/60 ")
@@ -180,6 +160,13 @@ def test_spikes_are_skipped_and_a_resumed_run_and_a_replay_skip_the_same(prepare
     replayed = jobs.command("replay", whole, "--step", "40")
     assert "from      step-00000024, float32 on cpu\n" in replayed.stdout, replayed
     assert replayed_figures(replayed) == pytest.approx((trained[-1]["loss"], trained[-1]["grad_norm"]), abs=1e-5)
+
+
+def late_command(prepared: Path, run: Path, *options: str) -> list[str]:
+    """Return the command of a run with the program LATE, which saves only at its end."""
+    script = run.parent / "late.py"
+    script.write_text(LATE)
+    return [sys.executable, str(script), *tiny(prepared, run), "--checkpoint.every=0", "--eval.every=0", *options]
 
 
 def strict(run: Path) -> list[dict[str, Any]]:

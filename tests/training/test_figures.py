@@ -19,6 +19,13 @@ from distgpt.model.optim import build_optimizer
 from distgpt.training import figures
 from distgpt.training.figures import FigureReader, Figures, not_finite
 from distgpt.training.step import accumulate_gradients, apply_update, apply_update_from_host
+from tests.checkpoint.checkpoints import SMALL
+
+
+@pytest.fixture
+def asynchronous_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Read figures late on a CPU, as on a GPU."""
+    monkeypatch.setattr(figures, "ASYNCHRONOUS_DEVICES", ("cpu",))
 
 
 def sums(loss: float, *, stops: int = 0) -> Tensor:
@@ -32,10 +39,8 @@ def test_figures_are_means_over_ranks_read_at_once_on_a_cpu(one_process: Runtime
     assert reader.take(now=True) == []
 
 
-def test_on_a_gpu_they_are_read_a_step_later_unless_they_are_needed(
-    one_process: Runtime, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(figures, "ASYNCHRONOUS_DEVICES", ("cpu",))
+@pytest.mark.usefixtures("asynchronous_cpu")
+def test_on_a_gpu_they_are_read_a_step_later_unless_they_are_needed(one_process: Runtime) -> None:
     reader = FigureReader(one_process, at_once=False)
 
     def taken(step: int, *, now: bool = False, stops: int = 0) -> list[int]:
@@ -83,17 +88,10 @@ def trained() -> tuple[Tensor, torch.optim.Optimizer]:
     return layer.weight, optimizer
 
 
-def test_a_step_reads_nothing_on_the_host(one_process: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.usefixtures("asynchronous_cpu")
+def test_a_step_reads_nothing_on_the_host(one_process: Runtime) -> None:
     """Whatever reads a tensor would let a GPU wait for the host: from the data to the update."""
-    monkeypatch.setattr(figures, "ASYNCHRONOUS_DEVICES", ("cpu",))
-    small = (
-        "--model.n_layer=1",
-        "--model.n_head=2",
-        "--model.n_embd=16",
-        "--model.block_size=8",
-        "--model.dropout=0.5",
-    )
-    config = resolve([*small, "--train.dtype=bfloat16", "--optim.grad_clip=1"], {})
+    config = resolve([*SMALL, "--model.dropout=0.5", "--train.dtype=bfloat16", "--optim.grad_clip=1"], {})
     plan = make_plan(config, one_process, vocab_size=20)
     model = build_model(config, plan, vocab_size=20, eot_id=None)
     optimizer = build_optimizer(model, config.optim, "cpu")

@@ -17,7 +17,7 @@ import numpy as np
 
 from distgpt.corpus import shard_writer, shards
 from distgpt.corpus.preparing import copies, encode, merge, parts, report, scan, staging, vocabulary
-from distgpt.corpus.preparing.encode import Encoder, Unit
+from distgpt.corpus.preparing.encode import EncodeOptions, Unit
 from distgpt.corpus.preparing.scan import Scan
 from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.reading import formats, remote, sources
@@ -242,17 +242,17 @@ def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory:
         report.say(f"going on: {len(units) - len(todo)} of {len(units)} parts are done")
     if not todo:
         return
-    encoder = encode.Encoder(
+    options = encode.EncodeOptions(
         tokenizer=directory / vocabulary.FILE_NAME,
         eot_id=_eot_id(found, tokenizer),
         hashes=encode.hash_long_documents(found, workers) if found.documents > 1 else {},
         fast=_is_fast(tokenizer, found),
     )
-    if not _encode_parts(todo, directory, encoder, workers):
+    if not _encode_parts(todo, directory, options, workers):
         report.say("gigatoken gives other ids than tiktoken for this text: encoding all of it anew without gigatoken")
         for unit in units:
             parts.remove(directory / staging.PARTS, unit.index)
-        _encode_parts(units, directory, replace(encoder, fast=False), workers)
+        _encode_parts(units, directory, replace(options, fast=False), workers)
 
 
 def _missing(units: Sequence[Unit], part_files: Path) -> list[Unit]:
@@ -266,9 +266,9 @@ def _missing(units: Sequence[Unit], part_files: Path) -> list[Unit]:
     return missing
 
 
-def _encode_parts(units: Sequence[Unit], directory: Path, encoder: Encoder, workers: Workers) -> bool:
+def _encode_parts(units: Sequence[Unit], directory: Path, options: EncodeOptions, workers: Workers) -> bool:
     with report.progress("encoding", sum(unit.text_bytes for unit in units)) as advance:
-        return encode.encode(units, directory / staging.PARTS, encoder=encoder, workers=workers, advance=advance)
+        return encode.encode(units, directory / staging.PARTS, options=options, workers=workers, advance=advance)
 
 
 def _is_fast(tokenizer: Tokenizer, found: Scan) -> bool:

@@ -40,10 +40,10 @@ class Unit:
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """The parameters of encoding. `hashes`: the text hash of documents that are longer than a piece, by path.
+class EncodeOptions:
+    """Options of encoding, the same for all units. `tokenizer`: its file. `fast`: let gigatoken encode.
 
-    `fast`: let gigatoken encode.
+    `hashes`: the text hash of documents that are longer than a piece, by path.
     """
 
     tokenizer: Path
@@ -66,7 +66,9 @@ def hash_long_documents(found: Scan, workers: Workers) -> dict[str, int]:
     return {long[index].path: value for index, value in workers.run(_hash_document, long)}
 
 
-def encode(units: Sequence[Unit], directory: Path, *, encoder: Encoder, workers: Workers, advance: Advance) -> bool:
+def encode(
+    units: Sequence[Unit], directory: Path, *, options: EncodeOptions, workers: Workers, advance: Advance
+) -> bool:
     """Write the parts of these units; `advance` gets the bytes encoded. Raises DataError, OSError.
 
     Returns False if gigatoken gave other ids somewhere than the tokenizer: no part can be relied on then.
@@ -77,7 +79,7 @@ def encode(units: Sequence[Unit], directory: Path, *, encoder: Encoder, workers:
     tasks = []
     for run in runs:
         size = -(-len(run) // share)
-        tasks += [(run[start : start + size], directory, encoder) for start in range(0, len(run), size)]
+        tasks += [(run[start : start + size], directory, options) for start in range(0, len(run), size)]
     is_right = True
     for _, text_bytes in workers.run(encode_units, tasks):
         is_right &= text_bytes is not None
@@ -85,7 +87,7 @@ def encode(units: Sequence[Unit], directory: Path, *, encoder: Encoder, workers:
     return is_right
 
 
-def encode_units(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int | None]:
+def encode_units(task: tuple[Sequence[Unit], Path, EncodeOptions]) -> Iterator[int | None]:
     """Write the part of each unit, and yield its bytes of text; None, and no more, if gigatoken gives other ids."""
     try:
         yield from _encode_units(*task)
@@ -93,8 +95,8 @@ def encode_units(task: tuple[Sequence[Unit], Path, Encoder]) -> Iterator[int | N
         yield None
 
 
-def _encode_units(units: Sequence[Unit], directory: Path, encoder: Encoder) -> Iterator[int]:
-    tokenizer = load_once(encoder.tokenizer, encoder.fast)
+def _encode_units(units: Sequence[Unit], directory: Path, options: EncodeOptions) -> Iterator[int]:
+    tokenizer = load_once(options.tokenizer, options.fast)
     contents = read_again([scanned for unit in units for scanned in unit.pieces])
     for unit in units:
         encoded: list[tuple[parts.Row, Tokens]] = []
@@ -102,7 +104,7 @@ def _encode_units(units: Sequence[Unit], directory: Path, encoder: Encoder) -> I
         for _ in unit.pieces:
             scanned, content = next(contents)
             unchecked = _check(tokenizer, scanned.piece, content.texts, unchecked)
-            encoded += _encode_piece(scanned.piece, content.texts, tokenizer, encoder)
+            encoded += _encode_piece(scanned.piece, content.texts, tokenizer, options)
         parts.write_part(directory, unit.index, encoded)
         yield unit.text_bytes
 
@@ -151,7 +153,7 @@ def _check(tokenizer: Tokenizer | FastEncoder, piece: Piece, texts: Sequence[str
 
 
 def _encode_piece(
-    piece: Piece, texts: Sequence[str], tokenizer: Tokenizer | FastEncoder, encoder: Encoder
+    piece: Piece, texts: Sequence[str], tokenizer: Tokenizer | FastEncoder, options: EncodeOptions
 ) -> Iterator[tuple[parts.Row, Tokens]]:
     """Yield the row and the tokens of each document in a piece."""
     is_text = piece.source.format == "text"
@@ -161,8 +163,8 @@ def _encode_piece(
             f"{piece.source.name} is a text of more than {UNIT_BYTES / 2**20:.0f} MiB, and this tokenizer gives other "
             f"ids for parts of a text: divide it with --document-separator, or give documents as JSON lines"
         )
-    known = encoder.hashes.get(piece.source.path) if is_text else None
-    end_of_text = np.array([encoder.eot_id] if ends and encoder.eot_id is not None else [], dtype=tokenizer.dtype)
+    known = options.hashes.get(piece.source.path) if is_text else None
+    end_of_text = np.array([options.eot_id] if ends and options.eot_id is not None else [], dtype=tokenizer.dtype)
     for text in filter(None, texts):
         ids = tokenizer.encode(text)
         ids = np.concatenate((ids, end_of_text)) if end_of_text.size else ids

@@ -84,7 +84,7 @@ def summary(output: Path, meta: dict[str, Any], *, bad: BadDocuments, ignored: C
     all_shards = [shard for split in splits for shard in split]
     tokens = [sum(shard.tokens for shard in split) for split in splits]
     documents = [sum(shard.documents for shard in split) for split in splits]
-    longest_shard = min(max(shard.tokens for shard in split) for split in splits)
+    max_window = min(max(shard.tokens for shard in split) for split in splits)
     eot = "no end-of-text" if meta["eot_id"] is None else f"end-of-text {meta['eot_id']}"
     per_token = sum(shard.bytes for shard in all_shards) / sum(tokens)
     kept = f"{sum(documents):,}: {documents[0]:,} for training, {documents[1]:,} for validation"
@@ -106,7 +106,7 @@ def summary(output: Path, meta: dict[str, Any], *, bad: BadDocuments, ignored: C
     lines += left_out_lines(ignored, bad)
     size = found["bytes"] / 1e6
     lines.append(f"text        {size:,.1f} MB in {seconds:.1f} s, {size / seconds:,.1f} MB/s")
-    command = training_command(output, train_tokens=tokens[0], longest=longest_shard)
+    command = training_command(output, train_tokens=tokens[0], max_window=max_window)
     return "\n".join([*map(_wrapped, lines), f"prepared    {output}", _wrapped_command(f"next        {command}")])
 
 
