@@ -60,7 +60,7 @@ def doctor_options(arguments: Sequence[str]) -> tuple[Config, bool]:
     config = config_from_command_line(
         [argument for argument in arguments if argument != DISTRIBUTED_FLAG],
         prog="distgpt.doctor",
-        about="Check that this machine, the data and the run directory are fit to train, and print the fix where not.",
+        about="Check that this machine, the data and the run directory are fit to train. Print a fix for each problem.",
         options={DISTRIBUTED_FLAG: "under torchrun: also check all hosts together; names slow links and hosts"},
         model_of=model_of_start,
     )
@@ -361,7 +361,7 @@ class Command(NamedTuple):
 COMMANDS: dict[str, Command] = {
     "plan": Command("what a run will take: memory, time, cost, and the best layout", plan_options),
     "prepare": Command("text to tokens", None),
-    "doctor": Command("is this machine, data and run directory fit to train", doctor_options),
+    "doctor": Command("check that machine, data and run directory are fit to train", doctor_options),
     "train": Command("train, or go on; one process, or any number under torchrun", train_options),
     "launch": Command("train on all devices here, on several hosts, or one run after another", None),
     "runs": Command("list runs, and what each is doing", runs_options),

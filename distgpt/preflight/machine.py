@@ -161,7 +161,7 @@ def check_windows(config: Config, dataset: Dataset) -> Finding:
         text = f"{windows:,} of {block_size} tokens for training, {len(evaluated):,} for evaluation"
         text += f"; {config.train.steps:,} steps read the training text {count_text(epochs)} times"
         texts.append(f"{train.name}: {text}" if train.name else text)
-        if epochs > MANY_EPOCHS:
+        if round(epochs) > MANY_EPOCHS:
             fewer = steps_of_many_epochs(round(windows / train.share), batch)
             fixes.append(f"prepare more text, or read it {MANY_EPOCHS} times with --train.steps={fewer}")
     text = "; ".join(texts)

@@ -74,7 +74,7 @@ def warnings(config: Config, train: Split, restored: RunState | None) -> Iterato
     """Yield a line for each value that can work but is probably a mistake."""
     steps, optim = config.train.steps, config.optim
     for part in train.parts:
-        if epochs(config, part) > MANY_EPOCHS:
+        if round(epochs(config, part)) > MANY_EPOCHS:
             windows = round(part.tokens / part.share) // config.model.block_size
             enough = steps_of_many_epochs(windows, config.train.global_batch)
             of = f" of {part.name}" if part.name else ""
