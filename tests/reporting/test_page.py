@@ -114,7 +114,7 @@ def test_runs_are_compared_by_the_keys_that_differ(tmp_path: Path) -> None:
     [row] = [row for row in page.split("<tr") if row.startswith(' class="differs"')]
     assert [text in row for text in ("optim.lr", "0.125", "0.25", "0.0003")] == [True] * 4
     labels = [line["label"] for line in json.loads(Elements(page).data)[0]["curves"]]
-    assert labels == [f"{run}, {kind}" for run in "ab" for kind in ("each step", "training", "validation")]
+    assert labels == [f"{run}, {kind}" for run in "ab" for kind in ("training, each step", "training", "validation")]
 
 
 def test_text_of_files_is_shown_and_neither_runs_nor_breaks_the_page(tmp_path: Path) -> None:
@@ -126,7 +126,7 @@ def test_text_of_files_is_shown_and_neither_runs_nor_breaks_the_page(tmp_path: P
     assert found.names.count("script") == plain.names.count("script") == 3
     assert set(found.names) <= set(plain.names)
     assert found.text.count(HOSTILE) >= 3, "sample, cause and key"
-    assert json.loads(found.data)[0]["curves"][0]["label"] == f"{name}, each step"
+    assert json.loads(found.data)[0]["curves"][0]["label"] == f"{name}, training, each step"
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in found.scripts]
     assert "default-src 'none';" in found.policy
     assert found.policy.endswith("script-src " + " ".join(f"'sha256-{code}'" for code in hashes)), "and no other script"
@@ -142,7 +142,7 @@ def test_a_run_in_progress_with_a_line_half_written_and_no_validation(tmp_path: 
     page = Elements(build_page([record]))
     lock.release()
     assert (record.state, read_run(run).state) == ("running", "killed")
-    assert [one["label"] for one in json.loads(page.data)[0]["curves"]] == ["each step", "training"]
+    assert [one["label"] for one in json.loads(page.data)[0]["curves"]] == ["training, each step", "training"]
     assert "2of 40" in page.text
     assert "No text is recorded." in page.text
 
