@@ -5,6 +5,7 @@ Text from files is escaped. A policy in the page lets a browser run its own two 
 
 import base64
 import hashlib
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -37,6 +38,8 @@ CHARTS = (
     ("memory_bytes", "Memory of rank 0", "GiB", 1 / GIB, False),
 )
 SHOWN_FIGURES = ("loss", "tokens", "tokens_per_second", "mfu")
+# The validation loss, and that of each dataset of several.
+VALIDATION = re.compile("val_loss(/|$)")
 # Samples that are shown, spread evenly over the run.
 MOST_SAMPLES = 8
 # Parts of the time below this share are not listed.
@@ -91,7 +94,9 @@ def _loss_chart(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, An
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         label = "" if len(runs) == 1 else f"{name}, "
         curves += _smoothed(run, "loss", f"{label}training", number)
-        curves.append(_style(curve(run.metrics, "val_loss"), f"{label}validation", number, "points"))
+        for figure in dict.fromkeys(name for line in run.metrics for name in line if VALIDATION.match(name)):
+            kind = figure.replace("val_loss", "validation", 1).replace("/", " on ", 1)
+            curves.append(_style(curve(run.metrics, figure), f"{label}{kind}", number, "points"))
     return {
         "title": "Loss",
         "unit": "nats per token",
