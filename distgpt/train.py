@@ -187,13 +187,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
                     result = evaluate(model, validation, tokenizer, plan)
                     val_loss = result.val_loss
                     best = interval.record_evaluation(step, result.val_loss)
-                    progress.evaluation(
-                        step,
-                        val_loss=val_loss,
-                        val_bits_per_byte=result.val_bits_per_byte,
-                        val_losses=result.val_losses,
-                        best=best,
-                    )
+                    progress.evaluation(step, result, best=best)
                     if config.eval.sample_tokens:
                         progress.sample(step, sample_text(model, tokenizer, step, config, plan))
 

@@ -30,6 +30,7 @@ SUFFIXES = ("py", "bin", "json")
 # Commands that are not run here: the test that covers each.
 QUICKSTART = "tests/launch/test_quickstart.py::test_from_nothing_to_a_sample_and_again"
 LOCAL = "tests/launch/test_local.py::test_paths_are_those_of_the_caller"
+SWEEP_HERE = "tests/launch/test_sweep.py::test_the_script_trains_what_it_can_and_goes_on_where_it_stopped"
 HOSTS = "tests/hosts/test_multinode.py::test_four_hosts_train_as_one_process_and_the_slow_host_is_named"
 GO_FURTHER = "tests/end_to_end/test_resume.py::test_a_run_goes_on_in_any_other_topology"
 STANDARD_LIBRARY = "tests/test_prepare.py::test_without_arguments_it_prepares_the_standard_library_once"
@@ -67,6 +68,7 @@ COVERED = {
     "python docs/generate.py": TABLES,
     "launch/local.sh gpt2-124m --data.path=data/mine": LOCAL,
     "launch/local.sh quickstart --data.path=data/mine --run.dir=runs/mine --train.steps=600": GO_FURTHER,
+    "launch/sweep.sh sweep.txt quickstart --data.path=data/mine": SWEEP_HERE,
     "HEAD=node1:29500 NODES=4 launch/multinode.sh gpt2-1558m --data.path=/shared/data/mine "
     "--run.dir=/shared/runs/mine": HOSTS,
     "python -m distgpt.prepare": STANDARD_LIBRARY,
@@ -263,7 +265,7 @@ def test_each_key_in_the_text_is_one() -> None:
 
 
 def test_each_option_in_the_text_is_one() -> None:
-    names = ("prepare", "sample", "evaluate", "export", "report", "replay", "doctor", "train")
+    names = ("plan", "prepare", "sample", "evaluate", "export", "report", "replay", "doctor", "runs", "train")
     text = " ".join(jobs.command(name, "--help", **jobs.NOT_FORKED).stdout for name in names)
     known = {*re.findall(r"--[\w-]+", text), *FOREIGN_OPTIONS, *NO_KEYS, "--fast"}
     for file, span in code_spans():

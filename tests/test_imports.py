@@ -23,7 +23,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("ground",),
 )
 COMMANDS = {
-    *("__main__", "plan", "train", "prepare", "evaluate", "sample", "export", "report", "replay", "doctor"),
+    *("__main__", "plan", "train", "prepare", "evaluate", "sample", "export", "report", "runs", "replay", "doctor"),
     "completion",
 }
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -1,4 +1,4 @@
-"""Launch a job: `python -m distgpt.launch local|nodes [PRESET] [--section.key=value ...]`.
+"""Launch a job: `python -m distgpt.launch local|nodes [PRESET] [--section.key=value ...]`, or `sweep FILE ...`.
 
 The scripts call two more: `slurm ...` makes the decisions of slurm/, and `directory OPTION ...` prints the run
 directory that these options give.
@@ -10,13 +10,13 @@ import sys
 from distgpt.cli import main_guard, prepare_process
 from distgpt.config import resolve
 from distgpt.errors import UsageError, did_you_mean
-from distgpt.launch import local, multinode
+from distgpt.launch import local, multinode, sweep
 from distgpt.usage import Parser
 
-USAGE = "python -m distgpt.launch local|nodes [PRESET] [--section.key=value ...]"
+USAGE = "python -m distgpt.launch local|nodes|sweep [FILE] [PRESET] [--section.key=value ...]"
 VARIABLES = {
     "NPROC_PER_NODE": "ranks on each host (default: one for each GPU, or two that share the CPU's cores)",
-    "TRIES": "launches in a row without a new checkpoint before giving up (default: local: 3, nodes: 10)",
+    "TRIES": "launches in a row without a new checkpoint before giving up (default: local and sweep: 3, nodes: 10)",
     "HEAD": "nodes: HOST:PORT, one of the hosts and a free port on it",
     "NODES": "nodes: the number of hosts, or MIN:MAX",
     "JOIN_SECONDS": "nodes: how long to wait for the other hosts (default: 600)",
@@ -37,6 +37,8 @@ def main(arguments: list[str]) -> int:
             return local.main(options)
         case "nodes":
             return multinode.main(options)
+        case "sweep":
+            return sweep.main(options)
         case "slurm":
             from distgpt.launch import slurm  # imports numpy, which takes time
 
@@ -44,15 +46,15 @@ def main(arguments: list[str]) -> int:
         case "directory":
             print(resolve(options, os.environ).run_dir)
             return 0
-    hint = did_you_mean(name, ("local", "nodes"))
+    hint = did_you_mean(name, ("local", "nodes", "sweep"))
     raise UsageError(f"usage: {USAGE}{hint}")
 
 
 def help_text() -> str:
     """Return the text of --help."""
     about = (
-        "Train on all devices of this machine (local) or on several hosts (nodes), and start again after a failure. "
-        "`local --help` lists the keys."
+        "Train on all devices of this machine (local), on several hosts (nodes), or the lines of a file one after the "
+        "other (sweep), and start again after a failure. `local --help` lists the keys."
     )
     parser = Parser(usage=USAGE, description=about, add_help=False)
     variables = parser.add_argument_group("environment variables")

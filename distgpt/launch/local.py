@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 
 from distgpt.checkpoint.compatibility import require_same_run
-from distgpt.config import require_divisible_batch, resolve
+from distgpt.config import Config, require_divisible_batch, resolve
 from distgpt.corpus.mixture import open_data
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK
 from distgpt.launch.agent import Supervisor
@@ -29,6 +29,11 @@ UNSAVED = "ended at once, as asked: steps after the newest checkpoint are not sa
 def main(arguments: list[str]) -> int:
     """Train until the run is done or cannot go on; return its exit code, which torchrun would turn into 1."""
     config = resolve(arguments, os.environ)
+    return train(config, arguments, Supervisor(timeout=config.health.timeout))
+
+
+def train(config: Config, arguments: list[str], supervisor: Supervisor) -> int:
+    """Train as main() does. `arguments`: those that give `config`. Raises DistgptError before torchrun starts."""
     paths = RunPaths(config.run_dir)
     ranks = count_from_environment("NPROC_PER_NODE") or default_ranks(config.train.device)
     tries = Tries(count_from_environment("TRIES") or 3, config.run_dir)
@@ -38,7 +43,6 @@ def main(arguments: list[str]) -> int:
         require_same_run(paths.checkpoints, config, dataset, replicas=1)
     if tries.newest is None:
         arguments = [*arguments, "--run.fresh=false"]  # checkpoints that a restart finds are this job's own
-    supervisor = Supervisor(timeout=config.health.timeout)
     while True:
         ending = attempt(supervisor, ranks, arguments)
         if supervisor.ended_unsaved and ending.code is None:

@@ -26,6 +26,7 @@ from distgpt.launch.settings import (
     loopback_rendezvous,
     torchrun_environment,
 )
+from distgpt.launch.sweep import directory_of_task
 from distgpt.machine import available_gpus
 from distgpt.preflight import network
 from distgpt.run.exit_report import EXIT_FILE_VARIABLE, read_report
@@ -72,9 +73,8 @@ def prepare_attempt(options: list[str]) -> dict[str, str | list[str]]:
     check_resources(os.environ.get(NODE_VARIABLE, ""))
     config = resolve(options, os.environ)
     open_data(config.data.path)
-    run_dir = config.run_dir
-    if task and "--run.dir" not in (flag.partition("=")[0] for flag in flags):
-        run_dir = Path(f"{run_dir}-{task}")
+    run_dir = directory_of_task(config, flags, int(task)) if task else config.run_dir
+    if run_dir != config.run_dir:
         options.append(f"--run.dir={run_dir}")
     logs = RunPaths(run_dir).logs / f"slurm-{os.environ['SLURM_JOB_ID']}"
     attempt_logs = logs / f"attempt-{attempt}"

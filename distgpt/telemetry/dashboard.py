@@ -34,7 +34,7 @@ STEP_TAGS = {
     "checkpoint_stall": ("speed/checkpoint_stall_s", 1.0),
 }
 # Charts of the custom scalars, by category: their tags.
-LAYOUT = {
+LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
     "Loss": {"training and validation loss (nats per token)": (TRAIN_LOSS, VALIDATION_LOSS)},
     "Speed": {"throughput (tokens per second)": (THROUGHPUT,), "MFU (percent)": (MFU,)},
     "Optimizer": {"learning rate": ("optim/learning_rate",), "gradient norm": ("optim/grad_norm",)},

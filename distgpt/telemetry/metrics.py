@@ -10,7 +10,7 @@ import resource
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -44,6 +44,16 @@ class StepFigures:
     memory_bytes: int
     data_wait: float  # seconds since the last line
     checkpoint_stall: float  # seconds since the last line
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The result of an evaluation. `val_losses`: of each dataset, by name, if there are several."""
+
+    val_loss: float  # nats per token
+    val_bits_per_byte: float
+    standard_error: float | None  # of the loss, over the windows; None for one window
+    val_losses: Mapping[str, float] = field(default_factory=dict)
 
 
 class Metrics:

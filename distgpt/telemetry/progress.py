@@ -15,7 +15,7 @@ from distgpt.run.session import RunSession
 from distgpt.telemetry.console import Console, step_time
 from distgpt.telemetry.dashboard import GOODPUT
 from distgpt.telemetry.goodput import End, Goodput
-from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes
+from distgpt.telemetry.metrics import Evaluation, Metrics, StepFigures, memory_bytes
 from distgpt.telemetry.plots import plot_losses
 from distgpt.units import duration
 
@@ -165,19 +165,14 @@ class Progress:
         self.goodput.charge(part)
         self._write_goodput()
 
-    def evaluation(
-        self, step: int, *, val_loss: float, val_bits_per_byte: float, val_losses: Mapping[str, float], best: bool
-    ) -> None:
-        """Log an evaluation and redraw the loss curve.
-
-        `val_losses`: of each dataset, if there are several. `best`: the loss is the lowest so far.
-        """
-        figures = {"val_loss": val_loss, "val_bits_per_byte": val_bits_per_byte}
+    def evaluation(self, step: int, result: Evaluation, *, best: bool) -> None:
+        """Log an evaluation and redraw the loss curve. `best`: the loss is the lowest so far."""
+        figures = {"val_loss": result.val_loss, "val_bits_per_byte": result.val_bits_per_byte}
         self._console.evaluation(step, **figures, best=best)
-        if val_losses:
-            self._console.losses_of_datasets(step, val_losses)
+        if result.val_losses:
+            self._console.losses_of_datasets(step, result.val_losses)
         if self._metrics is not None:
-            self._metrics.evaluation(step, **figures, val_losses=val_losses)
+            self._metrics.evaluation(step, **figures, val_losses=result.val_losses)
             if importlib.util.find_spec("matplotlib") is None:
                 return
             try:

@@ -1,6 +1,7 @@
 """metrics.jsonl and samples.jsonl as they are read: JSON objects with a step, one a line. Imports no torch."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,8 @@ from distgpt.errors import StorageError
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
+# The newest lines are looked for in so many bytes at the end of the file.
+END_BYTES = 2**18
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
@@ -16,6 +19,20 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
         return [values for values, _ in _whole_lines(file.read_bytes())]
     except OSError as error:
         raise StorageError(f"cannot read {file}: {error.strerror}") from error
+
+
+def newest_line(file: Path, name: str) -> dict[str, Any]:
+    """Return the newest complete line that has this figure; empty if there is none near the end of the file."""
+    try:
+        with open(file, "rb") as stream:
+            stream.seek(max(0, os.fstat(stream.fileno()).st_size - END_BYTES))
+            content = stream.read()
+    except OSError:
+        return {}
+    # Its text is looked for, since to parse all lines takes longer.
+    at = content.rfind(f'"{name}":'.encode(), 0, content.rfind(b"\n") + 1)
+    lines = _whole_lines(content[content.rfind(b"\n", 0, at) + 1 : content.find(b"\n", at) + 1]) if at >= 0 else []
+    return lines[0][0] if lines else {}
 
 
 def end_of_step(content: bytes, step: int) -> int:

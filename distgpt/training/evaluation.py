@@ -1,8 +1,6 @@
 """The validation loss, over fixed windows and equal for any number of ranks, and a sample of text."""
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -15,16 +13,7 @@ from distgpt.distributed.collectives import sum_over_ranks
 from distgpt.distributed.parallelize import autocast, inference
 from distgpt.distributed.plan import Plan
 from distgpt.model.generate import Sampling, generate
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """The result of an evaluation. `val_losses`: of each dataset, by name, if there are several."""
-
-    val_loss: float  # nats per token
-    val_bits_per_byte: float
-    standard_error: float | None  # of the loss, over the windows; None for one window
-    val_losses: Mapping[str, float] = field(default_factory=dict)
+from distgpt.telemetry.metrics import Evaluation
 
 
 def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer, plan: Plan) -> Evaluation:

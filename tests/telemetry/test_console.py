@@ -116,6 +116,7 @@ def test_a_terminal_gets_a_bar_below_the_lines() -> None:
 from contextlib import closing
 from distgpt.telemetry.console import Console
 from distgpt.telemetry.metrics import StepFigures
+from distgpt.units import duration
 with closing(Console(20, 5, True)) as console:
     for step in range(6, 8):
         console.advance()

@@ -16,6 +16,7 @@ from distgpt.run.paths import RunPaths
 from distgpt.run.session import RunSession
 from distgpt.telemetry.dashboard import GOODPUT
 from distgpt.telemetry.goodput import PARTS, read_goodput
+from distgpt.telemetry.metrics import Evaluation
 from distgpt.telemetry.progress import Progress
 from distgpt.telemetry.step_lines import read_metrics
 
@@ -87,6 +88,6 @@ def test_without_matplotlib_a_line_says_so_once_and_training_goes_on(
     with progress_in(tmp_path) as progress:
         for step in (1, 2):
             progress.step_done(step, data_wait=0.0)
-            progress.evaluation(step, val_loss=2.0, val_bits_per_byte=1.0, best=True)
+            progress.evaluation(step, Evaluation(2.0, 1.0, standard_error=None), best=True)
     assert capsys.readouterr().out.count("without the package matplotlib: pip install matplotlib") == 1
     assert not (tmp_path / "plots").exists()
