@@ -1,9 +1,9 @@
-"""Write the tables of docs/configuration.md from distgpt/config.py and the presets.
+"""Write the tables of docs/configuration.md and README.md from distgpt/config.py, the presets and distgpt.plan.
 
     python docs/generate.py            write them anew
     python docs/generate.py --check    exit with 1 if they are out of date
 
-Text between a `begin` and an `end` comment is generated; everything else in the file is written by hand.
+Text between a `begin` and an `end` comment is generated; everything else in the files is written by hand.
 """
 
 import dataclasses
@@ -12,21 +12,30 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from distgpt.config import NOT_NEGATIVE, POSITIVE, Config, fields_of, preset_names, resolve, value_text
+from distgpt.distributed.memory import BYTES_PER_PARAMETER, MemoryModel
 from distgpt.model.gpt import count_parameters
+from distgpt.planning.devices import device_named
+from distgpt.planning.forecast import GPT2_VOCABULARY, VOCABULARIES, forecast
+from distgpt.planning.layouts import make_cluster
+from distgpt.planning.text import USUAL_WIDTH
+from distgpt.units import duration, scaled_text, size_text
 
-FILE = Path(__file__).with_name("configuration.md")
+CONFIGURATION, README = Path(__file__).with_name("configuration.md"), Path(__file__).parents[1] / "README.md"
 WORDS = {bool: "`true`, `false`", int: "whole number", float: "number", str: "text"}
-# The vocabulary of what a preset is meant for: tinyshakespeare's characters, the quickstart's, GPT-2's tokens.
-VOCABULARIES = {"seed": 65, "quickstart": 223}
-GPT2_VOCABULARY = 50_257
-# float32 weights and gradients, and AdamW's two moments.
-BYTES_PER_PARAMETER = 16
+# The devices of the table in README.md, with their number.
+PLANNED = (("4090", 1), ("h100", 1), ("h100", 8))
+# Tokens in a micro-batch that keep a GPU busy.
+TOKENS = 4096
 
 
-def generated() -> str:
-    """Return the whole file as it should be."""
-    text = FILE.read_text(encoding="utf-8")
-    for name, table in (("presets", presets()), ("keys", all_keys())):
+def generated() -> dict[Path, str]:
+    """Return the whole files as they should be."""
+    tables = {CONFIGURATION: {"presets": presets(), "keys": all_keys()}, README: {"plans": plans()}}
+    return {file: _with_tables(file.read_text(encoding="utf-8"), parts) for file, parts in tables.items()}
+
+
+def _with_tables(text: str, tables: dict[str, str]) -> str:
+    for name, table in tables.items():
         before, begin, rest = text.partition(f"<!-- begin {name}: made by docs/generate.py -->\n")
         _, end, after = rest.partition(f"<!-- end {name} -->")
         text = f"{before}{begin}\n{table}\n{end}{after}"
@@ -49,6 +58,25 @@ def presets() -> str:
             *(f"`{name}`", f"{parameters:,}", memory, f"{model.n_layer} x {model.n_embd}", f"{model.block_size:,}"),
             *(f"{train.global_batch:,}", f"{train.steps:,}", f"{tokens / 1e6:,.0f} million"),
         )
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def plans() -> str:
+    """Return the table of what the presets take on a few devices, by distgpt.plan."""
+    heads = [f"{count} x {device}" for device, count in PLANNED]
+    lines = [f"| preset | parameters | memory | tokens | {' | '.join(heads)} |", "|---" * (4 + len(heads)) + "|"]
+    configs = {name: resolve([name], {}) for name in preset_names()}
+    for name, config in sorted(configs.items(), key=lambda item: (item[1].model.n_embd, item[1].model.n_layer)):
+        vocab_size = VOCABULARIES.get(name, GPT2_VOCABULARY)
+        need = MemoryModel(config, vocab_size, itemsize=2).need(max(1, TOKENS // config.model.block_size), shards=1)
+        times = []
+        for device, count in PLANNED:
+            cluster = make_cluster(device, device_named(device), config, nodes=1, per_node=count)
+            plan = forecast(config, cluster, [name])
+            known = config.model.n_embd >= USUAL_WIDTH
+            times.append("does not fit" if plan.seconds is None else duration(plan.seconds) if known else "-")
+        cells = (f"`{name}`", scaled_text(plan.parameters), size_text(need), scaled_text(plan.tokens), *times)
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
@@ -95,14 +123,15 @@ def _values(kind: Any, name: str) -> str:
 
 
 def main(arguments: list[str]) -> int:
-    """Write the file, or compare it; the exit code."""
+    """Write the files, or compare them; the exit code."""
     wanted = generated()
     if arguments == ["--check"]:
-        if FILE.read_text(encoding="utf-8") == wanted:
-            return 0
-        print(f"{FILE} is out of date: run python docs/generate.py", file=sys.stderr)
-        return 1
-    FILE.write_text(wanted, encoding="utf-8")
+        old = [file for file, text in wanted.items() if file.read_text(encoding="utf-8") != text]
+        for file in old:
+            print(f"{file} is out of date: run python docs/generate.py", file=sys.stderr)
+        return bool(old)
+    for file, text in wanted.items():
+        file.write_text(text, encoding="utf-8")
     return 0
 
 

@@ -52,8 +52,12 @@ HOOKS = "tests/test_docs.py::test_the_hooks_check_what_all_tests_check"
 FROM_WEIGHTS = "tests/end_to_end/test_weights.py::test_a_run_starts_from_weights_of_transformers_and_reads_them_once"
 MIX = "tests/end_to_end/test_mixture.py::test_a_mix_is_trained_on_exactly_after_a_restart_and_each_dataset_is_evaluated"
 HARNESS = "tests/weights/test_lm_eval.py::test_its_accuracy_is_that_of_our_likelihoods"
+PLAN = "tests/test_plan.py::test_the_command_prints_a_plan_and_its_figures_as_json"
 COVERED = {
     "python -m distgpt.train quickstart --data.path=data/mine:0.7,data/chat:0.3 --run.dir=runs/mixed": MIX,
+    "python -m distgpt.plan gpt2-1558m --nodes 4 --device h100 --price 2.5": PLAN,
+    "python -m distgpt.plan modern-1b --gpus-per-node 4 --tokens 20B --json": PLAN,
+    "python -m distgpt.plan --budget 24gpu-hours --device 4090": PLAN,
     'hf download openai-community/gpt2 --include "*.json" "*.safetensors" --local-dir models/gpt2': FROM_WEIGHTS,
     "lm_eval --model hf --model_args pretrained=exported/modern --tasks hellaswag --device cpu": HARNESS,
     "./launch/quickstart.sh": QUICKSTART,
@@ -253,7 +257,8 @@ def test_the_tables_of_keys_and_presets_are_up_to_date() -> None:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    assert module.FILE.read_text(encoding="utf-8") == module.generated(), "run: python docs/generate.py"
+    for file, text in module.generated().items():
+        assert file.read_text(encoding="utf-8") == text, "run: python docs/generate.py"
 
 
 def test_each_key_in_the_text_is_one() -> None:

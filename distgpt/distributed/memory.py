@@ -4,11 +4,12 @@ Counts what an uncompiled model keeps from its forward to its backward pass, wit
 a compiled one keeps less. tests/distributed/test_memory.py holds the figures against counted allocations.
 """
 
+import functools
 import math
 from dataclasses import astuple, dataclass
 
 from distgpt.config import Config, ModelConfig
-from distgpt.model.gpt import count_parameters, meta_model, mlp_width
+from distgpt.model.gpt import meta_model, mlp_width
 
 # float32 weights, gradients and AdamW's two moments
 BYTES_PER_PARAMETER = 16
@@ -52,7 +53,7 @@ class MemoryModel:
     @property
     def parameters(self) -> int:
         """The number of parameters of the whole model."""
-        return count_parameters(self.config.model, self.vocab_size)
+        return shard_parameters(self.config.model, self.vocab_size, 1)
 
     def need(self, sequences: int, *, shards: int, keep_weights: bool = False, whole_gradients: bool = False) -> float:
         """Return the bytes of all parts, see parts()."""
@@ -99,6 +100,7 @@ class MemoryModel:
         return max(gathered, 0) + max(gradients, 0) + 4 * embeddings  # those in float32, and their gradients
 
 
+@functools.cache
 def shard_parameters(config: ModelConfig, vocab_size: int, shards: int) -> int:
     """Return the parameters of the largest shard. FSDP2 cuts each tensor into equal numbers of rows, rounded up."""
     shapes = [p.shape for p in meta_model(config, vocab_size).parameters()]

@@ -81,7 +81,14 @@ class Layout:
 
 
 def make_cluster(
-    name: str, device: Device, config: Config, *, nodes: int, per_node: int, network: float | None, mfu: float | None
+    name: str,
+    device: Device,
+    config: Config,
+    *,
+    nodes: int,
+    per_node: int,
+    network: float | None = None,
+    mfu: float | None = None,
 ) -> Cluster:
     """Describe devices of a kind. `network`, `mfu`: in place of the assumed ones. Measures a CPU, which is this one."""
     device = replace(device, network=network or device.network)

@@ -20,8 +20,8 @@ PARTS = {
     "logits": "logits",
     "buffers": "buffer",
 }
-# Narrower models do not keep a GPU busy.
-USUAL_WIDTH = 768
+# Narrower models do not keep a GPU busy, so the MFU is not that of the sources.
+USUAL_WIDTH = 512
 
 
 def describe(config: Config, plan: Forecast, *, price: float | None) -> str:

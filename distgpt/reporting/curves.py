@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from distgpt.telemetry.plots import Floats, series, smooth
 
 # A curve with more points than this is thinned to the lowest and highest value of each of half as many stretches.
-MOST_POINTS = 2000
+MOST_POINTS = 1000
 
 Curve = dict[str, list[float]]
 

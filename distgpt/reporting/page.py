@@ -5,6 +5,7 @@ Text from files is escaped. A policy in the page lets a browser run its own two 
 
 import base64
 import hashlib
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -27,16 +28,18 @@ from distgpt.units import count_text, duration, size_text
 
 ASSETS = Path(__file__).parent / "assets"
 GIB = 2**30
-# Figures of metrics.jsonl, each with its title, unit and scale.
+# Figures of metrics.jsonl, each with its title, unit and scale, and whether it varies so much that it is smoothed.
 CHARTS = (
-    ("lr", "Learning rate", "", 1),
-    ("grad_norm", "Gradient norm", "before clipping", 1),
-    ("tokens_per_second", "Throughput", "tokens/s", 1),
-    ("mfu", "MFU", "% of the devices' peak", 100),
-    ("seconds", "Time of a step", "ms", 1000),
-    ("memory_bytes", "Memory of rank 0", "GiB", 1 / GIB),
+    ("lr", "Learning rate", "", 1, False),
+    ("grad_norm", "Gradient norm", "before clipping", 1, True),
+    ("tokens_per_second", "Throughput", "tokens/s", 1, True),
+    ("mfu", "MFU", "% of the devices' peak", 100, True),
+    ("seconds", "Time of a step", "ms", 1000, True),
+    ("memory_bytes", "Memory of rank 0", "GiB", 1 / GIB, False),
 )
 SHOWN_FIGURES = ("loss", "tokens", "tokens_per_second", "mfu")
+# The validation loss, and that of each dataset of several.
+VALIDATION = re.compile("val_loss(/|$)")
 # Samples that are shown, spread evenly over the run.
 MOST_SAMPLES = 8
 # Parts of the time below this share are not listed.
@@ -59,6 +62,7 @@ def build_page(runs: Sequence[RunRecord]) -> str:
         keys=_keys(runs),
         scripts=[Markup(script) for script in scripts],
         script_hashes=" ".join(f"'sha256-{_sha256(script)}'" for script in scripts),
+        license=Markup((ASSETS / "uPlot.LICENSE").read_text(encoding="utf-8")),
         styles=[Markup(style) for style in styles],
         version=__version__,
         now=time.time(),
@@ -89,12 +93,10 @@ def _loss_chart(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, An
     curves = []
     for number, (run, name) in enumerate(zip(runs, names, strict=True)):
         label = "" if len(runs) == 1 else f"{name}, "
-        raw, smoothed = curve(run.metrics, "loss"), curve(run.metrics, "loss", smoothed=True)
-        curves += [
-            _style(raw, f"{label}each step", number, "faint"),
-            _style(smoothed, f"{label}training", number, "line"),
-            _style(curve(run.metrics, "val_loss"), f"{label}validation", number, "points"),
-        ]
+        curves += _smoothed(run, "loss", f"{label}training", number)
+        for figure in dict.fromkeys(name for line in run.metrics for name in line if VALIDATION.match(name)):
+            kind = figure.replace("val_loss", "validation", 1).replace("/", " on ", 1)
+            curves.append(_style(curve(run.metrics, figure), f"{label}{kind}", number, "points"))
     return {
         "title": "Loss",
         "unit": "nats per token",
@@ -106,14 +108,25 @@ def _loss_chart(runs: Sequence[RunRecord], names: Sequence[str]) -> dict[str, An
 def _charts(runs: Sequence[RunRecord], names: Sequence[str]) -> list[dict[str, Any]]:
     """Return a chart for each figure that a run has."""
     charts = []
-    for figure, title, unit, scale in CHARTS:
-        drawn = [
-            _style(curve(run.metrics, figure, scale=scale), name if len(runs) > 1 else title, number, "line")
-            for number, (run, name) in enumerate(zip(runs, names, strict=True))
-        ]
+    for figure, title, unit, scale, varies in CHARTS:
+        drawn = []
+        for number, (run, name) in enumerate(zip(runs, names, strict=True)):
+            label = name if len(runs) > 1 else title
+            if varies:
+                drawn += _smoothed(run, figure, label, number, scale=scale)
+            else:
+                drawn.append(_style(curve(run.metrics, figure, scale=scale), label, number, "line"))
         if drawn := [one for one in drawn if one["x"]]:
             charts.append({"title": title, "unit": unit, "tall": False, "curves": drawn})
     return charts
+
+
+def _smoothed(run: RunRecord, figure: str, label: str, number: int, *, scale: float = 1) -> list[dict[str, Any]]:
+    """Return a figure as it was logged, drawn faintly, and smoothed."""
+    return [
+        _style(curve(run.metrics, figure, scale=scale), f"{label}, each step", number, "faint"),
+        _style(curve(run.metrics, figure, scale=scale, smoothed=True), label, number, "line"),
+    ]
 
 
 def _style(points: Curve, label: str, run: int, style: str) -> dict[str, Any]:

@@ -34,7 +34,7 @@ STEP_TAGS = {
     "checkpoint_stall": ("speed/checkpoint_stall_s", 1.0),
 }
 # Charts of the custom scalars, by category: their tags.
-LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
+LAYOUT: Mapping[str, Mapping[str, tuple[str, ...]]] = {
     "Loss": {"training and validation loss (nats per token)": (TRAIN_LOSS, VALIDATION_LOSS)},
     "Speed": {"throughput (tokens per second)": (THROUGHPUT,), "MFU (percent)": (MFU,)},
     "Optimizer": {"learning rate": ("optim/learning_rate",), "gradient norm": ("optim/grad_norm",)},
@@ -57,8 +57,11 @@ def step_scalars(figures: Mapping[str, Any]) -> dict[str, float]:
 
 
 def evaluation_scalars(values: Mapping[str, float]) -> dict[str, float]:
-    """Return the results of an evaluation by tag."""
-    return {VALIDATION_LOSS if name == "loss" else f"loss/validation_{name}": value for name, value in values.items()}
+    """Return the results of an evaluation by tag. "loss/NAME" is the loss of one dataset of several."""
+    return {
+        VALIDATION_LOSS + name.removeprefix("loss") if name.startswith("loss") else f"loss/validation_{name}": value
+        for name, value in values.items()
+    }
 
 
 def layout() -> Summary:

@@ -35,8 +35,9 @@ def test_what_only_asks_makes_nothing(tmp_path: Path) -> None:
     shown = launch(tmp_path, "quickstart.sh", "--run.dir=", "--print-config")
     assert shown.code == 0, shown
     assert shown.stdout.startswith('[run]\ndir = ""\n')
-    asked = launch(tmp_path, "quickstart.sh", "--help")
-    assert "--section.key=value" in asked.stdout
+    for option in ("--help", "--help=log"):
+        asked = launch(tmp_path, "quickstart.sh", option)
+        assert "--log.every=STEPS" in asked.stdout
     mistaken = launch(tmp_path, "quickstart.sh", "--train.step=5")
     assert (mistaken.code, len(mistaken.error_lines)) == (2, 1), mistaken
     assert list(tmp_path.iterdir()) == []

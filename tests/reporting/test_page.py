@@ -26,6 +26,7 @@ from distgpt.run.paths import RunPaths
 from distgpt.telemetry.goodput import Line, time_spent
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)><!-- {{ 7 * 7 }}"
+KINDS = ("training, each step", "training", "validation", "validation on books")
 DONE = {"code": 0, "cause": "done", "step": 40, "time": "2026-11-28T20:00:00+0000"}
 
 
@@ -79,7 +80,7 @@ def make_run(directory: Path, *options: str, ended: Mapping[str, Any] | None = D
     directory.mkdir(parents=True)
     (directory / "config.toml").write_text(to_toml(resolve(["--train.steps=40", *options], {})))
     steps = [step_line(step) for step in range(1, 41)]
-    validation = [{"step": 20, "val_loss": 3.75}, {"step": 40, "val_loss": 3.25}]
+    validation = [{"step": 20, "val_loss": 3.75}, {"step": 40, "val_loss": 3.25, "val_loss/books": 3.5}]
     (directory / "metrics.jsonl").write_text(json_lines([*steps, *validation]))
     (directory / "samples.jsonl").write_text(json_lines([{"step": 40, "text": "once upon a time"}]))
     lines = [
@@ -100,7 +101,8 @@ def test_a_page_has_the_curves_the_figures_and_what_was_written(tmp_path: Path) 
     assert list(charts) == [
         *("Loss", "Learning rate", "Gradient norm", "Throughput", "MFU", "Time of a step", "Memory of rank 0"),
     ]
-    _, training, validation = charts["Loss"]["curves"]
+    _, training, validation, books = charts["Loss"]["curves"]
+    assert (books["label"], books["y"]) == ("validation on books", [3.5])
     assert training["x"] == list(range(1, 41))
     assert (validation["x"], validation["y"]) == ([20, 40], [3.75, 3.25])
     assert charts["MFU"]["curves"][0]["y"][0] == 40.0
@@ -114,7 +116,7 @@ def test_runs_are_compared_by_the_keys_that_differ(tmp_path: Path) -> None:
     [row] = [row for row in page.split("<tr") if row.startswith(' class="differs"')]
     assert [text in row for text in ("optim.lr", "0.125", "0.25", "0.0003")] == [True] * 4
     labels = [line["label"] for line in json.loads(Elements(page).data)[0]["curves"]]
-    assert labels == [f"{run}, {kind}" for run in "ab" for kind in ("each step", "training", "validation")]
+    assert labels == [f"{run}, {kind}" for run in "ab" for kind in KINDS]
 
 
 def test_text_of_files_is_shown_and_neither_runs_nor_breaks_the_page(tmp_path: Path) -> None:
@@ -126,7 +128,7 @@ def test_text_of_files_is_shown_and_neither_runs_nor_breaks_the_page(tmp_path: P
     assert found.names.count("script") == plain.names.count("script") == 3
     assert set(found.names) <= set(plain.names)
     assert found.text.count(HOSTILE) >= 3, "sample, cause and key"
-    assert json.loads(found.data)[0]["curves"][0]["label"] == f"{name}, each step"
+    assert json.loads(found.data)[0]["curves"][0]["label"] == f"{name}, training, each step"
     hashes = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in found.scripts]
     assert "default-src 'none';" in found.policy
     assert found.policy.endswith("script-src " + " ".join(f"'sha256-{code}'" for code in hashes)), "and no other script"
@@ -142,7 +144,7 @@ def test_a_run_in_progress_with_a_line_half_written_and_no_validation(tmp_path: 
     page = Elements(build_page([record]))
     lock.release()
     assert (record.state, read_run(run).state) == ("running", "killed")
-    assert [one["label"] for one in json.loads(page.data)[0]["curves"]] == ["each step", "training"]
+    assert [one["label"] for one in json.loads(page.data)[0]["curves"]] == ["training, each step", "training"]
     assert "2of 40" in page.text
     assert "No text is recorded." in page.text
 

@@ -41,7 +41,7 @@ with session.RunSession(RunPaths(directory), 0) as run:
     run.acquire(renewal=0.05)
     run.allow_graceful_stop()
     print("held", flush=True)
-    store, step = Store(run.paths.checkpoints, run.owner), 0
+    store, step = Store(run.paths.checkpoints, run.owner), 10**6 * run.owner.fence  # other steps than owners before
     while not run.stop_requested:
         step += 1
         with suppress(OSError):

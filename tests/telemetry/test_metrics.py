@@ -160,7 +160,7 @@ def test_a_run_killed_before_its_first_checkpoint_restarts_with_an_empty_file(tm
 def test_tensorboard_has_curves_and_verbatim_text(tmp_path: Path) -> None:
     with closing(Metrics(tmp_path, resume_step=0, require_owned=owned)) as metrics:
         log_step(metrics, 3, mfu=0.25, skipped=True)
-        metrics.evaluation(3, val_loss=1.5, val_bits_per_byte=2.0)
+        metrics.evaluation(3, val_loss=1.5, val_bits_per_byte=2.0, val_losses={"books": 1.75})
         metrics.text("sample", "# no heading\n```\n*no* emphasis \udcff", 3)
     events = tensorboard(tmp_path)
     tags = events.Tags()
@@ -169,6 +169,7 @@ def test_tensorboard_has_curves_and_verbatim_text(tmp_path: Path) -> None:
     )
     assert {"optim/learning_rate", "speed/memory_gib", "speed/checkpoint_stall_s"} <= set(tags["scalars"])
     assert events.Scalars(MFU)[0].value == 25.0
+    assert events.Scalars(f"{VALIDATION_LOSS}/books")[0].value == 1.75
     assert events.Scalars("speed/memory_gib")[0].value == 1.0
     assert events.Scalars("optim/grad_norm_z")[0].value == -0.5
     assert events.Scalars("optim/skipped")[0].value == 1.0

@@ -1,6 +1,8 @@
 "use strict";
 // Draw the charts of the page with uPlot. Colors come from page.css, so that they follow the scheme of the browser.
 const charts = JSON.parse(document.getElementById("data").textContent);
+// The share of a run that may be above the top of a chart.
+const FIRST_STEPS = 0.02;
 const color = (name) => getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 
 function number(value) {
@@ -44,6 +46,20 @@ function showLast(plot) {
   plot.setLegend({ idxs: plot.data.map((values) => nearest(values, end)) }, false);
 }
 
+// Until a reader zooms in, the first steps do not stretch a chart: a loss falls from far above the rest.
+function rangeOf(plot, low, high) {
+  const [steps, ...curves] = plot.data, begin = steps[0], end = steps[steps.length - 1];
+  if (low == null || begin === end) return uPlot.rangeNum(low ?? 0, high ?? 1, 0.1, true);
+  const [first, last] = plot.series[0].idxs;
+  if (first > 0 || last < steps.length - 1) return uPlot.rangeNum(low, high, 0.1, true);
+  let top = low;
+  for (const curve of curves)
+    curve.forEach((value, place) => {
+      if (value != null && steps[place] > begin + FIRST_STEPS * (end - begin)) top = Math.max(top, value);
+    });
+  return uPlot.rangeNum(low, top, 0.1, true);
+}
+
 function draw(chart) {
   const card = document.createElement("div");
   card.className = chart.tall ? "chart tall" : "chart";
@@ -59,7 +75,7 @@ function draw(chart) {
   const height = chart.tall ? 320 : 190;
   const plot = new uPlot({
     width: width(), height,
-    scales: { x: { time: false } },
+    scales: { x: { time: false }, y: { range: (plot, low, high) => rangeOf(plot, low, high) } },
     axes: [
       axis({ size: 32, values: (_, ticks) => ticks.map((tick) => Number.isInteger(tick) ? number(tick) : "") }),
       axis({ size: 58, values: (_, ticks) => ticks.map(number) }),
