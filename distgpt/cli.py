@@ -112,26 +112,26 @@ def sample_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
         "--prompts",
         type=user_path,
         metavar="FILE",
-        help='a prompt a line; of a .jsonl file, the "prompt" of each object',
+        help='one prompt per line; of a .jsonl file, the "prompt" of each object',
     )
     source.add_argument("--interactive", action="store_true", help="ask for prompts; Ctrl-C stops a text, Ctrl-D ends")
     what.add_argument("--tokens", type=int, default=500, metavar="N", help="tokens to write at most (default: 500)")
     what.add_argument("--stop", action="append", default=[], metavar="TEXT", help="end before this text; repeatable")
     what.add_argument("--samples", type=int, default=1, metavar="N", help="texts for each prompt (default: 1)")
     what.add_argument("--batch", type=int, default=16, metavar="N", help="texts written at a time (default: 16)")
-    what.add_argument("--json", action="store_true", help="print a JSON object a line for each text")
+    what.add_argument("--json", action="store_true", help="print a JSON object for each text, one per line")
     how = parser.add_argument_group("how tokens are drawn, in this order")
     how.add_argument(
         "--repetition-penalty",
         type=float,
         default=1.0,
         metavar="R",
-        help="make tokens that the text has already less likely; 1: no (default: 1)",
+        help="make tokens less likely that the text already has; 1: do not (default: 1)",
     )
     how.add_argument("--temperature", type=float, default=0.8, metavar="T", help="0: greedy (default: 0.8)")
     how.add_argument("--top-k", type=int, default=0, metavar="K", help="from the K likeliest; 0: from all (default: 0)")
     how.add_argument(
-        "--top-p", type=float, default=1.0, metavar="P", help="from the likeliest that together reach P (default: 1)"
+        "--top-p", type=float, default=1.0, metavar="P", help="from the fewest that together reach P (default: 1)"
     )
     how.add_argument(
         "--min-p",
@@ -140,9 +140,8 @@ def sample_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
         metavar="P",
         help="from those at least P times as likely as the likeliest (default: 0)",
     )
-    how.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="of the first text, then S + 1, S + 2, ... (default: 0)"
-    )
+    seeds = "seed of the first text; the next have S + 1, S + 2, ... (default: 0)"
+    how.add_argument("--seed", type=int, default=0, metavar="S", help=seeds)
     options = parser.parse_args(arguments)
     check_sample_options(parser, options)
     return (options,)
@@ -217,10 +216,9 @@ def plan_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
     where = parser.add_argument_group("where it runs")
     names = ", ".join(DEVICES)
     where.add_argument("--device", default="h100", metavar="NAME", help=f"{names} (this one) (default: h100)")
-    where.add_argument("--nodes", type=positive(int), default=1, metavar="N", help="(default: 1)")
-    where.add_argument(
-        "--gpus-per-node", type=positive(int), metavar="G", help="(default: 8; for GeForce cards and the CPU 1)"
-    )
+    where.add_argument("--nodes", type=positive(int), default=1, metavar="N", help="number of nodes (default: 1)")
+    gpus = "GPUs of each node (default: 8; for GeForce cards and the CPU 1)"
+    where.add_argument("--gpus-per-node", type=positive(int), metavar="G", help=gpus)
     length = parser.add_argument_group("how long (default: train.steps)").add_mutually_exclusive_group()
     length.add_argument("--tokens", type=positive(parse_count), metavar="T", help="tokens to train on, as 10B or 2.5e9")
     length.add_argument(
@@ -230,8 +228,8 @@ def plan_options(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str
         help="24gpu-hours or 3gpu-days: also gives the compute-optimal size; without PRESET, takes the nearest one",
     )
     values = parser.add_argument_group("what is assumed")
-    values.add_argument("--price", type=positive(float), metavar="X", help="of a GPU-hour")
-    values.add_argument("--mfu", type=positive(float), metavar="M", help="0 to 1, for example from a run's log")
+    values.add_argument("--price", type=positive(float), metavar="X", help="price of a GPU-hour")
+    values.add_argument("--mfu", type=positive(float), metavar="M", help="MFU, 0 to 1, for example from a run's log")
     values.add_argument("--network", type=positive(float), metavar="GBIT", help="Gbit/s from a node to others")
     parser.add_argument("--json", action="store_true", help="print the figures as one JSON object")
     options, config_arguments = parser.parse_known_args(arguments)

@@ -179,8 +179,8 @@ class TrainConfig:
     global_batch: int = option(64, "sequences per optimizer step, over all ranks", "SEQUENCES")
     micro_batch: int = option(
         0,
-        "sequences per forward pass; 0: as before, else the largest divisor of at most 4,096 tokens (GPU: 16,384) "
-        "that fits",
+        "sequences per forward pass; 0: as before or, in a new run, the largest that divides the batch of a rank, "
+        "has at most 4,096 tokens (GPU: 16,384) and fits in memory",
         "SEQUENCES",
     )
     device: Literal["auto", "cuda", "mps", "cpu"] = option(
@@ -237,8 +237,8 @@ class CheckpointConfig:
 
     every: int | Literal["auto"] = option(
         500,
-        "steps between checkpoints, besides best evaluations and the end; "
-        "0: only those; auto: from save time and failures",
+        "steps between checkpoints; best evaluations and the end are saved too; "
+        "0: only those; auto: by the time that a save takes and the failures so far",
         "STEPS",
     )
     keep: int = option(
@@ -316,7 +316,7 @@ class Config:
 
     @property
     def run_dir(self) -> Path:
-        """run.dir or, if that is empty, runs/<name of the data directory>, of several a+b."""
+        """run.dir or, if that is empty, runs/<name of the data directory>; of a mix, runs/a+b."""
         return Path(self.run.dir or Path("runs", data_name(self.data.path)))
 
 
@@ -470,7 +470,7 @@ def shares_of(data_path: str) -> list[tuple[str, float]]:
 
 
 def data_name(data_path: str) -> str:
-    """Return the name of the data directory; of several a+b."""
+    """Return the name of the data directory; of a mix, all names as a+b."""
     return "+".join(Path(path).resolve().name for path, _ in _weighted_paths(data_path))
 
 

@@ -27,7 +27,7 @@ from distgpt.training.evaluation import evaluate
 from distgpt.training.multiple_choice import read_questions, score
 from distgpt.training.startup import open_data_of_run, validation_batches
 
-# A rank may wait so long for the slowest one: they meet at the end alone.
+# A rank may wait this long for the slowest one, since they meet only at the end.
 TIMEOUT_SECONDS = 86400.0
 
 
@@ -64,7 +64,7 @@ def open_data(arguments: argparse.Namespace, checkpoint: Path, state: RunState) 
 
 
 def measure(arguments: argparse.Namespace, checkpoint: Path, runtime: Runtime) -> dict[str, Any]:
-    """Compute what is printed. Every rank holds the whole model, and computes its share of the batches."""
+    """Return the result to print. Every rank holds the whole model, and computes its share of the batches."""
     model, tokenizer, state = load_model(checkpoint, runtime.device)
     about, block_size = {"checkpoint": str(checkpoint), "step": state.step}, model.config.block_size
     plan = plan_for(state, runtime)
@@ -89,14 +89,14 @@ def measure(arguments: argparse.Namespace, checkpoint: Path, runtime: Runtime) -
 
 
 def plan_for(state: RunState, runtime: Runtime) -> Plan:
-    """Return the plan of one process, and so its micro-batch, for a rank of any number."""
+    """Return the plan of one process for this rank, so that the micro-batch is the same for any number of ranks."""
     config = replace(as_trained(state), parallel=ParallelConfig())
     alone = replace(runtime, rank=0, world_size=1, local_world_size=1)
     return replace(make_plan(config, alone, vocab_size=state.vocab_size), runtime=runtime)
 
 
 def describe(result: dict[str, Any]) -> str:
-    """Format a result as one line, or of a mix as one more for each dataset."""
+    """Format a result as one line; for a mix, with one more line for each dataset."""
     parts = [f"step {result['step']}"]
     if "task" in result:
         parts += [f"{name} {_with_error(result[name], result[f'{name}_stderr'])}" for name in ("acc", "acc_norm")]

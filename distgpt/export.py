@@ -11,8 +11,6 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from distgpt.checkpoint.choice import choose
 from distgpt.checkpoint.manifest import STATE, TOKENIZER, RunState, read_state
 from distgpt.checkpoint.reader import read_tokenizer, require_model
@@ -20,7 +18,7 @@ from distgpt.config import Config, from_dict, to_toml
 from distgpt.corpus.preparing import staging
 from distgpt.errors import DirectoryError, UsageError
 from distgpt.files import write_file
-from distgpt.model.gpt import GPT, with_explicit_sizes
+from distgpt.model.gpt import meta_model, with_explicit_sizes
 from distgpt.weights.architectures import CLASSES, architecture_of, config_json, with_all_biases
 from distgpt.weights.companions import json_file, model_card, standard_files
 from distgpt.weights.names import layout_of
@@ -86,10 +84,9 @@ def write_model(checkpoint: Path, state: RunState, config: Config, directory: Pa
     tokenizer = read_tokenizer(checkpoint, state)
     explicit = with_explicit_sizes(config.model)
     standard = explicit if plain else with_all_biases(explicit)
-    with torch.device("meta"):
-        model = GPT(replace(explicit, document_mask=False), state.vocab_size)
-        written = GPT(replace(standard, document_mask=False, vocab_multiple=1), state.vocab_size).state_dict()
-    shapes = {name: parameter.shape for name, parameter in written.items()}
+    model = meta_model(explicit, state.vocab_size)
+    written = meta_model(replace(standard, vocab_multiple=1), state.vocab_size)
+    shapes = {name: parameter.shape for name, parameter in written.state_dict().items()}
     write_weights(checkpoint, model, directory, written=shapes, layout=layout_of(plain=plain))
     if plain:
         files = {PLAIN_CONFIG: to_toml(config).encode(), TOKENIZER: tokenizer.to_json().encode()}

@@ -20,6 +20,7 @@ from distgpt.config import (
     split_arguments,
     to_toml,
     value_at,
+    value_text,
 )
 from distgpt.errors import UsageError, did_you_mean
 
@@ -152,6 +153,4 @@ def _metavar(section: str, field: Field[Any]) -> str:
 
 
 def _shown(value: object) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return f"{value:g}" if isinstance(value, float) else str(value) or "empty"
+    return f"{value:g}" if isinstance(value, float) else value_text(value)

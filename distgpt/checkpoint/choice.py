@@ -27,7 +27,7 @@ def add_option(parser: argparse.ArgumentParser, *, default: str) -> None:
         "--checkpoint",
         metavar=f"{BEST}|{NEWEST}|STEP|DIR",
         default=NEWEST,
-        help=f"{BEST}: the one with the lowest validation loss; DIR: of a checkpoint (default: {default})",
+        help=f"{BEST}: the one with the lowest validation loss; DIR: its directory (default: {default})",
     )
 
 

@@ -8,7 +8,7 @@ import struct
 import warnings
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,7 @@ from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.distributed.diloco import OuterOptimizer
 from distgpt.errors import DataError, StorageError
 from distgpt.health.outliers import OutlierFilter
-from distgpt.model.gpt import GPT
+from distgpt.model.gpt import GPT, meta_model
 
 # The largest size of a stored tensor besides its values, in bytes: of its record (a pickle), and in all.
 MAX_RECORD_BYTES, MAX_OVERHEAD_BYTES = 2**12, 2**14
@@ -89,8 +89,7 @@ def require_model(checkpoint: Path, config: Config, vocab_size: int) -> None:
     if config.model.n_layer > len(index.state_dict_metadata):
         raise wrong
     try:
-        with torch.device("meta"):
-            model = GPT(replace(config.model, document_mask=False), vocab_size)
+        model = meta_model(config.model, vocab_size)
     except (RuntimeError, TypeError, OverflowError):  # sizes that no tensor can have
         raise wrong from None
     require_tensors(index, {"model": model.state_dict()}, checkpoint / INDEX)
@@ -140,9 +139,8 @@ def read_tensors(tensors: dict[str, Any], checkpoint: Path, *, whole: dict[str, 
     index = read_index(checkpoint)  # outside of dcp.load, which would wrap a DataError
     require_tensors(index, tensors if whole is None else whole, checkpoint / INDEX)
     try:
-        dcp.load(
-            tensors, storage_reader=_CheckpointReader(checkpoint, index), no_dist=True
-        )  # else ranks exchange pickles
+        reader = _CheckpointReader(checkpoint, index)
+        dcp.load(tensors, storage_reader=reader, no_dist=True)  # else ranks exchange pickles
     except dcp.CheckpointException as error:
         cause, _ = next(iter(error.failures.values()))
         if isinstance(cause, DataError | AssertionError | RuntimeError | ValueError | pickle.UnpicklingError):

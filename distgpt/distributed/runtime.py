@@ -38,7 +38,7 @@ class Runtime:
 def this_rank(device: str = "auto") -> Runtime:
     """Read this rank from torchrun's environment; without it, one process. `device`: as train.device.
 
-    Raises UsageError if the device is not here or cannot be used, or is too few for the ranks.
+    Raises UsageError if the device is not here or cannot be used, or if there are fewer devices than ranks.
     """
     place = place_in_job()
     chosen = choose_device(device, place)

@@ -182,8 +182,8 @@ def draw(logits_BV: Tensor, uniform_B: Sequence[float], sampling: Sampling, seen
         logits_BV = torch.where(seen_BV, penalized_BV, logits_BV)
     if sampling.temperature == 0:
         return logits_BV.argmax(dim=-1)
-    # Relative to the largest logit, which a tiny temperature would else make infinite. A smaller one than this would be
-    # 0 in float32.
+    # Relative to the largest logit, which a tiny temperature would otherwise make infinite. A temperature below this
+    # one would be 0 in float32.
     temperature = max(sampling.temperature, torch.finfo(torch.float32).tiny)
     p_BV = torch.softmax((logits_BV - logits_BV.amax(dim=-1, keepdim=True)) / temperature, dim=-1)
     if 0 < sampling.top_k < p_BV.shape[1]:

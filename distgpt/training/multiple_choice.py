@@ -105,7 +105,7 @@ def score(model: GPT, questions: Sequence[Question], plan: Plan) -> Scores:
     """Score a model that every rank holds whole. Batches, and so the result, are the same for any number of ranks."""
     runtime = plan.runtime
     choices = [choice for question in questions for choice in question.choices]
-    # By length, so that a batch has little padding.
+    # Sorted by length, so that a batch has little padding.
     order = sorted(range(len(choices)), key=lambda i: len(choices[i].ids), reverse=True)
     batches = [order[start : start + plan.micro_batch] for start in range(0, len(order), plan.micro_batch)]
     found_N = torch.zeros(len(choices), dtype=torch.float64, device=runtime.float64_device)
@@ -127,7 +127,7 @@ def score(model: GPT, questions: Sequence[Question], plan: Plan) -> Scores:
 def log_likelihoods(model: GPT, choices: Sequence[Choice], device: torch.device) -> torch.Tensor:
     """Return the log-likelihood of each ending after its context, in nats: (B,), float64."""
     lengths = [len(choice.ids) for choice in choices]
-    # What pads a sequence comes after it, where no token of it attends to.
+    # Padding comes after a sequence, so none of its tokens attends to it.
     ids_BT = torch.tensor([[*choice.ids, *[0] * (max(lengths) - len(choice.ids))] for choice in choices], device=device)
     logits_BVT = model(ids_BT[:, :-1]).float().transpose(1, 2)
     log_p_BT = -F.cross_entropy(logits_BVT, ids_BT[:, 1:], reduction="none").double()

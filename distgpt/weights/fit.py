@@ -5,15 +5,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-
 from distgpt.checkpoint.manifest import TOKENIZER, committed
 from distgpt.config import Config, ModelConfig, value_text
 from distgpt.corpus.shards import Dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.corpus.tokenizer.base import differences
 from distgpt.errors import DataError, UsageError
-from distgpt.model.gpt import GPT, with_explicit_sizes
+from distgpt.model.gpt import meta_model, with_explicit_sizes
 from distgpt.run.paths import RunPaths
 from distgpt.weights.files import WeightFiles
 from distgpt.weights.names import Layout, layout_of
@@ -60,8 +58,7 @@ def require_shapes(files: WeightFiles, model: ModelConfig, layout: Layout) -> in
     if model.n_layer > len(files.names):
         raise DataError(f"{files.directory} has fewer tensors than its config has layers")
     vocab_size = files.shape(files.find(layout("token_embedding.weight", model).names[0]))[0]
-    with torch.device("meta"):
-        expected = GPT(replace(model, document_mask=False, vocab_multiple=1), vocab_size).state_dict()
+    expected = meta_model(replace(model, vocab_multiple=1), vocab_size).state_dict()
     used = {"lm_head.weight"} if model.tied_head else set()
     for name, parameter in expected.items():
         stored = layout(name, model)
