@@ -18,6 +18,7 @@ from distgpt.telemetry.goodput import End, Goodput
 from distgpt.telemetry.metrics import Evaluation, Metrics, StepFigures, memory_bytes
 from distgpt.telemetry.plots import plot_losses
 from distgpt.units import duration
+from distgpt.usage import wrapped
 
 # The duration of a run is predicted after so many steps, or after steps of so many seconds in total.
 PREDICTING_STEPS, PREDICTING_SECONDS = 3, 20.0
@@ -126,16 +127,17 @@ class Progress:
     def rank_comparison(self, step: int, messages: Sequence[str], figures: Mapping[str, float]) -> None:
         """Show messages about slow ranks, and record figures by name, under ranks/ in TensorBoard."""
         for line in messages:
-            self._console.message(line)
+            self._console.message(wrapped(line))
         if self._metrics is not None:
             self._metrics.scalars(step, {f"ranks/{name}": value for name, value in figures.items()})
 
     def save_interval(self, steps: int, *, step_seconds: float, cost: float, between_failures: float) -> None:
         """Show the new save interval, and the reasons for it. Costs and times in seconds."""
-        self._console.message(
+        line = (
             f"checkpoints every {steps:,} steps ({duration(steps * step_seconds)}): a save costs {cost:.2f} s of "
             f"training, a failure is expected every {duration(between_failures)}"
         )
+        self._console.message(wrapped(line))
 
     def predict(self, step: int, seconds: float) -> None:
         """Show once how long the run will take, from its first steps without the very first, which warms up."""

@@ -20,7 +20,13 @@ CPU = torch.device("cpu")
 
 
 def run(
-    directory: Path, steps: range, asked: str, *, rank: int = 0, stop_after: int | None = None
+    directory: Path,
+    steps: range,
+    asked: str,
+    *,
+    rank: int = 0,
+    stop_after: int | None = None,
+    device: torch.device = CPU,
 ) -> tuple[list[int], list[str]]:
     """Take the steps, each of which multiplies matrices; return their numbers, and what the profiler did meanwhile."""
     taken, paused = [], []
@@ -32,7 +38,7 @@ def run(
 
     directory.mkdir(exist_ok=True)
     session = RunSession(RunPaths(directory), rank)
-    with closing(profiled(steps, ProfileConfig(asked), session, CPU, pausing=pausing)) as yielded:
+    with closing(profiled(steps, ProfileConfig(asked), session, device, pausing=pausing)) as yielded:
         for step in yielded:
             torch.ones(64, 64) @ torch.ones(64, 64)
             taken.append(step)
@@ -79,6 +85,18 @@ def test_no_profiler_runs_where_none_is_asked_for(
 ) -> None:
     monkeypatch.setattr(profiling, "profile", None)
     assert run(tmp_path, range(1, 8), asked, rank=rank) == ([1, 2, 3, 4, 5, 6, 7], [])
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_on_a_gpu_its_memory_is_recorded_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[object] = []
+    monkeypatch.setattr(torch.cuda.memory, "_record_memory_history", lambda **options: calls.append(options))
+    monkeypatch.setattr(torch.cuda.memory, "_dump_snapshot", lambda path: calls.append(Path(path).name))
+    run(tmp_path, range(1, 4), "2:3", device=torch.device("cuda"))
+    assert calls == [{"max_entries": profiling.MEMORY_EVENTS}, "steps-2-3-memory.pickle", {"enabled": None}]
+    assert "https://pytorch.org/memory_viz" in capsys.readouterr().out
 
 
 def test_a_disk_that_takes_no_profile_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

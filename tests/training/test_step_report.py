@@ -44,8 +44,9 @@ def train(directory: Path, dataset: Dataset, *, steps: int, log_every: int) -> S
 
 
 def test_the_save_interval_is_chosen_at_a_log_step_and_shown(
-    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    dataset: Dataset, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
     interval = train(tmp_path, dataset, steps=6, log_every=1)
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("checkpoints every ")]
     assert lines
