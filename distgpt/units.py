@@ -36,4 +36,4 @@ def parse_count(text: str) -> float:
     found = re.fullmatch(rf"([\d.,]+(?:e\+?\d+)?)([{COUNT_LETTERS}]?)", text.strip(), re.IGNORECASE)
     if found is None or not (number := float(found[1].replace(",", ""))) > 0:
         raise ValueError(f"{text!r} is no positive number")
-    return number * 1000 ** (COUNT_LETTERS.index(found[2].upper()) + 1 if found[2] else 0)
+    return number * 1000.0 ** (COUNT_LETTERS.index(found[2].upper()) + 1 if found[2] else 0)

@@ -39,7 +39,7 @@ class MemoryParts:
     @property
     def total(self) -> float:
         """The bytes of all parts."""
-        return sum(astuple(self))
+        return float(sum(astuple(self)))
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import torch
 
 from distgpt.config import Config, preset_names, resolve
 from distgpt.corpus.shards import Dataset
-from distgpt.distributed.plan import make_plan
+from distgpt.distributed.plan import make_plan, planned_memory
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import UsageError
 from distgpt.model.gpt import GPT, meta_model
@@ -126,7 +126,7 @@ def test_the_command_trains_in_the_best_layout() -> None:
 def test_what_does_not_fit_says_what_would() -> None:
     config, plan = planned("gpt2-1558m", device="4090", per_node=1)
     assert plan.best is None
-    assert plan.command is plan.seconds is None
+    assert (plan.command, plan.seconds) == (None, None)
     assert explain_no_fit(config, plan) == (
         "nothing fits: a rank needs at least 27.0 GiB, and training may take 21.2 of the 23.5 GiB of a 4090; it would "
         "fit on 2 x 4090 (fsdp), or on 1 x 5090, or as a smaller model, modern-1b"
@@ -192,7 +192,7 @@ def test_a_run_is_compared_with_its_plan(one_process: Runtime, monkeypatch: pyte
     assert line == "plan      step 3000 ms, planned 2000 ms at an MFU of 40% (+50%)"
     assert "no peak" in grade(config, plan, 3.0, vocab_size=65, peak=None)
     gpu = replace(one_process, device=torch.device("cuda", 0), memory=80 * GIB)
-    need = layouts.planned_memory(config, plan, 4, vocab_size=65).total
+    need = planned_memory(config, plan, 4, vocab_size=65).total
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr("distgpt.planning.grade.memory_bytes", lambda device: int(1.1 * need))
     line = grade(config, replace(plan, runtime=gpu), 1.0, vocab_size=65, peak=flops / 0.4 / 2)
