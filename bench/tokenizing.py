@@ -39,13 +39,13 @@ import tiktoken
 import tokenizers
 from results import processor, write_section
 
-from distgpt import prepare
 from distgpt.corpus.preparing import build
 from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.tokenizer import fast
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer, train_bpe
 from distgpt.corpus.tokenizer.huggingface import GPT2_PATTERN
 from distgpt.corpus.tokenizer.simple import CharTokenizer
+from distgpt.prepare import job_of, parse
 
 TITLE = "Tokenizing: `python bench/tokenizing.py`"
 SUFFIXES = (".py", ".pyi", ".h", ".md", ".rst", ".txt")
@@ -262,9 +262,9 @@ def compare_preparing(ways: dict[str, Way], size: int, rounds: int) -> Iterator[
 
 def distgpt_prepare(lines: Path, output: Path, tokenizer: Path, workers: int) -> None:
     arguments = ["--input", str(lines), "--output", str(output), "--tokenizer", str(tokenizer), "--overwrite"]
-    options = prepare.parse(arguments)
+    options = parse(arguments)
     with contextlib.redirect_stderr(io.StringIO()) as said, Workers(workers) as pool:
-        build.prepare(prepare.job_of(options, output), pool)
+        build.prepare(job_of(options, output), pool)
     assert "gigatoken" not in said.getvalue(), said.getvalue()
 
 

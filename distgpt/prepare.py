@@ -62,16 +62,20 @@ def main() -> None:
     if options.verify is not None:
         print(_verify(options.verify))
         return
-    output = Path(os.path.realpath(options.output))
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, _interrupt)
+    print(prepare(options), flush=True)
+
+
+def prepare(options: argparse.Namespace) -> str:
+    """Prepare what the options describe, or find it prepared; return the text to print. Raises DistgptError."""
+    output = Path(os.path.realpath(options.output))
     try:
         job = job_of(options, output)
         with Workers(options.workers) as workers:
-            text = build.prepare(job, workers)
+            return build.prepare(job, workers)
     except OSError as error:
         raise _storage_error(error, output) from None
-    print(text, flush=True)
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:

@@ -51,6 +51,7 @@ TABLES = "tests/test_docs.py::test_the_tables_of_keys_and_presets_are_up_to_date
 HOOKS = "tests/test_docs.py::test_the_hooks_check_what_all_tests_check"
 FROM_WEIGHTS = "tests/end_to_end/test_weights.py::test_a_run_starts_from_weights_of_transformers_and_reads_them_once"
 MIX = "tests/end_to_end/test_mixture.py::test_a_mix_is_trained_on_exactly_after_a_restart_and_each_dataset_is_evaluated"
+SINGLE = "tests/end_to_end/test_train.py::test_the_loss_falls"
 HARNESS = "tests/weights/test_lm_eval.py::test_its_accuracy_is_that_of_our_likelihoods"
 PLAN = "tests/test_plan.py::test_the_command_prints_a_plan_and_its_figures_as_json"
 COVERED = {
@@ -66,6 +67,7 @@ COVERED = {
     "launch/test.sh --fast": ALL_TESTS,
     "launch/test.sh --storms -m storm": ALL_TESTS,
     "launch/test.sh tests/corpus/test_order.py": SOME_TESTS,
+    "launch/test.sh tests/model/test_gpt.py": SOME_TESTS,
     "launch/test.sh -k resume": SOME_TESTS,
     "DISTGPT_TORCH=2.11.0 launch/test.sh": OTHER_TORCH,
     ".venv/bin/pip install pre-commit && .venv/bin/pre-commit install": HOOKS,
@@ -77,6 +79,7 @@ COVERED = {
     "--run.dir=/shared/runs/mine": HOSTS,
     "python -m distgpt.prepare": STANDARD_LIBRARY,
     "python -m distgpt.sample runs/mine --interactive": INTERACTIVE,
+    "python -m distgpt.train quickstart --data.path=data/mine --run.dir=runs/changed": SINGLE,
     "python -m distgpt.evaluate runs/mine": EVALUATE,
     "python -m distgpt.evaluate runs/mine --split train --sequences 100": EVALUATE_RANKS,
     "python -m distgpt.evaluate runs/mine --data data/other --json --checkpoint best": EVALUATE_RANKS,

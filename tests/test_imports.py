@@ -26,13 +26,14 @@ COMMANDS = {
     *("__main__", "plan", "train", "prepare", "evaluate", "sample", "export", "report", "runs", "replay", "doctor"),
     "completion",
 }
+LIBRARY = {"__init__", "library"}  # what `import distgpt` offers
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}
 
 
 def room_of(module: str) -> str:
     """`module`: as in an import, distgpt.ROOM.FILE or distgpt.FILE."""
     name = module.split(".")[1]
-    if name in COMMANDS:
+    if name in COMMANDS | LIBRARY:
         return "commands"
     return name if name in LEVEL else "ground"
 

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from distgpt import machine, prepare, sample
+from distgpt import machine, sample
 from distgpt.cli import sample_options
 from distgpt.distributed.device import threads_per_rank
 from distgpt.distributed.process_group import process_group
 from distgpt.distributed.runtime import Runtime
 from distgpt.machine import available_cpus, available_gpus, default_ranks
+from distgpt.prepare import parse
 from tests import jobs
 
 V2 = ("0::{}", "30 23 0:26 {} /sys/fs/cgroup rw,nosuid shared:4 - cgroup2 cgroup2 rw")
@@ -94,7 +95,7 @@ def quota(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def test_threads_and_workers_respect_the_quota(quota: None, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [threads_per_rank(1), threads_per_rank(2)] == [3, 1]
-    assert prepare.parse([]).workers == 3
+    assert parse([]).workers == 3
     monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "")
     monkeypatch.delenv("TORCHINDUCTOR_COMPILE_THREADS")
     with process_group(Runtime(0, 0, 1, 1, torch.device("cpu")), timeout=0):

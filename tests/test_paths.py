@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
-from distgpt import cli, prepare
+from distgpt import cli
 from distgpt.errors import UsageError
+from distgpt.prepare import parse
 
 
 def prepare_arguments(*arguments: str) -> list[object]:
-    options = prepare.parse(arguments)
+    options = parse(arguments)
     return [*(options.input or []), *(options.val_input or []), options.output, options.tokenizer, options.verify]
 
 

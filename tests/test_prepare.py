@@ -27,13 +27,13 @@ import pytest
 import tokenizers
 import zstandard
 
-from distgpt import prepare as prepare_command
 from distgpt.corpus.preparing import encode, parts, report, scan, vocabulary
 from distgpt.corpus.reading.sources import ReadOptions, Source
 from distgpt.corpus.shards import Dataset, open_dataset, verify_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.corpus.tokenizer.bpe import train_bpe
 from distgpt.errors import DataError, StorageError, UsageError
+from distgpt.prepare import find_inputs, parse
 from tests import jobs
 
 SHAKESPEARE = Path(__file__).parents[2] / "shared" / "data" / "tinyshakespeare.txt"
@@ -270,7 +270,7 @@ def test_impossible_validation_text_is_an_error_of_one_line(prepare: Run, tmp_pa
         ([*arguments, "in.txt", "--val-fraction", "0.2"], "--val-fraction: not allowed with argument --val-input"),
     ):
         with pytest.raises(UsageError, match=said):
-            prepare_command.parse(values)
+            parse(values)
 
 
 def test_standard_input_is_prepared_with_a_saved_tokenizer(prepare: Run, tmp_path: Path) -> None:
@@ -370,13 +370,13 @@ def test_an_option_without_effect_on_any_input_is_an_error(
     for file in ("in.txt", "in.jsonl"):
         (tmp_path / file).write_text('{"text": "a"}')
     with pytest.raises(UsageError, match=f"{name} has no effect"):
-        prepare_command.find_inputs(prepare_command.parse([*options, "--output", "out"]), tmp_path / "out")
+        find_inputs(parse([*options, "--output", "out"]), tmp_path / "out")
 
 
 @pytest.mark.parametrize("name", ["latin-9x", "base64", "idna", "punycode", "\0"])
 def test_an_encoding_that_is_not_for_text_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match="no such text encoding"):
-        prepare_command.parse(["--input", "in.txt", "--output", "out", "--encoding", name])
+        parse(["--input", "in.txt", "--output", "out", "--encoding", name])
 
 
 def test_the_summary_counts_files_that_are_not_text() -> None:
@@ -390,8 +390,8 @@ def test_an_ignored_file_is_counted_once_and_a_named_file_is_read(tmp_path: Path
     for name in ("a.txt", "val/b.txt", "val/book.epub", "README", "LICENSE"):
         (tmp_path / "in" / name).write_text("x")
     inputs = ["--input", f"{tmp_path}/in", f"{tmp_path}/in/README", "--val-input", f"{tmp_path}/in/val"]
-    options = prepare_command.parse([*inputs, "--output", "out"])
-    found, ignored, _ = prepare_command.find_inputs(options, tmp_path / "out")
+    options = parse([*inputs, "--output", "out"])
+    found, ignored, _ = find_inputs(options, tmp_path / "out")
     assert len(found) == 3
     assert ignored == {".epub": 1, "": 1}
 
@@ -914,8 +914,8 @@ def test_a_missing_optional_package_is_an_error_of_one_line(module: str, name: s
 
 def test_help_answers_without_torch(tmp_path: Path) -> None:
     program = (
-        "import sys, distgpt.prepare; sys.argv[1:] = ['--help']\n"
-        "try: distgpt.prepare.main()\n"
+        "import sys; from distgpt.prepare import main; sys.argv[1:] = ['--help']\n"
+        "try: main()\n"
         "finally: assert not {'torch', 'tokenizers', 'tiktoken', 'pyarrow'} & set(sys.modules), 'too much imported'"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

@@ -112,9 +112,10 @@ def score(model: GPT, questions: Sequence[Question], plan: Plan) -> Scores:
     with torch.no_grad(), autocast(runtime.device, plan.dtype):
         for batch in batches[runtime.rank :: runtime.world_size]:
             found_N[batch] = log_likelihoods(model, [choices[i] for i in batch], runtime.device)
-    of_question = torch.split(sum_over_ranks(found_N, runtime).cpu(), [len(q.choices) for q in questions])
+    left = sum_over_ranks(found_N, runtime).cpu()
     right, right_norm = [], []
-    for question, found in zip(questions, of_question, strict=True):
+    for question in questions:
+        found, left = left[: len(question.choices)], left[len(question.choices) :]
         characters = torch.tensor([choice.characters for choice in question.choices])
         right.append(float(int(found.argmax()) == question.label))
         right_norm.append(float(int((found / characters).argmax()) == question.label))

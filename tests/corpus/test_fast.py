@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from distgpt import prepare as prepare_command
 from distgpt.corpus.preparing import build, encode
 from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.tokenizer import fast
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer, from_merges, train_bpe
 from distgpt.errors import DataError
+from distgpt.prepare import job_of, parse
 
 ALPHABET = [
     *"aaetos   \n\n\t'-.,!1290",
@@ -154,8 +154,8 @@ class InlineWorkers(Workers):
 
 def prepared(output: Path, *arguments: object) -> dict[str, bytes]:
     """Prepare a dataset in this process; return its files."""
-    options = prepare_command.parse([*map(str, arguments), "--output", str(output)])
-    build.prepare(prepare_command.job_of(options, output), InlineWorkers())
+    options = parse([*map(str, arguments), "--output", str(output)])
+    build.prepare(job_of(options, output), InlineWorkers())
     return {path.name: path.read_bytes() for path in output.iterdir()}
 
 

@@ -15,13 +15,13 @@ import tiktoken
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from distgpt import prepare as prepare_command
 from distgpt.corpus import shards
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer, train_bpe
 from distgpt.corpus.tokenizer.huggingface import PATTERNS
 from distgpt.corpus.tokenizer.libraries import HuggingFaceTokenizer
 from distgpt.errors import DataError, UsageError
+from distgpt.prepare import main, parse
 
 WORDS = [
     "the",
@@ -253,7 +253,7 @@ def prepared(tmp_path: Path, *arguments: object) -> shards.Dataset:
     with pytest.MonkeyPatch.context() as changed:
         command = ["prepare", *map(str, arguments), "--output", str(output), "--workers", "1"]
         changed.setattr("sys.argv", command)
-        prepare_command.main()
+        main()
     dataset = shards.open_dataset(output)
     shards.verify_dataset(dataset, always=True)
     return dataset
@@ -305,4 +305,4 @@ def test_a_vocabulary_is_learned_with_the_pattern_asked_for(tmp_path: Path) -> N
     assert tokenizer.pattern == PATTERNS["gpt4"]
     assert tokenizer.vocab_size == 400
     with pytest.raises(UsageError, match=r"--bpe-pattern belongs to --tokenizer bpe or a \.tiktoken file"):
-        prepare_command.parse(["--tokenizer", "char", "--bpe-pattern", "gpt4"])
+        parse(["--tokenizer", "char", "--bpe-pattern", "gpt4"])

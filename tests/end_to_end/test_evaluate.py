@@ -48,10 +48,10 @@ def test_a_task_is_scored(
     task = tmp_path / "task.jsonl"
     task.write_text("".join(json.dumps(line | {"label": label}) + "\n" for label in (0, 1)))
     found = json.loads(printed(whole("fsdp").run, f"--task={task}", "--json"))
-    assert found.items() >= {"step": 60, "task": str(task), "questions": 2, "acc": 0.5, "acc_norm": 0.5}.items()
+    assert found.items() >= {"step": 36, "task": str(task), "questions": 2, "acc": 0.5, "acc_norm": 0.5}.items()
     text = printed(whole("fsdp").run, f"--task={task}")
     error = "(standard error 0.5000)"
-    assert text == f"step 60 | acc 0.5000 {error} | acc_norm 0.5000 {error} | 2 questions from {task}\n"
+    assert text == f"step 36 | acc 0.5000 {error} | acc_norm 0.5000 {error} | 2 questions from {task}\n"
     task.write_text('{"ctx": "\u2603", "endings": ["a", "b"], "label": 0}\n')
     monkeypatch.setattr(evaluate, "load_model", None)  # it is refused before the model is loaded
     with pytest.raises(DataError, match=r"task\.jsonl, line 1: .*U\+2603"):

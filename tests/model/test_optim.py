@@ -64,7 +64,7 @@ def test_the_first_update_is_that_of_adamw() -> None:
 
 
 def test_other_devices_leave_the_choice_of_kernel_to_torch() -> None:
-    assert not build_optimizer(small_model(), OptimConfig(), "mps").param_groups[0]["fused"]
+    assert not build_optimizer(small_model(), OptimConfig(), "xpu").param_groups[0]["fused"]
 
 
 @pytest.mark.usefixtures("one_process_group")
