@@ -19,7 +19,7 @@ from distgpt.errors import DataError, UsageError
 from distgpt.prepare import parse
 from distgpt.prepare import prepare as run_command
 from distgpt.run.paths import RunPaths
-from distgpt.telemetry import reading
+from distgpt.telemetry import step_lines
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ def read_metrics(run: AnyPath) -> dict[str, NDArray[Any]]:
     `step` is int64. All else is float64, and NaN where a step has no value: `loss` is logged at other steps than
     `val_loss`. StepFigures in telemetry/metrics.py says what each is. Raises StorageError if there are none.
     """
-    return as_table(reading.read_metrics(RunPaths(Path(run)).metrics))
+    return as_table(step_lines.read_metrics(RunPaths(Path(run)).metrics))
 
 
 def as_table(lines: Iterable[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:

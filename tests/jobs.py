@@ -89,13 +89,12 @@ class Ended:
 class Job:
     """A running job whose stdout is a pipe for one line: it waits if it is further ahead of the reader.
 
-    With `one_line=False`, for a job that is not read before its end, the pipe has 4 KiB.
-
     So a test that has read the line of a step knows that the job is in one of the next steps, on a machine of any
-    speed. Signals go only to processes of this job, by id.
+    speed. With `one_line=False`, for a job that is not read before its end, the pipe has 4 KiB. Signals go only to
+    processes of this job, by id.
     """
 
-    def __init__(self, command: Sequence[str], *, one_line: bool = True, **variables: str) -> None:
+    def __init__(self, command: Sequence[str], *, one_line: bool = True, **variables: Any) -> None:
         # With O_DIRECT each write takes a page, whatever its length.
         read, write = os.pipe2(os.O_DIRECT if one_line else 0)
         fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)

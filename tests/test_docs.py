@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 import distgpt
-from distgpt import prepare
 from distgpt.config import keys, resolve
 from distgpt.corpus.reading import remote
 from distgpt.corpus.tokenizer.bpe import train_bpe
+from distgpt.prepare import parse
 from tests import jobs
 
 DOCS = (jobs.PROJECT / "README.md", *sorted(jobs.PROJECT.glob("docs/*.md")), jobs.PROJECT / "data" / "README.md")
@@ -223,7 +223,7 @@ def test_the_commands_on_public_corpora_can_be_parsed() -> None:
     for command in found:
         program, _, module, *options = shlex.split(command)
         assert (program, module) == ("python", "distgpt.prepare")
-        assert all(remote.is_url(url) for url in prepare.parse(options).input)
+        assert all(remote.is_url(url) for url in parse(options).input)
 
 
 def test_the_options_of_each_command_are_keys() -> None:
