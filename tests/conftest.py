@@ -61,7 +61,8 @@ SPLIT_BY_TEST = (
 # The tests of launch/test.sh --fast: they start no training and wait for nothing.
 FAST = (
     *("model/", "corpus/", "distributed/", "run/", "checkpoint/", "health/", "telemetry/", "training/", "preflight/"),
-    *("weights/", "planning/", "test_config.py", "test_cli.py", "test_presets.py", "launch/test_policy.py", "launch/test_slurm.py"),
+    *("weights/", "planning/", "test_config.py", "test_cli.py", "test_presets.py"),
+    *("launch/test_policy.py", "launch/test_slurm.py"),
 )
 NOT_FAST = ("health/test_watchdog.py", "training/test_evaluation.py", "run/test_lock.py", "corpus/test_workers.py")
 
