@@ -8,6 +8,7 @@ import io
 import os
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import astuple
 from pathlib import Path
@@ -20,6 +21,9 @@ from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata
 from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.storage import WriteResult
 
+# Less is hashed sooner than a thread wakes up.
+MIN_BYTES_FOR_THREAD = 2**16
+
 
 class ShareWriter:
     """Writes the share of one rank: plan(), then write() with all plans, then on rank 0 finish() with all results."""
@@ -27,7 +31,8 @@ class ShareWriter:
     def __init__(self, tensors: dict[str, Any], directory: Path, rank: int) -> None:
         self._tensors, self._rank = tensors, rank
         self._files = _HashingFileSystem()
-        self._writer = dcp.FileSystemWriter(directory, sync_files=False)  # a _HashingFile syncs itself
+        # A _HashingFile syncs itself. With a copy ahead, DCP would wait for the stream that trains.
+        self._writer = dcp.FileSystemWriter(directory, sync_files=False, per_thread_copy_ahead=0)
         self._writer.fs = self._files
         self._planner = dcp.DefaultSavePlanner()
         self._metadata: Metadata | None = None
@@ -81,17 +86,28 @@ class _HashingFileSystem(FileSystem):
 
 
 class _HashingFile(io.BufferedWriter):
+    """A thread hashes what is being written: both take about as long."""
+
     def __init__(self, path: str | os.PathLike[str]) -> None:
         super().__init__(open(path, "wb", buffering=0))  # noqa: SIM115  close() closes it
         self.digest, self.bytes = hashlib.sha256(), 0
+        self._thread = ThreadPoolExecutor(1, "hash")
 
     def write(self, data: Any) -> int:
-        self.digest.update(data)
-        self.bytes += memoryview(data).nbytes
-        return super().write(data)
+        size = memoryview(data).nbytes
+        self.bytes += size
+        if size < MIN_BYTES_FOR_THREAD:
+            self.digest.update(data)
+            return super().write(data)
+        hashed = self._thread.submit(self.digest.update, data)
+        try:
+            return super().write(data)
+        finally:
+            hashed.result()  # the caller may reuse the memory
 
     def close(self) -> None:
         try:
+            self._thread.shutdown()
             if not self.closed:
                 self.flush()
                 os.fsync(self.fileno())
