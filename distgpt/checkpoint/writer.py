@@ -22,7 +22,7 @@ from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, Writ
 from torch.distributed.checkpoint.storage import WriteResult
 
 # Less is hashed sooner than a thread wakes up.
-MIN_BYTES_FOR_THREAD = 2**16
+MIN_BYTES_FOR_THREAD = 2**18
 
 
 class ShareWriter:
@@ -31,7 +31,7 @@ class ShareWriter:
     def __init__(self, tensors: dict[str, Any], directory: Path, rank: int) -> None:
         self._tensors, self._rank = tensors, rank
         self._files = _HashingFileSystem()
-        # A _HashingFile syncs itself. With a copy ahead, DCP would wait for the stream that trains.
+        # The file system syncs. With a copy ahead, DCP would wait for the stream that trains.
         self._writer = dcp.FileSystemWriter(directory, sync_files=False, per_thread_copy_ahead=0)
         self._writer.fs = self._files
         self._planner = dcp.DefaultSavePlanner()
@@ -71,7 +71,7 @@ class ShareWriter:
 
 
 class _HashingFileSystem(FileSystem):
-    """A file system that hashes files while they are written, and syncs them to the disk when they are closed."""
+    """A file system that hashes files while they are written, and syncs them to the disk before they are closed."""
 
     def __init__(self) -> None:
         self.written: dict[str, dict[str, Any]] = {}  # by name, as in a manifest
@@ -80,39 +80,46 @@ class _HashingFileSystem(FileSystem):
     def create_stream(self, path: str | os.PathLike[str], mode: str) -> Iterator[io.IOBase]:
         """Open a file; `mode` is "wb"."""
         assert mode == "wb", mode
-        with _HashingFile(path) as file:
-            yield file
-        self.written[Path(path).name] = {"bytes": file.bytes, "sha256": file.digest.hexdigest()}
+        with open(path, "wb", buffering=0) as file, ThreadPoolExecutor(1, "hash") as thread:
+            hashing = _HashingFile(file, thread)
+            with io.BufferedWriter(hashing) as stream:
+                yield stream
+            os.fsync(file.fileno())
+        self.written[Path(path).name] = {"bytes": hashing.bytes, "sha256": hashing.digest.hexdigest()}
 
 
-class _HashingFile(io.BufferedWriter):
-    """A thread hashes what is being written: both take about as long."""
+class _HashingFile(io.RawIOBase):
+    """Writes to a file while a thread hashes the same bytes, since a disk and SHA-256 are about equally fast."""
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        super().__init__(open(path, "wb", buffering=0))  # noqa: SIM115  close() closes it
+    def __init__(self, file: io.FileIO, thread: ThreadPoolExecutor) -> None:
+        self._file, self._thread = file, thread
         self.digest, self.bytes = hashlib.sha256(), 0
-        self._thread = ThreadPoolExecutor(1, "hash")
 
     def write(self, data: Any) -> int:
-        size = memoryview(data).nbytes
-        self.bytes += size
-        if size < MIN_BYTES_FOR_THREAD:
-            self.digest.update(data)
-            return super().write(data)
-        hashed = self._thread.submit(self.digest.update, data)
-        try:
-            return super().write(data)
-        finally:
-            hashed.result()  # the caller may reuse the memory
+        """Write all bytes."""
+        view = memoryview(data)
+        if len(view) < MIN_BYTES_FOR_THREAD:
+            self.digest.update(view)
+            self._write_all(view)
+        else:
+            hashed = self._thread.submit(self.digest.update, view)
+            try:
+                self._write_all(view)
+            finally:
+                hashed.result()  # the caller may reuse the memory
+        self.bytes += len(view)
+        return len(view)
 
-    def close(self) -> None:
-        try:
-            self._thread.shutdown()
-            if not self.closed:
-                self.flush()
-                os.fsync(self.fileno())
-        finally:
-            super().close()
+    def _write_all(self, view: memoryview) -> None:
+        written = 0
+        while written < len(view):  # one call writes at most 2 GiB
+            written += self._file.write(view[written:])
+
+    def tell(self) -> int:
+        return self._file.tell()
+
+    def writable(self) -> bool:
+        return True
 
 
 def _index_to_json(index: MetadataIndex) -> list[Any]:
