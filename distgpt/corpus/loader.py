@@ -1,4 +1,4 @@
-"""The batches of a rank: a thread reads them ahead as they are stored, and the device widens them to int64.
+"""The batches of a rank: a thread reads them ahead as they are stored. They are widened on a GPU, or by the thread.
 
 Shapes: T = block_size, B sequences of a micro-batch. Rank r of R takes the contiguous
 slice [r G/R, (r+1) G/R) of each global batch of G sequences, cut into micro-batches in order: the j-th micro-batch of a
@@ -82,7 +82,7 @@ class Loader:
             self._wait += time.perf_counter() - started
             self._fetch_next_chunk()
             parts = _inputs_and_targets(chunk, self._device) if isinstance(chunk, Tensor) else chunk
-            x, y = (part.split(self._micro_batch) for part in parts)
+            x, y = (torch.split(part, self._micro_batch) for part in parts)
             self._ready.extend(zip(x, y, strict=True))
         return [self._ready.popleft() for _ in range(self._rank_batch // self._micro_batch)]
 
