@@ -135,7 +135,7 @@ def take_turn(
     started = time.perf_counter()
     done = method.save(target)
     called = time.perf_counter() - started
-    beside = []
+    beside = list[tuple[float, float]]()
     while not done() or not beside:
         beside.append(train())
     method.waits.append(called + sum(waited for _, waited in beside))
