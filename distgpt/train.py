@@ -162,6 +162,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
             sums = reduce_scalars(loss, norm, session.stop_requested is not None, runtime)
             reader.add(step, sums, lr=lr)
             decided = decide(now=False)  # on a GPU, on the step before
+            checkpoints.wait_until_staged()
             if (step, "skip") not in [(figures.step, decision.action) for figures, decision in decided]:
                 apply_update(optimizer, norm, clip=config.optim.grad_clip, skip=not_finite(sums))
             optimizer.zero_grad()

@@ -52,7 +52,7 @@ SIGNALS = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
 FOREIGN = ("DISTGPT_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_", "GROUP_", "ROLE_")
 
 # Variables for a command that starts its own Python instead of a fork: jobs.command("train", **jobs.NOT_FORKED).
-NOT_FORKED = {"PYTHONPATH": ""}
+NOT_FORKED: dict[str, Any] = {"PYTHONPATH": ""}
 # Variables for a launcher that must be the parent of its torchrun: it is a fork, and forks its torchrun.
 FORKED_LAUNCHER = {"FORK_LAUNCHER": "1"}
 

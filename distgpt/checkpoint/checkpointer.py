@@ -1,7 +1,8 @@
 """Save and restore the checkpoints of a run.
 
-A checkpoint is copied to memory, written to a staging directory in the background, hashed, and committed by a rename.
-It is verified before it is loaded.
+Its tensors are copied to memory while the next step computes its gradients; that step's update waits for the copy. A
+checkpoint is written to a staging directory in the background, hashed, and committed by a rename. It is verified before
+it is loaded.
 Random state is not stored: the data order and dropout are pure functions of (seed, step), see `train.py`.
 """
 
@@ -20,7 +21,6 @@ from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint._state_dict_stager import StateDictStager
 
 from distgpt.checkpoint.choice import newest_good
 from distgpt.checkpoint.manifest import (
@@ -38,9 +38,11 @@ from distgpt.checkpoint.manifest import (
     step_of,
 )
 from distgpt.checkpoint.reader import TrainingState
+from distgpt.checkpoint.staging import Stager
 from distgpt.checkpoint.store import Store, best_checkpoint, prunable
 from distgpt.checkpoint.writer import ShareWriter
 from distgpt.config import Config, to_dict
+from distgpt.corpus.loader import use_device
 from distgpt.corpus.shards import Dataset
 from distgpt.distributed.collectives import all_gather_json
 from distgpt.distributed.plan import Plan
@@ -70,9 +72,9 @@ class Checkpointer:
         # Saves run in the background: in a group of their own, their messages do not mix with those of training.
         # Any, since the type of a group differs between versions of torch.
         self._group: Any = dist.new_group(backend="gloo", timeout=timeout) if plan.runtime.distributed else None
-        # DefaultStager of torch 2.11 can stage only once.
-        self._stager = StateDictStager()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._stager = Stager(plan.runtime.device)
+        self._thread = ThreadPoolExecutor(1, "checkpoint", initializer=use_device, initargs=(plan.runtime.device,))
+        self._staged: Future[dict[str, Any]] | None = None  # the copy of the last save
         self._pending: Future[tuple[int, ShareWriter]] | None = None
         self._write_stats = 0.0, 0.0
         self.restored: RunState | None = None  # the state in the checkpoint that restore() loaded
@@ -110,10 +112,11 @@ class Checkpointer:
     def save(self, step: int, *, val_loss: float | None) -> None:
         """Copy the tensors and write them in the background, once the previous save is written.
 
-        If a save fails, rank 0 prints a message and training goes on.
+        Call wait_until_staged() before they change. If a save fails, rank 0 prints a message and training goes on.
         """
         self.wait()
-        staged = self._stager.stage(self._training.tensors())
+        self._stager.begin()
+        self._staged = self._thread.submit(self._stager.copy, self._training.tensors())
         state = RunState(
             step=step,
             val_loss=val_loss,
@@ -127,10 +130,16 @@ class Checkpointer:
             replicas=self._plan.independent_replicas,
             dtype=self._plan.dtype_name,
         )
-        self._pending = self._thread.submit(self._write_and_commit, staged, state)
+        self._pending = self._thread.submit(self._write_and_commit, self._staged, state)
         self._saved = None
         if not self._config.checkpoint.async_save:
             self.wait()
+
+    def wait_until_staged(self) -> None:
+        """Wait until the tensors of the last save are copied, so that they may change."""
+        if self._staged is not None:
+            self._staged.result()
+            self._staged = None
 
     def wait(self) -> None:
         """Wait until the save under way, if any, has committed or failed."""
@@ -167,11 +176,12 @@ class Checkpointer:
                 f"step {step} could not be saved in {self._directory}: the newest checkpoint is {newest}"
             )
 
-    def _write_and_commit(self, staged: dict[str, Any], state: RunState) -> tuple[int, ShareWriter]:
+    def _write_and_commit(self, copy: Future[dict[str, Any]], state: RunState) -> tuple[int, ShareWriter]:
         """Write the share of this rank; rank 0 then commits. Runs in the background.
 
         Returns the step and the writer of the share. Raises StorageError on all ranks.
         """
+        staged = copy.result()  # done: the thread has one task at a time
         writer = ShareWriter(staged, self._store.staging(state.step), self._plan.runtime.rank)
         try:
             other_replicas = self._plan.independent_replicas - 1

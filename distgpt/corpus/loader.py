@@ -1,4 +1,4 @@
-"""The batches of a rank: a thread reads them ahead as they are stored, and the device widens them to int64.
+"""The batches of a rank: a thread reads them ahead as they are stored. They are widened on a GPU, or by the thread.
 
 Shapes: T = block_size, B sequences of a micro-batch.
 
@@ -68,8 +68,8 @@ class Loader:
         self._wait = 0.0
         self._step_to_fetch = start_step
         self._ready: deque[MicroBatch] = deque()
-        self._chunks: deque[Future[Tensor]] = deque()
-        self._thread = ThreadPoolExecutor(1, "loader", initializer=_use_device, initargs=(device,))
+        self._chunks: deque[Future[Tensor | MicroBatch]] = deque()
+        self._thread = ThreadPoolExecutor(1, "loader", initializer=use_device, initargs=(device,))
         for _ in range(CHUNKS_AHEAD):
             self._fetch_next_chunk()
 
@@ -83,7 +83,8 @@ class Loader:
             chunk = self._chunks.popleft().result()
             self._wait += time.perf_counter() - started
             self._fetch_next_chunk()
-            x, y = (torch.split(part, self._micro_batch) for part in _inputs_and_targets(chunk, self._device))
+            parts = _inputs_and_targets(chunk, self._device) if isinstance(chunk, Tensor) else chunk
+            x, y = (torch.split(part, self._micro_batch) for part in parts)
             self._ready.extend(zip(x, y, strict=True))
         return [self._ready.popleft() for _ in range(self._rank_batch // self._micro_batch)]
 
@@ -109,8 +110,8 @@ class Loader:
         self._chunks.append(self._thread.submit(self._read_chunk, self._step_to_fetch))
         self._step_to_fetch += self._steps_per_chunk
 
-    def _read_chunk(self, step: int) -> Tensor:
-        """Return the tokens of `_steps_per_chunk` steps, [sequences, T + 1]; runs in the thread.
+    def _read_chunk(self, step: int) -> Tensor | MicroBatch:
+        """Return `_steps_per_chunk` steps: on a CPU as int64, else as stored, [sequences, T + 1]. Runs in the thread.
 
         numpy only: a torch operation here would start a second pool of OpenMP threads beside the one that trains.
         """
@@ -118,7 +119,7 @@ class Loader:
         shape, pinned = (len(offsets), self._windows.length), self._device.type == "cuda"
         tokens = torch.empty(shape, dtype=self._windows.dtype, pin_memory=pinned)
         self._windows.read(shards, offsets, tokens.numpy())
-        return tokens
+        return _inputs_and_targets(tokens, self._device) if self._device.type == "cpu" else tokens
 
 
 class EvaluationBatches:
@@ -252,7 +253,10 @@ def _inputs_and_targets(tokens: Tensor, device: torch.device) -> MicroBatch:
     return tokens[:, :-1].long(), tokens[:, 1:].long()
 
 
-def _use_device(device: torch.device) -> None:
-    # A new thread is on device 0: pinning memory there would open a context on it for every rank of the host.
+def use_device(device: torch.device) -> None:
+    """Make `device` that of a new thread.
+
+    It would be on device 0: pinning memory there would open a context on it for every rank of the host.
+    """
     if device.type == "cuda":
         torch.cuda.set_device(device)

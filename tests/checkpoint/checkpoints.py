@@ -58,6 +58,7 @@ class Trainee:
         """Take a step, so that weights and moments differ from those of a new model."""
         tokens_BT = torch.randint(0, 20, (4, 9), generator=torch.Generator().manual_seed(3))
         self.model(tokens_BT[:, :-1], tokens_BT[:, 1:]).mean().backward()
+        self.checkpointer.wait_until_staged()
         self.optimizer.step()
         self.optimizer.zero_grad()
 

@@ -136,8 +136,8 @@ def test_every_save_is_staged_in_the_same_memory(
     staged, copies = list[Any](), list[Any]()
     stage = StateDictStager.stage
 
-    def spy(stager: StateDictStager, tensors: dict[str, Any]) -> object:
-        copies.append(stage(stager, tensors))
+    def spy(stager: StateDictStager, tensors: dict[str, Any], **options: Any) -> object:
+        copies.append(stage(stager, tensors, **options))
         staged.append(tensors)
         return copies[-1]
 

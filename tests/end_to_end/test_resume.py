@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -32,6 +33,44 @@ def test_an_interrupted_run_goes_on_exactly(
     assert f"going on from step {step} in {tmp_path}" in ended.stdout
     assert jobs.exit_report(tmp_path)["code"] == 0
     assert_is_the_whole(tmp_path, whole(strategy))
+
+
+# distgpt.train whose saves copy the tensors as late as they can: when training waits for that, or has changed them.
+LATE_COPIES = """
+import runpy, threading
+from distgpt import train
+from distgpt.checkpoint.checkpointer import Checkpointer
+from distgpt.checkpoint.staging import Stager
+
+go = threading.Event()
+
+def calling(first, then):
+    def call(*arguments, **options):
+        first()
+        return then(*arguments, **options)
+    return call
+
+Stager.begin = calling(go.clear, Stager.begin)
+Stager.copy = calling(lambda: go.wait(60), Stager.copy)
+Checkpointer.wait = calling(go.set, Checkpointer.wait)
+Checkpointer.wait_until_staged = calling(go.set, Checkpointer.wait_until_staged)
+update = train.apply_update
+train.apply_update = lambda *arguments, **options: (update(*arguments, **options), go.set())
+runpy.run_module("distgpt.train", run_name="__main__", alter_sys=False)
+"""
+
+
+def test_an_update_waits_until_a_save_has_copied_the_weights(prepared: Path, tmp_path: Path) -> None:
+    script = tmp_path / "late_copies.py"
+    script.write_text(LATE_COPIES)
+    options = ("--train.steps=4", "--checkpoint.every=1", "--checkpoint.keep=9", "--eval.every=0")
+    for run, more in (("late", ()), ("at-once", ("--checkpoint.async_save=false",))):
+        ended = jobs.run([sys.executable, str(script), *tiny(prepared, tmp_path / run), *options, *more])
+        assert ended.code == 0, ended
+    saved = jobs.checkpoints(tmp_path / "late")
+    assert len(saved) == 4
+    for name in saved:
+        jobs.assert_same_tensors(*(tmp_path / run / "checkpoints" / name for run in ("late", "at-once")))
 
 
 @jobs.linux_only
