@@ -64,7 +64,7 @@ def test_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
         exec(compile("".join(cell["source"]), str(NOTEBOOK), "exec"), names)
     printed = capsys.readouterr().out
     assert "done: step 4 in runs/argparse" in printed
-    assert "UsageError: --checkpoint is 7: choose best, newest or a step of runs/argparse: 2, 4\n" in printed
+    assert "UsageError: runs/argparse has no checkpoint 7: choose best, newest or a step of 2, 4\n" in printed
     assert names["trained"].step in (2, 4)
     assert names["dataset"].train.tokens > 50_000
 
