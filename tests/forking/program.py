@@ -27,9 +27,13 @@ IMPORTED_LATE = (
 
 
 def import_packages(late: Sequence[str] = IMPORTED_LATE) -> None:
-    """Import all that the commands import, then drop distgpt's own modules, so that each fork imports them anew."""
+    """Import the commands, and all that they import."""
     for name in (*(f"{PRODUCT}.{command}" for command in COMMANDS), *late):
         importlib.import_module(name)
+
+
+def _forget_product() -> None:
+    """Drop distgpt's own modules, so that they are imported anew: a script may change one before another imports it."""
     for name in [name for name in sys.modules if name.partition(".")[0] == PRODUCT]:
         del sys.modules[name]
 
@@ -112,10 +116,12 @@ def _run(arguments: list[str]) -> int:
             sys.modules.pop(arguments[1], None)
             runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
         elif arguments[0] == "-c":
+            _forget_product()
             sys.path.insert(0, os.getcwd())
             sys.argv = ["-c", *arguments[2:]]
             exec(compile(arguments[1], "<string>", "exec"), sys.modules["__main__"].__dict__)
         else:
+            _forget_product()
             sys.path.insert(0, str(Path(arguments[0]).resolve().parent))
             sys.argv = arguments
             runpy.run_path(arguments[0], run_name="__main__")
