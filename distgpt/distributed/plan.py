@@ -112,7 +112,7 @@ def smallest_efficient_micro_batch(config: Config, runtime: Runtime) -> int:
 
 
 def smaller_micro_batch(config: Config, plan: Plan, *, vocab_size: int) -> int | None:
-    """Return the largest micro-batch that fits where that of the plan did not, None if there is no smaller one."""
+    """Return the largest smaller micro-batch that fits, after that of the plan did not; None if there is none."""
     room = USABLE_SHARE * device_memory(plan.runtime)
     smaller = [size for size in range(1, plan.micro_batch) if plan.micro_batch * plan.accumulation % size == 0]
     fitting = [s for s in smaller if planned_memory(config, plan, s, vocab_size=vocab_size).total <= room]
@@ -160,12 +160,12 @@ def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tup
     if asked != "auto":
         return asked, "as asked"
     memory, room = memory_model(config, runtime, vocab_size), USABLE_SHARE * device_memory(runtime)
-    least = smallest_efficient_micro_batch(config, runtime)
-    need = memory.need(least, shards=1)
-    sizes = f"training {least} sequences takes {size_text(need)} of {size_text(room)} a rank"
+    smallest = smallest_efficient_micro_batch(config, runtime)
+    need = memory.need(smallest, shards=1)
+    sizes = f"training {smallest} sequences takes {size_text(need)} of {size_text(room)} a rank"
     if need <= room:
         return "ddp", f"{sizes}: every rank holds a whole replica"
     nodes, of_node = runtime.world_size // runtime.local_world_size, runtime.local_world_size
-    if nodes > 1 and memory.need(least, shards=of_node) <= room and not runtime.world_size % of_node:
+    if nodes > 1 and memory.need(smallest, shards=of_node) <= room and not runtime.world_size % of_node:
         return "hsdp", f"{sizes}: sharded within a node, replicated across {nodes}"
     return "fsdp", f"{sizes}: sharded over all ranks"

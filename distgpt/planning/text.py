@@ -8,6 +8,7 @@ from distgpt.distributed.memory import USABLE_SHARE
 from distgpt.planning.devices import LINK_EFFICIENCY
 from distgpt.planning.forecast import TOKENS_PER_PARAMETER, Forecast
 from distgpt.planning.layouts import GIB, Layout
+from distgpt.suggestion import wrapped_command
 from distgpt.telemetry.console import step_time
 from distgpt.units import count_text, duration, scaled_text, size_text
 
@@ -45,7 +46,7 @@ def _run(config: Config, plan: Forecast) -> Iterator[str]:
     yield _row("length", f"{plan.steps:,} steps = {scaled_text(plan.tokens)} tokens, {ratio}")
     if optimum := plan.optimum:
         flops = f"{optimum.flops:.1e}".replace("e+", "e")
-        yield _row("budget", f"buys {flops} FLOPs, with which one learns most from")
+        yield _row("budget", f"buys {flops} FLOPs, for which the compute-optimal size is")
         size = f"{scaled_text(optimum.parameters)} parameters on {scaled_text(optimum.tokens)} tokens"
         yield _row("", f"{size}; nearest preset: {optimum.preset}")
 
@@ -91,9 +92,7 @@ def _recommended(config: Config, plan: Forecast, price: float | None) -> Iterato
     most = config.checkpoint.keep + 2
     yield _row("checkpoint", f"{size_text(plan.checkpoint_bytes)}, up to {most} at a time on the disk")
     yield ""
-    # Break before options, so that the shell reads one command.
-    lines = textwrap.wrap(plan.command, WIDTH - 8, break_long_words=False, break_on_hyphens=False)
-    yield " \\\n    ".join(lines)
+    yield wrapped_command(plan.command, indent=4)
 
 
 def _time_and_cost(plan: Forecast, price: float | None) -> str:
@@ -123,7 +122,7 @@ def _assumed(config: Config, plan: Forecast) -> Iterator[str]:
 
 
 def _name(layout: Layout, plan: Forecast) -> str:
-    """Return the first cell of a row; the recommended layout is marked."""
+    """Return the first cell of a row, which marks the recommended layout."""
     name = "  recompute" if layout.activation_checkpoint else layout.strategy
     return f"{'>' if layout is plan.best else ' '} {name:{INDENT - 2}}"
 

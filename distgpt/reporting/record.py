@@ -16,7 +16,7 @@ from distgpt.run.exit_report import read_report
 from distgpt.run.lock import lock_holder
 from distgpt.run.paths import RunPaths
 from distgpt.telemetry.goodput import Line, read_goodput
-from distgpt.telemetry.step_lines import SAMPLES_FILE, read_metrics
+from distgpt.telemetry.step_lines import SAMPLES_FILE, read_lines
 
 State = Literal["running", "done", "interrupted", "failed", "killed"]
 
@@ -90,7 +90,7 @@ def read_run(path: Path) -> RunRecord:
 
 
 def require_run(paths: RunPaths) -> None:
-    """Raise DataError, with what the path is instead, unless it is a run directory."""
+    """Raise DataError, which says what the path is instead, unless it is a run directory."""
     root = paths.root
     if paths.config.is_file() or paths.metrics.is_file() or committed(paths.checkpoints):
         return
@@ -110,7 +110,7 @@ def _is_running(paths: RunPaths) -> bool:
 
 
 def _read_text(file: Path) -> str:
-    """Return the text of a file, none if it is missing. Raises StorageError."""
+    """Return the text of a file, "" if it is missing. Raises StorageError."""
     try:
         return file.read_text(errors="replace") if file.exists() else ""
     except OSError as error:
@@ -118,7 +118,7 @@ def _read_text(file: Path) -> str:
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
-    return read_metrics(file) if file.exists() else []
+    return read_lines(file) if file.exists() else []
 
 
 def _flat(text: str) -> dict[str, Any]:

@@ -13,7 +13,7 @@ SAMPLES_FILE = "samples.jsonl"
 END_BYTES = 2**18
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path) -> list[dict[str, Any]]:
     """Return the complete lines of a metrics.jsonl or samples.jsonl. Raises StorageError if it cannot be read."""
     try:
         return [values for values, _ in _whole_lines(file.read_bytes())]

@@ -242,7 +242,7 @@ def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory:
         report.say(f"going on: {len(units) - len(todo)} of {len(units)} parts are done")
     if not todo:
         return
-    options = encode.EncodeOptions(
+    options = EncodeOptions(
         tokenizer=directory / vocabulary.FILE_NAME,
         eot_id=_eot_id(found, tokenizer),
         hashes=encode.hash_long_documents(found, workers) if found.documents > 1 else {},
