@@ -81,7 +81,7 @@ def memory_model(config: Config, runtime: Runtime, vocab_size: int) -> MemoryMod
 
 
 def planned_memory(config: Config, plan: Plan, sequences: int, *, vocab_size: int) -> MemoryParts:
-    """Return the memory of a rank in this layout for micro-batches of so many sequences."""
+    """Return the memory of a rank in this layout for micro-batches of `sequences`."""
     memory = MemoryModel(config, vocab_size, plan.dtype.itemsize)
     shards, keep_weights, whole_gradients = plan.ranks_per_replica, not plan.reshard, not plan.reduce_each
     return memory.parts(sequences, shards=shards, keep_weights=keep_weights, whole_gradients=whole_gradients)
@@ -90,8 +90,8 @@ def planned_memory(config: Config, plan: Plan, sequences: int, *, vocab_size: in
 def micro_batch_size(config: Config, runtime: Runtime, fits: Callable[[int], bool] = lambda size: True) -> int:
     """Return the sequences per forward on one rank: ranks x micro_batch x accumulation steps = global_batch.
 
-    `fits` tells whether the memory of a GPU suffices for so many; one is taken in any case. Raises UsageError, saying
-    which values would divide.
+    `fits` tells whether a number of sequences fits the memory of a GPU; one is taken in any case. Raises UsageError,
+    saying which values would divide.
     """
     require_divisible_batch(config, runtime.world_size)
     if config.train.micro_batch:

@@ -53,8 +53,8 @@ def _run(config: Config, plan: Forecast) -> Iterator[str]:
 
 def _memory(plan: Forecast) -> Iterator[str]:
     name, unit = ("GiB", GIB) if max(layout.memory.total for layout in plan.layouts) >= GIB else ("MiB", 2**20)
-    yield f"Memory of a rank in {name} with micro-batches of so many sequences, and the"
-    yield "largest that fits (recompute: with parallel.activation_checkpoint)"
+    yield f'Memory of a rank in {name} for a micro-batch of "batch" sequences; "largest" is the'
+    yield "most that fit (recompute: with parallel.activation_checkpoint)"
     yield f"{'':{INDENT}}" + "".join(f"{h:>7}" for h in (*PARTS.values(), "total")) + f"{'batch':>7}{'largest':>9}"
     for layout in plan.layouts:
         sizes = [*(getattr(layout.memory, part) for part in PARTS), layout.memory.total]
@@ -116,7 +116,7 @@ def _assumed(config: Config, plan: Forecast) -> Iterator[str]:
     )
     if plan.optimum:
         yield from _note(
-            f"that the loss for so many FLOPs is lowest at {TOKENS_PER_PARAMETER} tokens a parameter, with C = 6 N D "
+            f"{TOKENS_PER_PARAMETER} tokens a parameter as the compute-optimal size, with C = 6 N D "
             "(Hoffmann et al. 2022, Chinchilla)"
         )
 

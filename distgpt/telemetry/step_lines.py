@@ -9,7 +9,7 @@ from distgpt.errors import StorageError
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
-# The newest lines are looked for in so many bytes at the end of the file.
+# Bytes at the end of a file in which the newest line is looked for.
 END_BYTES = 2**18
 
 

@@ -164,7 +164,7 @@ def test_damaged_checkpoints_are_listed_with_their_damage(tmp_path: Path) -> Non
     assert "manifest.json is missing" in build_page([read_run(tmp_path / "run")])
 
 
-def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+def test_a_path_that_is_no_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "meta.json").touch()
     (tmp_path / "file").touch()

@@ -249,7 +249,7 @@ def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory:
         fast=_is_fast(tokenizer, found),
     )
     if not _encode_parts(todo, directory, options, workers):
-        report.say("gigatoken gives other ids than tiktoken for this text: encoding all of it anew without gigatoken")
+        report.say("gigatoken gives other ids than tiktoken for this text: encoding all of it again without gigatoken")
         for unit in units:
             parts.remove(directory / staging.PARTS, unit.index)
         _encode_parts(units, directory, replace(options, fast=False), workers)

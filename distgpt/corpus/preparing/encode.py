@@ -140,7 +140,7 @@ def _file_key(unit: Unit) -> tuple[str, int]:
 
 
 def _check(tokenizer: Tokenizer | FastEncoder, piece: Piece, texts: Sequence[str], characters: int) -> int:
-    """Check the ids of up to so many characters; return the number still to check. Raises DataError."""
+    """Check the ids of at most `characters` characters; return how many are still to check. Raises DataError."""
     for text in texts:
         if not characters:
             break

@@ -78,7 +78,7 @@ def _progress_text(done: int, total: int | None, seconds: float) -> str:
 
 
 def summary(output: Path, meta: dict[str, Any], *, bad: BadDocuments, ignored: Counter[str], seconds: float) -> str:
-    """Return the summary of a dataset, prepared in so many seconds, with a training command that fits it."""
+    """Return the summary of a dataset that took `seconds` to prepare, with a training command that fits it."""
     splits = [shards.shards_of(meta, name) for name in shards.SPLITS]
     all_shards = [shard for split in splits for shard in split]
     tokens = [sum(shard.tokens for shard in split) for split in splits]
