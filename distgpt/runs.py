@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
-from distgpt.run.exit_report import read_report
+from distgpt.errors import EXIT_OK, UsageError
+from distgpt.run.exit_report import end_state, read_report
 from distgpt.run.lock import renewing_owner
 from distgpt.run.outcome import without_advice
 from distgpt.run.paths import RunPaths
 from distgpt.telemetry.step_lines import newest_line
-from distgpt.units import duration, size_text
+from distgpt.units import duration, scaled_text, size_text
 
 WATCH_SECONDS = 2.0
 # A directory with one of these files is a run.
@@ -133,9 +133,7 @@ def state_of(paths: RunPaths) -> tuple[State, int | None, str]:
     if report is None:
         return "interrupted", None, "killed, or its machine was lost: no rank could report"
     code = report["code"]
-    if code == EXIT_OK:
-        return "done", code, ""
-    return "interrupted" if code == EXIT_INTERRUPTED else "failed", code, without_advice(report["cause"])
+    return end_state(code), code, "" if code == EXIT_OK else without_advice(report["cause"])
 
 
 def size_of(directory: Path | str) -> int:
@@ -181,7 +179,7 @@ def _cells(run: Run, directory: Path) -> tuple[str, ...]:
         step if run.steps is None else f"{step}/{run.steps}",
         _decimals(run.loss),
         _decimals(run.val_loss),
-        _thousands(run.tokens_per_second),
+        "-" if run.tokens_per_second is None else scaled_text(run.tokens_per_second, "rate"),
         duration(run.age),
         size_text(run.bytes),
     )
@@ -189,13 +187,3 @@ def _cells(run: Run, directory: Path) -> tuple[str, ...]:
 
 def _decimals(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _thousands(value: float | None) -> str:
-    """Format a rate: 950, 5.1k, 1.2M."""
-    if value is None:
-        return "-"
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.1f}{unit}"
-    return f"{value:.0f}"

@@ -24,7 +24,7 @@ from distgpt.reporting.curves import Curve, curve, points
 from distgpt.reporting.record import RunRecord
 from distgpt.reporting.timeline import timeline
 from distgpt.telemetry.goodput import TimeSpent, time_spent
-from distgpt.units import count_text, duration, size_text
+from distgpt.units import duration, scaled_text, size_text
 
 ASSETS = Path(__file__).parent / "assets"
 GIB = 2**30
@@ -172,21 +172,13 @@ def _figures(record: RunRecord, spent: TimeSpent, evaluations: Mapping[int, floa
     if len(losses):
         figures.append(("training loss", f"{losses[-1]:.4f}", "last logged step"))
     if len(tokens):
-        figures.append(("tokens", _short(tokens[-1]), "trained on"))
+        figures.append(("tokens", scaled_text(tokens[-1]), "trained on"))
     if len(speeds):
         mfu = f", MFU {np.median(mfus):.1%}" if len(mfus) else ""
-        figures.append(("tokens/s", _short(np.median(speeds)), f"median{mfu}"))
+        figures.append(("tokens/s", scaled_text(float(np.median(speeds)), "rate"), f"median{mfu}"))
     if spent.total:
         figures.append(("goodput", f"{spent.goodput:.1%}", f"of {duration(spent.total)}"))
     return figures
-
-
-def _short(number: float) -> str:
-    """Return a number with three digits and a suffix: 614k, 1.23M, 12.3G."""
-    for suffix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{count_text(number / size)}{suffix}"
-    return count_text(number)
 
 
 def _spread(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -11,8 +11,8 @@ from typing import Any, Literal
 
 from distgpt.checkpoint.choice import is_checkpoint
 from distgpt.checkpoint.manifest import MANIFEST, committed, read_manifest, read_state, step_of
-from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK, DataError, StorageError
-from distgpt.run.exit_report import read_report
+from distgpt.errors import DataError, StorageError
+from distgpt.run.exit_report import end_state, read_report
 from distgpt.run.lock import lock_holder
 from distgpt.run.paths import RunPaths
 from distgpt.telemetry.goodput import Line, read_goodput
@@ -32,7 +32,7 @@ class Exit:
     @property
     def state(self) -> State:
         """The state of a run that ended so."""
-        return {EXIT_OK: "done", EXIT_INTERRUPTED: "interrupted"}.get(self.code, "failed")  # type: ignore[return-value]
+        return end_state(self.code)
 
 
 @dataclass(frozen=True)
