@@ -18,7 +18,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distgpt.telemetry.step_lines import read_metrics
+from distgpt.telemetry.step_lines import read_lines
 from tests.hosts.network import INTERFACE, Network, network, reason_to_skip
 
 SHAPE = (
@@ -71,7 +71,7 @@ def main() -> None:
             run = Path(directory) / str(number)
             flags = [f"--data.path={arguments.data}", f"--run.dir={run}", f"--train.steps={arguments.steps}"]
             sent = train(hosts, [*SHAPE, *flags, *strategy])
-            lines = read_metrics(run / "metrics.jsonl")
+            lines = read_lines(run / "metrics.jsonl")
             # The first step warms up.
             steps = [line for line in lines if "seconds" in line and line["step"] > 1]
             seconds = statistics.fmean(line["seconds"] for line in steps) * arguments.steps

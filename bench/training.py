@@ -47,7 +47,7 @@ from distgpt.distributed.runtime import this_rank
 from distgpt.machine import available_cpus
 from distgpt.model.gpt import GPT
 from distgpt.model.optim import build_optimizer
-from distgpt.telemetry.step_lines import read_metrics
+from distgpt.telemetry.step_lines import read_lines
 from distgpt.training.figures import FigureReader, not_finite
 from distgpt.training.step import accumulate_gradients, apply_update
 
@@ -203,7 +203,7 @@ def train(directory: Path, data: Path, *flags: str) -> list[dict[str, float]]:
     command = [sys.executable, "-m", "distgpt.train", *flags, f"--data.path={data}", f"--run.dir={directory}", *QUIET]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=variables, check=True, capture_output=True, cwd=PROJECT)
-    return read_metrics(directory / "metrics.jsonl")
+    return read_lines(directory / "metrics.jsonl")
 
 
 def losses_table(directory: Path, data: Path, *, steps: int, seeds: int) -> str:

@@ -297,7 +297,7 @@ def runs_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
         "directory", type=user_path, nargs="?", default="runs", metavar="DIR", help="searched at any depth (runs/)"
     )
     how = parser.add_mutually_exclusive_group()
-    how.add_argument("--watch", action="store_true", help="show it anew every two seconds, until Ctrl-C")
+    how.add_argument("--watch", action="store_true", help="repeat it every two seconds, until Ctrl-C")
     how.add_argument("--json", action="store_true", help="print a JSON object a line for each run")
     return (parser.parse_args(arguments),)
 

@@ -16,7 +16,7 @@ from dataclasses import fields
 
 from distgpt.config import Config, preset_names
 
-# An option or choices at the beginning of a line of --help, and the value of the option.
+# An option, or choices, at the beginning of a line of --help; and the value of the option.
 OPTION = re.compile(r"^  (?:-\w, )?(--[\w.-]+|\{[\w,]+\})(?:([= ])([\w|]+|\{[\w,]+\}))?", re.MULTILINE)
 BASH = """\
 _distgpt() {

@@ -43,7 +43,7 @@ def main(arguments: argparse.Namespace) -> None:
 
 
 def find_checkpoint(arguments: argparse.Namespace) -> Path:
-    """Choose a checkpoint, and verify it and what it is evaluated on. Raises UsageError, DataError or StorageError."""
+    """Choose a checkpoint; verify it, and the data or the task. Raises UsageError, DataError or StorageError."""
     checkpoint = choose(Path(arguments.run), arguments.checkpoint)
     state = read_state(checkpoint)
     if arguments.task:
@@ -54,7 +54,7 @@ def find_checkpoint(arguments: argparse.Namespace) -> Path:
 
 
 def open_data(arguments: argparse.Namespace, checkpoint: Path, state: RunState) -> Dataset:
-    """Open and verify --data or the data of the run. Raises DataError, also if it has another tokenizer."""
+    """Open and verify --data, or the data of the run. Raises DataError, for example if it has another tokenizer."""
     fingerprint = None if arguments.data else state.data_fingerprint
     dataset = open_data_of_run(as_trained(state).data.path, arguments.data, fingerprint=fingerprint)
     if dataset.meta["tokenizer"]["sha256"] != state.tokenizer_sha256:

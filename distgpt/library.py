@@ -45,8 +45,8 @@ def prepare(
 ) -> Dataset:
     """Prepare texts, or find them prepared, and open the dataset. The options are those of distgpt.prepare.
 
-    Raises UsageError, DataError, DirectoryError or StorageError. Its worker processes import the script that calls it,
-    so a script calls it under `if __name__ == "__main__":`. A notebook needs no such line.
+    Raises UsageError, DataError, DirectoryError or StorageError. Worker processes import the script that calls this, so
+    a script calls it under `if __name__ == "__main__":`. A notebook needs no such line.
     """
     paths = [inputs] if isinstance(inputs, str | os.PathLike) else inputs
     options = {
@@ -77,7 +77,7 @@ def read_metrics(run: AnyPath) -> dict[str, NDArray[Any]]:
     `step` is int64. All else is float64, and NaN where a step has no value: `loss` is logged at other steps than
     `val_loss`. StepFigures in telemetry/metrics.py says what each is. Raises StorageError if there are none.
     """
-    return as_table(step_lines.read_metrics(RunPaths(Path(run)).metrics))
+    return as_table(step_lines.read_lines(RunPaths(Path(run)).metrics))
 
 
 def as_table(lines: Iterable[Mapping[str, Any]]) -> dict[str, NDArray[Any]]:
@@ -117,9 +117,9 @@ class TrainedModel:
     ) -> str:
         """Return how the model continues a prompt, as distgpt.sample does with the same options.
 
-        `tokens`: as many at most. The text ends before `stop`, or any of several, and at the end of a document.
-        Sampling in model/generate.py defines the others. Raises UsageError for a value out of range, or a prompt with
-        a character that the tokenizer lacks.
+        `tokens`: how many it writes at most. It also ends before `stop`, or any of several, and at the end of a
+        document. Sampling in model/generate.py defines the other options. Raises UsageError for a value out of range,
+        or a prompt with a character that the tokenizer lacks.
         """
         from distgpt.distributed.device import compute_dtype
         from distgpt.distributed.parallelize import autocast

@@ -1,6 +1,6 @@
 """Say what a run will take before it starts: `python -m distgpt.plan PRESET [--section.key=value ...] [--nodes N] ...`.
 
-Memory of a rank by part for each strategy, bytes on the wire, time, MFU, GPU-hours, cost, checkpoint size; for a budget
+Memory of a rank by part for each strategy, bytes sent, time, MFU, GPU-hours, cost, checkpoint size; for a budget
 the compute-optimal size; and the command to start. Nothing is trained, and no GPU is needed.
 """
 

@@ -38,7 +38,7 @@ from distgpt.health.outliers import OutlierFilter
 from distgpt.model.optim import build_optimizer, lr_at, set_lr
 from distgpt.model.probe import NonFiniteTensor, Probe
 from distgpt.run.paths import RunPaths
-from distgpt.telemetry.step_lines import read_metrics
+from distgpt.telemetry.step_lines import read_lines
 from distgpt.training.startup import open_data_of_run, training_batches
 from distgpt.training.step import accumulate_gradients, apply_update
 from distgpt.weights.initial import load_initial_weights
@@ -187,7 +187,7 @@ def describe_samples(batches: Loader, step: int, index: int, micro_batch: int) -
 
 def describe_logged(run: RunPaths, step: int) -> str:
     """Quote the figures of a step from metrics.jsonl, where null stands for a value that was not finite."""
-    lines = read_metrics(run.metrics) if run.metrics.exists() else []
+    lines = read_lines(run.metrics) if run.metrics.exists() else []
     line: dict[str, Any] = next((line for line in lines if line["step"] == step and "loss" in line), {})
     if not line:
         return f"nothing of step {step}"

@@ -20,13 +20,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal
 
-from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
-from distgpt.run.exit_report import read_report
+from distgpt.errors import EXIT_OK, UsageError
+from distgpt.run.exit_report import end_state, read_report
 from distgpt.run.lock import renewing_owner
 from distgpt.run.outcome import without_advice
 from distgpt.run.paths import RunPaths
 from distgpt.telemetry.step_lines import newest_line
-from distgpt.units import duration, size_text
+from distgpt.units import duration, scaled_text, size_text
 
 WATCH_SECONDS = 2.0
 # A directory with one of these files is a run.
@@ -34,7 +34,7 @@ RUN_FILES = {"LOCK", "exit.json", "metrics.jsonl"}
 # tomllib would take half of the time of the whole command.
 STEPS = re.compile(r"^\[train\]\n(?:[^\[\n].*\n)*?steps = (\d+)$", re.MULTILINE)
 HEADINGS = ("run", "state", "step", "loss", "val", "tok/s", "age", "size")
-SHORTEST_NAME = 8
+MIN_NAME_WIDTH = 8
 
 State = Literal["running", "done", "interrupted", "failed"]
 
@@ -45,7 +45,7 @@ class Run:
 
     path: str
     state: State
-    code: int | None  # with which it ended
+    code: int | None  # exit code, if it has ended
     cause: str  # why it ended before its last step
     step: int | None
     steps: int | None
@@ -73,7 +73,7 @@ def main(arguments: argparse.Namespace) -> None:
 def watch(directory: Path) -> None:
     """Show the runs until Ctrl-C, as many as the terminal has room for. Raises UsageError if there is no terminal."""
     if not sys.stdout.isatty():
-        raise UsageError("--watch needs a terminal: leave it out, or call it again")
+        raise UsageError("--watch needs a terminal: without one, leave it out")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
         while True:
@@ -90,7 +90,7 @@ def read_runs(directory: Path) -> list[Run]:
 
 def find_runs(directory: Path) -> Iterator[Path]:
     """Yield the run directories in a directory, at any depth. A run holds no other; hidden directories are left out."""
-    with suppress(OSError):  # it was removed, or is not ours to read
+    with suppress(OSError):  # it was removed, or may not be read
         entries = list(os.scandir(directory))
         if any(entry.name in RUN_FILES for entry in entries):
             yield directory
@@ -133,9 +133,7 @@ def state_of(paths: RunPaths) -> tuple[State, int | None, str]:
     if report is None:
         return "interrupted", None, "killed, or its machine was lost: no rank could report"
     code = report["code"]
-    if code == EXIT_OK:
-        return "done", code, ""
-    return "interrupted" if code == EXIT_INTERRUPTED else "failed", code, without_advice(report["cause"])
+    return end_state(code), code, "" if code == EXIT_OK else without_advice(report["cause"])
 
 
 def size_of(directory: Path | str) -> int:
@@ -162,7 +160,7 @@ def table(runs: Sequence[Run], directory: Path, width: int) -> list[str]:
         return []
     rows = [HEADINGS, *(_cells(run, directory) for run in runs)]
     widths = [max(len(row[column]) for row in rows) for column in range(len(HEADINGS))]
-    widths[0] = min(widths[0], max(SHORTEST_NAME, width - sum(size + 2 for size in widths[1:])))
+    widths[0] = min(widths[0], max(MIN_NAME_WIDTH, width - sum(size + 2 for size in widths[1:])))
     lines = []
     for row, cause in zip(rows, ["", *(run.cause for run in runs)], strict=True):
         name = row[0] if len(row[0]) <= widths[0] else f"...{row[0][3 - widths[0] :]}"  # names of a sweep end apart
@@ -181,7 +179,7 @@ def _cells(run: Run, directory: Path) -> tuple[str, ...]:
         step if run.steps is None else f"{step}/{run.steps}",
         _decimals(run.loss),
         _decimals(run.val_loss),
-        _thousands(run.tokens_per_second),
+        "-" if run.tokens_per_second is None else scaled_text(run.tokens_per_second, "rate"),
         duration(run.age),
         size_text(run.bytes),
     )
@@ -189,13 +187,3 @@ def _cells(run: Run, directory: Path) -> tuple[str, ...]:
 
 def _decimals(value: float | None) -> str:
     return "-" if value is None else f"{value:.3f}"
-
-
-def _thousands(value: float | None) -> str:
-    """Format a rate: 950, 5.1k, 1.2M."""
-    if value is None:
-        return "-"
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= size:
-            return f"{value / size:.1f}{unit}"
-    return f"{value:.0f}"

@@ -1,5 +1,6 @@
-"""A training command that suits a prepared text and this machine. Imports no torch."""
+"""Training commands: the one that suits a prepared text and this machine, and lines that fit. Imports no torch."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -13,6 +14,7 @@ MIN_STEPS = 100
 # On a GPU, the first preset is suggested for which there are enough training tokens: read MANY_EPOCHS times, 20 tokens
 # per parameter.
 MIN_TOKENS_ON_GPU = {"modern-125m": 250_000_000, "seed": 22_000_000, "quickstart": 0}
+WIDTH = 80
 
 
 def training_command(data: Path, *, train_tokens: int, max_window: int) -> str:
@@ -43,6 +45,18 @@ def training_command(data: Path, *, train_tokens: int, max_window: int) -> str:
 def launcher(ranks: int) -> str:
     """Return the beginning of a training command on one machine."""
     return f"{'python' if ranks == 1 else f'torchrun --standalone --nproc_per_node={ranks}'} -m distgpt.train"
+
+
+def wrapped_command(text: str, *, indent: int) -> str:
+    """Break a command at its options, so that it can be copied: a line that goes on ends in a backslash."""
+    lines = [""]
+    for number, part in enumerate(re.split(r" (?='?--)", text)):
+        if number and len(lines[-1]) + len(part) > WIDTH - len("  \\"):
+            lines[-1] += " \\"
+            lines.append(" " * indent + part)
+        else:
+            lines[-1] += f" {part}" if number else part
+    return "\n".join(lines)
 
 
 def steps_of_many_epochs(windows: int, global_batch: int) -> int:

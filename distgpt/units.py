@@ -4,7 +4,7 @@ import math
 import re
 from typing import Literal
 
-COUNT_LETTERS, FLOPS_LETTERS = "KMBT", "KMGTPEZY"
+LETTERS = {"count": "KMBT", "flops": "KMGTPEZY", "rate": "kMGT"}
 SIZES = (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10))
 
 
@@ -35,16 +35,17 @@ def count_text(number: float) -> str:
     return f"{number:,.0f}" if number >= 100 else f"{number:.3g}"
 
 
-def scaled_text(number: float, kind: Literal["count", "flops"] = "count") -> str:
-    """Return a large number with three digits: 1.56B parameters or tokens; of FLOPs with a prefix, 9.98 G."""
-    letters = COUNT_LETTERS if kind == "count" else FLOPS_LETTERS
+def scaled_text(number: float, kind: Literal["count", "flops", "rate"] = "count") -> str:
+    """Return a number with three digits: 1.56B tokens; as a rate 4.29k; of FLOPs with the letter as prefix, 9.98 G."""
+    letters = LETTERS[kind]
     power = min(len(letters), max(0, int(math.log10(number)) // 3)) if number >= 1 else 0
-    return f"{number / 1000**power:.3g}{' ' * (kind == 'flops')}{letters[power - 1] if power else ''}"
+    return f"{count_text(number / 1000**power)}{' ' * (kind == 'flops')}{letters[power - 1] if power else ''}"
 
 
 def parse_count(text: str) -> float:
     """Return the number in a text like 300B, 2.5e9 or 10,000. Raises ValueError if it is none, or not positive."""
-    found = re.fullmatch(rf"([\d.,]+(?:e\+?\d+)?)([{COUNT_LETTERS}]?)", text.strip(), re.IGNORECASE)
+    letters = LETTERS["count"]
+    found = re.fullmatch(rf"([\d.,]+(?:e\+?\d+)?)([{letters}]?)", text.strip(), re.IGNORECASE)
     if found is None or not (number := float(found[1].replace(",", ""))) > 0:
         raise ValueError(f"{text!r} is no positive number")
-    return number * 1000.0 ** (COUNT_LETTERS.index(found[2].upper()) + 1 if found[2] else 0)
+    return number * 1000.0 ** (letters.index(found[2].upper()) + 1 if found[2] else 0)

@@ -24,7 +24,7 @@ from distgpt.config import (
 )
 from distgpt.errors import UsageError, did_you_mean
 
-LEAST_COLUMNS, MOST_COLUMNS = 40, 120
+MIN_COLUMNS, MAX_COLUMNS = 40, 120
 # As wide as the labels in the first lines of a run.
 LABEL = " " * 10
 # Where the second column of --help begins.
@@ -39,7 +39,7 @@ VALUES = (
 
 def columns() -> int:
     """Return the width of the terminal, 80 without one. The variable COLUMNS overrides both."""
-    return max(LEAST_COLUMNS, shutil.get_terminal_size((80, 24)).columns)
+    return max(MIN_COLUMNS, shutil.get_terminal_size((80, 24)).columns)
 
 
 def wrapped(line: str) -> str:
@@ -51,7 +51,7 @@ class HelpFormatter(argparse.HelpFormatter):
     """Fills the width of the terminal: the paragraphs of a text each by itself, and a usage that is too long."""
 
     def __init__(self, prog: str) -> None:
-        width = min(columns(), MOST_COLUMNS) - 2
+        width = min(columns(), MAX_COLUMNS) - 2
         super().__init__(prog, max_help_position=min(SECOND_COLUMN, width // 3), width=width)
 
     def _format_usage(self, *arguments: Any) -> str:

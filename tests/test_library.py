@@ -124,7 +124,7 @@ def test_a_mistake_is_a_usage_error(trained: distgpt.TrainedModel, options: dict
         trained.generate(**options)
 
 
-def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+def test_what_is_missing_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no checkpoint"):
         distgpt.load(tmp_path)
     with pytest.raises(DataError, match="is not a dataset"):

@@ -21,7 +21,7 @@ def test_the_command_prints_a_plan_and_its_figures_as_json() -> None:
 
 def test_mistakes_are_one_line() -> None:
     for arguments, error in (
-        (("gpt2-124m", "--device=h1000"), "unknown device h1000: did you mean h100?"),
+        (("gpt2-124m", "--device=h1000"), "unknown device h1000; did you mean h100?"),
         (("gpt2-124",), "unknown preset gpt2-124: did you mean gpt2-124m?"),
         (("gpt2-124m", "--tokens=many"), "argument --tokens: 'many' is not a positive number"),
         (("gpt2-124m", "--budget=24h"), "argument --budget: '24h' is no budget: write 24gpu-hours or 3gpu-days"),

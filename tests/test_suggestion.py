@@ -9,7 +9,7 @@ import pytest
 from distgpt import machine, suggestion
 from distgpt.config import Config, resolve
 from distgpt.model.gpt import count_parameters
-from distgpt.suggestion import training_command
+from distgpt.suggestion import training_command, wrapped_command
 from tests import jobs
 
 
@@ -77,3 +77,10 @@ def test_the_example_of_the_readme_takes_less_than_an_hour() -> None:
     tokens = config.train.steps * config.train.global_batch * config.model.block_size
     operations = 6 * count_parameters(config.model, 8192) * tokens
     assert operations / 20e9 < 3600, "an hour on a CPU with 20 GFLOP/s"
+
+
+def test_a_command_is_broken_at_its_options_alone() -> None:
+    command = shlex.join(["python", "-m", "distgpt.train", "seed", f"--data.path={'my text ' * 8}", "--train.steps=20"])
+    wrapped = wrapped_command(command, indent=4)
+    assert [line[:10] for line in wrapped.splitlines()] == ["python -m ", "    '--dat", "    --trai"]
+    assert shlex.split(wrapped.replace("\\\n", "")) == shlex.split(command)

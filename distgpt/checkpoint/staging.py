@@ -16,12 +16,12 @@ class Stager:
         self._stream = torch.cuda.Stream(device) if on_cuda else None  # type: ignore[no-untyped-call]
 
     def begin(self) -> None:
-        """Have the next copy() wait for what the device has been given so far. Call it in the thread that trains."""
+        """Make the next copy() wait for what the device has been given so far. Call it in the thread that trains."""
         if self._stream:
             self._stream.wait_stream(torch.cuda.current_stream())
 
     def copy(self, tensors: dict[str, Any]) -> dict[str, Any]:
-        """Return copies of a nested dict of tensors, which must not change until then."""
+        """Return copies of a nested dict of tensors, which must not change before this returns."""
         with torch.cuda.stream(self._stream):
             copies: dict[str, Any] = self._stager.stage(tensors, non_blocking=self._stream is not None)
         if self._stream:

@@ -63,7 +63,7 @@ def compiles(asked: bool | Literal["auto"], device: torch.device) -> tuple[bool,
     missing = missing_for_triton() if device.type == "cuda" else ""
     if missing and asked is True:
         raise UsageError(f"train.compile needs {missing}: install it, or set train.compile=false")
-    return not missing, f"not compiled, and so slower, for lack of {missing}" if missing else "compiled"
+    return not missing, f"not compiled, and so slower: {missing} is missing" if missing else "compiled"
 
 
 def device_name(device: torch.device) -> str:

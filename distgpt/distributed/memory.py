@@ -63,7 +63,7 @@ class MemoryModel:
     def parts(
         self, sequences: int, *, shards: int, keep_weights: bool = False, whole_gradients: bool = False
     ) -> MemoryParts:
-        """Return the memory for micro-batches of so many sequences, on a rank with one of `shards` of the model.
+        """Return the memory for micro-batches of `sequences`, on a rank with one of `shards` of the model.
 
         `keep_weights`: gathered weights are kept for the backward pass; `whole_gradients`: gradients are kept whole,
         in float32, until the last micro-batch.

@@ -81,7 +81,7 @@ def memory_model(config: Config, runtime: Runtime, vocab_size: int) -> MemoryMod
 
 
 def planned_memory(config: Config, plan: Plan, sequences: int, *, vocab_size: int) -> MemoryParts:
-    """Return the memory of a rank in this layout for micro-batches of so many sequences."""
+    """Return the memory of a rank in this layout for micro-batches of `sequences`."""
     memory = MemoryModel(config, vocab_size, plan.dtype.itemsize)
     shards, keep_weights, whole_gradients = plan.ranks_per_replica, not plan.reshard, not plan.reduce_each
     return memory.parts(sequences, shards=shards, keep_weights=keep_weights, whole_gradients=whole_gradients)
@@ -90,8 +90,8 @@ def planned_memory(config: Config, plan: Plan, sequences: int, *, vocab_size: in
 def micro_batch_size(config: Config, runtime: Runtime, fits: Callable[[int], bool] = lambda size: True) -> int:
     """Return the sequences per forward on one rank: ranks x micro_batch x accumulation steps = global_batch.
 
-    `fits` tells whether the memory of a GPU suffices for so many; one is taken in any case. Raises UsageError, saying
-    which values would divide.
+    `fits` tells whether a number of sequences fits the memory of a GPU; one is taken in any case. Raises UsageError,
+    saying which values would divide.
     """
     require_divisible_batch(config, runtime.world_size)
     if config.train.micro_batch:
@@ -112,7 +112,7 @@ def smallest_efficient_micro_batch(config: Config, runtime: Runtime) -> int:
 
 
 def smaller_micro_batch(config: Config, plan: Plan, *, vocab_size: int) -> int | None:
-    """Return the largest micro-batch that fits where that of the plan did not, None if there is no smaller one."""
+    """Return the largest smaller micro-batch that fits, after that of the plan did not; None if there is none."""
     room = USABLE_SHARE * device_memory(plan.runtime)
     smaller = [size for size in range(1, plan.micro_batch) if plan.micro_batch * plan.accumulation % size == 0]
     fitting = [s for s in smaller if planned_memory(config, plan, s, vocab_size=vocab_size).total <= room]
@@ -160,12 +160,12 @@ def choose_strategy(config: Config, runtime: Runtime, *, vocab_size: int) -> tup
     if asked != "auto":
         return asked, "as asked"
     memory, room = memory_model(config, runtime, vocab_size), USABLE_SHARE * device_memory(runtime)
-    least = smallest_efficient_micro_batch(config, runtime)
-    need = memory.need(least, shards=1)
-    sizes = f"training {least} sequences takes {size_text(need)} of {size_text(room)} a rank"
+    smallest = smallest_efficient_micro_batch(config, runtime)
+    need = memory.need(smallest, shards=1)
+    sizes = f"training {smallest} sequences takes {size_text(need)} of {size_text(room)} a rank"
     if need <= room:
         return "ddp", f"{sizes}: every rank holds a whole replica"
     nodes, of_node = runtime.world_size // runtime.local_world_size, runtime.local_world_size
-    if nodes > 1 and memory.need(least, shards=of_node) <= room and not runtime.world_size % of_node:
+    if nodes > 1 and memory.need(smallest, shards=of_node) <= room and not runtime.world_size % of_node:
         return "hsdp", f"{sizes}: sharded within a node, replicated across {nodes}"
     return "fsdp", f"{sizes}: sharded over all ranks"

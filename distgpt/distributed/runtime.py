@@ -19,7 +19,7 @@ class Runtime:
     world_size: int
     local_world_size: int
     device: torch.device
-    memory: float | None = None  # bytes of a device that is planned for; None: ask the device, which is here
+    memory: float | None = None  # bytes of a device that this machine need not have; None: ask the device
 
     @property
     def distributed(self) -> bool:

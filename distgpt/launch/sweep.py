@@ -17,7 +17,7 @@ from distgpt.run.exit_report import read_report
 from distgpt.run.paths import RunPaths
 
 USAGE = "usage: launch/sweep.sh FILE [PRESET] [--section.key=value ...]: each line of FILE adds its own flags"
-# Keys that a line may change after its run has begun: more steps, and what a run resolves or does not learn from.
+# Keys of LEARNING that a line may change after its run has begun: the steps, what a run resolves, and where it is.
 MAY_CHANGE = ("run.dir", "run.fresh", "train.steps", "train.micro_batch", "train.dtype", "train.compile")
 LEARNING = ("run.", "data.", "init.", "model.", "optim.", "train.")
 
@@ -75,9 +75,10 @@ def train(line: Line, supervisor: Supervisor) -> int:
 
 
 def read_sweep(file: Path, common: Sequence[str]) -> list[Line]:
-    """Read the runs of a file, with the options that are common to all. Empty lines and those from # on are no runs.
+    """Read the runs of a file, with the options that are common to all.
 
-    Raises UsageError for a line that cannot work, and for two with the same run directory.
+    Empty lines, and those that begin with #, are left out. Raises UsageError for a line that cannot work, and for two
+    with the same run directory.
     """
     try:
         texts = file.read_text(encoding="utf-8-sig").split("\n")
@@ -123,7 +124,7 @@ def is_done(config: Config) -> bool:
 
 
 def require_same_options(config: Config) -> None:
-    """Raise UsageError if the run directory has a run that learns otherwise, as after a change of the line."""
+    """Raise UsageError if the run directory has a run that learns something else, as after a change of the line."""
     recorded = RunPaths(config.run_dir).config
     if not recorded.is_file():
         return

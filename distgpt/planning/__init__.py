@@ -1,8 +1,8 @@
-"""Plans of runs before they are queued: memory, bytes on the wire, time, cost; and how right they were.
+"""Plans of runs: memory, bytes sent, time and cost before a run is queued, and the error of a plan once it trains.
 
-In reading order: devices (memory, links and the assumed MFU of named devices), traffic (bytes that a step sends),
-layouts (memory and time of each strategy), forecast (all figures of a run, the compute-optimal size for a budget, the
-best layout and its command), text (the figures as people read them), grade (a run compares itself with its plan).
+Reading order: devices (memory, links and the assumed MFU of named devices), traffic (bytes that a step sends), layouts
+(memory and time of each strategy), forecast (all figures of a run, the compute-optimal size for a budget, the best
+layout and its command), text (the tables that people read), grade (a run compares itself with its plan).
 
-May import the rooms that training rests on: checkpoint, telemetry, and those below them.
+It may import checkpoint, telemetry and the rooms below them.
 """

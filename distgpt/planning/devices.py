@@ -4,10 +4,9 @@ Imports no torch. Peaks are in telemetry/peaks.py. Memory is as CUDA reports it,
 NVIDIA's data sheets, in one direction.
 """
 
-import difflib
 from dataclasses import dataclass
 
-from distgpt.errors import UsageError
+from distgpt.errors import UsageError, did_you_mean
 
 # NCCL reaches about this share of a link's line rate: https://github.com/NVIDIA/nccl-tests/issues/212.
 LINK_EFFICIENCY = 0.8
@@ -44,9 +43,8 @@ DEVICES = {
 
 
 def device_named(name: str) -> Device:
-    """Return the device of this name. Raises UsageError that names the nearest known one."""
-    if name.lower() in DEVICES:
-        return DEVICES[name.lower()]
-    near = difflib.get_close_matches(name.lower(), DEVICES, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]}? " if near else ""
-    raise UsageError(f"unknown device {name}: {hint}known are {', '.join(DEVICES)}")
+    """Return the device with this name. Raises UsageError that names the nearest known one."""
+    key = name.lower()
+    if key not in DEVICES:
+        raise UsageError(f"unknown device {name}{did_you_mean(key, DEVICES)} (known are {', '.join(DEVICES)})")
+    return DEVICES[key]

@@ -1,4 +1,4 @@
-"""All figures of a run before it starts, and the layout and the command that suit it best.
+"""All figures of a run before it starts, with its best layout and command.
 
 For a budget: Hoffmann et al. 2022, arXiv:2203.15556 (Chinchilla). Training N parameters on D tokens takes C = 6 N D
 FLOPs, and the loss for a given C is lowest at about 20 tokens a parameter: N = sqrt(C / 120).
@@ -23,10 +23,10 @@ from distgpt.suggestion import launcher
 
 HOUR = 3600.0
 TOKENS_PER_PARAMETER = 20
-# The vocabulary where no data is named: that of what a preset is meant for, else GPT-2's.
+# The vocabulary if no data is named: that of the text that a preset is for, else GPT-2's.
 VOCABULARIES = {"seed": 65, "quickstart": 223}
 GPT2_VOCABULARY = 50_257
-MOST_RANKS = 2**14
+MAX_RANKS = 2**14
 LOSS_CHUNK = 1024
 
 
@@ -70,10 +70,10 @@ def forecast(
     budget: float | None = None,
     price: float | None = None,
 ) -> Forecast:
-    """Plan a run for so many tokens, or for a budget in GPU-hours; None: for the steps of the config.
+    """Plan a run of `tokens`, of `budget` GPU-hours or, if both are None, of the steps in the config.
 
     `arguments`: the presets, files and flags of the config, for the command. `price`: of a GPU-hour. Raises UsageError
-    if the batch does not divide over the ranks, or if the budget does not suffice for a step.
+    if the batch does not divide over the ranks, or if the budget is less than a step takes.
     """
     require_divisible_batch(config, cluster.ranks)
     vocab_size = vocabulary(config, arguments)
@@ -109,14 +109,14 @@ def forecast(
 
 
 def vocabulary(config: Config, arguments: Sequence[str]) -> int:
-    """Return the vocabulary of the data that the config names; where there is none yet, that of its preset."""
+    """Return the vocabulary of the data that the config names; if there is none yet, that of the preset."""
     if config.data.path != DataConfig().path and Path(config.data.path).is_dir():
         return open_dataset(Path(config.data.path)).vocab_size
     return next((VOCABULARIES[word] for word in arguments if word in VOCABULARIES), GPT2_VOCABULARY)
 
 
 def optimum(budget: float, cluster: Cluster) -> Optimum:
-    """Return the compute-optimal size for so many GPU-hours at the assumed MFU."""
+    """Return the compute-optimal size for `budget` GPU-hours at the assumed MFU."""
     flops = budget * HOUR * cluster.peak * cluster.mfu
     parameters = math.sqrt(flops / (6 * TOKENS_PER_PARAMETER))
 
@@ -128,7 +128,7 @@ def optimum(budget: float, cluster: Cluster) -> Optimum:
 
 
 def command(config: Config, cluster: Cluster, best: Layout, arguments: Sequence[str], *, steps: int) -> str:
-    """Return the command that trains in this layout: with Slurm on several nodes, else on one machine."""
+    """Return the command that trains in this layout: a Slurm job for several nodes, else a command for one machine."""
     chosen: dict[str, object] = {} if best.strategy == "single" else {"parallel.strategy": best.strategy}
     chosen["train.micro_batch"] = best.micro_batch
     if best.activation_checkpoint != config.parallel.activation_checkpoint:
@@ -145,7 +145,7 @@ def command(config: Config, cluster: Cluster, best: Layout, arguments: Sequence[
 
 
 def _without(arguments: Sequence[str], chosen: dict[str, object]) -> list[str]:
-    """Return the arguments without the flags that set the chosen keys, which have another value now."""
+    """Return the arguments without the flags that set the chosen keys, whose values are replaced."""
     kept: list[str] = []
     skip = False
     for word in arguments:
@@ -167,7 +167,7 @@ def explain_no_fit(config: Config, plan: Forecast) -> str:
     if not config.model.loss_chunk:
         chunked = replace(config, model=replace(config.model, loss_chunk=LOSS_CHUNK))
         fixes += [f"with --model.loss_chunk={LOSS_CHUNK}"] if _best(chunked, cluster, plan.vocab_size) else []
-    for ranks in (2**power for power in range(cluster.ranks.bit_length(), MOST_RANKS.bit_length())):
+    for ranks in (2**power for power in range(cluster.ranks.bit_length(), MAX_RANKS.bit_length())):
         if best := _best(config, cluster.resized(ranks), plan.vocab_size):
             fixes.append(f"on {ranks} x {cluster.name} ({best.strategy})")
             break

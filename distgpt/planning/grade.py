@@ -17,22 +17,22 @@ def grade(config: Config, plan: Plan, seconds: float, *, vocab_size: int, peak: 
 
     `peak`: FLOP/s of a device, None if unknown.
     """
-    here = plan.runtime.device
-    device = device_here(here)
+    own = plan.runtime.device
+    device = known_device(own)
     if peak is None or device is None:
         parts = [f"step {step_time(seconds)}, not planned, since no peak or MFU is known for this device"]
     else:
         planned = step_seconds(config, plan, device, vocab_size=vocab_size, peak=peak, mfu=device.mfu)
         error = f"{seconds / planned - 1:+.0%}"
         parts = [f"step {step_time(seconds)}, planned {step_time(planned)} at an MFU of {device.mfu:.0%} ({error})"]
-    if here.type == "cuda":
-        size, expected = memory_bytes(here), planned_memory(config, plan, plan.micro_batch, vocab_size=vocab_size).total
+    if own.type == "cuda":
+        size, expected = memory_bytes(own), planned_memory(config, plan, plan.micro_batch, vocab_size=vocab_size).total
         parts.append(f"memory {size_text(size)}, planned {size_text(expected)} ({size / expected - 1:+.0%})")
     return f"plan      {'; '.join(parts)}"
 
 
-def device_here(device: torch.device) -> Device | None:
-    """Return the named device that this one is, None if it is another."""
+def known_device(device: torch.device) -> Device | None:
+    """Return the named device that this one is; None if it is not among DEVICES."""
     if device.type == "cpu":
         return DEVICES["cpu"]
     product = product_name(torch.cuda.get_device_name(device)) if device.type == "cuda" else None

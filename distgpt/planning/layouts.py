@@ -1,6 +1,5 @@
-"""The memory and the time of a step in each layout of a run over a cluster that need not be here."""
+"""The memory and the time of a step in each layout of a run, on devices that this machine need not have."""
 
-import os
 from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
@@ -9,7 +8,7 @@ from typing import Literal
 import torch
 
 from distgpt.config import Config
-from distgpt.distributed.device import compute_dtype, share_of_cpus
+from distgpt.distributed.device import compute_dtype, device_memory, share_of_cpus
 from distgpt.distributed.memory import USABLE_SHARE, MemoryParts
 from distgpt.distributed.plan import (
     Plan,
@@ -51,12 +50,12 @@ class Cluster:
 
     @property
     def runtime(self) -> Runtime:
-        """The first rank, on a device that is not here."""
+        """The first rank, on a device that this machine need not have."""
         kind = torch.device("cpu") if self.name == "cpu" else torch.device("cuda", 0)
         return Runtime(0, 0, self.ranks, self.per_node, kind, memory=self.memory)
 
     def resized(self, ranks: int) -> "Cluster":
-        """Return so many of these devices, in nodes of at most eight."""
+        """Return a cluster of `ranks` such devices, in nodes of at most eight."""
         per_node = min(ranks, 8)
         return replace(self, nodes=ranks // per_node, per_node=per_node)
 
@@ -90,12 +89,12 @@ def make_cluster(
     network: float | None = None,
     mfu: float | None = None,
 ) -> Cluster:
-    """Describe devices of a kind. `network`, `mfu`: in place of the assumed ones. Measures a CPU, which is this one."""
+    """Describe a cluster of one kind of device. `network`, `mfu`: in place of the assumed ones. Measures this CPU."""
     device = replace(device, network=network or device.network)
     if name == "cpu":
         cpu = torch.device("cpu")
         dtype = compute_dtype(config.train.dtype, cpu)
-        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")) / per_node
+        memory = device_memory(Runtime(0, 0, per_node, per_node, cpu))
         torch.set_num_threads(share_of_cpus(per_node))
         # The first products of a process are slow.
         peak = max(device_peak_flops(cpu, dtype) or 0.0 for _ in range(CPU_MEASUREMENTS))
@@ -182,7 +181,7 @@ def _layout(config: Config, cluster: Cluster, *, vocab_size: int) -> Layout:
     runtime, room = cluster.runtime, USABLE_SHARE * cluster.memory
     plan = make_plan(config, runtime, vocab_size=vocab_size)
     memory = planned_memory(config, plan, plan.micro_batch, vocab_size=vocab_size)
-    least = memory_model(config, runtime, vocab_size)
+    model = memory_model(config, runtime, vocab_size)
     shards, replicas = step_traffic(config, plan, vocab_size=vocab_size)
     seconds = step_seconds(config, plan, cluster.device, vocab_size=vocab_size, peak=cluster.peak, mfu=cluster.mfu)
     flops = config.train.global_batch * config.model.block_size * meta_model(config.model, vocab_size).flops_per_token()
@@ -195,7 +194,7 @@ def _layout(config: Config, cluster: Cluster, *, vocab_size: int) -> Layout:
         memory=memory,
         fits=memory.total <= room,
         largest_micro_batch=bisect_right(
-            range(1, 2**16), room, key=lambda size: least.need(size, shards=plan.ranks_per_replica)
+            range(1, 2**16), room, key=lambda size: model.need(size, shards=plan.ranks_per_replica)
         ),
         efficient=plan.micro_batch >= smallest_efficient_micro_batch(config, runtime),
         bytes_within_node=shards.within + replicas.within,

@@ -8,6 +8,7 @@ from distgpt.distributed.memory import USABLE_SHARE
 from distgpt.planning.devices import LINK_EFFICIENCY
 from distgpt.planning.forecast import TOKENS_PER_PARAMETER, Forecast
 from distgpt.planning.layouts import GIB, Layout
+from distgpt.suggestion import wrapped_command
 from distgpt.telemetry.console import step_time
 from distgpt.units import count_text, duration, scaled_text, size_text
 
@@ -45,15 +46,15 @@ def _run(config: Config, plan: Forecast) -> Iterator[str]:
     yield _row("length", f"{plan.steps:,} steps = {scaled_text(plan.tokens)} tokens, {ratio}")
     if optimum := plan.optimum:
         flops = f"{optimum.flops:.1e}".replace("e+", "e")
-        yield _row("budget", f"buys {flops} FLOPs, with which one learns most from")
+        yield _row("budget", f"buys {flops} FLOPs, for which the compute-optimal size is")
         size = f"{scaled_text(optimum.parameters)} parameters on {scaled_text(optimum.tokens)} tokens"
         yield _row("", f"{size}; nearest preset: {optimum.preset}")
 
 
 def _memory(plan: Forecast) -> Iterator[str]:
     name, unit = ("GiB", GIB) if max(layout.memory.total for layout in plan.layouts) >= GIB else ("MiB", 2**20)
-    yield f"Memory of a rank in {name} with micro-batches of so many sequences, and the"
-    yield "largest that fits (recompute: with parallel.activation_checkpoint)"
+    yield f'Memory of a rank in {name} for a micro-batch of "batch" sequences; "largest" is the'
+    yield "most that fit (recompute: with parallel.activation_checkpoint)"
     yield f"{'':{INDENT}}" + "".join(f"{h:>7}" for h in (*PARTS.values(), "total")) + f"{'batch':>7}{'largest':>9}"
     for layout in plan.layouts:
         sizes = [*(getattr(layout.memory, part) for part in PARTS), layout.memory.total]
@@ -91,9 +92,7 @@ def _recommended(config: Config, plan: Forecast, price: float | None) -> Iterato
     most = config.checkpoint.keep + 2
     yield _row("checkpoint", f"{size_text(plan.checkpoint_bytes)}, up to {most} at a time on the disk")
     yield ""
-    # Break before options, so that the shell reads one command.
-    lines = textwrap.wrap(plan.command, WIDTH - 8, break_long_words=False, break_on_hyphens=False)
-    yield " \\\n    ".join(lines)
+    yield wrapped_command(plan.command, indent=4)
 
 
 def _time_and_cost(plan: Forecast, price: float | None) -> str:
@@ -117,13 +116,13 @@ def _assumed(config: Config, plan: Forecast) -> Iterator[str]:
     )
     if plan.optimum:
         yield from _note(
-            f"that the loss for so many FLOPs is lowest at {TOKENS_PER_PARAMETER} tokens a parameter, with C = 6 N D "
+            f"{TOKENS_PER_PARAMETER} tokens a parameter as the compute-optimal size, with C = 6 N D "
             "(Hoffmann et al. 2022, Chinchilla)"
         )
 
 
 def _name(layout: Layout, plan: Forecast) -> str:
-    """Return the first cell of a row; the recommended layout is marked."""
+    """Return the first cell of a row, which marks the recommended layout."""
     name = "  recompute" if layout.activation_checkpoint else layout.strategy
     return f"{'>' if layout is plan.best else ' '} {name:{INDENT - 2}}"
 

@@ -1,4 +1,4 @@
-"""Bytes that an optimizer step sends over each link. bench/scaling.py counts them on real links.
+"""Bytes that a step sends over each link. bench/scaling.py counts them on real links.
 
 A ring all-gather or reduce-scatter of X bytes over n ranks lets each rank send (n - 1) / n X; an all-reduce is one of
 each. A ring in rank order leaves each node once, so a node sends to the next one what a single rank sends.
@@ -15,7 +15,7 @@ from distgpt.model.gpt import meta_model
 class Traffic:
     """Bytes that a step sends."""
 
-    rank: float  # by each rank, to whatever rank
+    rank: float  # by each rank to any other
     within: float  # by each rank over the link to the others of its node
     between: float  # by each node over its network
 
@@ -28,7 +28,7 @@ def shard_traffic(size: float, *, shards: int, per_node: int) -> Traffic:
 
 
 def replica_traffic(size: float, *, ranks: int, shards: int, per_node: int) -> Traffic:
-    """Return the traffic of an all-reduce of `size` bytes, of which each rank has one of `shards`, across replicas."""
+    """Return the traffic of an all-reduce across replicas. Each rank has one of `shards` of its `size` bytes."""
     replicas, on_node = ranks // shards, max(1, per_node // shards)
     sent = 2 * size / shards * (replicas - 1) / replicas
     groups = min(shards, per_node)  # that leave a node
@@ -36,12 +36,12 @@ def replica_traffic(size: float, *, ranks: int, shards: int, per_node: int) -> T
 
 
 def gathered_bytes(blocks: float, root: float, *, micro_batches: int, reshard: bool) -> float:
-    """Return the bytes of all-gathers in a step: blocks before forward and backward, the root once, or all once."""
+    """Return the bytes of a step's all-gathers. `reshard`: blocks twice a micro-batch, the root once; else all once."""
     return micro_batches * (2 * blocks + root) if reshard else blocks + root
 
 
 def step_traffic(config: Config, plan: Plan, *, vocab_size: int) -> tuple[Traffic, Traffic]:
-    """Return what a step sends within the groups of shards, and across the replicas (diloco: every outer_every)."""
+    """Return what a step sends within the groups of shards and across the replicas; with diloco, a mean over steps."""
     model, runtime = meta_model(config.model, vocab_size), plan.runtime
     blocks = sum(p.numel() for p in model.blocks.parameters())
     head = sum(p.numel() for p in model.head.parameters())

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from distgpt.telemetry.plots import Floats, series, smooth
 
 # A curve with more points than this is thinned to the lowest and highest value of each of half as many stretches.
-MOST_POINTS = 1000
+MAX_POINTS = 1000
 
 Curve = dict[str, list[float]]
 
@@ -30,9 +30,9 @@ def curve(lines: Sequence[Mapping[str, Any]], name: str, *, scale: float = 1.0, 
 
 def _extremes(values: Floats) -> NDArray[np.intp]:
     """Return the places of the values to show: all, or the first, the last and the extremes of each stretch."""
-    if len(values) <= MOST_POINTS:
+    if len(values) <= MAX_POINTS:
         return np.arange(len(values))
     kept = {0, len(values) - 1}
-    for places in np.array_split(np.arange(len(values)), MOST_POINTS // 2):
+    for places in np.array_split(np.arange(len(values)), MAX_POINTS // 2):
         kept |= {int(places[np.argmin(values[places])]), int(places[np.argmax(values[places])])}
     return np.array(sorted(kept))

@@ -1,6 +1,6 @@
 """The page: assets/page.html, filled with the records of runs.
 
-Text from files is escaped. A policy in the page lets a browser run its own two scripts alone.
+Text from files is escaped. A policy in the page lets a browser run only the page's own two scripts.
 """
 
 import base64
@@ -24,7 +24,7 @@ from distgpt.reporting.curves import Curve, curve, points
 from distgpt.reporting.record import RunRecord
 from distgpt.reporting.timeline import timeline
 from distgpt.telemetry.goodput import TimeSpent, time_spent
-from distgpt.units import count_text, duration, size_text
+from distgpt.units import duration, scaled_text, size_text
 
 ASSETS = Path(__file__).parent / "assets"
 GIB = 2**30
@@ -41,7 +41,7 @@ SHOWN_FIGURES = ("loss", "tokens", "tokens_per_second", "mfu")
 # The validation loss, and that of each dataset of several.
 VALIDATION = re.compile("val_loss(/|$)")
 # Samples that are shown, spread evenly over the run.
-MOST_SAMPLES = 8
+MAX_SAMPLES = 8
 # Parts of the time below this share are not listed.
 NEGLIGIBLE = 0.0005
 # Keys that say where a run is, not how it trains.
@@ -70,7 +70,7 @@ def build_page(runs: Sequence[RunRecord]) -> str:
 
 
 def names_of(runs: Sequence[RunRecord]) -> list[str]:
-    """Return a name for each run: of its directory, or its whole path where two have the same name."""
+    """Return a name for each run: that of its directory, or its whole path if two have the same name."""
     count = Counter(run.name for run in runs)
     return [run.name if count[run.name] == 1 else str(run.path) for run in runs]
 
@@ -168,32 +168,24 @@ def _figures(record: RunRecord, spent: TimeSpent, evaluations: Mapping[int, floa
     if evaluations:
         best = min(evaluations, key=lambda step: evaluations[step])
         figures.append(("validation loss", f"{evaluations[best]:.4f}", f"lowest, at step {best:,}"))
-    losses, tokens, speeds, shares = (points(record.metrics, name)[1] for name in SHOWN_FIGURES)
+    losses, tokens, speeds, mfus = (points(record.metrics, name)[1] for name in SHOWN_FIGURES)
     if len(losses):
         figures.append(("training loss", f"{losses[-1]:.4f}", "last logged step"))
     if len(tokens):
-        figures.append(("tokens", _short(tokens[-1]), "trained on"))
+        figures.append(("tokens", scaled_text(tokens[-1]), "trained on"))
     if len(speeds):
-        mfu = f", MFU {np.median(shares):.1%}" if len(shares) else ""
-        figures.append(("tokens/s", _short(np.median(speeds)), f"median{mfu}"))
+        mfu = f", MFU {np.median(mfus):.1%}" if len(mfus) else ""
+        figures.append(("tokens/s", scaled_text(float(np.median(speeds)), "rate"), f"median{mfu}"))
     if spent.total:
         figures.append(("goodput", f"{spent.goodput:.1%}", f"of {duration(spent.total)}"))
     return figures
 
 
-def _short(number: float) -> str:
-    """Return a number with three digits and a suffix: 614k, 1.23M, 12.3G."""
-    for suffix, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{count_text(number / size)}{suffix}"
-    return count_text(number)
-
-
 def _spread(samples: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """Return the first sample, the last one, and some evenly between them."""
-    if len(samples) <= MOST_SAMPLES:
+    if len(samples) <= MAX_SAMPLES:
         return list(samples)
-    return [samples[round(place * (len(samples) - 1) / (MOST_SAMPLES - 1))] for place in range(MOST_SAMPLES)]
+    return [samples[round(place * (len(samples) - 1) / (MAX_SAMPLES - 1))] for place in range(MAX_SAMPLES)]
 
 
 def _keys(runs: Sequence[RunRecord]) -> list[dict[str, Any]]:

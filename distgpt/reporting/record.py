@@ -11,12 +11,12 @@ from typing import Any, Literal
 
 from distgpt.checkpoint.choice import is_checkpoint
 from distgpt.checkpoint.manifest import MANIFEST, committed, read_manifest, read_state, step_of
-from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK, DataError, StorageError
-from distgpt.run.exit_report import read_report
+from distgpt.errors import DataError, StorageError
+from distgpt.run.exit_report import end_state, read_report
 from distgpt.run.lock import lock_holder
 from distgpt.run.paths import RunPaths
 from distgpt.telemetry.goodput import Line, read_goodput
-from distgpt.telemetry.step_lines import SAMPLES_FILE, read_metrics
+from distgpt.telemetry.step_lines import SAMPLES_FILE, read_lines
 
 State = Literal["running", "done", "interrupted", "failed", "killed"]
 
@@ -32,7 +32,7 @@ class Exit:
     @property
     def state(self) -> State:
         """The state of a run that ended so."""
-        return {EXIT_OK: "done", EXIT_INTERRUPTED: "interrupted"}.get(self.code, "failed")  # type: ignore[return-value]
+        return end_state(self.code)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def read_run(path: Path) -> RunRecord:
 
 
 def require_run(paths: RunPaths) -> None:
-    """Raise DataError, with what the path is instead, unless it is a run directory."""
+    """Raise DataError, which says what the path is instead, unless it is a run directory."""
     root = paths.root
     if paths.config.is_file() or paths.metrics.is_file() or committed(paths.checkpoints):
         return
@@ -110,7 +110,7 @@ def _is_running(paths: RunPaths) -> bool:
 
 
 def _read_text(file: Path) -> str:
-    """Return the text of a file, none if it is missing. Raises StorageError."""
+    """Return the text of a file, "" if it is missing. Raises StorageError."""
     try:
         return file.read_text(errors="replace") if file.exists() else ""
     except OSError as error:
@@ -118,7 +118,7 @@ def _read_text(file: Path) -> str:
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:
-    return read_metrics(file) if file.exists() else []
+    return read_lines(file) if file.exists() else []
 
 
 def _flat(text: str) -> dict[str, Any]:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from distgpt.reporting.record import Exit, State
 from distgpt.telemetry.goodput import PARTS, Line, attempts_of, seconds_between
 
-# A line of goodput.jsonl is written every few seconds; a timeline joins them to at most about so many stretches.
-STRETCHES = 250
+# goodput.jsonl has a line for every few seconds, which a timeline joins to about this many stretches at most.
+MAX_STRETCHES = 250
 # Clocks of hosts may differ, and a report may be written a little before the line that it follows.
 CLOCK_SECONDS = 5.0
 UNKNOWN = "no report of its end: killed, or its host was lost"
@@ -30,13 +30,13 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Interruption:
-    """The end of an attempt before the end of the run, or of a run that was trained further later."""
+    """The end of an attempt that left the run unfinished, or after which the run was trained further."""
 
     begin: float  # seconds of the timeline
     at: float  # wall clock
     step: int
     state: State
-    causes: tuple[str, ...]  # the second and later ones are of starts that failed
+    causes: tuple[str, ...]  # the first is that of the attempt, the others are those of later starts that failed
     lost_steps: int | None  # None if there was no later attempt
     pause: float  # seconds up to the next attempt
 
@@ -44,7 +44,7 @@ class Interruption:
 def timeline(lines: Sequence[Line], exits: Sequence[Exit], state: State) -> tuple[list[Stretch], list[Interruption]]:
     """Return the stretches and the interruptions of a run. `state`: how the run ended, or that it has not."""
     attempts = attempts_of(lines)
-    shortest = sum(attempt[-1].spent for attempt in attempts) / STRETCHES
+    shortest = sum(attempt[-1].spent for attempt in attempts) / MAX_STRETCHES
     stretches: list[Stretch] = []
     interruptions: list[Interruption] = []
     now = 0.0

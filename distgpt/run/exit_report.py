@@ -8,9 +8,9 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from distgpt.errors import EXIT_CANNOT_CREATE, EXIT_DATA, EXIT_OK, EXIT_USAGE
+from distgpt.errors import EXIT_CANNOT_CREATE, EXIT_DATA, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
 from distgpt.files import process_age
 from distgpt.run.paths import RunPaths
 from distgpt.torchrun import record_cause, this_attempt, this_job
@@ -64,6 +64,11 @@ def read_report(file: Path) -> dict[str, Any] | None:
         return {**report, "code": int(report["code"]), "cause": str(report["cause"])}
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def end_state(code: int) -> Literal["done", "interrupted", "failed"]:
+    """Return the state of a run that ended with this exit code."""
+    return "done" if code == EXIT_OK else "interrupted" if code == EXIT_INTERRUPTED else "failed"
 
 
 def archive_report(paths: RunPaths) -> None:

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from distgpt.errors import StorageError
 from distgpt.telemetry.owned_files import replace_file
-from distgpt.telemetry.step_lines import read_metrics
+from distgpt.telemetry.step_lines import read_lines
 
 Floats = NDArray[np.float64]
 
@@ -29,7 +29,7 @@ def plot_losses(metrics_file: Path, picture: Path, *, require_owned: Callable[[]
     # Imported here because it is slow to import. A Figure needs no pyplot, which keeps global state.
     from matplotlib.figure import Figure
 
-    lines = read_metrics(metrics_file)
+    lines = read_lines(metrics_file)
     figure = Figure(figsize=(8, 4.8), dpi=150, layout="constrained")
     axes = figure.add_subplot()
     steps, losses = series(lines, "loss")

@@ -30,7 +30,7 @@ def profiled(
     *,
     pausing: Callable[[Literal["other"]], AbstractContextManager[None]],
 ) -> Generator[int, None, None]:
-    """Yield the steps of a run, and trace those that the config asks for. Close it, so that a run that stops has them.
+    """Yield the steps of a run, and trace those that the config names. Close it, so that a run that stops writes them.
 
     One step before them warms the profiler up, if there is one. `pausing` wraps the work of the profiler between steps.
     """
@@ -41,7 +41,7 @@ def profiled(
     on_gpu, warm_up = device.type == "cuda", first > steps.start
 
     yield from range(steps.start, first - warm_up)
-    with warnings.catch_warnings(action="ignore"):  # that there is no warm-up, where the run begins with these steps
+    with warnings.catch_warnings(action="ignore"):  # it warns if there is no warm-up, as in a run that begins here
         plan = schedule(wait=0, warmup=int(warm_up), active=last - first, repeat=1)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or it prints lines on stderr
     if on_gpu:
@@ -55,12 +55,12 @@ def profiled(
         for step in range(first - warm_up, last):
             yield step
             with pausing("other"):
-                profiler.step()  # after the last one, writes
+                profiler.step()  # after the last one, it calls _write()
     yield from range(last, steps.stop)
 
 
 def _write(profiler: profile, session: RunSession, name: str, *, on_gpu: bool) -> str:
-    """Write the files of a profile; return the text that tells of them."""
+    """Write the files of a profile; return the text that names them."""
     directory = session.paths.profile
     trace, memory = directory / f"{name}.json.gz", directory / f"{name}-memory.pickle"
     try:

@@ -20,9 +20,9 @@ from distgpt.telemetry.plots import plot_losses
 from distgpt.units import duration
 from distgpt.usage import wrapped
 
-# The duration of a run is predicted after so many steps, or after steps of so many seconds in total.
+# Steps, or seconds of steps, after which the duration of a run is predicted: whichever comes first.
 PREDICTING_STEPS, PREDICTING_SECONDS = 3, 20.0
-# The plan is graded after so many steps.
+# Steps after which a run is compared with its plan.
 GRADED_STEPS = 20
 
 

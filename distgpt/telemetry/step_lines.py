@@ -9,11 +9,11 @@ from distgpt.errors import StorageError
 
 METRICS_FILE = "metrics.jsonl"
 SAMPLES_FILE = "samples.jsonl"
-# The newest lines are looked for in so many bytes at the end of the file.
+# Bytes at the end of a file in which the newest line is looked for.
 END_BYTES = 2**18
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
+def read_lines(file: Path) -> list[dict[str, Any]]:
     """Return the complete lines of a metrics.jsonl or samples.jsonl. Raises StorageError if it cannot be read."""
     try:
         return [values for values, _ in _whole_lines(file.read_bytes())]

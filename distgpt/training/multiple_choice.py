@@ -54,7 +54,7 @@ class Scores:
 
 
 def read_questions(file: Path, tokenizer: Tokenizer, block_size: int) -> list[Question]:
-    """Read a file of questions. Raises DataError with the number of the first line that is none."""
+    """Read a file of questions. Raises DataError with the number of the first bad line."""
     try:
         lines = file.read_bytes().split(b"\n")
     except OSError as error:
@@ -102,7 +102,7 @@ def _choice(context: str, ending: str, tokenizer: Tokenizer, block_size: int) ->
 
 
 def score(model: GPT, questions: Sequence[Question], plan: Plan) -> Scores:
-    """Score a model that every rank holds whole. Batches, and so the result, are the same for any number of ranks."""
+    """Score a model that every rank holds whole. The batches, and so the result, are equal for any number of ranks."""
     runtime = plan.runtime
     choices = [choice for question in questions for choice in question.choices]
     # Sorted by length, so that a batch has little padding.

@@ -12,7 +12,6 @@ from distgpt.errors import DataError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DTYPES = ("F32", "F16", "BF16")
-LARGEST_INDEX = 2**26  # bytes
 # Files are saved with the prefix of the whole model or, as OpenAI's GPT-2 is, without it.
 PREFIXES = ("transformer.", "model.")
 

@@ -188,7 +188,7 @@ def test_a_gigatoken_that_is_wrong_is_found_said_and_not_used(
             changed.setattr(fast, "load", lambda content: SimpleNamespace(encode=wrong_encode(kept(content))))
         found = prepared(tmp_path / "found", *inputs)
     encode.load_once.cache_clear()
-    assert "gigatoken gives other ids than tiktoken for this text: encoding all of it anew" in capsys.readouterr().err
+    assert "gigatoken gives other ids than tiktoken for this text: encoding all of it again" in capsys.readouterr().err
     assert found.keys() == right.keys()
     assert all(found[name] == right[name] for name in found if name.endswith((".bin", ".idx")))
 

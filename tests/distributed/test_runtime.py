@@ -252,7 +252,7 @@ def test_a_model_is_compiled_for_gpus_where_that_works(monkeypatch: pytest.Monke
     assert compiles("auto", gpu) == compiles(True, gpu) == compiles(True, CPU) == (True, "compiled")
     assert compiles("auto", CPU) == compiles(False, gpu) == (False, "")
     monkeypatch.setattr("distgpt.distributed.device.missing_for_triton", lambda: "a C compiler")
-    assert compiles("auto", gpu) == (False, "not compiled, and so slower, for lack of a C compiler")
+    assert compiles("auto", gpu) == (False, "not compiled, and so slower: a C compiler is missing")
     with pytest.raises(UsageError, match=r"train.compile needs a C compiler: install it, or set train.compile=false"):
         compiles(True, gpu)
 

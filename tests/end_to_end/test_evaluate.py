@@ -58,6 +58,6 @@ def test_a_task_is_scored(
         printed(whole("fsdp").run, f"--task={task}")
 
 
-def test_a_task_goes_with_no_data() -> None:
+def test_a_task_together_with_data_is_refused() -> None:
     with pytest.raises(UsageError, match="--task reads no data: leave out --data, --split and --sequences"):
         evaluate_options(["run", "--task=file", "--split=train"])

@@ -58,7 +58,7 @@ def test_each_line_has_a_run_of_its_own(file: Path) -> None:
     assert {line.config.train.steps for line in lines} == {2}
 
 
-def test_what_is_done_is_skipped_until_it_shall_have_more_steps(
+def test_what_is_done_is_skipped_until_it_gets_more_steps(
     file: Path, trained: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert sweep.main([str(file), STEPS]) == 0
@@ -129,7 +129,7 @@ def test_a_file_that_cannot_work_starts_nothing(file: Path, trained: list[str], 
     assert trained == []
 
 
-def test_a_file_that_is_not_there_is_a_mistake(tmp_path: Path) -> None:
+def test_a_missing_file_is_a_mistake(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="none cannot be read"):
         sweep.main([str(tmp_path / "none")])
 

@@ -75,14 +75,14 @@ def test_a_checkpoint_has_the_planned_size(dataset: Dataset, tmp_path: Path) -> 
     assert plan.checkpoint_bytes == pytest.approx(written, rel=0.05)
 
 
-def test_shards_are_exact_also_where_they_do_not_divide() -> None:
+def test_shards_are_exact_even_if_they_do_not_divide() -> None:
     _, plan = planned("gpt2-124m --train.global_batch=510", per_node=5)
     fsdp = next(layout for layout in plan.layouts if layout.strategy == "fsdp")
     model = meta_model(resolve(["gpt2-124m"], {}).model, plan.vocab_size)
     assert fsdp.memory.weights == sum(torch.chunk(p, 5)[0].nbytes for p in model.parameters())
 
 
-def test_a_node_of_several_sends_as_much_as_one_ring() -> None:
+def test_one_of_several_nodes_sends_as_much_as_a_ring() -> None:
     across = replica_traffic(80, ranks=16, shards=4, per_node=8)
     assert (across.rank, across.within, across.between) == (30, 30, 120)  # 2 x 20 x 3/4; four groups leave a node
     alone = replica_traffic(80, ranks=16, shards=8, per_node=8)
@@ -157,7 +157,7 @@ def test_a_budget_buys_steps_and_names_the_compute_optimal_size() -> None:
     assert by_tokens.tokens == pytest.approx(7e9, rel=1e-3)
 
 
-def test_lines_fit_a_terminal_also_for_thousands_of_ranks() -> None:
+def test_lines_fit_a_terminal_even_for_thousands_of_ranks() -> None:
     for preset in preset_names():
         for device, nodes in (("a100-40gb", 1024), ("4090", 1)):
             per_node = DEVICES[device].per_node

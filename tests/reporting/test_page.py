@@ -17,7 +17,7 @@ from distgpt.cli import report_options
 from distgpt.config import resolve, to_toml
 from distgpt.errors import DataError, StorageError, UsageError
 from distgpt.report import main
-from distgpt.reporting.curves import MOST_POINTS, curve
+from distgpt.reporting.curves import MAX_POINTS, curve
 from distgpt.reporting.page import build_page
 from distgpt.reporting.record import Exit, read_run
 from distgpt.reporting.timeline import UNKNOWN, timeline
@@ -164,7 +164,7 @@ def test_damaged_checkpoints_are_listed_with_their_damage(tmp_path: Path) -> Non
     assert "manifest.json is missing" in build_page([read_run(tmp_path / "run")])
 
 
-def test_what_is_no_run_is_named(tmp_path: Path) -> None:
+def test_a_path_that_is_no_run_is_named(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "meta.json").touch()
     (tmp_path / "file").touch()
@@ -194,7 +194,7 @@ def test_the_timeline_has_the_parts_of_the_goodput_and_the_causes(tmp_path: Path
 def test_a_long_run_has_short_curves_that_keep_their_extremes() -> None:
     lines = [{"step": step, "loss": 9.0 if step == 54321 else step / 1e5} for step in range(100_000)]
     drawn = curve(lines, "loss")
-    assert len(drawn["x"]) <= MOST_POINTS + 2
+    assert len(drawn["x"]) <= MAX_POINTS + 2
     assert (drawn["x"][0], drawn["x"][-1], max(drawn["y"])) == (0, 99_999, 9.0)
     many = [Line(1, at=float(t), step=t, steps=float(t)) for t in range(10_000)]
     assert len(timeline(many, [], "running")[0]) <= 260

@@ -24,7 +24,7 @@ from distgpt.run.lock import RunLock
 from distgpt.run.paths import RunPaths
 from distgpt.telemetry.dashboard import FINAL_TAGS, GOODPUT, MFU, TRAIN_LOSS, VALIDATION_LOSS
 from distgpt.telemetry.metrics import Metrics, StepFigures, memory_bytes, perplexity
-from distgpt.telemetry.step_lines import read_metrics
+from distgpt.telemetry.step_lines import read_lines
 from tests import jobs
 
 
@@ -125,7 +125,7 @@ def test_no_step_is_logged_twice_after_a_kill(tmp_path: Path) -> None:
 def test_an_incomplete_last_line_is_removed(tmp_path: Path, incomplete: bytes) -> None:
     good = b'{"step": 4}\n{"step": 5}\n'
     (tmp_path / "metrics.jsonl").write_bytes(good + incomplete)
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 5]
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [4, 5]
     Metrics(tmp_path, resume_step=6, require_owned=owned).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == good
 
@@ -133,7 +133,7 @@ def test_an_incomplete_last_line_is_removed(tmp_path: Path, incomplete: bytes) -
 def test_a_damaged_line_does_not_hide_other_lines(tmp_path: Path) -> None:
     before, damaged, after = b'{"step": 4}\n', b'{"step": 5\xfd\n', b'{"step": 6}\n'
     (tmp_path / "metrics.jsonl").write_bytes(before + damaged + after + b'{"step": 7}\n')
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [4, 6, 7]
+    assert [line["step"] for line in read_lines(tmp_path / "metrics.jsonl")] == [4, 6, 7]
     Metrics(tmp_path, resume_step=6, require_owned=owned).close()
     assert (tmp_path / "metrics.jsonl").read_bytes() == before + damaged + after
 
@@ -265,7 +265,7 @@ def test_a_run_directory_that_cannot_be_written_is_a_storage_error(tmp_path: Pat
     with pytest.raises(StorageError, match=r"cannot write .*metrics\.jsonl"):
         Metrics(tmp_path / "missing", resume_step=0, require_owned=owned)
     with pytest.raises(StorageError, match="cannot read"):
-        read_metrics(tmp_path / "missing")
+        read_lines(tmp_path / "missing")
 
 
 def test_memory_grows_with_an_allocation() -> None:

@@ -18,7 +18,7 @@ from distgpt.telemetry.dashboard import GOODPUT
 from distgpt.telemetry.goodput import PARTS, read_goodput
 from distgpt.telemetry.metrics import Evaluation
 from distgpt.telemetry.progress import Progress
-from distgpt.telemetry.step_lines import read_metrics
+from distgpt.telemetry.step_lines import read_lines
 
 CONFIG = resolve(["--train.steps=6", "--log.every=1"], {})
 
@@ -62,8 +62,8 @@ def test_a_finished_attempt_prints_its_goodput_and_tensorboard_has_all_parts(
     assert " start " in last_line
     assert " 0.0s" not in last_line, "parts that took no time are left out"
     assert "recovery" not in last_line
-    assert [line["mfu"] * 60e3 for line in read_metrics(tmp_path / "metrics.jsonl")] == [
-        pytest.approx(line["tokens_per_second"]) for line in read_metrics(tmp_path / "metrics.jsonl")
+    assert [line["mfu"] * 60e3 for line in read_lines(tmp_path / "metrics.jsonl")] == [
+        pytest.approx(line["tokens_per_second"]) for line in read_lines(tmp_path / "metrics.jsonl")
     ]
     accumulator = EventAccumulator(str(tmp_path / "tb"))
     accumulator.Reload()

@@ -242,14 +242,14 @@ def _encode(units: Sequence[Unit], found: Scan, tokenizer: Tokenizer, directory:
         report.say(f"going on: {len(units) - len(todo)} of {len(units)} parts are done")
     if not todo:
         return
-    options = encode.EncodeOptions(
+    options = EncodeOptions(
         tokenizer=directory / vocabulary.FILE_NAME,
         eot_id=_eot_id(found, tokenizer),
         hashes=encode.hash_long_documents(found, workers) if found.documents > 1 else {},
         fast=_is_fast(tokenizer, found),
     )
     if not _encode_parts(todo, directory, options, workers):
-        report.say("gigatoken gives other ids than tiktoken for this text: encoding all of it anew without gigatoken")
+        report.say("gigatoken gives other ids than tiktoken for this text: encoding all of it again without gigatoken")
         for unit in units:
             parts.remove(directory / staging.PARTS, unit.index)
         _encode_parts(units, directory, replace(options, fast=False), workers)

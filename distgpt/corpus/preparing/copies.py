@@ -1,6 +1,6 @@
 """Find documents that are exact copies of others, by the text hashes in the tables of the parts.
 
-The first document with a text is kept or, if validation text was named and holds it too, the first there. So the result
+Of equal documents the first is kept, or the first in the validation text if that was named and holds one. So the result
 depends on the input alone. Memory: a byte for each document, and 40 bytes for each of at most PASS_DOCUMENTS hashes,
 which are compared at a time. If there are more documents, the tables are read several times.
 

@@ -73,7 +73,7 @@ def encode(
 
     Returns False if gigatoken gave other ids somewhere than the tokenizer: no part can be relied on then.
     """
-    runs = [list(group) for _, group in groupby(units, key=_read_together)]
+    runs = [list(group) for _, group in groupby(units, key=_file_key)]
     # A worker that starts inside a compressed file reads it from its beginning: divide one only if workers are idle.
     share = max(workers.count // len(runs), 1)
     tasks = []
@@ -133,14 +133,14 @@ def _text_hash(pieces: Iterable[str]) -> int:
     return int.from_bytes(digest.digest(), "big")
 
 
-def _read_together(unit: Unit) -> tuple[str, int]:
+def _file_key(unit: Unit) -> tuple[str, int]:
     """Return a key that is equal for units of one compressed file."""
     source = unit.pieces[0].piece.source
     return ("", unit.index) if source.is_seekable else (source.path, 0)
 
 
 def _check(tokenizer: Tokenizer | FastEncoder, piece: Piece, texts: Sequence[str], characters: int) -> int:
-    """Check the ids of up to so many characters; return the number still to check. Raises DataError."""
+    """Check the ids of at most `characters` characters; return how many are still to check. Raises DataError."""
     for text in texts:
         if not characters:
             break

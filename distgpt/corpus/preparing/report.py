@@ -1,6 +1,5 @@
 """The lines that a user sees: the progress of a phase, warnings, the summary of a dataset."""
 
-import re
 import sys
 import textwrap
 import time
@@ -16,7 +15,7 @@ from tqdm import tqdm
 from distgpt.corpus import shards
 from distgpt.corpus.preparing import merge
 from distgpt.corpus.preparing.scan import BadDocuments
-from distgpt.suggestion import training_command
+from distgpt.suggestion import training_command, wrapped_command
 from distgpt.units import duration
 
 LINE_SECONDS = 10.0
@@ -79,7 +78,7 @@ def _progress_text(done: int, total: int | None, seconds: float) -> str:
 
 
 def summary(output: Path, meta: dict[str, Any], *, bad: BadDocuments, ignored: Counter[str], seconds: float) -> str:
-    """Return the summary of a dataset, prepared in so many seconds, with a training command that fits it."""
+    """Return the summary of a dataset that took `seconds` to prepare, with a training command that fits it."""
     splits = [shards.shards_of(meta, name) for name in shards.SPLITS]
     all_shards = [shard for split in splits for shard in split]
     tokens = [sum(shard.tokens for shard in split) for split in splits]
@@ -107,7 +106,8 @@ def summary(output: Path, meta: dict[str, Any], *, bad: BadDocuments, ignored: C
     size = found["bytes"] / 1e6
     lines.append(f"text        {size:,.1f} MB in {seconds:.1f} s, {size / seconds:,.1f} MB/s")
     command = training_command(output, train_tokens=tokens[0], max_window=max_window)
-    return "\n".join([*map(_wrapped, lines), f"prepared    {output}", _wrapped_command(f"next        {command}")])
+    next_line = wrapped_command(f"next        {command}", indent=len(INDENT))
+    return "\n".join([*map(_wrapped, lines), f"prepared    {output}", next_line])
 
 
 def longest_document(index: Path) -> int:
@@ -119,18 +119,6 @@ def longest_document(index: Path) -> int:
 
 def _wrapped(line: str) -> str:
     return textwrap.fill(line, WIDTH, subsequent_indent=INDENT, break_long_words=False, break_on_hyphens=False)
-
-
-def _wrapped_command(text: str) -> str:
-    """Break a command at its options, so that it can be copied: a line that goes on ends in a backslash."""
-    lines = [""]
-    for number, part in enumerate(re.split(r" (?='?--)", text)):
-        if number and len(lines[-1]) + len(part) > WIDTH - len("  \\"):
-            lines[-1] += " \\"
-            lines.append(INDENT + part)
-        else:
-            lines[-1] += f" {part}" if number else part
-    return "\n".join(lines)
 
 
 def left_out_lines(ignored: Counter[str], bad: BadDocuments) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""Files that --input names by a URL: hf://, s3://, https:// and all else that fsspec knows."""
+"""Files that --input names by a URL: hf://, s3://, https:// and whatever else fsspec knows."""
 
 import glob
 import hashlib
@@ -54,7 +54,7 @@ def find(url: str) -> list[RemoteFile]:
             found = system.glob(path, detail=True)
         elif system.isdir(path):
             files = system.find(path, detail=True)
-            found = {name: info for name, info in files.items() if _counts_in_folder(PurePosixPath(name))}
+            found = {name: info for name, info in files.items() if _is_text(PurePosixPath(name))}
         else:
             found = {path: system.info(path)}
         names = sorted(name for name, info in found.items() if info["type"] == "file")
@@ -98,12 +98,12 @@ def _download(file: RemoteFile, target: Path, advance: Callable[[int], None]) ->
 
 
 def _remote_file(url: str, info: dict[str, Any]) -> RemoteFile:
-    # The facts that a file system tells of a file: its size and, as it has them, a hash, a tag or the time of a change.
+    # What a file system says of a file: its size and, if it has them, a hash, a tag or the time of its last change.
     facts = repr(sorted((key, value) for key, value in info.items()))
     return RemoteFile(url, info.get("size"), hashlib.sha256(f"{url} {facts}".encode()).hexdigest())
 
 
-def _counts_in_folder(path: PurePosixPath) -> bool:
+def _is_text(path: PurePosixPath) -> bool:
     plain = path.with_suffix("") if path.suffix in formats.COMPRESSIONS else path
     return plain.suffix in FOLDER_SUFFIXES and not path.name.startswith(".")
 
