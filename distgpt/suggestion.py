@@ -14,6 +14,7 @@ MIN_STEPS = 100
 # On a GPU, the first preset is suggested for which there are enough training tokens: read MANY_EPOCHS times, 20 tokens
 # per parameter.
 MIN_TOKENS_ON_GPU = {"modern-125m": 250_000_000, "seed": 22_000_000, "quickstart": 0}
+# Of what is printed for any terminal, in columns.
 WIDTH = 80
 
 

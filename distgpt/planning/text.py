@@ -8,11 +8,11 @@ from distgpt.distributed.memory import USABLE_SHARE
 from distgpt.planning.devices import LINK_EFFICIENCY
 from distgpt.planning.forecast import TOKENS_PER_PARAMETER, Forecast
 from distgpt.planning.layouts import GIB, Layout
-from distgpt.suggestion import wrapped_command
+from distgpt.suggestion import WIDTH, wrapped_command
 from distgpt.telemetry.console import step_time
 from distgpt.units import count_text, duration, scaled_text, size_text
 
-WIDTH, INDENT = 80, 13
+INDENT = 13
 PARTS = {
     "weights": "weight",
     "gradients": "grad",

@@ -15,14 +15,14 @@ from tqdm import tqdm
 from distgpt.corpus import shards
 from distgpt.corpus.preparing import merge
 from distgpt.corpus.preparing.scan import BadDocuments
-from distgpt.suggestion import training_command, wrapped_command
+from distgpt.suggestion import WIDTH, training_command, wrapped_command
 from distgpt.units import duration
 
 LINE_SECONDS = 10.0
 # tqdm fits them into the width of the terminal. The second is for an unknown size, and for work after the last byte.
 BAR = "{desc} {percentage:3.0f}% |{bar}| {n_fmt}/{total_fmt}B, {rate_fmt}, {remaining} left"
 BAR_WITHOUT_END = "{desc} {n_fmt}B, {elapsed} so far"
-WIDTH, INDENT = 80, " " * 12
+INDENT = " " * 12
 INDEX_ENTRIES = 2**20
 
 
