@@ -11,13 +11,18 @@ from distgpt.telemetry.metrics import memory_bytes
 from distgpt.telemetry.peaks import product_name
 from distgpt.units import size_text
 
+# On a CPU, a step of a narrower model is all overhead, and no share of the peak can be assumed.
+NARROWEST = 128
 
-def grade(config: Config, plan: Plan, seconds: float, *, vocab_size: int, peak: float | None) -> str:
+
+def grade(config: Config, plan: Plan, seconds: float, *, vocab_size: int, peak: float | None) -> str | None:
     """Say how far the measured seconds of a step, and the memory of this rank, are from the plan.
 
-    `peak`: FLOP/s of a device, None if unknown.
+    None for a model that is too narrow to plan for on a CPU. `peak`: FLOP/s of a device, None if unknown.
     """
     own = plan.runtime.device
+    if own.type == "cpu" and config.model.n_embd < NARROWEST:
+        return None
     device = known_device(own)
     if peak is None or device is None:
         parts = [f"step {step_time(seconds)}, not planned, since no peak or MFU is known for this device"]

@@ -1,6 +1,7 @@
 """The progress of a run: times its steps, and shows and records what was measured."""
 
 import importlib.util
+import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,11 +38,11 @@ class Progress:
         *,
         start_step: int,
         peak_tokens_per_second: float | None,
-        grade: Callable[[float], str] | None = None,
+        grade: Callable[[float], str | None] | None = None,
     ) -> None:
         """`peak_tokens_per_second`: the rate at an MFU of 1 on all devices together; None if unknown.
 
-        `grade` gets the mean seconds of the first steps and returns a line that compares them with the plan.
+        `grade` gets the median seconds of the first steps and may return a line that compares them with the plan.
         """
         self._paths, self._require_owned = session.paths, session.require_owned
         self._config, self._device = config, plan.runtime.device
@@ -60,7 +61,8 @@ class Progress:
         self._first_steps: list[float] = []
         self._ended: dict[int, float] = {}  # when each step ended, for those that are logged later
         self._predicted = False
-        self._grade, self._steps_seconds = grade, 0.0
+        self._grade = grade
+        self._graded_seconds: list[float] = []
         if self._metrics is not None:
             self._metrics.config(config, start_step)
             if importlib.util.find_spec("matplotlib") is None:
@@ -78,10 +80,12 @@ class Progress:
         seconds = self.goodput.step(step, data_wait=data_wait)
         self._data_wait += data_wait
         self._write_goodput()
-        if step > self._start_step + 1:  # the first step warms up
-            self._steps_seconds += seconds
+        if 1 < step - self._start_step <= GRADED_STEPS:  # the first step warms up
+            self._graded_seconds.append(seconds)
         if step == self._start_step + GRADED_STEPS and self._grade and self._metrics is not None:
-            self._console.message(self._grade(self._steps_seconds / (GRADED_STEPS - 1)))
+            line = self._grade(statistics.median(self._graded_seconds))
+            if line is not None:
+                self._console.message(line)
         return seconds
 
     def is_logged(self, step: int) -> bool:

@@ -190,11 +190,16 @@ def test_a_run_is_compared_with_its_plan(one_process: Runtime, monkeypatch: pyte
     flops = 8 * 256 * GPT(config.model, 65).flops_per_token()
     line = grade(config, plan, 3.0, vocab_size=65, peak=flops / 0.4 / 2)
     assert line == "plan      step 3000 ms, planned 2000 ms at an MFU of 40% (+50%)"
-    assert "no peak" in grade(config, plan, 3.0, vocab_size=65, peak=None)
+    line = grade(config, plan, 3.0, vocab_size=65, peak=None)
+    assert line is not None
+    assert "no peak" in line
+    narrow = replace(config, model=replace(config.model, n_embd=96))
+    assert grade(narrow, plan, 3.0, vocab_size=65, peak=1e11) is None
     gpu = replace(one_process, device=torch.device("cuda", 0), memory=80 * GIB)
     need = planned_memory(config, plan, 4, vocab_size=65).total
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100 80GB HBM3")
     monkeypatch.setattr("distgpt.planning.grade.memory_bytes", lambda device: int(1.1 * need))
     line = grade(config, replace(plan, runtime=gpu), 1.0, vocab_size=65, peak=flops / 0.4 / 2)
+    assert line is not None
     assert "step 1000 ms, planned 2000 ms at an MFU of 40% (-50%); memory " in line
     assert line.endswith("(+10%)")

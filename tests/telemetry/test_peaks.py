@@ -1,10 +1,12 @@
 """Peak speeds: exact figures for the listed devices, none for other devices."""
 
 import time
+from functools import partial
 
 import pytest
 import torch
 
+from distgpt.telemetry import peaks
 from distgpt.telemetry.peaks import device_peak_flops, named_peak_flops
 
 
@@ -61,6 +63,26 @@ def test_a_cpu_is_measured_quickly(dtype: torch.dtype) -> None:
     assert time.perf_counter() - started < 2, "0.3 s on an idle machine"
     assert peak is not None
     assert 1e8 < peak < 1e15
+
+
+def test_a_slow_first_round_is_not_taken_for_the_speed_of_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All processors are busy with other work at first, then for threads that wait for each other."""
+    clock = 0.0
+
+    def timed(product: partial[torch.Tensor], *, number: int, repeat: int) -> list[float]:
+        nonlocal clock
+        seconds = 2 * product.args[0].shape[0] ** 3 / 1e11 + (
+            0.025 if clock < 0.05 or torch.get_num_threads() > 1 else 0
+        )
+        clock += repeat * seconds
+        return [seconds] * repeat
+
+    threads = torch.get_num_threads()
+    monkeypatch.setattr(peaks.timeit, "repeat", timed)
+    monkeypatch.setattr(peaks.time, "perf_counter", lambda: clock)
+    assert device_peak_flops(torch.device("cpu"), torch.float32) == pytest.approx(1e11)
+    assert clock < 0.5
+    assert torch.get_num_threads() == threads
 
 
 def test_an_unknown_type_of_device_has_no_figure() -> None:

@@ -72,6 +72,20 @@ def test_a_finished_attempt_prints_its_goodput_and_tensorboard_has_all_parts(
     assert [event.step for event in accumulator.Scalars(GOODPUT)] == list(range(1, 7))
 
 
+def test_a_traced_or_slow_step_does_not_change_the_grade_of_a_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    graded: list[float] = []
+    plan = make_plan(CONFIG, Runtime(0, 0, 1, 1, torch.device("cpu")), vocab_size=11)
+    session = RunSession(RunPaths(tmp_path), 0)
+    with Progress(session, CONFIG, plan, start_step=0, peak_tokens_per_second=None, grade=graded.append) as progress:
+        seconds = {1: 90.0, 13: 60.0}
+        monkeypatch.setattr(progress.goodput, "step", lambda step, data_wait: seconds.get(step, 2.0))
+        for step in range(1, 25):
+            progress.step_done(step, data_wait=0.0)
+    assert graded == [2.0]
+
+
 def test_an_unwritable_goodput_file_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "goodput.jsonl").mkdir()
     train(tmp_path)
