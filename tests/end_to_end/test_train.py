@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,8 +110,7 @@ def test_the_console_shows_progress_and_stderr_stays_empty(whole: Callable[[str]
     assert lines[-2].startswith("goodput   ")
     assert "length    36 steps = 4,608 tokens, " in ended.stdout
     assert len([line for line in lines if line.startswith("time      32 more steps of ")]) == 1
-    assert len([line for line in lines if re.match(r"plan      step .* ms, planned .* at an MFU of 40% ", line)]) == 1
-    assert len(lines) == 7 + 36 + 3 + 2 + 2
+    assert len(lines) == 7 + 36 + 3 + 1 + 2
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
