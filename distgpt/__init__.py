@@ -23,6 +23,10 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
+def __dir__() -> list[str]:
+    return sorted(__all__)
+
+
 class _Package(ModuleType):
     """This package. Python sets an attribute for each submodule, which would hide the function `prepare`."""
 

@@ -36,6 +36,7 @@ def test_importing_it_imports_nothing_else() -> None:
 def test_all_names_are_there_and_no_other() -> None:
     assert all(hasattr(distgpt, name) for name in distgpt.__all__)
     assert not hasattr(distgpt, "train_all")
+    assert dir(distgpt) == sorted(distgpt.__all__), "what a prompt completes"
 
 
 def test_the_command_of_the_same_name_does_not_hide_the_function() -> None:
