@@ -66,14 +66,18 @@ def main(arguments: argparse.Namespace) -> None:
         return
     runs = read_runs(directory)
     width = shutil.get_terminal_size().columns
-    lines = [json.dumps(asdict(run)) for run in runs] if arguments.json else table(runs, directory, width)
-    print("\n".join(lines) if lines or arguments.json else f"no runs in {directory}")
+    if arguments.json:
+        lines = [json.dumps(asdict(run)) for run in runs]
+    else:
+        lines = table(runs, directory, width) or [f"no runs in {directory}"]
+    for line in lines:
+        print(line)
 
 
 def watch(directory: Path) -> None:
     """Show the runs until Ctrl-C, as many as the terminal has room for. Raises UsageError if there is no terminal."""
     if not sys.stdout.isatty():
-        raise UsageError("--watch needs a terminal: without one, leave it out")
+        raise UsageError("--watch needs a terminal: leave it out to print the table once")
     signal.signal(signal.SIGINT, signal.default_int_handler)
     with suppress(KeyboardInterrupt):
         while True:

@@ -95,6 +95,8 @@ def test_watching_shows_what_changes_until_ctrl_c(tmp_path: Path) -> None:
 def test_an_empty_directory_has_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     runs.main(*runs_options([str(tmp_path)]))
     assert capsys.readouterr().out == f"no runs in {tmp_path}\n"
+    runs.main(*runs_options([str(tmp_path), "--json"]))
+    assert capsys.readouterr().out == "", "no line, since an empty one is no JSON"
 
 
 @pytest.mark.parametrize(
