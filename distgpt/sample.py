@@ -64,9 +64,11 @@ def converse(model: GPT, tokenizer: Tokenizer, arguments: argparse.Namespace) ->
     if isinstance(sys.stdin, io.TextIOWrapper):
         sys.stdin.reconfigure(errors="replace")
     print("Type a prompt. Ctrl-C stops a text, Ctrl-D ends.", file=sys.stderr)
-    seed = arguments.seed
+    seed, before = arguments.seed, ""
     while True:
         try:
+            print(end=before)  # here, a second Ctrl-C is caught as well
+            before = ""
             prompt = input("> ")
             write_all([prompt], model, tokenizer, arguments, seed=seed)
             seed += arguments.samples
@@ -74,7 +76,7 @@ def converse(model: GPT, tokenizer: Tokenizer, arguments: argparse.Namespace) ->
             print()
             return
         except KeyboardInterrupt:
-            print()
+            before = "\n"
         except UsageError as error:
             print(f"distgpt: error: {error}", file=sys.stderr)
 

@@ -4,6 +4,7 @@ import json
 import os
 import pty
 import re
+import select
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -176,6 +177,16 @@ class Terminal:
     def type(self, text: str) -> None:
         os.write(self._terminal, text.encode())
 
+    def stop(self) -> None:
+        """Type Ctrl-C until there is a prompt. While it handles a key, readline takes a signal only at the next key."""
+        self.type(CTRL_C)
+        while "> " not in self._screen:
+            if select.select([self._terminal], [], [], 5.0)[0]:
+                self._screen += os.read(self._terminal, 4096).decode()
+            else:
+                self.type(CTRL_C)
+        self.read_until("> ")
+
     def wait(self) -> int:
         """Read to the end, and return the exit code."""
         with suppress(OSError):  # the end of a terminal
@@ -196,17 +207,15 @@ def test_prompts_are_asked_for_and_ctrl_c_stops_the_text_alone(whole: Callable[[
     terminal.type("golden\n")
     terminal.read_until("golden\r\ngolden")  # as it was typed, and at the start of the text
     terminal.read_until(" ")  # from the model: text is shown while more is written
-    terminal.type(CTRL_C)
-    terminal.read_until("> ")
-    terminal.type("half a line" + CTRL_C)
-    terminal.read_until("> ")
+    terminal.stop()
+    terminal.type("half a line")
+    terminal.stop()
     terminal.type("\u2603\n")
     terminal.read_until("distgpt: error: prompt: ")
     terminal.read_until("> ")
     terminal.type(UP + UP + "\n")
     terminal.read_until("golden\r\ngolden")
-    terminal.type(CTRL_C)
-    terminal.read_until("> ")
+    terminal.stop()
     terminal.type(CTRL_D)
     assert terminal.wait() == 0
 
