@@ -1,5 +1,6 @@
 """Sample from a trained run, and evaluate it."""
 
+import codecs
 import json
 import os
 import pty
@@ -166,11 +167,15 @@ class Terminal:
         if self.pid == 0:
             os.execve(command[0], command, {**os.environ, "TERM": "dumb", "OMP_NUM_THREADS": "1"})
         self._screen = ""
+        self._decoder = codecs.getincrementaldecoder("utf-8")()  # a read may end within a character
+
+    def _read(self) -> None:
+        self._screen += self._decoder.decode(os.read(self._terminal, 4096))
 
     def read_until(self, text: str) -> str:
         """Return what is shown up to and including `text`, since the last call."""
         while text not in self._screen:
-            self._screen += os.read(self._terminal, 4096).decode()
+            self._read()
         shown, found, self._screen = self._screen.partition(text)
         return shown + found
 
@@ -182,7 +187,7 @@ class Terminal:
         self.type(CTRL_C)
         while "> " not in self._screen:
             if select.select([self._terminal], [], [], 5.0)[0]:
-                self._screen += os.read(self._terminal, 4096).decode()
+                self._read()
             else:
                 self.type(CTRL_C)
         self.read_until("> ")
