@@ -61,11 +61,12 @@ class Progress:
         self._first_steps: list[float] = []
         self._ended: dict[int, float] = {}  # when each step ended, for those that are logged later
         self._predicted = False
+        self._draws = importlib.util.find_spec("matplotlib") is not None
         self._grade = grade
         self._graded_seconds: list[float] = []
         if self._metrics is not None:
             self._metrics.config(config, start_step)
-            if importlib.util.find_spec("matplotlib") is None:
+            if not self._draws:
                 self._console.message("no loss curve is drawn without the package matplotlib: pip install matplotlib")
         self._write_goodput()
 
@@ -179,7 +180,7 @@ class Progress:
             self._console.losses_of_datasets(step, result.val_losses)
         if self._metrics is not None:
             self._metrics.evaluation(step, **figures, val_losses=result.val_losses)
-            if importlib.util.find_spec("matplotlib") is None:
+            if not self._draws:
                 return
             try:
                 plot_losses(self._paths.metrics, self._paths.plot, require_owned=self._require_owned)
