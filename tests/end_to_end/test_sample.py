@@ -2,11 +2,13 @@
 
 import codecs
 import json
+import math
 import os
 import pty
 import re
 import select
 import sys
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import replace
@@ -183,13 +185,14 @@ class Terminal:
         os.write(self._terminal, text.encode())
 
     def stop(self) -> None:
-        """Type Ctrl-C until there is a prompt. While it handles a key, readline takes a signal only at the next key."""
-        self.type(CTRL_C)
+        """Type Ctrl-C until there is a prompt: readline, and Python in a callback, may miss one."""
+        typed = -math.inf
         while "> " not in self._screen:
-            if select.select([self._terminal], [], [], 5.0)[0]:
-                self._read()
-            else:
+            if time.monotonic() > typed + 5.0:
                 self.type(CTRL_C)
+                typed = time.monotonic()
+            if select.select([self._terminal], [], [], 1.0)[0]:
+                self._read()
         self.read_until("> ")
 
     def wait(self) -> int:
