@@ -23,10 +23,12 @@ SMALL = (
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
+def numerics() -> Iterator[None]:
+    """Leave to other tests what building an exact model sets."""
+    threads = torch.get_num_threads()
     yield
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(False)
 
 
 def rank_zero(ranks: int = 1, device: str = "cpu") -> Runtime:
