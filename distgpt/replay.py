@@ -28,7 +28,7 @@ from distgpt.checkpoint.reader import TrainingState, require_model
 from distgpt.config import Config, resolve
 from distgpt.corpus.loader import Loader
 from distgpt.corpus.shards import Dataset
-from distgpt.distributed.collectives import grad_norm_of
+from distgpt.distributed.gradients import gradients_of
 from distgpt.distributed.parallelize import build_model
 from distgpt.distributed.plan import make_plan
 from distgpt.distributed.process_group import process_group
@@ -128,7 +128,8 @@ def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> Non
     if start.checkpoint is not None:
         require_model(start.checkpoint, config, dataset.vocab_size)
     model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id)
-    optimizer = build_optimizer(model, config.optim, runtime.device.type)
+    gradients = gradients_of(model, plan)
+    optimizer = build_optimizer(model, config.optim, runtime.device.type, exact=plan.exact)
     outliers = OutlierFilter(config.health)
     if start.checkpoint is not None:
         TrainingState(model, optimizer, outliers).load(start.checkpoint)
@@ -140,9 +141,9 @@ def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> Non
     with closing(training_batches(config, plan, dataset, start_step=start.step)) as batches:
         for step in tqdm(range(start.step + 1, target), disable=None, leave=False):
             set_lr(optimizer, lr_at(step - 1, config.optim, config.train.steps))
-            loss = accumulate_gradients(model, batches.next_step(), step, plan, seed=seed)
-            norm = grad_norm_of(model)
-            decision = outliers.check(loss=loss.item(), grad_norm=norm.item())
+            losses = accumulate_gradients(gradients, batches.next_step(), step, seed=seed)
+            norm, figures = gradients.finish(losses, stop=False)
+            decision = outliers.check(loss=figures[0].item(), grad_norm=figures[1].item())
             if decision.action == "stop":
                 raise DataError(f"{decision.reason} at step {step} already: replay that step with --step={step}")
             if decision.action == "update":
@@ -151,11 +152,12 @@ def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> Non
         print(f"weights   {describe_weights(model)}")
         probe = Probe()
         with probe.watching(model), torch.compiler.set_stance("force_eager"):
-            loss = accumulate_gradients(model, batches.next_step(), target, plan, seed=seed)
+            losses = accumulate_gradients(gradients, batches.next_step(), target, seed=seed)
+            norm, figures = gradients.finish(losses, stop=False)
         print(f"step {target:<4} {describe_finding(probe.finding)}")
         if probe.finding is not None:
             print(f"samples   {describe_samples(batches, target, probe.finding.call, plan.micro_batch)}")
-    print(f"replayed  loss {loss.item():.7g} | gradient norm {grad_norm_of(model).item():.7g}")
+    print(f"replayed  loss {figures[0].item():.7g} | gradient norm {norm.item():.7g}")
 
 
 def describe_weights(model: nn.Module) -> str:
