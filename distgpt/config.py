@@ -41,6 +41,7 @@ NOT_NEGATIVE = (
     *("model.n_kv_head", "model.head_size", "model.norm_eps", "model.mlp_hidden", "model.loss_chunk", "optim.min_lr"),
     *("optim.warmup_steps", "optim.weight_decay", "optim.grad_clip", "train.micro_batch", "parallel.shard"),
     *("eval.every", "eval.sample_tokens", "checkpoint.every", "health.skip_z"),
+    "health.check_every",
 )
 # Larger than any model or batch, and small enough to try all divisors quickly.
 MAX_SIZE = 2**24
@@ -295,6 +296,13 @@ class HealthConfig:
         0.0, "skip an update if loss or gradient norm is this many standard deviations above recent ones; 0: never"
     )
 
+    check_every: int = option(
+        0,
+        "with exact reduction: steps between checks in which each rank also computes a micro-batch of the next rank; "
+        "results that differ end the run; 0: never",
+        "STEPS",
+    )
+
     @property
     def collective_timeout(self) -> float:
         """Seconds until a collective fails. Longer than the watchdog's limits, since the watchdog names the cause."""
@@ -424,6 +432,9 @@ def check(config: Config) -> None:
     _require(optim.min_lr <= optim.lr, f"optim.min_lr is {optim.min_lr}: it must be at most optim.lr = {optim.lr}")
     traced = config.profile.range.stop - 1
     _require(traced <= config.train.steps, f"profile.steps ends at {traced}, but train.steps is {config.train.steps}")
+    if config.health.check_every:
+        exact = config.parallel.reduction == "exact"
+        _require(exact, "health.check_every compares gradients to the bit: it needs --parallel.reduction=exact")
     if config.parallel.strategy == "diloco":
         # The groups share one model only after an outer step, and only that can be evaluated or kept at the end.
         for key in ("train.steps", "eval.every"):

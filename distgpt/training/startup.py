@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from distgpt.checkpoint.compatibility import require_same_run, with_choices_of
-from distgpt.checkpoint.manifest import committed
+from distgpt.checkpoint.manifest import RunState, committed
 from distgpt.checkpoint.store import checkpoint_bytes, require_space, require_writable
 from distgpt.config import Config, shares_of, to_dict, to_toml
 from distgpt.corpus.loader import EvaluationBatches, Loader
@@ -37,6 +37,7 @@ from distgpt.run.lock import Owner
 from distgpt.run.session import NFS_ATTRIBUTE_CACHE_SECONDS, RunSession
 from distgpt.telemetry.progress import Progress
 from distgpt.training.step_report import peak_tokens_per_second
+from distgpt.training.summary import warnings
 
 log = logging.getLogger("distgpt")
 
@@ -142,8 +143,14 @@ def explaining_out_of_memory(config: Config, plan: Plan, dataset: Dataset) -> It
         raise UsageError(f"out of memory with micro-batches of {plan.micro_batch} ({first_line}): {fix}") from error
 
 
-def record_config(config: Config, plan: Plan, session: RunSession) -> None:
-    """Write the config of the run with the micro-batch and the data type in use, on which its result depends."""
+def record_start(config: Config, plan: Plan, dataset: Dataset, session: RunSession, restored: RunState | None) -> None:
+    """Warn of values that look like mistakes, and write the config of the run.
+
+    With the micro-batch and the data type in use, on which its result depends. `restored`: of the checkpoint that it
+    goes on from.
+    """
+    for line in warnings(config, dataset.train, restored):
+        warn(line)
     session.require_owned()
     resolved = replace(config, train=replace(config.train, micro_batch=plan.micro_batch, dtype=plan.dtype_name))
     write_file(session.paths.config, to_toml(resolved).encode())

@@ -32,18 +32,24 @@ def accumulate_gradients(
     After gradients.finish(), which takes the losses, gradients are means over the global batch. `seed`: of the run.
     `after_each` gets the number of micro-batches that are done, and their total number.
     """
-    model, plan = gradients.model, gradients.plan
-    device, count = plan.runtime.device, len(micro_batches)
+    count = len(micro_batches)
+    first = gradients.plan.runtime.rank * count
     losses = []
-    for index, (x_BT, y_BT) in enumerate(micro_batches):
-        seed_dropout(device, dropout_seed(seed, step, plan.runtime.rank * count + index))
+    for index, micro_batch in enumerate(micro_batches):
         with gradients.micro_batch(last=index == count - 1):
-            with autocast(device, plan.dtype):
-                loss = model(x_BT, y_BT).mean() * gradients.loss_weight
-            loss.backward()
-        losses.append(loss.detach())
+            losses.append(differentiate(gradients, micro_batch, step, first + index, seed=seed))
         after_each(index + 1, count)
     return torch.stack(losses)
+
+
+def differentiate(gradients: Gradients, micro_batch: MicroBatch, step: int, index: int, *, seed: int) -> Tensor:
+    """Run forward and backward over one micro-batch, number `index` of the global batch. Returns its weighted loss."""
+    plan, (x_BT, y_BT) = gradients.plan, micro_batch
+    seed_dropout(plan.runtime.device, dropout_seed(seed, step, index))
+    with autocast(plan.runtime.device, plan.dtype):
+        loss: Tensor = gradients.model(x_BT, y_BT).mean() * gradients.loss_weight
+    loss.backward()
+    return loss.detach()
 
 
 class StopCheck:
