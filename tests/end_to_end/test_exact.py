@@ -1,4 +1,4 @@
-"""With parallel.reduction=exact, weights do not depend on the number of ranks, and ranks that compute wrongly are found.
+"""Exact reduction: weights do not depend on the number of ranks, and ranks that compute wrongly are found.
 
 tests/end_to_end/test_equivalence.py compares more layouts in less time, without the commands.
 """
