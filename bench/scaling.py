@@ -51,6 +51,7 @@ import torch.distributed as dist
 from distgpt.config import resolve
 from distgpt.distributed.diloco import OuterOptimizer
 from distgpt.distributed.gradients import gradients_of
+from distgpt.distributed.memory import EXACT_SUM_BYTES
 from distgpt.distributed.parallelize import build_model, unwrap_model
 from distgpt.distributed.plan import make_plan
 from distgpt.distributed.process_group import process_group
@@ -73,7 +74,7 @@ BETWEEN_HOSTS: dict[str, dict[str, int]] = {
     "hsdp": {"shard": 2},
     "diloco": {"shard": 2, "outer_every": 5},
 }
-PARTS = ("bytes", "hosts", "timings")
+PARTS = ("bytes", "hosts", "exact", "timings")
 # bytes of gloo's reduce-scatter, as a multiple of (n - 1) X
 R = 2
 
@@ -94,6 +95,7 @@ class Job:
     shard: int = 0
     outer_every: int = 1
     interface: str = "lo"
+    reduction: str = "default"
 
     @property
     def micro_batches(self) -> int:
@@ -123,11 +125,12 @@ def expected_between_two_hosts(job: Job, blocks: int, root: int) -> float:
 
 def expected_traffic(job: Job, blocks: int, root: int, *, per_node: int) -> tuple[Traffic, Traffic]:
     """Return the traffic of a step in float32 that shards, gathers in each micro-batch and reduces once."""
-    total, shards = blocks + root, {"ddp": 1, "fsdp": job.ranks}.get(job.strategy, job.shard)
+    summed = (blocks + root) * (EXACT_SUM_BYTES // 4 if job.reduction == "exact" else 1)
+    shards = {"ddp": 1, "fsdp": job.ranks}.get(job.strategy, job.shard)
     gathered = gathered_bytes(blocks, root, micro_batches=job.micro_batches, reshard=True)
     return (
-        shard_traffic(gathered + R * total, shards=shards, per_node=per_node),
-        replica_traffic(total / job.outer_every, ranks=job.ranks, shards=shards, per_node=per_node),
+        shard_traffic(gathered + R * summed, shards=shards, per_node=per_node),
+        replica_traffic(summed / job.outer_every, ranks=job.ranks, shards=shards, per_node=per_node),
     )
 
 
@@ -205,6 +208,7 @@ def measure(job: Job, runtime: Runtime) -> Measured:
         f"--parallel.strategy={job.strategy}",
         f"--parallel.shard={job.shard}",
         f"--parallel.outer_every={job.outer_every}",
+        f"--parallel.reduction={job.reduction}",
         *("--parallel.reshard=true", "--parallel.reduce=step"),  # as where memory is short
     )
     config = resolve([*SHAPE, *batch, *parallel, "--train.dtype=float32"], {})
@@ -265,6 +269,25 @@ def show_between_hosts() -> None:
                 show(f"{strategy:7}2 x 2 ranks", job, measured, expected)
 
 
+def show_exact(rounds: int) -> None:
+    print(f"\nexact reduction on two ranks against the default, median of {rounds} rounds (lowest to highest)")
+    for strategy in ("ddp", "fsdp"):
+        for micro_batches in (1, 4):
+            jobs = [
+                Job(strategy, 2, 2 * 8 * micro_batches, micro_batch=8, steps=15, reduction=reduction)
+                for reduction in ("default", "exact")
+            ]
+            pairs = [[run(job) for job in jobs] for _ in range(rounds)]
+            times = [exact.seconds / usual.seconds for usual, exact in pairs]
+            sent = [exact.wire_bytes / usual.wire_bytes for usual, exact in pairs]
+            spread = f"{min(times):.2f} to {max(times):.2f}"
+            print(
+                f"{strategy:5} micro-batches: {micro_batches}: {statistics.median(times):.2f} of the time ({spread}), "
+                f"{statistics.median(sent):.2f} of the bytes",
+                flush=True,
+            )
+
+
 def show(label: str, job: Job, measured: Measured, expected: float) -> None:
     counted = measured.wire_bytes
     label = f"{label}, micro-batches: {job.micro_batches}"
@@ -312,6 +335,8 @@ def main() -> None:
         show_bytes([2, 4])
     if "hosts" in parts:
         show_between_hosts()
+    if "exact" in parts:
+        show_exact(arguments.rounds)
     if "timings" in parts:
         show_timings([n for n in (1, 2, 4, 8) if n <= cores], arguments.rounds)
 
