@@ -1,6 +1,6 @@
 """Benchmark of scaling: bytes sent and step times for several numbers of ranks.
 
-    python bench/scaling.py [bytes] [hosts] [timings] [--rounds N]
+    python bench/scaling.py [bytes] [hosts] [exact] [timings] [--rounds N]
 
 Bytes on the wire
     S: bytes of all parameters in float32; S_b of them are in the blocks, S_r in the root (embeddings, last norm, head).
@@ -21,6 +21,9 @@ Bytes on the wire
     fsdp   2 (n - 1) / n (A (2 S_b + S_r) + R S)
     hsdp   with one host per group: only the all-reduce between two groups, 2 S, for any number of ranks per host
     diloco the same, but of weights, and only after every H-th step: 2 S / H
+
+    With parallel.reduction=exact gradients are integers of 8 bytes, twice S, and FSDP's reduce-scatter is an all-to-all,
+    which sends (n - 1) X with any backend.
 
     The kernel's counters also include headers, acknowledgements and three scalar reductions per step.
 
@@ -125,12 +128,13 @@ def expected_between_two_hosts(job: Job, blocks: int, root: int) -> float:
 
 def expected_traffic(job: Job, blocks: int, root: int, *, per_node: int) -> tuple[Traffic, Traffic]:
     """Return the traffic of a step in float32 that shards, gathers in each micro-batch and reduces once."""
-    summed = (blocks + root) * (EXACT_SUM_BYTES // 4 if job.reduction == "exact" else 1)
+    exact = job.reduction == "exact"
+    total = (blocks + root) * EXACT_SUM_BYTES / 4 if exact else blocks + root
     shards = {"ddp": 1, "fsdp": job.ranks}.get(job.strategy, job.shard)
     gathered = gathered_bytes(blocks, root, micro_batches=job.micro_batches, reshard=True)
     return (
-        shard_traffic(gathered + R * summed, shards=shards, per_node=per_node),
-        replica_traffic(summed / job.outer_every, ranks=job.ranks, shards=shards, per_node=per_node),
+        shard_traffic(gathered + (1 if exact else R) * total, shards=shards, per_node=per_node),
+        replica_traffic(total / job.outer_every, ranks=job.ranks, shards=shards, per_node=per_node),
     )
 
 
