@@ -1,6 +1,5 @@
 """One optimizer step: the gradients of the global batch, then the update."""
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,6 +12,7 @@ from distgpt.corpus.loader import MicroBatch
 from distgpt.distributed.parallelize import autocast, gradient_sync
 from distgpt.distributed.plan import Plan
 from distgpt.distributed.runtime import Runtime
+from distgpt.model.dropout import derived_seed
 
 # Ranks compare their stop requests every so many seconds, or after each micro-batch if one takes longer.
 CHECK_SECONDS = 5.0
@@ -31,14 +31,21 @@ def accumulate_gradients(
 
     Gradients become means over the global batch. `seed`: of the run. `after_each` gets the number of micro-batches that
     are done, and their total number.
+
+    On a CPU the dropout masks of a sequence depend on (seed, step, its position in the global batch) alone. A GPU and
+    compiled code draw those of a whole micro-batch from one seed.
     """
     device, count = plan.runtime.device, len(micro_batches)
+    by_sequence = device.type == "cpu" and not plan.compile
     loss_sum = torch.zeros((), device=device)
     for index, (x_BT, y_BT) in enumerate(micro_batches):
-        seed_dropout(device, dropout_seed(seed, step, plan.runtime.rank * count + index))
+        first = (plan.runtime.rank * count + index) * len(x_BT)
+        seeds = [derived_seed(seed, step, position) for position in range(first, first + len(x_BT))]
+        if not by_sequence:
+            seed_dropout(device, seeds[0])
         with gradient_sync(model, plan, last=index == count - 1):
             with autocast(device, plan.dtype):
-                loss = model(x_BT, y_BT).mean() / count
+                loss = model(x_BT, y_BT, dropout_seeds=seeds if by_sequence else None).mean() / count
             loss.backward()
         loss_sum += loss.detach()
         after_each(index + 1, count)
@@ -84,12 +91,6 @@ def seed_dropout(device: torch.device, seed: int) -> None:
         torch.mps.manual_seed(seed)
     else:
         torch.default_generator.manual_seed(seed)
-
-
-def dropout_seed(seed: int, step: int, micro_batch_index: int) -> int:
-    """Return the seed of dropout in one micro-batch of the global batch, whichever rank computes it."""
-    digest = hashlib.blake2b(f"{seed} {step} {micro_batch_index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
 
 
 def apply_update(

@@ -77,7 +77,7 @@ def counted_peak(config: Config, sequences: int) -> int:
 
 
 def attention_of_gpus(
-    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, *, mask: Tensor | None, dropout_p: float
+    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, *, mask: Tensor | None, dropout_p: float, generators: object
 ) -> Tensor:
     """Attend in one fused kernel, which keeps no weights."""
     causal = mask is None
