@@ -128,7 +128,7 @@ def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> Non
     if start.checkpoint is not None:
         require_model(start.checkpoint, config, dataset.vocab_size)
     model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id)
-    optimizer = build_optimizer(model, config.optim, runtime.device.type)
+    optimizer = build_optimizer(model, config.optim, runtime.device.type, plan.dtype)
     outliers = OutlierFilter(config.health)
     if start.checkpoint is not None:
         TrainingState(model, optimizer, outliers).load(start.checkpoint)

@@ -67,7 +67,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     health, runtime, last = config.health, plan.runtime, config.train.steps
     watchdog.heartbeat("building the model", health.start_timeout)
     model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id)
-    optimizer = build_optimizer(model, config.optim, runtime.device.type)
+    optimizer = build_optimizer(model, config.optim, runtime.device.type, plan.dtype)
     outer = OuterOptimizer(unwrap_model(model), config, plan) if plan.strategy == "diloco" else None
     outliers = OutlierFilter(health)
     checkpoints = Checkpointer(session, config, plan, dataset, TrainingState(model, optimizer, outliers, outer))

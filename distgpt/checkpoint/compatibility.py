@@ -12,7 +12,7 @@ from distgpt.errors import DataError, UsageError
 from distgpt.machine import available_gpus, cpu_has_one_of
 
 # Keys outside of model.* that change the result.
-FIXED_KEYS = ("run.seed", "train.global_batch")
+FIXED_KEYS = ("run.seed", "optim.name", "train.global_batch")
 # Keys of model.* that do not change the result.
 FREE_KEYS = ("model.loss_chunk",)
 

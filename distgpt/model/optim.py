@@ -1,44 +1,57 @@
-"""The optimizer: parameter groups, AdamW, and the learning rate as a pure function of the step.
+"""The optimizer: parameter groups, AdamW with or without Muon, and the learning rate as a pure function of the step.
 
 AdamW: Loshchilov & Hutter 2017, arXiv:1711.05101.
 """
 
 import math
+from collections.abc import Collection
 from typing import Any
 
 import torch
 from torch import nn
 
 from distgpt.config import OptimConfig
+from distgpt.model.muon import Muon, block_matrices
 
 # Devices with a fused kernel that updates all parameters at once, sharded ones (DTensor) included, in float32.
 FUSED_DEVICES = ("cuda", "mps", "cpu")
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+def parameter_groups(
+    model: nn.Module, weight_decay: float, *, without: Collection[nn.Parameter] = ()
+) -> list[dict[str, Any]]:
     """Return two groups: matrices and embeddings with weight decay, biases and norms without (GPT-3, nanoGPT).
 
-    For a sharded parameter the number of dims of the whole tensor counts, which is a DTensor's ndim.
+    `without`: parameters to leave out. For a sharded parameter the number of dims of the whole tensor counts, which is
+    a DTensor's ndim.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
+    left_out = set(without)
+    parameters = [p for p in model.parameters() if p.requires_grad and p not in left_out]
     return [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig, device_type: str) -> torch.optim.AdamW:
-    """Build AdamW over the model's parameters, fused if the device has a fused kernel. Call it after sharding.
+def build_optimizer(
+    model: nn.Module, config: OptimConfig, device_type: str, dtype: torch.dtype = torch.float32
+) -> torch.optim.Optimizer:
+    """Build AdamW over the model's parameters, or Muon over the matrices of its blocks and AdamW over the others.
 
-    The learning rate is the peak, optim.lr, until the caller sets another one with set_lr.
+    AdamW is fused if the device has a fused kernel. The learning rate is the peak, optim.lr, until the caller sets
+    another one with set_lr. Call it after sharding. `dtype`: of the products in Muon.
     """
-    return torch.optim.AdamW(
-        parameter_groups(model, config.weight_decay),
+    matrices = block_matrices(model) if config.name == "muon" else []
+    adamw = torch.optim.AdamW(
+        parameter_groups(model, config.weight_decay, without=matrices),
         lr=config.lr,
         betas=(config.beta1, config.beta2),
         eps=config.eps,
         fused=True if device_type in FUSED_DEVICES else None,
     )
+    if config.name == "adamw":
+        return adamw
+    return Muon(matrices, adamw, weight_decay=config.weight_decay, dtype=dtype)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> float:

@@ -98,8 +98,8 @@ def apply_update(
 ) -> None:
     """Take an optimizer step, with gradients scaled down from `grad_norm` to a norm of at most `clip` (0: unscaled).
 
-    A `skip` of 1.0 leaves weights and moments as they are. Fused AdamW reads both on the device, as torch's GradScaler
-    hands them to it, so the host need not know them. AdamW on an Apple GPU ignores them.
+    A `skip` of 1.0 leaves weights and moments as they are. Fused AdamW and Muon read both on the device, as torch's
+    GradScaler hands them over, so the host need not know them. AdamW on an Apple GPU ignores them.
     """
     assert optimizer.defaults["fused"]
     fused: Any = optimizer  # these attributes have no type in torch
