@@ -22,8 +22,8 @@ Bytes on the wire
     hsdp   with one host per group: only the all-reduce between two groups, 2 S, for any number of ranks per host
     diloco the same, but of weights, and only after every H-th step: 2 S / H
 
-    With parallel.reduction=exact gradients are integers of 8 bytes, twice S. FSDP's reduce-scatter is an all-to-all, which
-    sends (n - 1) X with any backend.
+    With parallel.reduction=exact gradients are integers of 8 bytes, twice S. FSDP's reduce-scatter is an all-to-all,
+    which sends (n - 1) X with any backend.
 
     The kernel's counters also include headers, acknowledgements and three scalar reductions per step.
 

@@ -52,6 +52,7 @@ BOUNDED = (
 
 # Names of keys and presets in other trainers, each with the one to suggest.
 SUGGESTED_KEYS = {
+    "optimizer": "optim.name",
     **dict.fromkeys(("learning_rate", "max_lr", "peak_lr"), "optim.lr"),
     **dict.fromkeys(("min_learning_rate", "final_lr"), "optim.min_lr"),
     **dict.fromkeys(("warmup", "warmup_iters", "num_warmup_steps"), "optim.warmup_steps"),
@@ -156,8 +157,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    name: Literal["adamw", "muon"] = option(
+        "adamw", "AdamW, or Muon for the weights of attention and feed-forward networks and AdamW for the rest"
+    )
     lr: float = option(3e-4, "peak learning rate")
     min_lr: float = option(0.0, "learning rate at the end of the decay")
     warmup_steps: int = option(0, "steps of linear warm-up", "STEPS")
@@ -165,7 +169,7 @@ class OptimConfig:
         "constant", "after warm-up: constant, cosine decay to min_lr, or constant, then linear decay (wsd)"
     )
     decay_fraction: float = option(0.2, "share of all steps in which wsd decays")
-    weight_decay: float = option(0.01, "weight decay of AdamW, for matrices only")
+    weight_decay: float = option(0.01, "weight decay, for matrices only")
     beta1: float = option(0.9, "AdamW: decay of the first moment")
     beta2: float = option(0.999, "AdamW: decay of the second moment")
     eps: float = option(1e-8, "AdamW: added to the denominator")

@@ -70,7 +70,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     watchdog.heartbeat("building the model", health.start_timeout)
     model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id)
     gradients = gradients_of(model, plan)
-    optimizer = build_optimizer(model, config.optim, runtime.device.type, exact=plan.exact)
+    optimizer = build_optimizer(model, config.optim, runtime.device.type, plan.dtype, exact=plan.exact)
     outer = OuterOptimizer(unwrap_model(model), config, plan) if plan.strategy == "diloco" else None
     outliers = OutlierFilter(health)
     checkpoints = Checkpointer(session, config, plan, dataset, TrainingState(model, optimizer, outliers, outer))

@@ -31,7 +31,7 @@ from distgpt.distributed.exact import (
 from distgpt.distributed.mesh import same_shard_group
 from distgpt.distributed.parallelize import unwrap_model
 from distgpt.distributed.plan import Plan
-from distgpt.model.optim import local_shard
+from distgpt.model.adamw import local_shard
 
 
 class Gradients:
