@@ -19,9 +19,9 @@ EXACT = (
 )
 # Each goes on from the checkpoint of the one before.
 LAYOUTS = (
-    (4, "--parallel.strategy=ddp"),
-    (3, "--parallel.strategy=fsdp"),
-    (4, "--parallel.strategy=hsdp", "--parallel.shard=2"),
+    (4, ("--parallel.strategy=ddp",)),
+    (3, ("--parallel.strategy=fsdp",)),
+    (4, ("--parallel.strategy=hsdp", "--parallel.shard=2")),
 )
 # distgpt.train where rank 1 flips a bit in each matrix product of the first MLP, from its call number FIRST on.
 FAULTY = """
@@ -45,7 +45,7 @@ runpy.run_module("distgpt.train", run_name="__main__", alter_sys=False)
 def test_weights_are_the_same_on_changing_numbers_of_ranks(prepared: Path, tmp_path: Path) -> None:
     alone, parts = tmp_path / "alone", tmp_path / "parts"
     assert jobs.train(1, *tiny(prepared, alone), *EXACT).code == 0
-    for steps, (ranks, *layout) in zip((2, 4, 6), LAYOUTS, strict=True):
+    for steps, (ranks, layout) in zip((2, 4, 6), LAYOUTS, strict=True):
         ended = jobs.train(ranks, *tiny(prepared, parts), *EXACT, f"--train.steps={steps}", *layout)
         assert ended.code == 0, ended
         assert "gradients are summed exactly" in re.sub(r"\s+", " ", ended.stdout)
