@@ -129,7 +129,7 @@ def replay(start: Start, target: int, runtime: Runtime, dataset: Dataset) -> Non
         require_model(start.checkpoint, config, dataset.vocab_size)
     model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id)
     gradients = gradients_of(model, plan)
-    optimizer = build_optimizer(model, config.optim, runtime.device.type, exact=plan.exact)
+    optimizer = build_optimizer(model, config.optim, runtime.device.type, plan.dtype, exact=plan.exact)
     outliers = OutlierFilter(config.health)
     if start.checkpoint is not None:
         TrainingState(model, optimizer, outliers).load(start.checkpoint)
