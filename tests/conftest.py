@@ -1,5 +1,6 @@
 """Fixtures and options of all tests. jobs.py starts processes; workers.py has the order in which tests run."""
 
+import os
 import random
 import signal
 import string
@@ -7,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the workers share the cores, and tensors are small
 
 from tests import jobs
 from tests.once import made_once
