@@ -60,8 +60,6 @@ T = TypeVar("T")
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and sets the size of a pipe")
 _cores = itertools.cycle(sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else [0])
-if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
-    next(_cores)  # begin with another core than worker gw0
 
 
 @dataclass(frozen=True)
