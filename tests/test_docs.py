@@ -273,7 +273,7 @@ def test_each_key_in_the_text_is_one() -> None:
 
 
 def test_each_option_in_the_text_is_one() -> None:
-    names = ("plan", "prepare", "sample", "evaluate", "export", "report", "replay", "doctor", "runs", "train")
+    names = ("plan", "prepare", "sample", "evaluate", "export", "report", "replay", "verify", "doctor", "runs", "train")
     text = " ".join(jobs.command(name, "--help", **jobs.NOT_FORKED).stdout for name in names)
     known = {*re.findall(r"--[\w-]+", text), *FOREIGN_OPTIONS, *NO_KEYS, "--fast"}
     for file, span in code_spans():
