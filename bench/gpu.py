@@ -51,8 +51,8 @@ sys.path.insert(0, str(PROJECT))
 from distgpt.config import Config, resolve  # noqa: E402
 from distgpt.corpus.shard_writer import Documents, write_dataset  # noqa: E402
 from distgpt.corpus.tokenizer.simple import ByteTokenizer  # noqa: E402
-from distgpt.distributed.collectives import grad_norm_of, reduce_scalars  # noqa: E402
 from distgpt.distributed.device import missing_for_triton  # noqa: E402
+from distgpt.distributed.gradients import gradients_of  # noqa: E402
 from distgpt.distributed.memory import MemoryModel  # noqa: E402
 from distgpt.distributed.parallelize import autocast, build_model, unwrap_model  # noqa: E402
 from distgpt.distributed.plan import Plan, make_plan  # noqa: E402
@@ -186,16 +186,16 @@ class Trainee:
         self.config, self.plan = config, plan
         self.model = build_model(config, plan, vocab_size=bench.vocabulary, eot_id=0)
         self.optimizer = build_optimizer(self.model, config.optim, plan.runtime.device.type)
+        self.gradients = gradients_of(self.model, plan)
         self.reader = FigureReader(plan.runtime, at_once=False)
         self.steps = 0
 
     def step(self, micro_batches: Sequence[tuple[Tensor, Tensor]]) -> None:
         self.steps += 1
-        loss = accumulate_gradients(self.model, micro_batches, self.steps, self.plan, seed=0)
-        norm = grad_norm_of(self.model)
-        sums = reduce_scalars(loss, norm, False, self.plan.runtime)
-        self.reader.add(self.steps, sums, lr=0.0)
-        apply_update(self.optimizer, norm, clip=self.config.optim.grad_clip, skip=not_finite(sums))
+        losses = accumulate_gradients(self.gradients, micro_batches, self.steps, seed=0)
+        norm, figures = self.gradients.finish(losses, stop=False)
+        self.reader.add(self.steps, figures, lr=0.0)
+        apply_update(self.optimizer, norm, clip=self.config.optim.grad_clip, skip=not_finite(figures))
         self.optimizer.zero_grad()
 
 

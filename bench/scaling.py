@@ -49,8 +49,8 @@ import torch
 import torch.distributed as dist
 
 from distgpt.config import resolve
-from distgpt.distributed.collectives import grad_norm_of, reduce_scalars
 from distgpt.distributed.diloco import OuterOptimizer
+from distgpt.distributed.gradients import gradients_of
 from distgpt.distributed.parallelize import build_model, unwrap_model
 from distgpt.distributed.plan import make_plan
 from distgpt.distributed.process_group import process_group
@@ -210,7 +210,8 @@ def measure(job: Job, runtime: Runtime) -> Measured:
     config = resolve([*SHAPE, *batch, *parallel, "--train.dtype=float32"], {})
     plan = make_plan(config, runtime, vocab_size=VOCABULARY)
     model = build_model(config, plan, vocab_size=VOCABULARY, eot_id=None)
-    optimizer = build_optimizer(model, config.optim, runtime.device.type)
+    gradients = gradients_of(model, plan)
+    optimizer = build_optimizer(model, config.optim, runtime.device.type, exact=plan.exact)
     outer = OuterOptimizer(unwrap_model(model), config, plan) if plan.strategy == "diloco" else None
     tokens = torch.randint(VOCABULARY, (job.micro_batch, BLOCK_SIZE + 1))
     micro_batches = [(tokens[:, :-1], tokens[:, 1:])] * job.micro_batches
@@ -221,9 +222,8 @@ def measure(job: Job, runtime: Runtime) -> Measured:
                 dist.barrier()
             before = wire_bytes(job.interface)
         started = time.perf_counter()
-        loss = accumulate_gradients(model, micro_batches, step, plan, seed=config.run.seed)
-        grad_norm = grad_norm_of(model)
-        reduce_scalars(loss, grad_norm, False, runtime)
+        losses = accumulate_gradients(gradients, micro_batches, step, seed=config.run.seed)
+        grad_norm, _ = gradients.finish(losses, stop=False)
         apply_update(optimizer, grad_norm, clip=config.optim.grad_clip)
         optimizer.zero_grad()
         if outer is not None and step % job.outer_every == 0:

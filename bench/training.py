@@ -39,7 +39,7 @@ from results import processor, write_section
 
 from distgpt.config import Config, resolve
 from distgpt.corpus.shards import open_dataset
-from distgpt.distributed.collectives import grad_norm_of, reduce_scalars
+from distgpt.distributed.gradients import gradients_of
 from distgpt.distributed.parallelize import build_model
 from distgpt.distributed.plan import make_plan
 from distgpt.distributed.process_group import process_group
@@ -85,18 +85,17 @@ def distgpt_step(shape: Shape, dtype: str) -> Step:
     config, runtime = config_of(shape, dtype), this_rank()
     plan = make_plan(config, runtime, vocab_size=shape.vocabulary)
     model = build_model(config, plan, vocab_size=shape.vocabulary, eot_id=None)
-    optimizer = build_optimizer(model, config.optim, "cpu")
+    gradients, optimizer = gradients_of(model, plan), build_optimizer(model, config.optim, "cpu")
     x_BT, y_BT = random_batch(replace(shape, batch=plan.micro_batch * plan.accumulation))
     micro_batches = list(zip(torch.split(x_BT, plan.micro_batch), torch.split(y_BT, plan.micro_batch), strict=True))
 
     reader = FigureReader(runtime, at_once=False)
 
     def step() -> float:
-        loss = accumulate_gradients(model, micro_batches, 1, plan, seed=1)
-        norm = grad_norm_of(model)
-        reader.add(1, sums := reduce_scalars(loss, norm, False, runtime), lr=config.optim.lr)
+        norm, values = gradients.finish(accumulate_gradients(gradients, micro_batches, 1, seed=1), stop=False)
+        reader.add(1, values, lr=config.optim.lr)
         [figures] = reader.take(now=True)
-        apply_update(optimizer, norm, clip=config.optim.grad_clip, skip=not_finite(sums))
+        apply_update(optimizer, norm, clip=config.optim.grad_clip, skip=not_finite(values))
         optimizer.zero_grad()
         return figures.loss
 

@@ -215,6 +215,10 @@ class ParallelConfig:
     reduce: Literal["auto", "step", "micro_batch"] = option(
         "auto", "fsdp, hsdp: how often gradients are exchanged; auto: once a step if they fit in memory whole"
     )
+    reduction: Literal["default", "exact"] = option(
+        "default",
+        "exact: gradients are summed as integers, and the weights are the same to the bit on any number of ranks",
+    )
     outer_every: int = option(50, "diloco: steps between outer steps, in which the groups synchronize", "STEPS")
     outer_lr: float = option(0.7, "diloco: learning rate of the outer step (SGD with Nesterov momentum)")
     outer_momentum: float = option(0.9, "diloco: momentum of the outer step")

@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from distgpt.checkpoint.choice import NEWEST, choose, is_checkpoint
 from distgpt.corpus.loader import Loader
@@ -30,6 +29,7 @@ from distgpt.distributed.parallelize import unwrap_model
 from distgpt.distributed.process_group import process_group
 from distgpt.distributed.runtime import Runtime, this_rank
 from distgpt.errors import UsageError
+from distgpt.model.optim import local_shard
 from distgpt.model.probe import NonFiniteTensor, Probe
 from distgpt.run.paths import RunPaths
 from distgpt.telemetry.step_lines import read_lines
@@ -98,8 +98,7 @@ def found_here(probe: Probe, finding: NonFiniteTensor, rerun: Rerun, step: int) 
 def bad_weights(model: nn.Module) -> list[str]:
     """Name the weights that are not finite in this rank's shards."""
     parameters = unwrap_model(model).named_parameters()
-    local = ((name, p.to_local() if isinstance(p, DTensor) else p) for name, p in parameters)
-    return [name for name, values in local if not values.isfinite().all()]
+    return [name for name, parameter in parameters if not local_shard(parameter.detach()).isfinite().all()]
 
 
 def describe_weights(bad: Sequence[str]) -> str:

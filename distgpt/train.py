@@ -22,8 +22,9 @@ from distgpt.config import Config, with_absolute_paths
 from distgpt.corpus.mixture import open_data
 from distgpt.corpus.shards import Dataset
 from distgpt.corpus.tokenizer import load_tokenizer
-from distgpt.distributed.collectives import grad_norm_of, reduce_scalars, weights_are_finite
+from distgpt.distributed.collectives import weights_are_finite
 from distgpt.distributed.diloco import OuterOptimizer
+from distgpt.distributed.gradients import gradients_of
 from distgpt.distributed.parallelize import build_model, reshard, unwrap_model
 from distgpt.distributed.plan import Plan
 from distgpt.distributed.process_group import process_group
@@ -67,7 +68,8 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     health, runtime, last = config.health, plan.runtime, config.train.steps
     watchdog.heartbeat("building the model", health.start_timeout)
     model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id)
-    optimizer = build_optimizer(model, config.optim, runtime.device.type)
+    gradients = gradients_of(model, plan)
+    optimizer = build_optimizer(model, config.optim, runtime.device.type, exact=plan.exact)
     outer = OuterOptimizer(unwrap_model(model), config, plan) if plan.strategy == "diloco" else None
     outliers = OutlierFilter(health)
     checkpoints = Checkpointer(session, config, plan, dataset, TrainingState(model, optimizer, outliers, outer))
@@ -155,21 +157,20 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
             # learn
             stragglers.timer.begin()
             lr = set_lr(optimizer, lr_at(step - 1, config.optim, last))  # steps count from 1, the schedule from 0
-            loss = accumulate_gradients(
-                model, batches.next_step(), step, plan, seed=config.run.seed, after_each=after_micro_batch
+            losses = accumulate_gradients(
+                gradients, batches.next_step(), step, seed=config.run.seed, after_each=after_micro_batch
             )
-            norm = grad_norm_of(model)
-            sums = reduce_scalars(loss, norm, session.stop_requested is not None, runtime)
-            reader.add(step, sums, lr=lr)
+            norm, figures = gradients.finish(losses, stop=session.stop_requested is not None)
+            reader.add(step, figures, lr=lr)
             decided = decide(now=False)  # on a GPU, on the step before
             checkpoints.wait_until_staged()
-            if (step, "skip") not in [(figures.step, decision.action) for figures, decision in decided]:
-                apply_update(optimizer, norm, clip=config.optim.grad_clip, skip=not_finite(sums))
+            if (step, "skip") not in [(of.step, decision.action) for of, decision in decided]:
+                apply_update(optimizer, norm, clip=config.optim.grad_clip, skip=not_finite(figures))
             optimizer.zero_grad()
             evaluates = step == last or (config.eval.every > 0 and step % config.eval.every == 0)
             if evaluates or progress.is_logged(step) or interval.is_due(step):
                 decided += decide(now=True)
-            stop = any(figures.stop for figures, _ in decided)
+            stop = any(of.stop for of, _ in decided)
             if outer is not None and step % config.parallel.outer_every == 0:
                 outer.step()
 

@@ -47,7 +47,8 @@ def main(arguments: argparse.Namespace) -> None:
     report: dict[str, Any] = {"run": arguments.run}
     found: dict[str, Any] = {}
     if runtime.rank == 0:  # it checks for all, which wait until it is done
-        checkpoints = [path.resolve()] if is_checkpoint(path) else committed(run.checkpoints)[::-1]
+        alone = is_checkpoint(path) and not steps
+        checkpoints = [path.resolve()] if alone else committed(run.checkpoints)[::-1]
         if not checkpoints:
             choose(path)  # says why there are none
         checked, problems = audit(checkpoints, run, arguments.data)
@@ -153,6 +154,10 @@ def require_equal_rounding(origin: Origin, plan: Plan) -> None:
     device, layout = device_of(plan), layout_of(plan)
     if device != origin.device:
         raise UsageError(f"the run was trained on {origin.device}: a replay on {device} would round otherwise")
+    if plan.exact:
+        return
+    if plan.runtime.device.type != "cpu" and not torch.are_deterministic_algorithms_enabled():
+        raise UsageError("the run was trained without train.deterministic: its kernels may round otherwise each time")
     if layout != origin.layout:
         raise UsageError(
             f"the run was trained as {origin.layout}: a replay as {layout} would round otherwise; take the same "
@@ -166,6 +171,6 @@ def tensor_hashes(state: TrainingState, runtime: Runtime) -> dict[str, str]:
     for name, tensor in flattened(state.tensors()).items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         content = whole.detach().cpu().contiguous().flatten().view(torch.uint8)
-        hashes[name] = hashlib.sha256(content.numpy()).hexdigest()
+        hashes[name] = hashlib.sha256(content.numpy().data).hexdigest()
     # Replicas that train independently have tensors of their own.
     return {name: text for of_rank in values_of_ranks(hashes, runtime) for name, text in of_rank.items()}

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -45,6 +46,17 @@ def train(run: Path, dataset: Dataset, *, flip_after: int = 0) -> None:
                 weight = rerun.model.get_parameter("blocks.0.mlp.up.weight").detach()
                 weight.view(torch.int32)[0, 0] ^= 1
     (run / "config.toml").write_text(to_toml(config))
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Small products are slow on several threads."""
+    threads = torch.get_num_threads()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        torch.set_num_threads(1)
+        yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

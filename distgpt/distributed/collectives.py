@@ -38,14 +38,18 @@ def all_gather_json(value: Any, group: dist.ProcessGroup | None = None) -> list[
         raise Interrupted(f"a rank sent a message that is not JSON: {error}") from None
 
 
-def reduce_scalars(loss: Tensor, grad_norm: Tensor, flag: bool, runtime: Runtime) -> Tensor:
-    """Return the sums over ranks of two scalars, and the number of ranks with `flag` set: (3,), float32.
+def mean_figures(loss: Tensor, grad_norm: Tensor, stop: bool, runtime: Runtime) -> Tensor:
+    """Return the means over ranks of two scalars, and the number of ranks with `stop` set: (3,).
 
     With one all-reduce. Every rank gets identical values, so decisions agree even where devices round differently.
     """
     # torch.tensor() would wait until the device has done all that it was given.
-    flags = torch.full((), float(flag), device=loss.device)
-    return sum_over_ranks(torch.stack((loss.float(), grad_norm.float(), flags)), runtime)
+    stops = torch.full((), float(stop), device=loss.device)
+    figures = sum_over_ranks(torch.stack((loss.float(), grad_norm.float(), stops)), runtime)
+    if runtime.distributed:
+        figures = figures.double()
+        figures[:2] /= runtime.world_size
+    return figures
 
 
 def grad_norm_of(model: nn.Module) -> Tensor:

@@ -73,10 +73,15 @@ def device_name(device: torch.device) -> str:
     return "Apple GPU" if device.type == "mps" else f"threads: {torch.get_num_threads()} each"
 
 
-def set_numerics(train: TrainConfig) -> None:
-    """Set for this process how float32 products are rounded on GPUs, and which kernels may be used."""
+def set_numerics(train: TrainConfig, *, exact: bool = False) -> None:
+    """Set for this process how float32 products are rounded on GPUs, and which kernels may be used.
+
+    `exact`: the same kernels in the same order on any number of ranks.
+    """
     torch.backends.cuda.matmul.fp32_precision = "tf32" if train.tf32 else "ieee"
-    if train.deterministic:
+    if exact:
+        torch.set_num_threads(1)  # kernels on a CPU add up in an order that depends on it
+    if train.deterministic or exact:
         # cuBLAS is deterministic with a fixed workspace. It reads this when it is first used.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)

@@ -10,12 +10,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from distgpt.config import Config
+from distgpt.distributed.mesh import same_shard_group
 from distgpt.distributed.plan import Plan
 from distgpt.model.gpt import GPT
+from distgpt.model.optim import local_shard
 
 
 class OuterOptimizer:
@@ -23,21 +23,19 @@ class OuterOptimizer:
 
     def __init__(self, model: GPT, config: Config, plan: Plan) -> None:
         """Start from the initial weights of `model`. All ranks call it together."""
-        rank, ranks = plan.runtime.rank, plan.ranks_per_replica
-        self.replica = rank // ranks
+        self.replica = plan.runtime.rank // plan.ranks_per_replica
         self._replicas, self._config = plan.independent_replicas, config.parallel
         self._own = {name: parameter.detach() for name, parameter in model.named_parameters()}
         self._shared = {name: own.clone() for name, own in self._own.items()}
         self._momentum = {name: torch.zeros_like(own) for name, own in self._own.items()}
-        timeout = timedelta(seconds=config.health.collective_timeout)
-        # A group has the ranks that hold the same shard, one of each replica. Every rank has to create all groups.
-        groups = [dist.new_group(range(shard, plan.runtime.world_size, ranks), timeout) for shard in range(ranks)]
-        self._shard_group: Any = groups[rank % ranks]  # its type differs between versions of torch
+        self._shard_group = same_shard_group(plan, timedelta(seconds=config.health.collective_timeout))
 
     @torch.no_grad()
     def step(self) -> None:
         """Take the outer step; afterwards all replicas have the same weights. All ranks call it."""
-        own, shared, momentum = ([_local(t) for t in ts.values()] for ts in (self._own, self._shared, self._momentum))
+        own, shared, momentum = (
+            [local_shard(t) for t in ts.values()] for ts in (self._own, self._shared, self._momentum)
+        )
         # One message, since links between replicas often have a high latency.
         outer_gradient = torch.cat([(s - o).flatten() for s, o in zip(shared, own, strict=True)])
         dist.all_reduce(outer_gradient, group=self._shard_group)
@@ -58,8 +56,3 @@ class OuterOptimizer:
     def checkpoint_tensors(self, replica: dict[str, Any]) -> dict[str, Any]:
         """Return the tensors of a checkpoint: the shared weights as its model, the momentum, and those of `replica`."""
         return {"model": self._shared, "outer": self._momentum, "replica": {str(self.replica): replica}}
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """Return this rank's shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

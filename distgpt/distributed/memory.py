@@ -13,6 +13,8 @@ from distgpt.model.gpt import meta_model, mlp_width
 
 # float32 weights, gradients and AdamW's two moments
 BYTES_PER_PARAMETER = 16
+# A gradient summed as an integer (parallel.reduction=exact)
+EXACT_SUM_BYTES = 8
 # diloco: the shared weights and the momentum of the outer steps
 OUTER_BYTES_PER_PARAMETER = 8
 # The share of a device's memory that training may take. CUDA, NCCL, cuBLAS and fragmentation need the rest.
@@ -55,6 +57,10 @@ class MemoryModel:
         """The number of parameters of the whole model."""
         return shard_parameters(self.config.model, self.vocab_size, 1)
 
+    @property
+    def _exact(self) -> bool:
+        return self.config.parallel.reduction == "exact"
+
     def need(self, sequences: int, *, shards: int, keep_weights: bool = False, whole_gradients: bool = False) -> float:
         """Return the bytes of all parts, see parts()."""
         parts = self.parts(sequences, shards=shards, keep_weights=keep_weights, whole_gradients=whole_gradients)
@@ -66,7 +72,7 @@ class MemoryModel:
         """Return the memory for micro-batches of `sequences`, on a rank with one of `shards` of the model.
 
         `keep_weights`: gathered weights are kept for the backward pass; `whole_gradients`: gradients are kept whole,
-        in float32, until the last micro-batch.
+        in float32 or as integers, until the last micro-batch.
         """
         model = self.config.model
         own = shard_parameters(model, self.vocab_size, shards)
@@ -82,7 +88,7 @@ class MemoryModel:
             layers = 4 * tokens * model.n_layer * model.n_embd + max(0, layer - loss)
         return MemoryParts(
             weights=4 * own,
-            gradients=4 * own,
+            gradients=(4 + EXACT_SUM_BYTES if self._exact else 4) * own,
             optimizer=(8 + outer) * own,
             activations=layers + tokens * (4 + self.itemsize) * model.n_embd,
             logits=loss,
@@ -96,7 +102,8 @@ class MemoryModel:
         embeddings = 2 * self.vocab_size * self.config.model.n_embd
         block = (self.parameters - embeddings) / self.config.model.n_layer
         gathered = self.itemsize * (self.parameters if keep_weights else BLOCKS_IN_FLIGHT * block)
-        gradients = 4 * (self.parameters if whole_gradients else BLOCKS_IN_FLIGHT * block)
+        sum_bytes = EXACT_SUM_BYTES if self._exact else 4
+        gradients = sum_bytes * (self.parameters if whole_gradients else BLOCKS_IN_FLIGHT * block)
         return max(gathered, 0) + max(gradients, 0) + 4 * embeddings  # those in float32, and their gradients
 
 

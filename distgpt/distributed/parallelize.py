@@ -1,7 +1,7 @@
 """Build a model and spread it over the ranks: activation checkpointing -> compile -> FSDP2, HSDP or DDP."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from itertools import pairwise
 from typing import Any
 
@@ -24,7 +24,7 @@ def build_model(config: Config, plan: Plan, *, vocab_size: int, eot_id: int | No
 
     Sets the process to the precision and kernels that the config asks for.
     """
-    set_numerics(config.train)
+    set_numerics(config.train, exact=plan.exact)
     with torch.device("meta" if plan.sharded else "cpu"):
         model = GPT(config.model, vocab_size, eot_id)
     if config.parallel.activation_checkpoint:
@@ -35,7 +35,7 @@ def build_model(config: Config, plan: Plan, *, vocab_size: int, eot_id: int | No
         return _shard(model, config, plan)
     model.init_weights(config.run.seed)
     model.to(plan.runtime.device)
-    if plan.strategy == "single":
+    if plan.strategy == "single" or plan.exact:
         return model
     device_ids = [plan.runtime.local_rank] if plan.runtime.device.type == "cuda" else None
     replicated = DistributedDataParallel(model, device_ids=device_ids, gradient_as_bucket_view=True)
@@ -69,22 +69,6 @@ def unwrap_model(model: nn.Module) -> GPT:
     return module
 
 
-@contextmanager
-def gradient_sync(model: nn.Module, plan: Plan, *, last: bool) -> Iterator[None]:
-    """Wrap forward and backward of a micro-batch: ranks exchange gradients in the `last` one, or as planned."""
-    context: AbstractContextManager[None] = nullcontext()
-    if isinstance(model, DistributedDataParallel) and not last:
-        context = model.no_sync()
-    if isinstance(model, FSDPModule):
-        model.set_is_last_backward(last)
-        model.set_requires_gradient_sync(last or plan.reduce_each)
-        model.set_requires_all_reduce(last)  # across the replicas of hsdp
-        # Weights do not change before the last backward pass, so they can be kept for the next micro-batch.
-        model.set_reshard_after_backward(last or plan.reshard)
-    with context:
-        yield
-
-
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Enter mixed precision: matrix products in `dtype`, weights and reductions in float32."""
     return torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32)
@@ -93,9 +77,10 @@ def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
 def _shard(model: GPT, config: Config, plan: Plan) -> nn.Module:
     mesh = build_mesh(plan)
     # Products gather their weights in the compute dtype; the residual stream and embeddings stay float32 as autocast
-    # has it under DDP, so that the strategy does not change what is learned.
+    # has it under DDP, so that the strategy does not change what is learned. Norms are rounded with the products'
+    # weights, which is not exact.
     in_products = MixedPrecisionPolicy(
-        param_dtype=None if plan.dtype == torch.float32 else plan.dtype,
+        param_dtype=None if plan.exact or plan.dtype == torch.float32 else plan.dtype,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,
     )

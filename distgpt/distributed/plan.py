@@ -36,6 +36,7 @@ class Plan:
     compile_reason: str  # to be shown to the user; may be empty
     reshard: bool  # sharded: free the gathered weights of a block after its forward pass
     reduce_each: bool  # sharded: exchange gradients after each micro-batch, not once a step
+    exact: bool = False  # sum gradients exactly: the same bits on any number of ranks
 
     @property
     def sharded(self) -> bool:
@@ -52,8 +53,13 @@ def make_plan(config: Config, runtime: Runtime, *, vocab_size: int) -> Plan:
     independent = independent_replicas(config, runtime)
     memory, room = memory_model(config, runtime, vocab_size), USABLE_SHARE * device_memory(runtime)
     strategy, reason = choose_strategy(config, runtime, vocab_size=vocab_size)
-    compiled, compile_reason = compiles(config.train.compile, runtime.device)
     shards = ranks_per_replica(strategy, config, runtime)
+    exact = config.parallel.reduction == "exact"
+    if exact:
+        _require_exact_possible(strategy, shards, runtime)
+    # The compiler may choose other kernels on another number of ranks.
+    asked = False if exact and config.train.compile == "auto" else config.train.compile
+    compiled, compile_reason = compiles(asked, runtime.device)
     micro_batch = micro_batch_size(config, runtime, lambda size: memory.need(size, shards=shards) <= room)
     keep, reduce = config.parallel.reshard is False, config.parallel.reduce
     if config.parallel.reshard == "auto":
@@ -72,7 +78,19 @@ def make_plan(config: Config, runtime: Runtime, *, vocab_size: int) -> Plan:
         compile_reason=compile_reason,
         reshard=not keep,
         reduce_each=not fits_whole if reduce == "auto" else reduce == "micro_batch",
+        exact=exact,
     )
+
+
+def _require_exact_possible(strategy: str, shards: int, runtime: Runtime) -> None:
+    """Raise UsageError if gradients cannot be summed exactly in this layout."""
+    asked = "parallel.reduction=exact"
+    if strategy == "diloco":
+        raise UsageError(f"{asked} needs one model that all ranks train, but diloco trains several: take fsdp or hsdp")
+    if strategy in SHARDED and shards == 1:
+        raise UsageError(f"{asked} with a single shard in each group: take --parallel.strategy=ddp")
+    if runtime.device.type == "mps":
+        raise UsageError(f"{asked} needs float64, which Apple GPUs do not have: take --train.device=cpu")
 
 
 def memory_model(config: Config, runtime: Runtime, vocab_size: int) -> MemoryModel:

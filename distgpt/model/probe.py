@@ -5,10 +5,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+
+from distgpt.model.optim import local_shard
 
 Phase = Literal["forward", "backward"]
 
@@ -63,10 +64,9 @@ class Probe:
                 lambda _, input_gradient, __: self._check(name, "backward", "the gradient of its input", input_gradient)
             )
         for own, parameter in module.named_parameters(recurse=False):
-            text = f"the gradient of its {own}"
-            yield parameter.register_hook(partial(self._check, name, "backward", text))
-            register: Any = parameter.register_post_accumulate_grad_hook  # it has no type in torch
-            yield register(partial(self._check_accumulated, name, text))
+            text, untyped = f"the gradient of its {own}", cast(Any, parameter)  # torch gives these methods no type
+            yield untyped.register_hook(partial(self._check, name, "backward", text))
+            yield untyped.register_post_accumulate_grad_hook(partial(self._check_accumulated, name, text))
 
     def _check_accumulated(self, module: str, tensor: str, parameter: Tensor) -> None:
         self._check(module, "backward", tensor, parameter.grad)
@@ -84,5 +84,5 @@ def _is_finite(values: object) -> bool:
     """Return True if a tensor, or all tensors in nested tuples, are finite. Other values count as finite."""
     if isinstance(values, tuple):
         return all(map(_is_finite, values))
-    local = values.to_local() if isinstance(values, DTensor) else values  # other ranks check the other shards
-    return not isinstance(local, Tensor) or bool(local.isfinite().all())
+    # Other ranks check the other shards.
+    return not isinstance(values, Tensor) or bool(local_shard(values).isfinite().all())

@@ -130,7 +130,7 @@ def describe(checkpoint: Path, today: Today) -> Checked:
         files="whole",
         chain=describe_link(state.step, origin, today.manifests),
         data=_compared(state.data_fingerprint, today.fingerprint),
-        code=_compared(origin and origin.code, code_sha256()),
+        code=_compared(origin.code if origin else None, code_sha256()),
         config="; ".join(changes(as_trained(state), today.config)) or SAME if today.config else UNKNOWN,
     )
 

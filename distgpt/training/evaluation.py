@@ -28,7 +28,7 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer,
     weights_N = torch.ones_like(losses_N)
     for windows, part in batches.parts:
         weights_N[windows] = part.share * batches.windows / (windows.stop - windows.start)
-    text_bytes = torch.zeros((), dtype=torch.float64, device=runtime.float64_device)
+    text_bytes_N = torch.zeros_like(losses_N)
     bytes_of_token_V = torch.from_numpy(tokenizer.token_bytes()).to(runtime.device)
     block_size = 0
     with inference(model) as gpt:
@@ -40,11 +40,11 @@ def evaluate(model: nn.Module, batches: EvaluationBatches, tokenizer: Tokenizer,
                 # They are consecutive. A tensor of indices would have to be copied to the device, which waits for it.
                 here = slice(int(indices[0]), int(indices[-1]) + 1)
                 losses_N[here] = loss_B.to(losses_N.device).double()
-                text_bytes += (bytes_of_token_V[y_BT].sum(dim=1).to(text_bytes.device) * weights_N[here]).sum()
-    losses_N = sum_over_ranks(losses_N, runtime)
+                text_bytes_N[here] = bytes_of_token_V[y_BT].sum(dim=1).to(text_bytes_N)
+    losses_N, text_bytes_N = sum_over_ranks(torch.stack((losses_N, text_bytes_N)), runtime)
     weighted_N = losses_N * weights_N
     nats = weighted_N.sum().item() * block_size
-    bits_per_byte = nats / math.log(2) / max(1.0, sum_over_ranks(text_bytes, runtime).item())
+    bits_per_byte = nats / math.log(2) / max(1.0, (text_bytes_N * weights_N).sum().item())
     each = {part.name: losses_N[windows].mean().item() for windows, part in batches.parts if part.name}
     errors = [(part.share, standard_error(losses_N[windows])) for windows, part in batches.parts]
     known = [share * error for share, error in errors if error is not None]

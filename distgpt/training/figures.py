@@ -32,15 +32,14 @@ class FigureReader:
 
     def __init__(self, runtime: Runtime, *, at_once: bool) -> None:
         """`at_once`: never read them late."""
-        self._runtime = runtime
         self._late = runtime.device.type in ASYNCHRONOUS_DEVICES and not at_once
         self._unread: deque[tuple[int, float, Tensor, torch.cuda.Event | None]] = deque()
 
-    def add(self, step: int, sums: Tensor, *, lr: float) -> None:
-        """Start to copy the sums over ranks, as `reduce_scalars` returns them, to the host."""
+    def add(self, step: int, figures: Tensor, *, lr: float) -> None:
+        """Start to copy the figures of a step, as Gradients.finish returns them, to the host."""
         copied = None
-        on_host = sums.to("cpu", non_blocking=sums.is_cuda)  # to pinned memory
-        if sums.is_cuda:
+        on_host = figures.to("cpu", non_blocking=figures.is_cuda)  # to pinned memory
+        if figures.is_cuda:
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
         self._unread.append((step, lr, on_host, copied))
@@ -53,15 +52,14 @@ class FigureReader:
         """
         taken: list[Figures] = []
         while self._unread and (now or not self._late or len(self._unread) > 1 or (taken and taken[-1].stop)):
-            step, lr, sums, copied = self._unread.popleft()
+            step, lr, figures, copied = self._unread.popleft()
             if copied is not None:
                 copied.synchronize()
-            loss, grad_norm, stops = sums.tolist()
-            ranks = self._runtime.world_size
-            taken.append(Figures(step, lr, loss / ranks, grad_norm / ranks, stops > 0))
+            loss, grad_norm, stops = figures.tolist()
+            taken.append(Figures(step, lr, loss, grad_norm, stops > 0))
         return taken
 
 
-def not_finite(sums: Tensor) -> Tensor:
+def not_finite(figures: Tensor) -> Tensor:
     """Return 1.0 if the loss or the gradient norm of a rank is NaN or infinite, else 0.0, on the device."""
-    return 1.0 - sums[:2].isfinite().all().float()
+    return 1.0 - figures[:2].isfinite().all().float()

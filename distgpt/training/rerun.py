@@ -14,8 +14,8 @@ from distgpt.checkpoint.manifest import RunState, committed, describe_damage, re
 from distgpt.checkpoint.reader import TrainingState, require_model
 from distgpt.config import Config, from_dict, resolve, to_dict
 from distgpt.corpus.shards import Dataset
-from distgpt.distributed.collectives import grad_norm_of, reduce_scalars
 from distgpt.distributed.diloco import OuterOptimizer
+from distgpt.distributed.gradients import gradients_of
 from distgpt.distributed.parallelize import build_model, unwrap_model
 from distgpt.distributed.plan import make_plan
 from distgpt.distributed.runtime import Runtime
@@ -135,7 +135,8 @@ class Rerun:
         if start.checkpoint is not None:
             require_model(start.checkpoint, config, dataset.vocab_size)
         self.model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id)
-        optimizer = build_optimizer(self.model, config.optim, runtime.device.type)
+        self.gradients = gradients_of(self.model, plan)
+        optimizer = build_optimizer(self.model, config.optim, runtime.device.type, exact=plan.exact)
         outer = OuterOptimizer(unwrap_model(self.model), config, plan) if plan.strategy == "diloco" else None
         self.state = TrainingState(self.model, optimizer, OutlierFilter(config.health), outer)
         if start.checkpoint is not None:
@@ -155,14 +156,12 @@ class Rerun:
 
         Returns its figures, the gradient norm to clip by, and 1.0 if the step is not finite, else 0.0.
         """
-        seed, runtime = self.config.run.seed, self.plan.runtime
         lr = set_lr(self.state.optimizer, lr_at(step - 1, self.config.optim, self.config.train.steps))
-        loss = accumulate_gradients(self.model, self.batches.next_step(), step, self.plan, seed=seed)
-        norm = grad_norm_of(self.model)
-        sums = reduce_scalars(loss, norm, False, runtime)
-        self._figures.add(step, sums, lr=lr)
-        (figures,) = self._figures.take(now=True)
-        return figures, norm, not_finite(sums)
+        losses = accumulate_gradients(self.gradients, self.batches.next_step(), step, seed=self.config.run.seed)
+        norm, figures = self.gradients.finish(losses, stop=False)
+        self._figures.add(step, figures, lr=lr)
+        (read,) = self._figures.take(now=True)
+        return read, norm, not_finite(figures)
 
     def take_steps(self, last: int) -> None:
         """Take the steps up to `last`. Raises DataError if one ends the run."""

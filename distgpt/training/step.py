@@ -10,39 +10,40 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from distgpt.corpus.loader import MicroBatch
-from distgpt.distributed.parallelize import autocast, gradient_sync
-from distgpt.distributed.plan import Plan
+from distgpt.distributed.gradients import Gradients
+from distgpt.distributed.parallelize import autocast
 from distgpt.distributed.runtime import Runtime
+from distgpt.model.optim import ExactAdamW
 
 # Ranks compare their stop requests every so many seconds, or after each micro-batch if one takes longer.
 CHECK_SECONDS = 5.0
 
 
 def accumulate_gradients(
-    model: nn.Module,
+    gradients: Gradients,
     micro_batches: Sequence[MicroBatch],
     step: int,
-    plan: Plan,
     *,
     seed: int,
     after_each: Callable[[int, int], None] = lambda done, count: None,
 ) -> Tensor:
-    """Run forward and backward over the micro-batches of this rank and return their mean loss.
+    """Run forward and backward over the M micro-batches of this rank and return their weighted losses, (M,).
 
-    Gradients become means over the global batch. `seed`: of the run. `after_each` gets the number of micro-batches that
-    are done, and their total number.
+    After gradients.finish(), which takes the losses, gradients are means over the global batch. `seed`: of the run.
+    `after_each` gets the number of micro-batches that are done, and their total number.
     """
+    model, plan = gradients.model, gradients.plan
     device, count = plan.runtime.device, len(micro_batches)
-    loss_sum = torch.zeros((), device=device)
+    losses = []
     for index, (x_BT, y_BT) in enumerate(micro_batches):
         seed_dropout(device, dropout_seed(seed, step, plan.runtime.rank * count + index))
-        with gradient_sync(model, plan, last=index == count - 1):
+        with gradients.micro_batch(last=index == count - 1):
             with autocast(device, plan.dtype):
-                loss = model(x_BT, y_BT).mean() / count
+                loss = model(x_BT, y_BT).mean() * gradients.loss_weight
             loss.backward()
-        loss_sum += loss.detach()
+        losses.append(loss.detach())
         after_each(index + 1, count)
-    return loss_sum
+    return torch.stack(losses)
 
 
 class StopCheck:
@@ -100,7 +101,7 @@ def apply_update(
     A `skip` of 1.0 leaves weights and moments as they are. Fused AdamW reads both on the device, as torch's GradScaler
     hands them to it, so the host need not know them. AdamW on an Apple GPU ignores them.
     """
-    assert optimizer.defaults["fused"]
+    assert optimizer.defaults["fused"] or isinstance(optimizer, ExactAdamW)
     fused: Any = optimizer  # these attributes have no type in torch
     if grad_norm.device.type == "mps":
         apply_update_from_host(optimizer, grad_norm, clip=clip, skip=skip)

@@ -42,7 +42,7 @@ def describe(config: Config, plan: Plan, dataset: Dataset, model: nn.Module) -> 
         f"{ranks_text(runtime.world_size)} x {plan.micro_batch} x {plan.accumulation} accumulation steps",
         f"length    {config.train.steps:,} steps = {config.train.steps * tokens_per_step(config):,} tokens"
         f"{'' if dataset.train.mix else f', {read[0]}'}",
-        f"strategy  {plan.strategy}, {plan.reason}",
+        f"strategy  {plan.strategy}, {plan.reason}{'; gradients are summed exactly' if plan.exact else ''}",
     )
     return "\n".join(map(wrapped, lines))
 

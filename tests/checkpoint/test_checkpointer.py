@@ -219,8 +219,8 @@ def test_nothing_is_removed_after_a_save_that_is_already_damaged(
 ) -> None:
     commit = Store.commit
 
-    def damaging(self: Store, step: int, files: dict[str, Any]) -> None:
-        commit(self, step, files)
+    def damaging(self: Store, step: int, *rest: Any) -> None:
+        commit(self, step, *rest)
         if step > 2:
             flip_bit(newest(tmp_path) / "__0_0.distcp", random.Random(0))
 

@@ -14,7 +14,8 @@ from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from distgpt.config import Config, resolve
-from distgpt.distributed.parallelize import autocast, build_model, gradient_sync, inference
+from distgpt.distributed.gradients import gradients_of
+from distgpt.distributed.parallelize import autocast, build_model, inference
 from distgpt.distributed.plan import Plan, make_plan
 from distgpt.distributed.runtime import Runtime
 
@@ -110,11 +111,12 @@ def test_all_but_the_embedding_compiles_without_a_break(
     small = config(*SMALL, *variants[variant], "--train.compile", "--train.dtype=bfloat16", "--train.micro_batch=4")
     plan = laid_out(small, strategy)
     model = build_model(small, plan, vocab_size=20, eot_id=3)
+    gradients = gradients_of(model, plan)
     tokens_BT = torch.arange(32).reshape(4, 8) % 20
 
     def train() -> None:
         for last in (False, True):
-            with gradient_sync(model, plan, last=last):
+            with gradients.micro_batch(last=last):
                 with autocast(torch.device("cpu"), torch.bfloat16):
                     loss = model(tokens_BT, tokens_BT).mean()
                 loss.backward()
@@ -166,10 +168,11 @@ def test_what_is_gathered_and_reduced_in_a_step(tied: str, monkeypatch: pytest.M
             laid_out(small, "fsdp"), runtime=runtime, ranks_per_replica=2, reshard=reshard, reduce_each=reduce_each
         )
         model = build_model(small, plan, vocab_size=20, eot_id=None)
+        gradients = gradients_of(model, plan)
         for _ in range(2):  # the first step sets up the units
             calls.clear()
             for last in (False, True):
-                with gradient_sync(model, plan, last=last):
+                with gradients.micro_batch(last=last):
                     model(tokens_BT, tokens_BT).mean().backward()
         assert calls == {"gathered": gathers, "reduced": (2 + kept_units) * (2 if reduce_each else 1)}
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())

@@ -12,6 +12,7 @@ from distgpt.config import Config, resolve
 from distgpt.corpus.loader import Loader, MicroBatch
 from distgpt.corpus.shards import open_dataset
 from distgpt.distributed.collectives import grad_norm_of
+from distgpt.distributed.gradients import Gradients
 from distgpt.distributed.plan import make_plan
 from distgpt.distributed.runtime import Runtime
 from distgpt.model.gpt import GPT
@@ -55,7 +56,7 @@ def diloco(config: Config, data: Path, steps: int) -> nn.Module:
         for replica, (worker, optimizer) in enumerate(zip(workers, inner, strict=True)):
             runtime = Runtime(replica, replica, 2, 2, torch.device("cpu"))
             plan = make_plan(config, runtime, vocab_size=dataset.vocab_size)
-            accumulate_gradients(worker, next(fed[replica]), step, plan, seed=config.run.seed)
+            accumulate_gradients(Gradients(worker, plan), next(fed[replica]), step, seed=config.run.seed)
             apply_update(optimizer, grad_norm_of(worker), clip=config.optim.grad_clip)
             optimizer.zero_grad()
         if step % parallel.outer_every == 0:

@@ -23,13 +23,13 @@ from distgpt.distributed.parallelize import unwrap_model
 
 rank, correct = os.environ["RANK"], step_module.accumulate_gradients
 
-def faulty(model, micro_batches, step, plan, **others):
-    broken = unwrap_model(model).blocks[1].mlp if (rank, step) == ("1", 3) else None
+def faulty(gradients, micro_batches, step, **others):
+    broken = unwrap_model(gradients.model).blocks[1].mlp if (rank, step) == ("1", 3) else None
     hook = broken and broken.register_forward_hook(lambda module, given, out: out * float("nan"))
-    loss = correct(model, micro_batches, step, plan, **others)
+    losses = correct(gradients, micro_batches, step, **others)
     if hook:
         hook.remove()
-    return loss
+    return losses
 
 def note(optimizer, *others):
     weights = [p.detach() for group in optimizer.param_groups for p in group["params"]]
@@ -51,9 +51,9 @@ from distgpt.training import figures, step as step_module
 
 correct = step_module.accumulate_gradients
 
-def faulty(model, micro_batches, step, plan, **others):
-    loss = correct(model, micro_batches, step, plan, **others)
-    return loss * float("nan") if step == 3 else loss
+def faulty(gradients, micro_batches, step, **others):
+    losses = correct(gradients, micro_batches, step, **others)
+    return losses * float("nan") if step == 3 else losses
 
 figures.ASYNCHRONOUS_DEVICES = ("cpu",) if os.environ["LATE"] == "yes" else ()
 step_module.accumulate_gradients = faulty

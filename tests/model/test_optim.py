@@ -1,11 +1,12 @@
 """The optimizer: parameter groups, AdamW's update by hand, and the learning rate schedules."""
 
 import math
+from collections.abc import Sequence
 from typing import Literal, cast
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -13,6 +14,7 @@ from torch.distributed.tensor import DTensor
 from distgpt.config import ModelConfig, OptimConfig
 from distgpt.model.gpt import GPT
 from distgpt.model.optim import build_optimizer, lr_at, parameter_groups
+from distgpt.training.step import apply_update
 
 Schedule = Literal["constant", "cosine", "wsd"]
 
@@ -125,3 +127,24 @@ def test_rates_of_short_runs_are_between_min_lr_and_lr(schedule: Schedule, warmu
     assert all(0.1 <= rate <= 1.0 for rate in rates)
     if steps > warmup:
         assert rates[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("scale", [None, 1.7])
+def test_exact_updates_are_adamws_and_do_not_depend_on_the_shards(scale: float | None) -> None:
+    generator = torch.Generator().manual_seed(0)
+    weights, *gradients = torch.randn(4, 5003, generator=generator).unbind()
+    config = OptimConfig(lr=0.01)
+
+    def trained(lengths: Sequence[int], *, exact: bool) -> Tensor:
+        shards = [nn.Parameter(shard.clone()) for shard in weights.split(list(lengths))]
+        optimizer = build_optimizer(nn.ParameterList(shards), config, "cpu", exact=exact)
+        for gradient in gradients:
+            for shard, own in zip(shards, gradient.split(list(lengths)), strict=True):
+                shard.grad = own.clone()
+            apply_update(optimizer, torch.tensor(scale or 1.0), clip=1.0)
+        return torch.cat([shard.detach() for shard in shards])
+
+    whole = trained([5003], exact=True)
+    for lengths in ([1] * 9 + [4994], [7, 1661, 3335], [2500, 0, 2503]):
+        assert torch.equal(trained(lengths, exact=True), whole)
+    torch.testing.assert_close(whole, trained([5003], exact=False))

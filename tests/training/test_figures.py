@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from distgpt.config import OptimConfig, resolve
-from distgpt.distributed.collectives import grad_norm_of, reduce_scalars
+from distgpt.distributed.gradients import gradients_of
 from distgpt.distributed.parallelize import build_model
 from distgpt.distributed.plan import make_plan
 from distgpt.distributed.runtime import Runtime
@@ -28,14 +27,14 @@ def asynchronous_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(figures, "ASYNCHRONOUS_DEVICES", ("cpu",))
 
 
-def sums(loss: float, *, stops: int = 0) -> Tensor:
+def step_figures(loss: float, *, stops: int = 0) -> Tensor:
     return torch.tensor([loss, 2.0, float(stops)])
 
 
-def test_figures_are_means_over_ranks_read_at_once_on_a_cpu(one_process: Runtime) -> None:
-    reader = FigureReader(replace(one_process, world_size=4), at_once=False)
-    reader.add(7, sums(10.0, stops=1), lr=0.1)
-    assert reader.take(now=False) == [Figures(7, lr=0.1, loss=2.5, grad_norm=0.5, stop=True)]
+def test_figures_are_read_at_once_on_a_cpu(one_process: Runtime) -> None:
+    reader = FigureReader(one_process, at_once=False)
+    reader.add(7, step_figures(2.5, stops=1), lr=0.1)
+    assert reader.take(now=False) == [Figures(7, lr=0.1, loss=2.5, grad_norm=2.0, stop=True)]
     assert reader.take(now=True) == []
 
 
@@ -44,14 +43,14 @@ def test_on_a_gpu_they_are_read_a_step_later_unless_they_are_needed(one_process:
     reader = FigureReader(one_process, at_once=False)
 
     def taken(step: int, *, now: bool = False, stops: int = 0) -> list[int]:
-        reader.add(step, sums(1.0, stops=stops), lr=0.1)
+        reader.add(step, step_figures(1.0, stops=stops), lr=0.1)
         return [figures.step for figures in reader.take(now=now)]
 
     assert [taken(1), taken(2), taken(3, now=True), taken(4), taken(5)] == [[], [1], [2, 3], [], [4]]
     # All ranks save and leave after step 7, the first one whose update they know nothing about.
     assert [taken(6, stops=1), taken(7)] == [[5], [6, 7]]
     at_once = FigureReader(one_process, at_once=True)
-    at_once.add(1, sums(1.0), lr=0.1)
+    at_once.add(1, step_figures(1.0), lr=0.1)
     assert len(at_once.take(now=False)) == 1
 
 
@@ -94,21 +93,20 @@ def test_a_step_reads_nothing_on_the_host(one_process: Runtime) -> None:
     config = resolve([*SMALL, "--model.dropout=0.5", "--train.dtype=bfloat16", "--optim.grad_clip=1"], {})
     plan = make_plan(config, one_process, vocab_size=20)
     model = build_model(config, plan, vocab_size=20, eot_id=None)
-    optimizer = build_optimizer(model, config.optim, "cpu")
+    gradients, optimizer = gradients_of(model, plan), build_optimizer(model, config.optim, "cpu")
     reader = FigureReader(one_process, at_once=False)
     batch = (torch.zeros(2, 8, dtype=torch.int64), torch.ones(2, 8, dtype=torch.int64))
     for step in (1, 2):
         with host_reads() as reads:
-            loss = accumulate_gradients(model, [batch, batch], step, plan, seed=0)
-            norm = grad_norm_of(model)
-            figures_of_step = reduce_scalars(loss, norm, False, one_process)
+            losses = accumulate_gradients(gradients, [batch, batch], step, seed=0)
+            norm, figures_of_step = gradients.finish(losses, stop=False)
             reader.add(step, figures_of_step, lr=0.1)
             apply_update(optimizer, norm, clip=1.0, skip=not_finite(figures_of_step))
             optimizer.zero_grad()
         assert reads == []
     with host_reads() as reads:
         assert [taken.step for taken in reader.take(now=True)] == [1, 2]
-        loss.item()
+        norm.item()
     assert reads == ["tolist", "tolist", "aten._local_scalar_dense.default"]
 
 
