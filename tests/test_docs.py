@@ -53,9 +53,7 @@ FROM_WEIGHTS = "tests/end_to_end/test_weights.py::test_a_run_starts_from_weights
 MIX = "tests/end_to_end/test_mixture.py::test_a_mix_is_trained_on_exactly_after_a_restart_and_each_dataset_is_evaluated"
 SINGLE = "tests/end_to_end/test_train.py::test_the_loss_falls"
 HARNESS = "tests/weights/test_lm_eval.py::test_its_accuracy_is_that_of_our_likelihoods"
-VERIFY_RANKS = (
-    "tests/end_to_end/test_verify.py::test_a_run_whose_sums_depend_on_the_layout_is_proved_in_that_layout_alone"
-)
+VERIFY_RANKS = "tests/end_to_end/test_diloco.py::test_replicas_replayed_in_the_same_layout_have_the_same_bits"
 PLAN = "tests/test_plan.py::test_the_command_prints_a_plan_and_its_figures_as_json"
 COVERED = {
     "python -m distgpt.train quickstart --data.path=data/mine:0.7,data/chat:0.3 --run.dir=runs/mixed": MIX,

@@ -116,7 +116,9 @@ def test_what_cannot_be_checked_is_said(
     assert [(c["checkpoint"], c["code"]) for c in report["checkpoints"]] == [("step-00000007", "other")]
 
 
-@pytest.mark.parametrize("wrong", ["a flipped bit", "a foreign checkpoint", "another model", "other data"])
+@pytest.mark.parametrize(
+    "wrong", ["a flipped bit", "an empty manifest", "a foreign checkpoint", "another model", "other data"]
+)
 def test_a_run_that_is_not_what_it_states_is_refused(
     run: Path, dataset: Dataset, other_dataset: Dataset, tmp_path: Path, wrong: str
 ) -> None:
@@ -127,6 +129,9 @@ def test_a_run_that_is_not_what_it_states_is_refused(
             content[1000] ^= 1
             (at(run, 5) / "__0_0.distcp").write_bytes(content)
             expected = "^step-00000005: __0_0.distcp does not match its hash$"
+        case "an empty manifest":
+            (at(run, 8) / MANIFEST).write_bytes(manifest_bytes({}, read_origin(at(run, 8))))
+            expected = r"^step-00000008: manifest.json does not list .metadata \(and 2 more"
         case "a foreign checkpoint":
             train(tmp_path / "other", dataset, flip_after=1)
             shutil.rmtree(at(run, 5))

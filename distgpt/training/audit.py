@@ -88,8 +88,8 @@ def check_files(checkpoints: Sequence[Path]) -> dict[Path, list[str]]:
         except DataError as error:
             damage[checkpoint].append(str(error))
             continue
-        shares += [(checkpoint, number, len(files)) for number in range(len(files))]
-        sizes += [files[name]["bytes"] for name in sorted(files)]
+        shares += [(checkpoint, number, max(1, len(files))) for number in range(max(1, len(files)))]
+        sizes += [files[name]["bytes"] for name in sorted(files)] or [0]
     bar = tqdm(total=sum(sizes), unit="B", unit_scale=True, disable=None, leave=False)
     with bar, ThreadPoolExecutor(available_cpus()) as pool:
         found = pool.map(lambda share: find_damage(*share), shares)
