@@ -1,6 +1,6 @@
 """Benchmark of scaling: bytes sent and step times for several numbers of ranks.
 
-    python bench/scaling.py [bytes] [hosts] [timings] [--rounds N]
+    python bench/scaling.py [bytes] [hosts] [exact] [timings] [--rounds N]
 
 Bytes on the wire
     S: bytes of all parameters in float32; S_b of them are in the blocks, S_r in the root (embeddings, last norm, head).
@@ -21,6 +21,9 @@ Bytes on the wire
     fsdp   2 (n - 1) / n (A (2 S_b + S_r) + R S)
     hsdp   with one host per group: only the all-reduce between two groups, 2 S, for any number of ranks per host
     diloco the same, but of weights, and only after every H-th step: 2 S / H
+
+    With parallel.reduction=exact gradients are integers of 8 bytes, twice S. FSDP's reduce-scatter is an all-to-all,
+    which sends (n - 1) X with any backend.
 
     The kernel's counters also include headers, acknowledgements and three scalar reductions per step.
 
@@ -51,6 +54,7 @@ import torch.distributed as dist
 from distgpt.config import resolve
 from distgpt.distributed.diloco import OuterOptimizer
 from distgpt.distributed.gradients import gradients_of
+from distgpt.distributed.memory import EXACT_SUM_BYTES
 from distgpt.distributed.parallelize import build_model, unwrap_model
 from distgpt.distributed.plan import make_plan
 from distgpt.distributed.process_group import process_group
@@ -73,7 +77,7 @@ BETWEEN_HOSTS: dict[str, dict[str, int]] = {
     "hsdp": {"shard": 2},
     "diloco": {"shard": 2, "outer_every": 5},
 }
-PARTS = ("bytes", "hosts", "timings")
+PARTS = ("bytes", "hosts", "exact", "timings")
 # bytes of gloo's reduce-scatter, as a multiple of (n - 1) X
 R = 2
 
@@ -94,6 +98,7 @@ class Job:
     shard: int = 0
     outer_every: int = 1
     interface: str = "lo"
+    reduction: str = "default"
 
     @property
     def micro_batches(self) -> int:
@@ -123,10 +128,12 @@ def expected_between_two_hosts(job: Job, blocks: int, root: int) -> float:
 
 def expected_traffic(job: Job, blocks: int, root: int, *, per_node: int) -> tuple[Traffic, Traffic]:
     """Return the traffic of a step in float32 that shards, gathers in each micro-batch and reduces once."""
-    total, shards = blocks + root, {"ddp": 1, "fsdp": job.ranks}.get(job.strategy, job.shard)
+    exact = job.reduction == "exact"
+    total = (blocks + root) * EXACT_SUM_BYTES / 4 if exact else blocks + root
+    shards = {"ddp": 1, "fsdp": job.ranks}.get(job.strategy, job.shard)
     gathered = gathered_bytes(blocks, root, micro_batches=job.micro_batches, reshard=True)
     return (
-        shard_traffic(gathered + R * total, shards=shards, per_node=per_node),
+        shard_traffic(gathered + (1 if exact else R) * total, shards=shards, per_node=per_node),
         replica_traffic(total / job.outer_every, ranks=job.ranks, shards=shards, per_node=per_node),
     )
 
@@ -205,6 +212,7 @@ def measure(job: Job, runtime: Runtime) -> Measured:
         f"--parallel.strategy={job.strategy}",
         f"--parallel.shard={job.shard}",
         f"--parallel.outer_every={job.outer_every}",
+        f"--parallel.reduction={job.reduction}",
         *("--parallel.reshard=true", "--parallel.reduce=step"),  # as where memory is short
     )
     config = resolve([*SHAPE, *batch, *parallel, "--train.dtype=float32"], {})
@@ -265,6 +273,25 @@ def show_between_hosts() -> None:
                 show(f"{strategy:7}2 x 2 ranks", job, measured, expected)
 
 
+def show_exact(rounds: int) -> None:
+    print(f"\nexact reduction on two ranks against the default, median of {rounds} rounds (lowest to highest)")
+    for strategy in ("ddp", "fsdp"):
+        for micro_batches in (1, 4):
+            jobs = [
+                Job(strategy, 2, 2 * 8 * micro_batches, micro_batch=8, steps=15, reduction=reduction)
+                for reduction in ("default", "exact")
+            ]
+            pairs = [[run(job) for job in jobs] for _ in range(rounds)]
+            times = [exact.seconds / usual.seconds for usual, exact in pairs]
+            sent = [exact.wire_bytes / usual.wire_bytes for usual, exact in pairs]
+            spread = f"{min(times):.2f} to {max(times):.2f}"
+            print(
+                f"{strategy:5} micro-batches: {micro_batches}: {statistics.median(times):.2f} of the time ({spread}), "
+                f"{statistics.median(sent):.2f} of the bytes",
+                flush=True,
+            )
+
+
 def show(label: str, job: Job, measured: Measured, expected: float) -> None:
     counted = measured.wire_bytes
     label = f"{label}, micro-batches: {job.micro_batches}"
@@ -312,6 +339,8 @@ def main() -> None:
         show_bytes([2, 4])
     if "hosts" in parts:
         show_between_hosts()
+    if "exact" in parts:
+        show_exact(arguments.rounds)
     if "timings" in parts:
         show_timings([n for n in (1, 2, 4, 8) if n <= cores], arguments.rounds)
 

@@ -63,11 +63,21 @@ TINY = (
     *("--model.n_layer=2", "--model.n_head=2", "--model.n_embd=32", "--model.block_size=32"),
     *("--train.global_batch=8", "--train.dtype=float32"),
 )
-# Dropout masks depend on the micro-batch, so another one shows how much the masks alone change.
+TRAIN = ("-m", "distgpt.train")
+# distgpt.train with other dropout masks, which shows how much the masks alone change.
+OTHER_MASKS = """
+from distgpt import cli
+from distgpt.training import step
+
+derived = step.derived_seed
+step.derived_seed = lambda *numbers: derived(0, *numbers)
+cli.run("train")
+"""
+# A program and the data type that it computes in.
 LEARNERS = {
-    "float32": ("--train.dtype=float32",),
-    "float32 with other masks": ("--train.dtype=float32", "--train.micro_batch=8"),
-    "bfloat16": ("--train.dtype=bfloat16",),
+    "float32": (TRAIN, "float32"),
+    "float32 with other masks": (("-c", OTHER_MASKS), "float32"),
+    "bfloat16": (TRAIN, "bfloat16"),
 }
 LOG_EVERY = 10
 QUIET = ("--eval.sequences=256", "--eval.sample_tokens=0", "--checkpoint.every=0")
@@ -197,9 +207,9 @@ def speed_table(shape: Shape, seconds: Mapping[str, Sequence[float]], clock: str
     return "\n".join(lines)
 
 
-def train(directory: Path, data: Path, *flags: str) -> list[dict[str, float]]:
+def train(directory: Path, data: Path, *flags: str, program: Sequence[str] = TRAIN) -> list[dict[str, float]]:
     """Train to the end with distgpt.train in one thread; return what it logged."""
-    command = [sys.executable, "-m", "distgpt.train", *flags, f"--data.path={data}", f"--run.dir={directory}", *QUIET]
+    command = [sys.executable, *program, *flags, f"--data.path={data}", f"--run.dir={directory}", *QUIET]
     variables = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command, env=variables, check=True, capture_output=True, cwd=PROJECT)
     return read_lines(directory / "metrics.jsonl")
@@ -218,9 +228,10 @@ def losses_table(directory: Path, data: Path, *, steps: int, seeds: int) -> str:
     validation: dict[str, list[float]] = {name: [] for name in LEARNERS}
     for seed in range(1, seeds + 1):
         cells = []
-        for number, (name, how) in enumerate(LEARNERS.items()):
-            flags = (f"--run.seed={seed}", f"--train.steps={steps}", "--eval.every=0", "--log.every=1", *how)
-            logged = train(directory / f"{number}-{seed}", data, *SMALL, *flags)
+        for number, (name, (program, dtype)) in enumerate(LEARNERS.items()):
+            flags = (f"--run.seed={seed}", f"--train.steps={steps}", "--eval.every=0", "--log.every=1")
+            of_run = directory / f"{number}-{seed}"
+            logged = train(of_run, data, *SMALL, *flags, f"--train.dtype={dtype}", program=program)
             losses = [line["loss"] for line in logged if "loss" in line]
             validation[name].append(logged[-1]["val_loss"])
             cells.append(f"{statistics.fmean(losses[-steps // 10 :]):.4f}, {validation[name][-1]:.4f}")

@@ -42,6 +42,7 @@ NOT_NEGATIVE = (
     *("model.n_kv_head", "model.head_size", "model.norm_eps", "model.mlp_hidden", "model.loss_chunk", "optim.min_lr"),
     *("optim.warmup_steps", "optim.weight_decay", "optim.grad_clip", "train.micro_batch", "parallel.shard"),
     *("eval.every", "eval.sample_tokens", "checkpoint.every", "health.skip_z"),
+    "health.check_every",
 )
 # Larger than any model or batch, and small enough to try all divisors quickly.
 MAX_SIZE = 2**24
@@ -52,6 +53,7 @@ BOUNDED = (
 
 # Names of keys and presets in other trainers, each with the one to suggest.
 SUGGESTED_KEYS = {
+    "optimizer": "optim.name",
     **dict.fromkeys(("learning_rate", "max_lr", "peak_lr"), "optim.lr"),
     **dict.fromkeys(("min_learning_rate", "final_lr"), "optim.min_lr"),
     **dict.fromkeys(("warmup", "warmup_iters", "num_warmup_steps"), "optim.warmup_steps"),
@@ -156,8 +158,11 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW and its learning rate."""
+    """The optimizer and its learning rate."""
 
+    name: Literal["adamw", "muon"] = option(
+        "adamw", "AdamW, or Muon for the weights of attention and feed-forward networks and AdamW for the rest"
+    )
     lr: float = option(3e-4, "peak learning rate")
     min_lr: float = option(0.0, "learning rate at the end of the decay")
     warmup_steps: int = option(0, "steps of linear warm-up", "STEPS")
@@ -165,7 +170,7 @@ class OptimConfig:
         "constant", "after warm-up: constant, cosine decay to min_lr, or constant, then linear decay (wsd)"
     )
     decay_fraction: float = option(0.2, "share of all steps in which wsd decays")
-    weight_decay: float = option(0.01, "weight decay of AdamW, for matrices only")
+    weight_decay: float = option(0.01, "weight decay, for matrices only")
     beta1: float = option(0.9, "AdamW: decay of the first moment")
     beta2: float = option(0.999, "AdamW: decay of the second moment")
     eps: float = option(1e-8, "AdamW: added to the denominator")
@@ -294,6 +299,13 @@ class HealthConfig:
     )
     skip_z: float = option(
         0.0, "skip an update if loss or gradient norm is this many standard deviations above recent ones; 0: never"
+    )
+
+    check_every: int = option(
+        0,
+        "with exact reduction: steps between checks in which each rank also computes a micro-batch of the next rank; "
+        "results that differ end the run; 0: never",
+        "STEPS",
     )
 
     @property
@@ -425,6 +437,9 @@ def check(config: Config) -> None:
     _require(optim.min_lr <= optim.lr, f"optim.min_lr is {optim.min_lr}: it must be at most optim.lr = {optim.lr}")
     traced = config.profile.range.stop - 1
     _require(traced <= config.train.steps, f"profile.steps ends at {traced}, but train.steps is {config.train.steps}")
+    if config.health.check_every:
+        exact = config.parallel.reduction == "exact"
+        _require(exact, "health.check_every compares gradients to the bit: it needs --parallel.reduction=exact")
     if config.parallel.strategy == "diloco":
         # The groups share one model only after an outer step, and only that can be evaluated or kept at the end.
         for key in ("train.steps", "eval.every"):

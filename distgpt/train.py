@@ -38,6 +38,7 @@ from distgpt.run.paths import RunPaths
 from distgpt.run.session import RunSession
 from distgpt.telemetry.profiling import profiled
 from distgpt.training import startup, summary
+from distgpt.training.cross_check import CrossCheck
 from distgpt.training.evaluation import evaluate, sample_text
 from distgpt.training.figures import FigureReader, Figures, not_finite
 from distgpt.training.step import StopCheck, accumulate_gradients, apply_update
@@ -69,7 +70,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
     watchdog.heartbeat("building the model", health.start_timeout)
     model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id)
     gradients = gradients_of(model, plan)
-    optimizer = build_optimizer(model, config.optim, runtime.device.type, exact=plan.exact)
+    optimizer = build_optimizer(model, config.optim, runtime.device.type, plan.dtype, exact=plan.exact)
     outer = OuterOptimizer(unwrap_model(model), config, plan) if plan.strategy == "diloco" else None
     outliers = OutlierFilter(health)
     checkpoints = Checkpointer(session, config, plan, dataset, TrainingState(model, optimizer, outliers, outer))
@@ -86,11 +87,9 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
         return
     session.say(summary.start_message(config, checkpoints.restored))
     if runtime.rank == 0:
-        for line in summary.warnings(config, dataset.train, checkpoints.restored):
-            startup.warn(line)
-        startup.record_config(config, plan, session)
+        startup.record_start(config, plan, dataset, session, checkpoints.restored)
     interval = SaveInterval(config.checkpoint.every, start_step=start, best_val_loss=checkpoints.best_val_loss())
-    stragglers = StragglerMonitor(model, runtime)
+    stragglers, cross_check = StragglerMonitor(model, runtime), CrossCheck(gradients, config, first_step=start + 1)
 
     def finish_save() -> None:
         """Let the save in progress commit before the run ends: its weights are good."""
@@ -113,7 +112,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
                 checkpoints.require_saved(step)
         interval.record_save(step, stalled=time.perf_counter() - started)
 
-    def after_micro_batch(done: int, count: int) -> None:
+    def after_each(done: int, count: int) -> None:
         """Show progress. If all ranks agree to stop, save the last finished step; a restart repeats this one."""
         progress.micro_batch(done, count)
         if done < count and stop_check.agreed():
@@ -158,8 +157,9 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
             stragglers.timer.begin()
             lr = set_lr(optimizer, lr_at(step - 1, config.optim, last))  # steps count from 1, the schedule from 0
             losses = accumulate_gradients(
-                gradients, batches.next_step(), step, seed=config.run.seed, after_each=after_micro_batch
+                gradients, micro_batches := batches.next_step(), step, seed=config.run.seed, after_each=after_each
             )
+            cross_check.compare(step, micro_batches[-1])
             norm, figures = gradients.finish(losses, stop=session.stop_requested is not None)
             reader.add(step, figures, lr=lr)
             decided = decide(now=False)  # on a GPU, on the step before
@@ -188,8 +188,7 @@ def train(  # noqa: C901, PLR0915  the order of events, top to bottom
                 with progress.pausing("evaluation"), watchdog.during(f"evaluating step {step}", health.eval_timeout):
                     result = evaluate(model, validation, tokenizer, plan)
                     val_loss = result.val_loss
-                    best = interval.record_evaluation(step, result.val_loss)
-                    progress.evaluation(step, result, best=best)
+                    progress.evaluation(step, result, best=interval.record_evaluation(step, val_loss))
                     if config.eval.sample_tokens:
                         progress.sample(step, sample_text(model, tokenizer, step, config, plan))
 

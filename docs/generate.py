@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from distgpt.config import NOT_NEGATIVE, POSITIVE, Config, fields_of, preset_names, resolve, value_text
-from distgpt.distributed.memory import BYTES_PER_PARAMETER, MemoryModel
+from distgpt.distributed.memory import MemoryModel, state_bytes
 from distgpt.model.gpt import count_parameters
 from distgpt.planning.devices import device_named
 from distgpt.planning.forecast import GPT2_VOCABULARY, VOCABULARIES, forecast
@@ -51,9 +51,10 @@ def presets() -> str:
     for name in preset_names():
         config = resolve([name], {})
         model, train = config.model, config.train
-        parameters = count_parameters(model, VOCABULARIES.get(name, GPT2_VOCABULARY))
+        vocab_size = VOCABULARIES.get(name, GPT2_VOCABULARY)
+        parameters = count_parameters(model, vocab_size)
         tokens = train.steps * train.global_batch * model.block_size
-        memory = f"{parameters * BYTES_PER_PARAMETER / 2**30:.2f} GiB"
+        memory = f"{state_bytes(config, vocab_size) / 2**30:.2f} GiB"
         cells = (
             *(f"`{name}`", f"{parameters:,}", memory, f"{model.n_layer} x {model.n_embd}", f"{model.block_size:,}"),
             *(f"{train.global_batch:,}", f"{train.steps:,}", f"{tokens / 1e6:,.0f} million"),

@@ -12,7 +12,7 @@ from distgpt.errors import DataError, UsageError
 from distgpt.machine import available_gpus, cpu_has_one_of
 
 # Keys outside of model.* that change the result.
-FIXED_KEYS = ("run.seed", "train.global_batch")
+FIXED_KEYS = ("run.seed", "optim.name", "train.global_batch")
 # Keys of model.* that do not change the result.
 FREE_KEYS = ("model.loss_chunk",)
 
@@ -53,8 +53,8 @@ def as_trained(state: RunState) -> Config:
 def with_choices_of(state: RunState, config: Config, *, ranks: int = 1) -> Config:
     """Return `config` with the micro-batch and the data type of a checkpoint, where `config` leaves the choice.
 
-    Dropout masks depend on the first, all products on the second. A micro-batch that does not divide over the ranks is
-    chosen anew.
+    Rounding depends on both, and the dropout masks of GPUs and compiled code on the first. A micro-batch that does not
+    divide over the ranks is chosen anew.
     """
     train = config.train
     if not train.micro_batch and train.global_batch % (ranks * (state.micro_batch or 1)) == 0:

@@ -33,8 +33,6 @@ from distgpt.errors import DISK_FULL, DataError, DirectoryError, StorageError
 from distgpt.files import sync, write_file
 from distgpt.run.lock import Owner
 
-CHECKPOINT_BYTES_PER_PARAMETER = 12  # for each parameter: a float32 weight and AdamW's two moments
-OUTER_BYTES_PER_PARAMETER = 8  # for each parameter, with independent replicas: the shared weight and its momentum
 STAGING_PREFIX, BROKEN_PREFIX = ".staging-", "broken-"  # of directories that are no checkpoints
 
 log = logging.getLogger(__name__)
@@ -51,11 +49,6 @@ def require_space(directory: Path, size: int) -> None:
             f"{directory} has {free_mib:.1f} MiB free and a checkpoint takes {wanted_mib:.1f} MiB with 1 MiB to spare: "
             "free some space or lower checkpoint.keep"
         )
-
-
-def checkpoint_bytes(parameters: int, replicas: int) -> int:
-    """Return the bytes of a checkpoint with this number of parameters and independent replicas."""
-    return parameters * (CHECKPOINT_BYTES_PER_PARAMETER * replicas + (OUTER_BYTES_PER_PARAMETER if replicas > 1 else 0))
 
 
 def prunable(directory: Path, *, keep: int) -> list[Path]:

@@ -1,6 +1,6 @@
 """DiLoCo: replicas that train independently and synchronize every H steps (Douillard et al. 2023, arXiv:2311.08105).
 
-Each replica takes AdamW steps on its own part of every global batch. After every H-th step, the mean over replicas of
+Each replica takes steps on its own part of every global batch. After every H-th step, the mean over replicas of
 (shared weights - own weights) is the gradient of an outer step on the shared weights, SGD with Nesterov momentum. All
 replicas go on from the result. Weights cross the slow links between replicas once in H steps, gradients never.
 """
@@ -14,8 +14,8 @@ import torch.distributed as dist
 from distgpt.config import Config
 from distgpt.distributed.mesh import same_shard_group
 from distgpt.distributed.plan import Plan
+from distgpt.model.adamw import local_shard
 from distgpt.model.gpt import GPT
-from distgpt.model.optim import local_shard
 
 
 class OuterOptimizer:

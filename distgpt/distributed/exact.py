@@ -52,6 +52,12 @@ def joined(sums: Tensor) -> Tensor:
     return total
 
 
+def digest(units: Tensor) -> Tensor:
+    """Return a hash of integers, a scalar int64: their sum, weighted by odd numbers, modulo 2^64."""
+    weights = torch.arange(1, 2 * units.numel(), 2, device=units.device)
+    return weights.mul_(units.flatten()).sum()
+
+
 def row_sums(values_RC: Tensor) -> Tensor:
     """Return the sum of each row, (R,), changing `values_RC`. Adds halves of rows, so the number of rows is no matter.
 

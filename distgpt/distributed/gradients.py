@@ -5,7 +5,7 @@ parallel.reduction=exact the gradients, their norm and the loss are the same to 
 micro-batch is computed in the same way, and the sums are exact, see exact.py.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -19,6 +19,7 @@ from distgpt.distributed.collectives import grad_norm_of, mean_figures
 from distgpt.distributed.exact import (
     MAX_GRADIENT,
     MAX_SUMMAND,
+    digest,
     fits,
     from_units,
     joined,
@@ -30,7 +31,7 @@ from distgpt.distributed.exact import (
 from distgpt.distributed.mesh import same_shard_group
 from distgpt.distributed.parallelize import unwrap_model
 from distgpt.distributed.plan import Plan
-from distgpt.model.optim import local_shard
+from distgpt.model.adamw import local_shard
 
 
 class Gradients:
@@ -81,6 +82,8 @@ class ExactGradients(Gradients):
         runtime = plan.runtime
         self.last = True
         self.largest = torch.zeros((), device=runtime.device)  # absolute value in a gradient of this rank
+        self.digest: Tensor | None = None  # of the gradients of the last micro-batch, where it is asked for
+        self.discards = False  # gradients are for the digest alone
         self._units: dict[Tensor, Tensor] = {}  # sums of gradients, by parameter
         self._exchanges: list[Any] = []
         self._replicas = runtime.world_size // plan.ranks_per_replica
@@ -100,10 +103,26 @@ class ExactGradients(Gradients):
     @contextmanager
     def micro_batch(self, *, last: bool) -> Iterator[None]:
         self.last = last
+        if self.digest is not None:
+            self.digest = torch.zeros_like(self.digest)
         if isinstance(self.model, FSDPModule):
             self.model.set_is_last_backward(last)
             self.model.set_reshard_after_backward(last or self.plan.reshard)
         yield
+
+    def digests(self, wanted: bool) -> None:
+        """Set whether `digest` is computed, of each micro-batch anew."""
+        self.digest = torch.zeros((), dtype=torch.int64, device=self.plan.runtime.device) if wanted else None
+
+    def digest_of(self, compute: Callable[[], object]) -> Tensor:
+        """Return the digest of a micro-batch whose forward and backward pass `compute` runs. No gradient changes."""
+        self.discards = True
+        self.digests(True)
+        with self.micro_batch(last=False):
+            compute()
+        self.discards = False
+        assert self.digest is not None
+        return self.digest
 
     def finish(self, losses_M: Tensor, *, stop: bool) -> tuple[Tensor, Tensor]:
         for exchange in self._exchanges:
@@ -132,12 +151,17 @@ class ExactGradients(Gradients):
     def to_units(self, gradient: Tensor) -> Tensor:
         """Return the gradient of one micro-batch as integers, and remember how large it is."""
         self.largest = torch.maximum(self.largest, largest(gradient))
-        return to_units(gradient)
+        units = to_units(gradient)
+        if self.digest is not None:
+            self.digest += digest(units)
+        return units
 
     def _add(self, parameter: Tensor) -> None:
         """Take the gradient that autograd has just added to a parameter: a hook of autograd."""
         assert parameter.grad is not None
         units, parameter.grad = self.to_units(parameter.grad), None
+        if self.discards:
+            return
         total = self._units[parameter] = self._units[parameter].add_(units) if parameter in self._units else units
         if self.last and self.plan.runtime.distributed:
             self._exchanges.append(dist.all_reduce(total, async_op=True))
@@ -181,6 +205,9 @@ class ExactReduceScatter:
     ) -> None:
         """Add up the gradients of all shards, `input_tensor`; FSDP adds `output_tensor` to those of this shard."""
         units = self._gradients.to_units(input_tensor)
+        if self._gradients.discards:
+            output_tensor.zero_()
+            return
         exchanges_each = self._gradients.plan.reduce_each
         if exchanges_each:
             units = scattered_sum(units, group)
@@ -196,11 +223,10 @@ class ExactReduceScatter:
 
 
 def scattered_sum(units: Tensor, group: Any) -> Tensor:
-    """Return this rank's shard of the sum over a group."""
-    shard = units.new_empty(units.numel() // dist.get_world_size(group))
-    reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor  # until torch 2.12
-    reduce_scatter(shard, units, group=group)
-    return shard
+    """Return this rank's shard of the sum over a group. gloo's own reduce-scatter would send twice as much."""
+    received = torch.empty_like(units)
+    dist.all_to_all_single(received, units, group=group)
+    return received.view(dist.get_world_size(group), -1).sum(dim=0)
 
 
 def gradients_of(model: nn.Module, plan: Plan) -> Gradients:

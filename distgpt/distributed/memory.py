@@ -10,12 +10,11 @@ from dataclasses import astuple, dataclass
 
 from distgpt.config import Config, ModelConfig
 from distgpt.model.gpt import meta_model, mlp_width
+from distgpt.model.muon import block_matrices
 
-# float32 weights, gradients and AdamW's two moments
-BYTES_PER_PARAMETER = 16
-# A gradient summed as an integer (parallel.reduction=exact)
+# For each parameter: a gradient summed as an integer (parallel.reduction=exact)
 EXACT_SUM_BYTES = 8
-# diloco: the shared weights and the momentum of the outer steps
+# For each parameter with diloco: the shared weights and the momentum of the outer steps
 OUTER_BYTES_PER_PARAMETER = 8
 # The share of a device's memory that training may take. CUDA, NCCL, cuBLAS and fragmentation need the rest.
 USABLE_SHARE = 0.9
@@ -33,7 +32,7 @@ class MemoryParts:
 
     weights: float
     gradients: float
-    optimizer: float  # AdamW's two moments; with diloco also the shared weights and the momentum
+    optimizer: float  # its moments; with diloco also the shared weights and the momentum
     activations: float
     logits: float  # and the loss
     buffers: float  # weights as products use them, and gradients before they are summed
@@ -89,7 +88,7 @@ class MemoryModel:
         return MemoryParts(
             weights=4 * own,
             gradients=(4 + EXACT_SUM_BYTES if self._exact else 4) * own,
-            optimizer=(8 + outer) * own,
+            optimizer=4 * moments(self.config, self.vocab_size, shards) + outer * own,
             activations=layers + tokens * (4 + self.itemsize) * model.n_embd,
             logits=loss,
             buffers=self._working_weights(shards, keep_weights, whole_gradients),
@@ -107,10 +106,30 @@ class MemoryModel:
         return max(gathered, 0) + max(gradients, 0) + 4 * embeddings  # those in float32, and their gradients
 
 
+def state_bytes(config: Config, vocab_size: int) -> int:
+    """Return the bytes of all weights, gradients and moments, in float32."""
+    return 8 * shard_parameters(config.model, vocab_size, 1) + 4 * moments(config, vocab_size, 1)
+
+
+def checkpoint_bytes(config: Config, vocab_size: int, replicas: int) -> int:
+    """Return the bytes of a checkpoint, weights and moments, of this number of independent replicas."""
+    parameters = shard_parameters(config.model, vocab_size, 1)
+    shared = OUTER_BYTES_PER_PARAMETER * parameters if replicas > 1 else 0
+    return 4 * (parameters + moments(config, vocab_size, 1)) * replicas + shared
+
+
+def moments(config: Config, vocab_size: int, shards: int) -> int:
+    """Return the numbers that the optimizer keeps for the largest shard: two a parameter, one where Muon updates it."""
+    by_muon = shard_parameters(config.model, vocab_size, shards, block_matrices_only=True)
+    both = 2 * shard_parameters(config.model, vocab_size, shards)
+    return both - by_muon if config.optim.name == "muon" else both
+
+
 @functools.cache
-def shard_parameters(config: ModelConfig, vocab_size: int, shards: int) -> int:
+def shard_parameters(config: ModelConfig, vocab_size: int, shards: int, *, block_matrices_only: bool = False) -> int:
     """Return the parameters of the largest shard. FSDP2 cuts each tensor into equal numbers of rows, rounded up."""
-    shapes = [p.shape for p in meta_model(config, vocab_size).parameters()]
+    model = meta_model(config, vocab_size)
+    shapes = [p.shape for p in (block_matrices(model) if block_matrices_only else model.parameters())]
     return sum(math.ceil(shape[0] / shards) * math.prod(shape[1:]) for shape in shapes)
 
 

@@ -12,19 +12,25 @@ import math
 import torch
 from torch import Tensor
 
-from distgpt.model.dropout import dropout
+from distgpt.model.dropout import DEFAULT_GENERATOR, Generators, dropout
 
 # The number of queries in a block, and of blocks in a long sequence. Smaller products are slower.
 MIN_QUERIES, MAX_BLOCKS = 128, 4
 
 
 def attention_in_blocks(
-    q_BHTD: Tensor, k_BHTD: Tensor, v_BHTD: Tensor, *, mask: Tensor | None, dropout_p: float
+    q_BHTD: Tensor,
+    k_BHTD: Tensor,
+    v_BHTD: Tensor,
+    *,
+    mask: Tensor | None,
+    dropout_p: float,
+    generators: Generators = DEFAULT_GENERATOR,
 ) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v, with dropout of the weights, (B, H, T, D).
 
     `mask`: True where a query may attend to a key, but never for a key in its future; broadcast to (B, H, T, T). None:
-    causal.
+    causal. `generators`: as of dropout().
     """
     T, D = q_BHTD.shape[-2:]
     if mask is None:
@@ -36,6 +42,6 @@ def attention_in_blocks(
     for start in range(0, T, size):
         end = min(start + size, T)
         scores_BHQP = q_BHTD[:, :, start:end] @ k_BHTD[:, :, :end].mT + bias[..., start:end, :end]
-        weights_BHQP = dropout(scores_BHQP.softmax(dim=-1), dropout_p)
+        weights_BHQP = dropout(scores_BHQP.softmax(dim=-1), dropout_p, generators)
         y_BQHD.append((weights_BHQP @ v_BHTD[:, :, :end]).transpose(1, 2))
     return torch.cat(y_BQHD, dim=1).transpose(1, 2)

@@ -15,6 +15,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn as nn
@@ -25,7 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from distgpt.config import ModelConfig
 from distgpt.errors import UsageError
 from distgpt.model.cpu_attention import attention_in_blocks
-from distgpt.model.dropout import Dropout
+from distgpt.model.dropout import DEFAULT_GENERATOR, Dropout, Generators, derived_seed, seeded_generators
 
 INIT_STD = 0.02
 LAYERNORM_EPS = 1e-5
@@ -127,9 +128,17 @@ class Attention(nn.Module):
         self.output_dropout = Dropout(config.dropout)
 
     def forward(
-        self, x_BTC: Tensor, rope: tuple[Tensor, Tensor] | None, mask: Tensor | None, cache: LayerCache | None
+        self,
+        x_BTC: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        mask: Tensor | None,
+        cache: LayerCache | None,
+        generators: Generators = DEFAULT_GENERATOR,
     ) -> Tensor:
-        """Apply attention and the output projection to (B, T, C). The other arguments are those of Block.forward."""
+        """Apply attention and the output projection to (B, T, C).
+
+        `rope`, `mask` and `cache` are those of Block.forward, `generators` those of dropout().
+        """
         B, T, _ = x_BTC.shape
         H, K = self.n_head, self.n_kv_head
         qkv = self.qkv(x_BTC).view(B, T, H + 2 * K, self.head_size).transpose(1, 2)
@@ -150,7 +159,7 @@ class Attention(nn.Module):
             # does every version of torch have them on Apple GPUs.
             k_BKTD, v_BKTD = (x.repeat_interleave(H // K, dim=1) for x in (k_BKTD, v_BKTD))
         if in_blocks:
-            y_BHTD = attention_in_blocks(q_BHTD, k_BKTD, v_BKTD, mask=mask, dropout_p=dropout_p)
+            y_BHTD = attention_in_blocks(q_BHTD, k_BKTD, v_BKTD, mask=mask, dropout_p=dropout_p, generators=generators)
         else:
             with torch.autocast(x_BTC.device.type, enabled=False):  # it would convert a float32 cache
                 y_BHTD = F.scaled_dot_product_attention(
@@ -162,7 +171,7 @@ class Attention(nn.Module):
                     is_causal=mask is None and k_BKTD.shape[2] == T,
                     enable_gqa=k_BKTD.shape[1] != H,
                 )
-        out: Tensor = self.output_dropout(self.output(y_BHTD.transpose(1, 2).flatten(2)))
+        out: Tensor = self.output_dropout(self.output(y_BHTD.transpose(1, 2).flatten(2)), generators)
         return out
 
 
@@ -178,8 +187,8 @@ class MLP(nn.Module):
         self.down = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
-    def forward(self, x_BTC: Tensor) -> Tensor:
-        """Apply both projections and the activation to (B, T, C)."""
+    def forward(self, x_BTC: Tensor, generators: Generators = DEFAULT_GENERATOR) -> Tensor:
+        """Apply both projections and the activation to (B, T, C). `generators`: those of dropout()."""
         h_BTF = self.up(x_BTC)
         if self.gate is not None:
             h_BTF = F.silu(self.gate(x_BTC)) * h_BTF
@@ -188,7 +197,7 @@ class MLP(nn.Module):
         else:
             h_BTF = F.relu(h_BTF)
             h_BTF = h_BTF.square() if self.kind == "relu2" else h_BTF
-        out: Tensor = self.dropout(self.down(h_BTF))
+        out: Tensor = self.dropout(self.down(h_BTF), generators)
         return out
 
 
@@ -208,14 +217,18 @@ class Block(nn.Module):
         rope: tuple[Tensor, Tensor] | None = None,
         mask: Tensor | None = None,
         cache: LayerCache | None = None,
+        dropout_seeds: Sequence[int] | None = None,
     ) -> Tensor:
         """Apply the block to (B, T, C).
 
         `rope`: rope_tables of these tokens. `mask`: True where a query may attend to a key, broadcast to (B, H, T, S);
-        None: causal. `cache`: the keys and values of this layer for the tokens before these.
+        None: causal. `cache`: the keys and values of this layer for the tokens before these. `dropout_seeds`: one for
+        each sequence, of its masks in this layer.
         """
-        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), rope, mask, cache)
-        out: Tensor = x_BTC + self.mlp(self.mlp_norm(x_BTC))
+        # Made anew in each call, so that one that computes activations again draws the same masks.
+        generators = seeded_generators(dropout_seeds)
+        x_BTC = x_BTC + self.attention(self.attention_norm(x_BTC), rope, mask, cache, generators)
+        out: Tensor = x_BTC + self.mlp(self.mlp_norm(x_BTC), generators)
         return out
 
 
@@ -320,11 +333,13 @@ class GPT(nn.Module):
         *,
         cache: KVCache | None = None,
         last_only: bool = False,
+        dropout_seeds: Sequence[int] | None = None,
     ) -> Tensor:
         """Return the logits (B, T, V); with targets, the mean cross-entropy of each sequence in nats, float32, (B,).
 
         `cache` holds the tokens before these. `last_only`: return the logits of the last token alone, (B, 1, V).
-        Raises ValueError if all tokens together exceed block_size.
+        `dropout_seeds`: one for each sequence, which decides its dropout masks on a CPU in eager mode; None: they come
+        from the default generator of the device. Raises ValueError if all tokens together exceed block_size.
         """
         start = 0 if cache is None else cache.length
         end = start + tokens_BT.shape[1]
@@ -334,11 +349,13 @@ class GPT(nn.Module):
         x_BTC = self.token_embedding(tokens_BT)
         if self.position_embedding is not None:
             x_BTC = x_BTC + self.position_embedding(positions_T)
-        x_BTC = self.embedding_dropout(x_BTC)
+        seeds = dropout_seeds if self.config.dropout > 0 else None
+        x_BTC = self.embedding_dropout(x_BTC, seeded_generators(seeds))
         rope = rope_tables(positions_T, self.config) if self.config.position == "rope" else None
         mask = self._attention_mask(tokens_BT, positions_T, cache)
         for layer, block in enumerate(self.blocks):
-            x_BTC = block(x_BTC, rope, mask, None if cache is None else cache.layers[layer])
+            layer_seeds = None if seeds is None else [derived_seed(seed, layer) for seed in seeds]
+            x_BTC = block(x_BTC, rope, mask, None if cache is None else cache.layers[layer], layer_seeds)
         tied_VC = self.token_embedding.weight if self.config.tied_head else None
         x_BTC = self.norm(x_BTC[:, -1:] if last_only else x_BTC)
         losses_or_logits: Tensor = self.head(x_BTC, targets_BT, tied_VC)

@@ -11,10 +11,9 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from distgpt.checkpoint.store import checkpoint_bytes
 from distgpt.config import Config, DataConfig, preset_names, require_divisible_batch, resolve
 from distgpt.corpus.shards import open_dataset
-from distgpt.distributed.memory import USABLE_SHARE
+from distgpt.distributed.memory import USABLE_SHARE, checkpoint_bytes
 from distgpt.errors import UsageError
 from distgpt.model.gpt import count_parameters, meta_model
 from distgpt.planning.devices import DEVICES
@@ -96,7 +95,7 @@ def forecast(
         tokens_per_step=per_step,
         steps=steps,
         tokens=steps * per_step,
-        checkpoint_bytes=checkpoint_bytes(parameters, replicas),
+        checkpoint_bytes=checkpoint_bytes(config, vocab_size, replicas),
         cluster=cluster,
         layouts=candidates,
         best=best,

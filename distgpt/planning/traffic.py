@@ -7,6 +7,7 @@ each. A ring in rank order leaves each node once, so a node sends to the next on
 from dataclasses import dataclass
 
 from distgpt.config import Config
+from distgpt.distributed.memory import EXACT_SUM_BYTES
 from distgpt.distributed.plan import Plan
 from distgpt.model.gpt import meta_model
 
@@ -46,17 +47,18 @@ def step_traffic(config: Config, plan: Plan, *, vocab_size: int) -> tuple[Traffi
     blocks = sum(p.numel() for p in model.blocks.parameters())
     head = sum(p.numel() for p in model.head.parameters())
     whole = sum(p.numel() for p in model.parameters())
-    itemsize = plan.dtype.itemsize
+    itemsize = 4 if plan.exact else plan.dtype.itemsize
     gathered = gathered_bytes(  # products gather their weights in the data type that they compute in
         itemsize * blocks,
         4 * (whole - blocks - head) + itemsize * head,
         micro_batches=plan.accumulation,
         reshard=plan.reshard,
     )
-    reduced = 4 * whole * (plan.accumulation if plan.reduce_each else 1)
+    summed = (EXACT_SUM_BYTES if plan.exact else 4) * whole
+    reduced = summed * (plan.accumulation if plan.reduce_each else 1)
     rarely = config.parallel.outer_every if plan.strategy == "diloco" else 1
     shards, per_node = plan.ranks_per_replica, runtime.local_world_size
     return (
         shard_traffic(gathered + reduced, shards=shards, per_node=per_node),
-        replica_traffic(4 * whole / rarely, ranks=runtime.world_size, shards=shards, per_node=per_node),
+        replica_traffic(summed / rarely, ranks=runtime.world_size, shards=shards, per_node=per_node),
     )

@@ -16,19 +16,14 @@ import torch.distributed as dist
 
 from distgpt.checkpoint.compatibility import newest_state, require_same_run, with_choices_of
 from distgpt.checkpoint.manifest import committed
-from distgpt.checkpoint.store import (
-    CHECKPOINT_BYTES_PER_PARAMETER,
-    OUTER_BYTES_PER_PARAMETER,
-    checkpoint_bytes,
-    require_space,
-)
+from distgpt.checkpoint.store import require_space
 from distgpt.config import Config
 from distgpt.corpus.mixture import open_data
 from distgpt.corpus.order import Order, evaluation_windows
 from distgpt.corpus.shards import Dataset, verify_dataset
 from distgpt.corpus.tokenizer import load_tokenizer
 from distgpt.distributed.device import compute_dtype, device_name, threads_per_rank
-from distgpt.distributed.memory import BYTES_PER_PARAMETER
+from distgpt.distributed.memory import OUTER_BYTES_PER_PARAMETER, checkpoint_bytes, moments
 from distgpt.distributed.plan import (
     choose_strategy,
     independent_replicas,
@@ -197,7 +192,7 @@ def check_disk(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     """Check the free space for checkpoints. Raises StorageError if not even one fits."""
     paths = RunPaths(config.run_dir)
     nearest = nearest_directory(paths.root)
-    size = checkpoint_bytes(count_parameters(config.model, dataset.vocab_size), independent_replicas(config, runtime))
+    size = checkpoint_bytes(config, dataset.vocab_size, independent_replicas(config, runtime))
     # The newest ones, the best one, and the one that is being written are on the disk at the same time.
     most = config.checkpoint.keep + 2
     missing = max(1, most - len(committed(paths.checkpoints)))
@@ -216,9 +211,9 @@ def check_memory(config: Config, runtime: Runtime, dataset: Dataset) -> Finding:
     parameters = count_parameters(config.model, dataset.vocab_size)
     on_gpu = runtime.device.type == "cuda"
     outer = OUTER_BYTES_PER_PARAMETER if strategy == "diloco" else 0
+    kept = parameters * (4 + outer) + 4 * moments(config, dataset.vocab_size, 1)
     # Without a GPU, the copy from which a checkpoint is written is in the same memory.
-    copy = 0 if on_gpu else CHECKPOINT_BYTES_PER_PARAMETER + outer
-    need = parameters * (BYTES_PER_PARAMETER + outer + copy) / shards
+    need = (4 * parameters + kept + (0 if on_gpu else kept)) / shards
     room = torch.cuda.mem_get_info(runtime.device)[0] if on_gpu else free_memory() / runtime.local_world_size
     text = f"{parameters:,} parameters, {strategy}: a rank needs {size_text(need)} of {size_text(room)} free"
     fix = "shard over more ranks with parallel.strategy=fsdp, or take a smaller model"

@@ -136,7 +136,7 @@ class Rerun:
             require_model(start.checkpoint, config, dataset.vocab_size)
         self.model = build_model(config, plan, vocab_size=dataset.vocab_size, eot_id=dataset.eot_id)
         self.gradients = gradients_of(self.model, plan)
-        optimizer = build_optimizer(self.model, config.optim, runtime.device.type, exact=plan.exact)
+        optimizer = build_optimizer(self.model, config.optim, runtime.device.type, plan.dtype, exact=plan.exact)
         outer = OuterOptimizer(unwrap_model(self.model), config, plan) if plan.strategy == "diloco" else None
         self.state = TrainingState(self.model, optimizer, OutlierFilter(config.health), outer)
         if start.checkpoint is not None:

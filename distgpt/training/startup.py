@@ -13,8 +13,8 @@ import torch
 from torch import nn
 
 from distgpt.checkpoint.compatibility import require_same_run, with_choices_of
-from distgpt.checkpoint.manifest import committed
-from distgpt.checkpoint.store import checkpoint_bytes, require_space, require_writable
+from distgpt.checkpoint.manifest import RunState, committed
+from distgpt.checkpoint.store import require_space, require_writable
 from distgpt.config import Config, shares_of, to_dict, to_toml
 from distgpt.corpus.loader import EvaluationBatches, Loader
 from distgpt.corpus.mixture import open_data
@@ -25,18 +25,19 @@ from distgpt.distributed.collectives import (
     hosts_of_ranks,
     require_agreement,
 )
+from distgpt.distributed.memory import checkpoint_bytes
 from distgpt.distributed.parallelize import unwrap_model
 from distgpt.distributed.plan import Plan, independent_replicas, make_plan, smaller_micro_batch
 from distgpt.distributed.runtime import Runtime, restarted
 from distgpt.errors import DataError, DirectoryError, StorageError, UsageError
 from distgpt.files import write_file
 from distgpt.health.watchdog import JOINING, Watchdog
-from distgpt.model.gpt import count_parameters
 from distgpt.planning.grade import grade
 from distgpt.run.lock import Owner
 from distgpt.run.session import NFS_ATTRIBUTE_CACHE_SECONDS, RunSession
 from distgpt.telemetry.progress import Progress
 from distgpt.training.step_report import peak_tokens_per_second
+from distgpt.training.summary import warnings
 
 log = logging.getLogger("distgpt")
 
@@ -59,7 +60,7 @@ def check_rank(config: Config, plan: Plan, dataset: Dataset, session: RunSession
     require_writable(paths.checkpoints)
     watchdog.heartbeat("verifying the data", timeout + (dataset.train.bytes + dataset.val.bytes) / SLOWEST_DISK)
     verify_dataset(dataset)
-    needed = checkpoint_bytes(count_parameters(config.model, dataset.vocab_size), plan.independent_replicas)
+    needed = checkpoint_bytes(config, dataset.vocab_size, plan.independent_replicas)
     try:
         require_space(paths.root, needed)
     except StorageError as error:  # a warning, since there may be room by the time of the first save
@@ -142,8 +143,14 @@ def explaining_out_of_memory(config: Config, plan: Plan, dataset: Dataset) -> It
         raise UsageError(f"out of memory with micro-batches of {plan.micro_batch} ({first_line}): {fix}") from error
 
 
-def record_config(config: Config, plan: Plan, session: RunSession) -> None:
-    """Write the config of the run with the micro-batch and the data type in use, on which its result depends."""
+def record_start(config: Config, plan: Plan, dataset: Dataset, session: RunSession, restored: RunState | None) -> None:
+    """Warn of values that look like mistakes, and write the config of the run.
+
+    With the micro-batch and the data type in use, on which its result depends. `restored`: of the checkpoint that it
+    goes on from.
+    """
+    for line in warnings(config, dataset.train, restored):
+        warn(line)
     session.require_owned()
     resolved = replace(config, train=replace(config.train, micro_batch=plan.micro_batch, dtype=plan.dtype_name))
     write_file(session.paths.config, to_toml(resolved).encode())

@@ -1,6 +1,5 @@
 """One optimizer step: the gradients of the global batch, then the update."""
 
-import hashlib
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,7 +12,7 @@ from distgpt.corpus.loader import MicroBatch
 from distgpt.distributed.gradients import Gradients
 from distgpt.distributed.parallelize import autocast
 from distgpt.distributed.runtime import Runtime
-from distgpt.model.optim import ExactAdamW
+from distgpt.model.dropout import derived_seed
 
 # Ranks compare their stop requests every so many seconds, or after each micro-batch if one takes longer.
 CHECK_SECONDS = 5.0
@@ -32,18 +31,33 @@ def accumulate_gradients(
     After gradients.finish(), which takes the losses, gradients are means over the global batch. `seed`: of the run.
     `after_each` gets the number of micro-batches that are done, and their total number.
     """
-    model, plan = gradients.model, gradients.plan
-    device, count = plan.runtime.device, len(micro_batches)
+    count = len(micro_batches)
+    first = gradients.plan.runtime.rank * count
     losses = []
-    for index, (x_BT, y_BT) in enumerate(micro_batches):
-        seed_dropout(device, dropout_seed(seed, step, plan.runtime.rank * count + index))
+    for index, micro_batch in enumerate(micro_batches):
         with gradients.micro_batch(last=index == count - 1):
-            with autocast(device, plan.dtype):
-                loss = model(x_BT, y_BT).mean() * gradients.loss_weight
-            loss.backward()
-        losses.append(loss.detach())
+            losses.append(differentiate(gradients, micro_batch, step, first + index, seed=seed))
         after_each(index + 1, count)
     return torch.stack(losses)
+
+
+def differentiate(gradients: Gradients, micro_batch: MicroBatch, step: int, index: int, *, seed: int) -> Tensor:
+    """Run forward and backward over one micro-batch, number `index` of the global batch. Returns its weighted loss.
+
+    On a CPU the dropout masks of a sequence depend on (seed, step, its position in the global batch) alone. A GPU and
+    compiled code draw those of a whole micro-batch from one seed.
+    """
+    plan, (x_BT, y_BT) = gradients.plan, micro_batch
+    first = index * len(x_BT)
+    seeds = [derived_seed(seed, step, position) for position in range(first, first + len(x_BT))]
+    by_sequence = plan.runtime.device.type == "cpu" and not plan.compile
+    if not by_sequence:
+        seed_dropout(plan.runtime.device, seeds[0])
+    with autocast(plan.runtime.device, plan.dtype):
+        losses_B = gradients.model(x_BT, y_BT, dropout_seeds=seeds if by_sequence else None)
+        loss: Tensor = losses_B.mean() * gradients.loss_weight
+    loss.backward()
+    return loss.detach()
 
 
 class StopCheck:
@@ -87,21 +101,15 @@ def seed_dropout(device: torch.device, seed: int) -> None:
         torch.default_generator.manual_seed(seed)
 
 
-def dropout_seed(seed: int, step: int, micro_batch_index: int) -> int:
-    """Return the seed of dropout in one micro-batch of the global batch, whichever rank computes it."""
-    digest = hashlib.blake2b(f"{seed} {step} {micro_batch_index}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
 def apply_update(
     optimizer: torch.optim.Optimizer, grad_norm: Tensor, *, clip: float, skip: Tensor | None = None
 ) -> None:
     """Take an optimizer step, with gradients scaled down from `grad_norm` to a norm of at most `clip` (0: unscaled).
 
-    A `skip` of 1.0 leaves weights and moments as they are. Fused AdamW reads both on the device, as torch's GradScaler
-    hands them to it, so the host need not know them. AdamW on an Apple GPU ignores them.
+    A `skip` of 1.0 leaves weights and moments as they are. Fused AdamW and Muon read both on the device, as torch's
+    GradScaler hands them over, so the host need not know them. AdamW on an Apple GPU ignores them.
     """
-    assert optimizer.defaults["fused"] or isinstance(optimizer, ExactAdamW)
+    assert optimizer.defaults["fused"] or hasattr(optimizer, "grad_scale")
     fused: Any = optimizer  # these attributes have no type in torch
     if grad_norm.device.type == "mps":
         apply_update_from_host(optimizer, grad_norm, clip=clip, skip=skip)

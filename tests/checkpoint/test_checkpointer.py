@@ -53,6 +53,22 @@ def test_model_and_optimizer_are_restored_bit_for_bit(saved: Path, dataset: Data
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
 
 
+def test_muon_is_restored_bit_for_bit(tmp_path: Path, dataset: Dataset) -> None:
+    original, restored = (trainee(tmp_path, dataset, "--optim.name=muon") for _ in range(2))
+    original.learn()
+    original.checkpointer.save(1, val_loss=None)
+    original.checkpointer.require_saved(1)
+    assert restored.checkpointer.restore() == 1
+    for subject in (original, restored):
+        subject.learn()
+    for (name, a), b in zip(original.model.named_parameters(), restored.model.parameters(), strict=True):
+        assert torch.equal(a, b), name
+        states = original.optimizer.state[a], restored.optimizer.state[b]
+        assert states[0].keys() == states[1].keys()
+        assert ("momentum" in states[0]) == (name.startswith("blocks.") and a.ndim == 2)
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
+
+
 def test_hyper_parameters_come_from_the_config_and_not_from_the_checkpoint(saved: Path, dataset: Dataset) -> None:
     subject = trainee(saved, dataset, "--optim.lr=0.5", "--optim.weight_decay=0.25")
     subject.checkpointer.restore()
@@ -311,6 +327,17 @@ def test_another_run_is_refused_with_a_diff(saved: Path, other_dataset: Dataset)
     assert "n_embd" not in message
     assert "vocabulary" not in message
     assert "\n" not in message
+
+
+def test_a_run_keeps_its_optimizer_which_was_adamw_before_there_was_another(run: Path, dataset: Dataset) -> None:
+    for checkpoint in committed(run / "checkpoints"):
+        state = json.loads((checkpoint / "train.json").read_text())
+        del state["config"]["optim"]["name"]
+        (checkpoint / "train.json").write_text(json.dumps(state))
+        sign_again(checkpoint)
+    require_same_run(run / "checkpoints", resolve(SMALL, {}), dataset, replicas=1)
+    with pytest.raises(UsageError, match=r"was made by another run: optim.name adamw -> muon; resume with"):
+        require_same_run(run / "checkpoints", resolve([*SMALL, "--optim.name=muon"], {}), dataset, replicas=1)
 
 
 def test_a_damaged_newest_checkpoint_does_not_hide_the_diff(run: Path, dataset: Dataset) -> None:

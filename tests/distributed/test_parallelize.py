@@ -57,14 +57,16 @@ MODERN = (
 )
 
 
-def test_recomputed_activations_change_nothing() -> None:
+@pytest.mark.parametrize("seeds", [None, [5, 6]])
+def test_recomputed_activations_change_nothing(seeds: list[int] | None) -> None:
     tokens_BT = torch.arange(16).reshape(2, 8)
     losses, gradients, names = [], [], []
     for asked in ("false", "true"):
         small = config(*SMALL, f"--parallel.activation_checkpoint={asked}")
         model = built(small)
         torch.manual_seed(0)
-        loss = model(tokens_BT, tokens_BT + 1).mean()
+        loss = model(tokens_BT, tokens_BT + 1, dropout_seeds=seeds).mean()
+        torch.manual_seed(1)
         loss.backward()
         losses.append(loss.item())
         gradients.append([p.grad for p in model.parameters()])

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from distgpt.model.dropout import LEVELS, Dropout, dropout, random_mask
+from distgpt.model.dropout import LEVELS, Dropout, derived_seed, dropout, random_mask, seeded_generators
 
 MANY = torch.Size((1000, 1000))
 
@@ -19,7 +19,7 @@ def seeded_mask(seed: int, shape: torch.Size = MANY, p: float = 0.2) -> Tensor:
 def test_the_probability_is_exact_to_a_65536th(monkeypatch: pytest.MonkeyPatch, p: float, dropped: int) -> None:
     """Of all 16-bit numbers, each once, as many as the probability says drop an element."""
 
-    def count_up(words: Tensor, *_: object) -> Tensor:
+    def count_up(words: Tensor, *_: object, generator: None) -> Tensor:
         words.view(torch.int16).copy_(torch.arange(-(2**15), 2**15))
         return words
 
@@ -48,6 +48,22 @@ def test_a_mask_depends_on_the_seed_alone() -> None:
     assert not torch.equal(seeded_mask(1), seeded_mask(2))
     torch.manual_seed(1)
     assert not torch.equal(random_mask(MANY, 9, torch.float32), random_mask(MANY, 9, torch.float32))
+
+
+@pytest.mark.parametrize("sequence", [(7,), (3, 5)])
+def test_the_mask_of_a_sequence_depends_on_its_seed_alone(sequence: tuple[int, ...]) -> None:
+    def masks(*seeds: int) -> Tensor:
+        return random_mask(torch.Size((len(seeds), *sequence)), LEVELS // 2, torch.float32, seeded_generators(seeds))
+
+    default = torch.get_rng_state()
+    assert torch.equal(masks(1, 2, 3), torch.cat([masks(1), masks(2, 3)]))
+    assert not torch.equal(masks(1), masks(2))
+    assert torch.equal(torch.get_rng_state(), default)
+
+
+def test_derived_seeds_are_the_same_in_each_process_and_differ_in_each_number() -> None:
+    assert derived_seed(1337, 2, 3) == 2644143879359654046
+    assert len({derived_seed(*numbers) for numbers in ((1, 2), (2, 1), (12,), (1, 2, 0), (1, 3))}) == 5
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (7,), (3, 5, 2), (0, 4)])

@@ -63,8 +63,9 @@ def test_a_step_allocates_what_is_planned() -> None:
 
 
 @pytest.mark.usefixtures("cpu_of_known_speed")
-def test_a_checkpoint_has_the_planned_size(dataset: Dataset, tmp_path: Path) -> None:
-    size = "--model.n_embd=192 --model.n_layer=2 --model.n_head=2 --model.block_size=8"
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_checkpoint_has_the_planned_size(dataset: Dataset, tmp_path: Path, name: str) -> None:
+    size = f"--model.n_embd=192 --model.n_layer=2 --model.n_head=2 --model.block_size=8 --optim.name={name}"
     subject = trainee(tmp_path, dataset, *size.split())
     subject.learn()
     subject.checkpointer.save(1, val_loss=None)
@@ -73,6 +74,8 @@ def test_a_checkpoint_has_the_planned_size(dataset: Dataset, tmp_path: Path) -> 
     _, plan = planned(f"{size} --data.path={dataset.path}", device="cpu", per_node=1)
     assert plan.vocab_size == dataset.vocab_size
     assert plan.checkpoint_bytes == pytest.approx(written, rel=0.05)
+    moments = sum(t.nbytes for state in subject.optimizer.state.values() for t in state.values() if t.ndim)
+    assert plan.layouts[0].memory.optimizer == moments
 
 
 def test_shards_are_exact_even_if_they_do_not_divide() -> None:

@@ -19,7 +19,7 @@ from distgpt.training.startup import explaining_out_of_memory, plan_run
 from tests.checkpoint.checkpoints import SMALL, OnlyRun, trainee
 
 
-def test_a_run_keeps_its_micro_batch_on_which_dropout_depends(
+def test_a_run_keeps_its_micro_batch_on_which_rounding_depends(
     dataset: Dataset, tmp_path: Path, one_process: Runtime
 ) -> None:
     def micro_batch(runtime: Runtime, *arguments: str) -> int:
