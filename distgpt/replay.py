@@ -29,7 +29,7 @@ from distgpt.distributed.parallelize import unwrap_model
 from distgpt.distributed.process_group import process_group
 from distgpt.distributed.runtime import Runtime, this_rank
 from distgpt.errors import UsageError
-from distgpt.model.optim import local_shard
+from distgpt.model.adamw import local_shard
 from distgpt.model.probe import NonFiniteTensor, Probe
 from distgpt.run.paths import RunPaths
 from distgpt.telemetry.step_lines import read_lines

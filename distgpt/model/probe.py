@@ -9,7 +9,7 @@ from typing import Any, Literal, cast
 
 from torch import Tensor, nn
 
-from distgpt.model.optim import local_shard
+from distgpt.model.adamw import local_shard
 
 Phase = Literal["forward", "backward"]
 
