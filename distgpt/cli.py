@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple, NoReturn, TypeVar
 
-from distgpt.checkpoint.choice import add_option
+from distgpt.checkpoint.choice import NEWEST, add_option
 from distgpt.config import Config, preset_names, resolve
 from distgpt.errors import DISK_FULL, EXIT_BUG, EXIT_INTERRUPTED, EXIT_IO, STOP_SIGNALS, DistgptError, UsageError
 from distgpt.files import user_path
@@ -261,10 +261,12 @@ def gpu_hours(text: str) -> float:
 
 
 def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
-    """Parse the options of distgpt.replay. Raises UsageError."""
+    """Parse the options of distgpt.replay, and make this rank die with its torchrun. Raises UsageError."""
+    die_with_agent()
     parser = Parser(
         prog="python -m distgpt.replay",
-        description="Compute a step of a run again, and name the first layer whose values are not finite.",
+        description="Compute a step of a run again, and name the first layer whose values are not finite. Runs on any "
+        "number of ranks under torchrun, whatever the run was trained on; with diloco a multiple of its replicas.",
     )
     parser.add_argument(
         "run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it to start from"
@@ -273,7 +275,31 @@ def replay_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
     add_device(parser)
     parser.add_argument("--step", type=int, required=True, metavar="S", help="the step, as numbered in metrics.jsonl")
     parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
-    return (parser.parse_args(arguments),)
+    options = parser.parse_args(arguments)
+    place_in_job()
+    return (options,)
+
+
+def verify_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
+    """Parse the options of distgpt.verify, and make this rank die with its torchrun. Raises UsageError."""
+    die_with_agent()
+    parser = Parser(
+        prog="python -m distgpt.verify",
+        description="Check every checkpoint of a run: its files, its place in the chain, and whether config.toml, data "
+        "and code are still those that it was made from.",
+    )
+    parser.add_argument("run", type=user_path, metavar="RUN", help="run directory, or one checkpoint of it")
+    replay = "also take the steps from a checkpoint to the next one again, if these are at most K, and compare all bits"
+    parser.add_argument("--replay", type=positive(int), metavar="K", help=replay)
+    add_option(parser, default="with --replay, start from the newest one that has a next one within K steps")
+    add_device(parser)
+    parser.add_argument("--data", type=user_path, metavar="DIR", help="prepared data (default: the run's own)")
+    parser.add_argument("--json", action="store_true", help="print a JSON object")
+    options = parser.parse_args(arguments)
+    if options.checkpoint != NEWEST and not options.replay:
+        parser.error("--checkpoint chooses where --replay starts: give --replay K")
+    place_in_job()
+    return (options,)
 
 
 def completion_options(arguments: Sequence[str]) -> tuple[argparse.Namespace]:
@@ -368,5 +394,6 @@ COMMANDS: dict[str, Command] = {
     "report": Command("show runs in one HTML page", report_options),
     "export": Command("write a model for other programs", export_options),
     "replay": Command("compute a step again, and find the first layer where it is not finite", replay_options),
+    "verify": Command("prove that the checkpoints of a run are what they claim to be", verify_options),
     "completion": Command("complete commands, presets and keys in bash or zsh", completion_options),
 }

@@ -6,6 +6,7 @@ Imports no torch, so that --help and the error for a mistyped key appear at once
 
 import dataclasses
 import difflib
+import functools
 import math
 import os
 import re
@@ -537,6 +538,7 @@ def value_text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value) or "empty"
 
 
+@functools.cache
 def section_type(name: str) -> Any:
     """Return the dataclass of a section."""
     return get_type_hints(Config)[name]

@@ -53,6 +53,7 @@ FROM_WEIGHTS = "tests/end_to_end/test_weights.py::test_a_run_starts_from_weights
 MIX = "tests/end_to_end/test_mixture.py::test_a_mix_is_trained_on_exactly_after_a_restart_and_each_dataset_is_evaluated"
 SINGLE = "tests/end_to_end/test_train.py::test_the_loss_falls"
 HARNESS = "tests/weights/test_lm_eval.py::test_its_accuracy_is_that_of_our_likelihoods"
+VERIFY_RANKS = "tests/end_to_end/test_diloco.py::test_replicas_replayed_in_the_same_layout_have_the_same_bits"
 PLAN = "tests/test_plan.py::test_the_command_prints_a_plan_and_its_figures_as_json"
 COVERED = {
     "python -m distgpt.train quickstart --data.path=data/mine:0.7,data/chat:0.3 --run.dir=runs/mixed": MIX,
@@ -85,6 +86,7 @@ COVERED = {
     "python -m distgpt.evaluate runs/mine --data data/other --json --checkpoint best": EVALUATE_RANKS,
     "torchrun --standalone --nproc_per_node=2 -m distgpt.evaluate runs/mine": EVALUATE_RANKS,
     "python -m distgpt.evaluate runs/mine --task docs/ten-questions.jsonl": TASK,
+    "torchrun --standalone --nproc_per_node=2 -m distgpt.verify runs/mine --replay 100": VERIFY_RANKS,
     "torchrun --standalone --nproc_per_node=2 -m distgpt.doctor --distributed quickstart": PREFLIGHT,
     "git clone URL distgpt && cd distgpt": INSTALLATION,
     'python3 -m venv .venv && .venv/bin/pip install -c requirements.lock -e ".[all]"': INSTALLATION,
@@ -273,7 +275,7 @@ def test_each_key_in_the_text_is_one() -> None:
 
 
 def test_each_option_in_the_text_is_one() -> None:
-    names = ("plan", "prepare", "sample", "evaluate", "export", "report", "replay", "doctor", "runs", "train")
+    names = ("plan", "prepare", "sample", "evaluate", "export", "report", "replay", "verify", "doctor", "runs", "train")
     text = " ".join(jobs.command(name, "--help", **jobs.NOT_FORKED).stdout for name in names)
     known = {*re.findall(r"--[\w-]+", text), *FOREIGN_OPTIONS, *NO_KEYS, "--fast"}
     for file, span in code_spans():

@@ -13,7 +13,8 @@ ORDER: tuple[tuple[str, ...], ...] = (
     ("commands",),
     ("launch",),
     ("cli",),
-    ("training", "preflight", "weights", "reporting"),
+    ("training", "preflight", "reporting"),
+    ("weights",),
     ("planning",),
     ("checkpoint", "telemetry"),
     ("health",),
@@ -24,7 +25,7 @@ ORDER: tuple[tuple[str, ...], ...] = (
 )
 COMMANDS = {
     *("__main__", "plan", "train", "prepare", "evaluate", "sample", "export", "report", "runs", "replay", "doctor"),
-    "completion",
+    *("verify", "completion"),
 }
 LIBRARY = {"__init__", "library"}  # what `import distgpt` offers
 LEVEL = {room: level for level, rooms in enumerate(ORDER) for room in rooms}

@@ -33,6 +33,8 @@ PATHS: dict[str, tuple[Callable[..., list[object]], list[str]]] = {
     "sample RUN": (of_command("sample"), ["{}"]),
     "replay RUN": (of_command("replay"), ["{}", "--step=1"]),
     "replay --data": (of_command("replay"), ["run", "--step=1", "--data={}"]),
+    "verify RUN": (of_command("verify"), ["{}"]),
+    "verify --data": (of_command("verify"), ["run", "--data={}"]),
 }
 
 

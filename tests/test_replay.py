@@ -15,6 +15,7 @@ from distgpt.corpus.shards import Dataset, open_dataset
 from distgpt.distributed.runtime import Runtime
 from distgpt.errors import DataError, UsageError
 from distgpt.run.paths import RunPaths
+from distgpt.training import rerun
 from tests import jobs
 from tests.checkpoint.checkpoints import SMALL, Trainee, newest, trainee
 from tests.datasets import make_dataset
@@ -33,9 +34,9 @@ def arguments(dataset: Dataset) -> tuple[str, ...]:
     return (*BATCH, f"--data.path={dataset.path}", "--train.steps=9")
 
 
-def saved_at_two(run: Path, dataset: Dataset, change: Callable[[Trainee], None]) -> None:
+def saved_at_two(run: Path, dataset: Dataset, change: Callable[[Trainee], None], *more: str) -> None:
     """Save a checkpoint of step 2 whose weights were changed before."""
-    subject = trainee(run, dataset, *arguments(dataset))
+    subject = trainee(run, dataset, *arguments(dataset), *more)
     with torch.no_grad():
         change(subject)
     subject.checkpointer.save(2, val_loss=None)
@@ -52,7 +53,7 @@ def infinite(name: str, index: int = 0) -> Callable[[Trainee], None]:
 
 
 def replayed(run: Path, step: int, dataset: Dataset) -> None:
-    replay.replay(replay.start_before(RunPaths(run), step), step, ONE_PROCESS, dataset)
+    replay.replay(rerun.start_before(RunPaths(run), step), step, ONE_PROCESS, dataset)
 
 
 def third_step(dataset: Dataset) -> Loader:
@@ -112,18 +113,18 @@ def test_a_replay_starts_from_an_older_checkpoint_if_the_newest_is_damaged_or_fr
 ) -> None:
     run = RunPaths(tmp_path)
     with pytest.raises(DataError, match=r"holds no run: neither a checkpoint before step 3 nor config.toml"):
-        replay.start_before(run, 3)
+        rerun.start_before(run, 3)
     run.config.write_text(to_toml(resolve([*SMALL, *arguments(dataset)], {})))
     saved_at_two(tmp_path, dataset, lambda subject: None)
     shutil.copytree(newest(tmp_path), tmp_path / "checkpoints" / "step-00000004")
     (tmp_path / "checkpoints" / "step-00000004" / "tokenizer.json").write_text("{}")
-    start = replay.start_before(run, 5)
+    start = rerun.start_before(run, 5)
     assert (start.step, start.checkpoint) == (2, tmp_path / "checkpoints" / "step-00000002")
     assert capsys.readouterr().out.startswith("skipped step-00000004: tokenizer.json has 2 bytes, not ")
     # A replay moves nothing aside.
     assert jobs.checkpoints(tmp_path) == ["step-00000002", "step-00000004"]
-    assert replay.start_before(run, 4).step == 2
-    start = replay.start_before(run, 2)
+    assert rerun.start_before(run, 4).step == 2
+    start = rerun.start_before(run, 2)
     assert (start.step, start.checkpoint) == (0, None)
     replayed(tmp_path, 2, dataset)
     assert "from      the initial weights, float32 on cpu\n" in capsys.readouterr().out
@@ -133,34 +134,34 @@ def test_a_step_has_the_config_of_the_attempt_that_took_it(tmp_path: Path, datas
     """The run was resumed from step 2 with other values."""
     saved_at_two(tmp_path, dataset, lambda subject: None)
     run = RunPaths(tmp_path)
-    assert replay.start_before(run, 3).config.train.steps == 9  # without config.toml, the config of the checkpoint
+    assert rerun.start_before(run, 3).config.train.steps == 9  # without config.toml, the config of the checkpoint
     run.config.write_bytes(b"\xff")
-    assert replay.start_before(run, 3).config.train.steps == 9
+    assert rerun.start_before(run, 3).config.train.steps == 9
     later = ("--train.steps=20", "--optim.lr=0.5", "--train.micro_batch=1")
     run.config.write_text(to_toml(resolve([*SMALL, *arguments(dataset), *later], {})))
-    before, after = (replay.start_before(run, step).config for step in (2, 3))
+    before, after = (rerun.start_before(run, step).config for step in (2, 3))
     assert (before.train.steps, before.optim.lr != 0.5, before.train.micro_batch) == (9, True, 2)
     assert (after.train.steps, after.optim.lr, after.train.micro_batch) == (20, 0.5, 1)
 
 
 def test_other_data_is_refused(tmp_path: Path, dataset: Dataset) -> None:
     saved_at_two(tmp_path, dataset, lambda subject: None)
-    start = replay.start_before(RunPaths(tmp_path), 3)
-    assert replay.open_data(start, None).fingerprint == dataset.fingerprint
+    start = rerun.start_before(RunPaths(tmp_path), 3)
+    assert rerun.open_data(start, None).fingerprint == dataset.fingerprint
     moved = shutil.copytree(dataset.path, tmp_path / "moved")
-    assert replay.open_data(start, str(moved)).path == moved
+    assert rerun.open_data(start, str(moved)).path == moved
     (tmp_path / "other").mkdir()
     other = make_dataset(tmp_path / "other", seed=0)
     with pytest.raises(DataError, match=r"/other is not the data that the run was trained on: say where .* --data=DIR"):
-        replay.open_data(start, str(other.path))
-    gone = replay.Start(resolve([f"--data.path={tmp_path / 'gone'}"], {}))
+        rerun.open_data(start, str(other.path))
+    gone = rerun.Start(resolve([f"--data.path={tmp_path / 'gone'}"], {}), 1)
     with pytest.raises(DataError, match=r"the run's data is not in \S+/gone any more: say where it is with --data=DIR"):
-        replay.open_data(gone, None)
+        rerun.open_data(gone, None)
 
 
 def test_a_replay_starts_from_the_chosen_checkpoint(tmp_path: Path, dataset: Dataset) -> None:
     saved_at_two(tmp_path, dataset, lambda subject: None)
-    start = replay.start_from(newest(tmp_path), RunPaths(tmp_path), 3)
+    start = rerun.start_from(newest(tmp_path), RunPaths(tmp_path), 3)
     assert (start.step, start.checkpoint, start.config.train.steps) == (2, newest(tmp_path), 9)
     with pytest.raises(UsageError, match="step-00000002 is of step 2: to replay step 2, choose one before it"):
-        replay.start_from(newest(tmp_path), RunPaths(tmp_path), 2)
+        rerun.start_from(newest(tmp_path), RunPaths(tmp_path), 2)

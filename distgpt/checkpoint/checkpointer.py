@@ -22,11 +22,14 @@ from typing import Any, TypeVar, cast
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 
+from distgpt.checkpoint.chain import origin_of
 from distgpt.checkpoint.choice import newest_good
 from distgpt.checkpoint.manifest import (
     INDEX,
+    MANIFEST,
     STATE,
     TOKENIZER,
+    Link,
     RunState,
     checkpoint_path,
     committed,
@@ -68,6 +71,7 @@ class Checkpointer:
         assert session.owner, "the run directory is owned before anything is written there"
         self._store = Store(self._directory, session.owner)
         self._tokenizer = _read_tokenizer(dataset)
+        self._origin = origin_of(config, plan, dataset)
         timeout = timedelta(seconds=config.health.collective_timeout)
         # Saves run in the background: in a group of their own, their messages do not mix with those of training.
         # Any, since the type of a group differs between versions of torch.
@@ -94,6 +98,8 @@ class Checkpointer:
                 raise DataError(f"{self._directory} holds no whole checkpoint ({why}); move it away to start over")
             return 0
         self.restored = self._training.load(checkpoint)
+        manifest = self._run_on_rank_zero(partial(sha256_of, checkpoint / MANIFEST))
+        self._store.newest = Link(self.restored.step, manifest)
         if damaged:
             self._run_on_rank_zero(self._store.create_staging_root)
             self._run_on_rank_zero(partial(self._store.set_aside, list(reversed(damaged))))
@@ -205,7 +211,7 @@ class Checkpointer:
         files = {name: entry for share in written for name, entry in share["files"].items()}
         for name in (INDEX, STATE, TOKENIZER):
             files[name] = {"bytes": (staging / name).stat().st_size, "sha256": sha256_of(staging / name)}
-        self._store.commit(state.step, files)
+        self._store.commit(state.step, files, self._origin)
 
     def _prune(self, saved: Path) -> None:
         """Remove checkpoints that need not be kept, once the one just saved has been read back and is good."""

@@ -70,11 +70,16 @@ def unrecorded_dtype() -> Literal["auto", "float32"]:
     return "auto" if available_gpus() or cpu_has_one_of({"amx_bf16"}) else "float32"
 
 
+def fixed_differences(saved: Config, config: Config) -> list[str]:
+    """List the keys, with their values, that differ between two configs and change what is learned."""
+    fixed = [key for key in keys() if key in FIXED_KEYS or (key.startswith("model.") and key not in FREE_KEYS)]
+    values = {key: (value_at(saved, key), value_at(config, key)) for key in fixed}
+    return [f"{key} {old} -> {new}" for key, (old, new) in values.items() if old != new]
+
+
 def _differences(state: RunState, config: Config, dataset: Dataset) -> list[str]:
     saved_config = from_dict(state.config, source=STATE)
-    fixed = [key for key in keys() if key in FIXED_KEYS or (key.startswith("model.") and key not in FREE_KEYS)]
-    values = {key: (value_at(saved_config, key), value_at(config, key)) for key in fixed}
-    differences = [f"{key} {old} -> {new}" for key, (old, new) in values.items() if old != new]
+    differences = fixed_differences(saved_config, config)
     if state.vocab_size != dataset.vocab_size:
         differences.append(f"vocabulary {state.vocab_size} -> {dataset.vocab_size}")
     if state.data_fingerprint != dataset.fingerprint:

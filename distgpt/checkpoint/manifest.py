@@ -5,7 +5,7 @@ checkpoints/step-00001000/     gets this name when it is whole
     .metadata                  DCP's index of them (a pickle, but never unpickled: index.py)
     train.json                 step, validation loss, config, data fingerprint: see RunState
     tokenizer.json             a copy, so that sampling needs nothing else
-    manifest.json              size and SHA-256 of each file above, and of itself
+    manifest.json              size and SHA-256 of each file above, where they come from (see Origin), its own SHA-256
 """
 
 import errno
@@ -17,14 +17,15 @@ import re
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_type_hints
 
 from distgpt.config import check, from_dict
 from distgpt.errors import DataError, StorageError, UsageError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+FORMAT_WITHOUT_ORIGIN = 1
 # Errors of file systems for a bad sector, a wrong checksum and a damaged inode.
 BAD_DISK = (errno.EIO, errno.EBADMSG, getattr(errno, "EUCLEAN", errno.EIO))
 MANIFEST, STATE, TOKENIZER, INDEX = "manifest.json", "train.json", "tokenizer.json", ".metadata"
@@ -50,6 +51,27 @@ class RunState:
     dtype: Literal["", "float32", "bfloat16"] = ""  # of matrix products, as train.dtype names it
 
 
+@dataclass(frozen=True)
+class Link:
+    """A checkpoint, and the SHA-256 of its manifest.json, which stands for all that it holds."""
+
+    step: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """A statement in a manifest of what the checkpoint was made from, and how. Old checkpoints have none."""
+
+    previous: Link | None  # the checkpoint before it in its run, by which the checkpoints of a run form a chain
+    config: str  # SHA-256 of the config in train.json
+    data: str  # the fingerprint of the data
+    code: str  # SHA-256 of the files of distgpt
+    version: str  # of distgpt and torch
+    device: str
+    layout: str  # over the ranks
+
+
 def checkpoint_path(directory: Path, step: int) -> Path:
     """Return the path of the checkpoint of a step."""
     return directory / f"step-{step:08d}"
@@ -73,17 +95,38 @@ def read_manifest(checkpoint: Path) -> dict[str, dict[str, Any]]:
 
     Raises StorageError if it cannot be read now but may be whole.
     """
+    return _read_manifest(checkpoint)[0]
+
+
+def read_origin(checkpoint: Path) -> Origin | None:
+    """Read the origin of a checkpoint, None if it is too old to state it. Raises DataError or StorageError."""
+    return _read_manifest(checkpoint)[1]
+
+
+def _read_manifest(checkpoint: Path) -> tuple[dict[str, dict[str, Any]], Origin | None]:
     with _damage_as_data_error(checkpoint / MANIFEST):
         content = read_file(checkpoint / MANIFEST, MAX_JSON_BYTES)
-        files: dict[str, dict[str, Any]] = json.loads(content)["files"]
-        if manifest_bytes(files) != content:
+        stated = json.loads(content)
+        files: dict[str, dict[str, Any]] = stated["files"]
+        origin = _origin_from_json(**stated["origin"]) if "origin" in stated else None
+        if manifest_bytes(files, origin) != content:
             raise DataError(f"{MANIFEST} is damaged")
         for name, entry in files.items():
             if not is_checkpoint_file(name) or name == MANIFEST:
                 raise DataError(f"{MANIFEST} names {name[:100]!r}, which a checkpoint does not have")
             if type(entry["bytes"]) is not int or not isinstance(entry["sha256"], str):
                 raise DataError(f"{MANIFEST} has no size and hash of {name}")
-    return files
+    return files, origin
+
+
+def _origin_from_json(previous: dict[str, Any] | None, **texts: str) -> Origin:
+    """Return an origin. Raises TypeError or ValueError if it is not one."""
+    link = None if previous is None else Link(**previous)
+    if not all(isinstance(text, str) for text in (*texts.values(), "" if link is None else link.sha256)):
+        raise TypeError("its origin holds what is not text")
+    if link is not None and not (type(link.step) is int and 0 <= link.step <= MAX_NUMBER):
+        raise ValueError(f"it follows step {str(link.step)[:30]}")
+    return Origin(link, **texts)
 
 
 @contextmanager
@@ -193,9 +236,11 @@ def _require_numbers(state: RunState, file: Path) -> None:
         raise DataError(f"{file} is not valid: its guard.skips is {str(skips)[:30]}")
 
 
-def manifest_bytes(files: dict[str, dict[str, Any]]) -> bytes:
+def manifest_bytes(files: dict[str, dict[str, Any]], origin: Origin | None) -> bytes:
     """Return the content of manifest.json, with a hash of itself, so that a flipped bit in it is noticed."""
-    body = {"format_version": FORMAT_VERSION, "files": files}
+    body: dict[str, Any] = {"format_version": FORMAT_WITHOUT_ORIGIN, "files": files}
+    if origin is not None:
+        body |= {"format_version": FORMAT_VERSION, "origin": asdict(origin)}
     own_hash = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
     return json.dumps({**body, "sha256": own_hash}, sort_keys=True, indent=1).encode()
 

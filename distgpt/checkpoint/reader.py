@@ -155,7 +155,7 @@ def require_tensors(index: Metadata, wanted: Mapping[str, Any], path: Path) -> N
 
     It may also hold tensors of other parts of a run, such as its optimizer or another replica.
     """
-    tensors = _flattened(wanted)
+    tensors = flattened(wanted)
     parts = {_part(name) for name in tensors}
     for name in sorted(tensors.keys() | index.state_dict_metadata.keys()):
         known, held = tensors.get(name), index.state_dict_metadata.get(name)
@@ -170,10 +170,11 @@ def require_tensors(index: Metadata, wanted: Mapping[str, Any], path: Path) -> N
             raise DataError(f"{path} holds {name} as {stored}, and the model has {own}")
 
 
-def _flattened(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+def flattened(tensors: Mapping[str, Any], prefix: str = "") -> dict[str, torch.Tensor]:
+    """Return the tensors of a nested dict under names such as model.head.weight."""
     flat: dict[str, torch.Tensor] = {}
     for name, value in tensors.items():
-        flat |= _flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
+        flat |= flattened(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {prefix + name: value}
     return flat
 
 

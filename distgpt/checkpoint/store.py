@@ -4,6 +4,7 @@ Unfinished checkpoints, and those being removed, are in a staging directory name
 The next owner moves it away before it starts. So an earlier owner that wakes up cannot rename anything from it.
 """
 
+import hashlib
 import logging
 import math
 import os
@@ -12,11 +13,14 @@ import shutil
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from distgpt.checkpoint.manifest import (
     MANIFEST,
+    Link,
+    Origin,
     checkpoint_path,
     committed,
     is_checkpoint_file,
@@ -110,6 +114,7 @@ class Store:
         self.directory = directory
         self._staging_root = directory / f"{STAGING_PREFIX}{owner.label}"
         self._fence = owner.fence
+        self.newest: Link | None = None  # the checkpoint that the next one follows
 
     def staging(self, step: int) -> Path:
         """Return the staging directory of a step."""
@@ -124,10 +129,13 @@ class Store:
         self.create_staging_root()
         self.staging(step).mkdir()
 
-    def commit(self, step: int, files: dict[str, dict[str, Any]]) -> None:
-        """Write the manifest of a staged checkpoint and rename it. Its other files are already on the disk."""
-        staging = self.staging(step)
-        write_file(staging / MANIFEST, manifest_bytes(files))
+    def commit(self, step: int, files: dict[str, dict[str, Any]], origin: Origin) -> None:
+        """Write the manifest of a staged checkpoint, which follows the `newest` one, and rename it.
+
+        Its other files are already on the disk.
+        """
+        staging, manifest = self.staging(step), manifest_bytes(files, replace(origin, previous=self.newest))
+        write_file(staging / MANIFEST, manifest)
         target = checkpoint_path(self.directory, step)
         try:
             staging.rename(target)
@@ -135,6 +143,7 @@ class Store:
             if not os.path.lexists(target):
                 raise
             raise StorageError(f"{target} is in the way, and this attempt did not write it: move it away") from error
+        self.newest = Link(step, hashlib.sha256(manifest).hexdigest())
         sync(self.directory)
 
     def remove_staging(self) -> None:

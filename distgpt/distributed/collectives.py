@@ -98,6 +98,11 @@ def all_gather_row(row: Sequence[float], runtime: Runtime) -> list[list[float]]:
     return gathered
 
 
+def values_of_ranks(value: T, runtime: Runtime) -> list[T]:
+    """Return the value of every rank, by rank, as JSON has it."""
+    return all_gather_json(value) if runtime.distributed else [value]
+
+
 def hosts_of_ranks(runtime: Runtime) -> list[str]:
     """Return the name of the host of every rank, by rank."""
-    return all_gather_json(socket.gethostname()) if runtime.distributed else [socket.gethostname()]
+    return values_of_ranks(socket.gethostname(), runtime)

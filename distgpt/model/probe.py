@@ -1,12 +1,15 @@
 """A search for the first NaN or infinity in a forward and backward pass, with hooks on every module of a model."""
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal
+from functools import partial
+from typing import Any, Literal, cast
 
 from torch import Tensor, nn
+
+from distgpt.model.adamw import local_shard
 
 Phase = Literal["forward", "backward"]
 
@@ -22,15 +25,19 @@ class NonFiniteTensor:
 
 
 class Probe:
-    """A watcher of one model's values. `finding`: the first one that is not finite, None if there is none."""
+    """A watcher of one model's values. `finding`: the first one that is not finite, None if there is none.
+
+    `checks`: how many were finite before it. The ranks of a run check the same values in the same order.
+    """
 
     def __init__(self) -> None:
         self.finding: NonFiniteTensor | None = None
+        self.checks = 0
         self._calls = 0
 
     @contextmanager
     def watching(self, model: nn.Module) -> Iterator[None]:
-        """Check, inside the context, all inputs, outputs and gradients of the modules of an unsharded model.
+        """Check, inside the context, all inputs, outputs and gradients of the modules of a model.
 
         If the input of a module is not finite although all outputs so far were, its parent is the cause: the parent
         computed that input.
@@ -57,11 +64,12 @@ class Probe:
                 lambda _, input_gradient, __: self._check(name, "backward", "the gradient of its input", input_gradient)
             )
         for own, parameter in module.named_parameters(recurse=False):
-            register: Any = parameter.register_post_accumulate_grad_hook  # it has no type in torch
-            yield register(self._parameter_check(name, own))
+            text, untyped = f"the gradient of its {own}", cast(Any, parameter)  # torch gives these methods no type
+            yield untyped.register_hook(partial(self._check, name, "backward", text))
+            yield untyped.register_post_accumulate_grad_hook(partial(self._check_accumulated, name, text))
 
-    def _parameter_check(self, module: str, name: str) -> Callable[[Tensor], None]:
-        return lambda parameter: self._check(module, "backward", f"the gradient of its {name}", parameter.grad)
+    def _check_accumulated(self, module: str, tensor: str, parameter: Tensor) -> None:
+        self._check(module, "backward", tensor, parameter.grad)
 
     def _count_call(self, model: nn.Module, inputs: object) -> None:
         self._calls += 1
@@ -69,10 +77,12 @@ class Probe:
     def _check(self, module: str, phase: Phase, tensor: str, values: object) -> None:
         if self.finding is None and not _is_finite(values):
             self.finding = NonFiniteTensor(module, phase, tensor, self._calls - 1)
+        self.checks += self.finding is None
 
 
 def _is_finite(values: object) -> bool:
     """Return True if a tensor, or all tensors in nested tuples, are finite. Other values count as finite."""
     if isinstance(values, tuple):
         return all(map(_is_finite, values))
-    return not isinstance(values, Tensor) or bool(values.isfinite().all())
+    # Other ranks check the other shards.
+    return not isinstance(values, Tensor) or bool(local_shard(values).isfinite().all())

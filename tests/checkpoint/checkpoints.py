@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from distgpt.checkpoint.checkpointer import Checkpointer
-from distgpt.checkpoint.manifest import committed, find_damage
+from distgpt.checkpoint.manifest import Origin, committed, find_damage
 from distgpt.checkpoint.reader import TrainingState
 from distgpt.config import resolve
 from distgpt.corpus.shards import Dataset
@@ -26,6 +26,7 @@ from tests import jobs
 
 SMALL = ("--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16", "--model.block_size=8", "--checkpoint.keep=2")
 CPU = torch.device("cpu")
+ORIGIN = Origin(None, "config", "data", "code", "version", "device", "layout")
 FILES = ["__0_0.distcp", ".metadata", "train.json", "tokenizer.json", "manifest.json"]
 
 

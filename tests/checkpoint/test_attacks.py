@@ -28,7 +28,7 @@ from distgpt.corpus.shards import Dataset
 from distgpt.errors import DataError, StorageError
 from distgpt.run.lock import Owner
 from tests import jobs
-from tests.checkpoint.checkpoints import CPU, SMALL, newest, sign_again, trainee
+from tests.checkpoint.checkpoints import CPU, ORIGIN, SMALL, newest, sign_again, trainee
 from tests.strangers import Payload
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
@@ -214,7 +214,7 @@ def state_is(content: str) -> Callable[[Path, Payload], None]:
 def manifest_names(name: str) -> Callable[[Path, Payload], None]:
     def attack(checkpoint: Path, _: Payload) -> None:
         files = json.loads((checkpoint / MANIFEST).read_text())["files"]
-        (checkpoint / MANIFEST).write_bytes(manifest_bytes({**files, name: files["train.json"]}))
+        (checkpoint / MANIFEST).write_bytes(manifest_bytes({**files, name: files["train.json"]}, None))
 
     return attack
 
@@ -404,7 +404,7 @@ def test_a_directory_in_the_way_of_a_commit_is_named(tmp_path: Path) -> None:
     in_the_way.mkdir()
     (in_the_way / "file").touch()
     with pytest.raises(StorageError, match=f"^{in_the_way} is in the way"):
-        store.commit(7, {})
+        store.commit(7, {}, ORIGIN)
 
 
 @pytest.mark.parametrize("command", ["sample", "evaluate", "replay"])

@@ -179,7 +179,8 @@ def test_restore_falls_back_to_the_newest_good_one(run: Path, dataset: Dataset, 
     subject = trainee(run, dataset)
     assert subject.checkpointer.restore() == 1
     assert len(subject.messages) == 1
-    assert subject.messages[0].startswith(f"going on from step-00000001; skipped step-00000002: {name} ")
+    assert subject.messages[0].startswith("going on from step-00000001; skipped step-00000002: ")
+    assert f"{name} " in subject.messages[0]
     kept, broken = sorted(names(run), reverse=True)
     assert kept == "step-00000001"
     assert broken.startswith("broken-step-00000002-")
@@ -234,8 +235,8 @@ def test_nothing_is_removed_after_a_save_that_is_already_damaged(
 ) -> None:
     commit = Store.commit
 
-    def damaging(self: Store, step: int, files: dict[str, Any]) -> None:
-        commit(self, step, files)
+    def damaging(self: Store, step: int, *rest: Any) -> None:
+        commit(self, step, *rest)
         if step > 2:
             flip_bit(newest(tmp_path) / "__0_0.distcp", random.Random(0))
 

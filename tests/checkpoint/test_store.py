@@ -22,7 +22,7 @@ def make(directory: Path, *, step: int, val_loss: float | None) -> Path:
     content = json.dumps({**state, "config": {}, **hashes}).encode()
     (made / "train.json").write_bytes(content)
     entry = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (made / "manifest.json").write_bytes(manifest_bytes({"train.json": entry}))
+    (made / "manifest.json").write_bytes(manifest_bytes({"train.json": entry}, None))
     return made
 
 

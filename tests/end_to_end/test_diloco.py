@@ -121,13 +121,30 @@ def test_replicas_start_from_a_model_that_was_trained_without_them(prepared: Pat
     assert jobs.checkpoints(tmp_path) == kept
 
 
-def test_evaluate_uses_the_shared_model_and_replay_refuses_it(two_replicas: Path) -> None:
+def test_evaluate_uses_the_shared_model(two_replicas: Path) -> None:
     evaluated = jobs.command("evaluate", two_replicas, "--sequences", "30")
     assert evaluated.code == 0, evaluated
     assert f"step 18 | val loss {jobs.val_losses(two_replicas)[18]:.4f} " in evaluated.stdout
+
+
+def test_a_step_is_replayed_by_any_multiple_of_the_replicas(two_replicas: Path) -> None:
     refused = jobs.command("replay", two_replicas, "--step", "3")
     assert refused.code == 2
-    assert (
-        refused.stderr
-        == "distgpt: error: the replicas of diloco train independently, which one process cannot replay\n"
-    )
+    assert refused.error_lines == [
+        "distgpt: error: the run has 2 replicas that train independently (diloco), and there is 1 rank: "
+        "start this under torchrun with --nproc_per_node=2, or a multiple of that"
+    ]
+    ended = jobs.run(jobs.torchrun_command(4, str(two_replicas), "--step=15", module="distgpt.replay"))
+    assert ended.code == 0, ended
+    origin, weights, step, *figures = ended.stdout.splitlines()
+    assert origin == "from      step-00000012, float32 on cpu"
+    assert (weights, step) == ("weights   all finite", "step 15   all finite, forward and backward")
+    replayed, logged = ([float(part.split()[-1]) for part in line.split(" | ")] for line in figures)
+    assert replayed == pytest.approx(logged, abs=1e-5)
+
+
+def test_replicas_replayed_in_the_same_layout_have_the_same_bits(two_replicas: Path) -> None:
+    arguments = (str(two_replicas), "--replay=6", "--checkpoint=6")
+    ended = jobs.run(jobs.torchrun_command(2, *arguments, module="distgpt.verify"))
+    assert ended.code == 0, ended
+    assert "replayed: steps 7 to 12 on 2 ranks give the same bits" in ended.stdout

@@ -1,11 +1,16 @@
-"""A replay, in one process, of a run of several ranks."""
+"""Replays of real runs, in other layouts than they were trained in."""
 
+import socket
 from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
 
 import pytest
 
+from distgpt.corpus.shards import open_dataset
 from tests import jobs
 from tests.end_to_end.conftest import Trained
+from tests.test_replay import infinite, saved_at_two, third_step
 
 
 def test_a_replayed_step_of_several_ranks_gives_the_logged_figures(whole: Callable[[str], Trained]) -> None:
@@ -27,3 +32,24 @@ def test_a_replayed_step_of_several_ranks_gives_the_logged_figures(whole: Callab
     refused = jobs.command("replay", run, "--step", "37")
     assert refused.code == 2
     assert refused.stderr == "distgpt: error: --step is 37: the run has steps 1 to 36\n"
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
+def test_the_rank_that_met_a_bad_value_is_named(prepared: Path, tmp_path: Path, strategy: str) -> None:
+    """A row of the embedding is infinite, of a token that only the second rank reads."""
+    dataset = open_dataset(prepared)
+    with closing(third_step(dataset)) as loader:
+        (first_BT, _), (second_BT, _) = loader.next_step()
+    token = next(token for token in second_BT.flatten().tolist() if token not in first_BT)
+    change = infinite("token_embedding.weight", token)
+    saved_at_two(tmp_path, dataset, change, f"--parallel.strategy={strategy}")
+    ended = jobs.run(jobs.torchrun_command(2, str(tmp_path), "--step=3", module="distgpt.replay"))
+    assert ended.code == 0, ended
+    lines = ended.stdout.splitlines()
+    assert lines[1:4] == [
+        "weights   not finite in token_embedding.weight",
+        "step 3    not finite, first in the forward pass of token_embedding: its output",
+        f"met by    rank 1 on {socket.gethostname()}",
+    ]
+    assert lines[4].startswith("samples   10 to 11, micro-batch 1 of 1, as (shard, token offset): [(0, ")
+    assert lines[5] == "replayed  loss nan | gradient norm nan"

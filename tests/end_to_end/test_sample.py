@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from distgpt import evaluate, replay, sample
+from distgpt import evaluate, sample
 from distgpt.checkpoint.manifest import RunState
 from distgpt.checkpoint.reader import load_for_inference
 from distgpt.cli import evaluate_options, sample_options
@@ -26,6 +26,7 @@ from distgpt.corpus.tokenizer import Tokenizer
 from distgpt.errors import DataError, UsageError
 from distgpt.model.gpt import GPT
 from distgpt.run.paths import RunPaths
+from distgpt.training import rerun
 from tests import jobs
 from tests.end_to_end.conftest import Trained, tiny
 
@@ -340,8 +341,8 @@ def test_a_run_is_evaluated_and_replayed_from_another_directory(
     evaluate.main(*evaluate_options(["../run", "--sequences=5"]))
     assert f"5 windows of 16 tokens from {tmp_path / 'data'}" in capsys.readouterr().out
     for step in (1, 2):  # from the initial weights, and from the checkpoint
-        start = replay.start_before(RunPaths(Path("../run")), step)
-        assert replay.open_data(start, None).path == tmp_path / "data"
+        start = rerun.start_before(RunPaths(Path("../run")), step)
+        assert rerun.open_data(start, None).path == tmp_path / "data"
 
 
 def test_each_new_best_is_saved_and_can_be_chosen(prepared: Path, tmp_path: Path) -> None:

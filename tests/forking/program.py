@@ -17,7 +17,7 @@ from typing import NoReturn
 
 PRODUCT = "distgpt"
 LAUNCHER = f"{PRODUCT}.launch"
-COMMANDS = ("train", "evaluate", "sample", "replay", "doctor", "prepare", "export")
+COMMANDS = ("train", "evaluate", "sample", "replay", "verify", "doctor", "prepare", "export")
 # Modules that the commands import late; torch imports its compiler when the first model is made.
 COMPILER = "torch._dynamo"
 IMPORTED_LATE = (

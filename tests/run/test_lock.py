@@ -32,6 +32,7 @@ from contextlib import suppress
 from pathlib import Path
 from distgpt.run import session, lock
 from distgpt.run.paths import RunPaths
+from distgpt.checkpoint.manifest import Origin
 from distgpt.checkpoint.store import Store
 from distgpt.errors import Interrupted
 directory, lock.BOOT_ID, locks = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3]
@@ -48,7 +49,7 @@ with session.RunSession(RunPaths(directory), 0) as run:
             run.require_owned()
             store.create_staging(step, 0)
             run.require_owned()
-            store.commit(step, {})
+            store.commit(step, {}, Origin(None, *[""] * 6))
     raise Interrupted("told to")
 """
 
