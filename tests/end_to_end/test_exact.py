@@ -78,7 +78,8 @@ def test_a_rank_that_computes_wrongly_is_named_before_it_saves(
     assert f"rank 1 on {host} computes other gradients in step 4 than" in exit_report["cause"]
     assert "checkpoints after step 2 may be wrong" in exit_report["cause"]
     saved = {path.name for path in (tmp_path / "run" / "checkpoints").glob("step-*")}
-    assert saved == {"step-00000002", "step-00000003"}  # the best evaluation, and one before the fault was found
+    # Saved before the fault was found: the best evaluation and, if it was committed by then, step 3.
+    assert {"step-00000002"} <= saved <= {"step-00000002", "step-00000003"}
 
 
 def figures(run: Path) -> list[dict[str, float]]:
