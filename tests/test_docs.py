@@ -53,6 +53,8 @@ FROM_WEIGHTS = "tests/end_to_end/test_weights.py::test_a_run_starts_from_weights
 MIX = "tests/end_to_end/test_mixture.py::test_a_mix_is_trained_on_exactly_after_a_restart_and_each_dataset_is_evaluated"
 SINGLE = "tests/end_to_end/test_train.py::test_the_loss_falls"
 HARNESS = "tests/weights/test_lm_eval.py::test_its_accuracy_is_that_of_our_likelihoods"
+EXACT = "tests/end_to_end/test_exact.py::test_weights_are_the_same_on_changing_numbers_of_ranks"
+CHECKED = "tests/end_to_end/test_exact.py::test_a_rank_that_computes_wrongly_is_named_before_it_saves"
 VERIFY_RANKS = "tests/end_to_end/test_diloco.py::test_replicas_replayed_in_the_same_layout_have_the_same_bits"
 PLAN = "tests/test_plan.py::test_the_command_prints_a_plan_and_its_figures_as_json"
 COVERED = {
@@ -87,6 +89,10 @@ COVERED = {
     "torchrun --standalone --nproc_per_node=2 -m distgpt.evaluate runs/mine": EVALUATE_RANKS,
     "python -m distgpt.evaluate runs/mine --task docs/ten-questions.jsonl": TASK,
     "torchrun --standalone --nproc_per_node=2 -m distgpt.verify runs/mine --replay 100": VERIFY_RANKS,
+    "torchrun --standalone --nproc_per_node=2 -m distgpt.train quickstart --data.path=data/mine --run.dir=runs/exact "
+    "--parallel.reduction=exact": EXACT,
+    "torchrun --standalone --nproc_per_node=2 -m distgpt.train quickstart --data.path=data/mine --run.dir=runs/checked "
+    "--parallel.reduction=exact --health.check_every=100": CHECKED,
     "torchrun --standalone --nproc_per_node=2 -m distgpt.doctor --distributed quickstart": PREFLIGHT,
     "git clone URL distgpt && cd distgpt": INSTALLATION,
     'python3 -m venv .venv && .venv/bin/pip install -c requirements.lock -e ".[all]"': INSTALLATION,
