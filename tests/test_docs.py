@@ -72,6 +72,7 @@ COVERED = {
     "launch/test.sh tests/corpus/test_order.py": SOME_TESTS,
     "launch/test.sh tests/model/test_gpt.py": SOME_TESTS,
     "launch/test.sh -k resume": SOME_TESTS,
+    "launch/test.sh --storms tests/end_to_end/test_equivalence.py": SOME_TESTS,
     "DISTGPT_TORCH=2.11.0 launch/test.sh": OTHER_TORCH,
     ".venv/bin/pip install pre-commit && .venv/bin/pre-commit install": HOOKS,
     "python docs/generate.py": TABLES,
