@@ -54,7 +54,7 @@ FOREIGN = ("DISTGPT_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_
 # Variables for a command that starts its own Python instead of a fork: jobs.command("train", **jobs.NOT_FORKED).
 NOT_FORKED: dict[str, Any] = {"PYTHONPATH": ""}
 # Variables for a launcher that must be the parent of its torchrun: it is a fork, and forks its torchrun.
-FORKED_LAUNCHER = {"FORK_LAUNCHER": "1"}
+FORKED_LAUNCHER: dict[str, Any] = {"FORK_LAUNCHER": "1"}
 
 T = TypeVar("T")
 
