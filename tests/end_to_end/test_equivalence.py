@@ -1,31 +1,25 @@
 """The same steps in every topology: the same losses and gradient norms. docs/equivalence.md has what was found."""
 
-import itertools
-import json
 import re
-import sys
-import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
-import numpy as np
 import pytest
 
-from distgpt.corpus.shard_writer import Documents, write_dataset
-from distgpt.corpus.tokenizer.simple import CharTokenizer
-from distgpt.units import ranks_text
 from tests import jobs
 from tests.end_to_end import equivalence
 from tests.end_to_end.equivalence import (
     ALL,
     CORNERS,
-    DTYPES,
-    MOST_RANKS,
-    OPTIMIZERS,
+    EXACT,
+    EXACT_CORNERS,
     Cell,
-    Curve,
-    to_json,
+    Outcome,
+    deviation,
+    deviations,
+    exact_table,
+    table,
+    trained,
     with_references,
 )
 
@@ -40,78 +34,16 @@ Deviation = tuple[float, float]
 
 
 @pytest.fixture(scope="module")
-def documents(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A dataset of short documents with 64 characters and the end-of-text token: a vocabulary of 65."""
-    tokenizer = CharTokenizer(map(chr, range(32, 96)), end_of_text=True)
-    draw = np.random.default_rng(0)
-    tokens = np.minimum(draw.geometric(0.1, 20_000) - 1, 63).astype(np.uint16)
-    tokens[draw.random(len(tokens)) < 1 / 8] = tokens[-1] = 64
-    ends = np.flatnonzero(tokens == 64) + 1
-    directory = tmp_path_factory.mktemp("documents")
-    write_dataset(
-        directory,
-        [Documents(split, tokens, ends) for split in ("train", "val")],
-        tokenizer=tokenizer,
-        eot_id=64,
-        shard_tokens=None,
-        about={},
-        advance=lambda written: None,
-    )
-    return directory
-
-
-def trained(cells: Sequence[Cell], steps: int, data: Path, directory: Path) -> dict[Cell, Curve]:
-    """Train the cells, one after the other, in as many processes as the largest has ranks."""
-    (directory / "cells.json").write_text(to_json(cells))
-    arguments = [str(data), str(steps), str(directory / "cells.json"), str(directory)]
-    command = [sys.executable, "-m", equivalence.__name__, *arguments]
-    with tempfile.TemporaryFile("w+") as output:
-        number = output.fileno()
-        ranks = [
-            jobs.start(command, stdout=number, stderr=number, variables={"RANK": str(rank)})
-            for rank in range(MOST_RANKS)
-        ]
-        codes = [rank.wait() for rank in ranks]
-        output.seek(0)
-        assert codes == [0] * MOST_RANKS, output.read()
-    curves = [json.loads((directory / f"{number}.json").read_text()) for number in range(len(cells))]
-    assert {len(curve) for curve in curves} == {steps}
-    return dict(zip(cells, curves, strict=True))
-
-
-@pytest.fixture(scope="module")
-def curves(
-    request: pytest.FixtureRequest, documents: Path, tmp_path_factory: pytest.TempPathFactory
-) -> dict[Cell, Curve]:
+def outcomes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[Cell, Outcome]:
     """The corners of the matrix or, with --storms, all of it."""
-    cells, steps = (ALL, STEPS) if request.config.getoption("--storms") else (CORNERS, FEWER_STEPS)
-    return trained(with_references(cells), steps, documents, tmp_path_factory.mktemp("equivalence"))
+    storms = request.config.getoption("--storms")
+    cells, steps = ([*ALL, *EXACT], STEPS) if storms else ([*CORNERS, *EXACT_CORNERS], FEWER_STEPS)
+    return trained(with_references(cells), steps, tmp_path_factory.mktemp("equivalence"), start=start)
 
 
-def deviations(curve: Curve, reference: Curve) -> Deviation:
-    """Return the largest relative deviation of the losses, and that of the gradient norms."""
-    loss, norm = np.abs(np.array(curve) / np.array(reference) - 1).max(axis=0)
-    return float(loss), float(norm)
-
-
-def table(found: Mapping[Cell, Deviation]) -> str:
-    """Return the table of the page: the largest deviations of losses and of gradient norms in each group of cells."""
-    columns = list(itertools.product(DTYPES, OPTIMIZERS))
-    lines = [
-        f"| | {' | '.join(f'{dtype}, {optimizer}' for dtype, optimizer in columns)} |",
-        f"|---{'|---' * len(columns)}|",
-    ]
-    for ranks, strategy in sorted({(cell.ranks, cell.strategy) for cell in found}):
-        texts = []
-        for column in columns:
-            far = [
-                far
-                for cell, far in found.items()
-                if (cell.ranks, cell.strategy, cell.dtype, cell.optimizer) == (ranks, strategy, *column)
-            ]
-            texts.append(" / ".join(f"{max(values):.1e}" for values in zip(*far, strict=True)))
-        lines.append(f"| {strategy}, {ranks_text(ranks)} | {' | '.join(texts)} |")
-    return "\n".join(lines)
+def start(command: Sequence[str], rank: int, output: int) -> equivalence.Process:
+    """Start the process of a rank as a fork."""
+    return jobs.start(command, stdout=output, stderr=output, variables={"RANK": str(rank)})
 
 
 def page_with(table: str) -> str:
@@ -122,7 +54,7 @@ def page_with(table: str) -> str:
 
 
 def without_figures(text: str) -> str:
-    return re.sub(r"\d\.\de[+-]\d\d", "?", text)
+    return re.sub(r"\d\.\de[+-]\d\d|`[0-9a-f]{16}`", "?", text)
 
 
 def test_the_corners_have_every_value_and_each_strategy_with_every_way_to_compute() -> None:
@@ -141,27 +73,39 @@ def test_the_corners_have_every_value_and_each_strategy_with_every_way_to_comput
 @pytest.mark.storm
 @pytest.mark.timeout(3600)
 def test_losses_and_gradient_norms_do_not_depend_on_the_topology(
-    curves: dict[Cell, Curve], request: pytest.FixtureRequest
+    outcomes: dict[Cell, Outcome], request: pytest.FixtureRequest
 ) -> None:
-    """With --storms, the table in docs/ is written anew; otherwise it must be that of these cells."""
-    found = {cell: deviations(curve, curves[cell.reference()]) for cell, curve in curves.items()}
+    """With --storms, the tables in docs/ are written anew; otherwise they must be those of these cells."""
+    found = deviations(outcomes)
     for cell, (loss, norm) in found.items():
         most = TOLERANCE[cell.dtype]
         assert loss <= most[0], cell
         assert norm <= most[1], cell
     if request.config.getoption("--storms"):
-        PAGE.write_text(page_with(table(found)), encoding="utf-8")
+        PAGE.write_text(page_with(f"{table(found)}\n\n{exact_table(outcomes)}"), encoding="utf-8")
     zeros = table(dict.fromkeys(ALL, (0.0, 0.0)))
-    assert without_figures(PAGE.read_text(encoding="utf-8")) == without_figures(page_with(zeros))
+    nothing = exact_table(dict.fromkeys(EXACT, Outcome([], "0" * 64)))
+    expected = page_with(f"{zeros}\n\n{nothing}")
+    assert without_figures(PAGE.read_text(encoding="utf-8")) == without_figures(expected)
 
 
-def test_recomputed_activations_change_no_bit(curves: dict[Cell, Curve]) -> None:
-    pairs = [(cell, replace(cell, recompute=False)) for cell in curves if cell.recompute]
-    compared = [cell for cell, other in pairs if other in curves]
+@pytest.mark.storm
+@pytest.mark.timeout(3600)
+def test_exact_sums_give_the_same_bits_in_every_topology(outcomes: dict[Cell, Outcome]) -> None:
+    different = [cell for cell in outcomes if cell.exact and outcomes[cell] != outcomes[cell.reference()]]
+    assert different == []
+    # Without exact sums, rounding shows.
+    weights = {outcome.weights for cell, outcome in outcomes.items() if not cell.exact and cell.dtype == "float32"}
+    assert len(weights) > 2
+
+
+def test_recomputed_activations_change_no_bit(outcomes: dict[Cell, Outcome]) -> None:
+    pairs = [(cell, replace(cell, recompute=False)) for cell in outcomes if cell.recompute]
+    compared = [cell for cell, other in pairs if other in outcomes]
     assert compared
-    assert [cell for cell in compared if curves[cell] != curves[replace(cell, recompute=False)]] == []
+    assert [cell for cell in compared if outcomes[cell] != outcomes[replace(cell, recompute=False)]] == []
 
 
-def test_what_changes_the_result_shows(curves: dict[Cell, Curve]) -> None:
-    one, other = (curves[Cell(1, "single", 1, False, "float32", optimizer)] for optimizer in ("adamw", "muon"))
-    assert min(deviations(other, one)) > 1e-3
+def test_what_changes_the_result_shows(outcomes: dict[Cell, Outcome]) -> None:
+    one, other = (outcomes[Cell(1, "single", 1, False, "float32", optimizer)] for optimizer in ("adamw", "muon"))
+    assert min(deviation(other.curve, one.curve)) > 1e-3
