@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from contextlib import chdir
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -47,7 +48,12 @@ def prepare(tmp_path: Path) -> Run:
         *arguments: object, code: int = 0, small_units: bool = False, **options: object
     ) -> "subprocess.CompletedProcess[bytes]":
         command = [*command_of(tmp_path, small_units), *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, cwd=tmp_path, timeout=120, **options)  # type: ignore[call-overload]
+        if options:
+            done = subprocess.run(command, capture_output=True, cwd=tmp_path, timeout=120, **options)  # type: ignore[call-overload]
+        else:
+            with chdir(tmp_path):
+                ended = jobs.run(command)
+            done = subprocess.CompletedProcess(command, ended.code, ended.stdout.encode(), ended.stderr.encode())
         assert done.returncode == code, done.stderr.decode()
         return done  # type: ignore[no-any-return]
 
