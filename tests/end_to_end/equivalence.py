@@ -39,7 +39,7 @@ from distgpt.training.step import accumulate_gradients, apply_update
 from distgpt.units import ranks_text
 
 TIMEOUT = 3600.0  # seconds; the ranks of a large group wait until the cells of smaller ones are done
-# No number of rows divides by 3 or 4, and 65 not by 2 either, so that shards are uneven.
+# Matrices have 65, 22, 20, 13 and 10 rows. None divides by 3, and only 20 by 4, so that shards are uneven.
 MODEL = (
     *("--model.n_layer=1", "--model.n_embd=10", "--model.n_head=2", "--model.n_kv_head=1", "--model.mlp_hidden=22"),
     *("--model.block_size=13", "--model.vocab_multiple=1", "--model.document_mask"),
