@@ -47,6 +47,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -72,7 +73,7 @@ from tests.hosts.network import INTERFACE, Network, network, reason_to_skip  # n
 VOCABULARY, BLOCK_SIZE = 512, 64
 SHAPE = ("--model.n_layer=4", "--model.n_head=4", "--model.n_embd=128", f"--model.block_size={BLOCK_SIZE}")
 WARM_UP_STEPS = 2
-BETWEEN_HOSTS: dict[str, dict[str, int]] = {
+BETWEEN_HOSTS: dict[str, dict[str, Any]] = {
     "fsdp": {},
     "hsdp": {"shard": 2},
     "diloco": {"shard": 2, "outer_every": 5},

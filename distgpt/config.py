@@ -78,7 +78,7 @@ SUGGESTED_PRESETS = {
     "gpt2-medium": "gpt2-350m",
     "gpt2-large": "gpt2-774m",
     "gpt2-xl": "gpt2-1558m",
-    **dict.fromkeys(("shakespeare", "tinyshakespeare"), "seed"),
+    "tinyshakespeare": "shakespeare",
 }
 
 

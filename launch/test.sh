@@ -11,13 +11,17 @@ cd "$home"
 # Hundreds of processes import the same modules: keep their bytecode.
 unset PYTHONDONTWRITEBYTECODE
 # More workers than cores, since many tests wait.
-workers=(--numprocesses=6 --dist=loadscope --no-loadscope-reorder)
+workers=--workers=6
 case ${1:-} in
     "" | --storms | --storm-seed*) ;;
     --fast) set -- -m "not slow" ;;
-    *) exec python -m pytest --numprocesses=0 "$@" ;;
+    *) exec python -m pytest "$@" ;;
 esac
 ruff check .
 ruff format --check .
-mypy
-python -m pytest "${workers[@]}" "$@"
+# Beside the tests, which one process collects before others run them.
+mypy &
+types=$! failed=0
+python -m pytest "$workers" "$@" || failed=$?
+wait "$types"
+exit "$failed"

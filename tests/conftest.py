@@ -1,5 +1,6 @@
-"""Fixtures and options of all tests, and the order in which they run. jobs.py starts processes."""
+"""Fixtures and options of all tests. jobs.py starts processes; workers.py has the order in which tests run."""
 
+import os
 import random
 import signal
 import string
@@ -7,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from xdist.remote import Producer
-from xdist.scheduler import LoadScopeScheduling
+
+os.environ["OMP_NUM_THREADS"] = "1"  # before torch is imported: the workers share the cores, and tensors are small
 
 from tests import jobs
 from tests.once import made_once
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
     from distgpt.corpus.shards import Dataset
     from distgpt.distributed.runtime import Runtime
 
-pytest_plugins = ["tests.timing"]
+pytest_plugins = ["tests.timing", "tests.workers"]
 SHAKESPEARE = jobs.PROJECT.parent / "shared" / "data" / "tinyshakespeare.txt"
 
 
@@ -35,29 +36,6 @@ def pytest_configure() -> None:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
 
 
-# The longest tests come first, so that no worker still runs one when the others are idle.
-LONGEST = (
-    *("slurm", "hosts/test_multinode.py::test_a_host_joins", "storms/test_stops.py", "hosts/test_multinode.py"),
-    *("end_to_end/test_resume.py", "end_to_end/test_train.py", "storms/test_save_kills.py", "storms/test_kills.py"),
-    *(
-        "storms/test_signals.py",
-        "end_to_end",
-        "test_docs.py",
-        "test_scaling.py",
-        "hosts",
-        "test_prepare_tasks.py",
-        "test_doctor.py",
-    ),
-    *("health/test_watchdog.py", "launch", "storms"),
-)
-# Files whose tests need not run in one worker.
-SPLIT_BY_TEST = (
-    "hosts/test_multinode.py",
-    "storms/test_stops.py",
-    "end_to_end/test_resume.py",
-    "end_to_end/test_train.py",
-)
-
 # The tests of launch/test.sh --fast: they start no training and wait for nothing.
 FAST = (
     *("model/", "corpus/", "distributed/", "run/", "checkpoint/", "health/", "telemetry/", "training/", "preflight/"),
@@ -67,35 +45,11 @@ FAST = (
 NOT_FAST = ("health/test_watchdog.py", "training/test_evaluation.py", "run/test_lock.py", "corpus/test_workers.py")
 
 
-def scope_of(test: str) -> str:
-    """Return what must run in one worker together: all of tests/slurm, a file, or one test of SPLIT_BY_TEST."""
-    inside = test.removeprefix("tests/")
-    if inside.startswith("slurm/"):
-        return "slurm"
-    return inside if inside.startswith(SPLIT_BY_TEST) else inside.split("::")[0]
-
-
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def position(item: pytest.Item) -> int:
-        scope = scope_of(item.nodeid)
-        return next((index for index, name in enumerate(LONGEST) if scope.startswith(name)), len(LONGEST))
-
-    items.sort(key=position)
     for item in items:
         inside = item.nodeid.split("::")[0].removeprefix("tests/")
         if not inside.startswith(FAST) or inside.startswith(NOT_FAST):
             item.add_marker(pytest.mark.slow)
-
-
-class ByScope(LoadScopeScheduling):  # type: ignore[misc]
-    """Gives each scope to one worker: the tests of a file share trained runs, those of slurm/ a cluster."""
-
-    def _split_scope(self, nodeid: str) -> str:
-        return scope_of(nodeid)
-
-
-def pytest_xdist_make_scheduler(config: pytest.Config, log: Producer) -> ByScope:
-    return ByScope(config, log)
 
 
 @pytest.fixture(scope="session")

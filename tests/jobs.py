@@ -54,14 +54,12 @@ FOREIGN = ("DISTGPT_", "TORCHELASTIC_", "RANK", "LOCAL_", "WORLD_SIZE", "MASTER_
 # Variables for a command that starts its own Python instead of a fork: jobs.command("train", **jobs.NOT_FORKED).
 NOT_FORKED: dict[str, Any] = {"PYTHONPATH": ""}
 # Variables for a launcher that must be the parent of its torchrun: it is a fork, and forks its torchrun.
-FORKED_LAUNCHER = {"FORK_LAUNCHER": "1"}
+FORKED_LAUNCHER: dict[str, Any] = {"FORK_LAUNCHER": "1"}
 
 T = TypeVar("T")
 
 linux_only = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and sets the size of a pipe")
 _cores = itertools.cycle(sorted(os.sched_getaffinity(0)) if sys.platform == "linux" else [0])
-if os.environ.get("PYTEST_XDIST_WORKER") == "gw1":
-    next(_cores)  # begin with another core than worker gw0
 
 
 @dataclass(frozen=True)

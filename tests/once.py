@@ -1,7 +1,6 @@
 """Directories that the workers of a test run share: the first worker that needs one makes it."""
 
 import fcntl
-import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +10,7 @@ import pytest
 
 def made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """Return a directory that `make` has filled, here or in another worker of this test run. Do not change it."""
-    base = factory.getbasetemp()
-    # The workers of a run have directories side by side.
-    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    root = factory.getbasetemp() / "shared"  # a number is added to the names of all other directories there
     root.mkdir(exist_ok=True)
     directory, made = root / name, root / f"{name}.made"
     with (root / f"{name}.lock").open("w") as lock:

@@ -53,6 +53,8 @@ FROM_WEIGHTS = "tests/end_to_end/test_weights.py::test_a_run_starts_from_weights
 MIX = "tests/end_to_end/test_mixture.py::test_a_mix_is_trained_on_exactly_after_a_restart_and_each_dataset_is_evaluated"
 SINGLE = "tests/end_to_end/test_train.py::test_the_loss_falls"
 HARNESS = "tests/weights/test_lm_eval.py::test_its_accuracy_is_that_of_our_likelihoods"
+EXACT = "tests/end_to_end/test_exact.py::test_weights_are_the_same_on_changing_numbers_of_ranks"
+CHECKED = "tests/end_to_end/test_exact.py::test_a_rank_that_computes_wrongly_is_named_before_it_saves"
 VERIFY_RANKS = "tests/end_to_end/test_diloco.py::test_replicas_replayed_in_the_same_layout_have_the_same_bits"
 PLAN = "tests/test_plan.py::test_the_command_prints_a_plan_and_its_figures_as_json"
 COVERED = {
@@ -70,6 +72,7 @@ COVERED = {
     "launch/test.sh tests/corpus/test_order.py": SOME_TESTS,
     "launch/test.sh tests/model/test_gpt.py": SOME_TESTS,
     "launch/test.sh -k resume": SOME_TESTS,
+    "launch/test.sh --storms tests/end_to_end/test_equivalence.py": SOME_TESTS,
     "DISTGPT_TORCH=2.11.0 launch/test.sh": OTHER_TORCH,
     ".venv/bin/pip install pre-commit && .venv/bin/pre-commit install": HOOKS,
     "python docs/generate.py": TABLES,
@@ -87,6 +90,10 @@ COVERED = {
     "torchrun --standalone --nproc_per_node=2 -m distgpt.evaluate runs/mine": EVALUATE_RANKS,
     "python -m distgpt.evaluate runs/mine --task docs/ten-questions.jsonl": TASK,
     "torchrun --standalone --nproc_per_node=2 -m distgpt.verify runs/mine --replay 100": VERIFY_RANKS,
+    "torchrun --standalone --nproc_per_node=2 -m distgpt.train quickstart --data.path=data/mine --run.dir=runs/exact "
+    "--parallel.reduction=exact": EXACT,
+    "torchrun --standalone --nproc_per_node=2 -m distgpt.train quickstart --data.path=data/mine --run.dir=runs/checked "
+    "--parallel.reduction=exact --health.check_every=100": CHECKED,
     "torchrun --standalone --nproc_per_node=2 -m distgpt.doctor --distributed quickstart": PREFLIGHT,
     "git clone URL distgpt && cd distgpt": INSTALLATION,
     'python3 -m venv .venv && .venv/bin/pip install -c requirements.lock -e ".[all]"': INSTALLATION,
@@ -324,7 +331,7 @@ def test_sentences_are_short() -> None:
 
 def test_the_hooks_check_what_all_tests_check() -> None:
     lines = (jobs.PROJECT / "launch" / "test.sh").read_text().splitlines()
-    tools = [line for line in lines if line.split(" ")[0] in ("ruff", "mypy")]
+    tools = [line.removesuffix(" &") for line in lines if line.split(" ")[0] in ("ruff", "mypy")]
     assert len(tools) == 3
     hooks = re.findall(r"entry: (.*)", (jobs.PROJECT / ".pre-commit-config.yaml").read_text())
     assert {f".venv/bin/{tool}" for tool in tools} <= set(hooks)

@@ -3,7 +3,7 @@
 import importlib.util
 import subprocess
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
@@ -42,8 +42,19 @@ def test_a_part_runs_with_tiny_models(gpu: ModuleType, part: str, capsys: pytest
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="wants parts that fail for lack of a GPU")
-def test_a_part_that_fails_does_not_end_the_others() -> None:
-    ended = subprocess.run([sys.executable, SCRIPT, "loss", "decode"], capture_output=True, text=True, timeout=300)
-    assert ended.returncode == 1
-    assert ended.stdout.splitlines()[-2:] == ["| loss | FAILED with 1 |", "| decode | FAILED with 1 |"]
-    assert ended.stderr.count("no GPU: --smoke runs everything with tiny models on a CPU") == 2
+def test_a_part_that_fails_does_not_end_the_others(
+    gpu: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    ended: list[jobs.Ended] = []
+
+    def start(command: list[str], *, start_new_session: bool) -> SimpleNamespace:
+        ended.append(jobs.run(command))
+        return SimpleNamespace(wait=lambda limit: ended[-1].code)
+
+    monkeypatch.setattr(gpu, "subprocess", SimpleNamespace(Popen=start, TimeoutExpired=subprocess.TimeoutExpired))
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), "loss", "decode"])
+    assert gpu.main() == 1
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[-2:] == ["| loss | FAILED with 1 |", "| decode | FAILED with 1 |"]
+    why = "no GPU: --smoke runs everything with tiny models on a CPU"
+    assert [part.stderr.count(why) for part in ended] == [1, 1]

@@ -46,7 +46,7 @@ def test_a_preset_is_valid(name: str) -> None:
     resolve([name], {})
 
 
-@pytest.mark.parametrize("name", ["seed", *GPT2_PARAMETERS, *NOMINAL_SIZES])
+@pytest.mark.parametrize("name", ["seed", "shakespeare", *GPT2_PARAMETERS, *NOMINAL_SIZES])
 def test_a_preset_states_its_size(name: str) -> None:
     model = resolve([name], {}).model
     stated = re.search(r"([\d,]+) parameters at vocabulary ([\d,]+)(?:, ([\d,]+) of them padding)?\.", text_of(name))

@@ -33,7 +33,7 @@ def pytest_runtest_makereport(
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
     """Print the slowest tests, and the CPU and wall seconds of each directory, summed over the workers."""
-    if not config.getoption("numprocesses"):
+    if not config.getoption("workers"):
         return  # no full run
     wall, cpu = defaultdict[str, float](float), defaultdict[str, float](float)
     tests: dict[str, tuple[float, float]] = defaultdict(lambda: (0.0, 0.0))
@@ -41,7 +41,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
         if isinstance(report, pytest.TestReport):
             parts = report.nodeid.split("::")[0].split("/")
             directory = parts[1] if len(parts) > 2 else parts[0]
-            used = report.__dict__[CPU_SECONDS]
+            used = report.__dict__.get(CPU_SECONDS, 0.0)  # a worker that died sends none
             wall[directory] += report.duration
             cpu[directory] += used
             tests[report.nodeid] = (tests[report.nodeid][0] + report.duration, tests[report.nodeid][1] + used)

@@ -23,7 +23,7 @@ from distgpt.suggestion import launcher
 HOUR = 3600.0
 TOKENS_PER_PARAMETER = 20
 # The vocabulary if no data is named: that of the text that a preset is for, else GPT-2's.
-VOCABULARIES = {"seed": 65, "quickstart": 223}
+VOCABULARIES = {"seed": 65, "shakespeare": 65, "quickstart": 223}
 GPT2_VOCABULARY = 50_257
 MAX_RANKS = 2**14
 LOSS_CHUNK = 1024

@@ -55,9 +55,10 @@ def differentiate(gradients: Gradients, micro_batch: MicroBatch, step: int, inde
         seed_dropout(plan.runtime.device, seeds[0])
     with autocast(plan.runtime.device, plan.dtype):
         losses_B = gradients.model(x_BT, y_BT, dropout_seeds=seeds if by_sequence else None)
-        loss: Tensor = losses_B.mean() * gradients.loss_weight
+        loss = losses_B.mean() * gradients.loss_weight
     loss.backward()
-    return loss.detach()
+    weighted_loss: Tensor = loss.detach()
+    return weighted_loss
 
 
 class StopCheck:

@@ -3,8 +3,8 @@
 import io
 import os
 import socket
-import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -24,6 +24,7 @@ GLOO = "pt_gloo_runloop"
 TRAIN_AND_LEAVE = """
 import time
 from contextlib import suppress
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from torch import nn, ones
 # All that torch imports for it before there is a group.
@@ -93,12 +94,10 @@ def test_no_model_outlives_the_process_group() -> None:
     """Otherwise the model destroys the group while it holds the GIL, for which a thread of the group may wait."""
     variables = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port()), "WORLD_SIZE": "2"}
     command = [sys.executable, "-c", TRAIN_AND_LEAVE]
-    ranks = [
-        subprocess.Popen(command, env=jobs.environment(RANK=rank, **variables), stdout=subprocess.PIPE, text=True)
-        for rank in ("0", "1")
-    ]
+    with ThreadPoolExecutor() as pool:
+        ranks = [pool.submit(jobs.run, command, RANK=rank, **variables) for rank in ("0", "1")]
     for rank in ranks:
-        inside, after = rank.communicate(timeout=120)[0].splitlines()
+        inside, after = rank.result().stdout.splitlines()
         assert (GLOO in inside.split(), GLOO in after.split()) == (True, False)
 
 

@@ -1,13 +1,11 @@
-"""Muon over several ranks: the same update to the bit for any sharding, and runs that go on in another topology."""
+"""Muon over several ranks: the same update to the bit for any sharding."""
 
 import sys
 from pathlib import Path
 
-import pytest
 import torch
 
 from tests import jobs
-from tests.end_to_end.conftest import tiny
 
 # Takes two steps with random gradients, and saves weights and momenta of each layout. Over four ranks, 6 rows are
 # shards of 2, 2, 2 and 0, and 18 rows of 5, 5, 5 and 3.
@@ -74,17 +72,3 @@ def test_every_sharding_gives_the_same_update_to_the_bit(tmp_path: Path) -> None
         assert tensors.keys() == expected.keys()
         for name, tensor in tensors.items():
             assert torch.equal(tensor, expected[name]), f"{layout}: {name}"
-
-
-@jobs.linux_only
-def test_a_run_with_muon_goes_on_in_another_topology(prepared: Path, tmp_path: Path) -> None:
-    options = ("--optim.name=muon", "--eval.every=0", "--checkpoint.every=0", "--train.steps=12")
-    whole = jobs.train(1, *tiny(prepared, tmp_path / "whole"), *options)
-    assert whole.code == 0, whole
-    arguments = [*tiny(prepared, tmp_path / "parts"), *options]
-    for ranks, strategy, last in ((1, "auto", 6), (2, "fsdp", 12)):
-        ended = jobs.train(ranks, *arguments, f"--train.steps={last}", f"--parallel.strategy={strategy}")
-        assert ended.code == 0, ended
-    losses = jobs.losses(tmp_path / "parts")
-    assert len(losses) == 12
-    assert losses == pytest.approx(jobs.losses(tmp_path / "whole"), abs=1e-4)

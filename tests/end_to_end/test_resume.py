@@ -1,5 +1,6 @@
 """Runs that were stopped, killed, or moved to other ranks end with the weights of an uninterrupted run."""
 
+import json
 import os
 import shutil
 import signal
@@ -73,18 +74,58 @@ def test_an_update_waits_until_a_save_has_copied_the_weights(prepared: Path, tmp
         jobs.assert_same_tensors(*(tmp_path / run / "checkpoints" / name for run in ("late", "at-once")))
 
 
-@jobs.linux_only
-def test_a_run_goes_on_in_any_other_topology(whole: Callable[[str], Trained], prepared: Path, tmp_path: Path) -> None:
-    start = interrupt(tmp_path, 2, [*tiny(prepared, tmp_path), "--parallel.strategy=ddp"], signal.SIGUSR1)
-    for part, strategy in enumerate(["fsdp", "single", "hsdp"], 1):
-        last = start + (36 - start) * part // 3
-        arguments = [*tiny(prepared, tmp_path), *ARGUMENTS[strategy], f"--train.steps={last}"]
-        ended = jobs.train(RANKS[strategy], *arguments)
-        assert ended.code == 0, ended
-        assert f"done: step {last} in " in ended.stdout
-    assert jobs.losses(tmp_path) == pytest.approx(jobs.losses(whole("single").run), abs=1e-4)
-    final = jobs.val_losses(tmp_path)[36]
-    assert final == pytest.approx(jobs.val_losses(whole("single").run)[36], abs=1e-4)
+# distgpt.train that writes, for each step of a rank, the numbers of its sequences and their tokens.
+RECORDED = """
+import json, os, runpy, sys
+from distgpt.corpus.loader import Loader
+from distgpt.training import step as step_module
+
+opened, start, correct = [], Loader.__init__, step_module.accumulate_gradients
+
+def started(loader, *arguments, **options):
+    start(loader, *arguments, **options)
+    opened.append(loader)
+
+def recording(model, micro_batches, step, plan, **others):
+    numbers = opened[-1].sample_numbers(step - 1).tolist()
+    tokens = [row for x, y in micro_batches for row in x.tolist()]
+    with open(f"{sys.argv[0]}.steps", "a") as file:
+        file.write(json.dumps([step, list(zip(numbers, tokens, strict=True))]) + "\\n")
+    return correct(model, micro_batches, step, plan, **others)
+
+Loader.__init__, step_module.accumulate_gradients = started, recording
+runpy.run_module("distgpt.train", run_name="__main__", alter_sys=False)
+"""
+# Strategy, ranks and the last step of each part of a run.
+STAGES = (("ddp", 4, 2), ("fsdp", 2, 4), ("single", 1, 6), ("fsdp", 3, 8), ("hsdp", 4, 10))
+
+
+def test_a_run_goes_on_in_any_other_topology(prepared: Path, tmp_path: Path) -> None:
+    """From 4 ranks to 2, 1, 3 and 4, with whatever micro-batch fits: the same samples, and the same losses."""
+
+    def steps_of(name: str, *stages: tuple[str, int, int]) -> dict[int, list[list[object]]]:
+        """Train a run in these stages; return the samples of each step."""
+        script = tmp_path / f"{name}.py"
+        script.write_text(RECORDED)
+        for strategy, ranks, last in stages:
+            options = ("--optim.name=muon", "--train.global_batch=12", "--train.micro_batch=0", "--eval.every=0")
+            arguments = [*tiny(prepared, tmp_path / name), *ARGUMENTS[strategy], *options, f"--train.steps={last}"]
+            one = [sys.executable, str(script), *arguments]
+            ended = jobs.run(jobs.torchrun_command(ranks, *arguments, script=script) if ranks > 1 else one)
+            assert ended.code == 0, ended
+            assert f"done: step {last} in " in ended.stdout
+        steps: dict[int, list[list[object]]] = {}
+        for line in Path(f"{script}.steps").read_text().splitlines():
+            step, samples = json.loads(line)
+            steps.setdefault(step, []).extend(samples)
+        return {step: sorted(samples) for step, samples in steps.items()}
+
+    expected = steps_of("one", ("single", 1, 10))
+    assert steps_of("elastic", *STAGES) == expected
+    assert [number for samples in expected.values() for number, _ in samples] == list(range(10 * 12))
+    assert jobs.losses(tmp_path / "elastic") == pytest.approx(jobs.losses(tmp_path / "one"), rel=1e-5)
+    one, elastic = (jobs.val_losses(tmp_path / name)[10] for name in ("one", "elastic"))
+    assert elastic == pytest.approx(one, rel=1e-5)
 
 
 @jobs.linux_only

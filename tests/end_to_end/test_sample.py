@@ -186,7 +186,11 @@ class Terminal:
         os.write(self._terminal, text.encode())
 
     def stop(self) -> None:
-        """Type Ctrl-C until there is a prompt: readline, and Python in a callback, may miss one."""
+        """Type Ctrl-C until there is a prompt: Python's readline misses one that comes just before it waits for a key.
+
+        All that was typed must have been read. If Ctrl-C discards a key that readline has seen but not read, readline
+        waits for the next key, and sees no Ctrl-C meanwhile.
+        """
         typed = -math.inf
         while "> " not in self._screen:
             if time.monotonic() > typed + 5.0:
@@ -218,6 +222,7 @@ def test_prompts_are_asked_for_and_ctrl_c_stops_the_text_alone(whole: Callable[[
     terminal.read_until(" ")  # from the model: text is shown while more is written
     terminal.stop()
     terminal.type("half a line")
+    terminal.read_until("half a line")
     terminal.stop()
     terminal.type("\u2603\n")
     terminal.read_until("distgpt: error: prompt: ")

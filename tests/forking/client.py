@@ -1,4 +1,4 @@
-"""Start programs through a fork server. Each test process starts its own server, with its first program."""
+"""Start programs through a fork server, which starts with the first program. The workers of a test run share it."""
 
 import atexit
 import json
@@ -47,6 +47,7 @@ class _Server:
     """The server process, and our end of the socket to it."""
 
     def __init__(self) -> None:
+        self._owner = os.getpid()
         self.address = f"{tempfile.mkdtemp(prefix='distgpt-test-')}/server"
         self._requests, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         # The listener is made here, so that relays can connect before the server has finished its imports.
@@ -78,8 +79,9 @@ class _Server:
         return Forked(ours)
 
     def _stop(self) -> None:
-        self._requests.close()
-        self._process.wait()
+        if os.getpid() == self._owner:
+            self._requests.shutdown(socket.SHUT_RDWR)
+            self._process.wait()
 
 
 _server: _Server | None = None

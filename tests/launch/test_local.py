@@ -1,4 +1,4 @@
-"""launch/local.sh, besides the tests in end_to_end/test_endings.py and storms/."""
+"""launch/local.sh, besides the tests in end_to_end/test_endings.py and storms/. test_quickstart.py forks nothing."""
 
 import os
 import signal
@@ -16,7 +16,7 @@ def test_paths_are_those_of_the_caller(prepared: Path, tmp_path: Path) -> None:
     (tmp_path / "data" / "mine").symlink_to(prepared)
     (tmp_path / "my.toml").write_text('run.dir = "runs/two steps"\ntrain.steps = 2\n')
     flags = [flag for flag in jobs.TINY if not flag.startswith("--train.steps")]
-    done = launch(tmp_path, "local.sh", "my.toml", *flags, "--data.path=data/mine")
+    done = launch(tmp_path, "local.sh", "my.toml", *flags, "--data.path=data/mine", **jobs.environment())
     assert done.code == 0, done
     assert jobs.checkpoints(tmp_path / "runs" / "two steps")[-1] == "step-00000002"
 

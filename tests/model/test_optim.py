@@ -136,10 +136,10 @@ def test_exact_updates_are_adamws_and_do_not_depend_on_the_shards(scale: float |
     config = OptimConfig(lr=0.01)
 
     def trained(lengths: Sequence[int], *, exact: bool) -> Tensor:
-        shards = [nn.Parameter(shard.clone()) for shard in weights.split(list(lengths))]
+        shards = [nn.Parameter(shard.clone()) for shard in torch.split(weights, list(lengths))]
         optimizer = build_optimizer(nn.ParameterList(shards), config, "cpu", exact=exact)
         for gradient in gradients:
-            for shard, own in zip(shards, gradient.split(list(lengths)), strict=True):
+            for shard, own in zip(shards, torch.split(gradient, list(lengths)), strict=True):
                 shard.grad = own.clone()
             apply_update(optimizer, torch.tensor(scale or 1.0), clip=1.0)
         return torch.cat([shard.detach() for shard in shards])

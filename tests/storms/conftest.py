@@ -39,7 +39,7 @@ def storm(request: pytest.FixtureRequest) -> Storm:
 @pytest.fixture
 def table(request: pytest.FixtureRequest) -> Table:
     """A function that adds a row to a table, printed at the end: table("Title", {"column": value, ...})."""
-    # pytest-xdist passes user properties from the workers to the terminal summary.
+    # User properties are passed from the workers to the terminal summary.
     return lambda title, row: request.node.user_properties.append((title, row))
 
 

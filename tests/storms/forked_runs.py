@@ -1,7 +1,7 @@
 """The client of fork_server.py: starts small runs for a test."""
 
 import json
-import subprocess
+import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 from distgpt.corpus.shards import Dataset
 from tests import jobs
+from tests.forking import client
 
 
 @dataclass(frozen=True)
@@ -27,11 +28,13 @@ class ForkedRuns:
 
     def __init__(self, dataset: Dataset, scratch: Path) -> None:
         command = [sys.executable, "-m", "tests.storms.fork_server", str(dataset.path)]
-        variables = jobs.environment(PYTHONPATH=str(jobs.PROJECT))
         self._scratch = scratch
-        self._process = subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=jobs.PROJECT, env=variables
-        )
+        (theirs, requests), (answers, stdout) = os.pipe(), os.pipe()
+        variables = jobs.environment(PYTHONPATH=str(jobs.PROJECT))
+        self._process = client.start(command, env=variables, streams=(theirs, stdout, 2))
+        os.close(theirs)
+        os.close(stdout)
+        self._requests, self._answers = open(requests, "w"), open(answers)  # noqa: SIM115 (until close)
 
     def run(
         self, directory: Path, how: str = "run", at: int = 0, *, boot: str = "", world: int = 1, rank: int = 0
@@ -48,11 +51,11 @@ class ForkedRuns:
         return self._ask({"wake": True})
 
     def close(self) -> None:
-        self._process.communicate()
+        self._requests.close()
+        self._process.wait()
+        self._answers.close()
 
     def _ask(self, request: dict[str, Any]) -> Ended:
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return Ended(**json.loads(self._process.stdout.readline()))
+        self._requests.write(json.dumps(request) + "\n")
+        self._requests.flush()
+        return Ended(**json.loads(self._answers.readline()))

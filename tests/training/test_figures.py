@@ -88,9 +88,11 @@ def trained() -> tuple[Tensor, torch.optim.Optimizer]:
 
 
 @pytest.mark.usefixtures("asynchronous_cpu")
-def test_a_step_reads_nothing_on_the_host(one_process: Runtime) -> None:
+@pytest.mark.parametrize("name", ["adamw", "muon"])
+def test_a_step_reads_nothing_on_the_host(one_process: Runtime, name: str) -> None:
     """Whatever reads a tensor would let a GPU wait for the host: from the data to the update."""
-    config = resolve([*SMALL, "--model.dropout=0.5", "--train.dtype=bfloat16", "--optim.grad_clip=1"], {})
+    options = ("--model.dropout=0.5", "--train.dtype=bfloat16", "--optim.grad_clip=1", f"--optim.name={name}")
+    config = resolve([*SMALL, *options], {})
     plan = make_plan(config, one_process, vocab_size=20)
     model = build_model(config, plan, vocab_size=20, eot_id=None)
     gradients, optimizer = gradients_of(model, plan), build_optimizer(model, config.optim, "cpu")
