@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,12 @@ def test_a_replay_starts_from_the_chosen_checkpoint(tmp_path: Path, dataset: Dat
     assert (start.step, start.checkpoint, start.config.train.steps) == (2, newest(tmp_path), 9)
     with pytest.raises(UsageError, match="step-00000002 is of step 2: to replay step 2, choose one before it"):
         rerun.start_from(newest(tmp_path), RunPaths(tmp_path), 2)
+
+
+def test_groups_that_these_ranks_cannot_form_become_one() -> None:
+    grouped = resolve([*SMALL, "--parallel.strategy=hsdp", "--parallel.shard=2"], {})
+    found = {
+        ranks: rerun.config_here(rerun.Start(grouped, 1), replace(ONE_PROCESS, world_size=ranks)).parallel.strategy
+        for ranks in (2, 3, 4)
+    }
+    assert found == {2: "hsdp", 3: "fsdp", 4: "hsdp"}

@@ -27,7 +27,7 @@ runpy.run_module("distgpt.train", run_name="__main__", alter_sys=False)
 
 
 def test_an_exact_run_is_proved_on_another_number_of_ranks(prepared: Path, tmp_path: Path) -> None:
-    trained = jobs.torchrun(2, *tiny(prepared, tmp_path), *EXACT, "--parallel.strategy=fsdp")
+    trained = jobs.torchrun(2, *tiny(prepared, tmp_path), *EXACT, "--parallel.strategy=fsdp", "--optim.name=muon")
     assert trained.code == 0, trained
     proved = jobs.command("verify", tmp_path, "--replay=4")
     assert (proved.code, proved.stderr) == (0, ""), proved

@@ -115,7 +115,8 @@ def test_a_stop_before_each_call_while_another_job_takes_over(
         if not owned:
             assert woken.code == 0, describe(at, stopped)  # it did not own the directory before
         elif any(call.startswith("open") and "exit.json" in call for call in stopped.calls):
-            assert woken.code == 0, describe(at, stopped)  # it had already finished
+            # It had already finished, unless the thread that renews its lease wakes up first.
+            assert woken.code in (0, 73), describe(at, stopped)
         else:
             assert woken.code == 73, describe(at, stopped)
             changed = {name for name, _ in contents(run).items() ^ seen.items()}
