@@ -1,10 +1,10 @@
 """The equivalence matrix: the same steps with every strategy, number of ranks, accumulation, data type and optimizer.
 
-    python bench/equivalence.py [--exact] [--steps 20]
+    python bench/equivalence.py matrix|exact [--steps 20]
 
-Prints how far losses and gradient norms lie from those of one process, as docs/equivalence.md does; with --exact, the
-SHA-256 of the weights with parallel.reduction=exact, of which there must be one for each data type and optimizer. The
-ranks are processes of this machine.
+matrix prints how far losses and gradient norms lie from those of one process, as docs/equivalence.md does. exact prints
+the SHA-256 of the weights with parallel.reduction=exact, of which there must be one for each data type and optimizer.
+The ranks are processes of this machine.
 """
 
 import argparse
@@ -38,13 +38,14 @@ def start(command: Sequence[str], rank: int, output: int) -> Process:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Compare what every topology learns.")
-    parser.add_argument("--exact", action="store_true", help="compare bits, with parallel.reduction=exact")
+    parser.add_argument("part", choices=["matrix", "exact"])
     parser.add_argument("--steps", type=int, default=20, help="steps that are compared (default: 20)")
     arguments = parser.parse_args()
-    cells = with_references(EXACT if arguments.exact else ALL)
+    exact = arguments.part == "exact"
+    cells = with_references(EXACT if exact else ALL)
     with tempfile.TemporaryDirectory() as directory:
         outcomes = trained(cells, arguments.steps, Path(directory), start=start)
-    print(exact_table(outcomes) if arguments.exact else table(deviations(outcomes)))
+    print(exact_table(outcomes) if exact else table(deviations(outcomes)))
 
 
 if __name__ == "__main__":

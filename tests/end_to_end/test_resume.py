@@ -86,12 +86,12 @@ def started(loader, *arguments, **options):
     start(loader, *arguments, **options)
     opened.append(loader)
 
-def recording(model, micro_batches, step, plan, **others):
+def recording(gradients, micro_batches, step, **others):
     numbers = opened[-1].sample_numbers(step - 1).tolist()
     tokens = [row for x, y in micro_batches for row in x.tolist()]
     with open(f"{sys.argv[0]}.steps", "a") as file:
         file.write(json.dumps([step, list(zip(numbers, tokens, strict=True))]) + "\\n")
-    return correct(model, micro_batches, step, plan, **others)
+    return correct(gradients, micro_batches, step, **others)
 
 Loader.__init__, step_module.accumulate_gradients = started, recording
 runpy.run_module("distgpt.train", run_name="__main__", alter_sys=False)
