@@ -118,7 +118,7 @@ class ExactGradients(Gradients):
         """Return the digest of a micro-batch whose forward and backward pass `compute` runs. No gradient changes."""
         self.discards = True
         self.digests(True)
-        with self.micro_batch(last=False):
+        with self.micro_batch(last=True):  # FSDP shards its parameters again
             compute()
         self.discards = False
         assert self.digest is not None
