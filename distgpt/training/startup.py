@@ -38,6 +38,7 @@ from distgpt.run.session import NFS_ATTRIBUTE_CACHE_SECONDS, RunSession
 from distgpt.telemetry.progress import Progress
 from distgpt.training.step_report import peak_tokens_per_second
 from distgpt.training.summary import warnings
+from distgpt.units import ranks_text
 
 log = logging.getLogger("distgpt")
 
@@ -123,6 +124,13 @@ def plan_run(config: Config, runtime: Runtime, dataset: Dataset, session: RunSes
     replicas = independent_replicas(config, runtime)
     if state := require_same_run(session.paths.checkpoints, config, dataset, replicas=replicas):
         config = with_choices_of(state, config, ranks=runtime.world_size)
+        if config.parallel.reduction == "exact" and not config.train.micro_batch and state.micro_batch:
+            batches = config.train.global_batch // state.micro_batch
+            raise UsageError(
+                f"exact reduction keeps the run's micro-batches of {state.micro_batch} sequences, {batches} a step, which "
+                f"{ranks_text(runtime.world_size)} cannot share: take a number of ranks that divides {batches}, or set "
+                "--train.micro_batch and get other bits from here on"
+            )
     return make_plan(config, runtime, vocab_size=dataset.vocab_size)
 
 

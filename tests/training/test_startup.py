@@ -35,6 +35,11 @@ def test_a_run_keeps_its_micro_batch_on_which_rounding_depends(
     assert micro_batch(one_process) == 6
     assert micro_batch(three) == 8  # 6 does not divide the 8 sequences of a rank
     assert micro_batch(one_process, "--train.micro_batch=2") == 2
+    exact = "--parallel.reduction=exact"
+    assert micro_batch(one_process, exact) == 6
+    assert micro_batch(three, exact, "--train.micro_batch=8") == 8
+    with pytest.raises(UsageError, match="3 ranks cannot share: take a number of ranks that divides 4, or set"):
+        micro_batch(three, exact)
 
 
 def test_a_run_keeps_the_data_type_that_auto_was(
