@@ -127,9 +127,9 @@ def plan_run(config: Config, runtime: Runtime, dataset: Dataset, session: RunSes
         if config.parallel.reduction == "exact" and not config.train.micro_batch and state.micro_batch:
             batches = config.train.global_batch // state.micro_batch
             raise UsageError(
-                f"exact reduction keeps the run's micro-batches of {state.micro_batch} sequences, {batches} a step, which "
-                f"{ranks_text(runtime.world_size)} cannot share: take a number of ranks that divides {batches}, or set "
-                "--train.micro_batch and get other bits from here on"
+                f"exact reduction keeps the run's micro-batches of {state.micro_batch} sequences, {batches} a step, "
+                f"which {ranks_text(runtime.world_size)} cannot share: take a number of ranks that divides {batches}, "
+                "or set --train.micro_batch and get other bits from here on"
             )
     return make_plan(config, runtime, vocab_size=dataset.vocab_size)
 
