@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from distgpt.errors import EXIT_USAGE, UsageError
-from distgpt.files import parent_of, start_ticks
+from distgpt.files import parent_of, process_age, start_ticks
 
 PR_SET_PDEATHSIG = 1
 # Other ranks wait this many seconds for rank 0 to print the same error: once one rank has ended, torchrun ends all.
@@ -34,6 +34,18 @@ def this_job() -> str | None:
 def this_attempt() -> int:
     """Return how often this torchrun has restarted all ranks."""
     return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+
+
+def start_of_attempt() -> float:
+    """Return the time in Unix seconds before which no rank of this attempt ran on this host; 0 if unknown.
+
+    torchrun makes the directory of an attempt anew before it starts the ranks. Their own starts may lie seconds apart.
+    """
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # DIRECTORY/attempt_N/RANK/error.json
+        with suppress(OSError, IndexError):
+            return Path(file).parents[1].stat().st_mtime
+    age = process_age()
+    return time.time() - age if age else 0.0
 
 
 def die_with_agent() -> None:

@@ -11,9 +11,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from distgpt.errors import EXIT_CANNOT_CREATE, EXIT_DATA, EXIT_INTERRUPTED, EXIT_OK, EXIT_USAGE
-from distgpt.files import process_age
 from distgpt.run.paths import RunPaths
-from distgpt.torchrun import record_cause, this_attempt, this_job
+from distgpt.torchrun import record_cause, start_of_attempt, this_attempt, this_job
 
 EXIT_FILE_VARIABLE = "DISTGPT_EXIT_FILE"
 # Errors of a file system without hard links.
@@ -50,10 +49,8 @@ def remove_report_of_last_attempt() -> None:
     launcher_file = Path(os.environ.get(EXIT_FILE_VARIABLE, ""))
     report = read_report(launcher_file) or {}
     with suppress(OSError):
-        # Ranks start together, so no report of this attempt is older than this process.
-        age = process_age()  # 0 if unknown
-        is_older = launcher_file.stat().st_mtime < time.time() - age
-        if age and is_older and report.get("host") == socket.gethostname():
+        is_older = launcher_file.stat().st_mtime < start_of_attempt()
+        if is_older and report.get("host") == socket.gethostname():
             launcher_file.unlink()
 
 

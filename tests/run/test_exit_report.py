@@ -61,6 +61,7 @@ def test_a_report_that_cannot_be_written_is_still_to_be_printed(tmp_path: Path) 
 
 def test_only_reports_of_earlier_attempts_are_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     copy = tmp_path / "copy.json"
+    monkeypatch.delenv("TORCHELASTIC_ERROR_FILE", raising=False)
     monkeypatch.setenv("DISTGPT_EXIT_FILE", str(copy))
     assert write_exit_report(None, code=75, cause="a host joined", rank=0, step=None)
     remove_report_of_last_attempt()
@@ -73,6 +74,23 @@ def test_only_reports_of_earlier_attempts_are_removed(tmp_path: Path, monkeypatc
     monkeypatch.setenv("DISTGPT_EXIT_FILE", str(copy))
     remove_report_of_last_attempt()
     assert not copy.exists()
+
+
+def test_a_rank_that_starts_late_keeps_the_report_of_its_own_attempt(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a busy machine a rank may have failed and reported before the last rank of the attempt has started."""
+    copy = tmp_path / "copy.json"
+    error_file = tmp_path / "attempt_1" / "3" / "error.json"
+    error_file.parent.mkdir(parents=True)
+    monkeypatch.setenv("DISTGPT_EXIT_FILE", str(copy))
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
+    assert write_exit_report(None, code=65, cause="the loss", rank=0, step=None)
+    for seconds_after_torchrun, stays in ((1, True), (-1, False)):
+        os.utime(copy, (1000, 1000))  # long before this process
+        os.utime(tmp_path / "attempt_1", (1000 - seconds_after_torchrun, 1000 - seconds_after_torchrun))
+        remove_report_of_last_attempt()
+        assert copy.exists() == stays
 
 
 def test_the_first_report_wins_on_a_file_system_without_links(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,4 +22,7 @@ def _delay(event: str, arguments: tuple[Any, ...]) -> None:
             time.sleep(SECONDS)
 
 
-sys.addaudithook(_delay)
+# Once in a process: a forked rank has the hook of its launcher, and runs this module again.
+if not hasattr(sys, "slow_commits"):
+    sys.slow_commits = True  # type: ignore[attr-defined]
+    sys.addaudithook(_delay)
