@@ -13,9 +13,10 @@ from tests import jobs
 
 # It tells what it is told, and ends of SIGQUIT alone, as a torchrun does whose ranks cannot save.
 CHILD = """
-import signal, sys, time
-signal.signal(signal.SIGTERM, lambda *_: print("saving", flush=True))
-signal.signal(signal.SIGINT, lambda *_: print("never", flush=True))
+import os, signal, sys, time
+# Not print(), which a signal may interrupt, and which then refuses to be called again.
+signal.signal(signal.SIGTERM, lambda *_: os.write(1, b"saving\\n"))
+signal.signal(signal.SIGINT, lambda *_: os.write(1, b"never\\n"))
 signal.signal(signal.SIGQUIT, lambda *_: sys.exit(3))
 print("up", flush=True)
 while True:
