@@ -26,6 +26,7 @@ from torch.utils.checkpoint import checkpoint
 from distgpt.config import ModelConfig
 from distgpt.errors import UsageError
 from distgpt.model.cpu_attention import attention_in_blocks
+from distgpt.model.cpu_linear import Linear
 from distgpt.model.dropout import DEFAULT_GENERATOR, Dropout, Generators, derived_seed, seeded_generators
 
 INIT_STD = 0.02
@@ -120,11 +121,11 @@ class Attention(nn.Module):
         self.head_size = config.size_of_heads
         self.dropout = config.dropout
         rows = (self.n_head + 2 * self.n_kv_head) * self.head_size
-        self.qkv = nn.Linear(config.n_embd, rows, bias=config.qkv_bias)
+        self.qkv = Linear(config.n_embd, rows, bias=config.qkv_bias)
         eps = config.norm_eps or RMSNORM_EPS
         self.q_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
         self.k_norm = RMSNorm(self.head_size, eps=eps) if config.qk_norm else None
-        self.output = nn.Linear(self.n_head * self.head_size, config.n_embd, bias=config.bias)
+        self.output = Linear(self.n_head * self.head_size, config.n_embd, bias=config.bias)
         self.output_dropout = Dropout(config.dropout)
 
     def forward(
@@ -182,9 +183,9 @@ class MLP(nn.Module):
         super().__init__()
         hidden = mlp_width(config)
         self.kind = config.mlp
-        self.up = nn.Linear(config.n_embd, hidden, bias=config.bias)
-        self.gate = nn.Linear(config.n_embd, hidden, bias=config.bias) if config.mlp == "swiglu" else None
-        self.down = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.up = Linear(config.n_embd, hidden, bias=config.bias)
+        self.gate = Linear(config.n_embd, hidden, bias=config.bias) if config.mlp == "swiglu" else None
+        self.down = Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = Dropout(config.dropout)
 
     def forward(self, x_BTC: Tensor, generators: Generators = DEFAULT_GENERATOR) -> Tensor:
