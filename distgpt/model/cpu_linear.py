@@ -1,10 +1,12 @@
-"""Linear layers in float32 for AMD's CPUs with AVX-512.
+"""Linear layers for AMD's CPUs with AVX-512, by oneDNN's convolution, where a kernel of one point gives their products.
 
-MKL, which F.linear calls, reaches half of the speed of oneDNN on these CPUs. torch calls oneDNN for a convolution, and
-one whose kernel is a single point computes the same products.
+In float32 F.linear calls MKL, which reaches half of oneDNN's speed on these CPUs. In bfloat16 it calls oneDNN, but
+first copies the bias into each row of the result, which a convolution need not.
 """
 
 import functools
+import math
+from typing import Any
 
 import torch
 import torch.nn as nn
@@ -15,8 +17,9 @@ from distgpt.machine import cpu_has_one_of
 
 # torch calls oneDNN for batches of at least so many images. The tokens are laid out as so many images of one column.
 IMAGES = 16
-# Smaller products are faster in MKL.
-MIN_TOKENS, MIN_WEIGHTS = 1024, 2**14
+# Smaller products are not faster as convolutions.
+MIN_TOKENS = {torch.float32: 1024, torch.bfloat16: 4096}
+MIN_WEIGHTS = 2**16
 
 
 class Linear(nn.Linear):
@@ -24,18 +27,38 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T + b, (..., outputs), for x (..., inputs)."""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
         tokens = x.numel() // self.in_features
-        large = tokens >= MIN_TOKENS and self.weight.numel() >= MIN_WEIGHTS
-        if not (large and tokens % IMAGES == 0 and _is_float32_on_cpu(x) and convolution_is_faster()):
-            return F.linear(x, self.weight, self.bias)
-        images = x.reshape(IMAGES, -1, 1, self.in_features).permute(0, 3, 1, 2)  # (IMAGES, inputs, tokens / IMAGES, 1)
-        y = F.conv2d(images, self.weight[:, :, None, None], self.bias)
-        return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], self.out_features)
+        large = tokens >= MIN_TOKENS.get(dtype, math.inf) and self.weight.numel() >= MIN_WEIGHTS
+        eager_on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if large and tokens % IMAGES == 0 and eager_on_cpu and convolution_is_faster():
+            if dtype == torch.float32:
+                return _convolve(x, self.weight, self.bias)
+            if self.bias is not None:
+                y: Tensor = _BiasedLinear.apply(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+                return y
+        return F.linear(x, self.weight, self.bias)
 
 
-def _is_float32_on_cpu(x: Tensor) -> bool:
-    is_float32 = x.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
-    return is_float32 and x.device.type == "cpu" and not torch.compiler.is_compiling()
+class _BiasedLinear(torch.autograd.Function):
+    """The values of a convolution, and the gradients of F.linear, which are faster in bfloat16."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return _convolve(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        x, weight = ctx.saved_tensors
+        rows = gradient.flatten(0, -2)
+        return gradient @ weight, rows.mT @ x.flatten(0, -2), rows.sum(dim=0)
+
+
+def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    images = x.reshape(IMAGES, -1, 1, x.shape[-1]).permute(0, 3, 1, 2)  # (IMAGES, inputs, tokens / IMAGES, 1)
+    y = F.conv2d(images, weight[:, :, None, None], bias)
+    return y.permute(0, 2, 3, 1).reshape(*x.shape[:-1], -1)
 
 
 @functools.cache
