@@ -35,7 +35,8 @@ class Linear(nn.Linear):
             if dtype == torch.float32:
                 return _convolve(x, self.weight, self.bias)
             if self.bias is not None:
-                y: Tensor = _BiasedLinear.apply(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+                arguments = (x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+                y: Tensor = _BiasedLinear.apply(*arguments)  # type: ignore[no-untyped-call]
                 return y
         return F.linear(x, self.weight, self.bias)
 
