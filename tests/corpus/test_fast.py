@@ -99,10 +99,10 @@ def test_ids_that_are_not_ranks_are_kept(trained: BpeTokenizer) -> None:
 
 
 def test_memory_is_bounded_by_reloading_gigatoken(trained: BpeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    loads = list[str]()
+    loads = list[bytes]()
     load = fast.load
 
-    def counted(content: str) -> Any:
+    def counted(content: bytes) -> Any:
         loads.append(content)
         return load(content)
 
