@@ -130,7 +130,7 @@ def write_lines(path: Path, most: int) -> int:
                 continue
             with contextlib.suppress(UnicodeDecodeError):
                 # Text that gigatoken leaves to the others is rare elsewhere, not in a library of characters.
-                if fast.has_newer_characters(text := raw.decode()):
+                if not fast.has_newer_characters(text := raw.decode()):
                     known.add(raw)
                     lines.write(orjson.dumps({"text": text}) + b"\n")
                     size += len(raw)

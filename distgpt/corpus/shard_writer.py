@@ -21,6 +21,8 @@ from distgpt.corpus.tokenizer.base import Tokens
 from distgpt.corpus.tokenizer.loading import FILE_NAME as TOKENIZER
 from distgpt.files import sync, write_file
 
+COUNTED_TOKENS = 2**14
+
 
 @dataclass(frozen=True)
 class Documents:
@@ -103,11 +105,16 @@ class _SplitWriter:
             last = int(np.searchsorted(ends, self._shard_tokens - shard.tokens))  # the document that fills the shard
             fills_shard = last < ends.size
             stop = int(ends[last]) if fills_shard else tokens.size
-            shard.append(tokens[:stop], ends[: last + 1], int(self._token_bytes[tokens[:stop]].sum()))
+            shard.append(tokens[:stop], ends[: last + 1], self._text_bytes(tokens[:stop]))
             tokens, ends = tokens[stop:], ends[last + 1 :] - stop
             self._shard = shard
             if fills_shard:
                 self.end_shard()
+
+    def _text_bytes(self, tokens: Tokens) -> int:
+        """Return the bytes of text in these tokens, looked up in pieces that fit into the processor's cache."""
+        pieces = (tokens[start : start + COUNTED_TOKENS] for start in range(0, tokens.size, COUNTED_TOKENS))
+        return sum(int(self._token_bytes.take(piece).sum()) for piece in pieces)
 
     def end_shard(self) -> None:
         if self._shard is not None:

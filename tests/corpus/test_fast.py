@@ -99,10 +99,10 @@ def test_ids_that_are_not_ranks_are_kept(trained: BpeTokenizer) -> None:
 
 
 def test_memory_is_bounded_by_reloading_gigatoken(trained: BpeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    loads = list[str]()
+    loads = list[bytes]()
     load = fast.load
 
-    def counted(content: str) -> Any:
+    def counted(content: bytes) -> Any:
         loads.append(content)
         return load(content)
 
@@ -140,22 +140,21 @@ def test_a_text_that_gigatoken_may_learn_otherwise_is_left_to_hugging_face(
         fast.train(lambda: iter([text]), vocab_size, tmp_path)
 
 
-class InlineWorkers(Workers):
-    """Runs tasks here, so that a test can change what they call."""
+class NoWorkers(Workers):
+    """For a text so small that it is prepared in this process."""
 
     def __init__(self) -> None:
-        self.count = 1
+        super().__init__(2)
 
     def run(self, function: Callable[[Any], Iterator[Any]], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        for index, task in enumerate(tasks):
-            for result in function(task):
-                yield index, result
+        assert not tasks
+        return iter(())
 
 
 def prepared(output: Path, *arguments: object) -> dict[str, bytes]:
-    """Prepare a dataset in this process; return its files."""
+    """Prepare a dataset of a small text in this process; return its files."""
     options = parse([*map(str, arguments), "--output", str(output)])
-    build.prepare(job_of(options, output), InlineWorkers())
+    build.prepare(job_of(options, output), NoWorkers())
     return {path.name: path.read_bytes() for path in output.iterdir()}
 
 
@@ -165,6 +164,14 @@ def inputs(trained: BpeTokenizer, tmp_path: Path) -> list[object]:
     lines = [json.dumps({"text": "some words " * 20 + str(number)}) for number in range(300)]
     (tmp_path / "in.jsonl").write_text("\n".join([*lines, json.dumps({"text": "é, the last"})]))
     return ["--input", tmp_path / "in.jsonl", "--tokenizer", tmp_path / "tokenizer.json"]
+
+
+def test_a_second_text_in_one_process_is_encoded_with_its_own_tokenizer(inputs: list[object], tmp_path: Path) -> None:
+    first = prepared(tmp_path / "out", *inputs)
+    Path(str(inputs[-1])).write_text(train_bpe(["another text " * 9], 260).to_json())
+    second = prepared(tmp_path / "out", *inputs, "--overwrite")
+    assert second["train-00000.bin"] != first["train-00000.bin"]
+    assert second == prepared(tmp_path / "other", *inputs)
 
 
 @pytest.mark.parametrize("failure", ["other ids", "panic"])
@@ -178,7 +185,6 @@ def test_a_gigatoken_that_is_wrong_is_found_said_and_not_used(
     right = prepared(tmp_path / "right", *inputs)
     assert "gigatoken" not in capsys.readouterr().err
     monkeypatch.setattr(encode, "CHECKED_CHARACTERS", 10**6)
-    encode.load_once.cache_clear()
     with monkeypatch.context() as changed:
         if failure == "panic":
             wrong = SimpleNamespace(encode=lambda _: (_ for _ in ()).throw(PanicException("a panic")))
@@ -187,7 +193,6 @@ def test_a_gigatoken_that_is_wrong_is_found_said_and_not_used(
             kept = fast.load
             changed.setattr(fast, "load", lambda content: SimpleNamespace(encode=wrong_encode(kept(content))))
         found = prepared(tmp_path / "found", *inputs)
-    encode.load_once.cache_clear()
     assert "gigatoken gives other ids than tiktoken for this text: encoding all of it again" in capsys.readouterr().err
     assert found.keys() == right.keys()
     assert all(found[name] == right[name] for name in found if name.endswith((".bin", ".idx")))

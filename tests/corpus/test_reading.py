@@ -20,7 +20,7 @@ import pytest
 import zstandard
 
 from distgpt.corpus.preparing import scan
-from distgpt.corpus.reading import sources, streams
+from distgpt.corpus.reading import json_text, sources, streams
 from distgpt.corpus.reading.finding import Finder, standard_library
 from distgpt.corpus.reading.reader import open_source
 from distgpt.corpus.reading.sources import OnBad, Piece, ReadOptions, Source
@@ -568,3 +568,8 @@ def test_the_standard_library_comes_without_its_tests() -> None:
     assert len(found) > 400
     assert not any({"test", "tests", "site-packages"} & set(Path(source.path).parts) for source in found)
     assert found == sorted(found, key=lambda source: Path(source.path).parts)
+
+
+@pytest.mark.parametrize("raw", [b"", b"\n", b"a", b"a\n", b"a\n\n", b"\n\na", b"a\r\nb"])
+def test_a_line_end_after_the_last_line_begins_no_other_line(raw: bytes) -> None:
+    assert list(json_text.split_lines(raw)) == raw.removesuffix(b"\n").split(b"\n")

@@ -11,9 +11,10 @@ import numpy as np
 
 from distgpt.corpus.preparing import parts
 from distgpt.corpus.preparing.scan import Advance, Scan, ScannedPiece, grouped, read_again
-from distgpt.corpus.preparing.workers import Workers
+from distgpt.corpus.preparing.workers import Workers, run_here
+from distgpt.corpus.reading import sources
 from distgpt.corpus.reading.reader import open_source
-from distgpt.corpus.reading.sources import UNIT_BYTES, Piece, Source
+from distgpt.corpus.reading.sources import Piece, Source
 from distgpt.corpus.tokenizer import Tokenizer, load_tokenizer
 from distgpt.corpus.tokenizer.base import Tokens
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer
@@ -81,7 +82,9 @@ def encode(
         size = -(-len(run) // share)
         tasks += [(run[start : start + size], directory, options) for start in range(0, len(run), size)]
     is_right = True
-    for _, text_bytes in workers.run(encode_units, tasks):
+    load_once.cache_clear()  # this process may have encoded with another tokenizer
+    is_small = sum(unit.text_bytes for unit in units) <= sources.UNIT_BYTES
+    for _, text_bytes in (run_here if is_small else workers.run)(encode_units, tasks):
         is_right &= text_bytes is not None
         advance(text_bytes or 0)
     return is_right
@@ -160,8 +163,8 @@ def _encode_piece(
     ends = not is_text or piece.last
     if tokenizer.needs_whole_text and is_text and not (piece.start == 0 and piece.last):
         raise DataError(
-            f"{piece.source.name} is a text of more than {UNIT_BYTES / 2**20:.0f} MiB, and this tokenizer gives other "
-            f"ids for parts of a text: divide it with --document-separator, or give documents as JSON lines"
+            f"{piece.source.name} is a text of more than {sources.UNIT_BYTES / 2**20:.0f} MiB, and this tokenizer "
+            f"gives other ids for parts of a text: divide it with --document-separator, or give documents as JSON lines"
         )
     known = options.hashes.get(piece.source.path) if is_text else None
     end_of_text = np.array([options.eot_id] if ends and options.eot_id is not None else [], dtype=tokenizer.dtype)

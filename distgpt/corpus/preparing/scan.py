@@ -1,6 +1,7 @@
 """Read the whole input once: check it, cut it into pieces, count and hash it."""
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
@@ -8,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from distgpt.corpus.preparing.workers import Workers
+from distgpt.corpus.preparing.workers import Workers, run_here
 from distgpt.corpus.reading import sources
 from distgpt.corpus.reading.reader import open_source
 from distgpt.corpus.reading.sources import BadDocument, Content, Piece, Source, utf8_size
@@ -70,7 +71,9 @@ def scan_input(inputs: Sequence[Source], *, characters: bool, workers: Workers, 
     stops = any(source.options.on_bad == "stop" for source in inputs)
     tasks = list(_divide(inputs))
     results: list[list[ScannedPiece]] = [[] for _ in tasks]
-    for index, (scanned, consumed) in workers.run(scan_task, [(work, characters) for work in tasks]):
+    is_small = sum(os.path.getsize(source.path) for source in inputs) <= sources.UNIT_BYTES
+    calls = (run_here if is_small else workers.run)(scan_task, [(work, characters) for work in tasks])
+    for index, (scanned, consumed) in calls:
         results[index].append(scanned)
         advance(consumed)
         if stops and scanned.skipped:

@@ -73,6 +73,8 @@ class Workers:
                     idle.append(pipe)
 
     def _start(self, count: int) -> None:
+        if len(self._workers) >= count:
+            return
         # Ctrl-C and a batch system's SIGTERM reach the whole process group, but only the parent should react: it ends
         # the others. Signals blocked here stay blocked in the processes started. The resource tracker comes first,
         # since its start unblocks both.
@@ -89,6 +91,13 @@ class Workers:
         finally:
             tempfile.tempdir = usual_folder
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def run_here(function: Callable[[Any], Iterator[Any]], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    """Do the same in this process: for work that is done before a worker has started."""
+    for number, task in enumerate(tasks):
+        for result in function(task):
+            yield number, result
 
 
 def socket_folder(usual: str) -> str:

@@ -39,6 +39,16 @@ def cut_objects(content: SourceBytes, start: int) -> int:
         size *= 2
 
 
+def split_lines(raw: bytes) -> Iterator[bytes]:
+    """Yield the lines without their ends, each copied only when it is to be parsed."""
+    start = 0
+    while (end := raw.find(b"\n", start)) >= 0:
+        yield raw[start:end]
+        start = end + 1
+    if start < len(raw) or not raw:
+        yield raw[start:]
+
+
 def split_objects(raw: bytes) -> Iterator[bytes]:
     """Yield the objects of an array, or of a sequence of objects, and whatever stands in place of an object."""
     start = 0

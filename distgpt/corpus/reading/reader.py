@@ -48,8 +48,7 @@ class TextReader(SourceBytes):
             reason = f"is UTF-16, not UTF-8: use --encoding {utf16} if all of the input is"
             return content_of(source, [("", reason)], digest)
         if source.format in ("json", "jsonl"):
-            is_lines = source.format == "jsonl"
-            found = raw.removesuffix(b"\n").split(b"\n") if is_lines else json_text.split_objects(raw)
+            found = json_text.split_lines(raw) if source.format == "jsonl" else json_text.split_objects(raw)
             return content_of(source, (json_text.text_of(source.text_key, entry) for entry in found), digest)
         if source.format == "separated":
             parts = self._separator.split(raw)

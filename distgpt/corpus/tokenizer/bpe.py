@@ -1,5 +1,6 @@
 """Byte-level BPE with a known pattern."""
 
+from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import takewhile
@@ -48,7 +49,7 @@ class BpeTokenizer(Tokenizer):
         self._merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
         self._vocab = vocab
         for left, right in self._merges:
-            if not {left, right, left + right} <= vocab.keys():
+            if left not in vocab or right not in vocab or left + right not in vocab:
                 raise DataError(f"its merge of {left!r} and {right!r} is not among the tokens of its vocabulary")
         # tiktoken identifies a merge by its result, so it cannot have two merges with one result. Nor can it have
         # a token that no merge makes, and with ignore_merges a whole word may be such a token.
@@ -74,9 +75,9 @@ class BpeTokenizer(Tokenizer):
             return True
         # tiktoken gives the same ids if it makes each token, encoded alone, from the two parts that its merge names.
         # The text around a token could influence it only after a merge of another pair, and so there is none.
-        made_of: dict[bytes, tuple[bytes, bytes]] = {}
+        made_of = {bytes([value]): (b"", b"") for value in range(256)}
         for left, right in ((self._bytes_of[left], self._bytes_of[right]) for left, right in self._merges):
-            is_known = all(len(part) == 1 or part in made_of for part in (left, right))
+            is_known = left in made_of and right in made_of
             if not is_known or not huggingface.is_made_of(self._ranks, made_of, left, right):
                 return True
             made_of[left + right] = left, right
@@ -117,10 +118,9 @@ class BpeTokenizer(Tokenizer):
         id_of = {self._bytes_of[token]: id_ for token, id_ in self._vocab.items() if token in self._bytes_of}
         return np.array([id_of[token] for token in self._ranks], dtype=self.dtype)
 
-    def json_of_ranks(self) -> str:
-        """Return the tokenizer.json of the same merges with ranks as ids, without any other token."""
-        vocab = {huggingface.to_unicode(token): rank for token, rank in self._ranks.items()}
-        return huggingface.byte_level_json(vocab, self._merges, self.pattern)
+    def tiktoken_file(self) -> bytes:
+        """Return the .tiktoken file of the same merges with ranks as ids, without any other token."""
+        return b"".join(b"%b %d\n" % (b64encode(token), rank) for token, rank in self._ranks.items())
 
     @cached_property
     def _encoding(self) -> Any:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import NamedTemporaryFile, TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -70,10 +70,10 @@ class FastEncoder:
     def __init__(self, tokenizer: BpeTokenizer) -> None:
         self._tokenizer, self.dtype = tokenizer, tokenizer.dtype
         tokenizer.is_slow = False  # the caller knows it; computing it takes long
-        self._json = tokenizer.json_of_ranks()
+        self._file = tokenizer.tiktoken_file()
         self._ids = tokenizer.ids_of_ranks
         self._remembered = 0
-        self._gigatoken = load(self._json)
+        self._gigatoken = load(self._file)
 
     def encode(self, text: str) -> Tokens:
         """Return what `tokenizer.encode` does. Raises the same, and MismatchError if gigatoken fails."""
@@ -85,9 +85,9 @@ class FastEncoder:
             return self._tokenizer.encode(text)  # which raises the error
         self._remembered += len(raw)
         if self._remembered > BYTES_BEFORE_RELOAD:
-            self._remembered, self._gigatoken = len(raw), load(self._json)
+            self._remembered, self._gigatoken = len(raw), load(self._file)
         with _panics_as_errors():
-            ids: Tokens = self._ids[self._gigatoken.encode(raw)]
+            ids: Tokens = self._ids.take(self._gigatoken.encode(raw))
         return ids
 
     def check(self, text: str) -> None:
@@ -191,12 +191,15 @@ def _pieces(raw: bytes) -> Iterator[bytes]:
             yield word[start : start + LONGEST_WORD]
 
 
-def load(content: str) -> Any:
-    """Return gigatoken's tokenizer of a tokenizer.json. Raises MismatchError."""
+def load(content: bytes) -> Any:
+    """Return gigatoken's tokenizer of a .tiktoken file with GPT-2's pattern. Raises MismatchError, OSError."""
     import gigatoken
 
-    with _panics_as_errors():
-        return gigatoken.Tokenizer.from_json(content)
+    with NamedTemporaryFile(suffix=".tiktoken") as file:
+        file.write(content)
+        file.flush()
+        with _panics_as_errors():
+            return gigatoken.Tokenizer.from_tiktoken(file.name, pretokenizer="gpt2")
 
 
 @cache

@@ -4,10 +4,11 @@ import base64
 import binascii
 import contextlib
 import hashlib
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+
+import orjson
 
 from distgpt.corpus.tokenizer.base import MAX_VOCAB_SIZE, Tokenizer
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer
@@ -62,7 +63,7 @@ def load_tokenizer(path: Path, pattern: str = "") -> Tokenizer:
 
 def tokenizer_from_json(text: str) -> Tokenizer:
     """Return the tokenizer whose `to_json` this is. Raises DataError, or ValueError, KeyError, TypeError: bad JSON."""
-    content = json.loads(text)
+    content = orjson.loads(text)
     if content.get("format") == FORMAT and content.get("kind") == SentencePieceTokenizer.kind:
         model = base64.b64decode(content["model"])
         return SentencePieceTokenizer(model, end_of_text=bool(content["end_of_text"]))
