@@ -7,6 +7,7 @@ the others. The parts, the most important first:
 
     environment   versions, driver, compiler, memory
     agreement     losses on the CPU, on the GPU, with DDP and with FSDP in a group of one; a step waits for nothing
+    documents     a document mask by blocks and as a whole: the same losses, ms, tokens/s, MFU and memory
     checkpoints   saved in the background under load, saved synchronously, and resumed: equal bit for bit
     endings       SIGTERM saves and exits with 75; the same command goes on
     throughput    ms, tokens/s, MFU and peak memory of the presets, against the memory that is planned
@@ -32,7 +33,7 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -150,6 +151,17 @@ class Bench:
         if self.on_gpu:
             torch.cuda.synchronize()
 
+    @contextmanager
+    def no_waits(self) -> Iterator[None]:
+        """Raise RuntimeError if the host waits for the GPU."""
+        if self.on_gpu:
+            torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            if self.on_gpu:
+                torch.cuda.set_sync_debug_mode("default")
+
     def median_seconds(self, action: Callable[[], object], *, least: float = 2.0) -> float:
         """Return the median time of an action, after two to warm up, over at least 3 and so many seconds."""
         times: list[float] = []
@@ -250,15 +262,43 @@ def losses(
     trainee = Trainee(bench, config, plan)
     batches = bench.batches(config, 2, 4, runtime.device)
     trainee.step(batches)  # the first one sets up what later ones use
-    if forbid_waits:
-        torch.cuda.set_sync_debug_mode("error")
-    try:
+    with bench.no_waits() if forbid_waits else nullcontext():
         for _ in range(steps - 1):
             trainee.step(batches)
-    finally:
-        if forbid_waits:
-            torch.cuda.set_sync_debug_mode("default")
     return [figures.loss for figures in trainee.reader.take(now=True)]
+
+
+def documents(bench: Bench) -> None:
+    """Raise SystemExit if FlexAttention and SDPA with the whole mask give different losses, or if one waits."""
+    print("| micro-batch x tokens | attention | ms | tokens/s | MFU | peak GiB |\n|---|---|---|---|---|---|")
+    worst = 0.0
+    # The second length is no multiple of FlexAttention's blocks.
+    for sequences, tokens in ((2, 32), (2, 31)) if bench.smoke else ((16, 1024), (2, 8191)):
+        options = ("--model.document_mask", f"--model.block_size={tokens}", f"--train.micro_batch={sequences}")
+        batch = (f"--train.global_batch={4 * sequences}", "--train.dtype=bfloat16", "--optim.lr=1e-4")
+        config = bench.config("modern-125m", *options, *batch, f"--train.compile={str(bench.on_gpu).lower()}")
+        batches = bench.batches(config, 4, sequences, bench.device)
+        for x, _ in batches:
+            x[x % 256 == 0] = 0  # one token in 256 ends a document
+        found = []
+        for by_blocks in (True, False):
+            with bench.peak_memory() as peak:
+                trainee = Trainee(bench, config, make_plan(config, bench.runtime, vocab_size=bench.vocabulary))
+                unwrap_model(trainee.model).blocks_are_compiled = by_blocks and bench.on_gpu
+                for _ in range(3):
+                    trainee.step(batches)
+                found.append([figures.loss for figures in trainee.reader.take(now=True)])
+                with bench.no_waits():
+                    trainee.step(batches)
+                flops = unwrap_model(trainee.model).flops_per_token()
+                seconds = bench.median_seconds(lambda: trainee.step(batches), least=1.0) / 4  # noqa: B023
+                cells = row(bench, seconds, sequences * tokens, flops)
+                attention = "FlexAttention" if by_blocks else "whole mask"
+                print(f"| {sequences} x {tokens} | {attention} | {cells} | {peak():.1f} |", flush=True)
+        worst = max(worst, *(abs(a - b) for a, b in zip(*found, strict=True)))
+    print(f"losses differ by {worst:.1e}, at most 0.01")
+    if worst > 0.01:
+        raise SystemExit("losses differ")
 
 
 def checkpoints(bench: Bench) -> None:
@@ -503,6 +543,7 @@ def hash_of(checkpoint: Path) -> str:
 PARTS: dict[str, tuple[Callable[[Bench], None], float]] = {
     "environment": (environment, 40),
     "agreement": (agreement, 90),
+    "documents": (documents, 150),
     "checkpoints": (checkpoints, 100),
     "endings": (endings, 60),
     "throughput": (throughput, 240),

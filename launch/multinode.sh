@@ -6,6 +6,7 @@
 #                    preflight uses the next port
 #   NODES            the number of hosts; MIN:MAX trains with MIN hosts or more, and lets further ones join later
 #   NPROC_PER_NODE   ranks on each host; the default is one for each GPU, or two that share the CPU's cores
+#   NUMA_BINDING     node binds each rank to the CPUs near its GPU (docs/gpu.md)
 #   JOIN_SECONDS     how long to wait for the other hosts (600)
 #   TRIES            attempts in a row without a new checkpoint before giving up (10)
 #

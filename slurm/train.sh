@@ -21,6 +21,7 @@
 #   DISTGPT_HOME=DIR      the project, if it cannot be found by the path of this file
 #   DISTGPT_PREFLIGHT=no  start without the checks of distgpt.doctor on jobs of several nodes
 #   NPROC_PER_NODE=N      ranks on each node; the default is one for each GPU, or two on a node without GPUs
+#   NUMA_BINDING=node     bind each rank to the CPUs near its GPU: see docs/gpu.md
 #   TRIES=N               attempts in a row without a new checkpoint before the job gives up (5)
 # slurm-JOB.out has the events of the job, RUN/logs/slurm-JOB/attempt-N/HOST.log the output of the ranks, and
 # `squeue --me --format="%i %T %M %R %k"` shows step and ETA.

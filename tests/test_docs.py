@@ -122,7 +122,15 @@ TAKES_CONFIG = re.compile(
 NO_KEYS = {"--help", "--print-config", "--distributed"}
 # Options of other programs that the docs mention.
 FOREIGN_OPTIONS = {
-    *("--nnodes", "--nproc_per_node", "--standalone", "--max-restarts", "--signals-to-handle", "--logdir"),
+    *(
+        "--nnodes",
+        "--nproc_per_node",
+        "--standalone",
+        "--max-restarts",
+        "--signals-to-handle",
+        "--numa-binding",
+        "--logdir",
+    ),
     "--model_args",
     *("--mem", "--partition", "--account", "--gpus-per-node", "--time", "--signal", "--array", "--exclude"),
 }

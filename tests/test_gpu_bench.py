@@ -15,6 +15,7 @@ SCRIPT = jobs.PROJECT / "bench" / "gpu.py"
 LAST_LINES = {
     "environment": "for Triton: ",
     "agreement": "bfloat16, dropout 0.1, fsdp on cpu: ",
+    "documents": "losses differ by 0.0e+00, ",
     "throughput": "| gpt2-124m | 2 | False | ",
     "peer": "| like nanoGPT's | 4 | ",
     "loss": "| eager, chunks of 2,048 | ",

@@ -109,6 +109,7 @@ def _compile(model: GPT) -> None:
     torch._dynamo.config.optimize_ddp = False
     for module in (*model.blocks, model.norm, model.head):
         module.compile()
+    model.blocks_are_compiled = True
 
 
 def recompute_blocks(model: GPT) -> None:

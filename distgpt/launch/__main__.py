@@ -16,6 +16,7 @@ from distgpt.usage import Parser
 USAGE = "python -m distgpt.launch local|nodes|sweep [FILE] [PRESET] [--section.key=value ...]"
 VARIABLES = {
     "NPROC_PER_NODE": "ranks on each host (default: one for each GPU, or two that share the CPU's cores)",
+    "NUMA_BINDING": "bind each rank to the CPUs near its GPU: torchrun's --numa-binding, such as node (default: no)",
     "TRIES": "launches in a row without a new checkpoint before giving up (default: local and sweep: 3, nodes: 10)",
     "HEAD": "nodes: HOST:PORT, one of the hosts and a free port on it",
     "NODES": "nodes: the number of hosts, or MIN:MAX",

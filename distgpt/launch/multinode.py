@@ -14,7 +14,13 @@ from distgpt.config import Config, resolve
 from distgpt.errors import EXIT_INTERRUPTED, EXIT_OK, UsageError
 from distgpt.launch.agent import Supervisor
 from distgpt.launch.policy import Ending, Tries, can_retry, say, say_end
-from distgpt.launch.settings import SIGNALS_OPTION, TORCHRUN, count_from_environment, torchrun_environment
+from distgpt.launch.settings import (
+    SIGNALS_OPTION,
+    TORCHRUN,
+    count_from_environment,
+    numa_options,
+    torchrun_environment,
+)
 from distgpt.machine import default_ranks
 from distgpt.preflight import network
 from distgpt.run.exit_report import read_report
@@ -34,7 +40,7 @@ MEETING_SECONDS = 15
 class JobSettings:
     """The settings of the job, from the environment. `port`: that of training; the next one is the preflight's.
 
-    `ranks`: the ranks on each host.
+    `ranks`: the ranks on each host. `numa_options`: those of torchrun, for this host.
     """
 
     head: str
@@ -42,6 +48,7 @@ class JobSettings:
     min_hosts: int
     max_hosts: int
     ranks: int
+    numa_options: list[str]
     join_seconds: int
     tries: int
 
@@ -76,12 +83,14 @@ def read_settings(config: Config) -> JobSettings:
         )
     if config.parallel.strategy == "diloco" and min_hosts < max_hosts:
         raise UsageError(f"NODES={nodes}: diloco cannot change the number of its replicas, write NODES={max_hosts}")
+    ranks = ranks or default_ranks(config.train.device)
     settings = JobSettings(
         head=host_and_port[1],
         port=int(host_and_port[2]),
         min_hosts=min_hosts,
         max_hosts=max_hosts,
-        ranks=ranks or default_ranks(config.train.device),
+        ranks=ranks,
+        numa_options=numa_options(ranks),
         join_seconds=join_seconds or 600,
         tries=tries or 10,
     )
@@ -184,6 +193,7 @@ class Launcher:
         join_timeout, last_call_timeout = 2 * settings.join_seconds + 600, LAST_CALL_SECONDS[self._phase]
         return [
             *(*TORCHRUN, f"--nnodes={settings.min_hosts}:{settings.max_hosts}", f"--nproc_per_node={settings.ranks}"),
+            *settings.numa_options,
             *("--rdzv-backend=c10d", f"--rdzv-endpoint={settings.head}:{self._port}"),
             *(f"--rdzv-id={zlib.crc32(str(self._run_dir).encode())}", f"--local-addr={self._route.address}"),
             f"--rdzv-conf=is_host={is_head},join_timeout={join_timeout},last_call_timeout={last_call_timeout}",

@@ -2,15 +2,19 @@
 
 import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
 from distgpt.errors import UsageError
+from distgpt.machine import available_gpus
 from distgpt.run.exit_report import EXIT_FILE_VARIABLE
 
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 # torchrun passes on only the signals in this option. Without it, SIGUSR1 would kill torchrun.
 SIGNALS_OPTION = "--signals-to-handle=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"
+# What torchrun's --numa-binding knows.
+NUMA_BINDINGS = ("node", "socket", "exclusive", "core-complex")
 
 
 def count_from_environment(name: str) -> int | None:
@@ -21,6 +25,32 @@ def count_from_environment(name: str) -> int | None:
     if not re.fullmatch("[1-9][0-9]{0,8}", text):
         raise UsageError(f"{name}={text}: it must be a whole number from 1")
     return int(text)
+
+
+def numa_options(ranks: int) -> list[str]:
+    """Return torchrun's option to bind each of the ranks of this host to the CPUs near its GPU, as NUMA_BINDING asks.
+
+    Not by default: torchrun ends with a traceback where one of the conditions below does not hold. Raises UsageError.
+    """
+    binding = os.environ.get("NUMA_BINDING")
+    if not binding:
+        return []
+    asked = f"NUMA_BINDING={binding}"
+    if binding not in NUMA_BINDINGS:
+        raise UsageError(f"{asked}: it must be {', '.join(NUMA_BINDINGS[:-1])} or {NUMA_BINDINGS[-1]}")
+    if (gpus := available_gpus()) < ranks:
+        raise UsageError(f"{asked} binds each rank near a GPU of its own (ranks: {ranks}, GPUs: {gpus}): unset it")
+    # Containers often lack the program, or the right to use it.
+    try:
+        tried = subprocess.run(["numactl", "--physcpubind=+0", "true"], capture_output=True, text=True, timeout=30)
+        said = tried.stderr.strip().partition("\n")[0]
+        problem = f"exit code {tried.returncode}: {said}" if tried.returncode else ""
+    except (OSError, subprocess.TimeoutExpired) as error:
+        problem = str(error)
+    if problem:
+        fix = "install it, or unset NUMA_BINDING"
+        raise UsageError(f"{asked} needs the program numactl, which does not work here ({problem}): {fix}")
+    return [f"--numa-binding={binding}"]
 
 
 def loopback_rendezvous(store: str, job: str) -> list[str]:

@@ -24,6 +24,7 @@ from distgpt.launch.settings import (
     TORCHRUN,
     count_from_environment,
     loopback_rendezvous,
+    numa_options,
     torchrun_environment,
 )
 from distgpt.launch.sweep import directory_of_task
@@ -63,7 +64,7 @@ def main(arguments: list[str]) -> int:
 
 def prepare_attempt(options: list[str]) -> dict[str, str | list[str]]:
     """Check a job before any rank starts; return the variables of slurm/train.sh."""
-    count_from_environment("NPROC_PER_NODE")  # checked here, since each node would report a mistake in its own log
+    numa_options(ranks_of_this_node())  # checked here, since each node would report a mistake in its own log
     tries = count_from_environment("TRIES") or 5
     task, attempt = os.environ.get("SLURM_ARRAY_TASK_ID"), os.environ.get("SLURM_RESTART_COUNT") or "0"
     flags = sweep_flags(os.environ.get("DISTGPT_SWEEP", ""), int(task)) if task else []
@@ -164,11 +165,20 @@ def own_address() -> str:
     return address
 
 
+def cpus_of_this_node() -> int:
+    """Return how many CPUs Slurm gave on this node."""
+    return int(os.environ.get("SLURM_CPUS_ON_NODE") or 1)
+
+
+def ranks_of_this_node() -> int:
+    """Return NPROC_PER_NODE, else one for each GPU that Slurm gave, else two that share the CPUs. Raises UsageError."""
+    asked, gpus = count_from_environment("NPROC_PER_NODE"), os.environ.get("SLURM_GPUS_ON_NODE")
+    return asked or int(gpus or available_gpus()) or min(2, cpus_of_this_node())
+
+
 def run_on_this_node(module: str, options: list[str]) -> None:
-    """Replace this process by torchrun, with a rank for each GPU that Slurm gave, or two ranks that share the CPUs."""
-    gpus = int(os.environ.get("SLURM_GPUS_ON_NODE") or available_gpus())
-    cpus = int(os.environ.get("SLURM_CPUS_ON_NODE") or 1)
-    ranks = count_from_environment("NPROC_PER_NODE") or gpus or min(2, cpus)
+    """Replace this process by torchrun, with the ranks of this node."""
+    cpus, ranks = cpus_of_this_node(), ranks_of_this_node()
     nodes, interface = os.environ["SLURM_NNODES"], ""
     endpoint, job = os.environ["RENDEZVOUS_ENDPOINT"], os.environ["RENDEZVOUS_ID"]
     if nodes == "1":
@@ -196,6 +206,7 @@ def run_on_this_node(module: str, options: list[str]) -> None:
         *TORCHRUN,
         f"--nnodes={nodes}",
         f"--nproc_per_node={ranks}",
+        *numa_options(ranks),
         "--max-restarts=0",
         *rendezvous,
         SIGNALS_OPTION,

@@ -21,12 +21,14 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from distgpt.config import ModelConfig
 from distgpt.errors import UsageError
 from distgpt.model.cpu_attention import attention_in_blocks
 from distgpt.model.cpu_linear import Linear
+from distgpt.model.document_attention import dense_mask, document_blocks, flex_is_best
 from distgpt.model.dropout import DEFAULT_GENERATOR, Dropout, Generators, derived_seed, seeded_generators
 
 INIT_STD = 0.02
@@ -132,7 +134,7 @@ class Attention(nn.Module):
         self,
         x_BTC: Tensor,
         rope: tuple[Tensor, Tensor] | None,
-        mask: Tensor | None,
+        mask: Tensor | BlockMask | None,
         cache: LayerCache | None,
         generators: Generators = DEFAULT_GENERATOR,
     ) -> Tensor:
@@ -152,14 +154,18 @@ class Attention(nn.Module):
         if cache is not None:
             k_BKTD, v_BKTD = cache.append(k_BKTD, v_BKTD)
             q_BHTD = q_BHTD.to(k_BKTD.dtype)
+        if isinstance(mask, BlockMask) and not torch.compiler.is_compiling():
+            mask = dense_mask(mask)  # FlexAttention would store all scores
         dropout_p = self.dropout if self.training else 0.0
         # SDPA on a CPU is slow with dropout, and slow in bfloat16.
         in_blocks = x_BTC.device.type == "cpu" and cache is None and (dropout_p > 0 or q_BHTD.dtype == torch.bfloat16)
-        if K != H and (in_blocks or mask is not None or x_BTC.device.type == "mps"):
+        if K != H and (in_blocks or isinstance(mask, Tensor) or x_BTC.device.type == "mps"):
             # CUDA's kernel for masks has no grouped heads: with enable_gqa, SDPA would store all (T, S) weights. Nor
             # does every version of torch have them on Apple GPUs.
             k_BKTD, v_BKTD = (x.repeat_interleave(H // K, dim=1) for x in (k_BKTD, v_BKTD))
-        if in_blocks:
+        if isinstance(mask, BlockMask):
+            y_BHTD = flex_attention(q_BHTD, k_BKTD, v_BKTD, block_mask=mask, enable_gqa=True)
+        elif in_blocks:
             y_BHTD = attention_in_blocks(q_BHTD, k_BKTD, v_BKTD, mask=mask, dropout_p=dropout_p, generators=generators)
         else:
             with torch.autocast(x_BTC.device.type, enabled=False):  # it would convert a float32 cache
@@ -216,15 +222,15 @@ class Block(nn.Module):
         self,
         x_BTC: Tensor,
         rope: tuple[Tensor, Tensor] | None = None,
-        mask: Tensor | None = None,
+        mask: Tensor | BlockMask | None = None,
         cache: LayerCache | None = None,
         dropout_seeds: Sequence[int] | None = None,
     ) -> Tensor:
         """Apply the block to (B, T, C).
 
-        `rope`: rope_tables of these tokens. `mask`: True where a query may attend to a key, broadcast to (B, H, T, S);
-        None: causal. `cache`: the keys and values of this layer for the tokens before these. `dropout_seeds`: one for
-        each sequence, of its masks in this layer.
+        `rope`: rope_tables of these tokens. `mask`: True where a query may attend to a key, broadcast to (B, H, T, S),
+        or the same as blocks; None: causal. `cache`: the keys and values of this layer for the tokens before these.
+        `dropout_seeds`: one for each sequence, of its masks in this layer.
         """
         # Made anew in each call, so that one that computes activations again draws the same masks.
         generators = seeded_generators(dropout_seeds)
@@ -293,6 +299,7 @@ class GPT(nn.Module):
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd) if learned else None
         self.embedding_dropout = Dropout(config.dropout if config.embedding_dropout else 0.0)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.blocks_are_compiled = False  # set by what compiles them
         self.norm = make_norm(config)
         self.head = Head(config, vocab_size, padded)
 
@@ -377,23 +384,32 @@ class GPT(nn.Module):
         head = self.vocab_size * c.n_embd
         return 6.0 * (matrices + head) + 12.0 * c.n_layer * c.n_head * c.size_of_heads * c.block_size
 
-    def _attention_mask(self, tokens_BT: Tensor, positions_T: Tensor, cache: KVCache | None) -> Tensor | None:
-        """Return True where a query may attend to a key, (T, S) or (B, 1, T, S); None if SDPA's causal mode suffices.
+    def _attention_mask(
+        self, tokens_BT: Tensor, positions_T: Tensor, cache: KVCache | None
+    ) -> Tensor | BlockMask | None:
+        """Return True where a query may attend to a key, (T, S) or (B, 1, T, S), or blocks of (B, 1, T, T).
 
-        A document ends with its end-of-text token, which is part of it.
+        None if SDPA's causal mode suffices. A document ends with its end-of-text token, which is part of it.
         """
         T = tokens_BT.shape[1]
         start = 0 if cache is None else cache.length
-        S = start + T
-        causal_TS = positions_T[:, None] >= torch.arange(S, device=tokens_BT.device)
+        causal_TS = positions_T[:, None] >= torch.arange(start + T, device=tokens_BT.device)
         if not self.config.document_mask:
             return None if start == 0 or T == 1 else causal_TS
         tokens_BS = tokens_BT if cache is None else cache.append_tokens(tokens_BT)
         assert self.eot_id is not None
         ends_BS = tokens_BS == self.eot_id
         document_BS = ends_BS.cumsum(dim=1) - ends_BS.long()
+        if cache is None and self._takes_flex_attention(tokens_BT):
+            return document_blocks(document_BS)
         same_BTS = document_BS[:, start:, None] == document_BS[:, None, :]
         return (same_BTS & causal_TS).unsqueeze(1)
+
+    def _takes_flex_attention(self, tokens_BT: Tensor) -> bool:
+        """Tell whether whole sequences take FlexAttention, which has neither dropout nor fast eager code."""
+        if not self.blocks_are_compiled or (self.training and self.config.dropout > 0):
+            return False
+        return flex_is_best(tokens_BT.device, tokens=tokens_BT.shape[1], head_size=self.config.size_of_heads)
 
 
 @functools.cache

@@ -141,6 +141,40 @@ def test_all_but_the_embedding_compiles_without_a_break(
     assert not counters["graph_break"]
 
 
+@pytest.mark.usefixtures("group_of_one")
+@pytest.mark.parametrize(("strategy", "recomputed"), [("ddp", "false"), ("fsdp", "true")])
+def test_compiled_blocks_skip_documents_with_each_strategy(
+    strategy: str, recomputed: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """FlexAttention, made possible on a CPU: the losses of an uncompiled model, in graphs without a break."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
+    monkeypatch.setattr("torch.nn.attention.flex_attention._validate_device", lambda query, key, value: None)
+    monkeypatch.setattr("distgpt.model.gpt.flex_is_best", lambda device, tokens, head_size: True)
+    whole = ("--train.dtype=float32", "--model.block_size=136", "--model.dropout=0", "--train.micro_batch=4")
+    tokens_BT = torch.randint(20, (4, 136), generator=torch.Generator().manual_seed(0))
+
+    def losses(*options: str) -> list[float]:
+        torch.compiler.reset()
+        counters.clear()
+        asked = config(*SMALL, *MODERN, *whole, *options)
+        model = build_model(asked, laid_out(asked, strategy), vocab_size=20, eot_id=3)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+        found = []
+        for _ in range(2):
+            loss = model(tokens_BT, tokens_BT).mean()
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            found.append(loss.item())
+        with inference(model) as gpt:
+            return [*found, gpt(tokens_BT, tokens_BT).mean().item()]
+
+    expected = losses()
+    assert losses("--train.compile", f"--parallel.activation_checkpoint={recomputed}") == pytest.approx(expected)
+    assert counters["stats"]["unique_graphs"] == 6  # block, norm and head, to train and to evaluate
+    assert not counters["graph_break"]
+
+
 @pytest.mark.usefixtures("fake_group_of_two")
 @pytest.mark.parametrize("tied", ["true", "false"])
 def test_what_is_gathered_and_reduced_in_a_step(tied: str, monkeypatch: pytest.MonkeyPatch) -> None:
