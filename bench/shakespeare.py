@@ -13,11 +13,11 @@ multiplied. Runs that are in the directory are not made again.
 import argparse
 import os
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -57,8 +57,8 @@ def main() -> None:
         subprocess.run([sys.executable, *map(str, prepare)], check=True)
     long = {f"seed {seed}": train(arguments.directory / f"seed-{seed}", data, f"--run.seed={seed}") for seed in seeds}
     short = {
-        change: train(arguments.directory / f"short-{number}", data, *SHORT, *flags)
-        for number, (change, flags) in enumerate(CHANGES.items())
+        change: train(arguments.directory / "".join(("short", *flags)), data, *SHORT, *flags)
+        for change, flags in CHANGES.items()
     }
     text = report(long, short, seconds_of_ancestor())
     print(text)
@@ -69,8 +69,9 @@ def main() -> None:
 
 def train(run: Path, data: Path, *flags: str) -> tuple[float, dict[int, float]]:
     """Train in the directory `run`, unless it is there. Return the CPU seconds, and the validation loss by step."""
-    seconds = run.with_suffix(".seconds")
+    seconds = run.with_name(f"{run.name}.seconds")
     if not seconds.exists():
+        shutil.rmtree(run, ignore_errors=True)  # of a run that was interrupted, whose time is not known
         command = ("-m", "distgpt.train", "shakespeare", f"--data.path={data}", f"--run.dir={run}", *flags)
         before = _cpu_seconds_of_children()
         subprocess.run([sys.executable, *command], check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
@@ -137,7 +138,7 @@ def draw(runs: dict[str, tuple[float, dict[int, float]]], file: Path) -> None:
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     for name, (seconds, curve) in runs.items():
-        steps: Sequence[int] = sorted(curve)
+        steps = sorted(curve)
         axes.plot([seconds * step / steps[-1] for step in steps], [curve[step] for step in steps], label=name)
     axes.axhline(ANCESTOR_LOSS, color="gray", linestyle="--", label="the ancestor's end")
     axes.set(xlabel="CPU seconds", ylabel="validation loss (nats per character)", ylim=(1.4, 2.0))

@@ -37,9 +37,9 @@ def this_attempt() -> int:
 
 
 def start_of_attempt() -> float:
-    """Return the time in Unix seconds before which no rank of this attempt ran on this host; 0 if unknown.
+    """Return a Unix time at which no rank of this attempt had started on this host yet; 0 if unknown.
 
-    torchrun makes the directory of an attempt anew before it starts the ranks. Their own starts may lie seconds apart.
+    torchrun makes the directory of an attempt anew before it starts the ranks. They may start seconds apart.
     """
     if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # DIRECTORY/attempt_N/RANK/error.json
         with suppress(OSError, IndexError):

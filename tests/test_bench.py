@@ -45,3 +45,15 @@ def test_both_ways_of_sampling_are_timed() -> None:
     text = sampling.report(rates, arguments)
     assert re.search(r"^\| nanoGPT's \| [\d.]+ \| 1\.0 \| 1\.0 to 1\.0 \|$", text, re.MULTILINE)
     assert re.search(r"^\| ours \| [\d.]+ \| [\d.]+ \| [\d.]+ to [\d.]+ \|$", text, re.MULTILINE)
+
+
+def test_learning_is_reported_and_drawn(tmp_path: Path) -> None:
+    shakespeare = importlib.import_module("shakespeare")
+    long = {f"seed {seed}": (1000.0, {100: 1.8, 200: 1.46 + seed / 100}) for seed in (1, 2, 3)}
+    text = shakespeare.report(long, {"the preset": (300.0, {200: 1.7})}, 70_000.0)
+    assert "| seed 2 | 1,000 | 1.4800 |" in text
+    assert "Mean 1.4800, from 1.4700 to 1.4900." in text
+    assert "70,000 CPU seconds (one step, multiplied): 70 times as long" in text
+    assert text.endswith("| the preset | 300 | 1.7000 |")
+    shakespeare.draw(long, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")

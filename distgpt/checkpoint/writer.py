@@ -106,7 +106,7 @@ class _HashingFile(io.RawIOBase):
             hashed = self._thread.submit(self.digest.update, view)
             try:
                 self._write_all(view)
-                self._start_disk(len(view))
+                self._start_writeback(len(view))
             finally:
                 hashed.result()  # the caller may reuse the memory
         self.bytes += len(view)
@@ -117,8 +117,11 @@ class _HashingFile(io.RawIOBase):
         while written < len(view):  # one call writes at most 2 GiB
             written += self._file.write(view[written:])
 
-    def _start_disk(self, size: int) -> None:
-        """Let the disk begin to write the last `size` bytes, while others are hashed. fsync would begin at the end."""
+    def _start_writeback(self, size: int) -> None:
+        """Let the kernel begin to write the last `size` bytes to the disk, as it does with pages that are not needed.
+
+        Otherwise fsync would begin with that, after the last byte.
+        """
         if sys.platform == "linux":
             with suppress(OSError):  # a hint alone
                 os.posix_fadvise(self._file.fileno(), self.tell() - size, size, os.POSIX_FADV_DONTNEED)

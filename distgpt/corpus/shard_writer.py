@@ -21,7 +21,7 @@ from distgpt.corpus.tokenizer.base import Tokens
 from distgpt.corpus.tokenizer.loading import FILE_NAME as TOKENIZER
 from distgpt.files import sync, write_file
 
-COUNTED_TOKENS = 2**14
+TOKENS_PER_LOOKUP = 2**14
 
 
 @dataclass(frozen=True)
@@ -113,7 +113,7 @@ class _SplitWriter:
 
     def _text_bytes(self, tokens: Tokens) -> int:
         """Return the bytes of text in these tokens, looked up in pieces that fit into the processor's cache."""
-        pieces = (tokens[start : start + COUNTED_TOKENS] for start in range(0, tokens.size, COUNTED_TOKENS))
+        pieces = (tokens[start : start + TOKENS_PER_LOOKUP] for start in range(0, tokens.size, TOKENS_PER_LOOKUP))
         return sum(int(self._token_bytes.take(piece).sum()) for piece in pieces)
 
     def end_shard(self) -> None:

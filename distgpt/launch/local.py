@@ -39,14 +39,14 @@ def train(config: Config, arguments: list[str], supervisor: Supervisor) -> int:
     ranks = count_from_environment("NPROC_PER_NODE") or default_ranks(config.train.device)
     tries = Tries(count_from_environment("TRIES") or 3, config.run_dir)
     require_divisible_batch(config, ranks)
-    ranks_options = [f"--nproc_per_node={ranks}", *numa_options(ranks)]
+    torchrun_options = [f"--nproc_per_node={ranks}", *numa_options(ranks)]
     dataset = open_data(config.data.path)
     if config.parallel.strategy != "diloco":  # the replicas of diloco are known only to the ranks
         require_same_run(paths.checkpoints, config, dataset, replicas=1)
     if tries.newest is None:
         arguments = [*arguments, "--run.fresh=false"]  # checkpoints that a restart finds are this job's own
     while True:
-        ending = attempt(supervisor, ranks_options, arguments)
+        ending = attempt(supervisor, torchrun_options, arguments)
         if supervisor.ended_unsaved and ending.code is None:
             ending = Ending(EXIT_INTERRUPTED, UNSAVED)
             if lock_holder(paths) is None:  # its ranks are gone, and no other job has the run directory
@@ -65,14 +65,14 @@ def train(config: Config, arguments: list[str], supervisor: Supervisor) -> int:
         say(f"starting again from {tries.newest or 'the beginning'}")
 
 
-def attempt(supervisor: Supervisor, ranks_options: list[str], arguments: list[str]) -> Ending:
-    """Run one torchrun to its end, and return how it ended. `ranks_options`: its options about ranks."""
+def attempt(supervisor: Supervisor, torchrun_options: list[str], arguments: list[str]) -> Ending:
+    """Run one torchrun to its end, and return how it ended. `torchrun_options`: those about its ranks."""
     with tempfile.TemporaryDirectory(prefix="distgpt-", ignore_cleanup_errors=True) as scratch:
         report = Path(scratch, "exit.json")
         # Not --standalone, which would listen on all interfaces.
         rendezvous = loopback_rendezvous(f"{scratch}/store", Path(scratch).name)
         env = torchrun_environment(report, shutdown_seconds=600)
-        command = (*TORCHRUN, *ranks_options, "--max-restarts=3", *rendezvous, SIGNALS_OPTION)
+        command = (*TORCHRUN, *torchrun_options, "--max-restarts=3", *rendezvous, SIGNALS_OPTION)
         if supervisor.run((*command, "-m", "distgpt.train", *arguments), env) == 0:
             return Ending(EXIT_OK, "")
         return Ending.from_report(read_report(report), otherwise=KILLED)

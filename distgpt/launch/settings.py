@@ -39,7 +39,7 @@ def numa_options(ranks: int) -> list[str]:
     if binding not in NUMA_BINDINGS:
         raise UsageError(f"{asked}: it must be {', '.join(NUMA_BINDINGS[:-1])} or {NUMA_BINDINGS[-1]}")
     if (gpus := available_gpus()) < ranks:
-        raise UsageError(f"{asked} binds each rank near a GPU of its own (ranks: {ranks}, GPUs: {gpus}): unset it")
+        raise UsageError(f"{asked} needs a GPU for each rank (ranks: {ranks}, GPUs: {gpus}): unset it")
     # Containers often lack the program, or the right to use it.
     try:
         tried = subprocess.run(["numactl", "--physcpubind=+0", "true"], capture_output=True, text=True, timeout=30)
@@ -48,7 +48,7 @@ def numa_options(ranks: int) -> list[str]:
     except (OSError, subprocess.TimeoutExpired) as error:
         problem = str(error)
     if problem:
-        fix = "install it, or unset NUMA_BINDING"
+        fix = "install it, let the container use it, or unset NUMA_BINDING"
         raise UsageError(f"{asked} needs the program numactl, which does not work here ({problem}): {fix}")
     return [f"--numa-binding={binding}"]
 

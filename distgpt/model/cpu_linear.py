@@ -1,4 +1,4 @@
-"""Linear layers for AMD's CPUs with AVX-512, by oneDNN's convolution, where a kernel of one point gives their products.
+"""Linear layers for AMD's CPUs with AVX-512, by oneDNN: a 1 x 1 convolution computes the same products.
 
 In float32 F.linear calls MKL, which reaches half of oneDNN's speed on these CPUs. In bfloat16 it calls oneDNN, but
 first copies the bias into each row of the result, which a convolution need not.
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from distgpt.machine import cpu_has_one_of
 
-# torch calls oneDNN for batches of at least so many images. The tokens are laid out as so many images of one column.
+# On one thread torch calls oneDNN only for 16 images or more. So the tokens become 16 images, one pixel wide.
 IMAGES = 16
 # Smaller products are not faster as convolutions.
 MIN_TOKENS = {torch.float32: 1024, torch.bfloat16: 4096}
@@ -42,7 +42,7 @@ class Linear(nn.Linear):
 
 
 class _BiasedLinear(torch.autograd.Function):
-    """The values of a convolution, and the gradients of F.linear, which are faster in bfloat16."""
+    """The forward pass is a convolution. The backward pass is that of F.linear, which is faster in bfloat16."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

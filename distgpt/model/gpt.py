@@ -299,7 +299,7 @@ class GPT(nn.Module):
         self.position_embedding = nn.Embedding(config.block_size, config.n_embd) if learned else None
         self.embedding_dropout = Dropout(config.dropout if config.embedding_dropout else 0.0)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
-        self.blocks_are_compiled = False  # set by what compiles them
+        self.blocks_are_compiled = False  # set when they are compiled
         self.norm = make_norm(config)
         self.head = Head(config, vocab_size, padded)
 
@@ -393,9 +393,12 @@ class GPT(nn.Module):
         """
         T = tokens_BT.shape[1]
         start = 0 if cache is None else cache.length
-        causal_TS = positions_T[:, None] >= torch.arange(start + T, device=tokens_BT.device)
+
+        def causal_TS() -> Tensor:
+            return positions_T[:, None] >= torch.arange(start + T, device=tokens_BT.device)
+
         if not self.config.document_mask:
-            return None if start == 0 or T == 1 else causal_TS
+            return None if start == 0 or T == 1 else causal_TS()
         tokens_BS = tokens_BT if cache is None else cache.append_tokens(tokens_BT)
         assert self.eot_id is not None
         ends_BS = tokens_BS == self.eot_id
@@ -403,7 +406,7 @@ class GPT(nn.Module):
         if cache is None and self._takes_flex_attention(tokens_BT):
             return document_blocks(document_BS)
         same_BTS = document_BS[:, start:, None] == document_BS[:, None, :]
-        return (same_BTS & causal_TS).unsqueeze(1)
+        return (same_BTS & causal_TS()).unsqueeze(1)
 
     def _takes_flex_attention(self, tokens_BT: Tensor) -> bool:
         """Tell whether whole sequences take FlexAttention, which has neither dropout nor fast eager code."""

@@ -5,8 +5,8 @@ import json
 import os
 import socket
 import sys
-import time
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +27,7 @@ def write_exit_report(
     The first report wins, unless a previous owner of the run directory (with a lower `fence`) wrote it.
     Returns whether this report is the first, so that this rank is the one to print it.
     """
-    now, host = time.strftime("%Y-%m-%dT%H:%M:%S%z"), socket.gethostname()
+    now, host = datetime.now().astimezone().isoformat(), socket.gethostname()
     end = {"code": code, "cause": cause, "rank": rank, "host": host, "step": step}
     report = {**end, "fence": fence, "time": now, "job": this_job()}
     launcher_file = os.environ.get(EXIT_FILE_VARIABLE)
@@ -48,9 +48,9 @@ def remove_report_of_last_attempt() -> None:
     """
     launcher_file = Path(os.environ.get(EXIT_FILE_VARIABLE, ""))
     report = read_report(launcher_file) or {}
-    with suppress(OSError):
-        is_older = launcher_file.stat().st_mtime < start_of_attempt()
-        if is_older and report.get("host") == socket.gethostname():
+    with suppress(OSError, ValueError, KeyError, TypeError):
+        is_older = datetime.fromisoformat(report["time"]).timestamp() < start_of_attempt()
+        if is_older and report["host"] == socket.gethostname():
             launcher_file.unlink()
 
 

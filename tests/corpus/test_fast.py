@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tokenizers
 
 from distgpt.corpus.preparing import build, encode
 from distgpt.corpus.preparing.workers import Workers
-from distgpt.corpus.tokenizer import fast
+from distgpt.corpus.tokenizer import fast, huggingface
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer, from_merges, train_bpe
-from distgpt.errors import DataError
+from distgpt.errors import DataError, Interrupted
 from distgpt.prepare import job_of, parse
 
 ALPHABET = [
@@ -99,10 +100,10 @@ def test_ids_that_are_not_ranks_are_kept(trained: BpeTokenizer) -> None:
 
 
 def test_memory_is_bounded_by_reloading_gigatoken(trained: BpeTokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    loads = list[bytes]()
+    loads = list[str]()
     load = fast.load
 
-    def counted(content: bytes) -> Any:
+    def counted(content: str) -> Any:
         loads.append(content)
         return load(content)
 
@@ -146,9 +147,11 @@ class NoWorkers(Workers):
     def __init__(self) -> None:
         super().__init__(2)
 
-    def run(self, function: Callable[[Any], Iterator[Any]], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-        assert not tasks
-        return iter(())
+    def run(
+        self, function: Callable[[Any], Iterator[Any]], tasks: Sequence[Any], *, here: bool = False
+    ) -> Iterator[tuple[int, Any]]:
+        assert here or not tasks
+        return super().run(function, tasks, here=True)
 
 
 def prepared(output: Path, *arguments: object) -> dict[str, bytes]:
@@ -172,6 +175,20 @@ def test_a_second_text_in_one_process_is_encoded_with_its_own_tokenizer(inputs: 
     second = prepared(tmp_path / "out", *inputs, "--overwrite")
     assert second["train-00000.bin"] != first["train-00000.bin"]
     assert second == prepared(tmp_path / "other", *inputs)
+
+
+def test_a_signal_while_a_library_encodes_is_no_error_of_the_library(
+    inputs: list[object], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(_: object) -> None:
+        raise Interrupted("stopped by SIGTERM")
+
+    monkeypatch.setattr(fast, "load", lambda _: SimpleNamespace(encode=stop))
+    with pytest.raises(Interrupted):
+        prepared(tmp_path / "out", *inputs)
+    monkeypatch.setattr(tokenizers, "Tokenizer", SimpleNamespace(from_str=stop))
+    with pytest.raises(Interrupted):
+        huggingface.load_encoder("{}")
 
 
 @pytest.mark.parametrize("failure", ["other ids", "panic"])

@@ -77,7 +77,7 @@ def test_without_gpus_it_is_one_line_before_torchrun_starts(prepared: Path, tmp_
     done = launch(tmp_path, "local.sh", "quickstart", *flags, NUMA_BINDING="node", CUDA_VISIBLE_DEVICES="")
     assert (done.code, done.stdout) == (2, "")
     assert done.stderr == (
-        "distgpt: error: NUMA_BINDING=node binds each rank near a GPU of its own (ranks: 1, GPUs: 0): unset it\n"
+        "distgpt: error: NUMA_BINDING=node needs a GPU for each rank (ranks: 1, GPUs: 0): unset it\n"
     )
 
 

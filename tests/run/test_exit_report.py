@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import socket
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -66,7 +67,8 @@ def test_only_reports_of_earlier_attempts_are_removed(tmp_path: Path, monkeypatc
     assert write_exit_report(None, code=75, cause="a host joined", rank=0, step=None)
     remove_report_of_last_attempt()
     assert copy.exists()
-    os.utime(copy, (0, 0))  # before this process
+    written = json.loads(copy.read_text())
+    copy.write_text(json.dumps({**written, "time": "2001-01-01T00:00:00+0000"}))  # before this process
     monkeypatch.setattr(socket, "gethostname", lambda: "elsewhere")
     remove_report_of_last_attempt()
     assert copy.exists()
@@ -86,9 +88,10 @@ def test_a_rank_that_starts_late_keeps_the_report_of_its_own_attempt(
     monkeypatch.setenv("DISTGPT_EXIT_FILE", str(copy))
     monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(error_file))
     assert write_exit_report(None, code=65, cause="the loss", rank=0, step=None)
+    written = datetime.fromisoformat(json.loads(copy.read_text())["time"]).timestamp()
     for seconds_after_torchrun, stays in ((1, True), (-1, False)):
-        os.utime(copy, (1000, 1000))  # long before this process
-        os.utime(tmp_path / "attempt_1", (1000 - seconds_after_torchrun, 1000 - seconds_after_torchrun))
+        os.utime(copy, (1000, 1000))  # the clock of a file server may be wrong
+        os.utime(error_file.parents[1], (written - seconds_after_torchrun, written - seconds_after_torchrun))
         remove_report_of_last_attempt()
         assert copy.exists() == stays
 

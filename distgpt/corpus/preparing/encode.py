@@ -11,7 +11,7 @@ import numpy as np
 
 from distgpt.corpus.preparing import parts
 from distgpt.corpus.preparing.scan import Advance, Scan, ScannedPiece, grouped, read_again
-from distgpt.corpus.preparing.workers import Workers, run_here
+from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.reading import sources
 from distgpt.corpus.reading.reader import open_source
 from distgpt.corpus.reading.sources import Piece, Source
@@ -84,7 +84,7 @@ def encode(
     is_right = True
     load_once.cache_clear()  # this process may have encoded with another tokenizer
     is_small = sum(unit.text_bytes for unit in units) <= sources.UNIT_BYTES
-    for _, text_bytes in (run_here if is_small else workers.run)(encode_units, tasks):
+    for _, text_bytes in workers.run(encode_units, tasks, here=is_small):
         is_right &= text_bytes is not None
         advance(text_bytes or 0)
     return is_right

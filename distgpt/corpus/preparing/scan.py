@@ -9,7 +9,7 @@ from typing import NamedTuple, TypeVar
 
 import numpy as np
 
-from distgpt.corpus.preparing.workers import Workers, run_here
+from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.reading import sources
 from distgpt.corpus.reading.reader import open_source
 from distgpt.corpus.reading.sources import BadDocument, Content, Piece, Source, utf8_size
@@ -72,8 +72,8 @@ def scan_input(inputs: Sequence[Source], *, characters: bool, workers: Workers, 
     tasks = list(_divide(inputs))
     results: list[list[ScannedPiece]] = [[] for _ in tasks]
     is_small = sum(os.path.getsize(source.path) for source in inputs) <= sources.UNIT_BYTES
-    calls = (run_here if is_small else workers.run)(scan_task, [(work, characters) for work in tasks])
-    for index, (scanned, consumed) in calls:
+    here = is_small and not any(source.compression for source in inputs)
+    for index, (scanned, consumed) in workers.run(scan_task, [(work, characters) for work in tasks], here=here):
         results[index].append(scanned)
         advance(consumed)
         if stops and scanned.skipped:

@@ -11,7 +11,7 @@ from typing import Any
 
 from distgpt.corpus.preparing import report
 from distgpt.corpus.preparing.scan import Scan, ScannedPiece, read_again
-from distgpt.corpus.preparing.workers import Workers, run_here
+from distgpt.corpus.preparing.workers import Workers
 from distgpt.corpus.tokenizer import fast
 from distgpt.corpus.tokenizer.base import Tokenizer, describe
 from distgpt.corpus.tokenizer.bpe import BpeTokenizer, train_bpe
@@ -84,9 +84,7 @@ def learn_bpe(found: Scan, vocab_size: int, pattern: str, directory: Path, worke
     report.say(name)
     text = ""
     with report.progress(name, min(found.text_bytes, BPE_SAMPLE_BYTES)) as advance:
-        is_small = found.text_bytes <= SMALL_BYTES
-        task = chosen, vocab_size, pattern, directory
-        for _, step in (run_here if is_small else workers.run)(learn_task, [task]):
+        for _, step in workers.run(learn_task, [(chosen, vocab_size, pattern, directory)]):
             if isinstance(step, str):
                 text = step
             else:

@@ -44,11 +44,17 @@ class Workers:
             process.join()
         self._workers.clear()
 
-    def run(self, function: Callable[[Any], Iterator[Any]], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
+    def run(
+        self, function: Callable[[Any], Iterator[Any]], tasks: Sequence[Any], *, here: bool = False
+    ) -> Iterator[tuple[int, Any]]:
         """Call a module-level generator function on each task; yield the task's number and each value, as they come.
 
-        A worker has one task at a time. Raises what the function raises, and StorageError if a worker is killed.
+        A worker has one task at a time. `here`: this process does all, for work that takes less time than the start of
+        a worker. Raises what the function raises, and StorageError if a worker is killed.
         """
+        if here:
+            yield from _run_here(function, tasks)
+            return
         self._start(min(self.count, len(tasks)))
         waiting, idle = deque(enumerate(tasks)), list(self._workers)
         working: dict[Any, int] = {}
@@ -93,11 +99,15 @@ class Workers:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def run_here(function: Callable[[Any], Iterator[Any]], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    """Do the same in this process: for work that is done before a worker has started."""
+def _run_here(function: Callable[[Any], Iterator[Any]], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
     for number, task in enumerate(tasks):
-        for result in function(task):
-            yield number, result
+        try:
+            for result in function(task):
+                yield number, result
+        except BaseException as error:
+            if type(error).__name__ == "PanicException":  # of a library in Rust, and no Exception
+                raise RuntimeError(f"a library failed: {error}") from error
+            raise
 
 
 def socket_folder(usual: str) -> str:

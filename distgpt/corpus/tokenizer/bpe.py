@@ -1,6 +1,5 @@
 """Byte-level BPE with a known pattern."""
 
-from base64 import b64encode
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from itertools import takewhile
@@ -118,9 +117,10 @@ class BpeTokenizer(Tokenizer):
         id_of = {self._bytes_of[token]: id_ for token, id_ in self._vocab.items() if token in self._bytes_of}
         return np.array([id_of[token] for token in self._ranks], dtype=self.dtype)
 
-    def tiktoken_file(self) -> bytes:
-        """Return the .tiktoken file of the same merges with ranks as ids, without any other token."""
-        return b"".join(b"%b %d\n" % (b64encode(token), rank) for token, rank in self._ranks.items())
+    def json_of_ranks(self) -> str:
+        """Return the tokenizer.json of the same merges with ranks as ids, without any other token."""
+        vocab = {huggingface.to_unicode(token): rank for token, rank in self._ranks.items()}
+        return huggingface.byte_level_json(vocab, self._merges, self.pattern)
 
     @cached_property
     def _encoding(self) -> Any:

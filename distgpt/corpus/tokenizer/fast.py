@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from tempfile import NamedTemporaryFile, TemporaryDirectory
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from distgpt.corpus.tokenizer.base import Tokens
 from distgpt.corpus.tokenizer.bpe import LONGEST_WORD, BpeTokenizer, from_merges, train_bpe
-from distgpt.errors import DistgptError
+from distgpt.errors import DistgptError, Interrupted
 
 VERSION = "0.10.0"
 # The letters and numbers of Unicode 15 to 17, mostly of rare scripts: gigatoken has the tables of Unicode 17, tiktoken
@@ -70,10 +70,10 @@ class FastEncoder:
     def __init__(self, tokenizer: BpeTokenizer) -> None:
         self._tokenizer, self.dtype = tokenizer, tokenizer.dtype
         tokenizer.is_slow = False  # the caller knows it; computing it takes long
-        self._file = tokenizer.tiktoken_file()
+        self._json = tokenizer.json_of_ranks()
         self._ids = tokenizer.ids_of_ranks
         self._remembered = 0
-        self._gigatoken = load(self._file)
+        self._gigatoken = load(self._json)
 
     def encode(self, text: str) -> Tokens:
         """Return what `tokenizer.encode` does. Raises the same, and MismatchError if gigatoken fails."""
@@ -85,7 +85,7 @@ class FastEncoder:
             return self._tokenizer.encode(text)  # which raises the error
         self._remembered += len(raw)
         if self._remembered > BYTES_BEFORE_RELOAD:
-            self._remembered, self._gigatoken = len(raw), load(self._file)
+            self._remembered, self._gigatoken = len(raw), load(self._json)
         with _panics_as_errors():
             ids: Tokens = self._ids.take(self._gigatoken.encode(raw))
         return ids
@@ -191,15 +191,12 @@ def _pieces(raw: bytes) -> Iterator[bytes]:
             yield word[start : start + LONGEST_WORD]
 
 
-def load(content: bytes) -> Any:
-    """Return gigatoken's tokenizer of a .tiktoken file with GPT-2's pattern. Raises MismatchError, OSError."""
+def load(content: str) -> Any:
+    """Return gigatoken's tokenizer of a tokenizer.json. Raises MismatchError."""
     import gigatoken
 
-    with NamedTemporaryFile(suffix=".tiktoken") as file:
-        file.write(content)
-        file.flush()
-        with _panics_as_errors():
-            return gigatoken.Tokenizer.from_tiktoken(file.name, pretokenizer="gpt2")
+    with _panics_as_errors():
+        return gigatoken.Tokenizer.from_json(content)
 
 
 @cache
@@ -217,6 +214,8 @@ def _panics_as_errors() -> Iterator[None]:
     """Raise MismatchError for an exception of gigatoken. A panic in Rust raises one that is no Exception."""
     try:
         yield
+    except Interrupted:  # raised by a signal
+        raise
     except BaseException as error:
         if isinstance(error, Exception) or type(error).__name__ == "PanicException":
             raise MismatchError(f"gigatoken failed: {error}") from None

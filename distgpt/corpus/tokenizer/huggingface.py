@@ -10,7 +10,7 @@ from itertools import pairwise
 from typing import Any
 
 from distgpt.corpus.tokenizer.base import END_OF_TEXT, MAX_VOCAB_SIZE, describe
-from distgpt.errors import DataError
+from distgpt.errors import DataError, Interrupted
 
 GPT2_PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 _UNSUPPORTED_OPTIONS = ("dropout", "continuing_subword_prefix", "end_of_word_suffix", "byte_fallback")
@@ -202,6 +202,8 @@ def load_encoder(text: str) -> Any:
 
     try:
         tokenizer = tokenizers.Tokenizer.from_str(text)
+    except Interrupted:  # raised by a signal
+        raise
     except Exception as error:  # the package raises no other
         raise DataError(f"Hugging Face tokenizers cannot read it ({error})") from None
     tokenizer.encode_special_tokens = True
