@@ -56,7 +56,7 @@ def test_an_unknown_binding_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("two_gpus")
 def test_each_rank_needs_a_gpu() -> None:
-    with pytest.raises(UsageError, match=r"near a GPU of its own \(ranks: 3, GPUs: 2\): unset it"):
+    with pytest.raises(UsageError, match=r"needs a GPU for each rank \(ranks: 3, GPUs: 2\): unset it"):
         numa_options(3)
 
 
@@ -64,7 +64,7 @@ def test_each_rank_needs_a_gpu() -> None:
 def test_a_numactl_that_is_missing_or_refused_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     install_numactl(tmp_path, REFUSED, monkeypatch)
     with pytest.raises(
-        UsageError, match=r"not work here \(exit code 1: libnuma: not permitted\): install it, or unset"
+        UsageError, match=r"not work here \(exit code 1: libnuma: not permitted\): install it, let the container"
     ):
         numa_options(2)
     monkeypatch.setenv("PATH", "/nowhere")
