@@ -31,8 +31,9 @@ SHAPE = (
     *("--optim.lr=1e-3", "--optim.grad_clip=1.0", "--eval.every=50", "--eval.sequences=30", "--eval.sample_tokens=0"),
     *("--checkpoint.every=3", "--log.every=1"),
 )
-# For tests that cut the network: a cut is noticed soon. Other tests keep the defaults, so that no machine is too slow.
-SHORT_TIMEOUTS = ("--health.timeout=15", "--health.eval_timeout=15", "--health.checkpoint_timeout=15")
+# For tests that cut the network: a cut is noticed soon. Not sooner, since on a busy machine a rank may start 15 seconds
+# after another, and a slow commit may take as long. Other tests keep the defaults.
+SHORT_TIMEOUTS = ("--health.timeout=45", "--health.eval_timeout=45", "--health.checkpoint_timeout=45")
 SLOW_LAUNCHER = {**jobs.FORKED_LAUNCHER, "PYTHONPATH": SLOW}
 OPEN_LOCK = """
 import sys
