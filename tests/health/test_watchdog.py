@@ -194,8 +194,8 @@ def test_rank_0_stopped_before_all_have_joined_is_named_by_another_rank(tmp_path
     programs += [program("time.sleep(600)", rank=1).replace("sys.argv[1]", repr(str(tmp_path)))]
     # The report of an earlier attempt of the same torchrun does not count.
     copy = tmp_path / "copy.json"
-    copy.write_text(json.dumps({"code": 75, "cause": "before", "host": socket.gethostname()}))
-    os.utime(copy, (0, 0))
+    then = "2001-01-01T00:00:00+0000"
+    copy.write_text(json.dumps({"code": 75, "cause": "before", "host": socket.gethostname(), "time": then}))
     codes, stderr = run_with_stopped_rank(0, programs, DISTGPT_EXIT_FILE=str(copy))
     assert codes[0] < 0  # killed by a signal: that for stacks ends a program without a handler for it
     assert codes[1] == 75
