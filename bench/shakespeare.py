@@ -33,14 +33,10 @@ SHORT = ("--run.seed=1", "--train.steps=200", "--eval.every=200")
 CHANGES = {
     "the preset": (),
     "AdamW, `optim.lr=2e-3`": ("--optim.name=adamw", "--optim.lr=2e-3"),
-    "AdamW, `optim.lr=4e-3`": ("--optim.name=adamw", "--optim.lr=4e-3"),
     "ReLU, not squared": ("--model.mlp=relu",),
     "learned positions, no RoPE": ("--model.position=learned",),
     "no QK-norm": ("--model.qk_norm=false",),
-    "LayerNorm": ("--model.norm=layernorm",),
     "no dropout": ("--model.dropout=0.0",),
-    "dropout 0.2": ("--model.dropout=0.2",),
-    "cosine schedule": ("--optim.schedule=cosine",),
 }
 
 
