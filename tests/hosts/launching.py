@@ -13,14 +13,21 @@ SLOW = f"{jobs.PROJECT / 'tests' / 'hosts' / 'slow'}:{jobs.FORKED}"
 class HostJob(jobs.Job):
     """A job on one host, whose stdout is read for what appears again and again."""
 
-    def read_until(self, text: str, *, times: int = 1) -> None:
-        """Read its stdout until `text` has appeared so many times."""
-        while self._output.count(text.encode()) < times:
-            assert self._read(), f"the job ended before it printed {text!r}\n{self.finish()}"
+    def read_until(self, text: str) -> None:
+        """Read its stdout until `text` has appeared."""
+        self._read_until(text, 1)
+
+    def read_until_again(self, text: str) -> None:
+        """Read its stdout until `text` appears once more than in what has been read."""
+        self._read_until(text, self._output.count(text.encode()) + 1)
 
     def read_two_steps(self) -> None:
         """Read until it has printed two more steps, so that it is not starting any more."""
-        self.read_until(STEP, times=self._output.count(STEP.encode()) + 2)
+        self._read_until(STEP, self._output.count(STEP.encode()) + 2)
+
+    def _read_until(self, text: str, times: int) -> None:
+        while self._output.count(text.encode()) < times:
+            assert self._read(), f"the job ended before it printed {text!r}\n{self.finish()}"
 
 
 def multinode(

@@ -12,7 +12,7 @@ from typing import Any
 
 import tests.forking.hook.sitecustomize  # noqa: F401
 
-SECONDS = 8.0
+SECONDS = 12.0
 
 
 def _delay(event: str, arguments: tuple[Any, ...]) -> None:
