@@ -4,7 +4,7 @@
 
 Trains the preset on TEXT (tinyshakespeare.txt) from several seeds, and for fewer steps with one part of it changed at a
 time. Each run has one thread, and its time is CPU time, with its start and evaluations, so a busy machine changes
-little. The ancestor takes 5,000 steps of 64 x 256 tokens, which are days here: it takes two, and the rest is
+little. The ancestor takes 5,000 steps of 64 x 256 tokens, which are 20 hours here: it takes two, and the faster one is
 multiplied. Runs that are in the directory are not made again.
 
 --save writes a section of bench/RESULTS.md, and the validation losses as bench/shakespeare.png.

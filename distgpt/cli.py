@@ -359,6 +359,8 @@ def main_guard(main: Callable[[], T]) -> T:
         sys.exit(error.code)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except SystemExit:
+        raise
     except OSError as error:
         reader_left = isinstance(error, BrokenPipeError)  # as with `| head`
         if not reader_left and error.errno not in DISK_FULL:
@@ -369,7 +371,7 @@ def main_guard(main: Callable[[], T]) -> T:
         # Redirect stdout: otherwise the interpreter's last flush prints another error.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(EXIT_IO)
-    except Exception:
+    except BaseException:  # a panic of a library in Rust is no Exception
         traceback.print_exc()
         sys.exit(EXIT_BUG)
 

@@ -81,8 +81,10 @@ def test_the_report_of_torchrun_ends_with_the_cause(tmp_path: Path) -> None:
     assert report[-2] == "  traceback : distgpt: error: do this"
 
 
-def test_a_bug_keeps_its_traceback() -> None:
-    done = ended("raise KeyError('x')")
+@pytest.mark.parametrize("error", ["KeyError", "type('PanicException', (BaseException,), {})"])
+def test_a_bug_keeps_its_traceback(error: str) -> None:
+    """A panic of a library in Rust is a BaseException."""
+    done = ended(f"raise {error}('x')")
     assert done.returncode == 70
     assert "Traceback" in done.stderr
 

@@ -53,7 +53,9 @@ class Workers:
         a worker. Raises what the function raises, and StorageError if a worker is killed.
         """
         if here:
-            yield from _run_here(function, tasks)
+            for number, task in enumerate(tasks):
+                for result in function(task):
+                    yield number, result
             return
         self._start(min(self.count, len(tasks)))
         waiting, idle = deque(enumerate(tasks)), list(self._workers)
@@ -97,17 +99,6 @@ class Workers:
         finally:
             tempfile.tempdir = usual_folder
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _run_here(function: Callable[[Any], Iterator[Any]], tasks: Sequence[Any]) -> Iterator[tuple[int, Any]]:
-    for number, task in enumerate(tasks):
-        try:
-            for result in function(task):
-                yield number, result
-        except BaseException as error:
-            if type(error).__name__ == "PanicException":  # of a library in Rust, and no Exception
-                raise RuntimeError(f"a library failed: {error}") from error
-            raise
 
 
 def socket_folder(usual: str) -> str:
