@@ -30,8 +30,9 @@ from distgpt.run.paths import RunPaths
 PREFLIGHT: tuple[str, ...] = ("distgpt.doctor", "--distributed")
 TRAIN: tuple[str, ...] = ("distgpt.train",)
 MAX_PAUSE_SECONDS = 5.0
-# Once the smallest number of hosts has met, torchrun waits this many seconds for more of them.
-LAST_CALL_SECONDS = {PREFLIGHT: 10, TRAIN: 3}
+# Once the smallest number of hosts has met, torchrun waits this many seconds for more of them: a host that comes later
+# ends the attempt that it missed.
+LAST_CALL_SECONDS = 10
 # After JOIN_SECONDS, hosts that have just met get this much time to start their ranks.
 MEETING_SECONDS = 15
 
@@ -190,13 +191,13 @@ class Launcher:
         reach each other. Instead, every attempt has a new store, which ends with the torchrun of the head.
         """
         settings, is_head = self._settings, int(self._route.is_here)
-        join_timeout, last_call_timeout = 2 * settings.join_seconds + 600, LAST_CALL_SECONDS[self._phase]
+        join_timeout = 2 * settings.join_seconds + 600
         return [
             *(*TORCHRUN, f"--nnodes={settings.min_hosts}:{settings.max_hosts}", f"--nproc_per_node={settings.ranks}"),
             *settings.numa_options,
             *("--rdzv-backend=c10d", f"--rdzv-endpoint={settings.head}:{self._port}"),
             *(f"--rdzv-id={zlib.crc32(str(self._run_dir).encode())}", f"--local-addr={self._route.address}"),
-            f"--rdzv-conf=is_host={is_head},join_timeout={join_timeout},last_call_timeout={last_call_timeout}",
+            f"--rdzv-conf=is_host={is_head},join_timeout={join_timeout},last_call_timeout={LAST_CALL_SECONDS}",
             *("--max-restarts=0", "--monitor-interval=0.1", SIGNALS_OPTION, "-m", *self._phase, *self._arguments),
         ]
 

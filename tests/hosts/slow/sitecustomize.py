@@ -1,6 +1,6 @@
 """For the PYTHONPATH of jobs under test: while there is a RUN/slow, each checkpoint of RUN takes seconds to commit.
 
-So a job that saves every few steps does not end before a host has joined it, however slow the machine. Python imports
+So a job that saves after each step does not end before a host has joined it, however slow the machine. Python imports
 only the first sitecustomize of the path: this one imports that of tests/forking/hook.
 """
 
@@ -12,7 +12,8 @@ from typing import Any
 
 import tests.forking.hook.sitecustomize  # noqa: F401
 
-SECONDS = 12.0
+# A rank that is told to end may commit two or three times, and torchrun kills it after 30 seconds.
+SECONDS = 4.0
 
 
 def _delay(event: str, arguments: tuple[Any, ...]) -> None:
