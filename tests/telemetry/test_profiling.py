@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import sys
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from distgpt.run.paths import RunPaths
 from distgpt.run.session import RunSession
 from distgpt.telemetry import profiling
 from distgpt.telemetry.profiling import profiled
+from tests import jobs
 
 CPU = torch.device("cpu")
 
@@ -61,14 +63,23 @@ def test_the_steps_are_traced_and_the_longest_operators_listed(
     assert set(paused) == {"other"}
     assert [file.name for file in (tmp_path / "r" / "profile").iterdir()] == ["steps-3-5.json.gz"]
     assert traced_steps(tmp_path / "r", "steps-3-5.json.gz") == 3
-    printed = capfd.readouterr()
-    lines = printed.out.splitlines()
+    printed = capfd.readouterr().out
+    lines = printed.splitlines()
     assert lines[0].startswith("profile   ")
-    assert "https://ui.perfetto.dev" in printed.out
+    assert "https://ui.perfetto.dev" in printed
     (product,) = [line for line in lines if line.endswith("  aten::mm")]
     assert product.split()[-2] == "3", "one call in each step"
     assert max(map(len, lines[-5:])) <= 80
-    assert printed.err == ""
+
+
+def test_the_profiler_itself_prints_nothing(tmp_path: Path) -> None:
+    # In a process of its own: where another test has run a profiler before, its log level is already read.
+    program = (
+        "import sys, pathlib, tests.telemetry.test_profiling as it;"
+        "it.run(pathlib.Path(sys.argv[1]), range(1, 8), '3:5')"
+    )
+    done = jobs.run([sys.executable, "-c", program, str(tmp_path / "r")])
+    assert (done.code, done.stderr) == (0, ""), done
 
 
 def test_a_run_that_begins_or_ends_within_the_steps_traces_what_it_takes(tmp_path: Path) -> None:
