@@ -30,11 +30,11 @@ from distgpt.run.paths import RunPaths
 PREFLIGHT: tuple[str, ...] = ("distgpt.doctor", "--distributed")
 TRAIN: tuple[str, ...] = ("distgpt.train",)
 MAX_PAUSE_SECONDS = 5.0
-# Once the smallest number of hosts has met, torchrun waits this many seconds for more of them: a host that comes later
-# ends the attempt that it missed.
+# Once the smallest number of hosts has met, torchrun waits this many seconds for more of them: for a host that comes
+# later, it stops all ranks and starts them again.
 LAST_CALL_SECONDS = 10
-# After JOIN_SECONDS, hosts that have just met get this much time to start their ranks.
-MEETING_SECONDS = 15
+# After JOIN_SECONDS, hosts that have just met get this much time to wait for more of them and to start their ranks.
+MEETING_SECONDS = LAST_CALL_SECONDS + 15
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ SHAPE = (
     *("--checkpoint.every=1", "--log.every=1"),
 )
 # For tests that cut the network: a cut is noticed soon. Not sooner, since on a busy machine a rank may start 15 seconds
-# after another, and a slow commit may take as long. Other tests keep the defaults.
+# after another. Other tests keep the defaults.
 SHORT_TIMEOUTS = ("--health.timeout=45", "--health.eval_timeout=45", "--health.checkpoint_timeout=45")
 SLOW_LAUNCHER = {**jobs.FORKED_LAUNCHER, "PYTHONPATH": SLOW}
 OPEN_LOCK = """

@@ -12,7 +12,7 @@ from typing import Any
 
 import tests.forking.hook.sitecustomize  # noqa: F401
 
-# A rank that is told to end may commit two or three times, and torchrun kills it after 30 seconds.
+# A rank that is told to end may still commit three times. For a restart, torchrun kills it after 30 seconds.
 SECONDS = 4.0
 
 
