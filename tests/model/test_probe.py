@@ -52,7 +52,7 @@ def gpt_finding(model: GPT) -> NonFiniteTensor | None:
     return probe.finding
 
 
-@pytest.mark.filterwarnings("error::UserWarning")  # as torch warns
+@pytest.mark.filterwarnings("error", "ignore::ResourceWarning")  # of what other tests left unclosed
 def test_a_finite_pass_has_no_finding() -> None:
     assert gpt_finding(small_gpt()) is None
 
