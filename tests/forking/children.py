@@ -11,7 +11,7 @@ from typing import Any
 
 from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
 
-from tests.forking import program
+from tests.forking import program, threads
 
 TORCHRUN = "torch.distributed.run"
 _Popen = subprocess.Popen
@@ -24,7 +24,7 @@ class ForkedChild:
         self.returncode: int | None = None
         # No handler of this process may run in the child.
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        self.pid = os.fork()
+        self.pid = threads.fork()
         if self.pid:
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
             self._ended = os.pidfd_open(self.pid)

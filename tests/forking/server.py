@@ -20,7 +20,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
-from tests.forking import children, program
+from tests.forking import children, program, threads
 
 LONGEST_REQUEST = 2**17
 
@@ -107,7 +107,7 @@ class Server:
 
 def fork(request: dict[str, Any], streams: list[int]) -> int:
     """Fork a process that runs a program; return its process id."""
-    pid = os.fork()
+    pid = threads.fork()
     if pid:
         return pid
     try:

@@ -40,6 +40,7 @@ from distgpt.run.paths import RunPaths
 from distgpt.run.session import RunSession
 from distgpt.telemetry.metrics import Metrics
 from tests.checkpoint.checkpoints import SMALL
+from tests.forking import threads
 
 CHANGING_CALLS = ("mkdir", "rename", "replace", "unlink", "remove", "rmdir", "link", "ftruncate", "truncate", "fsync")
 UNWATCHED_OPEN = open
@@ -172,7 +173,7 @@ def digest(directory: Path, step: int) -> str:
 
 def fork(request: dict[str, Any], dataset: Dataset, *, rank: int, report: Path, log: Path) -> int:
     """Fork a process for one rank of a run. Returns its process id."""
-    pid = os.fork()
+    pid = threads.fork()
     if pid:
         return pid
     with suppress(BaseException):

@@ -1,0 +1,55 @@
+"""A fork of a process that has threads."""
+
+import ctypes
+import os
+import threading
+from collections.abc import Callable, Iterator
+
+import pytest
+
+from tests import jobs
+from tests.forking import threads
+
+BYTES = 2**26
+FORKS = 8
+
+pytestmark = jobs.linux_only
+
+
+@pytest.fixture
+def buffer() -> Iterator[ctypes.Array[ctypes.c_char]]:
+    """Memory that a thread sets to one value after another, without the GIL, and with pauses."""
+    memory, ended = ctypes.create_string_buffer(BYTES), threading.Event()
+
+    def write() -> None:
+        value = 0
+        while not ended.wait(0.05):
+            value ^= 1
+            ctypes.memset(memory, value, BYTES)
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    yield memory
+    ended.set()
+    writer.join()
+
+
+def test_a_child_never_finds_what_a_thread_has_half_done(buffer: ctypes.Array[ctypes.c_char]) -> None:
+    assert half_done(threads.fork, buffer) == 0
+
+
+def test_other_forks_do(buffer: ctypes.Array[ctypes.c_char]) -> None:
+    """Otherwise the test above could not fail."""
+    assert half_done(os.fork, buffer) > 0
+
+
+def half_done(fork: Callable[[], int], buffer: ctypes.Array[ctypes.c_char]) -> int:
+    """Fork often while the thread writes, and count the children in which the ends of the buffer differ."""
+    differ = 0
+    for _ in range(FORKS):
+        while buffer[0] == buffer[BYTES - 1]:
+            pass
+        if not (pid := fork()):
+            os._exit(buffer[0] != buffer[BYTES - 1])
+        differ += os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    return differ
