@@ -136,7 +136,7 @@ def test_the_host_that_has_the_store_hangs(data: str, tmp_path: Path) -> None:
         return jobs.Job([*torchrun, *jobs.TINY, data], DISTGPT_EXIT_FILE=str(tmp_path / f"exit-{number}.json"))
 
     first, second = host(0), host(1)
-    jobs.poll(lambda: jobs.ranks_of(second.pid))
+    jobs.poll(lambda: jobs.ranks_of(first.pid) and jobs.ranks_of(second.pid))
     os.kill(first.pid, signal.SIGSTOP)
     assert first.finish().code == -signal.SIGKILL
     report = json.loads((tmp_path / "exit-0.json").read_text())

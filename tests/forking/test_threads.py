@@ -3,6 +3,7 @@
 import ctypes
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 
 import pytest
@@ -18,14 +19,15 @@ pytestmark = jobs.linux_only
 
 @pytest.fixture
 def buffer() -> Iterator[ctypes.Array[ctypes.c_char]]:
-    """Memory that a thread sets to one value after another, without the GIL, and with pauses."""
+    """Memory that a thread sets to one value after another, without the GIL, and with pauses ten times as long."""
     memory, ended = ctypes.create_string_buffer(BYTES), threading.Event()
 
     def write() -> None:
-        value = 0
-        while not ended.wait(0.05):
-            value ^= 1
+        value, pause = 0, 0.0
+        while not ended.wait(pause):
+            value, started = value ^ 1, time.monotonic()
             ctypes.memset(memory, value, BYTES)
+            pause = 10 * (time.monotonic() - started)
 
     writer = threading.Thread(target=write)
     writer.start()
