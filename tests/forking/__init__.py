@@ -2,6 +2,6 @@
 
 A fork is a process like any other: it has its own id, parent, signals, files and exit code. Files: `program` makes a
 fork behave as `python -m MODULE`; `server` forks on request, and `client` requests that for the tests; `children` makes
-torchrun fork its ranks, and a launcher its torchrun; `threads` forks a process that has threads; `relay` and
+torchrun fork its ranks, and a launcher its torchrun; `threads` forks while other threads sleep; `relay` and
 `hook/sitecustomize.py` fork a torchrun or launcher that a shell script starts.
 """

@@ -24,7 +24,7 @@ class ForkedChild:
         self.returncode: int | None = None
         # No handler of this process may run in the child.
         unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-        self.pid = threads.fork()
+        self.pid = threads.fork_while_others_sleep()
         if self.pid:
             signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
             self._ended = os.pidfd_open(self.pid)

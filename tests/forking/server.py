@@ -107,7 +107,7 @@ class Server:
 
 def fork(request: dict[str, Any], streams: list[int]) -> int:
     """Fork a process that runs a program; return its process id."""
-    pid = threads.fork()
+    pid = threads.fork_while_others_sleep()
     if pid:
         return pid
     try:

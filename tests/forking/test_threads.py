@@ -19,7 +19,7 @@ pytestmark = jobs.linux_only
 
 @pytest.fixture
 def buffer() -> Iterator[ctypes.Array[ctypes.c_char]]:
-    """Memory that a thread sets to one value after another, without the GIL, and with pauses ten times as long."""
+    """Memory that a thread sets to one value after another, without the GIL. Pauses are ten times as long."""
     memory, ended = ctypes.create_string_buffer(BYTES), threading.Event()
 
     def write() -> None:
@@ -36,16 +36,16 @@ def buffer() -> Iterator[ctypes.Array[ctypes.c_char]]:
     writer.join()
 
 
-def test_a_child_never_finds_what_a_thread_has_half_done(buffer: ctypes.Array[ctypes.c_char]) -> None:
-    assert half_done(threads.fork, buffer) == 0
+def test_the_work_of_a_thread_is_never_copied_half_done(buffer: ctypes.Array[ctypes.c_char]) -> None:
+    assert children_with_half_a_value(threads.fork_while_others_sleep, buffer) == 0
 
 
-def test_other_forks_do(buffer: ctypes.Array[ctypes.c_char]) -> None:
+def test_a_plain_fork_can_copy_it_half_done(buffer: ctypes.Array[ctypes.c_char]) -> None:
     """Otherwise the test above could not fail."""
-    assert half_done(os.fork, buffer) > 0
+    assert children_with_half_a_value(os.fork, buffer) > 0
 
 
-def half_done(fork: Callable[[], int], buffer: ctypes.Array[ctypes.c_char]) -> int:
+def children_with_half_a_value(fork: Callable[[], int], buffer: ctypes.Array[ctypes.c_char]) -> int:
     """Fork often while the thread writes, and count the children in which the ends of the buffer differ."""
     differ = 0
     for _ in range(FORKS):

@@ -173,7 +173,7 @@ def digest(directory: Path, step: int) -> str:
 
 def fork(request: dict[str, Any], dataset: Dataset, *, rank: int, report: Path, log: Path) -> int:
     """Fork a process for one rank of a run. Returns its process id."""
-    pid = threads.fork()
+    pid = threads.fork_while_others_sleep()
     if pid:
         return pid
     with suppress(BaseException):
