@@ -19,7 +19,7 @@ pytestmark = jobs.linux_only
 
 @pytest.fixture
 def buffer() -> Iterator[ctypes.Array[ctypes.c_char]]:
-    """Memory that a thread sets to one value after another, without the GIL. Pauses are ten times as long."""
+    """Memory that a thread fills again and again, without the GIL. A pause is ten times as long as a write."""
     memory, ended = ctypes.create_string_buffer(BYTES), threading.Event()
 
     def write() -> None:
