@@ -31,7 +31,7 @@ class Route:
 def route_to(host: str) -> Route:
     """Return the address and interface that this host uses towards `host`. Raises UsageError if there is no route."""
     target = resolve(host)
-    is_here = _is_own_address(target)
+    is_here = is_own_address(target)
     # Debian resolves a host's own name to 127.0.1.1, which other hosts cannot reach.
     is_own_name = is_here and ipaddress.ip_address(target).is_loopback and host not in (target, "localhost")
     address = _source_address(OUTSIDE_ADDRESS if is_own_name else target)
@@ -104,10 +104,11 @@ def connected_hosts(port: int) -> list[str]:
             if int(local.rpartition(":")[2], 16) == port and state == ESTABLISHED:
                 # The last 32 bits of an IPv6 address: they hold the IPv4 address of a client that uses IPv4.
                 addresses.add(socket.inet_ntoa(struct.pack("=I", int(remote.partition(":")[0][-8:], 16))))
-    return sorted(address for address in addresses if not _is_own_address(address))
+    return sorted(address for address in addresses if not is_own_address(address))
 
 
-def _is_own_address(address: str) -> bool:
+def is_own_address(address: str) -> bool:
+    """Return whether an IPv4 address is one of this host."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.bind((address, 0))
