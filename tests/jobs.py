@@ -107,6 +107,14 @@ class Job:
         while text.encode() not in self._output:
             assert self._read(), f"the job ended before it printed {text!r}\n{self.finish()}"
 
+    def ask_to_stop(self, number: signal.Signals) -> None:
+        """Send a signal during training, and read on only when rank 0 has received it.
+
+        Rank 0 waits for its reader meanwhile: torchrun may pass the signal on after seconds, and a short run would end.
+        """
+        self.signal(number)
+        poll(lambda: b"distgpt: stopping after this step is saved" in self._stderr_so_far())
+
     def signal(self, number: signal.Signals) -> None:
         """Send a signal to the process that was started, usually torchrun."""
         self._process.send_signal(number)
@@ -123,6 +131,10 @@ class Job:
         os.close(self._stdout)
         self._stderr.seek(0)
         return Ended(code, self._output.decode(), self._stderr.read())
+
+    def _stderr_so_far(self) -> bytes:
+        # pread leaves the offset alone, which the job shares and writes at.
+        return os.pread(self._stderr.fileno(), os.fstat(self._stderr.fileno()).st_size, 0)
 
     def _read(self) -> bool:
         chunk = os.read(self._stdout, 4096)

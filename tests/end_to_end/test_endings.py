@@ -107,7 +107,7 @@ def test_a_signal_while_torch_is_imported(tmp_path: Path, command: str) -> None:
 def test_a_plain_process_stops_at_a_step_as_well(prepared: Path, tmp_path: Path) -> None:
     job = jobs.Job([sys.executable, "-m", "distgpt.train", *tiny(prepared, tmp_path)])
     job.read_until("step  2/36 ")
-    job.signal(signal.SIGINT)
+    job.ask_to_stop(signal.SIGINT)
     ended = job.finish()
     step = jobs.exit_report(tmp_path)["step"]
     assert ended.code == 75
@@ -171,13 +171,15 @@ def test_ctrl_c_that_reaches_torchrun_and_its_ranks_saves(prepared: Path, tmp_pa
 
 @jobs.linux_only
 def test_a_closed_terminal_saves(prepared: Path, tmp_path: Path) -> None:
-    """Output from then on is lost."""
+    """Output from then on is lost, so nothing holds the run until the signal has reached its ranks: it is long."""
     local = jobs.PROJECT / "launch" / "local.sh"
     launcher, terminal = pty.fork()
     if launcher == 0:
-        os.execve(local, [str(local), *tiny(prepared, tmp_path)], jobs.environment(NPROC_PER_NODE="2"))
+        os.execve(
+            local, [str(local), *tiny(prepared, tmp_path), "--train.steps=100000"], jobs.environment(NPROC_PER_NODE="2")
+        )
     output = b""
-    while b"step  2/36 " not in output:
+    while b"step      2/100000 " not in output:
         output += os.read(terminal, 64)
     os.close(terminal)
     _, status = os.waitpid(launcher, 0)

@@ -201,7 +201,7 @@ def interrupt(run: Path, ranks: int, arguments: list[str], number: signal.Signal
     """Send a job a signal during its run. Returns the step at which it stopped and saved."""
     job = jobs.Job(jobs.torchrun_command(ranks, *arguments))
     job.read_until("step  2/36 ")
-    job.signal(number)
+    job.ask_to_stop(number)
     ended = job.finish()
     assert ended.code != 0
     report = jobs.exit_report(run)

@@ -41,7 +41,7 @@ def test_the_save_interval_follows_failures_and_the_run_resumes_exactly(
     job = jobs.Job(command)
     job.read_until("going on from step ")
     job.read_until(f"step {max(before):>6}/100000 ")
-    job.signal(signal.SIGTERM)
+    job.ask_to_stop(signal.SIGTERM)
     job.finish()
     assert jobs.exit_report(run)["code"] == 75
     after = jobs.losses(run)

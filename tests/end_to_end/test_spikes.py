@@ -123,7 +123,7 @@ def test_a_run_that_reads_late_can_be_interrupted(prepared: Path, tmp_path: Path
     assert jobs.run(runs["whole"], LATE="yes").code == 0
     job = jobs.Job(runs["parts"], LATE="yes")
     job.read_until("step  7/60 ")
-    job.signal(signal.SIGTERM)
+    job.ask_to_stop(signal.SIGTERM)
     assert job.finish().code == 75
     report, saved = jobs.exit_report(tmp_path / "parts"), jobs.checkpoints(tmp_path / "parts")
     assert saved == [f"step-{report['step']:08d}"]

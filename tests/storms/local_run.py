@@ -34,6 +34,7 @@ class LocalRun:
 
     def start(self) -> None:
         """Start the launcher."""
+        self._attempts_before = self.attempts() if self._output.exists() else 0
         with self._output.open("a") as output:
             self._process = subprocess.Popen(
                 [LOCAL, *self._flags],
@@ -67,9 +68,24 @@ class LocalRun:
         """Return the process ids of the ranks that run now, by rank."""
         return jobs.ranks_of(self.agent() or self._process.pid)  # the latter is the relay of a forked launcher
 
-    def signal(self, number: signal.Signals) -> None:
-        """Send the launcher a signal."""
+    def ask_to_stop(self, number: signal.Signals) -> None:
+        """Send the launcher a signal. Training goes on only when rank 0 has received it.
+
+        torchrun may pass the signal on after seconds, and a short run would end. So rank 1 is stopped meanwhile.
+        """
+        waiting = self.ranks().get(1) if self.attempts() > self._attempts_before else None
+        answers = self._answers()
+        if waiting:
+            with suppress(ProcessLookupError):
+                os.kill(waiting, signal.SIGSTOP)
         self._process.send_signal(number)
+        if waiting:
+            jobs.poll(lambda: self.ended or self._answers() > answers)
+            with suppress(ProcessLookupError):
+                os.kill(waiting, signal.SIGCONT)
+
+    def _answers(self) -> int:
+        return len(re.findall("distgpt: (?:stopping|interrupted)", self.output()))
 
     def attempts(self) -> int:
         """Return how often the run has begun to train, from the start or from a checkpoint."""

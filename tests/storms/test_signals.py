@@ -29,7 +29,7 @@ def test_signals_lose_nothing(
         local_run.wait_for_moment(name, job, rng)
         assert not job.ended, job.output()
         reached = job.step()
-        job.signal(number)
+        job.ask_to_stop(number)
         assert job.code() == 75, job.output()
         assert job.step() >= reached
         if job.step():
