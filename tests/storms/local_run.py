@@ -75,12 +75,15 @@ class LocalRun:
         """
         waiting = self.ranks().get(1) if self.attempts() > self._attempts_before else None
         answers = self._answers()
-        if waiting:
-            with suppress(ProcessLookupError):
-                os.kill(waiting, signal.SIGSTOP)
-        self._process.send_signal(number)
-        if waiting:
+        if not waiting:
+            self._process.send_signal(number)
+            return
+        with suppress(ProcessLookupError):
+            os.kill(waiting, signal.SIGSTOP)
+        try:
+            self._process.send_signal(number)
             jobs.poll(lambda: self.ended or self._answers() > answers)
+        finally:
             with suppress(ProcessLookupError):
                 os.kill(waiting, signal.SIGCONT)
 
