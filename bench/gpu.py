@@ -1,6 +1,6 @@
-"""Check and time distgpt on one GPU, in at most 8 minutes.
+"""Check and time distgpt on one GPU, in at most 10 minutes.
 
-    python bench/gpu.py [PART ...] [--minutes 8] [--smoke]
+    python bench/gpu.py [PART ...] [--minutes 10] [--smoke]
 
 Each part runs in a process of its own, and prints as it goes. A part that fails, hangs or runs out of time does not end
 the others. The parts, the most important first:
@@ -85,7 +85,7 @@ TRAIN = [sys.executable, "-m", "distgpt.train"]
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("parts", nargs="*", metavar="PART", help=f"of {', '.join(PARTS)} (default: all)")
-    parser.add_argument("--minutes", type=float, default=8.0, help="stop after so many minutes (default: 8)")
+    parser.add_argument("--minutes", type=float, default=10.0, help="stop after so many minutes (default: 10)")
     parser.add_argument("--smoke", action="store_true", help="tiny models, on any machine")
     parser.add_argument("--run", choices=PARTS, help=argparse.SUPPRESS)
     options = parser.parse_args()
