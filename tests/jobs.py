@@ -108,11 +108,16 @@ class Job:
             assert self._read(), f"the job ended before it printed {text!r}\n{self.finish()}"
 
     def ask_to_stop(self, number: signal.Signals) -> None:
-        """Send a signal during training, and read on only when rank 0 has received it.
-
-        Rank 0 waits for its reader meanwhile: torchrun may pass the signal on after seconds, and a short run would end.
-        """
+        """Send a signal during training, and return when rank 0 has received it."""
         self.signal(number)
+        self.wait_for_stopping()
+
+    def wait_for_stopping(self) -> None:
+        """Return when rank 0 has received a signal to stop.
+
+        torchrun may pass a signal on after seconds. Nobody reads stdout meanwhile, so rank 0 waits for its reader, and
+        a short run does not end.
+        """
         poll(lambda: b"distgpt: stopping after this step is saved" in self._stderr_so_far())
 
     def signal(self, number: signal.Signals) -> None:
@@ -133,7 +138,7 @@ class Job:
         return Ended(code, self._output.decode(), self._stderr.read())
 
     def _stderr_so_far(self) -> bytes:
-        # pread leaves the offset alone, which the job shares and writes at.
+        # pread does not move the offset, at which the job writes.
         return os.pread(self._stderr.fileno(), os.fstat(self._stderr.fileno()).st_size, 0)
 
     def _read(self) -> bool:

@@ -163,6 +163,7 @@ def test_ctrl_c_that_reaches_torchrun_and_its_ranks_saves(prepared: Path, tmp_pa
     for _ in range(2):
         os.killpg(job.pid, signal.SIGINT)
         time.sleep(0.1)
+    job.wait_for_stopping()
     ended = job.finish()
     step = jobs.exit_report(tmp_path)["step"]
     assert ended.code == 75, ended
@@ -171,7 +172,7 @@ def test_ctrl_c_that_reaches_torchrun_and_its_ranks_saves(prepared: Path, tmp_pa
 
 @jobs.linux_only
 def test_a_closed_terminal_saves(prepared: Path, tmp_path: Path) -> None:
-    """Output from then on is lost, so nothing holds the run until the signal has reached its ranks: it is long."""
+    """Nobody reads its output from then on. So nothing holds the run until it has the signal, and it has many steps."""
     local = jobs.PROJECT / "launch" / "local.sh"
     launcher, terminal = pty.fork()
     if launcher == 0:
@@ -185,6 +186,7 @@ def test_a_closed_terminal_saves(prepared: Path, tmp_path: Path) -> None:
     _, status = os.waitpid(launcher, 0)
     report = jobs.exit_report(tmp_path)
     assert os.waitstatus_to_exitcode(status) == report["code"] == 75
+    assert report["cause"].startswith("interrupted by ")
     assert jobs.checkpoints(tmp_path)[-1] == f"step-{report['step']:08d}"
 
 

@@ -224,7 +224,7 @@ def test_wait_for_port_returns_the_first_open_port() -> None:
         network.wait_for_port("127.0.0.1", [port], seconds=0)
 
 
-def test_connected_hosts_are_the_other_hosts_connected_to_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_connected_hosts_leaves_out_this_host(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server also accepts IPv6, as torchrun's does. Connections from this host do not count."""
     with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as server:
         port = server.getsockname()[1]

@@ -69,25 +69,29 @@ class LocalRun:
         return jobs.ranks_of(self.agent() or self._process.pid)  # the latter is the relay of a forked launcher
 
     def ask_to_stop(self, number: signal.Signals) -> None:
-        """Send the launcher a signal. Training goes on only when rank 0 has received it.
+        """Send the launcher a signal, and stop rank 1 until rank 0 has received it.
 
-        torchrun may pass the signal on after seconds, and a short run would end. So rank 1 is stopped meanwhile.
+        torchrun may pass the signal on after seconds, and a short run would end meanwhile.
         """
-        waiting = self.ranks().get(1) if self.attempts() > self._attempts_before else None
-        answers = self._answers()
-        if not waiting:
-            self._process.send_signal(number)
-            return
-        with suppress(ProcessLookupError):
-            os.kill(waiting, signal.SIGSTOP)
-        try:
-            self._process.send_signal(number)
-            jobs.poll(lambda: self.ended or self._answers() > answers)
-        finally:
-            with suppress(ProcessLookupError):
-                os.kill(waiting, signal.SIGCONT)
+        before = self._stop_messages()
+        held: int | None = None
+        self._process.send_signal(number)
 
-    def _answers(self) -> int:
+        def received() -> bool:
+            nonlocal held
+            if held is None and self.attempts() > self._attempts_before and (held := self.ranks().get(1)):
+                with suppress(ProcessLookupError):
+                    os.kill(held, signal.SIGSTOP)
+            return self.ended or self._stop_messages() > before
+
+        try:
+            jobs.poll(received)
+        finally:
+            if held is not None:
+                with suppress(ProcessLookupError):
+                    os.kill(held, signal.SIGCONT)
+
+    def _stop_messages(self) -> int:
         return len(re.findall("distgpt: (?:stopping|interrupted)", self.output()))
 
     def attempts(self) -> int:

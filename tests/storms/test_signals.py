@@ -25,6 +25,7 @@ def test_signals_lose_nothing(
     job = local_run.LocalRun(tmp_path / "storm", prepared, f"--train.steps={steps}")
     rng, counted = random.Random(storm.seed), Counter[tuple[str, str]]()
     for _ in range(count):
+        jobs.poll(lambda: job.agent() or job.ended)  # until then a signal ends the launcher alone
         name, number = rng.choice(local_run.MOMENTS), rng.choice(SIGNALS)
         local_run.wait_for_moment(name, job, rng)
         assert not job.ended, job.output()
