@@ -273,7 +273,9 @@ def _acknowledge(number: int) -> None:
         can_stop_now = "TORCHELASTIC_RUN_ID" not in os.environ or EXIT_FILE_VARIABLE in os.environ
         again = "; Ctrl-C again stops it now, unsaved" if can_stop_now and number in TERMINAL_SIGNALS else ""
         line_break = "\n" if sys.stderr.isatty() else ""  # to print below the progress bar
-        print(f"{line_break}distgpt: stopping after this step is saved{again}", file=sys.stderr, flush=True)
+        # Not print: Python aborts a process that ends while another thread has the lock of stderr.
+        with suppress(OSError):
+            os.write(sys.stderr.fileno(), f"{line_break}distgpt: stopping after this step is saved{again}\n".encode())
 
 
 def _end_process(code: int) -> NoReturn:

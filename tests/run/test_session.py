@@ -1,6 +1,7 @@
 """Every end of a run gives an exit code, exit.json and one line, and no rank outlives its torchrun."""
 
 import errno
+import fcntl
 import json
 import os
 import signal
@@ -262,6 +263,24 @@ def test_a_signal_is_acknowledged_and_only_a_second_ctrl_c_ends_the_rank_unsaved
             process.stdin.close()
             assert process.stderr.read() == ""
             assert process.wait() == jobs.exit_report(tmp_path)["code"] == 0
+
+
+@jobs.linux_only
+def test_a_run_ends_well_while_a_signal_is_acknowledged(tmp_path: Path) -> None:
+    """Nobody reads stderr, so the thread that acknowledges it is in the write until the process has ended."""
+    env = {name: value for name, value in jobs.environment().items() if name != "PYTHONUNBUFFERED"}
+    read, write = os.pipe()
+    fcntl.fcntl(write, fcntl.F_SETPIPE_SZ, 4096)
+    os.write(write, bytes(4096))
+    program = PROGRAM.format(
+        body="run.acquire(); run.allow_graceful_stop(); signal.raise_signal(signal.SIGTERM); time.sleep(0.5)"
+    )
+    try:
+        done = subprocess.run([sys.executable, "-c", program, tmp_path, "0"], stderr=write, env=env, timeout=60)
+    finally:
+        os.close(read)
+        os.close(write)
+    assert done.returncode == jobs.exit_report(tmp_path)["code"] == 0
 
 
 @pytest.mark.parametrize("end", [", run it again to go on", ": run it again to go on"])
